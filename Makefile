@@ -1,0 +1,64 @@
+# What CI runs, a person runs: every target sets up what it needs in .venv first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTEST_ARGS ?=
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+SOURCES := $(wildcard vring/*.pyx vring/*.pxd)
+
+.PHONY: help build run test check bench fuzz sanitize format wheel peers clean
+.DEFAULT_GOAL := help
+
+help: ## what can be made
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+$(VENV)/tools: pyproject.toml
+	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "vring needs Python 3.11 or later with venv (Debian: apt-get install python3-venv python3-dev gcc)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --group build --group test
+	@touch $@
+
+$(VENV)/check-tools: $(VENV)/tools
+	$(BIN)/python -m pip install --quiet --group check
+	@touch $@
+
+$(VENV)/built: $(VENV)/tools setup.py $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable .
+	@touch $@
+
+build: $(VENV)/built ## compile and install into .venv, editable
+
+run: build ## the main job: the whole agent path on the embedded guest
+	$(BIN)/vring demo
+
+test: build ## the tests; those that need a real peer skip without it (make peers)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: build $(VENV)/check-tools ## linters, types, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/cython-lint vring
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m mypy.stubtest vring --concise
+
+format: $(VENV)/check-tools ## let ruff format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: build ## the benchmarks
+	$(BIN)/python -m pytest benchmarks --benchmark-only --override-ini addopts= $(PYTEST_ARGS)
+
+wheel: $(VENV)/tools ## a wheel in dist/
+	$(BIN)/python -m build --wheel
+
+peers: ## Debian packages of the real peers: User-Mode Linux, the SPICE agent, an X server
+	$(if $(filter 0,$(shell id -u)),,sudo) apt-get update
+	$(if $(filter 0,$(shell id -u)),,sudo) env DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
+		user-mode-linux busybox-static spice-vdagent xvfb xclip x11-xserver-utils
+
+clean: ## remove what was built
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info vring/*.so $(VENV)/built

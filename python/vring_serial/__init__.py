@@ -1,0 +1,1 @@
+"""vring_serial: a complete multiport virtio-serial device and all that the SPICE agent needs on it."""

@@ -1,0 +1,1 @@
+"""The host peer of the SPICE agent: capabilities, clipboard, monitors."""

@@ -1,0 +1,119 @@
+"""The one interface of all host ends.
+
+A chardev is where a port's bytes go on the host. It offers its user (a port, a test) an *end* while
+something is connected to it, in one of two forms:
+
+- :class:`DescriptorEnd`: file descriptors. The user moves bytes between guest memory and the
+  descriptors itself, without the interpreter; the chardev never reads or writes them.
+- :class:`ProtocolEnd`: Python code, as an :class:`asyncio.Protocol`. The user makes an
+  :class:`asyncio.Transport` around its queues and connects the two; flow control is asyncio's own
+  (``pause_reading``/``resume_reading`` on the transport, ``pause_writing``/``resume_writing`` on the
+  protocol), so asyncio's StreamReader and StreamWriter work on a port as they are.
+
+The life of a chardev: constructed (checks its options, touches nothing) → ``await start()`` (opens,
+binds, listens; raises ResourceError) → any number of ends, one at a time → ``await stop()``.
+"""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class DescriptorEnd:
+    """Non-blocking file descriptors, owned by the chardev and open until ``end_closed`` has returned.
+
+    Attributes:
+        read_fd: where bytes for the guest come from, or -1 if nothing ever does.
+        write_fd: where the guest's bytes go, or -1 if they are discarded.
+    """
+
+    read_fd: int
+    write_fd: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProtocolEnd:
+    """Python code as the host end.
+
+    Attributes:
+        factory: makes the protocol for one connection; called once per connection to a port.
+    """
+
+    factory: Callable[[], asyncio.Protocol]
+
+
+End = DescriptorEnd | ProtocolEnd
+
+
+class ChardevUser(Protocol):
+    """What a chardev tells the one who uses it; always called in the event loop's thread."""
+
+    def end_opened(self, end: End) -> None:
+        """The host end is connected. Follows ``start`` at once for chardevs that need no peer."""
+
+    def end_closed(self) -> None:
+        """The end is going away. On return the user must not touch its descriptors any more."""
+
+    def end_resized(self, cols: int, rows: int) -> None:
+        """The terminal behind the end has this size, in characters."""
+
+
+class Chardev(abc.ABC):
+    """One host end of a port.
+
+    Attributes:
+        id: the name that options and logs use.
+        end: the connected end, or None. It changes only inside calls of ChardevUser methods.
+    """
+
+    def __init__(self, id: str) -> None:
+        self.id = id
+        self.end: End | None = None
+        self._user: ChardevUser | None = None
+
+    def attach(self, user: ChardevUser) -> None:
+        """Name the one user, before ``start``. Raises LocalProtocolError if there is one already."""
+        from vring_serial.errors import LocalProtocolError
+
+        if self._user is not None:
+            raise LocalProtocolError(f"chardev {self.id} is in use already")
+        self._user = user
+
+    @abc.abstractmethod
+    async def start(self) -> None:
+        """Open, bind, listen or begin to connect. Raises ResourceError naming what and why."""
+
+    @abc.abstractmethod
+    async def stop(self) -> None:
+        """Close everything and remove what was created. Safe to call twice, and after a failed start."""
+
+    def peer_gone(self, reason: OSError | None = None) -> None:
+        """The user saw end of file, or an error, on the end's descriptors.
+
+        The chardev closes the end (``end_closed`` is called before this returns) and waits for the
+        next peer in the way of its kind. The default suits chardevs whose end never closes.
+        """
+
+    def guest_opened(self, is_open: bool) -> None:  # noqa: B027 - most chardevs do not care
+        """The guest opened or closed its side of the port."""
+
+    @property
+    def description(self) -> str:
+        """One short phrase for logs and tables, such as ``unix:/run/agent.sock (server)``."""
+        return type(self).__name__
+
+    def _open_end(self, end: End) -> None:
+        self.end = end
+        if self._user is not None:
+            self._user.end_opened(end)
+
+    def _close_end(self) -> None:
+        if self.end is not None:
+            if self._user is not None:
+                self._user.end_closed()
+            self.end = None

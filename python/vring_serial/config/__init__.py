@@ -1,0 +1,1 @@
+"""What the user asks for, as dataclasses: from libvirt domain XML and QEMU-style options."""

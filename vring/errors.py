@@ -1,0 +1,78 @@
+"""Everything `vring` raises: one class per cause.
+
+:class:`LocalMisuseError` is a bug of the calling program; :class:`RingError` is what the driver on the
+other side of the ring did. The two never share a handler: the first should be fixed, the second
+contained (the queue stops, the device asks for a reset, everything else goes on).
+"""
+
+from __future__ import annotations
+
+
+class VringError(Exception):
+    """Base of every error of this package."""
+
+
+class LocalMisuseError(VringError):
+    """The calling program used an interface in a way its documentation forbids."""
+
+
+class MemoryMapError(VringError):
+    """A region table that cannot be: regions overlap, wrap around 2**64, or have no bytes."""
+
+
+class AddressError(VringError):
+    """A guest address that no region of the table covers.
+
+    Attributes:
+        address: first guest address (bytes) of the access.
+        length: length of the access in bytes.
+    """
+
+    def __init__(self, address: int, length: int, why: str = "not in guest memory") -> None:
+        super().__init__(f"guest address {address:#x}, {length} bytes: {why}")
+        self.address = address
+        self.length = length
+
+
+class RingError(VringError):
+    """The driver broke the ring; the queue answers nothing more until it is set up again.
+
+    Attributes:
+        queue: name of the queue, as given when it was made.
+        index: descriptor index, head or ring index that was wrong, as the cause says.
+        cause: what was wrong, in the specification's terms.
+    """
+
+    def __init__(self, queue: str, index: int, cause: str) -> None:
+        super().__init__(f"{queue}: index {index}: {cause}")
+        self.queue = queue
+        self.index = index
+        self.cause = cause
+
+
+class AvailableIndexError(RingError):
+    """The available index moved by more than the queue size (virtio 1.3, 2.7.6)."""
+
+
+class HeadError(RingError):
+    """The available ring names a descriptor outside the table (virtio 1.3, 2.7.6)."""
+
+
+class ChainError(RingError):
+    """A descriptor chain that loops, is too long, or names a descriptor outside its table (2.7.5)."""
+
+
+class ChainOrderError(RingError):
+    """A device-readable descriptor after a device-writable one (2.7.4.2)."""
+
+
+class IndirectError(RingError):
+    """An indirect table that is nested, mis-sized, outside memory or not negotiated (2.7.5.3)."""
+
+
+class BufferAddressError(RingError):
+    """A descriptor whose buffer is not wholly in guest memory."""
+
+
+class DescriptorFlagsError(RingError):
+    """Descriptor flags that the negotiated features do not allow."""
