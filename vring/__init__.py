@@ -1,0 +1,1 @@
+"""Virtqueues over guest memory, both sides of them: see vring.SplitQueue and vring.GuestMemory."""
