@@ -1,0 +1,346 @@
+"""The vhost-user protocol without input or output: bytes and descriptors in, messages out.
+
+Both ends use this module. The *frontend* owns the guest's memory and sends :class:`Request`; the
+*backend* is the device and answers. On a second socket, the backend channel, the backend sends
+:class:`BackendRequest` and the frontend answers. File descriptors are opaque integers that travel
+beside the bytes. The payloads, of :mod:`vring_serial.proto.vhost_user_wire`, are offered here too.
+
+Sending is :func:`request` and :func:`reply`. Receiving is a :class:`MessageParser`::
+
+    parser.receive_data(data, fds)
+    while (message := parser.next_message()) is not None:
+        payload = message.decode()
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from vring_serial.errors import LocalProtocolError, ProtocolError
+from vring_serial.proto.vhost_user_wire import (
+    F_PROTOCOL_FEATURES,
+    MAX_CONFIG_SIZE,
+    MAX_FDS,
+    MAX_PAYLOAD,
+    MAX_TABLE_REGIONS,
+    U64,
+    VERSION,
+    BackendRequest,
+    ConfigAccess,
+    Empty,
+    Header,
+    HeaderFlag,
+    MemoryRegion,
+    MemoryTable,
+    Payload,
+    ProtocolFeature,
+    Request,
+    SingleRegion,
+    VringAddress,
+    VringDescriptor,
+    VringState,
+)
+
+__all__ = [
+    "Shape",
+    "SHAPES",
+    "BACKEND_SHAPES",
+    "request",
+    "reply",
+    "Message",
+    "MessageParser",
+    "VhostUserError",
+    "FramingError",
+    "F_PROTOCOL_FEATURES",
+    "VERSION",
+    "MAX_PAYLOAD",
+    "MAX_FDS",
+    "MAX_TABLE_REGIONS",
+    "MAX_CONFIG_SIZE",
+    "Request",
+    "BackendRequest",
+    "ProtocolFeature",
+    "HeaderFlag",
+    "Header",
+    "Payload",
+    "Empty",
+    "U64",
+    "VringState",
+    "VringAddress",
+    "VringDescriptor",
+    "MemoryRegion",
+    "MemoryTable",
+    "SingleRegion",
+    "ConfigAccess",
+]
+
+T = TypeVar("T", bound=Payload)
+
+
+class VhostUserError(ProtocolError):
+    """The peer sent a message that the protocol does not allow.
+
+    Attributes:
+        message: name of the message, such as ``SET_VRING_NUM``.
+        cause: what is wrong with it.
+    """
+
+    def __init__(self, message: str, cause: str) -> None:
+        super().__init__(f"{message}: {cause}")
+        self.message = message
+        self.cause = cause
+
+
+class FramingError(VhostUserError):
+    """The header cannot be believed, so nobody knows where the next message begins: close."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a message looks like.
+
+    Attributes:
+        payload: of the request.
+        reply: of the reply that always comes, or None if one comes only as an acknowledgement.
+        fds: numbers of descriptors beside it that are allowed; what is right within them depends on
+            the payload (NO_FD, the number of regions).
+    """
+
+    payload: type[Payload] = Empty
+    reply: type[Payload] | None = None
+    fds: range = range(1)
+
+
+_OPTIONAL_FD = range(2)
+_ONE_FD = range(1, 2)
+
+#: The messages that this module packs and unpacks; any other is refused by whoever receives it.
+SHAPES: dict[Request, Shape] = {
+    Request.GET_FEATURES: Shape(reply=U64),
+    Request.SET_FEATURES: Shape(U64),
+    Request.SET_OWNER: Shape(),
+    Request.RESET_OWNER: Shape(),
+    Request.SET_MEM_TABLE: Shape(MemoryTable, fds=range(MAX_TABLE_REGIONS + 1)),
+    Request.SET_VRING_NUM: Shape(VringState),
+    Request.SET_VRING_ADDR: Shape(VringAddress),
+    Request.SET_VRING_BASE: Shape(VringState),
+    Request.GET_VRING_BASE: Shape(VringState, reply=VringState),
+    Request.SET_VRING_KICK: Shape(VringDescriptor, fds=_OPTIONAL_FD),
+    Request.SET_VRING_CALL: Shape(VringDescriptor, fds=_OPTIONAL_FD),
+    Request.SET_VRING_ERR: Shape(VringDescriptor, fds=_OPTIONAL_FD),
+    Request.GET_PROTOCOL_FEATURES: Shape(reply=U64),
+    Request.SET_PROTOCOL_FEATURES: Shape(U64),
+    Request.GET_QUEUE_NUM: Shape(reply=U64),
+    Request.SET_VRING_ENABLE: Shape(VringState),
+    Request.SET_BACKEND_REQ_FD: Shape(fds=_ONE_FD),
+    Request.GET_CONFIG: Shape(ConfigAccess, reply=ConfigAccess),
+    Request.SET_CONFIG: Shape(ConfigAccess),
+    Request.RESET_DEVICE: Shape(),
+    Request.VRING_KICK: Shape(VringState),
+    Request.GET_MAX_MEM_SLOTS: Shape(reply=U64),
+    Request.ADD_MEM_REG: Shape(SingleRegion, fds=_ONE_FD),
+    # The specification lets existing frontends pass a descriptor here, to be closed unused.
+    Request.REM_MEM_REG: Shape(SingleRegion, fds=_OPTIONAL_FD),
+    Request.SET_STATUS: Shape(U64),
+    Request.GET_STATUS: Shape(reply=U64),
+}
+
+#: The same for the backend channel; apart, because the numbers of the two overlap.
+BACKEND_SHAPES: dict[BackendRequest, Shape] = {
+    BackendRequest.CONFIG_CHANGE_MSG: Shape(),
+    BackendRequest.VRING_CALL: Shape(VringState),
+    BackendRequest.VRING_ERR: Shape(VringState),
+}
+
+
+def request(
+    kind: Request | BackendRequest, payload: Payload | None = None, *, need_reply: bool = False
+) -> bytes:
+    """A whole request; ``need_reply`` asks for an acknowledgement (needs REPLY_ACK)."""
+    flags = VERSION | (HeaderFlag.NEED_REPLY if need_reply else 0)
+    return _message(kind, flags, payload)
+
+
+def reply(kind: Request | BackendRequest | int, payload: Payload) -> bytes:
+    """A whole reply, which carries the request's type; acknowledgements carry a :class:`U64`."""
+    return _message(kind, VERSION | HeaderFlag.REPLY, payload)
+
+
+def _message(kind: int, flags: int, payload: Payload | None) -> bytes:
+    data = payload.pack() if payload is not None else b""
+    return Header(kind, flags, len(data)).pack() + data
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A message as it came: well framed, its payload not yet looked at.
+
+    Attributes:
+        kind: the request's type; a plain int if it is unknown.
+        flags: of the header.
+        payload: its bytes.
+        fds: descriptors that came with it. They belong to whoever takes the message.
+    """
+
+    kind: Request | BackendRequest | int
+    flags: int
+    payload: bytes
+    fds: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """For errors and logs."""
+        return self.kind.name if isinstance(self.kind, enum.IntEnum) else f"message {self.kind}"
+
+    @property
+    def need_reply(self) -> bool:
+        return bool(self.flags & HeaderFlag.NEED_REPLY)
+
+    @property
+    def shape(self) -> Shape | None:
+        """None for messages that this module does not know how to unpack."""
+        if isinstance(self.kind, Request):
+            return SHAPES.get(self.kind)
+        if isinstance(self.kind, BackendRequest):
+            return BACKEND_SHAPES.get(self.kind)
+        return None
+
+    def decode(self) -> Payload:
+        """The payload of a request, after its size and its number of descriptors were checked.
+
+        Raises:
+            VhostUserError: unknown message, wrong size, descriptors missing or too many.
+        """
+        shape = self.shape
+        if shape is None:
+            raise VhostUserError(self.name, "not supported")
+        try:
+            payload = shape.payload.unpack(self.payload)
+        except ValueError as error:
+            raise VhostUserError(self.name, str(error)) from None
+        self._check_descriptors(shape, payload)
+        return payload
+
+    def decode_reply(self, expected: type[T]) -> T:
+        """The payload of a reply. Raises VhostUserError if it is another or has descriptors."""
+        try:
+            payload = expected.unpack(self.payload)
+        except ValueError as error:
+            raise VhostUserError(f"reply to {self.name}", str(error)) from None
+        if self.fds:
+            raise VhostUserError(f"reply to {self.name}", f"{len(self.fds)} descriptors")
+        return payload
+
+    def _check_descriptors(self, shape: Shape, payload: Payload) -> None:
+        allowed = shape.fds
+        if isinstance(payload, MemoryTable):
+            allowed = range(len(payload.regions), len(payload.regions) + 1)
+        elif isinstance(payload, VringDescriptor):
+            allowed = range(1) if payload.no_fd else _ONE_FD
+        if len(self.fds) not in allowed:
+            wanted = f"{allowed[0]}" if len(allowed) == 1 else f"at most {allowed[-1]}"
+            raise VhostUserError(self.name, f"{len(self.fds)} descriptors instead of {wanted}")
+
+
+class MessageParser:
+    """Takes a stream apart into messages.
+
+    Args:
+        kinds: Request on the main socket, BackendRequest on the backend channel.
+        replies: whether this end receives replies (True) or requests (False).
+
+    A parser never holds more than one incomplete message beside what one call brought.
+    """
+
+    def __init__(
+        self, kinds: type[Request] | type[BackendRequest] = Request, *, replies: bool = False
+    ) -> None:
+        self._kinds = kinds
+        self._replies = replies
+        self._buffer = bytearray()
+        self._consumed = 0
+        # (position in the stream of the byte they came with, descriptors)
+        self._fds: deque[tuple[int, tuple[int, ...]]] = deque()
+        self._error: FramingError | None = None
+
+    @property
+    def wanted(self) -> int:
+        """Bytes that complete the current header or message; at least 1."""
+        if len(self._buffer) < Header.STRUCT.size:
+            return Header.STRUCT.size - len(self._buffer)
+        size = Header.unpack_from(self._buffer).size
+        return max(1, Header.STRUCT.size + size - len(self._buffer))
+
+    def receive_data(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Bytes, and descriptors that one ``recvmsg`` returned with them.
+
+        A read on a unix socket ends with the first piece of the stream that has descriptors, so
+        they belong to the message of the last byte. Until the message is handed out the
+        descriptors are held here; :meth:`take_fds` gives them back when the stream ends early.
+
+        Raises:
+            LocalProtocolError: descriptors without any byte.
+        """
+        if fds and not data:
+            raise LocalProtocolError("descriptors without a byte of a message")
+        self._buffer += data
+        if fds:
+            self._fds.append((self._consumed + len(self._buffer) - 1, tuple(fds)))
+
+    def next_message(self) -> Message | None:
+        """The next whole message, or None when more bytes are needed.
+
+        Raises:
+            FramingError: wrong version, wrong direction, a size above MAX_PAYLOAD, or more than
+                MAX_FDS descriptors. It is raised again by every later call.
+        """
+        if self._error is not None:
+            raise self._error
+        if len(self._buffer) < Header.STRUCT.size:
+            return None
+        header = Header.unpack_from(self._buffer)
+        kind = self._kind(header.request)
+        end = Header.STRUCT.size + header.size
+        fds = self._fds_before(self._consumed + end)
+        try:
+            self._check(Message(kind, header.flags, b"").name, header, len(fds))
+        except FramingError as error:
+            self._error = error
+            raise
+        if len(self._buffer) < end:
+            return None
+        payload = bytes(self._buffer[Header.STRUCT.size : end])
+        del self._buffer[:end]
+        self._consumed += end
+        while self._fds and self._fds[0][0] < self._consumed:
+            self._fds.popleft()
+        return Message(kind, header.flags, payload, fds)
+
+    def take_fds(self) -> tuple[int, ...]:
+        """All descriptors still held, for the caller to close: the stream is over."""
+        held = tuple(fd for _, fds in self._fds for fd in fds)
+        self._fds.clear()
+        return held
+
+    def _kind(self, number: int) -> Request | BackendRequest | int:
+        try:
+            return self._kinds(number)
+        except ValueError:
+            return number
+
+    def _fds_before(self, position: int) -> tuple[int, ...]:
+        return tuple(fd for at, fds in self._fds if at < position for fd in fds)
+
+    def _check(self, name: str, header: Header, fds: int) -> None:
+        if header.flags & 3 != VERSION:
+            raise FramingError(name, f"version {header.flags & 3} instead of {VERSION}")
+        if bool(header.flags & HeaderFlag.REPLY) != self._replies:
+            raise FramingError(name, "a request" if self._replies else "a reply nobody asked for")
+        if header.size > MAX_PAYLOAD:
+            raise FramingError(name, f"payload of {header.size} bytes, at most {MAX_PAYLOAD}")
+        if fds > MAX_FDS:
+            raise FramingError(name, f"{fds} descriptors, at most {MAX_FDS}")
