@@ -1,0 +1,151 @@
+"""The command ``vring``: commands imported only when they are run, errors handled in one place."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import click
+
+from vring_serial.errors import ConfigError, VringSerialError
+
+#: Exit statuses: what the user asked for is impossible, and everything else that goes wrong.
+STATUS_USAGE = 2
+STATUS_ERROR = 1
+#: A shell's status for a command that SIGINT ended.
+STATUS_INTERRUPTED = 130
+
+
+@dataclass(frozen=True, slots=True)
+class LazyCommand:
+    """A command that is imported when it is run; its help line stands here so that help is fast."""
+
+    module: str
+    attribute: str
+    help: str
+
+
+COMMANDS = {
+    "serve": LazyCommand("serve", "serve_command", "Serve virtio-serial devices over vhost-user."),
+    "guest": LazyCommand("guest", "guest_command", "Run the embedded guest against a device."),
+    "demo": LazyCommand("demo", "demo_command", "Show the whole agent path at work."),
+}
+
+
+class CommandGroup(click.Group):
+    """The group ``vring``. Whatever goes wrong in a command becomes one line on standard error."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        lazy = COMMANDS.get(cmd_name)
+        if lazy is None:
+            return None
+        command = getattr(importlib.import_module(f"{__name__}.{lazy.module}"), lazy.attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in COMMANDS and not name.startswith("-"):
+            from difflib import get_close_matches
+
+            close = get_close_matches(name, COMMANDS, n=1)
+            hint = (
+                f" Did you mean {close[0]!r}?" if close else f" There are: {', '.join(COMMANDS)}."
+            )
+            ctx.fail(f"No such command {name!r}.{hint}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, lazy.help) for name, lazy in COMMANDS.items()])
+
+    def main(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any
+    ) -> NoReturn:
+        """Run and exit: 0, 2 for what cannot be asked for, 1 for what went wrong."""
+        arguments = list(sys.argv[1:] if args is None else args)
+        debug = "--debug" in arguments[: _command_position(arguments)]
+        extra["standalone_mode"] = False
+        try:
+            status = super().main(arguments, prog_name or "vring", **extra)
+        except click.exceptions.Exit as exit_:
+            status = exit_.exit_code
+        except click.ClickException as error:
+            _show(error)
+            status = error.exit_code
+        except (click.Abort, KeyboardInterrupt):
+            status = STATUS_INTERRUPTED
+        except Exception as error:
+            if debug:
+                traceback.print_exc()
+            status = _report(error)
+        sys.exit(status if isinstance(status, int) else 0)
+
+
+def _command_position(arguments: Sequence[str]) -> int:
+    """Where the command's name stands; options before it belong to the group."""
+    return next((i for i, word in enumerate(arguments) if not word.startswith("-")), len(arguments))
+
+
+def _show(error: click.ClickException) -> None:
+    """A usage error as one line; a group without a command shows its help, as click does."""
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    if context is None or isinstance(error, click.exceptions.NoArgsIsHelpError):
+        error.show()
+        return
+    text = " ".join(error.format_message().split())
+    click.echo(f"{context.command_path}: {text} (see {context.command_path} --help)", err=True)
+
+
+def _report(error: Exception) -> int:
+    """One line on standard error about ``error``; returns the exit status."""
+    if isinstance(error, BrokenPipeError):  # whoever read our output has gone: nobody to tell
+        return STATUS_ERROR
+    expected = isinstance(error, (VringSerialError, OSError)) or _is_vring_error(error)
+    text = " ".join(str(error).split()) or type(error).__name__
+    if not expected:
+        text = f"internal error: {type(error).__name__}: {text} (vring --debug shows where)"
+    click.echo(f"vring: {text}", err=True)
+    return STATUS_USAGE if isinstance(error, ConfigError) else STATUS_ERROR
+
+
+def _is_vring_error(error: Exception) -> bool:
+    """Whether ``error`` comes from the package ``vring``, which not every command imports."""
+    errors = sys.modules.get("vring.errors")
+    return errors is not None and isinstance(error, errors.VringError)
+
+
+def _print_version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        from importlib.metadata import version
+
+        click.echo(f"vring {version('vring')}")
+        ctx.exit()
+
+
+@click.command("vring", cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Show the version and exit.",
+)
+def vring(debug: bool) -> None:
+    """A multiport virtio-serial device outside the emulator, and the SPICE agent channel on it."""
+
+
+def main() -> NoReturn:
+    """The entry point of the console script ``vring``."""
+    vring.main()
