@@ -1,0 +1,86 @@
+"""Python code as the host end of a port: the SPICE agent's, and users' own handlers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vring_serial.chardev.base import Chardev, ProtocolEnd
+from vring_serial.chardev.options import Options
+from vring_serial.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpicevmcOptions(Options):
+    """Options of spicevmc.
+
+    Attributes:
+        name: the SPICE subtype of the channel; only the agent's is served here.
+    """
+
+    name: str = "vdagent"
+
+    def __post_init__(self) -> None:
+        if self.name != "vdagent":
+            raise ConfigError(f"{self.name!r} is not served; only vdagent is", "name")
+
+
+class ProtocolChardev(Chardev):
+    """An :class:`asyncio.Protocol` as the host end.
+
+    The end opens at ``start``. When the protocol closes its transport, the port's host end is closed
+    until the program calls :meth:`open` or the guest closes its side: whoever opens the port in the
+    guest next is a new session and gets a new protocol.
+
+    Args:
+        id: the chardev's name.
+        factory: makes the protocol for one connection.
+        connected: whether the end opens at ``start``; if not, :meth:`open` does it.
+        description: the phrase for logs; by default it names the factory.
+    """
+
+    def __init__(
+        self,
+        id: str,
+        factory: Callable[[], asyncio.Protocol],
+        *,
+        connected: bool = True,
+        description: str = "",
+    ) -> None:
+        super().__init__(id)
+        self._factory = factory
+        self._wanted = connected
+        self._started = False
+        self._description = description or f"python:{getattr(factory, '__qualname__', factory)}"
+
+    async def start(self) -> None:
+        self._started = True
+        if self._wanted:
+            self.open()
+
+    async def stop(self) -> None:
+        self._started = False
+        self._close_end()
+
+    def open(self) -> None:
+        """Connect the end, now or, before ``start``, then. Does nothing if it is connected."""
+        self._wanted = True
+        if self._started and self.end is None:
+            self._open_end(ProtocolEnd(self._factory))
+
+    def close(self) -> None:
+        """Disconnect the end until :meth:`open`. Does nothing if it is not connected."""
+        self._wanted = False
+        self._close_end()
+
+    def peer_gone(self, reason: OSError | None = None) -> None:
+        self._close_end()
+
+    def guest_opened(self, is_open: bool) -> None:
+        if not is_open and self._wanted:
+            self.open()
+
+    @property
+    def description(self) -> str:
+        return self._description

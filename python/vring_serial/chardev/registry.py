@@ -1,0 +1,85 @@
+"""The table of kinds: from a name, as ``-chardev`` and the domain XML give it, to a chardev.
+
+Modules are imported when their kind is asked for first, so a process pays only for what it uses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+from collections.abc import Callable
+from typing import NamedTuple, cast
+
+from vring_serial.chardev.base import Chardev
+from vring_serial.chardev.options import Options
+from vring_serial.errors import ConfigError
+
+
+class _Entry(NamedTuple):
+    module: str
+    chardev: str
+    options: str
+
+
+_TABLE = {
+    "socket": _Entry("socket", "SocketChardev", "SocketOptions"),
+    "pty": _Entry("pty", "PtyChardev", "PtyOptions"),
+    "file": _Entry("file", "FileChardev", "FileOptions"),
+    "pipe": _Entry("pipe", "PipeChardev", "PipeOptions"),
+    "stdio": _Entry("stdio", "StdioChardev", "StdioOptions"),
+    "null": _Entry("null", "NullChardev", "NullOptions"),
+    "ringbuf": _Entry("ringbuf", "RingbufChardev", "RingbufOptions"),
+    "spicevmc": _Entry("protocol", "ProtocolChardev", "SpicevmcOptions"),
+}
+
+
+def kinds() -> tuple[str, ...]:
+    """The names of all kinds."""
+    return tuple(_TABLE)
+
+
+def options_type(kind: str) -> type[Options]:
+    """The option class of a kind. Raises ConfigError, listing the kinds, if there is none such."""
+    return cast("type[Options]", _load(kind)[1])
+
+
+def make(
+    kind: str,
+    id: str,
+    options: Options | None = None,
+    *,
+    factory: Callable[[], asyncio.Protocol] | None = None,
+) -> Chardev:
+    """Make a chardev, not started.
+
+    Args:
+        kind: one of :func:`kinds`.
+        id: the chardev's name.
+        options: an instance of ``options_type(kind)``; None for all defaults.
+        factory: for kinds whose end is Python code (spicevmc): makes one protocol per connection.
+
+    Raises:
+        ConfigError: no such kind, a required option is missing, or a kind that needs a factory
+            has none.
+    """
+    chardev_type, wanted = _load(kind)
+    if options is None:
+        options = cast(Options, wanted())
+    if not isinstance(options, wanted):
+        raise TypeError(f"{kind} takes {wanted.__name__}, not {type(options).__name__}")
+    if kind == "spicevmc":
+        if factory is None:
+            raise ConfigError(f"chardev {id}: spicevmc needs a SPICE agent end, and none is given")
+        return cast(Chardev, chardev_type(id, factory))
+    return cast(Chardev, chardev_type(id, options))
+
+
+def _load(kind: str) -> tuple[type, type]:
+    try:
+        entry = _TABLE[kind]
+    except KeyError:
+        raise ConfigError(
+            f"there is no chardev {kind!r}; there are {', '.join(sorted(_TABLE))}"
+        ) from None
+    module = importlib.import_module(f"vring_serial.chardev.{entry.module}")
+    return getattr(module, entry.chardev), getattr(module, entry.options)
