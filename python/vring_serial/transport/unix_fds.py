@@ -1,0 +1,64 @@
+"""Bytes and file descriptors over a unix stream socket."""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """What one read brought.
+
+    Attributes:
+        data: the bytes; b"" means that the peer has gone.
+        fds: descriptors that came with the last of them, close-on-exec, owned by the caller.
+        truncated: the peer sent more descriptors than there was room for, or this process may not
+            open as many; the kernel has closed those that are missing.
+    """
+
+    data: bytes
+    fds: tuple[int, ...] = ()
+    truncated: bool = False
+
+
+def receive(sock: socket.socket, size: int, max_fds: int) -> Received:
+    """Read up to ``size`` bytes and ``max_fds`` descriptors.
+
+    Raises:
+        BlockingIOError: a non-blocking socket has nothing.
+        OSError: the connection is broken.
+    """
+    room = socket.CMSG_SPACE(max_fds * array.array("i").itemsize)
+    data, ancillary, flags, _ = sock.recvmsg(size, room, socket.MSG_CMSG_CLOEXEC)
+    fds = array.array("i")
+    for level, kind, content in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+    return Received(data, tuple(fds), bool(flags & socket.MSG_CTRUNC))
+
+
+def send(sock: socket.socket, data: bytes, fds: Sequence[int] = ()) -> int:
+    """Send as much of ``data`` as fits, with descriptors beside its first byte.
+
+    The descriptors stay the caller's.
+
+    Returns:
+        Bytes sent; the descriptors went with them if that is not 0.
+
+    Raises:
+        BlockingIOError: a non-blocking socket has no room.
+        OSError: the connection is broken.
+    """
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    return sock.sendmsg([data], rights, socket.MSG_NOSIGNAL)
+
+
+def close_all(fds: Iterable[int]) -> None:
+    """Close descriptors that nobody wants; -1 stands for none."""
+    for fd in fds:
+        if fd >= 0:
+            os.close(fd)
