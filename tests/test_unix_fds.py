@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from vring_serial.transport import unix_fds
+from vring_serial import unix_fds
 
 
 @pytest.fixture
