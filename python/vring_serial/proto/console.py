@@ -1,0 +1,219 @@
+"""The console device on the wire: features, configuration space, control messages, queues.
+
+All integers are little-endian, as VERSION_1 demands. Section numbers are those of the virtio
+specification 1.3, where the console device is 5.3.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from dataclasses import dataclass
+
+from vring_serial.errors import ProtocolError
+
+#: The virtio device type (5.3.1).
+DEVICE_ID = 3
+
+
+class Feature(enum.IntFlag):
+    """Feature bits by their place in the 64-bit feature word (5.3.3, 6)."""
+
+    SIZE = 1 << 0
+    MULTIPORT = 1 << 1
+    EMERG_WRITE = 1 << 2
+    NOTIFY_ON_EMPTY = 1 << 24
+    ANY_LAYOUT = 1 << 27
+    INDIRECT_DESC = 1 << 28
+    EVENT_IDX = 1 << 29
+    VERSION_1 = 1 << 32
+    ACCESS_PLATFORM = 1 << 33
+    RING_PACKED = 1 << 34
+    IN_ORDER = 1 << 35
+    ORDER_PLATFORM = 1 << 36
+    SR_IOV = 1 << 37
+    NOTIFICATION_DATA = 1 << 38
+    NOTIF_CONFIG_DATA = 1 << 39
+    RING_RESET = 1 << 40
+
+
+class Status(enum.IntFlag):
+    """Device status bits (2.1)."""
+
+    ACKNOWLEDGE = 1
+    DRIVER = 2
+    DRIVER_OK = 4
+    FEATURES_OK = 8
+    DEVICE_NEEDS_RESET = 64
+    FAILED = 128
+
+
+def feature_names(bits: int) -> str:
+    """The bits in words, for logs: ``SIZE MULTIPORT VERSION_1``; unknown ones as ``bit N``."""
+    places = (place for place in range(bits.bit_length()) if bits >> place & 1)
+    names = [Feature(1 << place).name or f"bit {place}" for place in places]
+    return " ".join(names) or "none"
+
+
+# --- configuration space --------------------------------------------------------------------------
+
+#: max_nr_ports lies in 1..MAX_PORTS (5.3.4: queue numbers must fit 16 bits).
+MAX_PORTS = 0x8000
+
+
+@dataclass(frozen=True, slots=True)
+class ConsoleConfig:
+    """The device configuration space (5.3.4).
+
+    Attributes:
+        cols, rows: size of the console in characters, where SIZE is negotiated; 0 if unknown.
+        max_nr_ports: how many ports there can be, where MULTIPORT is negotiated.
+        emerg_wr: written by the driver, a character in the low byte (EMERG_WRITE); reads as 0.
+    """
+
+    cols: int = 0
+    rows: int = 0
+    max_nr_ports: int = 1
+    emerg_wr: int = 0
+
+    STRUCT = struct.Struct("<HHII")
+    SIZE = STRUCT.size
+    #: Offset of emerg_wr in bytes.
+    EMERG_WR = 8
+
+    def pack(self) -> bytes:
+        """The 12 bytes of the configuration space."""
+        return self.STRUCT.pack(self.cols, self.rows, self.max_nr_ports, self.emerg_wr)
+
+    @classmethod
+    def unpack_from(cls, data: bytes | bytearray | memoryview, offset: int = 0) -> ConsoleConfig:
+        """Parse 12 bytes. Raises ProtocolError if there are fewer."""
+        if len(data) - offset < cls.SIZE:
+            raise ProtocolError(
+                f"console configuration: {len(data) - offset} bytes, {cls.SIZE} expected"
+            )
+        return cls(*cls.STRUCT.unpack_from(data, offset))
+
+
+# --- control messages -----------------------------------------------------------------------------
+
+
+class ControlEvent(enum.IntEnum):
+    """What a control message says (5.3.6.2)."""
+
+    DEVICE_READY = 0
+    PORT_ADD = 1
+    PORT_REMOVE = 2
+    PORT_READY = 3
+    CONSOLE_PORT = 4
+    RESIZE = 5
+    PORT_OPEN = 6
+    PORT_NAME = 7
+
+
+#: The id in messages that are about no port.
+NO_PORT = 0xFFFFFFFF
+#: Longest PORT_NAME in bytes: with its header it fills the page that Linux gives for a message.
+MAX_NAME = 4096 - 8
+
+
+@dataclass(frozen=True, slots=True)
+class ControlMessage:
+    """One message on a control queue: one descriptor chain (5.3.6.2).
+
+    Attributes:
+        id: port number, or NO_PORT.
+        event: what happened; a plain int if it is none of ControlEvent.
+        value: extra information, usually 1 or 0.
+        payload: the bytes after the header: the name of PORT_NAME, the Size of RESIZE.
+    """
+
+    id: int
+    event: int
+    value: int = 0
+    payload: bytes = b""
+
+    STRUCT = struct.Struct("<IHH")
+
+    def pack(self) -> bytes:
+        """The message's bytes."""
+        return self.STRUCT.pack(self.id, self.event, self.value) + self.payload
+
+    @classmethod
+    def unpack_from(cls, data: bytes | bytearray | memoryview, offset: int = 0) -> ControlMessage:
+        """Parse one message, which runs to the end of ``data``.
+
+        Raises ProtocolError if the header is not whole. An event that is not in ControlEvent is the
+        receiver's to refuse.
+        """
+        if len(data) - offset < cls.STRUCT.size:
+            raise ProtocolError(
+                f"control message: {len(data) - offset} bytes, at least {cls.STRUCT.size} expected"
+            )
+        port, event, value = cls.STRUCT.unpack_from(data, offset)
+        return cls(port, event, value, bytes(data[offset + cls.STRUCT.size :]))
+
+    def __str__(self) -> str:
+        try:
+            event = ControlEvent(self.event).name
+        except ValueError:
+            event = f"event {self.event}"
+        extra = f" {self.payload[:64]!r}" if self.payload else ""
+        return f"{event}(id {self.id:#x}, value {self.value}{extra})"
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """RESIZE's payload: the console's size in characters (5.3.6.2)."""
+
+    cols: int
+    rows: int
+
+    STRUCT = struct.Struct("<HH")
+
+    def pack(self) -> bytes:
+        """The payload's 4 bytes."""
+        return self.STRUCT.pack(self.cols, self.rows)
+
+    @classmethod
+    def unpack_from(cls, data: bytes | bytearray | memoryview, offset: int = 0) -> Size:
+        """Parse 4 bytes. Raises ProtocolError if there are fewer."""
+        if len(data) - offset < cls.STRUCT.size:
+            raise ProtocolError(f"console size: {len(data) - offset} bytes, 4 expected")
+        return cls(*cls.STRUCT.unpack_from(data, offset))
+
+
+# --- queue numbers --------------------------------------------------------------------------------
+
+#: The driver's receive buffers for control messages, and the messages that it sends (5.3.2).
+CONTROL_RECEIVEQ = 2
+CONTROL_TRANSMITQ = 3
+
+
+def queues_of_port(nr: int) -> tuple[int, int]:
+    """Queue indices (receiveq, transmitq) of port ``nr``, named from the driver's side (5.3.2).
+
+    Port 0 has queues 0 and 1; the control queues stand between it and port 1, which has 4 and 5.
+    """
+    if not 0 <= nr < MAX_PORTS:
+        raise ValueError(f"port {nr} is not in 0..{MAX_PORTS - 1}")
+    first = 2 * nr + 2 if nr else 0
+    return first, first + 1
+
+
+def port_of_queue(index: int) -> tuple[int | None, bool]:
+    """The port that queue ``index`` belongs to, or None for control, and whether it is a transmitq.
+
+    The inverse of :func:`queues_of_port`.
+    """
+    if not 0 <= index < 2 * (MAX_PORTS + 1):
+        raise ValueError(f"queue {index} is not in 0..{2 * MAX_PORTS + 1}")
+    pair, is_transmit = divmod(index, 2)
+    if pair == 1:
+        return None, bool(is_transmit)
+    return (pair - 1 if pair else 0), bool(is_transmit)
+
+
+def queue_count(max_nr_ports: int, multiport: bool = True) -> int:
+    """How many queues a device has (5.3.2): two for each port, and two for control."""
+    return 2 * (max_nr_ports + 1) if multiport else 2
