@@ -1,0 +1,106 @@
+"""The real SPICE agent in a User-Mode Linux guest: Xvfb, spice-vdagentd and spice-vdagent from the host's root."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shlex
+import shutil
+
+from vring_serial.errors import DependencyError, ResourceError
+from vring_serial.guest.uml import UmlGuest
+
+#: RAM that the kernel, the X server and the agent need, in MiB.
+MEMORY_MIB = 768
+#: The X screen's first size; RandR cannot grow past it.
+SCREEN = "2560x1600x24"
+
+#: Program → Debian package that brings it.
+PROGRAMS = {
+    "Xvfb": "xvfb",
+    "spice-vdagentd": "spice-vdagent",
+    "spice-vdagent": "spice-vdagent",
+    "xclip": "xclip",
+    "xrandr": "x11-xserver-utils",
+}
+
+START = """\
+mkdir -p /tmp/.X11-unix /tmp/downloads
+: >/tmp/uinput
+Xvfb :0 -screen 0 {screen} -nolisten tcp >/tmp/xvfb.log 2>&1 &
+for i in $(seq 200); do [ -S /tmp/.X11-unix/X0 ] && break; sleep 0.1; done
+spice-vdagentd -x -d -d -X -f -u /tmp/uinput -s {port} -S /tmp/session.sock >/tmp/vdagentd.log 2>&1 &
+for i in $(seq 100); do [ -S /tmp/session.sock ] && break; sleep 0.1; done
+spice-vdagent -x -d -s {port} -S /tmp/session.sock -f /tmp/downloads -o 0 >/tmp/vdagent.log 2>&1 &
+[ -S /tmp/session.sock ]
+"""
+
+
+def require_programs() -> None:
+    """Raise DependencyError naming the packages of the programs that this machine lacks."""
+    path = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
+    missing = sorted({p for name, p in PROGRAMS.items() if shutil.which(name, path=path) is None})
+    if missing:
+        raise DependencyError(
+            f"the real agent needs Debian's {', '.join(missing)} (`make peers` installs all peers)"
+        )
+
+
+class UmlDesktop:
+    """An X session with the real SPICE agent on a port of a booted guest.
+
+    Args:
+        guest: a started UmlGuest with MEMORY_MIB of RAM.
+        port: the agent channel's device in the guest.
+    """
+
+    def __init__(self, guest: UmlGuest, port: str = "/dev/vport0p1") -> None:
+        require_programs()
+        self._guest = guest
+        self._port = port
+
+    async def start(self) -> None:
+        """Start the X server and both halves of the agent. Raises ResourceError with their logs."""
+        result = await self._run(START.format(screen=SCREEN, port=self._port))
+        if result is None:
+            log = await self._run("tail -n 5 /tmp/*.log")
+            raise ResourceError(f"the agent did not start in the guest: {log}")
+
+    async def _run(self, script: str) -> str | None:
+        result = await self._guest.run(f"export DISPLAY=:0 NO_AT_BRIDGE=1\n{script}")
+        return result.output if result.status == 0 else None
+
+    async def resolution(self) -> tuple[int, int]:
+        """The X screen's size in pixels, as xrandr tells it."""
+        output = await self._run("xrandr") or ""
+        match = re.search(r"current (\d+) x (\d+)", output)
+        if match is None:
+            raise ResourceError(f"xrandr in the guest says no size: {output!r}")
+        return int(match[1]), int(match[2])
+
+    async def wait_resolution(self, width: int, height: int, timeout: float = 15) -> None:
+        """Wait until the X screen has this size. Raises ResourceError with the size it has instead."""
+        size = (0, 0)
+        try:
+            async with asyncio.timeout(timeout):
+                while size != (width, height):
+                    size = await self.resolution()
+        except TimeoutError:
+            raise ResourceError(
+                f"the guest's screen is {size[0]}x{size[1]}, not {width}x{height}"
+            ) from None
+
+    async def copy(self, text: str, selection: str = "clipboard") -> None:
+        """Own a selection with this text, as an application in the guest that copies does."""
+        (self._guest.share / "copied").write_text(text)
+        await self._run(f"xclip -in -selection {shlex.quote(selection)} /mnt/copied")
+
+    async def paste(self, selection: str = "clipboard") -> str | None:
+        """The text of a selection, as an application that pastes gets it; None if there is none."""
+        name = shlex.quote(selection)
+        return await self._run(f"timeout 10 xclip -out -selection {name} -target UTF8_STRING")
+
+    async def logs(self) -> str:
+        """What the X server and the agent wrote to their logs."""
+        return await self._run("tail -n 100 /tmp/*.log") or ""
