@@ -38,7 +38,12 @@ class DescriptorEnd:
 
 @dataclass(frozen=True, slots=True)
 class ProtocolEnd:
-    """Python code as the host end.
+    """Python code as the host end, connected for as long as the guest has its side open.
+
+    A connection is made when the guest opens the port (to a console: as soon as there is an end)
+    and lost when the guest closes it, after everything that it wrote before has been received, or
+    when the end closes. The protocol may close its transport itself: the user then calls
+    :meth:`Chardev.peer_gone`, and connects again when the guest opens the port the next time.
 
     Attributes:
         factory: makes the protocol for one connection; called once per connection to a port.

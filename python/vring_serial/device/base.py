@@ -1,0 +1,86 @@
+"""What a transport sees of a device, whatever the device is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from vring import RingError
+from vring_serial.device.virtqueue import RunningQueue
+
+
+class VirtioDevice(Protocol):
+    """A virtio device as its transport drives it: every call in the event loop's thread.
+
+    Attributes:
+        name: for logs.
+        device_id: the virtio device type (virtio 1.3, 5), 3 for a console.
+        device_features: the offered feature bits; those of the ring (VERSION_1, EVENT_IDX,
+            INDIRECT_DESC) are kept by the queues that the transport makes.
+        num_queues: how many queues there are; indices are below it.
+        queue_size_max: largest size of a queue, in descriptors.
+        config_size: bytes of the configuration space.
+        config_generation: changes whenever the configuration space does (2.5.1).
+        on_config_change: set by the transport; called after the configuration space changed, for the
+            configuration change notification.
+        on_needs_reset: set by the transport; called after DEVICE_NEEDS_RESET was set in ``status``
+            because a ring is broken.
+    """
+
+    on_config_change: Callable[[], None] | None
+    on_needs_reset: Callable[[RingError], None] | None
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def device_id(self) -> int: ...
+    @property
+    def device_features(self) -> int: ...
+    @property
+    def num_queues(self) -> int: ...
+    @property
+    def queue_size_max(self) -> int: ...
+    @property
+    def config_size(self) -> int: ...
+    @property
+    def config_generation(self) -> int: ...
+
+    @property
+    def status(self) -> int:
+        """The device status (2.1) as the driver last wrote it, with what the device set itself."""
+        ...
+
+    def set_status(self, status: int) -> None:
+        """The driver wrote the device status; 0 is :meth:`reset`."""
+        ...
+
+    def set_driver_features(self, bits: int) -> None:
+        """The driver accepted these features. Raises ProtocolError on bits that were not offered."""
+        ...
+
+    def read_config(self, offset: int, length: int) -> bytes:
+        """``length`` bytes of the configuration space; what lies outside reads as zero."""
+        ...
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """The driver wrote to the configuration space; what cannot be written is ignored."""
+        ...
+
+    def start_queue(self, index: int, queue: RunningQueue) -> None:
+        """A queue runs: serve it now, without waiting for a kick.
+
+        Raises LocalProtocolError if ``index`` is no queue, or runs already.
+        """
+        ...
+
+    def stop_queue(self, index: int) -> int:
+        """Leave the queue alone: when this returns, nothing is in flight and no descriptor in use.
+
+        Returns the available index to resume from; 0 if the queue did not run. Stopping all queues
+        and starting them again (a paused VM, a new memory map) keeps the device's state.
+        """
+        ...
+
+    def reset(self) -> None:
+        """Stop all queues and forget the driver."""
+        ...
