@@ -1,0 +1,128 @@
+"""Agent messages of the clipboard: it is offered (GRAB), asked for (REQUEST), sent and given up."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from . import constants as c
+from ._base import PLAIN, U32, Message, at_least, exactly, words
+from .capabilities import Layout
+from .chunks import Buffer
+from .constants import MessageType
+from .errors import MessageError
+
+_SELECTION = struct.Struct("<Bxxx")
+
+
+def _selection(body: Buffer, layout: Layout, name: str) -> tuple[int, int]:
+    """(selection, offset of what follows it)."""
+    if not layout.selections:
+        return c.Selection.CLIPBOARD, 0
+    at_least(4, body, name)
+    if body[0] > c.Selection.SECONDARY:
+        raise MessageError(f"{name}.selection", 0, f"selection {body[0]}, at most 2")
+    return c.Selection(body[0]), 4
+
+
+def _selection_head(selection: int, layout: Layout) -> bytes:
+    return _SELECTION.pack(selection) if layout.selections else b""
+
+
+@dataclass(frozen=True, slots=True)
+class Clipboard(Message):
+    """Clipboard data that were requested (VDAgentClipboard); of type NONE if there are none."""
+
+    TYPE = MessageType.CLIPBOARD
+    BODY_MAX = 0xFFFFFFFF
+    selection: int
+    type: int
+    data: Buffer = b""
+
+    @property
+    def payload(self) -> Buffer:
+        return self.data
+
+    def head(self, layout: Layout) -> bytes:
+        return _selection_head(self.selection, layout) + U32.pack(self.type)
+
+    def stream_head(self, layout: Layout, size: int) -> bytes:
+        """As ``head``, for ``size`` bytes that follow in pieces."""
+        return self.head(layout)
+
+    @classmethod
+    def head_size(cls, layout: Layout) -> int:
+        """Bytes of the body before the payload."""
+        return 8 if layout.selections else 4
+
+    @classmethod
+    def unpack(cls, body: Buffer, layout: Layout = PLAIN) -> Clipboard:
+        selection, offset = _selection(body, layout, "VDAgentClipboard")
+        at_least(offset + 4, body, "VDAgentClipboard")
+        (kind,) = U32.unpack_from(body, offset)
+        return cls(selection, kind, body[offset + 4 :])
+
+
+@dataclass(frozen=True, slots=True)
+class ClipboardGrab(Message):
+    """The sender owns a clipboard now and has it in these types (VDAgentClipboardGrab)."""
+
+    TYPE = MessageType.CLIPBOARD_GRAB
+    BODY_MAX = 8 + 4 * c.CLIPBOARD_TYPES_MAX
+    selection: int
+    types: tuple[int, ...]
+    serial: int = 0
+
+    def head(self, layout: Layout) -> bytes:
+        serial = U32.pack(self.serial) if layout.serials else b""
+        types = struct.pack(f"<{len(self.types)}I", *self.types)
+        return _selection_head(self.selection, layout) + serial + types
+
+    @classmethod
+    def unpack(cls, body: Buffer, layout: Layout = PLAIN) -> ClipboardGrab:
+        name = "VDAgentClipboardGrab"
+        selection, offset = _selection(body, layout, name)
+        serial = 0
+        if layout.serials:
+            at_least(offset + 4, body, name)
+            (serial,) = U32.unpack_from(body, offset)
+            offset += 4
+        types = words(body, offset, c.CLIPBOARD_TYPES_MAX, f"{name}.types")
+        return cls(selection, types, serial)
+
+
+@dataclass(frozen=True, slots=True)
+class ClipboardRequest(Message):
+    """Asks the owner of a clipboard for its data in one type (VDAgentClipboardRequest)."""
+
+    TYPE = MessageType.CLIPBOARD_REQUEST
+    BODY_MAX = 8
+    selection: int
+    type: int
+
+    def head(self, layout: Layout) -> bytes:
+        return _selection_head(self.selection, layout) + U32.pack(self.type)
+
+    @classmethod
+    def unpack(cls, body: Buffer, layout: Layout = PLAIN) -> ClipboardRequest:
+        selection, offset = _selection(body, layout, "VDAgentClipboardRequest")
+        exactly(offset + 4, body, "VDAgentClipboardRequest")
+        return cls(selection, *U32.unpack_from(body, offset))
+
+
+@dataclass(frozen=True, slots=True)
+class ClipboardRelease(Message):
+    """The sender no longer owns this clipboard (VDAgentClipboardRelease)."""
+
+    TYPE = MessageType.CLIPBOARD_RELEASE
+    BODY_MAX = 4
+    selection: int
+
+    def head(self, layout: Layout) -> bytes:
+        return _selection_head(self.selection, layout)
+
+    @classmethod
+    def unpack(cls, body: Buffer, layout: Layout = PLAIN) -> ClipboardRelease:
+        selection, offset = _selection(body, layout, "VDAgentClipboardRelease")
+        exactly(offset, body, "VDAgentClipboardRelease")
+        return cls(selection)

@@ -1,0 +1,371 @@
+"""Every agent message of vd_agent.h as a frozen dataclass that packs and unpacks its body.
+
+``pack(layout)`` gives the body, without the message header. ``unpack(body, layout)`` is the reverse
+and raises MessageError for whatever the structure does not allow. ``head(layout)`` is the part of
+the body before ``payload``, which lets big payloads travel without being copied into a body first.
+All integers are little-endian; offsets in errors count from the beginning of the body.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from . import constants as c
+from ._base import PLAIN, U32, U32_PAIR, Message, at_least, exactly, words
+from .capabilities import Capabilities, Layout
+from .chunks import Buffer
+from .clipboard import Clipboard, ClipboardGrab, ClipboardRelease, ClipboardRequest
+from .constants import MessageType
+from .errors import MessageError
+from .file_xfer import FileXferData, FileXferStart, FileXferStatus
+
+_I32 = struct.Struct("<i")
+_MOUSE = struct.Struct("<IIIB")
+_MONITOR = struct.Struct("<IIIii")
+_MONITOR_MM = struct.Struct("<HH")
+_AUDIO = struct.Struct("<BBB")
+_DISPLAY_INFO = struct.Struct("<IIII")
+
+
+@dataclass(frozen=True, slots=True)
+class MouseState(Message):
+    """Pointer position in pixels of a display, and buttons held (VDAgentMouseState)."""
+
+    TYPE = MessageType.MOUSE_STATE
+    BODY_MAX = _MOUSE.size
+    x: int
+    y: int
+    buttons: c.MouseButton
+    display_id: int = 0
+
+    def head(self, layout: Layout) -> bytes:
+        return _MOUSE.pack(self.x, self.y, self.buttons, self.display_id)
+
+    @classmethod
+    def unpack(cls, body: Buffer, layout: Layout = PLAIN) -> MouseState:
+        exactly(_MOUSE.size, body, "VDAgentMouseState")
+        x, y, buttons, display_id = _MOUSE.unpack(body)
+        return cls(x, y, c.MouseButton(buttons), display_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Monitor:
+    """One monitor of MONITORS_CONFIG (VDAgentMonConfig and VDAgentMonitorMM).
+
+    Attributes:
+        width, height: pixels; 0 and 0 switch the monitor off (SPARSE_MONITORS_CONFIG).
+        x, y: position of its top left corner in pixels, where the message says USE_POS.
+        depth: bits of colour.
+        width_mm, height_mm: physical size, 0 if unknown.
+    """
+
+    width: int
+    height: int
+    x: int = 0
+    y: int = 0
+    depth: int = 32
+    width_mm: int = 0
+    height_mm: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class MonitorsConfig(Message):
+    """What monitors the guest should have (VDAgentMonitorsConfig)."""
+
+    TYPE = MessageType.MONITORS_CONFIG
+    BODY_MAX = 8 + c.MONITORS_MAX * (_MONITOR.size + _MONITOR_MM.size)
+    monitors: tuple[Monitor, ...]
+    flags: c.MonitorsFlag = c.MonitorsFlag.USE_POS
+
+    def head(self, layout: Layout) -> bytes:
+        parts = [U32_PAIR.pack(len(self.monitors), self.flags)]
+        parts += [_MONITOR.pack(m.height, m.width, m.depth, m.x, m.y) for m in self.monitors]
+        if c.MonitorsFlag.PHYSICAL_SIZE & self.flags:
+            parts += [_MONITOR_MM.pack(m.height_mm, m.width_mm) for m in self.monitors]
+        return b"".join(parts)
+
+    @classmethod
+    def unpack(cls, body: Buffer, layout: Layout = PLAIN) -> MonitorsConfig:
+        at_least(8, body, "VDAgentMonitorsConfig")
+        count, flags = U32_PAIR.unpack_from(body)
+        if count > c.MONITORS_MAX:
+            raise MessageError(
+                "VDAgentMonitorsConfig.num_of_monitors", 0, f"{count}, at most {c.MONITORS_MAX}"
+            )
+        physical = bool(flags & c.MonitorsFlag.PHYSICAL_SIZE)
+        sizes_at = 8 + count * _MONITOR.size
+        exactly(sizes_at + physical * count * 4, body, "VDAgentMonitorsConfig")
+        monitors = []
+        for index in range(count):
+            height, width, depth, x, y = _MONITOR.unpack_from(body, 8 + index * _MONITOR.size)
+            height_mm = width_mm = 0
+            if physical:
+                height_mm, width_mm = _MONITOR_MM.unpack_from(body, sizes_at + index * 4)
+            monitors.append(Monitor(width, height, x, y, depth, width_mm, height_mm))
+        return cls(tuple(monitors), c.MonitorsFlag(flags))
+
+
+@dataclass(frozen=True, slots=True)
+class Reply(Message):
+    """The agent's answer to a message of type ``to`` (VDAgentReply)."""
+
+    TYPE = MessageType.REPLY
+    BODY_MAX = 8
+    to: int
+    error: int = c.ReplyError.SUCCESS
+
+    def head(self, layout: Layout) -> bytes:
+        return U32_PAIR.pack(self.to, self.error)
+
+    @classmethod
+    def unpack(cls, body: Buffer, layout: Layout = PLAIN) -> Reply:
+        exactly(8, body, "VDAgentReply")
+        return cls(*U32_PAIR.unpack(body))
+
+
+@dataclass(frozen=True, slots=True)
+class DisplayConfig(Message):
+    """What the guest's desktop should leave out to save bandwidth (VDAgentDisplayConfig)."""
+
+    TYPE = MessageType.DISPLAY_CONFIG
+    BODY_MAX = 8
+    flags: c.DisplayFlag
+    depth: int = 0
+
+    def head(self, layout: Layout) -> bytes:
+        return U32_PAIR.pack(self.flags, self.depth)
+
+    @classmethod
+    def unpack(cls, body: Buffer, layout: Layout = PLAIN) -> DisplayConfig:
+        exactly(8, body, "VDAgentDisplayConfig")
+        flags, depth = U32_PAIR.unpack(body)
+        return cls(c.DisplayFlag(flags), depth)
+
+
+@dataclass(frozen=True, slots=True)
+class AnnounceCapabilities(Message):
+    """What the sender can do (VDAgentAnnounceCapabilities); ``request`` asks for an answer."""
+
+    TYPE = MessageType.ANNOUNCE_CAPABILITIES
+    BODY_MAX = 4 + 4 * c.CAPABILITY_WORDS_MAX
+    request: bool
+    capabilities: Capabilities
+
+    def head(self, layout: Layout) -> bytes:
+        words = self.capabilities.words
+        return struct.pack(f"<{1 + len(words)}I", self.request, *words)
+
+    @classmethod
+    def unpack(cls, body: Buffer, layout: Layout = PLAIN) -> AnnounceCapabilities:
+        name = "VDAgentAnnounceCapabilities"
+        at_least(4, body, name)
+        (request,) = U32.unpack_from(body)
+        caps = words(body, 4, c.CAPABILITY_WORDS_MAX, f"{name}.caps")
+        if not caps:
+            raise MessageError(f"{name}.caps", 4, "no word of capabilities, at least 1 needed")
+        return cls(bool(request), Capabilities(caps))
+
+
+@dataclass(frozen=True, slots=True)
+class ClientDisconnected(Message):
+    """The server tells the agent that its client is gone. It has no body."""
+
+    TYPE = MessageType.CLIENT_DISCONNECTED
+    BODY_MAX = 0
+
+    def head(self, layout: Layout) -> bytes:
+        return b""
+
+    @classmethod
+    def unpack(cls, body: Buffer, layout: Layout = PLAIN) -> ClientDisconnected:
+        exactly(0, body, "VD_AGENT_CLIENT_DISCONNECTED")
+        return cls()
+
+
+@dataclass(frozen=True, slots=True)
+class MaxClipboard(Message):
+    """The most bytes of clipboard data that the sender takes, -1 for any (VDAgentMaxClipboard)."""
+
+    TYPE = MessageType.MAX_CLIPBOARD
+    BODY_MAX = 4
+    max: int
+
+    def head(self, layout: Layout) -> bytes:
+        return _I32.pack(self.max)
+
+    @classmethod
+    def unpack(cls, body: Buffer, layout: Layout = PLAIN) -> MaxClipboard:
+        exactly(4, body, "VDAgentMaxClipboard")
+        return cls(*_I32.unpack(body))
+
+
+@dataclass(frozen=True, slots=True)
+class AudioVolumeSync(Message):
+    """Volume of the client's playback or record stream (VDAgentAudioVolumeSync).
+
+    Attributes:
+        volume: one value of 0 to 65535 per channel.
+    """
+
+    TYPE = MessageType.AUDIO_VOLUME_SYNC
+    BODY_MAX = 3 + 2 * c.AUDIO_CHANNELS_MAX
+    is_playback: bool
+    mute: bool
+    volume: tuple[int, ...]
+
+    def head(self, layout: Layout) -> bytes:
+        count = len(self.volume)
+        return _AUDIO.pack(self.is_playback, self.mute, count) + struct.pack(
+            f"<{count}H", *self.volume
+        )
+
+    @classmethod
+    def unpack(cls, body: Buffer, layout: Layout = PLAIN) -> AudioVolumeSync:
+        at_least(3, body, "VDAgentAudioVolumeSync")
+        playback, mute, count = _AUDIO.unpack_from(body)
+        exactly(3 + 2 * count, body, "VDAgentAudioVolumeSync")
+        return cls(bool(playback), bool(mute), struct.unpack_from(f"<{count}H", body, 3))
+
+
+@dataclass(frozen=True, slots=True)
+class DisplayInfo:
+    """Which device and output of the guest a SPICE monitor is (VDAgentDeviceDisplayInfo).
+
+    Attributes:
+        device_address: such as ``b"pci/0000/02.0"``, without the NUL that ends it on the wire.
+    """
+
+    channel_id: int
+    monitor_id: int
+    device_display_id: int
+    device_address: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class GraphicsDeviceInfo(Message):
+    """The server tells the agent which monitor is which (VDAgentGraphicsDeviceInfo)."""
+
+    TYPE = MessageType.GRAPHICS_DEVICE_INFO
+    BODY_MAX = c.DISPLAY_INFO_MAX
+    displays: tuple[DisplayInfo, ...] = field(default=())
+
+    def head(self, layout: Layout) -> bytes:
+        parts = [U32.pack(len(self.displays))]
+        for d in self.displays:
+            address = d.device_address + b"\0"
+            parts.append(
+                _DISPLAY_INFO.pack(d.channel_id, d.monitor_id, d.device_display_id, len(address))
+            )
+            parts.append(address)
+        return b"".join(parts)
+
+    @classmethod
+    def unpack(cls, body: Buffer, layout: Layout = PLAIN) -> GraphicsDeviceInfo:
+        name = "VDAgentGraphicsDeviceInfo"
+        at_least(4, body, name)
+        (count,) = U32.unpack_from(body)
+        offset = 4
+        if count > (len(body) - offset) // _DISPLAY_INFO.size:
+            raise MessageError(
+                f"{name}.count", 0, f"{count} displays do not fit in {len(body)} bytes"
+            )
+        displays = []
+        for _ in range(count):
+            at_least(offset + _DISPLAY_INFO.size, body, name)
+            channel, monitor, display, length = _DISPLAY_INFO.unpack_from(body, offset)
+            offset += _DISPLAY_INFO.size
+            if length > len(body) - offset:
+                raise MessageError(
+                    f"{name}.device_address_len",
+                    offset - 4,
+                    f"{length} bytes, but {len(body) - offset} follow",
+                )
+            address = bytes(body[offset : offset + length]).removesuffix(b"\0")
+            offset += length
+            displays.append(DisplayInfo(channel, monitor, display, address))
+        exactly(offset, body, name)
+        return cls(tuple(displays))
+
+
+@dataclass(frozen=True, slots=True)
+class UnknownMessage(Message):
+    """A message of a type that vd_agent.h does not name, as it came."""
+
+    BODY_MAX = 0xFFFFFFFF
+    type: int
+    data: Buffer = b""
+    opaque: int = 0
+
+    @property
+    def type_number(self) -> int:
+        return self.type
+
+    @property
+    def payload(self) -> Buffer:
+        return self.data
+
+    def head(self, layout: Layout) -> bytes:
+        return b""
+
+    def stream_head(self, layout: Layout, size: int) -> bytes:
+        """As ``head``, for ``size`` bytes that follow in pieces."""
+        return b""
+
+    @classmethod
+    def head_size(cls, layout: Layout) -> int:
+        """Bytes of the body before the payload."""
+        return 0
+
+
+TypedMessage: TypeAlias = (
+    MouseState
+    | MonitorsConfig
+    | Reply
+    | Clipboard
+    | DisplayConfig
+    | AnnounceCapabilities
+    | ClipboardGrab
+    | ClipboardRequest
+    | ClipboardRelease
+    | FileXferStart
+    | FileXferStatus
+    | FileXferData
+    | ClientDisconnected
+    | MaxClipboard
+    | AudioVolumeSync
+    | GraphicsDeviceInfo
+)
+
+StreamedMessage: TypeAlias = Clipboard | FileXferData | UnknownMessage
+
+MESSAGE_CLASSES: dict[int, type[TypedMessage]] = {
+    cls.TYPE: cls
+    for cls in (
+        MouseState,
+        MonitorsConfig,
+        Reply,
+        Clipboard,
+        DisplayConfig,
+        AnnounceCapabilities,
+        ClipboardGrab,
+        ClipboardRequest,
+        ClipboardRelease,
+        FileXferStart,
+        FileXferStatus,
+        FileXferData,
+        ClientDisconnected,
+        MaxClipboard,
+        AudioVolumeSync,
+        GraphicsDeviceInfo,
+    )
+}
+
+
+def message_name(number: int) -> str:
+    """Name of a message type without its prefix, or ``TYPE_n``."""
+    try:
+        return MessageType(number).name
+    except ValueError:
+        return f"TYPE_{number}"
