@@ -1,0 +1,322 @@
+"""libvirt domain XML: its virtio-serial controllers, channels and virtio consoles.
+
+The elements and their defaults are those of libvirt's "Domain XML format", sections "Controllers",
+"Device Addresses" and "Consoles, serial and channel devices". Everything else in a domain is the
+emulator's affair and is not looked at, except for the PCI addresses that it occupies.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from vring_serial.chardev import Options, options_type
+from vring_serial.config.draft import Draft, DraftController, DraftPort
+from vring_serial.config.pci import PciSlots
+from vring_serial.config.topology import ChardevConfig, PciAddress, Topology
+from vring_serial.config.unserved import UNSERVED
+from vring_serial.config.words import shorten
+from vring_serial.config.xml_node import Node
+from vring_serial.errors import ConfigError, ResourceError
+
+#: libvirt's own bound for XML in one message.
+MAX_XML_BYTES = 4 << 20
+#: libvirt's name of a source → QEMU's name of the chardev.
+_KINDS = {
+    "file": "file",
+    "null": "null",
+    "pipe": "pipe",
+    "pty": "pty",
+    "spicevmc": "spicevmc",
+    "stdio": "stdio",
+    "tcp": "socket",
+    "unix": "socket",
+}
+_UNSERVED_TYPES = ("dbus", "dev", "nmdm", "qemu-vdagent", "spiceport", "udp", "vc")
+_CHANNEL_TARGETS = ("guestfwd", "virtio", "xen")
+_CONSOLE_TARGETS = ("lxc", "openvz", "sclp", "sclplm", "serial", "uml", "virtio", "xen")
+_ADDRESS_TYPES = ("ccw", "pci", "virtio-mmio")
+
+#: What gets its PCI slot before our controllers do, if it has none: devices, types of controllers,
+#: and models of controllers that are part of the chipset or share a slot.
+_EARLIER_DEVICES = ("filesystem", "interface", "sound")
+_EARLIER_CONTROLLERS = ("sata", "scsi", "usb")
+_WITHOUT_SLOT = (None, "none", "piix3-uhci", "ich9-uhci1", "ich9-uhci2", "ich9-uhci3")
+
+
+def load(path: str, *, channel_directory: str = "") -> Topology:
+    """The topology of the domain in a file; ``-`` is standard input.
+
+    Args:
+        path: the file, at most MAX_XML_BYTES long.
+        channel_directory: where sockets of unix channels go whose path is left out.
+
+    Raises:
+        ResourceError: the file cannot be read.
+        ConfigError: it is no domain XML, or asks for the impossible.
+    """
+    return parse(read_file(path), file=path, channel_directory=channel_directory)
+
+
+def parse(data: bytes, *, file: str = "domain", channel_directory: str = "") -> Topology:
+    """As :func:`load`, for XML in memory; ``file`` is how messages name it."""
+    draft = Draft()
+    read(draft, data, file=file, channel_directory=channel_directory)
+    return draft.finish()
+
+
+def read_file(path: str) -> bytes:
+    """The bytes of a file or of standard input (``-``), bounded. Raises as :func:`load`."""
+    try:
+        if path == "-":
+            data = sys.stdin.buffer.read(MAX_XML_BYTES + 1)
+        else:
+            with Path(path).open("rb") as file:
+                data = file.read(MAX_XML_BYTES + 1)
+    except OSError as error:
+        raise ResourceError(f"{path}: {error.strerror or error}") from None
+    if len(data) > MAX_XML_BYTES:
+        raise ConfigError(f"longer than {MAX_XML_BYTES >> 20} MiB: this is no domain", path)
+    return data
+
+
+def read(draft: Draft, data: bytes, *, file: str, channel_directory: str = "") -> None:
+    """Add what the domain XML in ``data`` asks for to ``draft``. Raises ConfigError."""
+    root = Node.parse(data, file)
+    if root.tag != "domain":
+        root.fail("the root of a domain is <domain>")
+    draft.name = _read_name(root) or draft.name
+    draft.pci = _read_pci(root)
+    _read_controllers(draft, root)
+    channels = _Channels(draft, channel_directory)
+    for node in _devices(root, "console", "channel", "serial", "parallel"):
+        channels.read(node)
+    draft.warnings.extend(f"{file}: {warning}" for warning in channels.warnings())
+
+
+def _devices(root: Node, *tags: str) -> Iterator[Node]:
+    for devices in root.children("devices"):
+        yield from devices.children(*tags)
+
+
+def _read_name(root: Node) -> str:
+    node = root.child("name")
+    if node is None:
+        return ""
+    if not node.text or "/" in node.text or not node.text.isprintable():
+        node.fail(f"{shorten(node.text)} cannot be a domain's name")
+    return node.text
+
+
+# --- controllers and PCI
+
+
+def _read_pci(root: Node) -> PciSlots | None:
+    """What slots the machine has, and which of them others have; None for one without PCI."""
+    os_ = root.child("os")
+    type_ = os_.child("type") if os_ is not None else None
+    machine = (type_.get("machine") or "") if type_ is not None else ""
+    if re.match(r"s390|microvm", machine):
+        return None
+    bridges = (
+        node.number("index")
+        for node in _devices(root, "controller")
+        if node.get("type") == "pci" and node.get("model") != "pcie-root-port"
+    )
+    slots = PciSlots(
+        express=re.search(r"q35|^virt(-|$)", machine) is not None,
+        bridges=(index for index in bridges if index is not None),
+    )
+    for node in _devices(root):
+        if node.tag == "controller" and node.get("type") == "virtio-serial":
+            continue
+        address = node.child("address")
+        if address is None:
+            slots.waiting += _waits_for_slot(node)
+        elif address.get("type") == "pci" and (given := _pci_address(address)) is not None:
+            slots.note(given, node.where)
+    return slots
+
+
+def _waits_for_slot(node: Node) -> bool:
+    if node.tag == "controller":
+        return node.get("type") in _EARLIER_CONTROLLERS and node.get("model") not in _WITHOUT_SLOT
+    return node.tag in _EARLIER_DEVICES
+
+
+def _pci_address(node: Node) -> PciAddress | None:
+    """The address, or None if it is all zero, which leaves the choice open as libvirt has it."""
+    parts = {name: node.number(name) or 0 for name in ("domain", "bus", "slot", "function")}
+    try:
+        address = PciAddress(**parts)
+    except ValueError as error:
+        node.fail(str(error))
+    return address if address != PciAddress() else None
+
+
+def _read_controllers(draft: Draft, root: Node) -> None:
+    """Those with an index first, then the others, each with the first index that is free."""
+    nodes = [n for n in _devices(root, "controller") if n.get("type") == "virtio-serial"]
+    taken: set[int] = set()
+    for node in nodes:
+        if (index := node.number("index")) is not None:
+            taken.add(index)
+            _read_controller(draft, node, index)
+    for node in nodes:
+        if node.number("index") is None:
+            index = next(i for i in range(len(taken) + 1) if i not in taken)
+            taken.add(index)
+            _read_controller(draft, node, index)
+
+
+def _read_controller(draft: Draft, node: Node, index: int) -> None:
+    controller = DraftController(index, node.where)
+    ports = node.number("ports")
+    if ports is not None:
+        if ports == 0:
+            node.fail("a controller has at least one port")
+        controller.max_ports = ports
+    address = node.child("address")
+    if address is not None:
+        controller.pci = address.word("type", _ADDRESS_TYPES) == "pci"
+        if controller.pci:
+            controller.address = _pci_address(address)
+    draft.add_controller(controller)
+
+
+# --- channels and consoles
+
+
+class _Channels:
+    """Reads character devices one after another; keeps account of those that are not ours."""
+
+    def __init__(self, draft: Draft, channel_directory: str) -> None:
+        self._draft = draft
+        self._channel_directory = channel_directory
+        self._counts = {"channel": 0, "console": 0}
+        self._foreign: list[str] = []
+        self._with_log: list[str] = []
+
+    def warnings(self) -> Iterator[str]:
+        if self._foreign:
+            yield f"not virtio-serial, left to the emulator: {', '.join(self._foreign)}"
+        if self._with_log:
+            yield f"<log> is not served, no log is written: {', '.join(self._with_log)}"
+
+    def read(self, node: Node) -> None:
+        if node.tag not in self._counts:
+            self._foreign.append(f"<{node.tag}> in line {node.line}")
+            return
+        number = self._counts[node.tag]
+        self._counts[node.tag] += 1
+        target = node.child("target")
+        kind = self._target_type(node, target)
+        if kind != "virtio":
+            self._foreign.append(f"<{node.tag}> with target {kind} in line {node.line}")
+            return
+        if node.child("log") is not None:
+            self._with_log.append(f"<{node.tag}> in line {node.line}")
+        name = (target.get("name") or "") if target is not None else ""
+        alias = node.child("alias")
+        id = (alias.get("name") if alias is not None else None) or f"{node.tag}{number}"
+        self._draft.claim_chardev_id(id, node.where)
+        port = DraftPort(
+            where=node.where,
+            chardev=self._read_source(node, id, name),
+            console=node.tag == "console",
+            name=name,
+        )
+        _read_port_address(node, port)
+        self._draft.add_port(port)
+
+    def _target_type(self, node: Node, target: Node | None) -> str:
+        if node.tag == "console":  # without a target it is the other name of the first <serial>
+            known, default = _CONSOLE_TARGETS, "serial"
+            return target.word("type", known, default) if target is not None else default
+        if target is None:
+            node.fail("a channel needs a <target>")
+        return target.word("type", _CHANNEL_TARGETS)
+
+    def _read_source(self, node: Node, id: str, name: str) -> ChardevConfig:
+        type_ = node.word("type", (*_KINDS, *_UNSERVED_TYPES), "pty")
+        if type_ in UNSERVED:
+            node.fail(f"a source of type {type_} is not served: {UNSERVED[type_]}")
+        source = node.child("source")
+        if type_ == "unix":
+            options = self._unix(node, source, name or id)
+        elif type_ == "tcp":
+            options = _tcp(node, _needed(node, source))
+        elif type_ == "file":
+            source = _needed(node, source)
+            options = _make(
+                source, "file", path=source.text_of("path"), append=source.flag("append")
+            )
+        elif type_ == "pipe":
+            source = _needed(node, source)
+            options = _make(source, "pipe", path=source.text_of("path"))
+        else:
+            options = _make(node, _KINDS[type_])
+        return ChardevConfig(_KINDS[type_], id, options, node.where)
+
+    def _unix(self, node: Node, source: Node | None, name: str) -> Options:
+        """libvirt makes the path of a channel that has none, and the emulator listens there."""
+        path = source.get("path") if source is not None else None
+        if source is None or not path:
+            if node.tag == "console":
+                node.fail("a unix console needs a <source> with a path")
+            file = f"{self._draft.name}.{name}".replace("/", "_")
+            path = os.path.join(self._channel_directory, file)
+            return _make(node, "socket", path=path, server=True, wait=False)
+        return _make(source, "socket", path=path, **_stream(source))
+
+
+def _make(node: Node, kind: str, **values: object) -> Options:
+    """Options of a chardev; what they refuse is the fault of ``node``."""
+    try:
+        return options_type(kind)(**values)
+    except ConfigError as error:
+        node.fail(f"{error.where}: {error.why}" if error.where else error.why)
+
+
+def _needed(node: Node, source: Node | None) -> Node:
+    if source is None:
+        node.fail("<source> is missing")
+    return source
+
+
+def _tcp(node: Node, source: Node) -> Options:
+    protocol = node.child("protocol")
+    if protocol is not None:
+        known = ("raw", "telnet", "telnets", "tls")
+        if (type_ := protocol.word("type", known, "raw")) != "raw":
+            protocol.fail(f"{type_} is not served: only raw is")
+    if source.flag("tls"):
+        source.fail("tls is not served")
+    host = source.text_of("host")
+    source.text_of("service")
+    return _make(source, "socket", host=host, port=source.number("service"), **_stream(source))
+
+
+def _stream(source: Node) -> dict[str, object]:
+    """Which side connects, and how often, of a stream socket."""
+    if source.word("mode", ("bind", "connect"), "connect") == "bind":
+        return {"server": True, "wait": False}
+    reconnect = source.child("reconnect")
+    if reconnect is None or not reconnect.flag("enabled"):
+        return {}
+    return {"reconnect": reconnect.number("timeout") or 1}
+
+
+def _read_port_address(node: Node, port: DraftPort) -> None:
+    """Controller and number, as far as they are given; number 0 is one that is left out."""
+    address = node.child("address")
+    if address is None:
+        return
+    address.word("type", ("virtio-serial",))
+    if bus := address.number("bus"):
+        address.fail(f"there is no bus {bus}: a controller has bus 0 alone")
+    port.controller = address.number("controller") or 0
+    port.nr = address.number("port") or None

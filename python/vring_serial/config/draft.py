@@ -1,0 +1,304 @@
+"""Between what the user wrote and a :class:`Topology`: collect, fill in, check.
+
+Both readers (:mod:`.domain_xml`, :mod:`.qemu_options`) put what they read into one :class:`Draft`;
+:meth:`Draft.finish` then does what libvirt does with a domain: adds missing controllers, gives free
+numbers, names, paths and PCI addresses to what has none, and refuses what cannot be.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from vring_serial.config.pci import PciSlots
+from vring_serial.config.topology import (
+    DEFAULT_MAX_PORTS,
+    LARGEST_MAX_PORTS,
+    MAX_NAME_BYTES,
+    SPICEVMC_NAME,
+    ChardevConfig,
+    ControllerConfig,
+    PciAddress,
+    PortConfig,
+    Topology,
+)
+from vring_serial.errors import ConfigError
+
+#: More controllers than any machine has slots for.
+MAX_CONTROLLER_INDEX = 255
+#: sun_path holds 108 bytes with the terminating NUL.
+MAX_UNIX_PATH_BYTES = 107
+
+
+@dataclass(slots=True)
+class DraftController:
+    """A controller as it was asked for.
+
+    Attributes:
+        max_ports: 0 if still to be chosen.
+        address: None if still to be chosen.
+        pci: whether it is to have a PCI address at all.
+    """
+
+    index: int
+    where: str
+    max_ports: int = 0
+    address: PciAddress | None = None
+    pci: bool = True
+
+
+@dataclass(slots=True)
+class DraftPort:
+    """A port as it was asked for; None is still to be chosen."""
+
+    where: str
+    chardev: ChardevConfig
+    console: bool = False
+    name: str = ""
+    controller: int | None = None
+    nr: int | None = None
+
+
+@dataclass(slots=True)
+class _Numbers:
+    """Port numbers of one controller: who has which, and where to look for the next free one."""
+
+    max_ports: int
+    owners: dict[int, DraftPort] = field(default_factory=dict)
+    next_free: int = 1
+
+    def take_free(self, port: DraftPort) -> int | None:
+        """The first free number for ``port``, which becomes its owner; None if all are taken."""
+        if port.console and 0 not in self.owners:
+            nr = 0
+        else:
+            while self.next_free in self.owners:
+                self.next_free += 1
+            nr = self.next_free
+        if nr >= self.max_ports:
+            return None
+        self.owners[nr] = port
+        return nr
+
+
+class Draft:
+    """Collects controllers, host ends and ports; see the module.
+
+    Attributes:
+        name: the domain's name.
+        max_ports: for controllers that do not say how many ports they have.
+        pci: the addresses that are taken, or None if no controller is to get one.
+        warnings: lines for the topology.
+    """
+
+    def __init__(self, *, max_ports: int = 0) -> None:
+        self.name = "vring"
+        self.max_ports = max_ports or DEFAULT_MAX_PORTS
+        self.pci: PciSlots | None = None
+        self.warnings: list[str] = []
+        self._controllers: dict[int, DraftController] = {}
+        self._ports: list[DraftPort] = []
+        self._chardev_ids: dict[str, str] = {}
+
+    def add_controller(self, controller: DraftController) -> None:
+        """Raises ConfigError if its index is taken or it cannot have that many ports."""
+        other = self._controllers.get(controller.index)
+        if other is not None:
+            raise ConfigError(
+                f"controller {controller.index} is there already ({other.where})", controller.where
+            )
+        if controller.index > MAX_CONTROLLER_INDEX:
+            raise ConfigError(
+                f"controller {controller.index} is above {MAX_CONTROLLER_INDEX}", controller.where
+            )
+        check_max_ports(controller.max_ports or self.max_ports, controller.where)
+        self._controllers[controller.index] = controller
+
+    def claim_chardev_id(self, id: str, where: str) -> None:
+        """Raises ConfigError if another host end has this id."""
+        if id in self._chardev_ids:
+            raise ConfigError(
+                f"chardev id {id!r} is taken already ({self._chardev_ids[id]})", where
+            )
+        self._chardev_ids[id] = where
+
+    def add_port(self, port: DraftPort) -> None:
+        """Raises ConfigError if its name cannot be one, or does not suit a spicevmc end."""
+        if port.chardev.kind == "spicevmc":
+            if port.console:
+                raise ConfigError("a console cannot be spicevmc", port.where)
+            port.name = port.name or SPICEVMC_NAME
+            if port.name != SPICEVMC_NAME:
+                raise ConfigError(
+                    f"a spicevmc channel is named {SPICEVMC_NAME}, not {port.name!r}", port.where
+                )
+        _check_name(port.name, port.where)
+        self._ports.append(port)
+
+    def finish(self) -> Topology:
+        """Choose what was left open and check the whole.
+
+        Raises:
+            ConfigError: numbers, names, addresses or paths collide, or there is nothing to serve.
+        """
+        self._check_names()
+        self._add_missing_controllers()
+        numbers = self._assign_numbers()
+        if not self._controllers:
+            raise ConfigError("nothing to serve: no virtio-serial controller, channel or console")
+        addresses = self._assign_addresses()
+        controllers = tuple(
+            ControllerConfig(
+                index,
+                numbers[index].max_ports,
+                addresses.get(index),
+                tuple(
+                    PortConfig(nr, port.name, port.chardev, port.console)
+                    for nr, port in sorted(numbers[index].owners.items())
+                ),
+            )
+            for index in sorted(self._controllers)
+        )
+        _check_host_ends(port.chardev for controller in controllers for port in controller.ports)
+        return Topology(controllers, tuple(self.warnings), self.name)
+
+    def _check_names(self) -> None:
+        named: dict[str, DraftPort] = {}
+        for port in self._ports:
+            if port.name and (other := named.setdefault(port.name, port)) is not port:
+                raise ConfigError(
+                    f"name {port.name!r} is taken already ({other.where}): "
+                    "a name is unique over all controllers",
+                    port.where,
+                )
+
+    def _add_missing_controllers(self) -> None:
+        for port in self._ports:
+            index = port.controller or 0
+            if index not in self._controllers:
+                self.add_controller(DraftController(index, port.where))
+
+    def _assign_numbers(self) -> dict[int, _Numbers]:
+        """Numbers that were given first, then consoles, then the others, each where it is free."""
+        numbers = {
+            index: _Numbers(controller.max_ports or self.max_ports)
+            for index, controller in self._controllers.items()
+        }
+        open_ports: list[DraftPort] = []
+        for port in self._ports:
+            if port.nr is None:
+                open_ports.append(port)
+            else:
+                _reserve(numbers[port.controller or 0], port)
+        for port in sorted(open_ports, key=lambda port: not port.console):
+            self._assign_number(port, numbers)
+        return numbers
+
+    def _assign_number(self, port: DraftPort, numbers: dict[int, _Numbers]) -> None:
+        candidates = sorted(numbers) if port.controller is None else [port.controller]
+        for index in candidates:
+            if numbers[index].take_free(port) is not None:
+                return
+        if port.controller is not None:
+            raise ConfigError(
+                f"controller {port.controller} has no free port number below "
+                f"{numbers[port.controller].max_ports}",
+                port.where,
+            )
+        index = next(i for i in range(len(numbers) + 1) if i not in numbers)
+        self.add_controller(DraftController(index, port.where))
+        numbers[index] = _Numbers(self.max_ports)
+        if numbers[index].take_free(port) is None:
+            raise ConfigError(
+                f"no free port number: a controller of {self.max_ports} ports has only port 0, "
+                "which is a console's",
+                port.where,
+            )
+
+    def _assign_addresses(self) -> dict[int, PciAddress]:
+        """PCI addresses by controller index, given or chosen; none without a machine.
+
+        Where no slot is free the emulator has to add a bus, and the address is its affair.
+        """
+        addresses: dict[int, PciAddress] = {}
+        if self.pci is None:
+            return addresses
+        on_pci = [c for _, c in sorted(self._controllers.items()) if c.pci]
+        for controller in on_pci:
+            if controller.address is not None:
+                self.pci.take(controller.address, controller.where)
+                addresses[controller.index] = controller.address
+        missing = (c.index for c in on_pci if c.address is None)
+        addresses.update(zip(missing, self.pci.assign_free(), strict=False))
+        return addresses
+
+
+def check_unix_path(path: str, where: str) -> None:
+    """Raises ConfigError unless ``path`` can be that of a unix socket."""
+    if "\0" in path:
+        raise ConfigError("the socket's path holds a NUL", where)
+    size = len(os.fsencode(path))
+    if not 1 <= size <= MAX_UNIX_PATH_BYTES:
+        raise ConfigError(
+            f"socket path {path} has {size} bytes; a unix socket's has 1 to {MAX_UNIX_PATH_BYTES}",
+            where,
+        )
+
+
+def check_max_ports(max_ports: int, where: str) -> None:
+    """Raises ConfigError unless a controller can have ``max_ports`` ports."""
+    if not 1 <= max_ports <= LARGEST_MAX_PORTS:
+        raise ConfigError(
+            f"a controller has 1 to {LARGEST_MAX_PORTS} ports, not {max_ports}", where
+        )
+
+
+def _reserve(numbers: _Numbers, port: DraftPort) -> None:
+    nr = port.nr
+    assert nr is not None
+    if nr >= numbers.max_ports:
+        raise ConfigError(
+            f"port number {nr} is not below {numbers.max_ports}, "
+            f"the number of ports of controller {port.controller or 0}",
+            port.where,
+        )
+    if nr == 0 and not port.console:
+        raise ConfigError("port number 0 is reserved for a console", port.where)
+    other = numbers.owners.setdefault(nr, port)
+    if other is not port:
+        raise ConfigError(
+            f"port number {nr} of controller {port.controller or 0} is taken already "
+            f"({other.where})",
+            port.where,
+        )
+
+
+def _check_name(name: str, where: str) -> None:
+    if len(name.encode(errors="surrogateescape")) > MAX_NAME_BYTES:
+        raise ConfigError(f"a port's name has at most {MAX_NAME_BYTES} bytes", where)
+    if not name.isprintable():
+        raise ConfigError(f"port name {name!r} has characters that cannot be shown", where)
+
+
+def _check_host_ends(chardevs: Iterable[ChardevConfig]) -> None:
+    """Two ends cannot make the same path, and a process has one standard input."""
+    makers: dict[str, ChardevConfig] = {}
+    for chardev in chardevs:
+        path = getattr(chardev.options, "path", "")
+        if chardev.kind == "socket" and path:
+            check_unix_path(path, chardev.where)
+        made = _path_made(chardev)
+        if made and (other := makers.setdefault(made, chardev)) is not chardev:
+            raise ConfigError(f"{made} is in use already ({other.where})", chardev.where)
+
+
+def _path_made(chardev: ChardevConfig) -> str:
+    """What only one end of the process can have: the path it creates, or ``stdio``; or ""."""
+    options = chardev.options
+    if chardev.kind == "stdio":
+        return "stdio"
+    if chardev.kind == "pty" or (chardev.kind == "socket" and getattr(options, "server", False)):
+        path = getattr(options, "path", None)
+        return os.path.abspath(path) if path else ""
+    return ""

@@ -1,0 +1,248 @@
+"""QEMU's option syntax: ``--chardev``, ``--port``, ``--console`` and ``--max-ports``.
+
+An option is a list of ``key=value`` separated by commas; ``,,`` stands for a comma in a value; a
+key alone means ``on``, and alone with ``no`` before it, ``off``. The keys of a chardev are those of
+QEMU's ``-chardev`` and of the option class of its kind; :data:`PORT_KEYS` are those of a port.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from vring_serial.chardev import kinds, options_type
+from vring_serial.config.draft import Draft, DraftPort, check_max_ports
+from vring_serial.config.topology import ChardevConfig, Topology
+from vring_serial.config.unserved import UNSERVED
+from vring_serial.config.words import parse_bool, parse_int, parse_size, shorten, suggest
+from vring_serial.errors import ConfigError
+
+PORT_KEYS = ("chardev", "controller", "name", "nr")
+
+#: Keys of QEMU's ``-chardev`` that are known and not served.
+UNSERVED_KEYS = {
+    *("delay", "fd", "logappend", "logfile", "mux"),
+    *("telnet", "tls-authz", "tls-creds", "tn3270", "websocket"),
+}
+#: QEMU's older names of kinds.
+_ALIASES = {"memory": "ringbuf"}
+#: As QEMU requires of every id.
+_ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,127}")
+#: No option of a sane command line is longer.
+MAX_OPTION_LENGTH = 65536
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class QemuOptions:
+    """The options as they stand on the command line, each group in its order.
+
+    Attributes:
+        max_ports: ports of a controller that does not say; 0 if the option was not given.
+    """
+
+    chardevs: Sequence[str] = ()
+    ports: Sequence[str] = ()
+    consoles: Sequence[str] = ()
+    max_ports: int | None = None
+
+
+def parse(
+    chardevs: Sequence[str] = (),
+    ports: Sequence[str] = (),
+    consoles: Sequence[str] = (),
+    max_ports: int | None = None,
+) -> Topology:
+    """The topology that options alone make. Raises ConfigError naming option, key and cause."""
+    draft = Draft()
+    read(draft, QemuOptions(chardevs, ports, consoles, max_ports))
+    return draft.finish()
+
+
+def read(draft: Draft, options: QemuOptions) -> None:
+    """Add what ``options`` ask for to ``draft``. Raises ConfigError as :func:`parse` does."""
+    if options.max_ports is not None:
+        check_max_ports(options.max_ports, "--max-ports")
+        draft.max_ports = options.max_ports
+    chardevs = [_parse_chardev(text) for text in options.chardevs]
+    for chardev in chardevs:
+        draft.claim_chardev_id(chardev.id, chardev.where)
+    unused = {chardev.id: chardev for chardev in chardevs}
+    used: dict[str, str] = {}
+    for flag, texts in (("--console", options.consoles), ("--port", options.ports)):
+        for text in texts:
+            draft.add_port(_parse_port(flag, text, unused, used))
+    for chardev in unused.values():
+        raise ConfigError(f"no --port or --console uses chardev {chardev.id}", chardev.where)
+
+
+def split(text: str) -> list[tuple[str, str | None]]:
+    """Keys and values in their order; the value of a key alone is None.
+
+    Raises:
+        ConfigError: the text is too long, or a key is missing or given twice; ``where`` is empty.
+    """
+    if len(text) > MAX_OPTION_LENGTH:
+        raise ConfigError(f"longer than {MAX_OPTION_LENGTH} characters")
+    pairs: list[tuple[str, str | None]] = []
+    seen = set()
+    for item in _split_items(text):
+        key, equals, value = item.partition("=")
+        if not key:
+            raise ConfigError("a key is missing: an option is key=value,key=value…")
+        if key in seen:
+            raise ConfigError(f"{shorten(key)} is given twice")
+        seen.add(key)
+        pairs.append((key, value if equals else None))
+    return pairs
+
+
+def _split_items(text: str) -> list[str]:
+    """Split at single commas; doubled ones become one. A comma at the end adds nothing."""
+    items = [""]
+    for run in re.split(r"(,+)", text):
+        if not run.startswith(","):
+            items[-1] += run
+            continue
+        items[-1] += "," * (len(run) // 2)
+        if len(run) % 2:
+            items.append("")
+    if len(items) > 1 and not items[-1]:
+        items.pop()
+    return items
+
+
+def _split_option(flag: str, text: str) -> tuple[list[tuple[str, str | None]], str]:
+    """The pairs of ``text`` and how messages name the option."""
+    where = f"{flag} {shorten(text)[1:-1]}"
+    try:
+        return split(text), where
+    except ConfigError as error:
+        raise ConfigError(error.why, where) from None
+
+
+def _parse_chardev(text: str) -> ChardevConfig:
+    pairs, where = _split_option("--chardev", text)
+    kind = _take_kind(pairs, where)
+    id = ""
+    values: list[tuple[str, str | None]] = []
+    for key, value in pairs:
+        if key == "id":
+            id = value or ""
+        else:
+            values.append((key, value))
+    if not _ID.fullmatch(id):
+        raise ConfigError(
+            f"{shorten(id)} is no id: a letter, then letters, digits, '-', '.' or '_'"
+            if id
+            else "needs id=NAME",
+            where,
+        )
+    return ChardevConfig(kind, id, _make_options(kind, values, where), where)
+
+
+def _take_kind(pairs: list[tuple[str, str | None]], where: str) -> str:
+    """Remove the kind from ``pairs``: the first word if it stands alone, or ``backend=KIND``."""
+    if pairs[0][1] is None:
+        kind = pairs.pop(0)[0]
+    else:
+        position = next((i for i, (key, _) in enumerate(pairs) if key == "backend"), None)
+        if position is None:
+            raise ConfigError(f"begins with the kind; {suggest('', kinds())}", where)
+        kind = pairs.pop(position)[1] or ""
+    kind = _ALIASES.get(kind, kind)
+    if kind in UNSERVED:
+        raise ConfigError(f"{kind} is not served: {UNSERVED[kind]}", where)
+    if kind not in kinds():
+        raise ConfigError(f"there is no chardev {shorten(kind)}; {suggest(kind, kinds())}", where)
+    return kind
+
+
+def _make_options(kind: str, pairs: list[tuple[str, str | None]], where: str) -> Any:
+    """An instance of the option class of ``kind``."""
+    wanted = options_type(kind)
+    fields = wanted.keys()
+    types = typing.get_type_hints(wanted)
+    arguments: dict[str, object] = {}
+    for key, value in pairs:
+        if key not in fields and value is None and key.startswith("no") and key[2:] in fields:
+            key, value = key[2:], "off"
+        if key in UNSERVED_KEYS:
+            raise ConfigError(f"QEMU's {key} is not served", where)
+        if key not in fields:
+            raise ConfigError(
+                f"{kind} has no {shorten(key)}; {suggest(key, [*fields, 'id'])}", where
+            )
+        name = fields[key].name
+        if name in arguments:
+            raise ConfigError(f"{key} is given twice", where)
+        arguments[name] = _convert(types[name], key, value, where)
+    try:
+        return wanted(**arguments)
+    except ConfigError as error:
+        raise ConfigError(error.why, f"{where}: {error.where}" if error.where else where) from None
+
+
+def _convert(type_: object, key: str, value: str | None, where: str) -> object:
+    """The value of ``key`` as its field's type has it; a key alone is a boolean that is on."""
+    members = typing.get_args(type_) or (type_,)
+    if bool in members:
+        return _read_value(parse_bool, key, "on" if value is None else value, where)
+    if value is None:
+        raise ConfigError(f"{key} needs a value: {key}=…", where)
+    if int in members:
+        return _read_value(parse_size if key == "size" else parse_int, key, value, where)
+    return value
+
+
+def _read_value(parser: Callable[[str], object], key: str, value: str, where: str) -> object:
+    try:
+        return parser(value)
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error}", where) from None
+
+
+def _parse_port(
+    flag: str, text: str, unused: dict[str, ChardevConfig], used: dict[str, str]
+) -> DraftPort:
+    """A port of ``--port`` or ``--console``; its chardev moves from ``unused`` to ``used``."""
+    pairs, where = _split_option(flag, text)
+    values: dict[str, str] = {}
+    for key, value in pairs:
+        if key not in PORT_KEYS:
+            raise ConfigError(f"there is no {shorten(key)}; {suggest(key, PORT_KEYS)}", where)
+        if value is None:
+            raise ConfigError(f"{key} needs a value: {key}=…", where)
+        values[key] = value
+    return DraftPort(
+        where=where,
+        chardev=_take_chardev(values.get("chardev", ""), unused, used, where),
+        console=flag == "--console",
+        name=values.get("name", ""),
+        controller=_number(values, "controller", where),
+        nr=_number(values, "nr", where),
+    )
+
+
+def _number(values: Mapping[str, str], key: str, where: str) -> int | None:
+    if key not in values:
+        return None
+    number = _read_value(parse_int, key, values[key], where)
+    assert isinstance(number, int)
+    return number
+
+
+def _take_chardev(
+    id: str, unused: dict[str, ChardevConfig], used: dict[str, str], where: str
+) -> ChardevConfig:
+    if not id:
+        raise ConfigError("needs chardev=ID", where)
+    if id in used:
+        raise ConfigError(f"chardev {id} is in use already ({used[id]})", where)
+    if id not in unused:
+        others = f"; {suggest(id, unused)}" if unused else ""
+        raise ConfigError(f"no --chardev has id={shorten(id)[1:-1]}{others}", where)
+    used[id] = where
+    return unused.pop(id)

@@ -1,0 +1,27 @@
+"""Host ends that QEMU and libvirt know and that are not served here, each with the reason."""
+
+from __future__ import annotations
+
+_OF_EMULATOR = "it is a part of the emulator itself"
+
+#: By QEMU's and libvirt's names.
+UNSERVED = {
+    "braille": _OF_EMULATOR,
+    "console": "it is a Windows console",
+    "dbus": "it needs the emulator's D-Bus display; use unix",
+    "dev": "host devices are not opened; connect one to a pty or a unix socket with socat",
+    "hub": "a port has one host end",
+    "msmouse": _OF_EMULATOR,
+    "mux": "a port has one host end",
+    "nmdm": "null-modem devices are BSD's; use pty or unix",
+    "parallel": "host devices are not opened; connect one to a pty or a unix socket with socat",
+    "parport": "host devices are not opened; connect one to a pty or a unix socket with socat",
+    "qemu-vdagent": "it is QEMU's own agent end; spicevmc is the one built in here",
+    "serial": "host devices are not opened; connect one to a pty or a unix socket with socat",
+    "spiceport": "it needs the emulator's SPICE server; use unix",
+    "testdev": _OF_EMULATOR,
+    "tty": "host devices are not opened; connect one to a pty or a unix socket with socat",
+    "udp": "datagrams would be lost, and a port loses nothing; use tcp or unix",
+    "vc": "it is a text console in the emulator's window; use pty",
+    "wctablet": _OF_EMULATOR,
+}
