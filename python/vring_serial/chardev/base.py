@@ -7,8 +7,8 @@ something is connected to it, in one of two forms:
   descriptors itself, without the interpreter; the chardev never reads or writes them.
 - :class:`ProtocolEnd`: Python code, as an :class:`asyncio.Protocol`. The user makes an
   :class:`asyncio.Transport` around its queues and connects the two; flow control is asyncio's own
-  (``pause_reading``/``resume_reading`` on the transport, ``pause_writing``/``resume_writing`` on the
-  protocol), so asyncio's StreamReader and StreamWriter work on a port as they are.
+  (``pause_reading``/``resume_reading`` on the transport, ``pause_writing``/``resume_writing`` on
+  the protocol), so asyncio's StreamReader and StreamWriter work on a port as they are.
 
 The life of a chardev: constructed (checks its options, touches nothing) → ``await start()`` (opens,
 binds, listens; raises ResourceError) → any number of ends, one at a time → ``await stop()``.
@@ -22,10 +22,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from vring_serial.errors import LocalProtocolError, ResourceError
+
 
 @dataclass(frozen=True, slots=True)
 class DescriptorEnd:
-    """Non-blocking file descriptors, owned by the chardev and open until ``end_closed`` has returned.
+    """Non-blocking file descriptors, owned by the chardev, open until ``end_closed`` has returned.
 
     Attributes:
         read_fd: where bytes for the guest come from, or -1 if nothing ever does.
@@ -82,22 +84,28 @@ class Chardev(abc.ABC):
         self._user: ChardevUser | None = None
 
     def attach(self, user: ChardevUser) -> None:
-        """Name the one user, before ``start``. Raises LocalProtocolError if there is one already."""
-        from vring_serial.errors import LocalProtocolError
-
+        """Name the one user, before ``start``. Raises LocalProtocolError if there is one."""
         if self._user is not None:
             raise LocalProtocolError(f"chardev {self.id} is in use already")
         self._user = user
 
     @abc.abstractmethod
     async def start(self) -> None:
-        """Open, bind, listen or begin to connect. Raises ResourceError naming what and why."""
+        """Open, bind, listen or begin to connect; does nothing if that is done already.
+
+        Raises:
+            ResourceError: naming what, where and why. Nothing is left open or behind.
+        """
 
     @abc.abstractmethod
     async def stop(self) -> None:
-        """Close everything and remove what was created. Safe to call twice, and after a failed start."""
+        """Close everything and remove what was created; afterwards it may be started again.
 
-    def peer_gone(self, reason: OSError | None = None) -> None:
+        Safe to call twice, after a failed start, and while ``start`` is still waiting (which then
+        raises ResourceError).
+        """
+
+    def peer_gone(self, reason: OSError | None = None) -> None:  # noqa: B027 - see its text
         """The user saw end of file, or an error, on the end's descriptors.
 
         The chardev closes the end (``end_closed`` is called before this returns) and waits for the
@@ -119,6 +127,13 @@ class Chardev(abc.ABC):
 
     def _close_end(self) -> None:
         if self.end is not None:
-            if self._user is not None:
-                self._user.end_closed()
-            self.end = None
+            try:
+                if self._user is not None:
+                    self._user.end_closed()
+            finally:
+                self.end = None
+
+    def _error(self, doing: str, why: OSError | str) -> ResourceError:
+        """The ResourceError for something that failed, in the words of every chardev."""
+        text = why if isinstance(why, str) else why.strerror or str(why)
+        return ResourceError(f"chardev {self.id}: cannot {doing}: {text}")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from dataclasses import dataclass
 
 from vring_serial.chardev.options import Options, check_path
+from vring_serial.chardev.streams import StreamChardev
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,3 +28,44 @@ class FileOptions(Options):
         check_path("path", self.path)
         if self.input_path:
             check_path("input-path", self.input_path)
+
+
+class FileChardev(StreamChardev):
+    """Writes the guest's output to a file.
+
+    A write error (a full disk) is logged and tried again every second; until it goes away the host
+    end is closed, so the guest's writers wait and lose nothing.
+    """
+
+    retry_seconds = 1.0
+
+    def __init__(self, id: str, options: FileOptions) -> None:
+        super().__init__(id)
+        self.options = options
+
+    def _open_streams(self) -> None:
+        # The input first: if it is missing, the output must not have been emptied.
+        if self.options.input_path:
+            self._input = self._open_input(self.options.input_path)
+        keep = os.O_APPEND if self.options.append else os.O_TRUNC
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NOCTTY | os.O_NONBLOCK | keep
+        try:
+            self._output = os.open(self.options.path, flags, 0o666)
+        except OSError as error:
+            raise self._error(f"write to {self.options.path}", error) from error
+
+    def _open_input(self, path: str) -> int:
+        try:
+            # A named pipe that is open for writing too has no end of file between its writers.
+            fifo = stat.S_ISFIFO(os.stat(path).st_mode)
+            fd = os.open(path, (os.O_RDWR if fifo else os.O_RDONLY) | os.O_NOCTTY | os.O_NONBLOCK)
+        except OSError as error:
+            raise self._error(f"read from {path}", error) from error
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise self._error(f"read from {path}", "it is a directory")
+        return fd
+
+    @property
+    def description(self) -> str:
+        return f"file:{self.options.path}"

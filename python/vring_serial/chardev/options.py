@@ -1,9 +1,9 @@
 """What the option classes of all kinds share.
 
 Each kind has a frozen dataclass of options beside its class. Field names are the keys of QEMU's
-``-chardev`` with ``-`` written ``_``; every field has a type that says how a string becomes its value
-(bool: on/off; int; str), and ``__post_init__`` refuses what cannot be with a ConfigError whose
-``where`` is the key.
+``-chardev`` with ``-`` written ``_``; every field has a type that says how a string becomes its
+value (bool: on/off; int; str), and ``__post_init__`` refuses what cannot be with a ConfigError
+whose ``where`` is the key.
 """
 
 from __future__ import annotations

@@ -29,9 +29,9 @@ class SpicevmcOptions(Options):
 class ProtocolChardev(Chardev):
     """An :class:`asyncio.Protocol` as the host end.
 
-    The end opens at ``start``. When the protocol closes its transport, the port's host end is closed
-    until the program calls :meth:`open` or the guest closes its side: whoever opens the port in the
-    guest next is a new session and gets a new protocol.
+    The end opens at ``start``. When the protocol closes its transport, the port's host end is
+    closed until the program calls :meth:`open` or the guest closes its side: whoever opens the port
+    in the guest next is a new session and gets a new protocol.
 
     Args:
         id: the chardev's name.

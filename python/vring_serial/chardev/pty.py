@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import select
 from dataclasses import dataclass
 
+from vring_serial.chardev.base import Chardev, DescriptorEnd
 from vring_serial.chardev.options import Options, check_path
+from vring_serial.chardev.terminal import set_raw, terminal_size
+
+# The kernel tells the master's side neither that the slave was opened nor that its size changed.
+POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,3 +28,121 @@ class PtyOptions(Options):
     def __post_init__(self) -> None:
         if self.path:
             check_path("path", self.path)
+
+
+class PtyChardev(Chardev):
+    """A pseudo-terminal in raw mode; its end is open while anybody has the slave open.
+
+    The size of the terminal is told when the end opens, if the slave's user has set one, and
+    whenever it changes.
+
+    Attributes:
+        path: of the slave (``/dev/pts/3``) while started, else "".
+    """
+
+    def __init__(self, id: str, options: PtyOptions | None = None) -> None:
+        super().__init__(id)
+        self.options = options or PtyOptions()
+        self.path = ""
+        self._master = -1
+        self._timer: asyncio.TimerHandle | None = None
+        self._size: tuple[int, int] | None = None
+
+    async def start(self) -> None:
+        if self._master >= 0:
+            return
+        try:
+            self._make_terminal()
+            self._make_link()
+        except BaseException:
+            self._release()
+            raise
+        self._poll()
+
+    async def stop(self) -> None:
+        self._close_end()
+        self._release()
+
+    def peer_gone(self, reason: OSError | None = None) -> None:
+        if self.end is None:
+            return
+        self._close_end()
+        self._size = None
+        # The next program should not meet the settings that the last one left.
+        set_raw(self._master)
+
+    @property
+    def description(self) -> str:
+        link = f" ({self.options.path})" if self.options.path else ""
+        return f"pty:{self.path}{link}" if self.path else f"pty{link}"
+
+    def _make_terminal(self) -> None:
+        try:
+            self._master, slave = os.openpty()
+        except OSError as error:
+            raise self._error("make a pty", error) from error
+        try:
+            self.path = os.ttyname(slave)
+            set_raw(slave)
+            os.set_blocking(self._master, False)
+        except OSError as error:
+            raise self._error("make a pty", error) from error
+        finally:
+            # A slave that was open once and is no more is what the master sees as hung up.
+            os.close(slave)
+
+    def _make_link(self) -> None:
+        link = self.options.path
+        if not link:
+            return
+        try:
+            # What a killed process left names a terminal that is gone, or that is ours by now.
+            if os.path.islink(link) and (
+                not os.path.exists(link) or os.readlink(link) == self.path
+            ):
+                os.unlink(link)
+            os.symlink(self.path, link)
+        except FileExistsError:
+            raise self._error(f"make the link {link}", "it exists already") from None
+        except OSError as error:
+            raise self._error(f"make the link {link}", error) from error
+
+    def _poll(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(POLL_SECONDS, self._poll)
+        readable, hung_up = self._state()
+        if self.end is not None:
+            if hung_up and not readable:
+                self.peer_gone()
+        elif readable or not hung_up:
+            # Bytes of a program that has left already are still delivered; end of file follows.
+            self._open_end(DescriptorEnd(read_fd=self._master, write_fd=self._master))
+        if self.end is not None:
+            self._tell_size()
+
+    def _state(self) -> tuple[bool, bool]:
+        """Whether bytes wait to be read, and whether nobody has the slave open."""
+        poller = select.poll()
+        poller.register(self._master, select.POLLIN)
+        mask = sum(mask for _, mask in poller.poll(0))
+        return bool(mask & select.POLLIN), bool(mask & select.POLLHUP)
+
+    def _tell_size(self) -> None:
+        size = terminal_size(self._master)
+        if size is not None and size != self._size:
+            self._size = size
+            if self._user is not None:
+                self._user.end_resized(*size)
+
+    def _release(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._master < 0:
+            return
+        link = self.options.path
+        if link and os.path.islink(link) and os.readlink(link) == self.path:
+            os.unlink(link)
+        os.close(self._master)
+        self._master = -1
+        self.path = ""
+        self._size = None

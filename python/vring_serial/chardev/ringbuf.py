@@ -58,7 +58,7 @@ class RingbufChardev(Chardev):
         return len(self._data)
 
     def read(self, n: int = -1) -> bytes:
-        """Take up to ``n`` of the oldest bytes out of the buffer; all of them if ``n`` is negative."""
+        """Take up to ``n`` of the oldest bytes out of the buffer; all if ``n`` is negative."""
         n = len(self._data) if n < 0 else n
         taken = bytes(self._data[:n])
         del self._data[:n]

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import socket
 from dataclasses import dataclass
 
+from vring_serial.chardev.base import Chardev, DescriptorEnd
+from vring_serial.chardev.endpoint import Address, Listener, TcpAddress, UnixAddress, connect
+from vring_serial.chardev.hangup import HangupWatch
 from vring_serial.chardev.options import Options, check_path, check_range
 from vring_serial.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+# After running out of descriptors, which accepting again at once would not cure.
+ACCEPT_PAUSE_SECONDS = 1.0
 
 _TCP_ONLY = ("to", "ipv4", "ipv6", "nodelay")
 
@@ -24,7 +35,7 @@ class SocketOptions(Options):
         ipv4, ipv6: use this family, or do not; if neither is given both are used.
         nodelay: send small segments at once.
         server: listen; otherwise connect.
-        wait: ``start`` returns when the first client is there (server); None means on, as with QEMU.
+        wait: ``start`` returns when the first client is there (server); None is on, as with QEMU.
         reconnect, reconnect_ms: connect again that long after the connection failed or ended, in
             seconds or milliseconds (client); 0 for never.
     """
@@ -93,3 +104,191 @@ class SocketOptions(Options):
     def reconnect_delay(self) -> float:
         """Seconds between attempts to connect; 0 for no further attempt."""
         return float(self.reconnect) or self.reconnect_ms / 1000
+
+    @property
+    def address(self) -> Address:
+        """Where to listen or connect."""
+        if self.path:
+            return UnixAddress(self.path, self.abstract, self.tight)
+        assert self.port is not None  # __post_init__ saw to it
+        last = self.port if self.to is None else self.to
+        return TcpAddress(self.host, self.port, last, self._family)
+
+    @property
+    def _family(self) -> socket.AddressFamily:
+        if self.ipv6 is False or (self.ipv4 and not self.ipv6):
+            return socket.AF_INET
+        if self.ipv4 is False or (self.ipv6 and not self.ipv4):
+            return socket.AF_INET6
+        return socket.AF_UNSPEC
+
+
+class SocketChardev(Chardev):
+    """A stream socket; its end is open while a peer is connected.
+
+    One peer at a time: the next waits in the server's backlog. End of file from the peer is a
+    disconnection, also if it only shut down its sending side, and so is a reset. Bytes that a peer
+    sent before it left stay readable: the end closes when they have been read.
+    """
+
+    def __init__(self, id: str, options: SocketOptions) -> None:
+        super().__init__(id)
+        self.options = options
+        self._address = options.address
+        self._started = False
+        self._listener = Listener()
+        self._pause: asyncio.TimerHandle | None = None
+        self._first_peer: asyncio.Future[None] | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._peer: socket.socket | None = None
+        self._watch: HangupWatch | None = None
+
+    @property
+    def port(self) -> int:
+        """The TCP port that a started server listens on; 0 if there is none."""
+        return self._listener.port
+
+    @property
+    def description(self) -> str:
+        address = self._address
+        where = address.at(self.port) if isinstance(address, TcpAddress) and self.port else address
+        return f"{where} ({'server' if self.options.server else 'client'})"
+
+    async def start(self) -> None:
+        """Listen, or connect.
+
+        A server with ``wait`` returns when the first client is there; a client that connects again
+        returns at once and connects in the background, any other returns connected.
+        """
+        if self._started:
+            return
+        self._started = True
+        try:
+            self._watch = self._make_watch()
+            if self.options.reconnect_delay:
+                self._task = asyncio.create_task(self._keep_connecting(0))
+            else:
+                self._task = asyncio.create_task(self._bring_up())
+                await self._task
+        except BaseException as error:
+            stopped = not self._started
+            await self.stop()
+            if stopped and isinstance(error, asyncio.CancelledError):
+                raise self._error(self._doing, "it was stopped meanwhile") from None
+            raise
+
+    async def stop(self) -> None:
+        self._started = False
+        task, self._task = self._task, None
+        if task is not None and not task.done():
+            task.cancel()
+            await asyncio.wait([task])
+        self._stop_accepting()
+        self._disconnect()
+        self._listener.close()
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
+
+    def peer_gone(self, reason: OSError | None = None) -> None:
+        if self._peer is None:
+            return
+        log.info("chardev %s: peer left%s", self.id, f": {reason.strerror}" if reason else "")
+        self._disconnect()
+        if not self._started:
+            return
+        if self.options.server:
+            self._accept_next()
+        elif self.options.reconnect_delay:
+            self._task = asyncio.create_task(self._keep_connecting(self.options.reconnect_delay))
+
+    @property
+    def _doing(self) -> str:
+        return f"{'listen on' if self.options.server else 'connect to'} {self._address}"
+
+    def _make_watch(self) -> HangupWatch:
+        try:
+            return HangupWatch(lambda fd: self.peer_gone())
+        except OSError as error:
+            raise self._error(self._doing, error) from error
+
+    async def _bring_up(self) -> None:
+        try:
+            if not self.options.server:
+                self._connected(await connect(self._address))
+                return
+            await self._listener.listen(self._address)
+        except OSError as error:
+            raise self._error(self._doing, error) from error
+        self._accept_next()
+        if self.options.waits:
+            log.info("chardev %s: waiting for a client at %s", self.id, self.description)
+            self._first_peer = asyncio.get_running_loop().create_future()
+            await self._first_peer
+
+    async def _keep_connecting(self, delay: float) -> None:
+        told = ""
+        while True:
+            await asyncio.sleep(delay)
+            try:
+                sock = await connect(self._address)
+            except OSError as error:
+                delay = self.options.reconnect_delay
+                message = str(self._error(self._doing, error))
+                if message != told:
+                    log.warning("%s; trying again every %g s", message, delay)
+                told = message
+            else:
+                self._connected(sock)
+                return
+
+    def _accept_next(self) -> None:
+        self._pause = None
+        loop = asyncio.get_running_loop()
+        for sock in self._listener.sockets:
+            loop.add_reader(sock.fileno(), self._accept, sock)
+
+    def _stop_accepting(self) -> None:
+        if self._pause is not None:
+            self._pause.cancel()
+            self._pause = None
+        loop = asyncio.get_running_loop()
+        for sock in self._listener.sockets:
+            loop.remove_reader(sock.fileno())
+
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            sock, _ = listener.accept()
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            return
+        except OSError as error:
+            log.warning("%s", self._error(f"accept a client at {self.description}", error))
+            self._stop_accepting()
+            loop = asyncio.get_running_loop()
+            self._pause = loop.call_later(ACCEPT_PAUSE_SECONDS, self._accept_next)
+            return
+        self._stop_accepting()
+        self._connected(sock)
+
+    def _connected(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        if self.options.nodelay:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        assert self._watch is not None  # there from start to stop
+        self._peer = sock
+        self._watch.watch(sock.fileno())
+        log.info("chardev %s: peer connected to %s", self.id, self.description)
+        self._open_end(DescriptorEnd(read_fd=sock.fileno(), write_fd=sock.fileno()))
+        if self._first_peer is not None and not self._first_peer.done():
+            self._first_peer.set_result(None)
+
+    def _disconnect(self) -> None:
+        peer, self._peer = self._peer, None
+        if peer is None:
+            return
+        assert self._watch is not None
+        try:
+            self._close_end()
+        finally:
+            self._watch.unwatch(peer.fileno())
+            peer.close()

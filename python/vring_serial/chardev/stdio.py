@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import atexit
+import errno
+import os
+import signal
+import stat
+import termios
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
+from vring_serial.chardev.hangup import HangupWatch
 from vring_serial.chardev.options import Options
+from vring_serial.chardev.streams import StreamChardev
+from vring_serial.chardev.terminal import set_raw, terminal_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,3 +28,133 @@ class StdioOptions(Options):
     """
 
     signal: bool = True
+
+
+class StdioChardev(StreamChardev):
+    """Descriptors 0 and 1 as the host end; a terminal among them is set raw until ``stop`` or exit.
+
+    What the process itself prints stays as it is: the end has descriptors of its own that are
+    non-blocking, wherever the system can make them. One chardev of a process may have the streams.
+    """
+
+    _holder: ClassVar[StdioChardev | None] = None
+
+    def __init__(self, id: str, options: StdioOptions | None = None) -> None:
+        super().__init__(id)
+        self.options = options or StdioOptions()
+        self._undo: list[Callable[[], None]] = []
+        self._watch: HangupWatch | None = None
+        self._size: tuple[int, int] | None = None
+
+    @property
+    def description(self) -> str:
+        return "stdio"
+
+    def _open_streams(self) -> None:
+        if StdioChardev._holder is not None:
+            raise self._error(
+                "use stdio", f"chardev {StdioChardev._holder.id} of this process has it"
+            )
+        StdioChardev._holder = self
+        try:
+            self._input = self._own(0, os.O_RDONLY)
+            self._output = self._own(1, os.O_WRONLY)
+            self._watch = HangupWatch(self._hung_up)
+            for fd in (self._input, self._output):
+                self._watch.watch(fd)
+            if os.isatty(self._input):
+                self._take_terminal(self._input)
+            if os.isatty(self._input) or os.isatty(self._output):
+                self._on_signal(signal.SIGWINCH, self._tell_size)
+        except (OSError, termios.error) as error:
+            why = error if isinstance(error, OSError) else str(error)
+            raise self._error("use stdio", why) from error
+
+    def _streams_closing(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
+        while self._undo:
+            self._undo.pop()()
+        self._size = None
+        if StdioChardev._holder is self:
+            StdioChardev._holder = None
+
+    def _open(self) -> None:
+        super()._open()
+        self._size = None
+        self._tell_size()
+
+    def _input_ended(self) -> None:
+        if self._watch is not None:
+            self._watch.unwatch(self._input)
+        super()._input_ended()
+
+    def _hung_up(self, fd: int) -> None:
+        if fd == self._input and not os.isatty(fd):
+            self.peer_gone()
+        else:
+            self.peer_gone(OSError(errno.EPIPE, os.strerror(errno.EPIPE)))
+
+    def _own(self, fd: int, access: int) -> int:
+        """A non-blocking descriptor for what ``fd`` is open on.
+
+        Non-blocking is a property of the open file, which other processes and our own standard
+        error may share, so the file is opened anew if it is of a kind that loses nothing by that.
+        """
+        mode = os.fstat(fd).st_mode
+        if stat.S_ISCHR(mode) or stat.S_ISFIFO(mode):
+            try:
+                return os.open(f"/proc/self/fd/{fd}", access | os.O_NONBLOCK | os.O_NOCTTY)
+            except OSError:
+                pass  # not ours to open, or nobody reads the pipe yet
+        if not stat.S_ISREG(mode) and os.get_blocking(fd):
+            os.set_blocking(fd, False)
+            self._undo.append(lambda: os.set_blocking(fd, True))
+        return os.dup(fd)
+
+    def _take_terminal(self, fd: int) -> None:
+        saved = termios.tcgetattr(fd)
+
+        def restore() -> None:
+            if _in_foreground(fd):
+                termios.tcsetattr(fd, termios.TCSANOW, saved)
+
+        def go_raw() -> None:
+            if _in_foreground(fd):
+                set_raw(fd, keep_output=True, keep_signals=self.options.signal)
+
+        self._undo.append(restore)
+        atexit.register(restore)
+        self._undo.append(lambda: atexit.unregister(restore))
+        go_raw()
+        # After Ctrl-Z the shell used the terminal in its own mode.
+        self._on_signal(signal.SIGCONT, go_raw)
+
+    def _on_signal(self, number: int, handler: Callable[[], None]) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            loop.add_signal_handler(number, handler)
+        except (ValueError, RuntimeError):
+            return  # not the main thread; it has no say in signals
+        self._undo.append(lambda: _remove_signal_handler(loop, number))
+
+    def _tell_size(self) -> None:
+        size = terminal_size(self._input) or terminal_size(self._output)
+        if self.end is not None and size is not None and size != self._size:
+            self._size = size
+            if self._user is not None:
+                self._user.end_resized(*size)
+
+
+def _in_foreground(fd: int) -> bool:
+    """Whether the terminal may be set without the system stopping the process for it."""
+    try:
+        return os.tcgetpgrp(fd) == os.getpgrp()
+    except OSError:  # not our controlling terminal, where that rule does not hold
+        return True
+
+
+def _remove_signal_handler(loop: asyncio.AbstractEventLoop, number: int) -> None:
+    if not loop.is_closed():
+        loop.remove_signal_handler(number)

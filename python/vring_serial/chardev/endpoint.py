@@ -1,0 +1,254 @@
+"""Addresses of sockets: listening and connecting, with errors that say what was wrong.
+
+Everything here raises OSError with a text fit for a user; the caller says for whom and what.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import socket
+import stat
+from dataclasses import dataclass
+from typing import Any
+
+BACKLOG = 8  # clients that wait while one is served
+MAX_UNIX_PATH = 107  # bytes: sun_path without its NUL
+RETRY_SECONDS = 0.05  # while a unix server's backlog is full
+PORT_ATTEMPTS = 8  # to find one port, chosen by the system, that is free on every address
+
+_NONBLOCKING = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
+
+
+@dataclass(frozen=True, slots=True)
+class UnixAddress:
+    """A path, or a name in the abstract namespace, filled up with NULs unless ``tight``."""
+
+    path: str
+    abstract: bool = False
+    tight: bool = True
+
+    def __str__(self) -> str:
+        return f"unix:{'@' if self.abstract else ''}{self.path}"
+
+    def encode(self) -> bytes:
+        """As bind and connect take it. Raises OSError if it is too long."""
+        name = os.fsencode(self.path)
+        if len(name) > MAX_UNIX_PATH:
+            raise OSError(
+                errno.ENAMETOOLONG,
+                f"the path has {len(name)} bytes, and a unix socket's has {MAX_UNIX_PATH} at most",
+            )
+        if not self.abstract:
+            return name
+        return b"\0" + (name if self.tight else name.ljust(MAX_UNIX_PATH, b"\0"))
+
+
+@dataclass(frozen=True, slots=True)
+class TcpAddress:
+    """Host ("" for any, or for this machine) and port; ``last_port`` is the last one to try."""
+
+    host: str
+    port: int
+    last_port: int
+    family: socket.AddressFamily = socket.AF_UNSPEC
+
+    def __str__(self) -> str:
+        return self.at(self.port)
+
+    def at(self, port: int) -> str:
+        """The address with another port in words."""
+        return f"tcp:{f'[{self.host}]' if ':' in self.host else self.host}:{port}"
+
+    async def resolve(self, *, passive: bool) -> list[tuple[int, tuple[Any, ...]]]:
+        """Families and socket addresses in order of preference, each once."""
+        loop = asyncio.get_running_loop()
+        flags = socket.AI_PASSIVE if passive else 0
+        try:
+            found = await loop.getaddrinfo(
+                self.host or None,
+                self.port,
+                family=self.family,
+                type=socket.SOCK_STREAM,
+                flags=flags,
+            )
+        except socket.gaierror as error:
+            why = f"{self.host} does not resolve: {error.strerror}"
+            raise OSError(errno.EADDRNOTAVAIL, why) from error
+        except UnicodeError as error:  # a label that no name can have
+            why = f"{self.host} does not resolve: {error}"
+            raise OSError(errno.EADDRNOTAVAIL, why) from error
+        return list(dict.fromkeys((info[0], info[4]) for info in found))
+
+
+Address = UnixAddress | TcpAddress
+
+
+class Listener:
+    """The listening sockets of one address; the path that it makes is its own to remove.
+
+    Attributes:
+        sockets: non-blocking and listening.
+        port: the TCP port in use; 0 for unix sockets.
+    """
+
+    def __init__(self) -> None:
+        self.sockets: list[socket.socket] = []
+        self.port = 0
+        self._path = ""
+        self._identity: tuple[int, int] | None = None
+
+    async def listen(self, address: Address) -> None:
+        """Bind and listen. On an error nothing is left open or behind."""
+        try:
+            if isinstance(address, UnixAddress):
+                self._listen_unix(address)
+            else:
+                self._listen_tcp(address, await address.resolve(passive=True))
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Stop listening and remove the path, unless another file is there by now."""
+        for sock in self.sockets:
+            sock.close()
+        self.sockets.clear()
+        self.port = 0
+        identity, self._identity = self._identity, None
+        if identity is not None:
+            with contextlib.suppress(OSError):
+                if _identity(self._path) == identity:
+                    os.unlink(self._path)
+
+    def _listen_unix(self, address: UnixAddress) -> None:
+        name = address.encode()
+        if not address.abstract:
+            _remove_stale(address.path)
+        sock = socket.socket(socket.AF_UNIX, _NONBLOCKING)
+        self.sockets.append(sock)
+        try:
+            sock.bind(name)
+        except FileNotFoundError:
+            directory = os.path.dirname(address.path)
+            raise OSError(errno.ENOENT, f"there is no directory {directory}") from None
+        if not address.abstract:
+            self._path = address.path
+            self._identity = _identity(address.path)
+        sock.listen(BACKLOG)
+
+    def _listen_tcp(self, address: TcpAddress, found: list[tuple[int, tuple[Any, ...]]]) -> None:
+        """Listen on all addresses of the host, at the first port that is free on every one."""
+        ports = list(range(address.port, address.last_port + 1))
+        if address.port == 0:
+            ports = [0] * PORT_ATTEMPTS
+        for remaining in reversed(range(len(ports))):
+            try:
+                self._listen_everywhere(found, ports[-1 - remaining])
+            except OSError as error:
+                self.close()
+                if error.errno != errno.EADDRINUSE or not remaining:
+                    raise
+            else:
+                return
+
+    def _listen_everywhere(self, found: list[tuple[int, tuple[Any, ...]]], port: int) -> None:
+        unusable: OSError | None = None
+        for family, (host, _, *rest) in found:
+            try:
+                sock = _listening(family, (host, self.port or port, *rest))
+            except OSError as error:
+                # A name may have addresses of a family that this machine does not have.
+                if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+                    raise
+                unusable = error
+                continue
+            self.sockets.append(sock)
+            self.port = sock.getsockname()[1]
+        if unusable is not None and not self.sockets:
+            raise unusable
+
+
+async def connect(address: Address) -> socket.socket:
+    """Connect; returns a non-blocking socket."""
+    if isinstance(address, UnixAddress):
+        return await _connect_unix(address)
+    failure: OSError | None = None
+    for family, where in await address.resolve(passive=False):
+        try:
+            return await _connect_tcp(family, where)
+        except OSError as error:
+            failure = error
+    raise failure or OSError(errno.EADDRNOTAVAIL, f"{address.host} has no address")
+
+
+async def _connect_unix(address: UnixAddress) -> socket.socket:
+    name = address.encode()
+    sock = socket.socket(socket.AF_UNIX, _NONBLOCKING)
+    try:
+        # A full backlog is "again" at once and not "in progress": others are waiting their turn.
+        while (error := sock.connect_ex(name)) == errno.EAGAIN:  # noqa: ASYNC110
+            await asyncio.sleep(RETRY_SECONDS)
+        if error:
+            raise OSError(error, os.strerror(error))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+async def _connect_tcp(family: int, where: tuple[Any, ...]) -> socket.socket:
+    sock = socket.socket(family, _NONBLOCKING)
+    try:
+        await asyncio.get_running_loop().sock_connect(sock, where)
+        # Trying a free port of one's own machine again and again meets oneself in the end.
+        if sock.getsockname() == sock.getpeername():
+            raise OSError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+    except BaseException as error:
+        sock.close()
+        if isinstance(error, OSError) and error.errno:
+            # asyncio's texts name the call; ours name the cause.
+            raise OSError(error.errno, os.strerror(error.errno)) from error
+        raise
+    return sock
+
+
+def _listening(family: int, where: tuple[Any, ...]) -> socket.socket:
+    sock = socket.socket(family, _NONBLOCKING)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(where)
+        sock.listen(BACKLOG)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _remove_stale(path: str) -> None:
+    """Remove a socket that a dead process left; raise OSError for anything else that is there."""
+    try:
+        mode = os.lstat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return  # bind says what is wrong with the directory
+    if not stat.S_ISSOCK(mode):
+        raise OSError(errno.EEXIST, "it exists and is not a socket")
+    # A datagram socket cannot connect to a stream server, so the question disturbs nobody: a server
+    # answers "wrong type", and only a path without one refuses.
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as probe:
+        answer = probe.connect_ex(os.fsencode(path))
+    if answer in (0, errno.EPROTOTYPE, errno.EAGAIN):
+        raise OSError(errno.EADDRINUSE, "another process is serving it")
+    if answer != errno.ECONNREFUSED:
+        raise OSError(answer, os.strerror(answer))
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def _identity(path: str) -> tuple[int, int]:
+    status = os.lstat(path)
+    return status.st_dev, status.st_ino

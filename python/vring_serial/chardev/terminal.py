@@ -1,0 +1,50 @@
+"""Terminals: their raw mode and their size."""
+
+from __future__ import annotations
+
+import os
+import termios
+
+TerminalAttributes = list[int | list[bytes | int]]
+
+
+def terminal_size(fd: int) -> tuple[int, int] | None:
+    """Columns and rows in characters; None if nobody has set them or this is no terminal."""
+    try:
+        cols, rows = os.get_terminal_size(fd)
+    except OSError:
+        return None
+    return (cols, rows) if cols and rows else None
+
+
+def set_raw(fd: int, *, keep_output: bool = False, keep_signals: bool = False) -> None:
+    """Let every byte through as it is, at once and without echo (cfmakeraw).
+
+    Args:
+        fd: either side of the terminal.
+        keep_output: leave output processing on, so that the process's own lines begin at the left.
+        keep_signals: Ctrl-C and its like go on sending signals.
+
+    Raises:
+        termios.error: not a terminal.
+    """
+    iflag, oflag, cflag, lflag, ispeed, ospeed, cc = termios.tcgetattr(fd)
+    iflag &= ~(
+        termios.IGNBRK
+        | termios.BRKINT
+        | termios.PARMRK
+        | termios.ISTRIP
+        | termios.INLCR
+        | termios.IGNCR
+        | termios.ICRNL
+        | termios.IXON
+    )
+    if not keep_output:
+        oflag &= ~termios.OPOST
+    cflag = cflag & ~(termios.CSIZE | termios.PARENB) | termios.CS8
+    lflag &= ~(termios.ECHO | termios.ECHONL | termios.ICANON | termios.IEXTEN)
+    if not keep_signals:
+        lflag &= ~termios.ISIG
+    cc[termios.VMIN] = 1
+    cc[termios.VTIME] = 0
+    termios.tcsetattr(fd, termios.TCSANOW, [iflag, oflag, cflag, lflag, ispeed, ospeed, cc])
