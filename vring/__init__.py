@@ -1,1 +1,54 @@
-"""Virtqueues over guest memory, both sides of them: see vring.SplitQueue and vring.GuestMemory."""
+"""Virtqueues over guest memory, both sides of them.
+
+The device's side is :class:`SplitQueue`, the driver's :class:`SplitDriver`; both work in a
+:class:`GuestMemory`. Rings and memory are the guest's and hostile: what it does wrong raises a
+:class:`~vring.errors.RingError`. Other Cython extensions ``cimport vring`` (see get_include).
+"""
+
+from __future__ import annotations
+
+import os
+
+try:
+    from vring._chains import Batch, Chain
+    from vring._core import SplitQueue, VirtQueue
+    from vring._driver import SplitDriver, need_event
+    from vring._memory import GuestMemory, Region
+except ModuleNotFoundError as _error:
+    if _error.name is None or not _error.name.startswith("vring._"):
+        raise
+    raise ImportError(
+        f"{_error.name} is not compiled: run `make build` in the source tree, or leave it"
+    ) from _error
+
+from vring.errors import (
+    AddressError,
+    LocalMisuseError,
+    MemoryMapError,
+    QueueFullError,
+    RingError,
+    VringError,
+)
+
+__all__ = [
+    "SplitQueue",
+    "VirtQueue",
+    "Batch",
+    "Chain",
+    "SplitDriver",
+    "GuestMemory",
+    "Region",
+    "need_event",
+    "get_include",
+    "VringError",
+    "LocalMisuseError",
+    "QueueFullError",
+    "MemoryMapError",
+    "AddressError",
+    "RingError",
+]
+
+
+def get_include() -> str:
+    """The directory to put into Cython's include_path for ``cimport vring``."""
+    return os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

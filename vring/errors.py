@@ -1,7 +1,7 @@
 """Everything `vring` raises: one class per cause.
 
-:class:`LocalMisuseError` is a bug of the calling program; :class:`RingError` is what the driver on the
-other side of the ring did. The two never share a handler: the first should be fixed, the second
+:class:`LocalMisuseError` is a bug of the calling program; :class:`RingError` is what the driver on
+the other side of the ring did. The two never share a handler: the first should be fixed, the second
 contained (the queue stops, the device asks for a reset, everything else goes on).
 """
 
@@ -59,7 +59,7 @@ class HeadError(RingError):
 
 
 class ChainError(RingError):
-    """A descriptor chain that loops, is too long, or names a descriptor outside its table (2.7.5)."""
+    """A chain that loops, is too long, or names a descriptor outside its table (2.7.5)."""
 
 
 class ChainOrderError(RingError):
@@ -76,3 +76,11 @@ class BufferAddressError(RingError):
 
 class DescriptorFlagsError(RingError):
     """Descriptor flags that the negotiated features do not allow."""
+
+
+class QueueFullError(LocalMisuseError):
+    """The driver's side was asked for more descriptors than are free."""
+
+
+class UsedRingError(RingError):
+    """The device broke the ring: it used a chain that is not in flight, or jumped (2.7.8)."""

@@ -1,0 +1,7 @@
+# The front door for other extensions: `cimport vring` or `from vring cimport VirtQueue, vr_chain`.
+
+from vring._chains cimport Batch, Chain, vr_chain
+from vring._core cimport SplitQueue, VirtQueue
+from vring._driver cimport SplitDriver
+from vring._memory cimport GuestMemory, Region, vr_map, vr_region, vr_translate
+from vring._wire cimport iovec

@@ -1,0 +1,494 @@
+"""Batches of descriptor chains, and single chains: tables of segments of guest memory."""
+
+from __future__ import annotations
+
+import numpy as np
+
+cimport cython
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc, PyMem_RawRealloc
+from cpython.memoryview cimport PyMemoryView_FromObject
+from cpython.ref cimport Py_REFCNT
+from libc.stddef cimport size_t
+
+from vring._wire cimport vr_copy
+from vring.errors import LocalMisuseError
+
+#: Copies of at least so many bytes release the GIL.
+cdef enum:
+    NOGIL_BYTES = 32768
+
+_CHAIN = np.dtype({
+    "names": ["head", "first_segment", "n_readable", "n_writable",
+              "readable_bytes", "writable_bytes"],
+    "formats": ["u2", "u4", "u4", "u4", "u4", "u4"],
+    "offsets": [0, 4, 8, 12, 16, 20],
+    "itemsize": sizeof(vr_chain),
+})
+_SEGMENT = np.dtype({
+    "names": ["address", "length"], "formats": ["u8", "u8"], "itemsize": sizeof(iovec)
+})
+
+
+cdef void copy_out(const iovec* segments, uint32_t n, uint8_t* to) noexcept nogil:
+    cdef uint32_t i
+    for i in range(n):
+        vr_copy(to, segments[i].iov_base, segments[i].iov_len)
+        to += segments[i].iov_len
+
+
+cdef uint64_t copy_in(
+    const iovec* segments, uint32_t n, uint64_t skip, const uint8_t* data, uint64_t length
+) noexcept nogil:
+    """Fills segments, from byte `skip` of them on, until data or room ends; bytes copied."""
+    cdef uint32_t i
+    cdef uint64_t done = 0, there
+    for i in range(n):
+        if skip >= segments[i].iov_len:
+            skip -= segments[i].iov_len
+            continue
+        if done == length:
+            break
+        there = min(segments[i].iov_len - skip, length - done)
+        vr_copy(<uint8_t*>segments[i].iov_base + skip, data + done, there)
+        done += there
+        skip = 0
+    return done
+
+
+@cython.final
+cdef class _Column:
+    """Read-only buffer over a table of a batch, which it keeps alive and out of reuse."""
+
+    cdef Batch batch
+    cdef void* start
+    cdef Py_ssize_t length
+
+    def __getbuffer__(self, Py_buffer* view, int flags):
+        PyBuffer_FillInfo(view, self, self.start, self.length, 1, flags)
+
+
+cdef object column(Batch batch, void* start, Py_ssize_t length, object dtype):
+    cdef _Column rows = _Column.__new__(_Column)
+    rows.batch = batch
+    rows.start = start
+    rows.length = length
+    return np.frombuffer(rows, dtype) if length else np.empty(0, dtype)
+
+
+@cython.final
+cdef class Batch:
+    """Chains that one pop took from a queue, as tables; made by ``pop_many``.
+
+    ``len(batch)`` and every array count the chains not completed yet. The arrays are read-only
+    views of the batch's tables: take them anew after a partial ``push_many``. Segments are
+    ranges of this process's memory that lie in guest memory; those of chain i are
+    ``first_segment[i]`` and the following, its device-readable ones first. A buffer that crosses a
+    region border is two segments; one of length zero is none.
+
+    The batch keeps the guest memory it was popped from alive until its chains are completed.
+    """
+
+    def __init__(self, *args, **kwargs):
+        raise TypeError("batches come from pop_many")
+
+    @staticmethod
+    cdef Batch make(uint32_t max_chains, uint32_t max_segments):
+        cdef Batch batch = Batch.__new__(Batch)
+        batch.chains = <vr_chain*>PyMem_RawMalloc(max_chains * sizeof(vr_chain))
+        batch.segments = <iovec*>PyMem_RawMalloc(max_segments * sizeof(iovec))
+        batch.written = <uint32_t*>PyMem_RawMalloc(max_chains * sizeof(uint32_t))
+        if batch.chains == NULL or batch.segments == NULL or batch.written == NULL:
+            raise MemoryError
+        batch.max_chains = max_chains
+        batch.max_segments = max_segments
+        return batch
+
+    def __dealloc__(self):
+        PyMem_RawFree(self.chains)
+        PyMem_RawFree(self.segments)
+        PyMem_RawFree(self.written)
+
+    cdef int grow(self) except -1:
+        """Doubles the segment table, for a single chain that crosses very many region borders."""
+        cdef iovec* segments = <iovec*>PyMem_RawRealloc(
+            self.segments, 2 * <size_t>self.max_segments * sizeof(iovec)
+        )
+        if segments == NULL:
+            raise MemoryError
+        self.segments = segments
+        self.max_segments *= 2
+        return 0
+
+    cdef int take_written(self, object written, uint32_t n) except -1:
+        """Sets self.written[:n] from None, one number, or n of them; checks them against room."""
+        cdef uint32_t i
+        cdef const vr_chain* chains = self.chains + self.start
+        cdef Py_buffer held
+        cdef uint32_t same
+        if written is None:
+            for i in range(n):
+                self.written[i] = 0
+            return 0
+        if isinstance(written, int):
+            same = _checked_length(written)
+            for i in range(n):
+                self.written[i] = same
+        elif isinstance(written, np.ndarray) and written.dtype == np.uint32 and (
+            written.ndim == 1 and written.flags.c_contiguous
+        ):
+            PyObject_GetBuffer(written, &held, PyBUF_SIMPLE)
+            try:
+                _check_count(held.len // 4, n)
+                vr_copy(self.written, held.buf, n * sizeof(uint32_t))
+            finally:
+                PyBuffer_Release(&held)
+        else:
+            _check_count(len(written), n)
+            for i in range(n):
+                self.written[i] = _checked_length(written[i])
+        for i in range(n):
+            if self.written[i] > chains[i].writable_bytes:
+                raise LocalMisuseError(
+                    f"chain {i}: {self.written[i]} bytes written, "
+                    f"but it has room for {chains[i].writable_bytes}"
+                )
+        return 0
+
+    cdef int withdraw_views(self, uint32_t end) except -1:
+        """Releases the memoryviews of chains before row `end`."""
+        cdef Chain chain
+        if self.viewed is None:
+            return 0
+        for chain in self.viewed:
+            if chain.index < end:
+                chain.withdraw()
+        self.viewed = [chain for chain in self.viewed if chain.index >= end] or None
+        return 0
+
+    cdef int finish(self, uint32_t n) except -1:
+        """The first n chains are no longer ours; the last one takes the memory along."""
+        self.start += n
+        if self.start == self.count:
+            self.owner = None
+            self.memory = None
+        return 0
+
+    def __len__(self):
+        return self.count - self.start
+
+    def __getitem__(self, Py_ssize_t i):
+        if i < 0:
+            i += self.count - self.start
+        if not 0 <= i < self.count - self.start:
+            raise IndexError("chain index out of range")
+        return new_chain(self, self.start + <uint32_t>i)
+
+    def __iter__(self):
+        cdef _Chains chains = _Chains.__new__(_Chains)
+        chains.batch = self
+        chains.at = self.start
+        return chains
+
+    cdef object chain_column(self, str name):
+        return column(
+            self, self.chains + self.start, (self.count - self.start) * sizeof(vr_chain), _CHAIN
+        )[name]
+
+    cdef object segment_column(self, str name):
+        cdef uint32_t end = 0
+        cdef const vr_chain* last
+        if self.count > self.start:
+            last = &self.chains[self.count - 1]
+            end = last.first_segment + last.n_readable + last.n_writable
+        return column(self, self.segments, end * sizeof(iovec), _SEGMENT)[name]
+
+    @property
+    def heads(self):
+        """uint16 per chain: head descriptor index (split) or buffer id (packed)."""
+        return self.chain_column("head")
+
+    @property
+    def first_segment(self):
+        """uint32 per chain: where its segments start in `addresses` and `lengths`."""
+        return self.chain_column("first_segment")
+
+    @property
+    def n_readable(self):
+        """uint32 per chain: number of its device-readable segments."""
+        return self.chain_column("n_readable")
+
+    @property
+    def n_writable(self):
+        """uint32 per chain: number of its device-writable segments, which follow."""
+        return self.chain_column("n_writable")
+
+    @property
+    def readable_bytes(self):
+        """uint32 per chain: bytes of its device-readable part."""
+        return self.chain_column("readable_bytes")
+
+    @property
+    def writable_bytes(self):
+        """uint32 per chain: bytes of its device-writable part."""
+        return self.chain_column("writable_bytes")
+
+    @property
+    def addresses(self):
+        """uint64 per segment: its address in this process."""
+        return self.segment_column("address")
+
+    @property
+    def lengths(self):
+        """uint64 per segment: its length in bytes."""
+        return self.segment_column("length")
+
+    cdef uint64_t readable_total(self) noexcept nogil:
+        cdef uint32_t i
+        cdef uint64_t total = 0
+        for i in range(self.start, self.count):
+            total += self.chains[i].readable_bytes
+        return total
+
+    cdef void gather_to(self, uint8_t* to) noexcept nogil:
+        cdef uint32_t i
+        for i in range(self.start, self.count):
+            copy_out(self.segments + self.chains[i].first_segment, self.chains[i].n_readable, to)
+            to += self.chains[i].readable_bytes
+
+    def gather(self):
+        """All device-readable bytes of all chains, joined, as a copy."""
+        cdef uint64_t total = self.readable_total()
+        out = PyBytes_FromStringAndSize(NULL, total)
+        cdef uint8_t* to = <uint8_t*>PyBytes_AS_STRING(out)
+        if total >= NOGIL_BYTES:
+            with nogil:
+                self.gather_to(to)
+        else:
+            self.gather_to(to)
+        return out
+
+    def gather_into(self, buffer):
+        """Like gather, but copies to the start of a writable buffer; the number of bytes.
+
+        Raises:
+            LocalMisuseError: the buffer is smaller than the bytes of the batch.
+        """
+        cdef uint64_t total = self.readable_total()
+        cdef Py_buffer held
+        PyObject_GetBuffer(buffer, &held, PyBUF_SIMPLE | 1)
+        try:
+            if <uint64_t>held.len < total:
+                raise LocalMisuseError(f"the batch has {total} bytes, the buffer {held.len}")
+            with nogil:
+                self.gather_to(<uint8_t*>held.buf)
+        finally:
+            PyBuffer_Release(&held)
+        return total
+
+    def gather_chain(self, Py_ssize_t i):
+        """The device-readable bytes of one chain, as a copy."""
+        return self[i].read()
+
+    def scatter(self, data):
+        """Copies data into the device-writable parts, chain by chain, until data or room ends.
+
+        Returns:
+            How many chains got data, and the bytes written into each (uint32 array), as push_many
+            takes them: ``queue.push_many(batch, written, used)``. Nothing is completed here.
+        """
+        cdef Py_buffer held
+        cdef uint32_t i = self.start
+        cdef uint64_t done = 0
+        cdef const vr_chain* chain
+        PyObject_GetBuffer(data, &held, PyBUF_SIMPLE)
+        try:
+            with nogil:
+                while i < self.count and done < <uint64_t>held.len:
+                    chain = &self.chains[i]
+                    self.written[i - self.start] = copy_in(
+                        self.segments + chain.first_segment + chain.n_readable, chain.n_writable,
+                        0, <uint8_t*>held.buf + done, held.len - done
+                    )
+                    done += self.written[i - self.start]
+                    i += 1
+        finally:
+            PyBuffer_Release(&held)
+        i -= self.start
+        out = np.empty(i, np.uint32)
+        cdef uint32_t[::1] rows = out
+        cdef uint32_t k
+        for k in range(i):
+            rows[k] = self.written[k]
+        return i, out
+
+
+cdef uint32_t _checked_length(object value) except? 0:
+    if not 0 <= value <= 0xFFFFFFFF:
+        raise LocalMisuseError(f"{value} bytes written: not a used length (0 to 2**32 - 1)")
+    return value
+
+
+cdef int _check_count(Py_ssize_t given, uint32_t wanted) except -1:
+    if given != wanted:
+        raise LocalMisuseError(f"{given} written lengths for {wanted} chains")
+    return 0
+
+
+cdef Chain new_chain(Batch batch, uint32_t index):
+    cdef Chain chain = Chain.__new__(Chain)
+    chain.batch = batch
+    chain.index = index
+    return chain
+
+
+@cython.final
+cdef class _Chains:
+    """Iterator over a batch. The Chain object is used again where nothing else refers to it."""
+
+    cdef Batch batch
+    cdef uint32_t at
+    cdef Chain last
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.at >= self.batch.count:
+            raise StopIteration
+        if self.last is None or Py_REFCNT(self.last) != 1:
+            self.last = new_chain(self.batch, self.at)
+        else:
+            self.last.index = self.at
+            self.last.written = 0
+            self.last._readable = self.last._writable = None
+        self.at += 1
+        return self.last
+
+
+@cython.final
+cdef class Chain:
+    """One descriptor chain in flight: device-readable buffers, then device-writable ones.
+
+    Valid until it is completed (``queue.push``); afterwards every use raises LocalMisuseError, and
+    memoryviews it gave out are released. The memory behind them is kept alive meanwhile.
+    """
+
+    def __init__(self, *args, **kwargs):
+        raise TypeError("chains come from pop")
+
+    cdef vr_chain* row(self) except NULL:
+        if self.batch.owner is None or self.index < self.batch.start:
+            raise LocalMisuseError("the chain has been completed or given back")
+        return &self.batch.chains[self.index]
+
+    def __getbuffer__(self, Py_buffer* view, int flags):
+        if self.exported.iov_base == NULL:
+            raise BufferError("take the buffers of a chain from its readable or writable")
+        PyBuffer_FillInfo(
+            view, self, self.exported.iov_base, self.exported.iov_len,
+            not self.export_writable, flags
+        )
+        self.exports += 1
+
+    def __releasebuffer__(self, Py_buffer* view):
+        self.exports -= 1
+
+    cdef tuple views(self, uint32_t first, uint32_t n, bint writable):
+        cdef uint32_t i
+        cdef list out = []
+        if self.batch.viewed is None:
+            self.batch.viewed = []
+        if self._readable is None and self._writable is None:
+            self.batch.viewed.append(self)
+        self.export_writable = writable
+        try:
+            for i in range(first, first + n):
+                self.exported = self.batch.segments[i]
+                out.append(PyMemoryView_FromObject(self))
+        finally:
+            self.exported.iov_base = NULL
+        return tuple(out)
+
+    cdef int withdraw(self) except -1:
+        """Releases the memoryviews; refuses while something else still points into them."""
+        try:
+            for view in self._readable or ():
+                view.release()
+            for view in self._writable or ():
+                view.release()
+        except BufferError:
+            pass
+        if self.exports:
+            raise LocalMisuseError(
+                "a slice or array made from a memoryview of the chain is still in use: "
+                "release it before the chain is completed"
+            )
+        self._readable = self._writable = None
+        return 0
+
+    @property
+    def head(self):
+        """Head descriptor index (split) or buffer id (packed)."""
+        return self.row().head
+
+    @property
+    def readable_bytes(self):
+        """Bytes of the device-readable part."""
+        return self.row().readable_bytes
+
+    @property
+    def writable_bytes(self):
+        """Bytes of the device-writable part."""
+        return self.row().writable_bytes
+
+    @property
+    def readable(self):
+        """Read-only memoryviews of the device-readable buffers, released at completion."""
+        cdef vr_chain* row = self.row()
+        if self._readable is None:
+            self._readable = self.views(row.first_segment, row.n_readable, False)
+        return self._readable
+
+    @property
+    def writable(self):
+        """Memoryviews of the device-writable buffers, released at completion.
+
+        What is written through them counts only if its length is passed to ``push``.
+        """
+        cdef vr_chain* row = self.row()
+        if self._writable is None:
+            self._writable = self.views(
+                row.first_segment + row.n_readable, row.n_writable, True
+            )
+        return self._writable
+
+    def read(self):
+        """A copy of all device-readable bytes."""
+        cdef vr_chain* row = self.row()
+        out = PyBytes_FromStringAndSize(NULL, row.readable_bytes)
+        copy_out(
+            self.batch.segments + row.first_segment, row.n_readable,
+            <uint8_t*>PyBytes_AS_STRING(out)
+        )
+        return out
+
+    def write(self, data):
+        """Copies data into the device-writable part, after what earlier calls wrote there.
+
+        Returns the number of bytes that fitted; ``chain.written`` is the sum of all calls.
+        """
+        cdef vr_chain* row = self.row()
+        cdef Py_buffer held
+        cdef uint64_t done
+        PyObject_GetBuffer(data, &held, PyBUF_SIMPLE)
+        try:
+            done = copy_in(
+                self.batch.segments + row.first_segment + row.n_readable, row.n_writable,
+                self.written, <uint8_t*>held.buf, held.len
+            )
+        finally:
+            PyBuffer_Release(&held)
+        self.written += <uint32_t>done
+        return done

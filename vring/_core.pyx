@@ -1,0 +1,623 @@
+"""The device's side of virtqueues in hostile guest memory (virtio 1.3, 2.7)."""
+
+from __future__ import annotations
+
+cimport cython
+from cpython.object cimport PyObject
+
+from vring._chains cimport (
+    FAULT_ADDRESS, FAULT_AVAIL_INDEX, FAULT_FULL, FAULT_HEAD, FAULT_INDIRECT_ADDRESS,
+    FAULT_INDIRECT_FEATURE, FAULT_INDIRECT_NESTED, FAULT_INDIRECT_NEXT, FAULT_INDIRECT_SIZE,
+    FAULT_NEXT, FAULT_NONE, FAULT_ORDER, FAULT_TOO_LONG, FAULT_TOO_MANY_BYTES,
+    FAULT_TOO_MANY_SEGMENTS, vr_add_buffer
+)
+from vring._memory cimport vr_find, vr_region, vr_translate
+from vring._wire cimport (
+    AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, DESC_SIZE, QUEUE_SIZE_MAX,
+    USED_F_NO_NOTIFY, vr_fence, vr_load16, vr_load16_acquire, vr_need_event, vr_read_desc,
+    vr_store16, vr_store16_release, vr_write_used
+)
+from vring.errors import (
+    AddressError, AvailableIndexError, BufferAddressError, ChainError, ChainOrderError,
+    DescriptorFlagsError, HeadError, IndirectError, LocalMisuseError
+)
+
+cdef extern from "Python.h":
+    Py_ssize_t Py_REFCNT(PyObject* o)
+
+cdef enum:
+    # Segments of a batch: enough for most queues, and small enough to stay in the first cache.
+    BATCH_SEGMENTS = 1024
+    CHAIN_SEGMENTS = 16
+
+_FAULTS = {
+    FAULT_AVAIL_INDEX: (AvailableIndexError, "the available index moved further than the queue"),
+    FAULT_HEAD: (HeadError, "the available ring names a head outside the descriptor table"),
+    FAULT_NEXT: (ChainError, "next names a descriptor outside its table"),
+    FAULT_TOO_LONG: (ChainError, "the chain loops or has more descriptors than the queue"),
+    FAULT_TOO_MANY_BYTES: (ChainError, "the chain has more than 2**32 - 1 bytes"),
+    FAULT_TOO_MANY_SEGMENTS: (ChainError, "the chain has more segments than the device takes"),
+    FAULT_ORDER: (ChainOrderError, "a device-readable descriptor after a device-writable one"),
+    FAULT_INDIRECT_FEATURE: (DescriptorFlagsError, "INDIRECT, but the feature is not negotiated"),
+    FAULT_INDIRECT_NESTED: (IndirectError, "INDIRECT inside an indirect table"),
+    FAULT_INDIRECT_NEXT: (IndirectError, "INDIRECT and NEXT in one descriptor"),
+    FAULT_INDIRECT_SIZE: (IndirectError, "the length of an indirect table is 0 or not 16 * n"),
+    FAULT_INDIRECT_ADDRESS: (IndirectError, "an indirect table outside guest memory"),
+    FAULT_ADDRESS: (BufferAddressError, "a buffer outside guest memory"),
+}
+
+
+cdef bint read_scattered(
+    const vr_map* memory, uint64_t address, vr_desc* desc
+) noexcept nogil:
+    """One descriptor of an indirect table that crosses region borders, byte by byte, once each."""
+    cdef uint8_t[DESC_SIZE] local
+    cdef const vr_region* region
+    cdef int i
+    for i in range(DESC_SIZE):
+        region = vr_find(memory, address + i)
+        if region == NULL or address + i < address:
+            return False
+        local[i] = (<volatile uint8_t*>region.host)[address + i - region.guest]
+    desc[0] = vr_read_desc(local)
+    return True
+
+
+cdef class VirtQueue:
+    """What the layouts of rings have in common. Made as SplitQueue (or another subclass).
+
+    One thread at a time may use a queue; objects it gave out count as using it.
+    """
+
+    def __init__(self, *args, **kwargs):
+        if type(self) is VirtQueue:
+            raise TypeError("VirtQueue is abstract: make a SplitQueue")
+
+    # --- what a layout implements
+
+    cdef int pop_within(
+        self, vr_chain* chains, uint32_t max_chains, iovec* segments, uint32_t max_segments,
+        uint64_t max_bytes
+    ) noexcept nogil:
+        return 0
+
+    cdef bint push_c(
+        self, const vr_chain* chains, const uint32_t* written, uint32_t n
+    ) noexcept nogil:
+        return False
+
+    cdef void unpop_c(self, uint32_t n) noexcept nogil:
+        pass
+
+    cdef bint enable_notifications_c(self) noexcept nogil:
+        return False
+
+    cdef void disable_notifications_c(self) noexcept nogil:
+        pass
+
+    cdef uint32_t available_c(self) noexcept nogil:
+        return 0
+
+    cdef int locate_rings(self, GuestMemory memory) except -1:
+        return 0
+
+    @property
+    def avail_index(self):
+        """The next available index to pop."""
+        raise NotImplementedError
+
+    @property
+    def used_index(self):
+        """The next used index to publish."""
+        raise NotImplementedError
+
+    # --- common to all
+
+    cdef int pop_c(
+        self, vr_chain* chains, uint32_t max_chains, iovec* segments, uint32_t max_segments
+    ) noexcept nogil:
+        cdef int n = self.pop_within(
+            chains, max_chains, segments, max_segments, <uint64_t>-1
+        )
+        if n == VR_TOO_SMALL:
+            return self.fail(FAULT_TOO_MANY_SEGMENTS, self.popped & 0xFFFF, 0, 0)
+        return n
+
+    cdef int fail(
+        self, int code, uint32_t index, uint64_t address, uint64_t length
+    ) noexcept nogil:
+        self.fault.code = code
+        self.fault.index = index
+        self.fault.address = address
+        self.fault.length = length
+        return VR_BROKEN
+
+    cdef object make_fault(self):
+        kind, cause = _FAULTS[self.fault.code]
+        if self.fault.length:
+            cause = f"{cause}: {self.fault.address:#x}, {self.fault.length:#x} bytes"
+        return kind(self.name, self.fault.index, cause)
+
+    cdef int raise_broken(self) except -1:
+        raise self.make_fault()
+
+    cdef Batch take_batch(self):
+        """A batch that nobody refers to any more, or a new one."""
+        cdef Batch batch = self._older_batch
+        self._older_batch = self._spare_batch
+        # referred to by `batch` alone
+        if batch is None or Py_REFCNT(<PyObject*>batch) != 1:
+            batch = Batch.make(self.size, max(self.size, <uint32_t>BATCH_SEGMENTS))
+        self._spare_batch = batch
+        batch.viewed = None
+        return batch
+
+    cdef Chain take_chain(self):
+        cdef Chain chain = self._older_chain
+        self._older_chain = self._spare_chain
+        if chain is None or Py_REFCNT(<PyObject*>chain) != 1 or (
+            Py_REFCNT(<PyObject*>chain.batch) != 1
+        ):
+            chain = Chain.__new__(Chain)
+            chain.batch = Batch.make(1, CHAIN_SEGMENTS)
+        self._spare_chain = chain
+        chain.written = 0
+        chain._readable = chain._writable = None
+        chain.batch.viewed = None
+        return chain
+
+    cdef int fill(self, Batch batch, uint32_t limit, uint64_t max_bytes) except -1:
+        """Pops into a batch; the number of chains."""
+        cdef int n
+        while True:
+            n = self.pop_within(
+                batch.chains, limit, batch.segments, batch.max_segments, max_bytes
+            )
+            if n != VR_TOO_SMALL:
+                break
+            batch.grow()
+        if n < 0:
+            self.raise_broken()
+        batch.start = 0
+        batch.count = n
+        batch.first = self.popped - n
+        batch.owner = self if n else None
+        batch.memory = self._memory if n else None
+        return n
+
+    def pop_many(self, Py_ssize_t limit=0, Py_ssize_t max_bytes=0):
+        """Takes chains that the driver made available, in its order.
+
+        Args:
+            limit: at most so many chains; 0: as many as there are. The batch also ends where its
+                segment table (of 1024 segments, or the queue's size) is full, so there may be more.
+            max_bytes: end before the chains hold more bytes (readable and writable) than this; the
+                first chain is taken whatever it holds. 0: no such end.
+
+        Returns:
+            The batch; empty (and false) if nothing is available.
+
+        Raises:
+            RingError: the driver broke the ring. The chains before the broken one are delivered
+                first; later calls raise again.
+        """
+        if limit < 0 or max_bytes < 0:
+            raise LocalMisuseError(f"limit {limit}, max_bytes {max_bytes}: below 0")
+        cdef Batch batch = self.take_batch()
+        cdef uint32_t most = self.size if limit == 0 or limit > self.size else <uint32_t>limit
+        self.fill(batch, most, <uint64_t>max_bytes if max_bytes else <uint64_t>-1)
+        return batch
+
+    def push_many(self, Batch batch not None, written=None, count=None):
+        """Completes a batch, or its first `count` chains, and publishes them at once.
+
+        Args:
+            batch: from this queue's pop_many. It keeps the chains that are not completed.
+            written: bytes stored from the start of each device-writable part: one number per
+                chain completed (fastest as an uint32 array), or one for all, or None for none.
+            count: how many; default all.
+
+        Returns:
+            Whether the driver wants a notification now.
+
+        Raises:
+            LocalMisuseError: the batch is completed or another queue's; more written than there is
+                room; memoryviews of its chains are in use; not the oldest chains, with IN_ORDER.
+        """
+        self.check_mine(batch)
+        cdef uint32_t n = batch.count - batch.start
+        if count is not None:
+            if not 0 <= count <= n:
+                raise LocalMisuseError(f"{count} chains to complete, the batch has {n}")
+            n = count
+        if n == 0:
+            return False
+        self.check_order(batch.first + batch.start)
+        batch.take_written(written, n)
+        batch.withdraw_views(batch.start + n)
+        cdef bint notify = self.push_c(batch.chains + batch.start, batch.written, n)
+        batch.finish(n)
+        return notify
+
+    def unpop(self, Batch batch not None):
+        """Gives back what is not completed of the most recent batch: it will be popped again.
+
+        Raises:
+            LocalMisuseError: not the most recent batch of this queue, or views of it are in use.
+        """
+        self.check_mine(batch)
+        if batch.first + batch.count != self.popped:
+            raise LocalMisuseError(f"{self.name}: chains were popped after this batch")
+        batch.withdraw_views(batch.count)
+        self.unpop_c(batch.count - batch.start)
+        batch.count = batch.start
+        batch.finish(0)
+
+    cdef int check_mine(self, Batch batch) except -1:
+        if batch.owner is not self:
+            if batch.owner is None and batch.count == batch.start:
+                if batch.count == 0:
+                    return 0
+                raise LocalMisuseError(f"{self.name}: the chains are completed or given back")
+            raise LocalMisuseError(f"{self.name}: the chains are another queue's, or reset")
+        return 0
+
+    cdef int check_order(self, uint64_t first) except -1:
+        if self.in_order and first != self.pushed:
+            raise LocalMisuseError(f"{self.name}: IN_ORDER, but older chains are not completed")
+        return 0
+
+    cdef Chain pop_one(self):
+        cdef Chain chain = self.take_chain()
+        if self.fill(chain.batch, 1, <uint64_t>-1) == 0:
+            return None
+        return chain
+
+    cdef bint push_one(self, Chain chain, object written) except -1:
+        cdef Batch batch = chain.batch
+        cdef uint32_t length
+        if batch.owner is not self or chain.index != batch.start:
+            self.check_mine(batch)
+            chain.row()
+            raise LocalMisuseError(f"{self.name}: complete the earlier chains of its batch first")
+        if written is None:
+            length = chain.written
+        elif 0 <= written <= batch.chains[chain.index].writable_bytes:
+            length = written
+        else:
+            raise LocalMisuseError(
+                f"{written} bytes written, "
+                f"but the chain has room for {batch.chains[chain.index].writable_bytes}"
+            )
+        self.check_order(batch.first + batch.start)
+        batch.withdraw_views(chain.index + 1)
+        cdef bint notify = self.push_c(&batch.chains[chain.index], &length, 1)
+        batch.finish(1)
+        return notify
+
+    def pop(self):
+        """The next chain the driver made available, or None. Raises RingError."""
+        return self.pop_one()
+
+    def push(self, Chain chain not None, written=None):
+        """Completes a chain; whether the driver wants a notification.
+
+        Args:
+            chain: from pop, or the first not completed one of a batch.
+            written: bytes stored from the start of its device-writable part; default: what
+                ``chain.write`` stored.
+
+        Raises:
+            LocalMisuseError: as push_many.
+        """
+        return self.push_one(chain, written)
+
+    def __iter__(self):
+        """Pops until nothing is available, completing each chain when the next is asked for.
+
+        A chain is completed with the bytes ``chain.write`` stored, unless the loop's body completed
+        it itself. One that the loop was left with (break, an exception) stays in flight. Whether
+        the driver wants a notification is gathered for take_notification.
+        """
+        cdef _QueueIterator iterator = _QueueIterator.__new__(_QueueIterator)
+        iterator.queue = self
+        return iterator
+
+    def take_notification(self):
+        """Whether chains completed by iteration make the driver want a notification; clears it."""
+        cdef bint due = self.notification_due
+        self.notification_due = False
+        return due
+
+    def enable_notifications(self):
+        """Asks the driver to kick at the next chain (2.7.10).
+
+        Returns:
+            True if chains are available already: no kick may come for those, so go on popping.
+        """
+        return self.enable_notifications_c()
+
+    def disable_notifications(self):
+        """Tells the driver that kicks are not needed; it may still send some."""
+        self.disable_notifications_c()
+
+    def available(self):
+        """How many chains can be popped now (packed: 1 stands for at least one)."""
+        return self.available_c()
+
+    @property
+    def in_flight(self):
+        """Chains popped and neither completed nor given back."""
+        return self.popped - self.pushed
+
+    @property
+    def broken(self):
+        """The RingError of a ring that the driver broke, else None."""
+        return None if self.fault.code == FAULT_NONE else self.make_fault()
+
+    @property
+    def memory(self):
+        """The guest memory the queue works in. Setting it moves the queue to a new region table;
+        chains in flight keep the old one. Not while another thread uses the queue.
+
+        Raises:
+            AddressError: on setting, when a ring is not in the new memory.
+        """
+        return self._memory
+
+    @memory.setter
+    def memory(self, GuestMemory memory not None):
+        self.locate_rings(memory)
+        self._memory = memory
+        self.map = memory.map
+
+
+@cython.final
+cdef class _QueueIterator:
+    """Iterator over a queue: completes the chain before when the next is asked for."""
+
+    cdef VirtQueue queue
+    cdef Chain last
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        cdef Chain chain = self.last
+        if chain is not None:
+            self.last = None
+            if chain.batch.owner is self.queue:
+                self.queue.notification_due |= self.queue.push_one(chain, None)
+            chain = None
+        chain = self.queue.pop_one()
+        if chain is None:
+            raise StopIteration
+        self.last = chain
+        return chain
+
+
+cdef uint8_t* ring(
+    GuestMemory memory, uint64_t address, uint64_t length, uint64_t align, str what
+) except NULL:
+    """Where a part of the ring lies in this process. Raises AddressError, naming the part."""
+    if address % align:
+        raise AddressError(address, length, f"{what} is not aligned to {align} bytes")
+    try:
+        host = memory.locate(address, length)
+    except AddressError as error:
+        raise AddressError(address, length, f"{what} is not in one region of memory") from error
+    if <size_t>host % align:
+        raise AddressError(address, length, f"{what}: its region's buffer is not aligned")
+    return host
+
+
+@cython.final
+cdef class SplitQueue(VirtQueue):
+    """The device's side of a split virtqueue (virtio 1.3, 2.7).
+
+    Args:
+        memory: the guest's memory; the queue keeps it alive.
+        size: number of descriptors: a power of two, 1 to 32768.
+        desc, avail, used: guest addresses of descriptor table, available and used ring.
+        event_idx, indirect, in_order: the negotiated features of these names.
+        index: available and used index to start from (GET/SET_VRING_BASE).
+        name: what errors call the queue.
+
+    Raises:
+        AddressError: a ring is misaligned or not in one region of memory.
+        LocalMisuseError: an impossible size or index.
+    """
+
+    def __cinit__(
+        self, GuestMemory memory not None, size, desc, avail, used, *, event_idx=False,
+        indirect=False, in_order=False, index=0, name="queue"
+    ):
+        if not 1 <= size <= QUEUE_SIZE_MAX or size & (size - 1):
+            raise LocalMisuseError(f"{name}: size {size} is not a power of two from 1 to 32768")
+        if not 0 <= index <= 0xFFFF:
+            raise LocalMisuseError(f"{name}: index {index} is not of 16 bits")
+        self.name = name
+        self.size = size
+        self.event_idx = event_idx
+        self.indirect = indirect
+        self.in_order = in_order
+        self.next_avail = self.next_used = index
+        self._rings = (desc, avail, used)
+        self.memory = memory
+
+    def __init__(
+        self, memory, size, desc, avail, used, *, event_idx=False, indirect=False, in_order=False,
+        index=0, name="queue"
+    ):
+        pass
+
+    cdef int locate_rings(self, GuestMemory memory) except -1:
+        desc_at, avail_at, used_at = self._rings
+        # The event indices at the ends exist only with EVENT_IDX.
+        cdef uint64_t event = 2 if self.event_idx else 0
+        cdef uint8_t* desc = ring(memory, desc_at, self.size * DESC_SIZE, 16, "descriptor table")
+        cdef uint8_t* avail = ring(memory, avail_at, 4 + self.size * 2 + event, 2, "available ring")
+        self.used = ring(memory, used_at, 4 + self.size * 8 + event, 4, "used ring")
+        self.desc = desc
+        self.avail = avail
+        return 0
+
+    @property
+    def avail_index(self):
+        """The next available index to pop (0 to 65535)."""
+        return self.next_avail
+
+    @property
+    def used_index(self):
+        """The next used index to publish (0 to 65535)."""
+        return self.next_used
+
+    cdef int walk(
+        self, vr_desc desc, uint32_t head, vr_chain* chain, vr_walk* walk
+    ) noexcept nogil:
+        """Takes the chain that starts with `desc` into the table; 0, VR_BROKEN or VR_TOO_SMALL."""
+        cdef const uint8_t* table = self.desc       # NULL: an indirect table in several regions
+        cdef uint64_t table_at = 0
+        cdef uint32_t entries = self.size, left = self.size, at = head
+        cdef bint inside = False
+        cdef int code
+        while True:
+            if desc.flags & DESC_F_INDIRECT:
+                if inside:
+                    return self.fail(FAULT_INDIRECT_NESTED, at, 0, 0)
+                if not self.indirect:
+                    return self.fail(FAULT_INDIRECT_FEATURE, at, 0, 0)
+                if desc.flags & DESC_F_NEXT:
+                    return self.fail(FAULT_INDIRECT_NEXT, at, 0, 0)
+                if desc.len == 0 or desc.len % DESC_SIZE:
+                    return self.fail(FAULT_INDIRECT_SIZE, at, desc.addr, desc.len)
+                inside = True
+                entries = desc.len // DESC_SIZE
+                table_at = desc.addr
+                table = vr_translate(walk.memory, &walk.last, desc.addr, desc.len)
+                at = 0
+            else:
+                if left == 0:
+                    return self.fail(FAULT_TOO_LONG, head, 0, 0)
+                left -= 1
+                code = vr_add_buffer(
+                    walk, chain, desc.addr, desc.len, desc.flags & DESC_F_WRITE
+                )
+                if code == FAULT_FULL:
+                    return VR_TOO_SMALL
+                if code:
+                    return self.fail(code, at, desc.addr, desc.len)
+                if not desc.flags & DESC_F_NEXT:
+                    break
+                if desc.next >= entries:
+                    return self.fail(FAULT_NEXT, at, 0, 0)
+                at = desc.next
+            if table != NULL:
+                desc = vr_read_desc(table + at * DESC_SIZE)
+            elif not read_scattered(walk.memory, table_at + at * DESC_SIZE, &desc):
+                return self.fail(FAULT_INDIRECT_ADDRESS, head, table_at, entries * DESC_SIZE)
+        if (walk.readable + walk.writable) >> 32:
+            return self.fail(FAULT_TOO_MANY_BYTES, head, 0, 0)
+        return 0
+
+    cdef int pop_within(
+        self, vr_chain* chains, uint32_t max_chains, iovec* segments, uint32_t max_segments,
+        uint64_t max_bytes
+    ) noexcept nogil:
+        cdef uint16_t index = self.next_avail
+        cdef uint16_t mask = self.size - 1
+        cdef uint32_t ready = <uint16_t>(vr_load16_acquire(self.avail + 2) - index)
+        cdef uint32_t i = 0, head, filled
+        cdef uint64_t total = 0
+        cdef vr_desc desc
+        cdef vr_chain* chain
+        cdef vr_walk walk
+        cdef int code = 0
+        if self.fault.code:
+            return VR_BROKEN
+        # What is in flight still occupies descriptors, so the driver cannot add a whole ring.
+        if ready + (self.popped - self.pushed) > self.size:
+            return self.fail(FAULT_AVAIL_INDEX, <uint16_t>(index + ready), 0, 0)
+        if ready > max_chains:
+            ready = max_chains
+        walk.memory = &self.map
+        walk.last = self.map.regions
+        walk.segments = segments
+        walk.filled = 0
+        walk.limit = max_segments
+        while i < ready:
+            chain = &chains[i]
+            head = vr_load16(self.avail + 4 + 2 * <size_t>(index & mask))
+            if head >= self.size:
+                code = self.fail(FAULT_HEAD, head, 0, 0)
+                break
+            desc = vr_read_desc(self.desc + head * DESC_SIZE)
+            filled = walk.filled
+            walk.readable = walk.writable = 0
+            chain.head = head
+            chain.descriptors = 1
+            chain.first_segment = filled
+            chain.n_readable = chain.n_writable = 0
+            code = self.walk(desc, head, chain, &walk)
+            if code:
+                break
+            chain.readable_bytes = <uint32_t>walk.readable
+            chain.writable_bytes = <uint32_t>walk.writable
+            total += walk.readable + walk.writable
+            if total > max_bytes and i:
+                break
+            index += 1
+            i += 1
+        if code and i:
+            # Deliver what is sound; the next pop meets the broken chain again, or the bigger table.
+            self.fault.code = FAULT_NONE
+            code = 0
+        self.next_avail = index
+        self.popped += i
+        return code if code else <int>i
+
+    cdef bint push_c(
+        self, const vr_chain* chains, const uint32_t* written, uint32_t n
+    ) noexcept nogil:
+        cdef uint16_t before = self.next_used
+        cdef uint16_t after = before + n
+        cdef uint16_t mask = self.size - 1
+        cdef uint32_t i
+        for i in range(n):
+            vr_write_used(
+                self.used + 4 + 8 * <size_t>(<uint16_t>(before + i) & mask),
+                chains[i].head, written[i] if written != NULL else 0
+            )
+        vr_store16_release(self.used + 2, after)
+        self.next_used = after
+        self.pushed += n
+        # The index must be visible before the driver's wish is read, or both sides may sleep.
+        vr_fence()
+        if self.event_idx:
+            return vr_need_event(
+                vr_load16(self.avail + 4 + 2 * <size_t>self.size), after, before
+            )
+        return not vr_load16(self.avail) & AVAIL_F_NO_INTERRUPT
+
+    cdef void unpop_c(self, uint32_t n) noexcept nogil:
+        self.next_avail -= n
+        self.popped -= n
+
+    cdef bint enable_notifications_c(self) noexcept nogil:
+        if self.event_idx:
+            vr_store16(self.used + 4 + 8 * <size_t>self.size, self.next_avail)
+        else:
+            vr_store16(self.used, 0)
+        # The wish must be visible before the index is read again: the driver may have added a
+        # chain after the last pop and before it could see the wish.
+        vr_fence()
+        return vr_load16(self.avail + 2) != self.next_avail
+
+    cdef void disable_notifications_c(self) noexcept nogil:
+        # With EVENT_IDX the event index stays behind, which asks for nothing until it is set.
+        if not self.event_idx:
+            vr_store16(self.used, USED_F_NO_NOTIFY)
+
+    cdef uint32_t available_c(self) noexcept nogil:
+        cdef uint32_t ready = <uint16_t>(vr_load16_acquire(self.avail + 2) - self.next_avail)
+        return 0 if self.fault.code or ready > self.size else ready

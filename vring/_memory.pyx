@@ -1,0 +1,316 @@
+"""Guest memory: an immutable table of regions over any writable buffers."""
+
+from __future__ import annotations
+
+import os
+
+cimport cython
+from cpython.buffer cimport (
+    PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
+)
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from libc.errno cimport errno
+from libc.stdlib cimport calloc, free
+
+from vring._wire cimport vr_copy
+from vring.errors import AddressError, LocalMisuseError, MemoryMapError
+
+cdef extern from "<sys/mman.h>" nogil:
+    void* mmap(void* addr, size_t length, int prot, int flags, int fd, long offset)
+    int munmap(void* addr, size_t length)
+    int PROT_READ, PROT_WRITE, MAP_SHARED
+    void* MAP_FAILED
+
+#: More than any frontend uses: QEMU has 509 slots for memory, vfio-user allows 65535 maps.
+MAX_REGIONS = 65536
+
+cdef uint64_t ADDRESS_MAX = <uint64_t>-1
+
+
+cdef uint64_t as_address(object value, str what) except? 0:
+    """An address (0 to 2**64 - 1) that came from outside."""
+    if not isinstance(value, int) or not 0 <= value <= ADDRESS_MAX:
+        raise MemoryMapError(f"{what}: {value!r} is not an address of 64 bits")
+    return value
+
+
+@cython.final
+cdef class _Mapping:
+    """A shared mapping of a file; unmapped when the last buffer over it is gone."""
+
+    cdef void* base
+    cdef size_t length
+    cdef size_t start
+
+    def __cinit__(self, int fd, uint64_t size, uint64_t offset):
+        cdef uint64_t page = os.sysconf("SC_PAGE_SIZE")
+        self.base = NULL
+        self.start = offset % page
+        self.length = size + self.start
+        cdef void* base = mmap(
+            NULL, self.length, PROT_READ | PROT_WRITE, MAP_SHARED, fd, <long>(offset - self.start)
+        )
+        if base == MAP_FAILED:
+            raise MemoryMapError(
+                f"cannot map {size:#x} bytes at offset {offset:#x}: {os.strerror(errno)}"
+            )
+        self.base = base
+
+    def __dealloc__(self):
+        if self.base != NULL:
+            munmap(self.base, self.length)
+
+    def __getbuffer__(self, Py_buffer* view, int flags):
+        PyBuffer_FillInfo(
+            view, self, <char*>self.base + self.start, self.length - self.start, 0, flags
+        )
+
+
+@cython.final
+cdef class Region:
+    """A piece of guest memory: guest addresses that a writable buffer backs.
+
+    The region holds the buffer (and its export) as long as it lives. Sizes and addresses are bytes.
+
+    Args:
+        guest_addr: first guest address.
+        buffer: anything contiguous and writable: mmap, numpy array, bytearray. Not copied.
+        user_addr: the frontend's own address of the first byte (vhost-user), if it has one.
+
+    Raises:
+        MemoryMapError: the buffer is empty, or the region wraps around 2**64.
+    """
+
+    def __cinit__(self, guest_addr, buffer, *, user_addr=None):
+        self.table.guest = as_address(guest_addr, "guest address of a region")
+        if user_addr is not None:
+            as_address(user_addr, "user address of a region")
+        try:
+            PyObject_GetBuffer(buffer, &self._held, PyBUF_SIMPLE | PyBUF_WRITABLE)
+        except (BufferError, TypeError, ValueError) as error:
+            raise MemoryMapError(
+                f"region at {guest_addr:#x}: its buffer is not writable and contiguous"
+            ) from error
+        self.buffer = buffer
+        self.user_addr = user_addr
+        self.table.host = <uint8_t*>self._held.buf
+        self.table.size = self._held.len
+        if self.table.size == 0:
+            raise MemoryMapError(f"region at {guest_addr:#x}: no bytes")
+        for address, what in ((guest_addr, "guest"), (user_addr or 0, "user")):
+            if address + self._held.len - 1 > ADDRESS_MAX:
+                raise MemoryMapError(
+                    f"region at {what} address {address:#x}, {self._held.len:#x} bytes: "
+                    "wraps around 2**64"
+                )
+
+    def __init__(self, guest_addr, buffer, *, user_addr=None):
+        pass
+
+    def __dealloc__(self):
+        PyBuffer_Release(&self._held)
+
+    def __getbuffer__(self, Py_buffer* view, int flags):
+        PyBuffer_FillInfo(view, self, self.table.host, self.table.size, 0, flags)
+
+    @property
+    def guest_addr(self):
+        """First guest address (bytes)."""
+        return self.table.guest
+
+    @property
+    def size(self):
+        """Length in bytes."""
+        return self.table.size
+
+    @classmethod
+    def map(cls, fd, size, *, offset=0, guest_addr, user_addr=None):
+        """Map a file (memfd, shared memory) that a peer sent, readable, writable and shared.
+
+        The descriptor is neither kept nor closed. `offset` need not be aligned to a page.
+
+        Raises:
+            MemoryMapError: no bytes asked for, the file is shorter than offset + size (touching
+                such a mapping would kill the process), or the system refuses.
+        """
+        if size <= 0 or offset < 0 or offset + size > 2**63 - 1:
+            raise MemoryMapError(
+                f"region at {guest_addr:#x}: cannot map {size:#x} bytes at offset {offset:#x}"
+            )
+        try:
+            length = os.fstat(fd).st_size
+        except OSError as error:
+            raise MemoryMapError(f"region at {guest_addr:#x}: {error.strerror}") from error
+        if length < offset + size:
+            raise MemoryMapError(
+                f"region at {guest_addr:#x}: its file has {length:#x} bytes, "
+                f"the region needs {offset:#x} + {size:#x}"
+            )
+        return cls(guest_addr, _Mapping(fd, size, offset), user_addr=user_addr)
+
+    def __repr__(self):
+        user = "" if self.user_addr is None else f", user_addr={self.user_addr:#x}"
+        return f"Region(guest_addr={self.guest_addr:#x}, size={self.size:#x}{user})"
+
+
+@cython.final
+cdef class GuestMemory:
+    """An immutable table of regions. A new memory map is a new object; old ones stay valid.
+
+    Whoever holds this object holds the buffers of all its regions.
+
+    Args:
+        regions: in any order; they may touch but not overlap.
+
+    Raises:
+        MemoryMapError: two regions overlap, or there are more than MAX_REGIONS.
+    """
+
+    def __cinit__(self, regions=()):
+        cdef Region region, before = None
+        cdef uint32_t i
+        ordered = sorted(regions, key=_guest_addr)
+        if len(ordered) > MAX_REGIONS:
+            raise MemoryMapError(f"{len(ordered)} regions; at most {MAX_REGIONS} are possible")
+        self.regions = tuple(ordered)
+        # One empty region more, so that a translation can always start from a "last" region.
+        cdef vr_region* table = <vr_region*>calloc(len(ordered) + 1, sizeof(vr_region))
+        if table == NULL:
+            raise MemoryError
+        self.map.regions = table
+        self.map.count = len(ordered)
+        for i, region in enumerate(ordered):
+            if before is not None and region.table.guest - before.table.guest < before.table.size:
+                raise MemoryMapError(f"{before!r} and {region!r} overlap")
+            table[i] = region.table
+            before = region
+
+    def __init__(self, regions=()):
+        pass
+
+    def __dealloc__(self):
+        free(<void*>self.map.regions)
+
+    def with_region(self, Region region not None):
+        """A new table with one region more. Raises MemoryMapError on overlap."""
+        return GuestMemory((*self.regions, region))
+
+    def without_region(self, guest_addr, size):
+        """A new table without the region of exactly this guest address and size.
+
+        Raises:
+            MemoryMapError: there is no such region.
+        """
+        kept = [r for r in self.regions if (r.guest_addr, r.size) != (guest_addr, size)]
+        if len(kept) == len(self.regions):
+            raise MemoryMapError(f"no region at {guest_addr:#x} of {size:#x} bytes")
+        return GuestMemory(kept)
+
+    def user_to_guest(self, user_addr, length=1):
+        """The guest address of `length` bytes at one of the frontend's own addresses.
+
+        Raises:
+            AddressError: no region with a user address holds all of these bytes.
+        """
+        for region in self.regions:
+            if region.user_addr is not None:
+                offset = user_addr - region.user_addr
+                if 0 <= offset < region.size and 0 <= length <= region.size - offset:
+                    return region.guest_addr + offset
+        raise AddressError(user_addr, length, "no region has this user address")
+
+    cdef uint8_t* locate(self, uint64_t address, uint64_t length) except NULL:
+        cdef const vr_region* last = self.map.regions
+        cdef uint8_t* host = vr_translate(&self.map, &last, address, length or 1)
+        if host == NULL:
+            raise AddressError(address, length, "not in one region of guest memory")
+        return host
+
+    def view(self, guest_addr, length):
+        """A writable memoryview of guest memory, which it keeps alive. Not a copy.
+
+        Raises:
+            AddressError: the range is not wholly in one region.
+        """
+        _check_range(guest_addr, length)
+        cdef const vr_region* region = vr_find(&self.map, guest_addr)
+        if region == NULL or length > region.size - (<uint64_t>guest_addr - region.guest):
+            raise AddressError(guest_addr, length, "not in one region of guest memory")
+        offset = guest_addr - region.guest
+        return memoryview(self.regions[region - self.map.regions])[offset:offset + length]
+
+    cdef int check(self, uint64_t address, uint64_t length) except -1:
+        """Raises AddressError unless all bytes are in memory (adjacent regions count as one)."""
+        cdef uint64_t at = address, left = length, there
+        cdef const vr_region* region
+        while left:
+            region = vr_find(&self.map, at)
+            if region == NULL:
+                raise AddressError(address, length)
+            there = region.size - (at - region.guest)
+            if there >= left:
+                return 0
+            at += there
+            left -= there
+            if at == 0:
+                raise AddressError(address, length, "wraps around 2**64")
+        return 0
+
+    cdef void copy(self, uint64_t address, uint8_t* local, uint64_t length, bint write) noexcept:
+        """Copies a checked range out of (or into) guest memory, region by region."""
+        cdef const vr_region* region
+        cdef uint64_t offset, there
+        while length:
+            region = vr_find(&self.map, address)
+            offset = address - region.guest
+            there = min(length, region.size - offset)
+            if write:
+                vr_copy(region.host + offset, local, there)
+            else:
+                vr_copy(local, region.host + offset, there)
+            address += there
+            local += there
+            length -= there
+
+    def read(self, guest_addr, length):
+        """A copy of guest memory as bytes; the range may cross adjacent regions.
+
+        Raises:
+            AddressError: a byte of the range is in no region.
+        """
+        _check_range(guest_addr, length)
+        self.check(guest_addr, length)
+        out = PyBytes_FromStringAndSize(NULL, length)
+        self.copy(guest_addr, <uint8_t*>PyBytes_AS_STRING(out), length, False)
+        return out
+
+    def write(self, guest_addr, data):
+        """Copies data into guest memory; the range may cross adjacent regions.
+
+        Raises:
+            AddressError: a byte of the range is in no region; nothing is written then.
+        """
+        cdef Py_buffer held
+        PyObject_GetBuffer(data, &held, PyBUF_SIMPLE)
+        try:
+            _check_range(guest_addr, held.len)
+            self.check(guest_addr, held.len)
+            self.copy(guest_addr, <uint8_t*>held.buf, held.len, True)
+        finally:
+            PyBuffer_Release(&held)
+
+    def __repr__(self):
+        return f"GuestMemory({list(self.regions)!r})"
+
+
+def _guest_addr(Region region not None):
+    return region.table.guest
+
+
+cdef int _check_range(object guest_addr, object length) except -1:
+    """Raises AddressError unless both numbers fit 64 bits and do not wrap."""
+    if length < 0:
+        raise LocalMisuseError(f"length {length} of guest memory is negative")
+    if not 0 <= guest_addr <= ADDRESS_MAX or guest_addr + length - 1 > ADDRESS_MAX:
+        raise AddressError(guest_addr, length, "wraps around 2**64")
+    return 0
