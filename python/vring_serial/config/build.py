@@ -1,0 +1,54 @@
+"""From a topology to devices: nothing is opened here, that is what starting a controller does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+
+from vring import Pump
+from vring_serial import chardev
+from vring_serial.chardev import Chardev
+from vring_serial.config.topology import ChardevConfig, ControllerConfig, PortConfig
+from vring_serial.device.controller import Controller
+from vring_serial.device.port import Port
+from vring_serial.errors import ConfigError
+
+#: Makes the protocol of one connection to the port.
+ProtocolFactory = Callable[[], asyncio.Protocol]
+#: By kind: the Python code behind host ends that are protocols, for a given port.
+ProtocolFactories = Mapping[str, Callable[[PortConfig], ProtocolFactory]]
+
+
+def make_chardev(config: ChardevConfig, factory: ProtocolFactory | None = None) -> Chardev:
+    """A host end, not started.
+
+    Args:
+        factory: for kinds whose end is Python code.
+
+    Raises:
+        ConfigError: the host end cannot be; the message names the place that asked for it.
+    """
+    try:
+        return chardev.make(config.kind, config.id, config.options, factory=factory)
+    except ConfigError as error:
+        raise ConfigError(str(error), config.where) from None
+
+
+def make_controller(
+    config: ControllerConfig,
+    pump: Pump | None = None,
+    protocol_factories: ProtocolFactories | None = None,
+) -> Controller:
+    """A controller with its ports, not started. Raises as :func:`make_chardev`.
+
+    Args:
+        pump: moves the bytes of ports whose host end is a descriptor; None for one of its own.
+        protocol_factories: see :data:`ProtocolFactories`; needed for spicevmc.
+    """
+    factories = protocol_factories or {}
+    controller = Controller(name=config.name, max_ports=config.max_ports, pump=pump)
+    for port in config.ports:
+        choose = factories.get(port.chardev.kind)
+        end = make_chardev(port.chardev, choose(port) if choose is not None else None)
+        controller.add_port(Port(port.nr, port.name, end, console=port.console))
+    return controller
