@@ -1,0 +1,170 @@
+"""The backend channel: what a backend asks of its frontend ("Back-end communication")."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+
+from vring_serial import unix_fds
+from vring_serial.errors import ProtocolError
+from vring_serial.proto.vhost_user import (
+    U64,
+    BackendRequest,
+    Empty,
+    MessageParser,
+    Payload,
+    VringState,
+    request,
+)
+from vring_serial.transport.vhost_vring import make_eventfd
+
+log = logging.getLogger(__name__)
+
+_READ_SIZE = 4096
+
+
+class BackendChannel:
+    """Sends requests, each kind and queue at most once in waiting, and reads the acknowledgements.
+
+    Args:
+        fd: what SET_BACKEND_REQ_FD brought; taken over, also on failure.
+        acks: REPLY_ACK is negotiated: one request at a time, each acknowledged.
+        name: for log lines.
+
+    Raises:
+        ProtocolError: ``fd`` is not a connected unix stream socket.
+    """
+
+    def __init__(self, fd: int, *, acks: bool, name: str) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._acks = acks
+        self._name = name
+        self._parser = MessageParser(BackendRequest, replies=True)
+        # A dict for its order: what is asked twice before it could be sent is sent once.
+        self._waiting: dict[tuple[BackendRequest, Payload], None] = {}
+        self._unacknowledged = False
+        self._rest = b""
+        self._sock = _stream_socket(fd)
+        self._loop.add_reader(self._sock, self._readable)
+
+    @property
+    def closed(self) -> bool:
+        return self._sock.fileno() < 0
+
+    def config_changed(self) -> None:
+        """The configuration space changed."""
+        self._ask(BackendRequest.CONFIG_CHANGE_MSG, Empty())
+
+    def vring_error(self, index: int) -> None:
+        """The queue broke (in-band notifications)."""
+        self._ask(BackendRequest.VRING_ERR, VringState(index))
+
+    def vring_call(self, index: int) -> None:
+        """Buffers of the queue were used (in-band notifications)."""
+        self._ask(BackendRequest.VRING_CALL, VringState(index))
+
+    def close(self) -> None:
+        """Safe to call twice."""
+        self._waiting.clear()
+        if not self.closed:
+            self._loop.remove_reader(self._sock)
+            self._loop.remove_writer(self._sock)
+            self._sock.close()
+
+    def _ask(self, kind: BackendRequest, payload: Payload) -> None:
+        if not self.closed:
+            self._waiting[kind, payload] = None
+            self._send()
+
+    def _send(self) -> None:
+        try:
+            while self._rest or (self._waiting and not self._unacknowledged):
+                if not self._rest:
+                    kind, payload = next(iter(self._waiting))
+                    del self._waiting[kind, payload]
+                    self._rest = request(kind, payload, need_reply=self._acks)
+                    self._unacknowledged = self._acks
+                self._rest = self._rest[unix_fds.send(self._sock, self._rest) :]
+        except BlockingIOError:
+            self._loop.add_writer(self._sock, self._send)
+            return
+        except OSError as error:
+            self._fail(f"{error.strerror or error}")
+            return
+        self._loop.remove_writer(self._sock)
+
+    def _readable(self) -> None:
+        try:
+            received = unix_fds.receive(self._sock, _READ_SIZE, 0)
+            if not received.data:
+                self._fail("the frontend closed it")
+                return
+            self._parser.receive_data(received.data)
+            while (message := self._parser.next_message()) is not None:
+                self._acknowledged(message.decode_reply(U64).value, message.name)
+        except BlockingIOError:
+            return
+        except (OSError, ProtocolError) as error:
+            self._fail(f"{error}")
+            return
+        self._send()
+
+    def _acknowledged(self, status: int, name: str) -> None:
+        if not self._unacknowledged:
+            raise ProtocolError(f"reply to {name}, which was not asked")
+        self._unacknowledged = False
+        if status:
+            log.warning("%s: the frontend refused %s: status %d", self._name, name, status)
+
+    def _fail(self, why: str) -> None:
+        log.info("%s: backend channel: %s", self._name, why)
+        self.close()
+
+
+class CallRelay:
+    """Turns calls that the device writes to descriptors into calls of a function.
+
+    Args:
+        called: gets the queue's index, in the loop's thread; calls that come fast come as one.
+    """
+
+    def __init__(self, called: Callable[[int], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._called = called
+        self._fds: dict[int, int] = {}
+
+    def descriptor(self, index: int) -> int:
+        """A new descriptor for the queue's calls, the caller's own."""
+        if index not in self._fds:
+            fd = self._fds[index] = make_eventfd()
+            self._loop.add_reader(fd, self._readable, index, fd)
+        return os.dup(self._fds[index])
+
+    def close(self) -> None:
+        """Safe to call twice."""
+        for fd in self._fds.values():
+            self._loop.remove_reader(fd)
+            os.close(fd)
+        self._fds.clear()
+
+    def _readable(self, index: int, fd: int) -> None:
+        with suppress(BlockingIOError):
+            os.read(fd, 8)
+            self._called(index)
+
+
+def _stream_socket(fd: int) -> socket.socket:
+    try:
+        sock = socket.socket(fileno=fd)
+    except OSError:
+        os.close(fd)
+        raise ProtocolError("its descriptor is not a socket") from None
+    if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
+        sock.close()
+        raise ProtocolError("its descriptor is not a unix stream socket")
+    sock.setblocking(False)
+    return sock

@@ -1,0 +1,500 @@
+"""One vhost-user frontend, from its connection to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from vring import GuestMemory, Region
+from vring.errors import RingError, VringError
+from vring_serial import unix_fds
+from vring_serial.device.base import VirtioDevice
+from vring_serial.errors import ProtocolError
+from vring_serial.proto.console import Status
+from vring_serial.proto.vhost_user import (
+    F_PROTOCOL_FEATURES,
+    MAX_FDS,
+    U64,
+    ConfigAccess,
+    Empty,
+    MemoryRegion,
+    MemoryTable,
+    Message,
+    MessageParser,
+    Payload,
+    ProtocolFeature,
+    Request,
+    SingleRegion,
+    VhostUserError,
+    VringAddress,
+    VringDescriptor,
+    VringState,
+    reply,
+)
+from vring_serial.transport.vhost_channel import BackendChannel, CallRelay
+from vring_serial.transport.vhost_vring import Vring, check_event_descriptor
+
+log = logging.getLogger(__name__)
+
+#: Regions that a frontend may map in all (ADD_MEM_REG).
+MAX_MEM_SLOTS = 64
+#: Seconds between two looks at a queue whose frontend does not kick.
+POLL_INTERVAL = 0.002
+#: Bytes of unread replies from which on no more requests are read.
+MAX_UNREAD_REPLIES = 64 * 1024
+#: Bytes read in one turn of the loop.
+READ_SIZE = 4096
+
+_PROTOCOL_FEATURES_BIT = 1 << F_PROTOCOL_FEATURES
+_INBAND_NEEDS = ProtocolFeature.BACKEND_REQ | ProtocolFeature.REPLY_ACK
+
+#: A handler gets the payload and the descriptors; those that it leaves in the list are closed.
+Handler = Callable[[Any, list[int]], Payload | None]
+
+
+class FatalError(ProtocolError):
+    """The specification leaves no answer to this but closing the connection."""
+
+
+class Session:
+    """Serves the device to one frontend over a connected socket.
+
+    Args:
+        sock: connected and non-blocking; taken over.
+        device: what is served. Its queues are stopped when the session ends; all else it keeps, for
+            the frontend may come back and go on.
+        offered: protocol features.
+        name: for log lines.
+        ended: called once, when the frontend has gone or was sent away; not by :meth:`close`.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        device: VirtioDevice,
+        *,
+        offered: ProtocolFeature,
+        name: str,
+        ended: Callable[[], None],
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._sock = sock
+        self._device = device
+        self._offered = offered
+        self._name = name
+        self._ended = ended
+        self._parser = MessageParser(Request)
+        self._unsent = bytearray()
+        self._waits_to_send = False
+        self._paused = False
+        self._protocol_features = ProtocolFeature(0)
+        self._features = 0
+        self._memory = GuestMemory()
+        self._vrings = [Vring(index, device) for index in range(device.num_queues)]
+        self._channel: BackendChannel | None = None
+        self._calls = CallRelay(self._call_inband)
+        self._poll_timer: asyncio.TimerHandle | None = None
+        self._handlers = self._handler_table()
+        self._loop.add_reader(sock, self._readable)
+
+    # --- what the device tells ------------------------------------------------------------------
+
+    def config_changed(self) -> None:
+        """The device's configuration space changed."""
+        if self._channel is not None and self._has(ProtocolFeature.CONFIG):
+            self._channel.config_changed()
+
+    def ring_broken(self, error: RingError) -> None:
+        """The driver broke a ring; the device has set NEEDS_RESET."""
+        log.warning("%s: the guest's driver broke %s", self._name, error)
+        for vring in self._vrings:
+            if repr(vring) == error.queue and not vring.report_error():
+                self._tell_error_inband(vring)
+        if self._has(ProtocolFeature.STATUS):
+            self.config_changed()
+
+    # --- the connection -------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Stop all queues, unmap the guest's memory, close every descriptor. Safe to call twice."""
+        if self._sock.fileno() < 0:
+            return
+        self._loop.remove_reader(self._sock)
+        self._loop.remove_writer(self._sock)
+        self._sock.close()
+        if self._poll_timer is not None:
+            self._poll_timer.cancel()
+        for vring in self._vrings:
+            vring.reset()
+        self._memory = GuestMemory()
+        self._calls.close()
+        if self._channel is not None:
+            self._channel.close()
+        unix_fds.close_all(self._parser.take_fds())
+
+    def _end(self, level: int, why: str) -> None:
+        log.log(level, "%s: %s", self._name, why)
+        self.close()
+        self._ended()
+
+    def _readable(self) -> None:
+        try:
+            received = unix_fds.receive(self._sock, READ_SIZE, MAX_FDS)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._end(logging.INFO, f"frontend gone: {error.strerror or error}")
+            return
+        if not received.data:
+            unix_fds.close_all(received.fds)
+            self._end(logging.INFO, "frontend gone")
+            return
+        self._parser.receive_data(received.data, received.fds)
+        if received.truncated:
+            why = f"more than {MAX_FDS} descriptors in one message, or no room for them"
+            self._end(logging.WARNING, f"{why}; connection closed")
+            return
+        self._handle_messages()
+
+    def _handle_messages(self) -> None:
+        try:
+            while (message := self._parser.next_message()) is not None:
+                self._handle(message)
+                if self._sock.fileno() < 0:
+                    return
+        except (FatalError, VhostUserError) as error:
+            self._end(logging.WARNING, f"{error}; connection closed")
+            return
+        self._send()
+
+    def _handle(self, message: Message) -> None:
+        fds = list(message.fds)
+        try:
+            answer = self._answer(message, fds)
+        except FatalError as error:
+            raise FatalError(f"{message.name}: {error}") from None
+        except VhostUserError as error:
+            self._refuse(message, error)
+            return
+        except (ProtocolError, VringError, OSError) as error:
+            self._refuse(message, VhostUserError(message.name, str(error)))
+            return
+        finally:
+            unix_fds.close_all(fds)
+        if answer is not None:
+            self._unsent += reply(message.kind, answer)
+        elif self._wants_acknowledgement(message):
+            self._unsent += reply(message.kind, U64(0))
+
+    def _answer(self, message: Message, fds: list[int]) -> Payload | None:
+        payload = message.decode()
+        handler = self._handlers.get(message.kind)
+        if handler is None:
+            raise ProtocolError("not supported")
+        return handler(payload, fds)
+
+    def _refuse(self, message: Message, error: VhostUserError) -> None:
+        if message.kind == Request.GET_CONFIG:
+            refusal: Payload = Empty()
+        elif self._wants_acknowledgement(message):
+            refusal = U64(1)
+        else:
+            raise error
+        log.warning("%s: refused %s", self._name, error)
+        self._unsent += reply(message.kind, refusal)
+
+    def _wants_acknowledgement(self, message: Message) -> bool:
+        """Whether an acknowledgement is asked for where none but that can answer."""
+        if not message.need_reply or not self._has(ProtocolFeature.REPLY_ACK):
+            return False
+        return message.shape is None or message.shape.reply is None
+
+    def _send(self) -> None:
+        try:
+            while self._unsent:
+                del self._unsent[: unix_fds.send(self._sock, bytes(self._unsent[:READ_SIZE]))]
+        except BlockingIOError:
+            self._loop.add_writer(self._sock, self._send)
+            self._waits_to_send = True
+            if len(self._unsent) > MAX_UNREAD_REPLIES:
+                self._loop.remove_reader(self._sock)
+            return
+        except OSError as error:
+            self._end(logging.INFO, f"frontend gone: {error.strerror or error}")
+            return
+        if self._waits_to_send:
+            self._waits_to_send = False
+            self._loop.remove_writer(self._sock)
+            self._loop.add_reader(self._sock, self._readable)
+
+    # --- negotiation ----------------------------------------------------------------------------
+
+    def _handler_table(self) -> dict[int, Handler]:
+        return {
+            Request.GET_FEATURES: self._get_features,
+            Request.SET_FEATURES: self._set_features,
+            Request.GET_PROTOCOL_FEATURES: self._get_protocol_features,
+            Request.SET_PROTOCOL_FEATURES: self._set_protocol_features,
+            Request.SET_OWNER: self._ignore,
+            # Deprecated, and meant differently by different frontends: best ignored, says the
+            # specification.
+            Request.RESET_OWNER: self._ignore,
+            Request.GET_QUEUE_NUM: self._get_queue_num,
+            Request.SET_BACKEND_REQ_FD: self._set_backend_req_fd,
+            Request.GET_CONFIG: self._get_config,
+            Request.SET_CONFIG: self._set_config,
+            Request.GET_STATUS: self._get_status,
+            Request.SET_STATUS: self._set_status,
+            Request.RESET_DEVICE: self._reset_device,
+            Request.SET_MEM_TABLE: self._set_mem_table,
+            Request.GET_MAX_MEM_SLOTS: self._get_max_mem_slots,
+            Request.ADD_MEM_REG: self._add_mem_reg,
+            Request.REM_MEM_REG: self._rem_mem_reg,
+            Request.SET_VRING_NUM: self._set_vring_num,
+            Request.SET_VRING_BASE: self._set_vring_base,
+            Request.GET_VRING_BASE: self._get_vring_base,
+            Request.SET_VRING_ADDR: self._set_vring_addr,
+            Request.SET_VRING_KICK: self._set_vring_kick,
+            Request.SET_VRING_CALL: self._set_vring_call,
+            Request.SET_VRING_ERR: self._set_vring_err,
+            Request.SET_VRING_ENABLE: self._set_vring_enable,
+            Request.VRING_KICK: self._vring_kick,
+        }
+
+    def _has(self, feature: ProtocolFeature) -> bool:
+        return feature in self._protocol_features
+
+    def _ignore(self, _: Empty, fds: list[int]) -> None:
+        return
+
+    def _get_features(self, _: Empty, fds: list[int]) -> U64:
+        return U64(self._device.device_features | _PROTOCOL_FEATURES_BIT)
+
+    def _set_features(self, features: U64, fds: list[int]) -> None:
+        bits = features.value & ~_PROTOCOL_FEATURES_BIT
+        running = next((vring for vring in self._vrings if vring.running), None)
+        if running is None:
+            self._forget_broken_driver()
+            self._device.set_driver_features(bits)
+            if not self._has(ProtocolFeature.STATUS):
+                self._device.set_status(Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK)
+        elif bits != self._features & ~_PROTOCOL_FEATURES_BIT:
+            raise ProtocolError(f"other features while {running} runs")
+        if not self._rings_start_disabled:
+            # What runs because nobody spoke of enabling goes on running.
+            for vring in self._vrings:
+                if vring.running and vring.enabled is None:
+                    vring.enabled = True
+        self._features = features.value
+        self._run_all()
+
+    @property
+    def _rings_start_disabled(self) -> bool:
+        return bool(self._features & _PROTOCOL_FEATURES_BIT)
+
+    def _get_protocol_features(self, _: Empty, fds: list[int]) -> U64:
+        return U64(self._offered)
+
+    def _set_protocol_features(self, features: U64, fds: list[int]) -> None:
+        wanted = ProtocolFeature(features.value)
+        if wanted & ~self._offered:
+            # Whether the answer may be an acknowledgement is just what failed to be agreed.
+            raise FatalError(f"{wanted & ~self._offered!r} was not offered")
+        if ProtocolFeature.INBAND_NOTIFICATIONS in wanted and _INBAND_NEEDS not in wanted:
+            raise FatalError("INBAND_NOTIFICATIONS needs BACKEND_REQ and REPLY_ACK")
+        self._protocol_features = wanted
+        log.info("%s: protocol features %s", self._name, wanted.name or "none")
+
+    def _get_queue_num(self, _: Empty, fds: list[int]) -> U64:
+        return U64(len(self._vrings))
+
+    def _set_backend_req_fd(self, _: Empty, fds: list[int]) -> None:
+        if not self._has(ProtocolFeature.BACKEND_REQ):
+            raise ProtocolError("BACKEND_REQ was not negotiated")
+        if self._channel is not None:
+            self._channel.close()
+        acks = self._has(ProtocolFeature.REPLY_ACK)
+        self._channel = BackendChannel(fds.pop(), acks=acks, name=self._name)
+
+    # --- the device -----------------------------------------------------------------------------
+
+    def _get_config(self, access: ConfigAccess, fds: list[int]) -> ConfigAccess:
+        data = self._device.read_config(access.offset, len(access.data))
+        return ConfigAccess(access.offset, data, access.flags)
+
+    def _set_config(self, access: ConfigAccess, fds: list[int]) -> None:
+        if access.flags & ~ConfigAccess.FOR_MIGRATION:
+            raise ProtocolError(f"unknown flags {access.flags:#x}")
+        if access.flags != ConfigAccess.FOR_MIGRATION:
+            self._device.write_config(access.offset, access.data)
+
+    def _get_status(self, _: Empty, fds: list[int]) -> U64:
+        return U64(0 if self._paused else self._device.status)
+
+    def _set_status(self, status: U64, fds: list[int]) -> None:
+        if status.value > 0xFF:
+            raise ProtocolError(f"status {status.value:#x} has more than 8 bits")
+        # 0 comes for a reset and for a VM that is stopped and will go on, where it must not lose
+        # its ports. The device itself notices a new driver, by its rings and its first words.
+        self._paused = status.value == 0
+        if self._paused:
+            self._stop_all()
+            self._forget_broken_driver()
+        else:
+            self._device.set_status(status.value)
+
+    def _reset_device(self, _: Empty, fds: list[int]) -> None:
+        for vring in self._vrings:
+            vring.reset()
+        self._device.reset()
+
+    def _forget_broken_driver(self) -> None:
+        """A driver that starts anew after it broke a ring finds a device that works."""
+        if self._device.status & Status.DEVICE_NEEDS_RESET:
+            self._device.reset()
+
+    # --- memory ---------------------------------------------------------------------------------
+
+    def _set_mem_table(self, table: MemoryTable, fds: list[int]) -> None:
+        pairs = zip(table.regions, fds, strict=True)
+        self._set_memory(GuestMemory([_map(region, fd) for region, fd in pairs]))
+
+    def _get_max_mem_slots(self, _: Empty, fds: list[int]) -> U64:
+        return U64(MAX_MEM_SLOTS)
+
+    def _add_mem_reg(self, added: SingleRegion, fds: list[int]) -> None:
+        if len(self._memory.regions) >= MAX_MEM_SLOTS:
+            raise ProtocolError(f"all {MAX_MEM_SLOTS} memory slots are taken")
+        self._set_memory(self._memory.with_region(_map(added.region, fds[0])))
+
+    def _rem_mem_reg(self, removed: SingleRegion, fds: list[int]) -> None:
+        region = removed.region
+        self._set_memory(self._memory.without_region(region.guest_address, region.size))
+
+    def _set_memory(self, memory: GuestMemory) -> None:
+        """Exchange the memory under the running queues; user addresses are translated anew."""
+        self._stop_all()
+        self._memory = memory
+        self._run_all()
+
+    # --- queues ---------------------------------------------------------------------------------
+
+    def _vring(self, index: int) -> Vring:
+        if index >= len(self._vrings):
+            raise ProtocolError(f"queue {index} of {len(self._vrings)}")
+        return self._vrings[index]
+
+    def _set_vring_num(self, state: VringState, fds: list[int]) -> None:
+        self._vring(state.index).set_size(state.num)
+
+    def _set_vring_base(self, state: VringState, fds: list[int]) -> None:
+        self._vring(state.index).set_base(state.num)
+
+    def _get_vring_base(self, state: VringState, fds: list[int]) -> VringState:
+        vring = self._vring(state.index)
+        vring.end()
+        return VringState(vring.index, vring.base)
+
+    def _set_vring_addr(self, address: VringAddress, fds: list[int]) -> None:
+        vring = self._vring(address.index)
+        if not vring.running or vring.address != address:
+            vring.set_address(address, self._memory)
+            self._run(vring)
+
+    def _set_vring_kick(self, descriptor: VringDescriptor, fds: list[int]) -> None:
+        vring = self._vring(descriptor.index)
+        if fds:
+            check_event_descriptor(fds[0], writable=False)
+        vring.stop()
+        vring.set_kick(fds.pop() if fds else -1, polled=descriptor.no_fd)
+        self._run(vring)
+
+    def _set_vring_call(self, descriptor: VringDescriptor, fds: list[int]) -> None:
+        vring = self._vring(descriptor.index)
+        if fds:
+            check_event_descriptor(fds[0], writable=True)
+        vring.set_call(fds.pop() if fds else -1)
+
+    def _set_vring_err(self, descriptor: VringDescriptor, fds: list[int]) -> None:
+        vring = self._vring(descriptor.index)
+        if fds:
+            check_event_descriptor(fds[0], writable=True)
+        vring.set_error(fds.pop() if fds else -1)
+
+    def _set_vring_enable(self, state: VringState, fds: list[int]) -> None:
+        vring = self._vring(state.index)
+        if state.num not in (0, 1):
+            raise ProtocolError(f"{vring}: enable is {state.num} instead of 0 or 1")
+        vring.enabled = bool(state.num)
+        if vring.enabled:
+            self._run(vring)
+        else:
+            vring.stop()
+
+    def _vring_kick(self, state: VringState, fds: list[int]) -> None:
+        vring = self._vring(state.index)
+        if not self._has(ProtocolFeature.INBAND_NOTIFICATIONS):
+            raise ProtocolError("INBAND_NOTIFICATIONS was not negotiated")
+        if not vring.started:
+            vring.set_kick(-1)
+            self._run(vring)
+        vring.kick()
+
+    def _run(self, vring: Vring) -> None:
+        """Hand the queue to the device if it is to run; see :meth:`Vring.run`."""
+        if self._has(ProtocolFeature.INBAND_NOTIFICATIONS) and not vring.called:
+            vring.set_call(self._calls.descriptor(vring.index))
+        if not vring.run(self._memory, self._features, enabled=not self._rings_start_disabled):
+            return
+        if not self._has(ProtocolFeature.STATUS):
+            self._device.set_status(self._device.status | Status.DRIVER_OK)
+        if vring.polled and self._poll_timer is None:
+            self._poll()
+
+    def _run_all(self) -> None:
+        """All that are to run; one that cannot does not keep the others from it."""
+        failed: ProtocolError | VringError | None = None
+        for vring in self._vrings:
+            try:
+                self._run(vring)
+            except (ProtocolError, VringError) as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed
+
+    def _stop_all(self) -> None:
+        for vring in self._vrings:
+            vring.stop()
+
+    def _poll(self) -> None:
+        """Kick the queues whose frontends do not, as long as there are any."""
+        polled = [vring for vring in self._vrings if vring.polled and vring.running]
+        for vring in polled:
+            vring.kick()
+        again = self._loop.call_later(POLL_INTERVAL, self._poll) if polled else None
+        self._poll_timer = again
+
+    def _call_inband(self, index: int) -> None:
+        if self._channel is not None:
+            self._channel.vring_call(index)
+
+    def _tell_error_inband(self, vring: Vring) -> None:
+        if self._channel is not None and self._has(ProtocolFeature.INBAND_NOTIFICATIONS):
+            self._channel.vring_error(vring.index)
+
+
+def _map(region: MemoryRegion, fd: int) -> Region:
+    """Raises ProtocolError if the descriptor cannot be mapped so."""
+    try:
+        return Region.map(
+            fd,
+            region.size,
+            offset=region.mmap_offset,
+            guest_addr=region.guest_address,
+            user_addr=region.user_address,
+        )
+    except (VringError, OSError, ValueError, OverflowError) as error:
+        raise ProtocolError(f"region at {region.guest_address:#x}: {error}") from None

@@ -1,0 +1,233 @@
+"""One queue as a vhost-user frontend sets it up, and when it runs ("Ring states")."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+from contextlib import suppress
+
+from vring import GuestMemory, SplitDriver, SplitQueue
+from vring.errors import AddressError
+from vring_serial.device.base import VirtioDevice
+from vring_serial.device.virtqueue import RunningQueue
+from vring_serial.errors import ProtocolError
+from vring_serial.proto.console import Feature
+from vring_serial.proto.vhost_user import VringAddress
+from vring_serial.unix_fds import close_all
+
+_ONE = (1).to_bytes(8, "little")
+
+
+def make_eventfd() -> int:
+    """A non-blocking eventfd that counts nothing yet."""
+    return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+
+def check_event_descriptor(fd: int, *, writable: bool) -> None:
+    """Make a peer's kick, call or error descriptor fit to be waited for or written to.
+
+    Raises:
+        ProtocolError: it is no eventfd, pipe or socket, or is not open in that direction.
+    """
+    kind = stat.S_IFMT(os.fstat(fd).st_mode)
+    eventfd = kind == 0 and os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[eventfd]"
+    if not (eventfd or kind in (stat.S_IFIFO, stat.S_IFSOCK)):
+        raise ProtocolError("its descriptor is not an eventfd, a pipe or a socket")
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    if flags & os.O_ACCMODE not in (os.O_RDWR, os.O_WRONLY if writable else os.O_RDONLY):
+        raise ProtocolError(f"its descriptor is not {'writable' if writable else 'readable'}")
+    # A blocking one would stop the data plane when the frontend does not read its calls.
+    fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_NONBLOCK)
+
+
+def notify(fd: int) -> None:
+    """Write the 8 bytes. A full eventfd or socket has told already; a peer that went is noticed
+    on its connection."""
+    with suppress(OSError):
+        os.write(fd, _ONE)
+
+
+class Vring:
+    """A queue's configuration, its descriptors, and whether the device has it.
+
+    A ring runs when it is *started* (SET_VRING_KICK, or a VRING_KICK in band), *enabled* and
+    configured; it is handed to the device at that moment, without waiting for a kick.
+
+    Attributes:
+        index: which queue.
+        size: descriptors; 0 until SET_VRING_NUM.
+        base: available index to go on from; while the ring runs the device knows better.
+        address: user addresses; None until SET_VRING_ADDR.
+        started: a kick descriptor or a kick has come since the ring was stopped.
+        enabled: None until SET_VRING_ENABLE.
+        running: the device has it.
+        polled: the frontend does not kick; ``kick`` has to be called now and then.
+        called: SET_VRING_CALL has come.
+    """
+
+    def __init__(self, index: int, device: VirtioDevice) -> None:
+        self.index = index
+        self.size = 0
+        self.base = 0
+        self.address: VringAddress | None = None
+        self.started = False
+        self.enabled: bool | None = None
+        self.running = False
+        self.polled = False
+        self.called = False
+        self._device = device
+        self._kick_fd = -1
+        self._kick_ours = False
+        # The device keeps the number of the call descriptor while the ring runs, and frontends
+        # change the descriptor under it: the number stays, what it stands for is exchanged.
+        self._call_fd = -1
+        self._error_fd = -1
+
+    def __repr__(self) -> str:
+        return f"queue {self.index}"
+
+    def set_size(self, size: int) -> None:
+        """Raises ProtocolError if it runs, or the size is not a power of two that we offer."""
+        self._refuse_while_running()
+        largest = self._device.queue_size_max
+        if size <= 0 or size & (size - 1) or size > largest:
+            raise ProtocolError(f"{self}: size {size} is not a power of two up to {largest}")
+        self.size = size
+
+    def set_base(self, base: int) -> None:
+        """Raises ProtocolError if it runs, or the index has more than 16 bits."""
+        self._refuse_while_running()
+        if base > 0xFFFF:
+            raise ProtocolError(f"{self}: available index {base} has more than 16 bits")
+        self.base = base
+
+    def set_kick(self, fd: int, *, polled: bool = False) -> None:
+        """Take ``fd`` over, or with -1 make one of our own; start the ring. It must not run."""
+        close_all([self._kick_fd])
+        self._kick_ours = fd < 0
+        self._kick_fd = make_eventfd() if fd < 0 else fd
+        self.polled = polled
+        self.started = True
+
+    def set_call(self, fd: int) -> None:
+        """Take ``fd`` over, also while the ring runs; -1 when the frontend polls."""
+        self.called = True
+        new = make_eventfd() if fd < 0 else fd
+        if self._call_fd < 0:
+            self._call_fd = new
+            return
+        os.dup2(new, self._call_fd, inheritable=False)
+        os.close(new)
+        if self.running:
+            # What the old descriptor was told may never have been read.
+            notify(self._call_fd)
+
+    def set_error(self, fd: int) -> None:
+        """Take ``fd`` over; -1 for none."""
+        close_all([self._error_fd])
+        self._error_fd = fd
+
+    def kick(self) -> bool:
+        """Kick the device for a frontend that has no descriptor; False if it has one."""
+        if self._kick_ours:
+            notify(self._kick_fd)
+        return self._kick_ours
+
+    def report_error(self) -> bool:
+        """Tell the frontend that the ring broke; False if it gave no descriptor for that."""
+        if self._error_fd >= 0:
+            notify(self._error_fd)
+        return self._error_fd >= 0
+
+    def set_address(self, address: VringAddress, memory: GuestMemory) -> None:
+        """Set where the parts are; a ring that runs is stopped, to be run again.
+
+        Raises:
+            ProtocolError: size and memory are known and the parts cannot be there; the ring goes on
+                as it was.
+        """
+        if self.size and memory.regions:
+            self._translate(memory, address)
+        self.stop()
+        self.address = address
+
+    def run(self, memory: GuestMemory, features: int, *, enabled: bool) -> bool:
+        """Hand the ring to the device if it is to run and does not.
+
+        Args:
+            memory: the guest's, which the queue keeps until it is stopped.
+            features: what the driver accepted.
+            enabled: counts if SET_VRING_ENABLE never came.
+
+        Returns:
+            Whether it runs now and did not before.
+
+        Raises:
+            ProtocolError, VringError: the parts cannot be where they are said to be.
+        """
+        wanted = self.started and (enabled if self.enabled is None else self.enabled)
+        if self.running or not wanted or not self.size or self.address is None:
+            return False
+        descriptors, available, used = self._translate(memory, self.address)
+        queue = SplitQueue(
+            memory,
+            self.size,
+            descriptors,
+            available,
+            used,
+            event_idx=bool(features & Feature.EVENT_IDX),
+            indirect=bool(features & Feature.INDIRECT_DESC),
+            in_order=bool(features & Feature.IN_ORDER),
+            index=self.base,
+            name=repr(self),
+        )
+        if self._call_fd < 0:
+            self._call_fd = make_eventfd()
+        self._device.start_queue(self.index, RunningQueue(queue, self._kick_fd, self._call_fd))
+        self.running = True
+        return True
+
+    def stop(self) -> None:
+        """Take the ring back from the device; it stays as it is configured."""
+        if self.running:
+            self.running = False
+            self.base = self._device.stop_queue(self.index)
+
+    def end(self) -> None:
+        """GET_VRING_BASE: stopped until it is started anew, with new descriptors."""
+        self.stop()
+        self.started = self.polled = self.called = False
+        close_all([self._kick_fd, self._call_fd])
+        self._kick_fd = self._call_fd = -1
+        self._kick_ours = False
+
+    def reset(self) -> None:
+        """As if no message had ever named this queue; closes all descriptors."""
+        self.end()
+        self.set_error(-1)
+        self.size = self.base = 0
+        self.address = self.enabled = None
+
+    def _refuse_while_running(self) -> None:
+        if self.running:
+            raise ProtocolError(f"{self} is running")
+
+    def _translate(self, memory: GuestMemory, address: VringAddress) -> tuple[int, int, int]:
+        """Guest addresses of the descriptor table, the available and the used ring (2.7)."""
+        found = []
+        for part, user, length, alignment in zip(
+            ("descriptor table", "available ring", "used ring"),
+            (address.descriptor, address.available, address.used),
+            SplitDriver.layout(self.size),
+            (16, 2, 4),
+            strict=True,
+        ):
+            where = f"{self}: {part} at user address {user:#x}"
+            if user % alignment:
+                raise ProtocolError(f"{where} is not aligned to {alignment} bytes")
+            try:
+                found.append(memory.user_to_guest(user, length))
+            except AddressError:
+                raise ProtocolError(f"{where}, {length} bytes: not in guest memory") from None
+        return found[0], found[1], found[2]
