@@ -1,0 +1,271 @@
+"""``vring guest``: the embedded guest as a process of its own, against any vhost-user console."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from vring_serial.errors import ConfigError
+from vring_serial.guest.bulk import serve_bulk
+from vring_serial.guest.guest import EmbeddedGuest, GuestEvent
+from vring_serial.guest.port import GuestPort
+from vring_serial.guest.services import Service, keep_serving, serve_echo
+from vring_serial.proto.control import (
+    PortAdded,
+    PortClosed,
+    PortIsConsole,
+    PortNamed,
+    PortOpened,
+    PortRemoved,
+    PortResized,
+)
+
+log = logging.getLogger("vring.guest")
+
+#: Bytes moved at once between a port and the standard streams.
+RELAY_SIZE = 1 << 16
+
+
+@click.command("guest", context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--vhost-user",
+    "path",
+    required=True,
+    metavar="SOCKET",
+    help="The socket of the vhost-user backend.",
+)
+@click.option("--list", "list_ports", is_flag=True, help="Show the ports and leave.")
+@click.option(
+    "--open",
+    "open_port",
+    metavar="PORT",
+    help="Connect a port, by name or number, with the standard streams.",
+)
+@click.option("--no-input", is_flag=True, help="With --open: do not read the standard input.")
+@click.option("--echo", multiple=True, metavar="PORT", help="Send back what arrives on this port.")
+@click.option(
+    "--bulk",
+    multiple=True,
+    metavar="PORT",
+    help="Answer requests for bulk data on this port (`send N`, `receive N`).",
+)
+@click.option("--agent", is_flag=True, help="Run the SPICE guest agent on com.redhat.spice.0.")
+@click.option("--wait", default=10.0, metavar="SECONDS", help="How long a port may take to appear.")
+@click.option("--memory", default=128, metavar="MIB", help="The guest's RAM.", show_default=True)
+@click.option("--queue-size", default=256, help="Descriptors per queue.", show_default=True)
+@click.option(
+    "--receive-size", default=4096, help="Bytes of one receive buffer.", show_default=True
+)
+@click.option(
+    "--log-level",
+    default="info",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    show_default=True,
+)
+def guest_command(
+    path: str,
+    list_ports: bool,
+    open_port: str | None,
+    no_input: bool,
+    echo: tuple[str, ...],
+    bulk: tuple[str, ...],
+    agent: bool,
+    wait: float,
+    memory: int,
+    queue_size: int,
+    receive_size: int,
+    log_level: str,
+) -> None:
+    """Run the embedded guest: RAM, a virtio-console driver and services on its ports.
+
+    It drives the device behind the backend's socket as Linux's virtio_console does, logs what the
+    device says, and runs until it is interrupted or the backend leaves.
+    """
+    services: list[tuple[str, Service]] = [(port, serve_echo) for port in echo]
+    services += [(port, serve_bulk) for port in bulk]
+    if agent:
+        services.append(_agent())
+    if list_ports + bool(open_port) + bool(services) > 1:
+        raise ConfigError("--list, --open and services on ports exclude one another")
+    logging.basicConfig(
+        level="WARNING" if list_ports or open_port else log_level.upper(),
+        format="%(levelname)s %(message)s",
+        stream=sys.stderr,
+    )
+    guest = EmbeddedGuest(
+        path, memory=memory << 20, queue_size=queue_size, receive_size=receive_size
+    )
+    if list_ports:
+        work = functools.partial(_list, guest)
+    elif open_port is not None:
+        work = functools.partial(_relay, guest, open_port, wait, read_input=not no_input)
+    else:
+        work = functools.partial(_serve, guest, services, wait)
+    asyncio.run(_run(guest, work))
+
+
+def _agent() -> tuple[str, Service]:
+    from vring_serial.guest.agent import AGENT_PORT, serve_agent
+
+    return AGENT_PORT, serve_agent
+
+
+async def _run(guest: EmbeddedGuest, work: Callable[[], Coroutine[None, None, None]]) -> None:
+    """Run ``work`` on a started guest until it is done, a signal comes or the backend leaves."""
+    guest.on_event = _log_event
+    async with _until_signal() as interrupted:
+        await guest.start()
+        tasks: list[asyncio.Task[Any]] = [
+            asyncio.create_task(job) for job in (work(), guest.wait_lost(), interrupted.wait())
+        ]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            lost = guest.lost
+            await guest.stop()
+        if tasks[0] in done:
+            await tasks[0]
+        elif lost is not None:
+            raise lost
+
+
+@contextlib.asynccontextmanager
+async def _until_signal() -> AsyncIterator[asyncio.Event]:
+    loop = asyncio.get_running_loop()
+    event = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, event.set)
+    try:
+        yield event
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+
+async def _find(guest: EmbeddedGuest, port: str, wait: float) -> GuestPort:
+    if port.isdigit():
+        return await guest.wait_port(nr=int(port), timeout=wait)
+    return await guest.wait_port(name=port, timeout=wait)
+
+
+# --- --list
+
+
+async def _list(guest: EmbeddedGuest) -> None:
+    await guest.settle()
+    table = Table("port", "name", "kind", "host end")
+    for port in sorted(guest.ports.values(), key=lambda port: port.nr):
+        kind = "console" if port.is_console else "port"
+        table.add_row(str(port.nr), port.name, kind, "open" if port.host_connected else "closed")
+    Console().print(table)
+
+
+# --- services
+
+
+async def _serve(guest: EmbeddedGuest, services: list[tuple[str, Service]], wait: float) -> None:
+    async def serve(name: str, service: Service) -> None:
+        while True:
+            await keep_serving(await _find(guest, name, wait), service)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for name, service in services:
+                group.create_task(serve(name, service))
+            if not services:
+                await guest.wait_lost()
+    except ExceptionGroup as failed:
+        raise failed.exceptions[0] from None
+
+
+def _log_event(event: GuestEvent) -> None:
+    match event:
+        case PortAdded(nr):
+            log.info("port %d: added", nr)
+        case PortNamed(nr, name):
+            log.info("port %d: is called %s", nr, name.decode("utf-8", "backslashreplace"))
+        case PortIsConsole(nr):
+            log.info("port %d: is a console", nr)
+        case PortResized(nr, cols, rows):
+            log.info("port %d: has %d columns and %d rows", nr, cols, rows)
+        case PortOpened(nr):
+            log.info("port %d: the host end is open", nr)
+        case PortClosed(nr):
+            log.info("port %d: the host end is closed", nr)
+        case PortRemoved(nr):
+            log.info("port %d: removed", nr)
+
+
+# --- --open
+
+
+async def _relay(guest: EmbeddedGuest, name: str, wait: float, *, read_input: bool) -> None:
+    """Until the host end closes or the standard input ends, what was read before being written."""
+    port = await _find(guest, name, wait)
+    reader, writer = await port.open()
+    tasks = [asyncio.ensure_future(_to_stdout(reader))]
+    if read_input:
+        tasks.append(asyncio.ensure_future(_from_stdin(writer)))
+    done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in pending:
+        task.cancel()
+    await asyncio.gather(*pending, return_exceptions=True)
+    for task in done:
+        await task
+    writer.close()
+    await writer.wait_closed()
+
+
+async def _to_stdout(reader: asyncio.StreamReader) -> None:
+    while data := await reader.read(RELAY_SIZE):
+        await asyncio.to_thread(_write_all, data)
+
+
+def _write_all(data: bytes) -> None:
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
+
+
+async def _from_stdin(writer: asyncio.StreamWriter) -> None:
+    async with _stdin_chunks() as next_chunk:
+        while data := await next_chunk():
+            writer.write(data)
+            await writer.drain()
+
+
+@contextlib.asynccontextmanager
+async def _stdin_chunks() -> AsyncIterator[Callable[[], Awaitable[bytes]]]:
+    """The standard input piece by piece, whatever kind of file it is.
+
+    A thread of its own reads it, for a read of a terminal cannot be interrupted; it is a daemon, so
+    that it does not keep the process when everything else has ended.
+    """
+    loop = asyncio.get_running_loop()
+    chunks: asyncio.Queue[bytes] = asyncio.Queue(maxsize=4)
+
+    def read() -> None:
+        data = b"more"
+        while data:
+            data = os.read(0, RELAY_SIZE)
+            try:
+                asyncio.run_coroutine_threadsafe(chunks.put(data), loop).result()
+            except (RuntimeError, asyncio.CancelledError):
+                return  # the loop is over
+
+    threading.Thread(target=read, name="stdin", daemon=True).start()
+    yield chunks.get

@@ -1,0 +1,340 @@
+"""The frontend's side of vhost-user: asks a backend to serve the guest's rings.
+
+Only what the backend offers is negotiated: the protocol features (bit 30) and each of MQ,
+REPLY_ACK, BACKEND_REQ, CONFIG, CONFIGURE_MEM_SLOTS, RESET_DEVICE and STATUS are optional. The order
+of messages is that of User-Mode Linux and QEMU.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import socket
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from vring_serial import unix_fds
+from vring_serial.errors import ProtocolError, ResourceError
+from vring_serial.guest.channel import Channel
+from vring_serial.guest.errors import (
+    BackendClosedError,
+    BackendError,
+    BackendRefusedError,
+    BackendTimeoutError,
+)
+from vring_serial.guest.memory import GuestRam
+from vring_serial.guest.queue import DriverQueue
+from vring_serial.proto import vhost_user as vu
+
+log = logging.getLogger(__name__)
+
+#: Seconds that a backend may take for one request.
+DEFAULT_TIMEOUT = 10.0
+
+SUPPORTED = (
+    vu.ProtocolFeature.MQ
+    | vu.ProtocolFeature.REPLY_ACK
+    | vu.ProtocolFeature.BACKEND_REQ
+    | vu.ProtocolFeature.CONFIG
+    | vu.ProtocolFeature.RESET_DEVICE
+    | vu.ProtocolFeature.CONFIGURE_MEM_SLOTS
+    | vu.ProtocolFeature.STATUS
+)
+
+T = TypeVar("T", bound=vu.Payload)
+
+
+class Frontend:
+    """One connection to a vhost-user backend.
+
+    Attributes:
+        path: of the backend's socket.
+        offered: the device's feature bits as the backend offers them, without bit 30.
+        protocol_features: those in use.
+        max_queues: what GET_QUEUE_NUM answered, or None.
+        closed: why the connection is over, or None.
+        on_closed: called once when the backend is lost; not by :meth:`close`.
+        on_config_change: the backend said that the configuration space changed.
+    """
+
+    def __init__(self, path: str, *, timeout: float = DEFAULT_TIMEOUT) -> None:
+        self.path = path
+        self.offered = 0
+        self.protocol_features = vu.ProtocolFeature(0)
+        self.max_queues: int | None = None
+        self.closed: Exception | None = None
+        self.on_closed: Callable[[Exception], None] | None = None
+        self.on_config_change: Callable[[], None] | None = None
+        self._timeout = timeout
+        self._channel: Channel | None = None
+        self._backend_channel: Channel | None = None
+        self._has_protocol_features = False
+        self._lock = asyncio.Lock()
+        self._waiting: tuple[vu.Request, asyncio.Future[vu.Message]] | None = None
+
+    # --- the connection
+
+    async def connect(self) -> None:
+        """Raises ResourceError when nothing accepts there."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            async with asyncio.timeout(self._timeout):
+                await asyncio.get_running_loop().sock_connect(sock, self.path)
+        except (OSError, TimeoutError) as error:
+            sock.close()
+            why = getattr(error, "strerror", None) or str(error) or "nobody accepts"
+            raise ResourceError(f"{self.path}: cannot connect to the backend: {why}") from error
+        self.attach(sock)
+
+    def attach(self, sock: socket.socket) -> None:
+        """Use a connected socket, which then belongs to this object."""
+        parser = vu.MessageParser(vu.Request, replies=True)
+        self._channel = Channel(sock, parser, self._reply, self._lost)
+
+    def close(self) -> None:
+        """Close everything. Safe to call twice."""
+        self._end(BackendClosedError(f"{self.path}: the connection was closed"))
+
+    def fail(self, error: Exception) -> None:
+        """Give the connection up because of something the backend did; ``on_closed`` is told."""
+        if self._end(error) and self.on_closed is not None:
+            self.on_closed(error)
+
+    def _lost(self, error: Exception | None) -> None:
+        if isinstance(error, ProtocolError):
+            self.fail(BackendError(f"{self.path}: {error}"))
+        else:
+            why = f": {error}" if error is not None else ""
+            self.fail(BackendClosedError(f"{self.path}: the backend closed the connection{why}"))
+
+    def _end(self, error: Exception) -> bool:
+        if self.closed is not None:
+            return False
+        self.closed = error
+        for channel in (self._channel, self._backend_channel):
+            if channel is not None:
+                channel.close()
+        if self._waiting is not None and not self._waiting[1].done():
+            self._waiting[1].set_exception(error)
+        return True
+
+    # --- requests
+
+    async def ask(
+        self, kind: vu.Request, expected: type[T], payload: vu.Payload | None = None
+    ) -> T:
+        """A request that has a reply. Raises BackendError of one kind or another."""
+        message = await self._exchange(kind, payload, (), reply=True, need_reply=False)
+        assert message is not None
+        return self._decode(message, expected)
+
+    async def tell(
+        self, kind: vu.Request, payload: vu.Payload | None = None, fds: Sequence[int] = ()
+    ) -> None:
+        """A request without a reply of its own, acknowledged where REPLY_ACK is in use.
+
+        The descriptors stay the caller's. Raises BackendRefusedError, or another BackendError.
+        """
+        ack = vu.ProtocolFeature.REPLY_ACK in self.protocol_features
+        message = await self._exchange(kind, payload, fds, reply=ack, need_reply=ack)
+        if message is None:
+            return
+        value = self._decode(message, vu.U64).value
+        if value:
+            raise BackendRefusedError(f"{self.path}: the backend refused {kind.name} ({value})")
+
+    def _decode(self, message: vu.Message, expected: type[T]) -> T:
+        try:
+            return message.decode_reply(expected)
+        except ProtocolError as error:
+            unix_fds.close_all(message.fds)
+            self._lost(error)
+            raise self.closed or error from None
+
+    async def _exchange(
+        self,
+        kind: vu.Request,
+        payload: vu.Payload | None,
+        fds: Sequence[int],
+        *,
+        reply: bool,
+        need_reply: bool,
+    ) -> vu.Message | None:
+        async with self._lock:
+            if self.closed is not None:
+                raise self.closed
+            assert self._channel is not None, "not connected"
+            data = vu.request(kind, payload, need_reply=need_reply)
+            answer: asyncio.Future[vu.Message] = asyncio.get_running_loop().create_future()
+            self._waiting = (kind, answer) if reply else None
+            try:
+                async with asyncio.timeout(self._timeout):
+                    await self._channel.send(data, fds)
+                    return await answer if reply else None
+            except TimeoutError:
+                # The answer may still come, and nobody could tell which request it belongs to.
+                what = "answer" if reply else "read"
+                error = BackendTimeoutError(
+                    f"{self.path}: the backend did not {what} {kind.name} in {self._timeout:g} s"
+                )
+                self.fail(error)
+                raise error from None
+            except OSError as error:
+                if self.closed is None:
+                    self._lost(error)
+                raise self.closed or error from None
+            finally:
+                self._waiting = None
+
+    def _reply(self, message: vu.Message) -> None:
+        waiting = self._waiting
+        if waiting is not None and waiting[1].done():
+            waiting = None
+        if waiting is None or waiting[0] != message.kind:
+            unix_fds.close_all(message.fds)
+            expected = f"a reply to {waiting[0].name}" if waiting is not None else "nothing"
+            raise BackendError(f"a reply to {message.name} where {expected} was expected")
+        waiting[1].set_result(message)
+
+    # --- the backend channel
+
+    def _backend_request(self, message: vu.Message) -> None:
+        result = 0
+        try:
+            message.decode()
+            if message.kind == vu.BackendRequest.CONFIG_CHANGE_MSG:
+                if self.on_config_change is not None:
+                    self.on_config_change()
+            else:
+                raise vu.VhostUserError(message.name, "not expected from a console")
+        except ProtocolError as error:
+            log.warning("%s: backend channel: %s", self.path, error)
+            result = errno.EINVAL
+        finally:
+            unix_fds.close_all(message.fds)
+        if message.need_reply and self._backend_channel is not None:
+            self._backend_channel.send_now(vu.reply(message.kind, vu.U64(result)))
+
+    def _backend_channel_lost(self, error: Exception | None) -> None:
+        if isinstance(error, ProtocolError):
+            self.fail(BackendError(f"{self.path}: backend channel: {error}"))
+        elif self._backend_channel is not None:
+            self._backend_channel.close()
+
+    async def _open_backend_channel(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        ours.setblocking(False)
+        parser = vu.MessageParser(vu.BackendRequest)
+        self._backend_channel = Channel(
+            ours, parser, self._backend_request, self._backend_channel_lost
+        )
+        with theirs:
+            await self.tell(vu.Request.SET_BACKEND_REQ_FD, fds=(theirs.fileno(),))
+
+    # --- what a driver does with it
+
+    async def negotiate_protocol(self) -> None:
+        """Own the session, learn what is offered, settle the protocol features."""
+        await self.tell(vu.Request.SET_OWNER)
+        offered = (await self.ask(vu.Request.GET_FEATURES, vu.U64)).value
+        self._has_protocol_features = bool(offered >> vu.F_PROTOCOL_FEATURES & 1)
+        self.offered = offered & ~(1 << vu.F_PROTOCOL_FEATURES)
+        if not self._has_protocol_features:
+            return
+        possible = (await self.ask(vu.Request.GET_PROTOCOL_FEATURES, vu.U64)).value
+        features = SUPPORTED & vu.ProtocolFeature(possible & SUPPORTED)
+        await self.tell(vu.Request.SET_PROTOCOL_FEATURES, vu.U64(features))
+        self.protocol_features = features
+        if vu.ProtocolFeature.MQ in features:
+            self.max_queues = (await self.ask(vu.Request.GET_QUEUE_NUM, vu.U64)).value
+        if vu.ProtocolFeature.BACKEND_REQ in features:
+            await self._open_backend_channel()
+
+    async def set_features(self, bits: int) -> None:
+        """The driver's feature bits; a subset of ``offered``."""
+        if self._has_protocol_features:
+            bits |= 1 << vu.F_PROTOCOL_FEATURES
+        await self.tell(vu.Request.SET_FEATURES, vu.U64(bits))
+
+    async def set_status(self, status: int) -> None:
+        """The device status, where the backend wants to know it."""
+        if vu.ProtocolFeature.STATUS in self.protocol_features:
+            await self.tell(vu.Request.SET_STATUS, vu.U64(status))
+
+    async def get_status(self) -> int | None:
+        """The device status, or None where the backend keeps none."""
+        if vu.ProtocolFeature.STATUS not in self.protocol_features:
+            return None
+        return (await self.ask(vu.Request.GET_STATUS, vu.U64)).value
+
+    @property
+    def has_config(self) -> bool:
+        """The backend has a configuration space."""
+        return vu.ProtocolFeature.CONFIG in self.protocol_features
+
+    async def read_config(self, offset: int, length: int) -> bytes | None:
+        """A part of the configuration space, or None where the backend has none."""
+        if not self.has_config:
+            return None
+        access = vu.ConfigAccess(offset, bytes(length))
+        answer = await self.ask(vu.Request.GET_CONFIG, vu.ConfigAccess, access)
+        if not answer.data:
+            raise BackendRefusedError(
+                f"{self.path}: the backend refused GET_CONFIG of {length} bytes at {offset}"
+            )
+        if (answer.offset, len(answer.data)) != (offset, length):
+            error = BackendError(
+                f"{self.path}: GET_CONFIG of {length} bytes at {offset} was answered with "
+                f"{len(answer.data)} bytes at {answer.offset}"
+            )
+            self.fail(error)
+            raise error
+        return answer.data
+
+    async def set_memory(self, ram: GuestRam) -> None:
+        """Let the backend map the guest's RAM."""
+        region = vu.MemoryRegion(ram.guest_addr, ram.size, ram.user_addr)
+        if vu.ProtocolFeature.CONFIGURE_MEM_SLOTS in self.protocol_features:
+            slots = (await self.ask(vu.Request.GET_MAX_MEM_SLOTS, vu.U64)).value
+            if slots < 1:
+                raise BackendRefusedError(f"{self.path}: the backend maps no memory at all")
+            await self.tell(vu.Request.ADD_MEM_REG, vu.SingleRegion(region), (ram.fd,))
+        else:
+            await self.tell(vu.Request.SET_MEM_TABLE, vu.MemoryTable((region,)), (ram.fd,))
+
+    async def set_queue(self, queue: DriverQueue, ram: GuestRam) -> None:
+        """Describe one ring and start it; it still has to be enabled."""
+        index = queue.index
+        await self.tell(vu.Request.SET_VRING_NUM, vu.VringState(index, queue.size))
+        await self.tell(vu.Request.SET_VRING_BASE, vu.VringState(index, 0))
+        address = vu.VringAddress(
+            index,
+            0,
+            descriptor=ram.user_address(queue.desc),
+            used=ram.user_address(queue.used),
+            available=ram.user_address(queue.avail),
+        )
+        await self.tell(vu.Request.SET_VRING_ADDR, address)
+        descriptor = vu.VringDescriptor(index)
+        await self.tell(vu.Request.SET_VRING_CALL, descriptor, (queue.call_fd,))
+        await self.tell(vu.Request.SET_VRING_KICK, descriptor, (queue.kick_fd,))
+
+    async def enable_queues(self, indices: Sequence[int], enable: bool = True) -> None:
+        """Enable or disable rings. Without bit 30 they are always enabled."""
+        if self._has_protocol_features:
+            for index in indices:
+                await self.tell(vu.Request.SET_VRING_ENABLE, vu.VringState(index, int(enable)))
+
+    async def stop_queues(self, indices: Sequence[int]) -> None:
+        """Disable and stop rings, the last one first; the backend then touches none of them."""
+        backwards = tuple(reversed(indices))
+        await self.enable_queues(backwards, False)
+        for index in backwards:
+            await self.ask(vu.Request.GET_VRING_BASE, vu.VringState, vu.VringState(index))
+
+    async def reset(self) -> None:
+        """Reset the device in the ways that the backend knows."""
+        await self.set_status(0)
+        if vu.ProtocolFeature.RESET_DEVICE in self.protocol_features:
+            await self.tell(vu.Request.RESET_DEVICE)

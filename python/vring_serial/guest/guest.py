@@ -1,0 +1,343 @@
+"""A guest in one object: RAM, a vhost-user frontend and a virtio-console driver."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from vring_serial.errors import ConfigError
+from vring_serial.guest.driver import ConsoleDriver
+from vring_serial.guest.errors import (
+    BackendClosedError,
+    BackendError,
+    BackendRefusedError,
+    BackendTimeoutError,
+    PortRemovedError,
+)
+from vring_serial.guest.frontend import DEFAULT_TIMEOUT, Frontend
+from vring_serial.guest.memory import PAGE, GuestRam
+from vring_serial.guest.port import GuestPort
+from vring_serial.guest.queue import DriverQueue
+from vring_serial.proto.console import (
+    CONTROL_TRANSMITQ,
+    MAX_PORTS,
+    ConsoleConfig,
+    Feature,
+    Status,
+    feature_names,
+    queue_count,
+)
+from vring_serial.proto.control import DriverSideEvent
+
+log = logging.getLogger(__name__)
+
+#: What the driver can do. EMERG_WRITE is for early boot messages, of which this guest has none.
+DRIVER_FEATURES = Feature.VERSION_1 | Feature.EVENT_IDX | Feature.SIZE | Feature.MULTIPORT
+#: Queues whose descriptors vhost-user can pass: SET_VRING_KICK has 8 bits for the index.
+MAX_QUEUES = 256
+#: Bytes of the configuration space that a driver reads: cols, rows, max_nr_ports.
+CONFIG_BYTES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The backend is gone, or was given up because of what it did."""
+
+    error: Exception
+
+
+GuestEvent = DriverSideEvent | Lost
+
+
+class EmbeddedGuest:
+    """One guest, driving one vhost-user console backend.
+
+    Attributes:
+        path: the backend's socket.
+        features: the negotiated feature bits.
+        config: the device's configuration space as read at the start.
+        on_event: told what the device says about ports, and once if it is :class:`Lost`.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        memory: int = 128 << 20,
+        queue_size: int = 256,
+        max_ports: int = 64,
+        receive_size: int = PAGE,
+        timeout: float = DEFAULT_TIMEOUT,
+    ) -> None:
+        """Touches nothing yet.
+
+        Args:
+            path: the backend's unix socket.
+            memory: bytes of RAM. A port takes ``queue_size * receive_size``, and once it was open
+                2 MiB more; on the host only what was touched counts.
+            queue_size: descriptors per queue, a power of two up to 32768.
+            max_ports: most ports to have queues for, whatever the device has; 1 to 127.
+            receive_size: bytes of one receive buffer; Linux has one page.
+            timeout: seconds that the backend may take for an answer.
+
+        Raises:
+            ConfigError: a number that cannot be.
+        """
+        if not 0 < queue_size <= 32768 or queue_size & (queue_size - 1):
+            raise ConfigError(f"queue size {queue_size} is not a power of two up to 32768")
+        if not 0 < max_ports < MAX_QUEUES // 2:
+            raise ConfigError(f"{max_ports} ports are not between 1 and {MAX_QUEUES // 2 - 1}")
+        if not 0 < receive_size <= 1 << 20:
+            raise ConfigError(f"receive buffers of {receive_size} bytes are not in 1 to 1 MiB")
+        if memory < 1 << 20:
+            raise ConfigError(f"{memory} bytes of RAM are less than 1 MiB")
+        self.path = path
+        self.features = Feature(0)
+        self.config = ConsoleConfig()
+        self.on_event: Callable[[GuestEvent], None] | None = None
+        self._memory = memory
+        self._queue_size = queue_size
+        self._max_ports = max_ports
+        self._receive_size = receive_size
+        self._timeout = timeout
+        self._frontend = Frontend(path, timeout=timeout)
+        self._ram: GuestRam | None = None
+        self._queues: dict[int, DriverQueue] = {}
+        self._driver: ConsoleDriver | None = None
+        self._changed = asyncio.Event()
+        self._lost: Exception | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.stop()
+
+    @property
+    def ports(self) -> Mapping[int, GuestPort]:
+        """The ports that the device has announced, by number."""
+        return self._driver.ports if self._driver is not None else {}
+
+    @property
+    def lost(self) -> Exception | None:
+        """Why the backend is gone, or None while it is there."""
+        return self._lost
+
+    # --- the life of a guest
+
+    async def start(self) -> None:
+        """Connect, negotiate, set up all rings, say DRIVER_OK and DEVICE_READY.
+
+        Ports appear afterwards, as the device announces them.
+
+        Raises:
+            ResourceError: nothing accepts at the path, or there is no memory.
+            BackendError: the backend refused, broke the protocol, was too slow or left.
+        """
+        try:
+            await self._start()
+        except BaseException:
+            self._release(BackendClosedError("the guest did not start"))
+            raise
+
+    async def _start(self) -> None:
+        frontend = self._frontend
+        frontend.on_closed = self._backend_lost
+        frontend.on_config_change = self._config_changed
+        await frontend.connect()
+        await frontend.negotiate_protocol()
+        await frontend.set_status(Status.ACKNOWLEDGE | Status.DRIVER)
+        await self._negotiate_features()
+        await self._read_config()
+        self._ram = ram = GuestRam(self._memory)
+        indices = self._make_queues(ram)
+        await frontend.set_memory(ram)
+        for index in indices:
+            await frontend.set_queue(self._queues[index], ram)
+        await frontend.enable_queues(indices)
+        self._driver = driver = ConsoleDriver(
+            ram,
+            self._queues,
+            multiport=Feature.MULTIPORT in self.features,
+            max_ports=self.config.max_nr_ports,
+            receive_size=self._receive_size,
+            timeout=self._timeout,
+            on_event=self._driver_event,
+            on_failure=frontend.fail,
+        )
+        await frontend.set_status(self._status | Status.DRIVER_OK)
+        driver.start()
+
+    _status = Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK
+
+    async def _negotiate_features(self) -> None:
+        frontend = self._frontend
+        offered = frontend.offered
+        log.info("%s: the device offers %s", self.path, feature_names(offered))
+        if not offered & Feature.VERSION_1:
+            raise BackendRefusedError(f"{self.path}: the backend does not offer VERSION_1")
+        wanted = DRIVER_FEATURES
+        if not frontend.has_config:
+            # Without a configuration space nobody knows how many ports there are.
+            wanted &= ~(Feature.MULTIPORT | Feature.SIZE)
+        self.features = Feature(offered & wanted)
+        await frontend.set_features(self.features)
+        await frontend.set_status(self._status)
+        status = await frontend.get_status()
+        if status is not None and not status & Status.FEATURES_OK:
+            raise BackendRefusedError(
+                f"{self.path}: the device does not accept {feature_names(self.features)}"
+            )
+
+    async def _read_config(self) -> None:
+        data = await self._frontend.read_config(0, CONFIG_BYTES)
+        if data is None:
+            return
+        self.config = ConsoleConfig.unpack_from(data.ljust(ConsoleConfig.SIZE, b"\0"))
+        if Feature.MULTIPORT in self.features and not 1 <= self.config.max_nr_ports <= MAX_PORTS:
+            raise BackendError(
+                f"{self.path}: max_nr_ports is {self.config.max_nr_ports}, not 1 to {MAX_PORTS}"
+            )
+
+    def _make_queues(self, ram: GuestRam) -> list[int]:
+        """Rings for as many ports as device, backend and guest all have room for; their indices."""
+        multiport = Feature.MULTIPORT in self.features
+        ports = min(self.config.max_nr_ports, self._max_ports) if multiport else 1
+        count = queue_count(ports, multiport)
+        limit = self._frontend.max_queues
+        if limit is not None and limit < count:
+            least = CONTROL_TRANSMITQ + 1 if multiport else 2
+            if limit < least:
+                raise BackendRefusedError(
+                    f"{self.path}: the backend serves {limit} queues; a console needs {least}"
+                )
+            log.warning("%s: the backend serves %d queues of %d", self.path, limit, count)
+            count = limit & ~1
+        for index in range(count):
+            event_idx = Feature.EVENT_IDX in self.features
+            self._queues[index] = DriverQueue(index, ram, self._queue_size, event_idx=event_idx)
+        return list(self._queues)
+
+    async def stop(self) -> None:
+        """Close all ports, stop the rings, reset the device and leave. Safe to call twice."""
+        error = PortRemovedError("the guest was stopped")
+        if self._driver is not None:
+            self._driver.stop(error)
+        if self._driver is not None and self._frontend.closed is None:
+            try:
+                async with asyncio.timeout(self._timeout):
+                    await self._frontend.stop_queues(list(self._queues))
+                    await self._frontend.reset()
+            except (BackendError, TimeoutError) as left:
+                log.info("%s: while leaving: %s", self.path, left)
+        self._release(error)
+
+    def _release(self, error: Exception) -> None:
+        self._frontend.close()
+        for task in self._tasks:
+            task.cancel()
+        if self._lost is None:
+            self._lost = error
+        if self._driver is not None:
+            self._driver.stop(error)
+        for queue in self._queues.values():
+            queue.close()
+        self._queues.clear()
+        if self._ram is not None:
+            self._ram.close()
+        self._notify()
+
+    # --- what happens
+
+    def _backend_lost(self, error: Exception) -> None:
+        self._lost = error
+        if self._driver is not None:
+            self._driver.stop(error)
+            if self.on_event is not None:
+                self.on_event(Lost(error))
+        self._notify()
+
+    def _driver_event(self, event: DriverSideEvent) -> None:
+        self._notify()
+        if self.on_event is not None:
+            self.on_event(event)
+
+    def _config_changed(self) -> None:
+        task = asyncio.get_running_loop().create_task(self._follow_config())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _follow_config(self) -> None:
+        """Linux follows the size in the configuration space where there are no control messages."""
+        try:
+            await self._read_config()
+        except BackendError as error:
+            self._frontend.fail(error)
+            return
+        if self._driver is not None and Feature.MULTIPORT not in self.features:
+            self._driver.resize_console(self.config.cols, self.config.rows)
+
+    # --- for its user
+
+    async def wait_port(
+        self, nr: int | None = None, name: str | None = None, timeout: float = DEFAULT_TIMEOUT
+    ) -> GuestPort:
+        """The port with this number, or name, as soon as the device has announced it.
+
+        Raises:
+            BackendTimeoutError: it did not in ``timeout`` seconds; the message lists what there is.
+            BackendError, PortRemovedError: the backend left, or the guest was stopped.
+        """
+        try:
+            async with asyncio.timeout(timeout):
+                while (port := self._find_port(nr, name)) is None:
+                    if self._lost is not None:
+                        raise self._lost
+                    await self._changed.wait()
+                return port
+        except TimeoutError:
+            raise self._no_port(nr, name, timeout) from None
+
+    def _find_port(self, nr: int | None, name: str | None) -> GuestPort | None:
+        for port in self.ports.values():
+            if nr in (None, port.nr) and name in (None, port.name):
+                return port
+        return None
+
+    def _no_port(self, nr: int | None, name: str | None, timeout: float) -> BackendTimeoutError:
+        wanted = f"port {nr}" if name is None else f"port {name!r}"
+        present = ", ".join(f"{p.nr} {p.name!r}" for p in self.ports.values()) or "none"
+        return BackendTimeoutError(
+            f"{self.path}: no {wanted} in {timeout:g} s; the device's ports: {present}"
+        )
+
+    async def settle(self, quiet: float = 0.3) -> None:
+        """Until the device has said nothing for ``quiet`` seconds. Raises what ended the guest."""
+        while self._lost is None:
+            try:
+                async with asyncio.timeout(quiet):
+                    await self._changed.wait()
+            except TimeoutError:
+                return
+        raise self._lost
+
+    async def wait_lost(self) -> Exception:
+        """Until the backend is gone or the guest is stopped; returns why."""
+        while self._lost is None:
+            await self._changed.wait()
+        return self._lost
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()

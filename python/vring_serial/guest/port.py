@@ -1,0 +1,285 @@
+"""A port as the guest's programs see it: Linux's ``/dev/vport0p1`` with asyncio streams.
+
+What carries over from Linux's virtio_console: one opener at a time; PORT_OPEN(1) and (0) go to the
+device when it opens and closes; while the host end is closed writers block; when it closes, readers
+get what is still in the ring and then end of file. A port that is no console discards what the
+device sends while it is closed. A console is open from CONSOLE_PORT on, whether or not anything
+reads it, and does not care about the host end.
+
+What cannot carry over is that a file descriptor reads on after end of file: a StreamReader's end
+is final. So a reader opened before the host end *waits* for it, and after an end of file
+:meth:`GuestPort.open` continues the same opening with a new pair of streams; nothing is lost
+between the two, and the device sees no PORT_OPEN.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from vring_serial.guest.errors import PortBusyError, PortRemovedError
+from vring_serial.guest.queue import ReceiveBuffers, TransmitBuffers
+from vring_serial.guest.transport import PortTransport
+
+#: Most bytes handed to a protocol in one call.
+MAX_DELIVERY = 1 << 20
+#: Limit of the StreamReaders that :meth:`GuestPort.open` makes.
+STREAM_LIMIT = 1 << 20
+
+
+class PortOwner(Protocol):
+    """What a port needs of its driver."""
+
+    def port_opened(self, port: GuestPort, is_open: bool) -> None:
+        """Tell the device PORT_OPEN(is_open)."""
+
+    def transmit_buffers(self, port: GuestPort) -> TransmitBuffers:
+        """The port's transmit buffers, made when first wanted. Raises GuestMemoryError."""
+
+
+class GuestPort:
+    """A port that the device has added.
+
+    Attributes:
+        nr: the port's number.
+        name: what PORT_NAME gave it (first one wins), or "".
+        is_console: CONSOLE_PORT was received, or there is no multiport protocol.
+        host_connected: the host end is open, as PORT_OPEN said last.
+        guest_connected: the guest has it open.
+        size: (columns, rows) of a console's terminal, or None.
+        removed: why it is no more, or None.
+    """
+
+    def __init__(self, nr: int, owner: PortOwner, receive: ReceiveBuffers) -> None:
+        self.nr = nr
+        self.name = ""
+        self.is_console = False
+        self.host_connected = False
+        self.guest_connected = False
+        self.size: tuple[int, int] | None = None
+        self.removed: Exception | None = None
+        self._owner = owner
+        self._rx = receive
+        self._tx: TransmitBuffers | None = None
+        self._transport: PortTransport | None = None
+        #: Taken from the ring but not delivered: bytes, and None for an end of file.
+        self._inbox: deque[bytes | None] = deque()
+        #: The buffers those came in. They go back when the inbox is empty, so that a host end which
+        #: comes and goes in front of a slow reader cannot make it grow.
+        self._held: list[npt.NDArray[np.int64]] = []
+        self._receive_due = False
+        self._changed = asyncio.Event()
+
+    def __repr__(self) -> str:
+        return f"<GuestPort {self.nr} {self.name!r}>"
+
+    # --- for the guest's programs
+
+    async def open(
+        self, *, limit: int = STREAM_LIMIT
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Open the port: the reader ends when the host end closes, the writer then blocks.
+
+        After an end of file it may be called again without closing: that opening goes on.
+        Raises PortBusyError, PortRemovedError (or BackendError if that is why), GuestMemoryError.
+        """
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader(limit=limit, loop=loop)
+        protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
+        transport = self.connect(lambda: protocol)[0]
+        return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
+
+    def connect(
+        self, factory: Callable[[], asyncio.Protocol]
+    ) -> tuple[PortTransport, asyncio.Protocol]:
+        """Open the port for a protocol of asyncio. Raises as :meth:`open`."""
+        if self.removed is not None:
+            raise self.removed
+        previous = self._transport
+        if previous is not None and not (previous.at_eof and not previous.is_closing()):
+            raise PortBusyError(f"port {self.nr} is open already")
+        if self._tx is None:
+            self._tx = self._owner.transmit_buffers(self)
+        protocol = factory()
+        self._transport = transport = PortTransport(self, protocol)
+        protocol.connection_made(transport)
+        if previous is not None:
+            backlog = previous.backlog
+            previous.retire()
+            transport.inherit(backlog)
+        elif not self.guest_connected:
+            self.guest_connected = True
+            self._owner.port_opened(self, True)
+        transport.flush()
+        self.schedule_receive()
+        return transport, protocol
+
+    def close(self) -> None:
+        """Close the port as its writer's ``close()`` does; nothing if it is not open."""
+        if self._transport is not None:
+            self._transport.close()
+
+    async def wait_host(self, connected: bool = True) -> None:
+        """Until the host end is open (or closed). Raises PortRemovedError if the port goes away."""
+        while self.host_connected != connected:
+            if self.removed is not None:
+                raise self.removed
+            await self._changed.wait()
+
+    async def wait_removed(self) -> None:
+        """Until the device removes the port or the guest stops."""
+        while self.removed is None:
+            await self._changed.wait()
+
+    # --- for the transport
+
+    @property
+    def can_write(self) -> bool:
+        """Whether writers may use the ring. Linux's hvc does not ask about the host end."""
+        return self.removed is None and (self.host_connected or self.is_console)
+
+    def transmit(self, data: memoryview) -> int:
+        """Put as much into the ring as there is room for; returns bytes."""
+        return self._tx.send(data) if self._tx is not None else 0
+
+    def wait_room(self) -> bool:
+        """True: there is room already. False: the transport is flushed when there is."""
+        tx = self._tx
+        if tx is None:
+            return False
+        while not tx.reclaim():
+            if not tx.wait_used():
+                return False
+        tx.queue.disable_notifications()
+        return True
+
+    def wait_idle(self) -> bool:
+        """True: buffers are still with the device; the transport is flushed when some are not."""
+        tx = self._tx
+        while tx is not None and tx.in_flight:
+            if not tx.reclaim() and not tx.wait_used():
+                return True
+        return False
+
+    def transport_closed(self) -> None:
+        """The transport is done: close the port, unless it is gone or a console."""
+        self._transport = None
+        if self.is_console or self.removed is not None:
+            return
+        self.guest_connected = False
+        self._owner.port_opened(self, False)
+        self._inbox.clear()
+        self._release_held()
+        self.schedule_receive()
+
+    # --- for the driver
+
+    def notified_transmit(self) -> None:
+        """The device has used transmit buffers."""
+        if self._tx is not None:
+            self._tx.queue.disable_notifications()
+            self._tx.reclaim()
+        if self._transport is not None:
+            self._transport.flush()
+
+    def schedule_receive(self) -> None:
+        """Have :meth:`receive` called soon."""
+        if not self._receive_due:
+            self._receive_due = True
+            asyncio.get_running_loop().call_soon(self.receive)
+
+    def receive(self) -> None:
+        """Deliver a part of what has arrived if it is wanted, and give the buffers back."""
+        self._receive_due = False
+        if self.removed is not None or not self._deliver_inbox():
+            return
+        rx = self._rx
+        rx.queue.disable_notifications()
+        slots, data = rx.take(max(1, MAX_DELIVERY // rx.size))
+        if data:
+            rx.give_back(slots)
+            self.schedule_receive()
+            # Linux discards what arrives while the port is closed, and so it goes here.
+            if self._transport is not None:
+                self._transport.deliver(b"".join(data))
+        elif rx.queue.enable_notifications():
+            self.schedule_receive()
+
+    def _deliver_inbox(self) -> bool:
+        """Deliver what was put aside; True if the ring may be read on."""
+        transport = self._transport
+        if transport is None:
+            return not self.guest_connected
+        while self._inbox and transport.wants_data:
+            item = self._inbox.popleft()
+            if item is None:
+                transport.deliver_eof()
+            else:
+                transport.deliver(item)
+        if self._inbox:
+            return False
+        self._release_held()
+        return self._transport is transport and transport.wants_data
+
+    def _release_held(self) -> None:
+        for slots in self._held:
+            self._rx.give_back(slots)
+        self._held.clear()
+
+    def set_console(self) -> None:
+        """CONSOLE_PORT, or no multiport protocol: from now on the port is open.
+
+        The control protocol sends the PORT_OPEN(1) by itself.
+        """
+        self.is_console = self.guest_connected = True
+        if self._transport is not None:
+            self._transport.flush()
+
+    def set_name(self, name: str) -> None:
+        """PORT_NAME."""
+        self.name = name
+        self._notify()
+
+    def set_host_connected(self, connected: bool) -> None:
+        """PORT_OPEN from the device."""
+        was = self.host_connected
+        self.host_connected = connected
+        if was and not connected and self._transport is not None and not self.is_console:
+            self._put_aside()
+        self._notify()
+        if self._transport is not None:
+            self._transport.flush()
+            self.receive()
+
+    def _put_aside(self) -> None:
+        """Everything in the ring came before the end of file that is due now."""
+        slots, data = self._rx.take()
+        if data:
+            self._inbox.append(b"".join(data))
+            self._held.append(slots)
+        if not self._inbox or self._inbox[-1] is not None:
+            self._inbox.append(None)
+
+    def remove(self, error: Exception) -> None:
+        """The device took the port away, or the whole guest ends."""
+        self.removed = error
+        self.host_connected = self.guest_connected = False
+        self._inbox.clear()
+        self._release_held()
+        if self._transport is not None:
+            self._transport.lose(error)
+        self._notify()
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+def removed_error(nr: int) -> PortRemovedError:
+    """The reason that PORT_REMOVE gives."""
+    return PortRemovedError(f"port {nr}: the device removed it")
