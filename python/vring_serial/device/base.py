@@ -21,8 +21,8 @@ class VirtioDevice(Protocol):
         queue_size_max: largest size of a queue, in descriptors.
         config_size: bytes of the configuration space.
         config_generation: changes whenever the configuration space does (2.5.1).
-        on_config_change: set by the transport; called after the configuration space changed, for the
-            configuration change notification.
+        on_config_change: set by the transport; called after the configuration space changed, for
+            the configuration change notification.
         on_needs_reset: set by the transport; called after DEVICE_NEEDS_RESET was set in ``status``
             because a ring is broken.
     """
@@ -51,11 +51,15 @@ class VirtioDevice(Protocol):
         ...
 
     def set_status(self, status: int) -> None:
-        """The driver wrote the device status; 0 is :meth:`reset`."""
+        """The driver, or a frontend for it, wrote the device status.
+
+        0 is no :meth:`reset` by itself: vhost-user frontends write it for a paused VM as well. What
+        the device knows of the driver goes when rings start anew.
+        """
         ...
 
     def set_driver_features(self, bits: int) -> None:
-        """The driver accepted these features. Raises ProtocolError on bits that were not offered."""
+        """The driver accepted these features. Raises ProtocolError on bits not offered."""
         ...
 
     def read_config(self, offset: int, length: int) -> bytes:

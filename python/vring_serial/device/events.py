@@ -6,6 +6,7 @@ import enum
 from dataclasses import dataclass
 
 from vring import RingError
+from vring_serial.proto.console import feature_names
 
 
 class Side(enum.Enum):
@@ -21,6 +22,9 @@ class FeaturesNegotiated:
 
     bits: int
 
+    def __str__(self) -> str:
+        return f"the driver accepted {feature_names(self.bits)}"
+
 
 @dataclass(frozen=True, slots=True)
 class DriverReady:
@@ -28,10 +32,16 @@ class DriverReady:
 
     ok: bool = True
 
+    def __str__(self) -> str:
+        return "the driver is ready" if self.ok else "the driver failed"
+
 
 @dataclass(frozen=True, slots=True)
 class DeviceReset:
     """The device was reset, or a driver starts with fresh rings."""
+
+    def __str__(self) -> str:
+        return "reset"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +51,18 @@ class PortAdded:
     nr: int
     name: str
 
+    def __str__(self) -> str:
+        return "added"
+
 
 @dataclass(frozen=True, slots=True)
 class PortRemoved:
     """The device has a port less."""
 
     nr: int
+
+    def __str__(self) -> str:
+        return f"port {self.nr} removed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +72,9 @@ class PortReady:
     nr: int
     ok: bool = True
 
+    def __str__(self) -> str:
+        return "ready in the guest" if self.ok else "the guest could not set it up"
+
 
 @dataclass(frozen=True, slots=True)
 class PortOpened:
@@ -63,6 +82,9 @@ class PortOpened:
 
     side: Side
     nr: int
+
+    def __str__(self) -> str:
+        return f"opened by the {self.side.value}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +94,18 @@ class PortClosed:
     side: Side
     nr: int
 
+    def __str__(self) -> str:
+        return f"closed by the {self.side.value}"
+
 
 @dataclass(frozen=True, slots=True)
 class MessageRefused:
     """A control message was ignored."""
 
     why: str
+
+    def __str__(self) -> str:
+        return f"refused: {self.why}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +115,18 @@ class OutputDropped:
     nr: int
     count: int
 
+    def __str__(self) -> str:
+        return f"output dropped, {self.count} bytes so far: its host end does not keep up"
+
 
 @dataclass(frozen=True, slots=True)
 class EmergencyWrite:
     """The guest wrote a character to the configuration space."""
 
     char: int
+
+    def __str__(self) -> str:
+        return f"emergency write of {bytes([self.char])!r}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +135,9 @@ class QueueBroken:
 
     index: int
     error: RingError
+
+    def __str__(self) -> str:
+        return f"queue {self.index} is broken, the device needs a reset: {self.error}"
 
 
 DeviceEvent = (

@@ -1,0 +1,134 @@
+"""Queues that are served in the event loop, a bounded piece of work at a turn."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+
+from vring import Batch, RingError
+from vring_serial.device.virtqueue import RunningQueue
+
+#: At most so many chains, and, as far as one chain allows, so many bytes in one batch.
+BATCH_CHAINS = 64
+BATCH_BYTES = 256 * 1024
+#: At most so many batches before other work in the event loop gets its turn.
+TURN_BATCHES = 4
+
+
+class ServedQueue:
+    """Calls ``serve`` when the driver kicks, and again in the next turn while there is more to do.
+
+    Args:
+        running: the queue. Its ``kick_fd`` is watched until :meth:`stop`.
+        serve: does bounded work; returns whether there is more. Before it returns False it has
+            asked the driver for a kick, or told it that none is needed.
+        on_broken: called, after the queue was stopped, with what ``serve`` met.
+
+    Raises:
+        OSError: ``kick_fd`` cannot be watched.
+    """
+
+    def __init__(
+        self,
+        running: RunningQueue,
+        serve: Callable[[], bool],
+        on_broken: Callable[[RingError], None],
+    ) -> None:
+        self.running = running
+        self.queue = running.queue
+        self._serve = serve
+        self._on_broken = on_broken
+        self._inside = False
+        self._stopped = False
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(running.kick_fd, self._kicked)
+        # Kicks from before the queue ran may be gone: look once without one.
+        self._turn: asyncio.Handle | None = self._loop.call_soon(self.run)
+
+    def run(self) -> None:
+        """Serve now: something other than a kick made work possible."""
+        if self._stopped or self._inside:
+            # What happens inside `serve` is seen by its own loop.
+            return
+        self._cancel_turn()
+        self._inside = True
+        try:
+            more = self._serve()
+        except RingError as error:
+            self.stop()
+            self._on_broken(error)
+            return
+        finally:
+            self._inside = False
+        if more and not self._stopped:
+            self._turn = self._loop.call_soon(self.run)
+
+    def stop(self) -> None:
+        """Watch and serve no more. Chains in flight are the caller's to complete or give back."""
+        if not self._stopped:
+            self._stopped = True
+            self._cancel_turn()
+            self._loop.remove_reader(self.running.kick_fd)
+
+    def _cancel_turn(self) -> None:
+        if self._turn is not None:
+            self._turn.cancel()
+            self._turn = None
+
+    def _kicked(self) -> None:
+        try:
+            gone = not os.read(self.running.kick_fd, 8)
+        except BlockingIOError:
+            return
+        except OSError:
+            gone = True
+        if gone:
+            # Not an eventfd, or broken: it would stay readable for ever.
+            self._loop.remove_reader(self.running.kick_fd)
+        self.run()
+
+
+class Discarder:
+    """Completes whatever the driver sends, unread.
+
+    Args:
+        running: the queue.
+        on_broken: see ServedQueue.
+        reconsider: called when chains were popped and before they are completed; it may call
+            :meth:`stop`, and then they stay with the driver, to be popped by someone else.
+    """
+
+    def __init__(
+        self,
+        running: RunningQueue,
+        on_broken: Callable[[RingError], None],
+        reconsider: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._batch: Batch | None = None
+        self._reconsider = reconsider
+        self._served = ServedQueue(running, self._serve, on_broken)
+
+    def stop(self) -> None:
+        """Discard no more; nothing is in flight when this returns."""
+        self._served.stop()
+        if self._batch is not None:
+            self._served.queue.unpop(self._batch)
+            self._batch = None
+
+    def _serve(self) -> bool:
+        queue = self._served.queue
+        for _ in range(TURN_BATCHES):
+            batch = queue.pop_many(BATCH_CHAINS)
+            if not batch:
+                if queue.enable_notifications():
+                    continue
+                return False
+            self._batch = batch
+            self._reconsider()
+            if self._batch is None:
+                return False
+            self._batch = None
+            if queue.push_many(batch):
+                self._served.running.call()
+        return True
