@@ -88,6 +88,7 @@ def read(draft: Draft, data: bytes, *, file: str, channel_directory: str = "") -
     root = Node.parse(data, file)
     if root.tag != "domain":
         root.fail("the root of a domain is <domain>")
+    draft.where = file
     draft.name = _read_name(root) or draft.name
     draft.pci = _read_pci(root)
     _read_controllers(draft, root)

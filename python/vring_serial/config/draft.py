@@ -86,6 +86,7 @@ class Draft:
     """Collects controllers, host ends and ports; see the module.
 
     Attributes:
+        where: what errors about the whole name.
         name: the domain's name.
         max_ports: for controllers that do not say how many ports they have.
         pci: the addresses that are taken, or None if no controller is to get one.
@@ -93,6 +94,7 @@ class Draft:
     """
 
     def __init__(self, *, max_ports: int = 0) -> None:
+        self.where = ""
         self.name = "vring"
         self.max_ports = max_ports or DEFAULT_MAX_PORTS
         self.pci: PciSlots | None = None
@@ -146,7 +148,9 @@ class Draft:
         self._add_missing_controllers()
         numbers = self._assign_numbers()
         if not self._controllers:
-            raise ConfigError("nothing to serve: no virtio-serial controller, channel or console")
+            raise ConfigError(
+                "nothing to serve: no virtio-serial controller, channel or console", self.where
+            )
         addresses = self._assign_addresses()
         controllers = tuple(
             ControllerConfig(
@@ -238,7 +242,10 @@ def check_unix_path(path: str, where: str) -> None:
     """Raises ConfigError unless ``path`` can be that of a unix socket."""
     if "\0" in path:
         raise ConfigError("the socket's path holds a NUL", where)
-    size = len(os.fsencode(path))
+    try:
+        size = len(os.fsencode(path))
+    except UnicodeEncodeError:
+        raise ConfigError(f"{path!r} cannot be a socket's path", where) from None
     if not 1 <= size <= MAX_UNIX_PATH_BYTES:
         raise ConfigError(
             f"socket path {path} has {size} bytes; a unix socket's has 1 to {MAX_UNIX_PATH_BYTES}",
@@ -298,7 +305,10 @@ def _path_made(chardev: ChardevConfig) -> str:
     options = chardev.options
     if chardev.kind == "stdio":
         return "stdio"
-    if chardev.kind == "pty" or (chardev.kind == "socket" and getattr(options, "server", False)):
-        path = getattr(options, "path", None)
-        return os.path.abspath(path) if path else ""
-    return ""
+    path: str = getattr(options, "path", "")
+    if getattr(options, "abstract", False):
+        path = f"abstract {path}"
+    elif path:
+        path = os.path.abspath(path)
+    makes_path = chardev.kind == "pty" or getattr(options, "server", False)
+    return path if makes_path else ""
