@@ -14,6 +14,7 @@ try:
     from vring._core import SplitQueue, VirtQueue
     from vring._driver import SplitDriver, need_event
     from vring._memory import GuestMemory, Region
+    from vring._pump import Flow, FlowCounters, FlowEvent, Pump
 except ModuleNotFoundError as _error:
     if _error.name is None or not _error.name.startswith("vring._"):
         raise
@@ -39,6 +40,10 @@ __all__ = [
     "GuestMemory",
     "Region",
     "need_event",
+    "Pump",
+    "Flow",
+    "FlowEvent",
+    "FlowCounters",
     "get_include",
     "VringError",
     "LocalMisuseError",

@@ -1,0 +1,123 @@
+"""Ports for the pump: a guest's queue, the device's queue and their notifiers, in one process."""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+from vring import Flow, FlowEvent, Pump
+from vring.testing import GuestQueue
+
+
+class PortRig:
+    """One direction of a port, with the guest's side in the caller's hands."""
+
+    def __init__(
+        self, pump: Pump, *, size: int = 64, slot: int = 4096, index: int = 0, **options: bool
+    ) -> None:
+        self.pump = pump
+        data = np.zeros(GuestQueue.bytes_needed(size, slot), np.uint8)
+        self.guest = GuestQueue(data, size, slot, index=index, **options)
+        self.queue = self.guest.device_queue("port 1")
+        self.kick_fd = os.eventfd(0, os.EFD_NONBLOCK)
+        self.call_fd = os.eventfd(0, os.EFD_NONBLOCK)
+        self.events: list[tuple[FlowEvent, object]] = []
+        self.flow: Flow | None = None
+
+    def notifiers(self) -> dict:
+        return {
+            "kick_fd": self.kick_fd,
+            "call_fd": self.call_fd,
+            "on_event": lambda event, detail: self.events.append((event, detail)),
+        }
+
+    def write_to(self, fd: int, **options: object) -> Flow:
+        self.flow = self.pump.guest_to_host(self.queue, write_fd=fd, **self.notifiers(), **options)
+        return self.flow
+
+    def read_from(self, fd: int) -> Flow:
+        self.flow = self.pump.host_to_guest(self.queue, read_fd=fd, **self.notifiers())
+        return self.flow
+
+    def kick(self) -> None:
+        os.eventfd_write(self.kick_fd, 1)
+
+    def send(self, data: bytes, lengths: list[int] | None = None) -> None:
+        """All of `data`, as Linux would: buffers, then a kick if the device wants one."""
+        if self.guest.send(data, lengths or [len(data)]):
+            self.kick()
+
+    def offer(self, count: int | None = None, length: int | None = None) -> None:
+        if self.guest.offer(count, length):
+            self.kick()
+
+    def wait_call(self, timeout: float = 5) -> None:
+        assert select.select([self.call_fd], [], [], timeout)[0], "no call"
+        os.eventfd_read(self.call_fd)
+
+    def wait_used(self, chains: int, timeout: float = 5) -> list[int]:
+        """Written lengths of the next chains used; sleeps on the call descriptor, as a guest."""
+        lengths = list(self.guest.collect())
+        while len(lengths) < chains:
+            if not self.guest.driver.enable_notifications():
+                self.wait_call(timeout)
+            lengths += list(self.guest.collect())
+        assert len(lengths) == chains
+        return lengths
+
+    def receive(self, length: int, timeout: float = 5) -> bytes:
+        """The next bytes; buffers go back to the device at once."""
+        received = b""
+        while len(received) < length:
+            piece = self.guest.receive()
+            if piece:
+                received += piece
+                self.offer()
+            elif not self.guest.driver.enable_notifications():
+                self.wait_call(timeout)
+        assert len(received) == length
+        return received
+
+    def wait_event(self, timeout: float = 5) -> tuple[FlowEvent, object]:
+        """The next event."""
+        if not self.events:
+            assert select.select([self.pump.event_fd], [], [], timeout)[0], "no event"
+            self.pump.dispatch()
+        return self.events.pop(0)
+
+    def close(self) -> None:
+        if self.flow is not None:
+            self.flow.detach()
+        os.close(self.kick_fd)
+        os.close(self.call_fd)
+
+
+@pytest.fixture
+def pump() -> Iterator[Pump]:
+    with Pump() as pump:
+        yield pump
+
+
+@pytest.fixture
+def make_rig(pump: Pump) -> Iterator[Callable[..., PortRig]]:
+    rigs: list[PortRig] = []
+
+    def make(**options: object) -> PortRig:
+        rigs.append(PortRig(options.pop("pump", pump), **options))
+        return rigs[-1]
+
+    yield make
+    for rig in rigs:
+        rig.close()
+
+
+def wait_until(condition: Callable[[], object], timeout: float = 5) -> None:
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, "not in time"
+        time.sleep(0.001)

@@ -1,0 +1,92 @@
+# One direction of one port: bytes from a queue to a descriptor or back, as a state machine that
+# the pump's thread gives turns to. It blocks on nothing and never needs the GIL.
+
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+
+from vring._chains cimport vr_chain
+from vring._wire cimport iovec
+
+cdef enum vr_fd_kind:
+    FD_NONE                     # -1: bytes go nowhere
+    FD_SOCKET
+    FD_PIPE
+    FD_TTY
+    FD_OTHER                    # files, /dev/null, eventfds
+
+cdef enum:
+    # news for the flow's owner
+    NEWS_EOF = 1
+    NEWS_ERROR = 2
+    NEWS_BROKEN = 4
+    NEWS_OVERFLOW = 8
+
+cdef struct vr_fd:
+    int number
+    int kind                    # of vr_fd_kind
+    bint blocking               # the description lacks O_NONBLOCK
+    bint pollable               # epoll takes it; if not, it is always ready
+
+cdef struct vr_backlog:
+    # a ring of bytes to write before anything from the queue
+    uint8_t* data               # NULL until there is something to keep
+    size_t capacity
+    size_t head
+    size_t length
+
+cdef struct vr_counters:
+    # written by the pump's thread alone, with vr_count
+    uint64_t bytes
+    uint64_t chains
+    uint64_t batches
+    uint64_t kicks
+    uint64_t calls
+    uint64_t calls_saved
+    uint64_t throttled_ns
+    uint64_t dropped
+
+cdef struct vr_tables:
+    # scratch of one thread: nothing stays in it between turns
+    vr_chain* chains
+    uint32_t* written
+    iovec* segments
+    uint32_t max_segments
+
+cdef struct vr_flow:
+    void* queue                 # a VirtQueue; the owner keeps it alive
+    void* owner                 # the Python object, for the one who delivers news
+    vr_fd data
+    vr_fd kick
+    vr_fd call
+    bint incoming               # host to guest
+    bint lossy
+    bint ready                  # the descriptor may take or have bytes
+    bint hangup                 # the peer is gone; unread bytes may be left
+    bint failed                 # lossy: the descriptor is dead, bytes are dropped
+    bint stopped                # no more turns: end of file, error or broken ring
+    bint broken                 # the ring is
+    bint listening              # the driver was asked for kicks
+    bint overflowing
+    uint64_t room               # bytes to try at once: what the descriptor took lately, and more
+    uint64_t skip               # bytes of the first available chain that the descriptor took
+    uint64_t throttled_since    # ns; not 0 while the other side takes nothing
+    uint64_t busy_ns            # how long to poll the queue before asking for kicks
+    uint64_t poll_until         # ns
+    vr_backlog backlog
+    vr_counters counters
+    uint32_t news
+    int error                   # errno with NEWS_ERROR
+    uint8_t* residue            # what flow_finish left over, malloced
+    size_t residue_length
+
+cdef int tables_init(vr_tables* tables) noexcept nogil
+cdef void tables_free(vr_tables* tables) noexcept nogil
+
+cdef int backlog_init(vr_backlog* backlog, const uint8_t* data, size_t length,
+                      size_t capacity) noexcept nogil
+
+# Does a bounded piece of work. 1: there is more to do; 0: wait for a kick or the descriptor.
+cdef bint flow_turn(vr_flow* flow, vr_tables* tables) noexcept nogil
+# After the last turn: leaves nothing in flight, and in `residue` what was accepted from the guest
+# and not written.
+cdef void flow_finish(vr_flow* flow, vr_tables* tables) noexcept nogil
+cdef void flow_stop(vr_flow* flow, uint32_t news, int error) noexcept nogil

@@ -1,0 +1,569 @@
+"""The turns of a flow: batches of chains to a descriptor, or from a descriptor into chains.
+
+Nothing stays in flight between turns. What a descriptor did not take is given back to the queue and
+popped again later; of a chain that it took in part, only the number of bytes is remembered. So
+a thousand idle or throttled flows share one set of tables, and stopping one needs no clean-up.
+"""
+
+from __future__ import annotations
+
+from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.string cimport memcpy
+
+from vring._core cimport VR_TOO_SMALL, VirtQueue
+from vring._linux cimport (
+    EAGAIN, EINTR, EIO, EPIPE, FIONREAD, IOV_MAX, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, POLLOUT,
+    errno, ioctl, msghdr, poll, pollfd, readv, recv, recvmsg, send, sendmsg, vr_count, vr_now,
+    write, writev
+)
+
+cdef enum:
+    # A turn ends after so many bytes or batches, so that a busy port delays the others little.
+    TURN_BYTES = 256 << 10
+    TURN_BATCHES = 8
+    # What one read may be asked for: reading into part of a chain would complete it half empty.
+    READ_BYTES = 1 << 20
+    ROOM_MIN = 16 << 10
+    CHAINS = 1024
+    # Chains of more segments (indirect, over many region borders) break the ring.
+    SEGMENTS_MAX = 1 << 17
+    # A longer rest of a half-written chain is cut off when the flow ends, and counted as dropped.
+    RESIDUE_MAX = 64 << 20
+
+cdef uint64_t ONE = 1
+
+cdef struct vr_strip:
+    # segments still to be moved
+    iovec* at
+    uint32_t n
+    iovec* cut                  # the segment that strip_cut shortened, or NULL
+    size_t cut_length           # and what it was before
+
+
+# --- tables and backlog
+
+cdef int tables_init(vr_tables* tables) noexcept nogil:
+    """0, or -1 without memory. The tables must be zeroed; tables_free suits both outcomes."""
+    tables.max_segments = IOV_MAX
+    tables.chains = <vr_chain*>calloc(CHAINS, sizeof(vr_chain))
+    tables.written = <uint32_t*>calloc(CHAINS, sizeof(uint32_t))
+    tables.segments = <iovec*>calloc(IOV_MAX, sizeof(iovec))
+    return -(tables.chains == NULL or tables.written == NULL or tables.segments == NULL)
+
+
+cdef void tables_free(vr_tables* tables) noexcept nogil:
+    free(tables.chains)
+    free(tables.written)
+    free(tables.segments)
+    tables.chains = NULL
+    tables.written = NULL
+    tables.segments = NULL
+
+
+cdef int backlog_init(
+    vr_backlog* backlog, const uint8_t* data, size_t length, size_t capacity
+) noexcept nogil:
+    """A backlog that starts with `data`; -1 without memory."""
+    backlog.data = NULL
+    backlog.capacity = max(capacity, length)
+    backlog.head = 0
+    backlog.length = 0
+    if length:
+        backlog.data = <uint8_t*>malloc(backlog.capacity)
+        if backlog.data == NULL:
+            return -1
+        memcpy(backlog.data, data, length)
+        backlog.length = length
+    return 0
+
+
+cdef size_t backlog_add(vr_backlog* backlog, const uint8_t* data, size_t length) noexcept nogil:
+    """Appends as much as there is room for; bytes taken."""
+    cdef size_t tail, first
+    if backlog.data == NULL and backlog.capacity:
+        backlog.data = <uint8_t*>malloc(backlog.capacity)
+    if backlog.data == NULL:
+        return 0
+    length = min(length, backlog.capacity - backlog.length)
+    tail = (backlog.head + backlog.length) % backlog.capacity
+    first = min(length, backlog.capacity - tail)
+    memcpy(backlog.data + tail, data, first)
+    memcpy(backlog.data, data + first, length - first)
+    backlog.length += length
+    return length
+
+
+cdef uint32_t backlog_segments(const vr_backlog* backlog, iovec* segments) noexcept nogil:
+    """Describes the backlog as one segment, or two where it wraps around."""
+    cdef size_t first = min(backlog.length, backlog.capacity - backlog.head)
+    segments[0].iov_base = backlog.data + backlog.head
+    segments[0].iov_len = first
+    segments[1].iov_base = backlog.data
+    segments[1].iov_len = backlog.length - first
+    return 1 if first == backlog.length else 2
+
+
+cdef void backlog_drop(vr_backlog* backlog, size_t length) noexcept nogil:
+    """Forgets the oldest bytes, and the memory with the last of them: idle ports hold none."""
+    backlog.length -= length
+    backlog.head = (backlog.head + length) % backlog.capacity
+    if backlog.length == 0:
+        free(backlog.data)
+        backlog.data = NULL
+        backlog.head = 0
+
+
+# --- segments
+
+cdef void strip_skip(vr_strip* strip, uint64_t length) noexcept nogil:
+    """Moves past the first bytes."""
+    while strip.n and length >= strip.at.iov_len:
+        length -= strip.at.iov_len
+        strip.at += 1
+        strip.n -= 1
+    if length and strip.n:
+        strip.at.iov_base = <uint8_t*>strip.at.iov_base + length
+        strip.at.iov_len -= length
+
+
+cdef uint64_t strip_cut(vr_strip* strip, uint64_t total, uint64_t most) noexcept nogil:
+    """Ends the strip after `most` bytes, or where one system call does; the bytes left in it."""
+    cdef uint64_t left = most
+    cdef uint32_t i
+    strip.cut = NULL
+    if strip.n <= IOV_MAX and total <= most:
+        return total
+    strip.n = min(strip.n, <uint32_t>IOV_MAX)
+    for i in range(strip.n):
+        if strip.at[i].iov_len >= left:
+            strip.cut = &strip.at[i]
+            strip.cut_length = strip.at[i].iov_len
+            strip.at[i].iov_len = left
+            strip.n = i + 1
+            return most
+        left -= strip.at[i].iov_len
+    return most - left
+
+
+cdef void strip_mend(vr_strip* strip) noexcept nogil:
+    """Takes strip_cut's change of the table back."""
+    if strip.cut != NULL:
+        strip.cut.iov_len = strip.cut_length
+
+
+cdef uint64_t gather(
+    vr_strip* strip, const vr_tables* tables, uint32_t n, bint writable
+) noexcept nogil:
+    """Strip of all readable (or all writable) segments of n chains; their bytes.
+
+    A chain may have both kinds although its queue is meant for one; the segments that are not
+    wanted are squeezed out of the table.
+    """
+    cdef const vr_chain* chain
+    cdef uint64_t total = 0
+    cdef uint32_t i, j, first, count, filled = 0
+    for i in range(n):
+        chain = &tables.chains[i]
+        total += chain.writable_bytes if writable else chain.readable_bytes
+        first = chain.first_segment + (chain.n_readable if writable else 0)
+        count = chain.n_writable if writable else chain.n_readable
+        if first != filled:
+            for j in range(count):
+                tables.segments[filled + j] = tables.segments[first + j]
+        filled += count
+    strip.at = tables.segments
+    strip.n = filled
+    return total
+
+
+# --- system calls; a negative answer is -errno
+
+cdef ssize_t put(const vr_fd* fd, const vr_strip* strip, uint64_t total) noexcept nogil:
+    cdef msghdr message
+    cdef ssize_t done
+    if fd.kind == FD_NONE:
+        return total
+    while True:
+        if fd.kind == FD_SOCKET:
+            message = msghdr(msg_iov=strip.at, msg_iovlen=strip.n)
+            done = sendmsg(fd.number, &message, MSG_DONTWAIT | MSG_NOSIGNAL)
+        else:
+            done = writev(fd.number, strip.at, strip.n)
+        if done >= 0:
+            return done
+        if errno != EINTR:
+            return -errno
+
+
+cdef ssize_t get(const vr_fd* fd, const vr_strip* strip) noexcept nogil:
+    cdef msghdr message
+    cdef ssize_t done
+    while True:
+        if fd.kind == FD_SOCKET:
+            message = msghdr(msg_iov=strip.at, msg_iovlen=strip.n)
+            done = recvmsg(fd.number, &message, MSG_DONTWAIT)
+        else:
+            done = readv(fd.number, strip.at, strip.n)
+        if done >= 0:
+            return done
+        if errno == EIO and fd.kind == FD_TTY:
+            return 0            # how a terminal says that its other end is closed
+        if errno != EINTR:
+            return -errno
+
+
+cdef ssize_t unread(const vr_fd* fd) noexcept nogil:
+    """More than 0 if bytes wait to be read, 0 at the end of file, else -errno."""
+    cdef uint8_t byte
+    cdef ssize_t n
+    cdef int waiting = 0
+    if fd.kind == FD_SOCKET:
+        n = recv(fd.number, &byte, 1, MSG_PEEK | MSG_DONTWAIT)
+        return n if n >= 0 else -errno
+    return waiting if ioctl(fd.number, FIONREAD, &waiting) == 0 else -errno
+
+
+cdef void call_driver(vr_flow* flow) noexcept nogil:
+    """Eight bytes to the call descriptor. One that is full has told the driver already."""
+    cdef pollfd room
+    if flow.call.kind == FD_NONE:
+        return
+    vr_count(&flow.counters.calls, 1)
+    if flow.call.kind == FD_SOCKET:
+        send(flow.call.number, &ONE, sizeof(ONE), MSG_DONTWAIT | MSG_NOSIGNAL)
+        return
+    if flow.call.blocking:
+        room = pollfd(fd=flow.call.number, events=POLLOUT, revents=0)
+        if poll(&room, 1, 0) != 1 or not room.revents & POLLOUT:
+            return
+    write(flow.call.number, &ONE, sizeof(ONE))
+
+
+# --- what both directions share
+
+cdef void flow_stop(vr_flow* flow, uint32_t news, int error) noexcept nogil:
+    """Ends the flow's turns, with news for its owner."""
+    flow.news |= news
+    flow.error = error
+    flow.stopped = True
+
+
+cdef void throttle(vr_flow* flow) noexcept nogil:
+    if not flow.throttled_since:
+        flow.throttled_since = vr_now()
+
+
+cdef void unthrottle(vr_flow* flow) noexcept nogil:
+    if flow.throttled_since:
+        vr_count(&flow.counters.throttled_ns, vr_now() - flow.throttled_since)
+        flow.throttled_since = 0
+
+
+cdef void adapt(vr_flow* flow, uint64_t asked, uint64_t done) noexcept nogil:
+    """Learns how much to try: popping what is then given back costs as much as moving it."""
+    if done == asked:
+        flow.room = min(max(flow.room, 2 * done), <uint64_t>TURN_BYTES)
+    else:
+        flow.room = min(max(2 * done, <uint64_t>ROOM_MIN), <uint64_t>TURN_BYTES)
+
+
+cdef int take(vr_flow* flow, vr_tables* tables, uint32_t most) noexcept nogil:
+    """Pops a batch into the tables: chains; 0: none; less: the ring broke, the flow is stopped."""
+    cdef iovec* bigger
+    cdef uint32_t size
+    cdef int n
+    while True:
+        n = (<VirtQueue>flow.queue).pop_within(
+            tables.chains, most, tables.segments, tables.max_segments, flow.room
+        )
+        if n != VR_TOO_SMALL:
+            break
+        size = 2 * tables.max_segments
+        bigger = NULL
+        if size <= SEGMENTS_MAX:
+            bigger = <iovec*>realloc(tables.segments, size * sizeof(iovec))
+        if bigger == NULL:
+            # marks the ring broken, for this cause
+            n = (<VirtQueue>flow.queue).pop_c(
+                tables.chains, 1, tables.segments, tables.max_segments
+            )
+            break
+        tables.segments = bigger
+        tables.max_segments = size
+    if n < 0:
+        flow.broken = True
+        flow_stop(flow, NEWS_BROKEN, 0)
+    elif n and flow.busy_ns:
+        flow.poll_until = vr_now() + flow.busy_ns
+    return n
+
+
+cdef void complete(
+    vr_flow* flow, const vr_tables* tables, const uint32_t* written, uint32_t n
+) noexcept nogil:
+    """Returns the first n chains to the driver."""
+    if n == 0:
+        return
+    vr_count(&flow.counters.chains, n)
+    vr_count(&flow.counters.batches, 1)
+    if (<VirtQueue>flow.queue).push_c(tables.chains, written, n):
+        call_driver(flow)
+    else:
+        vr_count(&flow.counters.calls_saved, 1)
+
+
+cdef void give_back(vr_flow* flow, uint32_t n) noexcept nogil:
+    if n:
+        (<VirtQueue>flow.queue).unpop_c(n)
+
+
+cdef bint wait_for_chains(vr_flow* flow) noexcept nogil:
+    """The queue is empty: 1 to poll it again, 0 when the driver will kick."""
+    if flow.busy_ns and vr_now() < flow.poll_until:
+        return True
+    flow.listening = True
+    return (<VirtQueue>flow.queue).enable_notifications_c()
+
+
+# --- guest to host
+
+cdef void settle(vr_flow* flow, const vr_tables* tables, uint32_t n, uint64_t taken) noexcept nogil:
+    """Completes the chains within the first `taken` bytes of a batch and gives back the others."""
+    cdef uint32_t done = 0
+    while done < n and taken >= tables.chains[done].readable_bytes:
+        taken -= tables.chains[done].readable_bytes
+        done += 1
+    flow.skip = taken if done < n else 0
+    complete(flow, tables, NULL, done)
+    give_back(flow, n - done)
+
+
+cdef void put_failed(vr_flow* flow, int error) noexcept nogil:
+    """The descriptor took nothing: wait for room, or give up."""
+    if error == EAGAIN and flow.data.pollable:
+        flow.ready = False
+        if not flow.lossy:
+            throttle(flow)
+    elif flow.lossy:
+        # Whoever writes to a console waits for completion in a loop: drain it all the same.
+        flow.failed = True
+        flow.news |= NEWS_ERROR
+        flow.error = error
+        vr_count(&flow.counters.dropped, flow.backlog.length)
+        if flow.backlog.length:
+            backlog_drop(&flow.backlog, flow.backlog.length)
+    else:
+        flow_stop(flow, NEWS_ERROR, error)
+
+
+cdef uint64_t put_some(vr_flow* flow, vr_strip* strip, uint64_t total) noexcept nogil:
+    """Writes to the descriptor; the bytes it took, all of them unless it is full or fails."""
+    cdef ssize_t done = put(&flow.data, strip, total)
+    if done < 0:
+        put_failed(flow, <int>-done)
+        return 0
+    vr_count(&flow.counters.bytes, done)
+    if <uint64_t>done < total and flow.data.kind in (FD_SOCKET, FD_PIPE):
+        put_failed(flow, EAGAIN)        # they take less only when they are full
+    return done
+
+
+cdef void flush(vr_flow* flow) noexcept nogil:
+    """Writes what waits in the backlog."""
+    cdef iovec[2] segments
+    cdef vr_strip strip
+    strip.at = segments
+    strip.n = backlog_segments(&flow.backlog, segments)
+    backlog_drop(&flow.backlog, put_some(flow, &strip, flow.backlog.length))
+    if flow.backlog.length == 0:
+        flow.overflowing = False
+
+
+cdef void absorb(vr_flow* flow, const vr_strip* strip, uint64_t total) noexcept nogil:
+    """Takes what a console's descriptor did not: into the backlog, or away."""
+    cdef uint64_t kept = 0
+    cdef size_t there
+    cdef uint32_t i
+    if not flow.failed:
+        for i in range(strip.n):
+            there = backlog_add(
+                &flow.backlog, <const uint8_t*>strip.at[i].iov_base, strip.at[i].iov_len
+            )
+            kept += there
+            if there < strip.at[i].iov_len:
+                break
+    if kept == total:
+        return
+    vr_count(&flow.counters.dropped, total - kept)
+    if not flow.overflowing and not flow.failed:
+        flow.overflowing = True
+        flow.news |= NEWS_OVERFLOW
+
+
+cdef uint64_t send_batch(vr_flow* flow, vr_tables* tables, uint32_t n) noexcept nogil:
+    """Moves popped chains to the descriptor; a measure of the work."""
+    cdef uint64_t total, asked, done = 0, skip
+    cdef vr_strip strip, part
+    total = gather(&strip, tables, n, False)
+    # The driver may have made the chain shorter meanwhile; it is then as good as written.
+    skip = min(flow.skip, <uint64_t>tables.chains[0].readable_bytes)
+    strip_skip(&strip, skip)
+    total -= skip
+    part = strip
+    if flow.ready and not flow.failed and not flow.backlog.length and total:
+        asked = strip_cut(&part, total, TURN_BYTES)
+        done = put_some(flow, &part, asked)
+        strip_mend(&part)
+        adapt(flow, asked, done)
+        if done == asked and asked < total:
+            settle(flow, tables, n, skip + done)        # the rest in the next round
+            return done
+    if flow.lossy and done < total:
+        strip_skip(&strip, done)
+        absorb(flow, &strip, total - done)
+        done = total
+    settle(flow, tables, n, skip + done)
+    return done
+
+
+cdef bint turn_out(vr_flow* flow, vr_tables* tables) noexcept nogil:
+    cdef int64_t left = TURN_BYTES
+    cdef int n
+    if flow.ready:
+        unthrottle(flow)
+    if flow.hangup and not flow.failed:
+        put_failed(flow, EPIPE)
+    for _ in range(TURN_BATCHES):
+        if flow.backlog.length and flow.ready:
+            flush(flow)
+        if flow.stopped or (not flow.lossy and (flow.backlog.length or not flow.ready)):
+            return not flow.stopped and flow.ready
+        n = take(flow, tables, CHAINS)
+        if n < 0:
+            return False
+        if n == 0:
+            return wait_for_chains(flow)
+        left -= send_batch(flow, tables, n)
+        if left <= 0:
+            break
+    return not flow.stopped and (flow.lossy or flow.ready)
+
+
+# --- host to guest
+
+cdef void deliver(vr_flow* flow, vr_tables* tables, uint32_t n, uint64_t length) noexcept nogil:
+    """Completes the chains that `length` bytes went into and gives back the others."""
+    cdef uint32_t used = 0, there
+    while used < n and length:
+        there = <uint32_t>min(length, <uint64_t>tables.chains[used].writable_bytes)
+        tables.written[used] = there
+        length -= there
+        used += 1
+    complete(flow, tables, tables.written, used)
+    give_back(flow, n - used)
+
+
+cdef uint64_t receive_batch(vr_flow* flow, vr_tables* tables, uint32_t n) noexcept nogil:
+    """Reads into popped chains; the bytes read."""
+    cdef uint64_t asked
+    cdef vr_strip strip
+    cdef ssize_t done
+    asked = gather(&strip, tables, n, True)
+    if asked == 0:
+        complete(flow, tables, NULL, n)         # buffers for nothing: nothing is what they get
+        return 0
+    asked = strip_cut(&strip, asked, READ_BYTES)
+    done = get(&flow.data, &strip)
+    if done > 0:
+        vr_count(&flow.counters.bytes, done)
+        adapt(flow, asked, done)
+        deliver(flow, tables, n, done)
+        return done
+    give_back(flow, n)
+    if done == 0:
+        flow_stop(flow, NEWS_EOF, 0)
+    elif done == -EAGAIN and flow.data.pollable:
+        flow.ready = False
+    else:
+        flow_stop(flow, NEWS_ERROR, <int>-done)
+    return 0
+
+
+cdef void check_peer(vr_flow* flow) noexcept nogil:
+    """The peer left and the guest has no buffers: that is the end unless bytes are left to read."""
+    cdef ssize_t waiting = unread(&flow.data)
+    if waiting == 0:
+        flow_stop(flow, NEWS_EOF, 0)
+    elif waiting < 0 and waiting != -EAGAIN:
+        flow_stop(flow, NEWS_ERROR, <int>-waiting)
+
+
+cdef bint turn_in(vr_flow* flow, vr_tables* tables) noexcept nogil:
+    cdef int64_t left = TURN_BYTES
+    cdef int n
+    for _ in range(TURN_BATCHES):
+        if not flow.ready or flow.stopped:
+            return False
+        n = take(flow, tables, CHAINS)
+        if n < 0:
+            return False
+        if n == 0:
+            throttle(flow)
+            if flow.hangup:
+                check_peer(flow)
+            return not flow.stopped and wait_for_chains(flow)
+        unthrottle(flow)
+        left -= receive_batch(flow, tables, n)
+        if left <= 0:
+            break
+    return not flow.stopped and flow.ready
+
+
+# --- the flow as a whole
+
+cdef bint flow_turn(vr_flow* flow, vr_tables* tables) noexcept nogil:
+    if flow.stopped:
+        return False
+    if flow.listening:
+        flow.listening = False
+        (<VirtQueue>flow.queue).disable_notifications_c()
+    return turn_in(flow, tables) if flow.incoming else turn_out(flow, tables)
+
+
+cdef void keep_residue(vr_flow* flow, const vr_strip* strip, uint64_t total) noexcept nogil:
+    """Copies the rest that nobody took to where the owner finds it."""
+    cdef uint64_t length = min(total, <uint64_t>RESIDUE_MAX), there
+    cdef uint32_t i
+    flow.residue = <uint8_t*>malloc(length) if length else NULL
+    if flow.residue == NULL:
+        length = 0
+    vr_count(&flow.counters.dropped, total - length)
+    flow.residue_length = 0
+    for i in range(strip.n):
+        there = min(<uint64_t>strip.at[i].iov_len, length - flow.residue_length)
+        if there:
+            memcpy(flow.residue + flow.residue_length, strip.at[i].iov_base, there)
+        flow.residue_length += there
+
+
+cdef void flow_finish(vr_flow* flow, vr_tables* tables) noexcept nogil:
+    cdef iovec[2] segments
+    cdef vr_strip strip
+    cdef uint64_t total, skip
+    unthrottle(flow)
+    if flow.backlog.length:
+        strip.at = segments
+        strip.n = backlog_segments(&flow.backlog, segments)
+        keep_residue(flow, &strip, flow.backlog.length)
+        backlog_drop(&flow.backlog, flow.backlog.length)
+    elif flow.skip:
+        if take(flow, tables, 1) > 0:
+            total = gather(&strip, tables, 1, False)
+            skip = min(flow.skip, total)
+            strip_skip(&strip, skip)
+            keep_residue(flow, &strip, total - skip)
+            complete(flow, tables, NULL, 1)
+    flow.skip = 0
+    # As a queue is when it is new: whoever uses it next need not know of the pump.
+    if not flow.broken:
+        (<VirtQueue>flow.queue).enable_notifications_c()

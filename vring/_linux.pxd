@@ -1,0 +1,140 @@
+# What the data plane needs of Linux and of POSIX threads, as nogil declarations.
+
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+
+from vring._wire cimport iovec
+
+cdef extern from "<errno.h>" nogil:
+    int errno
+    enum:
+        EPERM, EINTR, EIO, EAGAIN, ENOMEM, EINVAL, EPIPE, ECONNRESET
+
+cdef extern from "<limits.h>" nogil:
+    enum:
+        IOV_MAX
+
+cdef extern from "<unistd.h>" nogil:
+    ssize_t read(int fd, void* buffer, size_t n)
+    ssize_t write(int fd, const void* buffer, size_t n)
+    int close(int fd)
+    int getpid()
+    int isatty(int fd)
+
+cdef extern from "<sys/uio.h>" nogil:
+    ssize_t readv(int fd, const iovec* segments, int n)
+    ssize_t writev(int fd, const iovec* segments, int n)
+
+cdef extern from "<sys/socket.h>" nogil:
+    struct msghdr:
+        iovec* msg_iov
+        size_t msg_iovlen
+    enum:
+        MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, SOL_SOCKET, SO_TYPE, SOCK_STREAM
+    ssize_t sendmsg(int fd, const msghdr* message, int flags)
+    ssize_t recvmsg(int fd, msghdr* message, int flags)
+    ssize_t send(int fd, const void* buffer, size_t n, int flags)
+    ssize_t recv(int fd, void* buffer, size_t n, int flags)
+    int getsockopt(int fd, int level, int name, void* value, uint32_t* size)
+
+cdef extern from "<sys/ioctl.h>" nogil:
+    enum:
+        FIONREAD
+    int ioctl(int fd, unsigned long request, ...)
+
+cdef extern from "<fcntl.h>" nogil:
+    enum:
+        F_GETFL, O_NONBLOCK
+    int fcntl(int fd, int command, ...)
+
+cdef extern from "<sys/stat.h>" nogil:
+    struct stat_t "stat":
+        uint32_t st_mode
+    enum:
+        S_IFMT, S_IFSOCK, S_IFIFO, S_IFCHR
+    int fstat(int fd, stat_t* status)
+
+cdef extern from "<poll.h>" nogil:
+    struct pollfd:
+        int fd
+        short events
+        short revents
+    enum:
+        POLLOUT
+    int poll(pollfd* fds, unsigned long n, int timeout_ms)
+
+cdef extern from "<sys/epoll.h>" nogil:
+    ctypedef union epoll_data_t:
+        void* ptr
+    struct epoll_event:
+        uint32_t events
+        epoll_data_t data
+    enum:
+        EPOLLIN, EPOLLOUT, EPOLLERR, EPOLLHUP, EPOLLRDHUP
+        EPOLL_CTL_ADD, EPOLL_CTL_MOD, EPOLL_CTL_DEL, EPOLL_CLOEXEC
+    const uint32_t EPOLLET
+    int epoll_create1(int flags)
+    int epoll_ctl(int epoll_fd, int operation, int fd, epoll_event* event)
+    int epoll_wait(int epoll_fd, epoll_event* events, int n, int timeout_ms)
+
+cdef extern from "<sys/eventfd.h>" nogil:
+    enum:
+        EFD_CLOEXEC, EFD_NONBLOCK
+    int eventfd(unsigned int count, int flags)
+
+cdef extern from "<signal.h>" nogil:
+    ctypedef struct sigset_t:
+        pass
+    enum:
+        SIG_SETMASK
+    int sigfillset(sigset_t* signals)
+    int pthread_sigmask(int how, const sigset_t* signals, sigset_t* before)
+
+cdef extern from "<pthread.h>" nogil:
+    ctypedef struct pthread_t:
+        pass
+    ctypedef struct pthread_mutex_t:
+        pass
+    ctypedef struct pthread_cond_t:
+        pass
+    int pthread_create(pthread_t* thread, void* attributes, void* (*main)(void*) noexcept nogil,
+                       void* argument)
+    int pthread_join(pthread_t thread, void** result)
+    int pthread_mutex_init(pthread_mutex_t* lock, void* attributes)
+    int pthread_mutex_destroy(pthread_mutex_t* lock)
+    int pthread_mutex_lock(pthread_mutex_t* lock)
+    int pthread_mutex_unlock(pthread_mutex_t* lock)
+    int pthread_cond_init(pthread_cond_t* condition, void* attributes)
+    int pthread_cond_destroy(pthread_cond_t* condition)
+    int pthread_cond_wait(pthread_cond_t* condition, pthread_mutex_t* lock)
+    int pthread_cond_broadcast(pthread_cond_t* condition)
+
+cdef extern from *:
+    """
+    #include <pthread.h>
+    #include <stdint.h>
+    #include <time.h>
+
+    static inline uint64_t vr_now(void) {
+        struct timespec t;
+        clock_gettime(CLOCK_MONOTONIC, &t);
+        return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+    }
+    /* Counters have one writer; readers in other threads see whole values, some time later. */
+    static inline void vr_count(uint64_t *counter, uint64_t n) {
+        __atomic_store_n(counter, *counter + n, __ATOMIC_RELAXED);
+    }
+    static inline uint64_t vr_counted(const uint64_t *counter) {
+        return __atomic_load_n(counter, __ATOMIC_RELAXED);
+    }
+    static inline void vr_set_flag(int *flag, int value) {
+        __atomic_store_n(flag, value, __ATOMIC_RELEASE);
+    }
+    static inline int vr_get_flag(const int *flag) {
+        return __atomic_load_n(flag, __ATOMIC_ACQUIRE);
+    }
+    """
+    uint64_t vr_now() nogil                         # CLOCK_MONOTONIC, nanoseconds
+    void vr_count(uint64_t* counter, uint64_t n) nogil
+    uint64_t vr_counted(const uint64_t* counter) nogil
+    void vr_set_flag(int* flag, int value) nogil
+    int vr_get_flag(const int* flag) nogil

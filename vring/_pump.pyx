@@ -1,0 +1,364 @@
+"""The data plane: a thread that moves bytes between virtqueues and descriptors without the GIL."""
+
+from __future__ import annotations
+
+import enum
+import os
+import warnings
+from typing import NamedTuple
+
+from cpython.bytes cimport PyBytes_FromStringAndSize
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport free
+
+from vring._core cimport VirtQueue
+from vring._flow cimport (
+    FD_NONE, FD_OTHER, FD_PIPE, FD_SOCKET, FD_TTY, NEWS_BROKEN, NEWS_EOF, NEWS_ERROR,
+    NEWS_OVERFLOW, backlog_init, vr_counters, vr_fd
+)
+from vring._linux cimport (
+    F_GETFL, O_NONBLOCK, S_IFCHR, S_IFIFO, S_IFMT, S_IFSOCK, SO_TYPE, SOCK_STREAM, SOL_SOCKET,
+    errno, fcntl, fstat, getpid, getsockopt, isatty, read, stat_t, vr_counted, vr_now, write
+)
+from vring._reactor cimport (
+    COMMAND_ATTACH, COMMAND_DETACH, REACTOR_BLOCKING, reactor_command, reactor_next_news,
+    reactor_start, reactor_stop, vr_reactor, vr_seat
+)
+from vring.errors import LocalMisuseError
+
+
+class FlowEvent(enum.IntEnum):
+    """What a flow tells its owner; on_event gets it with a detail."""
+
+    PEER_EOF = 0        # the descriptor is at its end and all of it is with the guest; detail None
+    PEER_ERROR = 1      # the descriptor failed; detail: errno
+    RING_BROKEN = 2     # the driver broke the ring; detail: the RingError
+    OVERFLOW = 3        # a lossy flow began to drop bytes; detail: bytes dropped so far
+
+
+class FlowCounters(NamedTuple):
+    """What a flow has done so far. Bytes are those the descriptor took or gave."""
+
+    bytes: int
+    chains: int
+    batches: int
+    kicks: int
+    calls: int
+    calls_saved: int
+    throttled_ns: int
+    dropped: int
+
+
+cdef int describe(vr_fd* fd, object number, str what) except -1:
+    """Looks a descriptor up. Raises LocalMisuseError if it is not one."""
+    cdef stat_t status
+    fd.number = number
+    fd.kind = FD_NONE
+    fd.pollable = False
+    fd.blocking = False
+    if fd.number < 0:
+        return 0
+    cdef int flags = fcntl(fd.number, F_GETFL)
+    if flags < 0 or fstat(fd.number, &status):
+        raise LocalMisuseError(f"{what} {number}: {os.strerror(errno)}")
+    fd.blocking = not flags & O_NONBLOCK
+    cdef uint32_t kind = status.st_mode & S_IFMT
+    if kind == S_IFSOCK:
+        fd.kind = FD_SOCKET
+    elif kind == S_IFIFO:
+        fd.kind = FD_PIPE
+    elif kind == S_IFCHR and isatty(fd.number):
+        fd.kind = FD_TTY
+    else:
+        fd.kind = FD_OTHER
+    return kind
+
+
+cdef int describe_data(vr_fd* fd, object number, str what) except -1:
+    cdef int type = 0
+    cdef uint32_t size = sizeof(type)
+    describe(fd, number, what)
+    if fd.kind == FD_SOCKET:
+        getsockopt(fd.number, SOL_SOCKET, SO_TYPE, &type, &size)
+        if type != SOCK_STREAM:
+            raise LocalMisuseError(f"{what} {number} is a socket, but not a stream")
+    return 0
+
+
+cdef int describe_notifier(vr_fd* fd, object number, str what) except -1:
+    # A file could block whoever writes to it, and some file systems whoever polls it.
+    if describe(fd, number, what) not in (0, S_IFSOCK, S_IFIFO):
+        raise LocalMisuseError(f"{what} {number} is neither an eventfd nor a socket")
+    return 0
+
+
+cdef class Flow:
+    """One direction of a port at work, from Pump.guest_to_host or Pump.host_to_guest.
+
+    The flow keeps its queue alive and uses it alone until `detach` has returned; the descriptors
+    are the caller's, who keeps them open as long.
+    """
+
+    cdef vr_seat seat
+    cdef Pump pump                  # while attached
+    cdef readonly VirtQueue queue
+    cdef object on_event
+    cdef bytes residue
+
+    def __init__(self):
+        raise TypeError("flows are made by a Pump")
+
+    def __dealloc__(self):
+        free(self.seat.flow.residue)
+        free(self.seat.flow.backlog.data)
+
+    def detach(self):
+        """Ends the flow. On return the pump touches neither the queue nor the descriptors, and no
+        chain is in flight; no event of this flow is delivered any more. Waits for the work at hand.
+
+        Guest to host: what the descriptor took whole is used, what it did not begin with is given
+        back to the queue. A chain that it took in part is completed.
+
+        Returns:
+            The rest of that chain, or what a lossy flow's backlog holds: bytes for the `residue` of
+            the flow that follows. Empty otherwise, and when called again. Of more than 64 MiB the
+            end is cut off and counted as dropped.
+        """
+        cdef Pump pump = self.pump
+        if pump is not None:
+            # first of all: of two callers, one does it
+            self.pump = None
+            pump.end(self)
+        residue = self.residue
+        self.residue = b""
+        return residue
+
+    @property
+    def attached(self):
+        """False after detach, and after the pump was closed."""
+        return self.pump is not None
+
+    @property
+    def counters(self):
+        """A snapshot of the FlowCounters; valid after detach too."""
+        cdef vr_counters* c = &self.seat.flow.counters
+        cdef uint64_t throttled = vr_counted(&c.throttled_ns)
+        cdef uint64_t since = vr_counted(&self.seat.flow.throttled_since)
+        if since:
+            throttled += max(vr_now(), since) - since
+        return FlowCounters(
+            vr_counted(&c.bytes), vr_counted(&c.chains), vr_counted(&c.batches),
+            vr_counted(&c.kicks), vr_counted(&c.calls), vr_counted(&c.calls_saved), throttled,
+            vr_counted(&c.dropped),
+        )
+
+    cdef int tell(self, uint32_t news, int error) except -1:
+        """Calls on_event. It may detach: nothing is told after that."""
+        if news & NEWS_OVERFLOW and self.pump is not None:
+            self.on_event(FlowEvent.OVERFLOW, vr_counted(&self.seat.flow.counters.dropped))
+        if news & NEWS_EOF and self.pump is not None:
+            self.on_event(FlowEvent.PEER_EOF, None)
+        if news & NEWS_ERROR and self.pump is not None:
+            self.on_event(FlowEvent.PEER_ERROR, error)
+        if news & NEWS_BROKEN and self.pump is not None:
+            self.on_event(FlowEvent.RING_BROKEN, self.queue.broken)
+        return 0
+
+
+cdef class Pump:
+    """A thread that serves any number of flows, fairly and without the GIL.
+
+    Descriptors must be non-blocking (regular files and /dev/null cannot be and need not); reads and
+    writes of one descriptor may be two flows. While nothing moves, the thread sleeps.
+
+    Args:
+        busy_poll_us: how long (microseconds) to go on polling after work before sleeping. It saves
+            kicks and wake-ups while messages come close together, and costs a processor.
+
+    Raises:
+        OSError: no descriptors or no thread to be had.
+    """
+
+    cdef vr_reactor reactor
+    cdef set flows
+    cdef bint running
+    cdef int pid
+    cdef readonly uint32_t busy_poll_us
+
+    def __cinit__(self, *, busy_poll_us=0):
+        if not 0 <= busy_poll_us <= 1_000_000:
+            raise LocalMisuseError(f"busy_poll_us {busy_poll_us} is not 0 to 1000000")
+        self.busy_poll_us = busy_poll_us
+        self.flows = set()
+        cdef int error = reactor_start(&self.reactor, 1000 * <uint64_t>self.busy_poll_us)
+        if error:
+            raise OSError(error, os.strerror(error))
+        self.pid = getpid()
+        self.running = True
+
+    def __init__(self, *, busy_poll_us=0):
+        pass
+
+    def __del__(self):
+        if self.running:
+            warnings.warn(f"unclosed pump {self!r}", ResourceWarning, source=self)
+            self.close()
+
+    @property
+    def event_fd(self):
+        """Readable while events wait for `dispatch`; -1 when closed."""
+        return self.reactor.event_fd
+
+    def dispatch(self):
+        """Delivers the events that wait: on_event(event, detail) of their flows, in this thread.
+
+        For an event loop: ``loop.add_reader(pump.event_fd, pump.dispatch)``. What on_event raises
+        comes out of here; the events after it wait for the next call.
+        """
+        cdef vr_seat* seat
+        cdef uint32_t news
+        cdef uint64_t signals
+        cdef int error
+        cdef Flow flow
+        if not self.running:
+            return
+        read(self.reactor.event_fd, &signals, sizeof(signals))
+        try:
+            while self.running:
+                seat = reactor_next_news(&self.reactor, &news, &error)
+                if seat == NULL:
+                    return
+                flow = <Flow>seat.flow.owner
+                flow.tell(news, error)
+        except BaseException:
+            signals = 1
+            write(self.reactor.event_fd, &signals, sizeof(signals))
+            raise
+
+    def guest_to_host(
+        self, VirtQueue queue not None, *, write_fd, kick_fd, call_fd, on_event, lossy=False,
+        backlog=1 << 20, const uint8_t[::1] residue=b""
+    ):
+        """Moves what the driver makes available in `queue` to a descriptor.
+
+        A buffer goes back to the driver when the descriptor took its bytes, and not before; while
+        the descriptor takes nothing, nothing is popped. Device-writable parts of chains are left
+        alone.
+
+        Args:
+            queue: a VirtQueue with no chain in flight.
+            write_fd: where the bytes go; -1: nowhere, they are discarded.
+            kick_fd: eventfd (or socket, or pipe) that becomes readable when the driver kicks. It is
+                polled, and read only if it is no eventfd.
+            call_fd: eventfd or socket to write 8 bytes to when the driver wants to know; -1: none.
+            on_event: called by `dispatch` with a FlowEvent and its detail.
+            lossy: for consoles: always take what the driver offers. What the descriptor does not
+                take goes to a backlog, then is dropped and counted. After a PEER_ERROR all is.
+            backlog: bytes a lossy flow keeps.
+            residue: bytes to write before those of the queue; copied.
+
+        Raises:
+            LocalMisuseError: a descriptor that cannot serve, or the pump is closed.
+            OSError: the descriptor cannot be watched (out of memory or of watches).
+        """
+        cdef Flow flow = self.make(queue, kick_fd, call_fd, on_event)
+        describe_data(&flow.seat.flow.data, write_fd, "write_fd")
+        if backlog < 0:
+            raise LocalMisuseError(f"backlog {backlog} is below 0")
+        cdef size_t length = residue.shape[0]
+        if backlog_init(
+            &flow.seat.flow.backlog, &residue[0] if length else NULL, length,
+            backlog if lossy else 0,
+        ):
+            raise MemoryError
+        flow.seat.flow.lossy = lossy
+        return self.begin(flow, f"write_fd {write_fd}")
+
+    def host_to_guest(self, VirtQueue queue not None, *, read_fd, kick_fd, call_fd, on_event):
+        """Moves what a descriptor has to read into the buffers that the driver offers in `queue`.
+
+        A chain is completed with what one read put into it. Device-readable parts of chains are
+        left alone; a chain with no room comes back with nothing written.
+
+        Args: as of guest_to_host, but
+            read_fd: where the bytes come from.
+
+        Raises:
+            LocalMisuseError: a descriptor that cannot serve, or the pump is closed.
+            OSError: the descriptor cannot be watched (out of memory or of watches).
+        """
+        cdef Flow flow = self.make(queue, kick_fd, call_fd, on_event)
+        if read_fd < 0:
+            raise LocalMisuseError(f"read_fd {read_fd}: there is nothing to read from")
+        describe_data(&flow.seat.flow.data, read_fd, "read_fd")
+        flow.seat.flow.incoming = True
+        return self.begin(flow, f"read_fd {read_fd}")
+
+    def close(self):
+        """Detaches all flows (each keeps its residue for `detach`) and ends the thread."""
+        if not self.running:
+            return
+        if getpid() != self.pid:
+            self.running = False        # a child of fork: the thread stayed with the parent
+            return
+        for flow in list(self.flows):
+            (<Flow>flow).residue = (<Flow>flow).detach()
+        if self.running:
+            self.running = False
+            with nogil:
+                reactor_stop(&self.reactor)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+    cdef Flow make(self, VirtQueue queue, object kick_fd, object call_fd, object on_event):
+        if not self.running:
+            raise LocalMisuseError("the pump is closed")
+        if queue.in_flight:
+            raise LocalMisuseError(f"{queue.name}: {queue.in_flight} chains are in flight")
+        if not callable(on_event):
+            raise TypeError("on_event is not callable")
+        cdef Flow flow = Flow.__new__(Flow)
+        if kick_fd < 0:
+            raise LocalMisuseError(f"kick_fd {kick_fd}: the driver could not be heard")
+        describe_notifier(&flow.seat.flow.kick, kick_fd, "kick_fd")
+        describe_notifier(&flow.seat.flow.call, call_fd, "call_fd")
+        flow.queue = queue
+        flow.on_event = on_event
+        flow.residue = b""
+        flow.seat.flow.queue = <void*>queue
+        flow.seat.flow.owner = <void*>flow
+        return flow
+
+    cdef Flow begin(self, Flow flow, str what):
+        cdef vr_seat* seat = &flow.seat
+        cdef int error
+        # before the thread can have news, which go to attached flows only
+        flow.pump = self
+        self.flows.add(flow)
+        with nogil:
+            error = reactor_command(&self.reactor, COMMAND_ATTACH, seat)
+        if error:
+            flow.pump = None
+            self.flows.discard(flow)
+        if error == REACTOR_BLOCKING:
+            raise LocalMisuseError(f"{what} is blocking: set O_NONBLOCK")
+        if error:
+            raise OSError(error, f"{what} or its kick_fd cannot be watched: {os.strerror(error)}")
+        return flow
+
+    cdef int end(self, Flow flow) except -1:
+        cdef vr_seat* seat = &flow.seat
+        with nogil:
+            reactor_command(&self.reactor, COMMAND_DETACH, seat)
+        self.flows.discard(flow)
+        if seat.flow.residue != NULL:
+            flow.residue = PyBytes_FromStringAndSize(
+                <char*>seat.flow.residue, seat.flow.residue_length
+            )
+            free(seat.flow.residue)
+            seat.flow.residue = NULL
+        return 0

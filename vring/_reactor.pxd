@@ -1,0 +1,82 @@
+# The pump's thread: who is watched, whose turn it is, and what its owners ask and are told.
+
+from libc.stdint cimport uint32_t, uint64_t
+
+from vring._flow cimport vr_flow, vr_tables
+from vring._linux cimport pthread_cond_t, pthread_mutex_t, pthread_t
+
+cdef enum:
+    COMMAND_ATTACH
+    COMMAND_DETACH
+    COMMAND_STOP
+    # answer to COMMAND_ATTACH besides errno: the descriptor could block the thread
+    REACTOR_BLOCKING = -1
+
+cdef struct vr_watch:
+    # one descriptor in epoll, for all its users: a socket may be read and written by two flows,
+    # and queues may share a kick descriptor
+    int fd
+    uint32_t events             # registered
+    bint pollable
+    vr_user* users
+
+cdef struct vr_user:
+    vr_watch* watch             # NULL: not watching
+    vr_user* next
+    vr_seat* seat
+    uint32_t events             # of interest
+    bint is_kick
+
+cdef struct vr_seat:
+    # a flow and its place in the reactor; the owner's memory, the thread's while attached
+    vr_flow flow
+    vr_user data
+    vr_user kick
+    bint running                # in the list of flows that want a turn
+    vr_seat* run_next
+    vr_seat* run_before
+    bint held_back              # its error waits until the other direction has ended
+    # under the lock
+    uint32_t news               # not yet delivered
+    int error
+    vr_seat* news_next
+
+cdef struct vr_command:
+    int operation
+    vr_seat* seat
+    int answer
+    bint answered
+    vr_command* next
+
+cdef struct vr_reactor:
+    int epoll_fd
+    int wake_fd                 # eventfd: commands wait
+    int event_fd                # eventfd: news waits
+    pthread_t thread
+    pthread_mutex_t lock
+    pthread_cond_t answered
+    # under the lock
+    vr_command* commands        # oldest first
+    vr_command* commands_last
+    vr_seat* news
+    vr_seat* news_last
+    # atomic: whether there are commands
+    int asked
+    # the thread's own
+    vr_seat* run
+    vr_seat* run_last
+    uint32_t run_count
+    vr_watch** watches          # by descriptor number
+    uint32_t watches_size
+    vr_tables tables
+    uint64_t busy_ns
+    uint64_t busy_until
+
+# 0 or errno; on failure nothing is left behind
+cdef int reactor_start(vr_reactor* reactor, uint64_t busy_ns) noexcept nogil
+# Without flows; joins the thread and closes everything.
+cdef void reactor_stop(vr_reactor* reactor) noexcept nogil
+# Asks the thread for something and waits for its answer: 0, errno or REACTOR_BLOCKING.
+cdef int reactor_command(vr_reactor* reactor, int operation, vr_seat* seat) noexcept nogil
+# The next seat with news, which is taken off the list; NULL if there is none.
+cdef vr_seat* reactor_next_news(vr_reactor* reactor, uint32_t* news, int* error) noexcept nogil

@@ -1,0 +1,1 @@
+"""Internal: see vring._pump."""

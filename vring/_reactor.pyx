@@ -1,0 +1,496 @@
+"""One thread, one epoll: watches descriptors, gives flows their turns, takes commands.
+
+Every descriptor is edge-triggered: its state is kept in the flow, so nothing spins on a peer that
+left, a throttled flow costs nothing and a kick needs no reading. Commands are taken between turns,
+never while events are being looked at; so what an event points to exists.
+"""
+
+from __future__ import annotations
+
+from libc.stdint cimport uint8_t
+from libc.stdlib cimport calloc, free, realloc
+from libc.string cimport memset
+
+from vring._core cimport VirtQueue
+from vring._flow cimport (
+    FD_OTHER, FD_PIPE, FD_SOCKET, NEWS_ERROR, flow_finish, flow_turn, tables_free, tables_init
+)
+from vring._linux cimport (
+    EFD_CLOEXEC, EFD_NONBLOCK, ENOMEM, EPERM, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL,
+    EPOLL_CTL_MOD, EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP, MSG_DONTWAIT,
+    SIG_SETMASK, close, epoll_create1, epoll_ctl, epoll_event, epoll_wait, errno, eventfd,
+    pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_init, pthread_cond_wait,
+    pthread_create, pthread_join, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
+    pthread_mutex_unlock, pthread_sigmask, read, recv, sigfillset, sigset_t, vr_count,
+    vr_get_flag, vr_now, vr_set_flag, write
+)
+
+cdef enum:
+    EVENTS = 64                 # taken from epoll at once
+
+cdef uint64_t ONE = 1
+
+
+# --- watches
+
+cdef int watch_update(vr_reactor* reactor, vr_watch* watch) noexcept nogil:
+    """Registers what the users want, if that changed; 0 or errno."""
+    cdef epoll_event event
+    cdef vr_user* user = watch.users
+    cdef uint32_t events = EPOLLET
+    cdef int operation = EPOLL_CTL_MOD if watch.events else EPOLL_CTL_ADD
+    while user != NULL:
+        events |= user.events
+        user = user.next
+    if not watch.pollable or events == watch.events:
+        return 0
+    event.events = events
+    event.data.ptr = watch
+    if epoll_ctl(reactor.epoll_fd, operation, watch.fd, &event):
+        if errno != EPERM:
+            return errno
+        watch.pollable = False      # a regular file or the like, which is always ready
+    watch.events = events
+    return 0
+
+
+cdef vr_watch* watch_of(vr_reactor* reactor, int fd) noexcept nogil:
+    """The watch of a descriptor, new if need be; NULL without memory."""
+    cdef uint32_t size = reactor.watches_size
+    cdef vr_watch** bigger
+    cdef vr_watch* watch
+    if <uint32_t>fd >= size:
+        while <uint32_t>fd >= size:
+            size *= 2
+        bigger = <vr_watch**>realloc(reactor.watches, size * sizeof(vr_watch*))
+        if bigger == NULL:
+            return NULL
+        memset(bigger + reactor.watches_size, 0,
+               (size - reactor.watches_size) * sizeof(vr_watch*))
+        reactor.watches = bigger
+        reactor.watches_size = size
+    watch = reactor.watches[fd]
+    if watch == NULL:
+        watch = <vr_watch*>calloc(1, sizeof(vr_watch))
+        if watch != NULL:
+            watch.fd = fd
+            watch.pollable = True
+            reactor.watches[fd] = watch
+    return watch
+
+
+cdef void unwatch(vr_reactor* reactor, vr_user* user) noexcept nogil:
+    """Ends a user's interest; not while events are being looked at."""
+    cdef vr_watch* watch = user.watch
+    cdef vr_user** link
+    if watch == NULL:
+        return
+    user.watch = NULL
+    link = &watch.users
+    while link[0] != user:
+        link = &link[0].next
+    link[0] = user.next
+    if watch.users != NULL:
+        watch_update(reactor, watch)
+        return
+    if watch.pollable and watch.events:
+        epoll_ctl(reactor.epoll_fd, EPOLL_CTL_DEL, watch.fd, NULL)
+    reactor.watches[watch.fd] = NULL
+    free(watch)
+
+
+cdef int start_watching(
+    vr_reactor* reactor, vr_user* user, vr_seat* seat, int fd, uint32_t events
+) noexcept nogil:
+    """0 or errno. A descriptor of -1 is never ready and not watched."""
+    cdef int error
+    user.watch = NULL
+    user.seat = seat
+    user.events = events
+    if fd < 0:
+        return 0
+    user.watch = watch_of(reactor, fd)
+    if user.watch == NULL:
+        return ENOMEM
+    user.next = user.watch.users
+    user.watch.users = user
+    error = watch_update(reactor, user.watch)
+    if error:
+        unwatch(reactor, user)
+    return error
+
+
+# --- whose turn it is
+
+cdef void want_turn(vr_reactor* reactor, vr_seat* seat) noexcept nogil:
+    if seat.running:
+        return
+    seat.running = True
+    seat.run_next = NULL
+    seat.run_before = reactor.run_last
+    if reactor.run_last != NULL:
+        reactor.run_last.run_next = seat
+    else:
+        reactor.run = seat
+    reactor.run_last = seat
+    reactor.run_count += 1
+
+
+cdef void leave_turns(vr_reactor* reactor, vr_seat* seat) noexcept nogil:
+    if not seat.running:
+        return
+    seat.running = False
+    if seat.run_before != NULL:
+        seat.run_before.run_next = seat.run_next
+    else:
+        reactor.run = seat.run_next
+    if seat.run_next != NULL:
+        seat.run_next.run_before = seat.run_before
+    else:
+        reactor.run_last = seat.run_before
+    reactor.run_count -= 1
+
+
+# --- news
+
+cdef void post(vr_reactor* reactor, vr_seat* seat) noexcept nogil:
+    """Puts a flow's news where dispatch finds it."""
+    pthread_mutex_lock(&reactor.lock)
+    if seat.news == 0:
+        seat.news_next = NULL
+        if reactor.news_last != NULL:
+            reactor.news_last.news_next = seat
+        else:
+            reactor.news = seat
+        reactor.news_last = seat
+    seat.news |= seat.flow.news
+    seat.error = seat.flow.error
+    pthread_mutex_unlock(&reactor.lock)
+    seat.flow.news = 0
+    write(reactor.event_fd, &ONE, sizeof(ONE))
+
+
+cdef void unpost(vr_reactor* reactor, vr_seat* seat) noexcept nogil:
+    """Forgets what was not delivered."""
+    cdef vr_seat* at
+    cdef vr_seat* before = NULL
+    pthread_mutex_lock(&reactor.lock)
+    if seat.news:
+        at = reactor.news
+        while at != seat:
+            before = at
+            at = at.news_next
+        if before != NULL:
+            before.news_next = seat.news_next
+        else:
+            reactor.news = seat.news_next
+        if reactor.news_last == seat:
+            reactor.news_last = before
+        seat.news = 0
+    pthread_mutex_unlock(&reactor.lock)
+
+
+cdef vr_seat* reactor_next_news(
+    vr_reactor* reactor, uint32_t* news, int* error
+) noexcept nogil:
+    cdef vr_seat* seat
+    pthread_mutex_lock(&reactor.lock)
+    seat = reactor.news
+    if seat != NULL:
+        reactor.news = seat.news_next
+        if reactor.news == NULL:
+            reactor.news_last = NULL
+        news[0] = seat.news
+        error[0] = seat.error
+        seat.news = 0
+    pthread_mutex_unlock(&reactor.lock)
+    return seat
+
+
+cdef bint is_read_too(const vr_seat* seat) noexcept nogil:
+    """Does another flow still read from the descriptor that this one writes to?"""
+    cdef vr_user* user = seat.data.watch.users if seat.data.watch != NULL else NULL
+    while user != NULL:
+        if not user.is_kick and user.seat.flow.incoming and not user.seat.flow.stopped:
+            return True
+        user = user.next
+    return False
+
+
+cdef void leave_descriptor(vr_reactor* reactor, vr_seat* seat) noexcept nogil:
+    """Ends watching the data; writers whose error waited for this reader tell it now."""
+    cdef vr_watch* watch = seat.data.watch
+    cdef vr_user* user
+    cdef vr_user* next
+    if seat.flow.incoming and watch != NULL:
+        user = watch.users
+        while user != NULL:
+            next = user.next
+            if not user.is_kick and user.seat.held_back:
+                user.seat.held_back = False
+                post(reactor, user.seat)
+            user = next
+    unwatch(reactor, &seat.data)
+
+
+cdef void after_turn(vr_reactor* reactor, vr_seat* seat) noexcept nogil:
+    """Passes news on and watches for what the flow waits for."""
+    cdef bint hold = False
+    if seat.flow.news:
+        # A peer that left may have left bytes to read; whoever hears of it closes the descriptor.
+        hold = not seat.flow.incoming and seat.flow.news & NEWS_ERROR and is_read_too(seat)
+        if hold:
+            seat.held_back = True
+        else:
+            post(reactor, seat)
+    if seat.flow.stopped:
+        unwatch(reactor, &seat.kick)
+    if seat.flow.stopped or seat.flow.failed:
+        if not hold and not seat.held_back:
+            leave_descriptor(reactor, seat)
+    elif not seat.flow.incoming and not seat.flow.ready and not seat.data.events:
+        seat.data.events = EPOLLOUT
+        if seat.data.watch != NULL:
+            watch_update(reactor, seat.data.watch)
+
+
+cdef void run_turns(vr_reactor* reactor) noexcept nogil:
+    """One turn for each flow that wants one, unless a command comes."""
+    cdef uint32_t n = reactor.run_count
+    cdef vr_seat* seat
+    cdef bint more
+    while n and not vr_get_flag(&reactor.asked):
+        n -= 1
+        seat = reactor.run
+        leave_turns(reactor, seat)
+        more = flow_turn(&seat.flow, &reactor.tables)
+        after_turn(reactor, seat)
+        if more:
+            want_turn(reactor, seat)
+        reactor.busy_until = max(reactor.busy_until, seat.flow.poll_until)
+
+
+# --- what epoll says
+
+cdef void kicked(vr_reactor* reactor, vr_seat* seat, uint32_t events) noexcept nogil:
+    cdef uint8_t[64] sink
+    if not events & EPOLLIN:
+        return
+    vr_count(&seat.flow.counters.kicks, 1)
+    if seat.flow.kick.kind == FD_SOCKET:
+        recv(seat.flow.kick.number, sink, sizeof(sink), MSG_DONTWAIT)
+    elif seat.flow.kick.kind != FD_OTHER and not seat.flow.kick.blocking:
+        read(seat.flow.kick.number, sink, sizeof(sink))
+    # Otherwise the flow looks at its queue anyway before it next waits for a kick.
+    if seat.flow.listening:
+        want_turn(reactor, seat)
+
+
+cdef void may_read(vr_reactor* reactor, vr_seat* seat, uint32_t events) noexcept nogil:
+    if events & (EPOLLHUP | EPOLLRDHUP | EPOLLERR):
+        seat.flow.hangup = True
+    elif not events & EPOLLIN:
+        return
+    seat.flow.ready = True
+    want_turn(reactor, seat)
+
+
+cdef void may_write(vr_reactor* reactor, vr_seat* seat, uint32_t events) noexcept nogil:
+    if events & EPOLLERR and seat.flow.data.kind == FD_PIPE:
+        seat.flow.hangup = True             # the last reader has closed it
+        want_turn(reactor, seat)
+    if not events & (EPOLLOUT | EPOLLERR | EPOLLHUP):
+        return
+    if not seat.flow.ready:
+        seat.flow.ready = True
+        want_turn(reactor, seat)
+    elif seat.data.events:
+        # Nobody waits for room any more. Disarming only now spares a system call each time.
+        seat.data.events = 0
+        watch_update(reactor, seat.data.watch)
+
+
+cdef void look_at(vr_reactor* reactor, vr_watch* watch, uint32_t events) noexcept nogil:
+    cdef vr_user* user = watch.users
+    while user != NULL:
+        if not user.seat.flow.stopped:
+            if user.is_kick:
+                kicked(reactor, user.seat, events)
+            elif user.seat.flow.incoming:
+                may_read(reactor, user.seat, events)
+            else:
+                may_write(reactor, user.seat, events)
+        user = user.next
+
+
+# --- commands
+
+cdef int attach(vr_reactor* reactor, vr_seat* seat) noexcept nogil:
+    """0, errno or REACTOR_BLOCKING."""
+    cdef uint32_t events = <uint32_t>EPOLLIN | EPOLLRDHUP if seat.flow.incoming else 0
+    cdef int error
+    seat.kick.is_kick = True
+    error = start_watching(reactor, &seat.kick, seat, seat.flow.kick.number, EPOLLIN)
+    if error:
+        return error
+    error = start_watching(reactor, &seat.data, seat, seat.flow.data.number, events)
+    if error == 0 and seat.data.watch != NULL:
+        seat.flow.data.pollable = seat.data.watch.pollable
+        if seat.flow.data.pollable and seat.flow.data.blocking and (
+            seat.flow.data.kind != FD_SOCKET        # for those, each call says that it must not
+        ):
+            error = REACTOR_BLOCKING
+    if error:
+        unwatch(reactor, &seat.data)
+        unwatch(reactor, &seat.kick)
+        return error
+    seat.flow.ready = True
+    seat.flow.room = -1
+    seat.flow.busy_ns = reactor.busy_ns
+    (<VirtQueue>seat.flow.queue).disable_notifications_c()
+    want_turn(reactor, seat)
+    return 0
+
+
+cdef void detach(vr_reactor* reactor, vr_seat* seat) noexcept nogil:
+    leave_turns(reactor, seat)
+    unwatch(reactor, &seat.kick)
+    leave_descriptor(reactor, seat)
+    unpost(reactor, seat)
+    flow_finish(&seat.flow, &reactor.tables)
+
+
+cdef bint serve(vr_reactor* reactor) noexcept nogil:
+    """Does what was asked, in that order; 0 to end."""
+    cdef vr_command* command
+    cdef vr_command* next
+    cdef bint go_on = True
+    if not vr_get_flag(&reactor.asked):
+        return True
+    pthread_mutex_lock(&reactor.lock)
+    command = reactor.commands
+    reactor.commands = reactor.commands_last = NULL
+    vr_set_flag(&reactor.asked, 0)
+    pthread_mutex_unlock(&reactor.lock)
+    while command != NULL:
+        next = command.next         # an answered command is its owner's again
+        if command.operation == COMMAND_ATTACH:
+            command.answer = attach(reactor, command.seat)
+        elif command.operation == COMMAND_DETACH:
+            detach(reactor, command.seat)
+        else:
+            go_on = False
+        pthread_mutex_lock(&reactor.lock)
+        command.answered = True
+        pthread_cond_broadcast(&reactor.answered)
+        pthread_mutex_unlock(&reactor.lock)
+        command = next
+    return go_on
+
+
+cdef int reactor_command(vr_reactor* reactor, int operation, vr_seat* seat) noexcept nogil:
+    cdef vr_command command
+    memset(&command, 0, sizeof(command))
+    command.operation = operation
+    command.seat = seat
+    pthread_mutex_lock(&reactor.lock)
+    if reactor.commands_last != NULL:
+        reactor.commands_last.next = &command
+    else:
+        reactor.commands = &command
+    reactor.commands_last = &command
+    vr_set_flag(&reactor.asked, 1)
+    write(reactor.wake_fd, &ONE, sizeof(ONE))
+    while not command.answered:
+        pthread_cond_wait(&reactor.answered, &reactor.lock)
+    pthread_mutex_unlock(&reactor.lock)
+    return command.answer
+
+
+# --- the thread
+
+cdef void* reactor_main(void* argument) noexcept nogil:
+    cdef vr_reactor* reactor = <vr_reactor*>argument
+    cdef epoll_event[EVENTS] events
+    cdef uint64_t wakes
+    cdef bint awake
+    cdef int n, i
+    while serve(reactor):
+        awake = reactor.run != NULL or (reactor.busy_ns and vr_now() < reactor.busy_until)
+        n = epoll_wait(reactor.epoll_fd, events, EVENTS, 0 if awake else -1)
+        for i in range(n):
+            if events[i].data.ptr == NULL:
+                read(reactor.wake_fd, &wakes, sizeof(wakes))
+            else:
+                look_at(reactor, <vr_watch*>events[i].data.ptr, events[i].events)
+        run_turns(reactor)
+    return NULL
+
+
+cdef int launch(vr_reactor* reactor) noexcept nogil:
+    """Starts the thread, with all signals blocked: they are for other threads. 0 or errno."""
+    cdef sigset_t all, before
+    cdef int error
+    sigfillset(&all)
+    pthread_sigmask(SIG_SETMASK, &all, &before)
+    error = pthread_create(&reactor.thread, NULL, reactor_main, reactor)
+    pthread_sigmask(SIG_SETMASK, &before, NULL)
+    return error
+
+
+cdef int open_descriptors(vr_reactor* reactor) noexcept nogil:
+    cdef epoll_event event
+    reactor.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
+    if reactor.epoll_fd < 0:
+        return errno
+    reactor.wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+    if reactor.wake_fd < 0:
+        return errno
+    reactor.event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+    if reactor.event_fd < 0:
+        return errno
+    event.events = EPOLLIN
+    event.data.ptr = NULL
+    return errno if epoll_ctl(reactor.epoll_fd, EPOLL_CTL_ADD, reactor.wake_fd, &event) else 0
+
+
+cdef void close_descriptor(int* fd) noexcept nogil:
+    if fd[0] >= 0:
+        close(fd[0])
+    fd[0] = -1
+
+
+cdef void release(vr_reactor* reactor) noexcept nogil:
+    close_descriptor(&reactor.epoll_fd)
+    close_descriptor(&reactor.wake_fd)
+    close_descriptor(&reactor.event_fd)
+    tables_free(&reactor.tables)
+    free(reactor.watches)
+    reactor.watches = NULL
+    pthread_mutex_destroy(&reactor.lock)
+    pthread_cond_destroy(&reactor.answered)
+
+
+cdef int reactor_start(vr_reactor* reactor, uint64_t busy_ns) noexcept nogil:
+    cdef int error
+    memset(reactor, 0, sizeof(vr_reactor))
+    reactor.epoll_fd = reactor.wake_fd = reactor.event_fd = -1
+    reactor.busy_ns = busy_ns
+    pthread_mutex_init(&reactor.lock, NULL)
+    pthread_cond_init(&reactor.answered, NULL)
+    reactor.watches_size = 64
+    reactor.watches = <vr_watch**>calloc(reactor.watches_size, sizeof(vr_watch*))
+    error = open_descriptors(reactor)
+    if error == 0 and (tables_init(&reactor.tables) or reactor.watches == NULL):
+        error = ENOMEM
+    if error == 0:
+        error = launch(reactor)
+    if error:
+        release(reactor)
+    return error
+
+
+cdef void reactor_stop(vr_reactor* reactor) noexcept nogil:
+    reactor_command(reactor, COMMAND_STOP, NULL)
+    pthread_join(reactor.thread, NULL)
+    release(reactor)

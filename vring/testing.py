@@ -1,0 +1,130 @@
+"""A guest's end of a stream over one virtqueue: for tests, benchmarks and examples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vring._core import SplitQueue
+from vring._driver import SplitDriver
+from vring._memory import GuestMemory, Region
+from vring.errors import LocalMisuseError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+
+class GuestQueue:
+    """A driver that streams bytes through one split queue, with a buffer per descriptor.
+
+    Buffers are used in turn, so the device must complete chains in the order it got them.
+
+    Args:
+        data: zeroed, writable bytes for rings and buffers, `bytes_needed` of them; the device's
+            process may map the same. Kept alive by the memory made of it.
+        size: descriptors of the queue.
+        slot: bytes per buffer.
+        writable: the device writes (a receive queue), else it reads.
+        event_idx: as negotiated.
+        index: available and used index to start from.
+        guest_addr: where the guest has the first byte of `data`.
+    """
+
+    def __init__(
+        self,
+        data: Buffer,
+        size: int,
+        slot: int,
+        *,
+        writable: bool,
+        event_idx: bool = False,
+        index: int = 0,
+        guest_addr: int = 0x10_0000,
+    ) -> None:
+        self.memory = GuestMemory([Region(guest_addr, data)])
+        self.size = size
+        self.slot = slot
+        self.writable = writable
+        self._event_idx = event_idx
+        self._index = index
+        desc, avail, used, first = (guest_addr + n for n in self._layout(size))
+        self._rings = (desc, avail, used)
+        self.driver = SplitDriver(
+            self.memory, size, desc, avail, used, event_idx=event_idx, index=index
+        )
+        buffers = np.frombuffer(memoryview(data), np.uint8, size * slot, first - guest_addr)
+        self.slots = buffers.reshape(size, slot)
+        self._addresses = first + slot * np.arange(size, dtype=np.uint64)
+        self._next = 0  # slot to add next
+        self._oldest = 0  # slot the device uses next
+
+    @staticmethod
+    def _layout(size: int) -> tuple[int, int, int, int]:
+        """Offsets of descriptor table, available ring, used ring and buffers."""
+        desc, avail, used = SplitDriver.layout(size)
+        used_at = (desc + avail + 4095) & ~4095
+        return 0, desc, used_at, (used_at + used + 4095) & ~4095
+
+    @classmethod
+    def bytes_needed(cls, size: int, slot: int) -> int:
+        """How much memory rings and buffers take."""
+        return cls._layout(size)[3] + size * slot
+
+    def device_queue(self, name: str = "queue", memory: GuestMemory | None = None) -> SplitQueue:
+        """The device's side, in `memory` if that is another mapping of the same bytes."""
+        desc, avail, used = self._rings
+        return SplitQueue(
+            memory or self.memory,
+            self.size,
+            desc,
+            avail,
+            used,
+            event_idx=self._event_idx,
+            index=self._index,
+            name=name,
+        )
+
+    def _add(self, lengths: Sequence[int] | NDArray[np.uint32]) -> bool:
+        n = len(lengths)
+        slots = np.arange(self._next, self._next + n) % self.size
+        if self.driver.add_many(self._addresses[slots], lengths, self.writable) != n:
+            raise LocalMisuseError(f"{n} buffers do not fit the queue")
+        self._next = (self._next + n) % self.size
+        return self.driver.publish()
+
+    def send(self, data: bytes, lengths: Sequence[int]) -> bool:
+        """Makes `data` available in buffers of these lengths; True: kick the device.
+
+        Raises:
+            LocalMisuseError: more buffers than are free, or longer than a slot.
+        """
+        if sum(lengths) != len(data) or max(lengths, default=0) > self.slot:
+            raise LocalMisuseError(f"{len(data)} bytes do not go into buffers of {lengths}")
+        offset = 0
+        for i, length in enumerate(lengths):
+            piece = np.frombuffer(data, np.uint8, length, offset)
+            self.slots[(self._next + i) % self.size, :length] = piece
+            offset += length
+        return self._add(lengths)
+
+    def offer(self, count: int | None = None, length: int | None = None) -> bool:
+        """Makes `count` (default: all free) buffers available as they are; True: kick."""
+        n = self.driver.num_free if count is None else count
+        return self._add(np.full(n, self.slot if length is None else length, np.uint32))
+
+    def collect(self) -> NDArray[np.uint32]:
+        """Takes used buffers back; the bytes the device wrote into each."""
+        _, lengths = self.driver.get_used()
+        self._oldest = (self._oldest + len(lengths)) % self.size
+        return lengths
+
+    def receive(self) -> bytes:
+        """Takes used buffers back; what the device wrote into them."""
+        at = self._oldest
+        lengths = self.collect()
+        return b"".join(
+            self.slots[(at + i) % self.size, :length].tobytes() for i, length in enumerate(lengths)
+        )
