@@ -1,0 +1,369 @@
+"""The clipboards of one agent channel, for either of its ends.
+
+The end that owns a clipboard says so with GRAB and the types that it has; the other asks with
+REQUEST and gets a CLIPBOARD message. With serial numbers, each end counts the grabs of a selection,
+and a grab is believed only if its number is the one that the receiver expects. Two grabs that cross
+on the way carry the same number: the guest also takes the one before the number it expects, so that
+the host wins on both sides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from vring_serial.agent.errors import (
+    AgentError,
+    AgentGoneError,
+    AgentTimeoutError,
+    AgentUnsupportedError,
+    ClipboardEmptyError,
+    ClipboardTooLargeError,
+)
+from vring_serial.agent.link import AgentLink, BodySink
+from vring_serial.proto.agent import (
+    Buffer,
+    Capabilities,
+    Capability,
+    Clipboard,
+    ClipboardGrab,
+    ClipboardRelease,
+    ClipboardRequest,
+    ClipboardType,
+    Selection,
+    Side,
+)
+from vring_serial.proto.agent.constants import PIECE_MAX
+
+ANY_SIZE = -1
+REQUESTS_MAX = 64
+"""Requests that may wait for their answer; the other end waits for each, so more are nonsense."""
+_SERIAL_MASK = 0xFFFFFFFF
+
+
+@dataclass(frozen=True, slots=True)
+class StreamSource:
+    """Clipboard data that are produced when they are asked for.
+
+    Attributes:
+        size: bytes.
+        open: makes an iterator over the data; called once per request.
+    """
+
+    size: int
+    open: Callable[[], AsyncIterator[Buffer]]
+
+
+Source: TypeAlias = bytes | StreamSource
+Offer: TypeAlias = Mapping[int, Source]
+
+
+async def _pieces(data: bytes) -> AsyncIterator[Buffer]:
+    view = memoryview(data)
+    for start in range(0, len(data), PIECE_MAX):
+        yield view[start : start + PIECE_MAX]
+
+
+class ClipboardReader:
+    """The answer to one request; a sink while it arrives and an async iterator for who asked.
+
+    At most one piece more than ``HOLD_AT`` bytes wait in memory: the link is not read while the
+    consumer lags behind.
+
+    Attributes:
+        size: bytes of the whole answer, once it has begun.
+        type: the type that came.
+    """
+
+    HOLD_AT = 1 << 20
+
+    def __init__(self, link: AgentLink, most: int) -> None:
+        self.size = 0
+        self.type = 0
+        self._link = link
+        self._most = most
+        self._waiting: list[Buffer] = []
+        self._bytes = 0
+        self._held = False
+        self._done = False
+        self._error: AgentError | None = None
+        self._changed = asyncio.Event()
+
+    def begin(self, kind: int, size: int) -> None:
+        """The answer is of this type and ``size`` bytes long."""
+        self.type = kind
+        self.size = size
+        if self._most != ANY_SIZE and size > self._most:
+            self.fail(ClipboardTooLargeError(f"{size} bytes of clipboard, at most {self._most}"))
+        elif kind == ClipboardType.NONE:
+            self.fail(ClipboardEmptyError("the clipboard has no data of that type"))
+        self._changed.set()
+
+    def feed(self, data: Buffer) -> None:
+        if self._error is not None:
+            return
+        self._waiting.append(data)
+        self._bytes += len(data)
+        self._changed.set()
+        if self._bytes > self.HOLD_AT and not self._held:
+            self._held = True
+            self._link.hold_reading()
+
+    def end(self, complete: bool) -> None:
+        if not complete:
+            self.fail(AgentGoneError("the agent channel closed in the middle of the clipboard"))
+        self._done = True
+        self._changed.set()
+
+    def fail(self, error: AgentError) -> None:
+        """Let whoever waits for the answer have this error instead."""
+        self._error = self._error or error
+        self.discard()
+        self._changed.set()
+
+    def discard(self) -> None:
+        """The consumer wants no more."""
+        self._waiting.clear()
+        self._bytes = 0
+        if self._held:
+            self._held = False
+            self._link.release_reading()
+
+    async def next(self) -> Buffer | None:
+        """The next bytes, or None at the end. Raises the error that ended the answer."""
+        while True:
+            if self._error is not None:
+                raise self._error
+            if self._waiting:
+                data = b"".join(self._waiting) if len(self._waiting) > 1 else self._waiting[0]
+                self.discard()
+                return data
+            if self._done:
+                return None
+            self._changed.clear()
+            await self._changed.wait()
+
+
+class ClipboardChannel:
+    """Clipboards over one link.
+
+    Args:
+        side: which end we are; it decides who wins when grabs cross.
+        on_grab: called with (selection, types) when the other end takes a clipboard.
+        on_release: called with the selection when it gives one up.
+        on_trouble: called with what a StreamSource raised; the other end got no answer then.
+        most: bytes of clipboard data that we take, or ANY_SIZE.
+
+    Attributes:
+        remote_types: per selection, the types that the other end has, while it owns the clipboard.
+        remote_most: bytes of clipboard data that the other end takes, or ANY_SIZE.
+    """
+
+    def __init__(
+        self,
+        side: Side,
+        *,
+        on_grab: Callable[[int, tuple[int, ...]], None],
+        on_release: Callable[[int], None],
+        on_trouble: Callable[[BaseException], None],
+        most: int,
+    ) -> None:
+        self._side = side
+        self._on_grab = on_grab
+        self._on_release = on_release
+        self._on_trouble = on_trouble
+        self._most = most
+        self._link: AgentLink | None = None
+        self._offers: dict[int, Offer] = {}
+        self._serials = dict.fromkeys(Selection, 0)
+        self._readers: dict[int, ClipboardReader] = {}
+        self._turns = {selection: asyncio.Lock() for selection in Selection}
+        self._requests: deque[ClipboardRequest] = deque()
+        self._answering: asyncio.Task[None] | None = None
+        self.remote_types: dict[int, tuple[int, ...]] = {}
+        self.remote_most = ANY_SIZE
+
+    def begin_session(self, link: AgentLink) -> None:
+        """The other end starts anew: serials count from 0, and it owns nothing."""
+        self.end_session()
+        self._link = link
+
+    def end_session(self) -> None:
+        """The other end is gone. What we own stays ours, for :meth:`offer_again`."""
+        self._link = None
+        self._serials = dict.fromkeys(Selection, 0)
+        for selection in list(self.remote_types):
+            self.took_release(ClipboardRelease(selection))
+        for reader in self._readers.values():
+            reader.fail(AgentGoneError("the agent went away before it sent the clipboard"))
+        self._readers.clear()
+        self._requests.clear()
+
+    async def close(self) -> None:
+        """End the session and the task that answers requests."""
+        self.end_session()
+        if self._answering is not None:
+            self._answering.cancel()
+            await asyncio.gather(self._answering, return_exceptions=True)
+
+    # --- what we own
+
+    def offer(self, selection: int, offer: Offer) -> None:
+        """Own a clipboard; without a session, ``offer_again`` announces it when there is one."""
+        self._offers[selection] = dict(offer)
+        self.remote_types.pop(selection, None)
+        if self._link is not None:
+            self._grab(self._link, selection)
+
+    def offer_again(self) -> None:
+        """Tell a new session what we own."""
+        if self._link is not None:
+            for selection in self._offers:
+                self._grab(self._link, selection)
+
+    def _grab(self, link: AgentLink, selection: int) -> None:
+        if selection != Selection.CLIPBOARD and not link.connection.layout.selections:
+            return
+        serial = self._serials[Selection(selection)]
+        self._serials[Selection(selection)] = serial + 1 & _SERIAL_MASK
+        link.post(ClipboardGrab(selection, tuple(self._offers[selection]), serial))
+
+    def release(self, selection: int) -> None:
+        """Give up a clipboard that we own."""
+        if self._offers.pop(selection, None) is not None and self._link is not None:
+            self._link.post(ClipboardRelease(selection))
+
+    def owns(self, selection: int) -> bool:
+        """Whether we own this clipboard."""
+        return selection in self._offers
+
+    # --- what the other end owns
+
+    async def fetch(self, selection: int, kind: int, timeout: float) -> bytes:
+        """The other end's data in one type. Raises as :meth:`open` does."""
+        parts = bytearray()
+        async with contextlib.aclosing(self.open(selection, kind, timeout)) as pieces:
+            async for piece in pieces:
+                parts += piece
+        return bytes(parts)
+
+    async def open(self, selection: int, kind: int, timeout: float) -> AsyncGenerator[Buffer]:
+        """Ask for the other end's data in one type, and iterate over the pieces as they come.
+
+        Raises:
+            ClipboardEmptyError: it owns nothing, has no such type, or answers with nothing.
+            ClipboardTooLargeError: longer than we take; nothing of it is kept.
+            AgentTimeoutError: nothing came for ``timeout`` seconds.
+            AgentGoneError: the channel closed.
+        """
+        async with self._turns[Selection(selection)]:
+            reader = self._ask(selection, kind)
+            try:
+                while True:
+                    try:
+                        async with asyncio.timeout(timeout):
+                            piece = await reader.next()
+                    except TimeoutError:
+                        raise AgentTimeoutError(
+                            f"the agent sent no clipboard data within {timeout:g} s"
+                        ) from None
+                    if piece is None:
+                        return
+                    yield piece
+            finally:
+                reader.fail(AgentError("nobody wants these clipboard data any more"))
+                if self._readers.get(selection) is reader:
+                    del self._readers[selection]
+
+    def _ask(self, selection: int, kind: int) -> ClipboardReader:
+        link = self._link
+        if link is None:
+            raise AgentGoneError("no agent is connected")
+        types = self.remote_types.get(selection)
+        if types is None:
+            raise ClipboardEmptyError("the agent owns no such clipboard")
+        if kind not in types:
+            raise ClipboardEmptyError(f"the agent's clipboard has only the types {types}")
+        reader = ClipboardReader(link, self._most)
+        self._readers[selection] = reader
+        link.post(ClipboardRequest(selection, kind))
+        return reader
+
+    # --- messages from the other end
+
+    def took_grab(self, message: ClipboardGrab) -> None:
+        """A GRAB arrived; it is discarded if its serial says that ours is newer."""
+        assert self._link is not None
+        selection = Selection(message.selection)
+        if self._link.connection.layout.serials:
+            expected = self._serials[selection]
+            if message.serial == expected:
+                self._serials[selection] = expected + 1 & _SERIAL_MASK
+            elif self._side is Side.HOST or message.serial != expected - 1 & _SERIAL_MASK:
+                return
+        self._offers.pop(selection, None)
+        self.remote_types[selection] = message.types
+        self._on_grab(selection, message.types)
+
+    def took_release(self, message: ClipboardRelease) -> None:
+        """A RELEASE arrived."""
+        if self.remote_types.pop(message.selection, None) is not None:
+            self._on_release(message.selection)
+
+    def took_data(self, message: Clipboard) -> None:
+        """A whole answer arrived."""
+        sink = self.took_head(message, len(message.data))
+        if sink is not None:
+            sink.feed(message.data)
+            sink.end(complete=True)
+
+    def took_head(self, head: Clipboard, size: int) -> BodySink | None:
+        """An answer begins; None if nobody asked."""
+        reader = self._readers.pop(head.selection, None)
+        if reader is not None:
+            reader.begin(head.type, size)
+        return reader
+
+    def took_request(self, message: ClipboardRequest) -> None:
+        """A REQUEST arrived: it is answered in its turn, with type NONE if we have no such data."""
+        if len(self._requests) >= REQUESTS_MAX:
+            return
+        self._requests.append(message)
+        if self._answering is None:
+            self._answering = asyncio.ensure_future(self._answer_all())
+            self._answering.add_done_callback(self._answered)
+
+    def _answered(self, task: asyncio.Task[None]) -> None:
+        self._answering = None
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._on_trouble(error)
+
+    async def _answer_all(self) -> None:
+        while self._requests and self._link is not None:
+            await self._answer(self._link, self._requests.popleft())
+
+    async def _answer(self, link: AgentLink, request: ClipboardRequest) -> None:
+        source = self._offers.get(request.selection, {}).get(request.type)
+        size = source.size if isinstance(source, StreamSource) else len(source or b"")
+        try:
+            if source is None or (self.remote_most != ANY_SIZE and size > self.remote_most):
+                await link.send(Clipboard(request.selection, ClipboardType.NONE))
+            elif isinstance(source, bytes) and size <= PIECE_MAX:
+                await link.send(Clipboard(request.selection, request.type, source))
+            else:
+                pieces = source.open() if isinstance(source, StreamSource) else _pieces(source)
+                await link.send_body(Clipboard(request.selection, request.type), size, pieces)
+        except AgentGoneError:
+            return
+
+
+def need_clipboard(capabilities: Capabilities, selection: int) -> None:
+    """Raise AgentUnsupportedError unless these capabilities include this clipboard."""
+    if Capability.CLIPBOARD_BY_DEMAND not in capabilities:
+        raise AgentUnsupportedError("the agent has not announced CLIPBOARD_BY_DEMAND")
+    if selection != Selection.CLIPBOARD and Capability.CLIPBOARD_SELECTION not in capabilities:
+        raise AgentUnsupportedError("the agent has one clipboard only (no CLIPBOARD_SELECTION)")

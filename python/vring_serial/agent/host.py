@@ -1,0 +1,401 @@
+"""The host's peer of a SPICE agent: what a SPICE client does over the agent channel."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Sequence
+
+from vring_serial.agent.clipboard import (
+    ClipboardChannel,
+    Offer,
+    need_clipboard,
+)
+from vring_serial.agent.errors import (
+    AgentError,
+    AgentGoneError,
+    AgentRefusedError,
+    AgentTimeoutError,
+    AgentUnsupportedError,
+    ClipboardEmptyError,
+)
+from vring_serial.agent.events import (
+    AgentEvent,
+    AgentGone,
+    AgentReady,
+    AgentTrouble,
+    ClipboardGrabbed,
+    ClipboardReleased,
+    OtherMessage,
+)
+from vring_serial.agent.link import AgentLink, BodySink
+from vring_serial.proto.agent import (
+    AgentProtocolError,
+    AnnounceCapabilities,
+    Buffer,
+    Capabilities,
+    Capability,
+    Clipboard,
+    ClipboardGrab,
+    ClipboardRelease,
+    ClipboardRequest,
+    ClipboardType,
+    Message,
+    Monitor,
+    MonitorsConfig,
+    MonitorsFlag,
+    Reply,
+    ReplyError,
+    Selection,
+    Side,
+    StreamedMessage,
+    TypedMessage,
+    UnknownMessage,
+    capability_name,
+    message_name,
+)
+
+CLIPBOARD_MAX = 100 << 20
+"""Bytes of clipboard data that a HostAgent takes unless told otherwise, as spice-gtk does."""
+
+EMPTY_ANSWERS_TRIED = 3
+"""spice-vdagent 0.23.0 loses a large clipboard now and then and answers with nothing: ask again."""
+
+PHYSICAL_SIZE_WAIT = 2.0
+"""Seconds before monitors with physical sizes are sent again without: spice-vdagentd 0.22.1 neither
+understands nor answers the former."""
+
+HOST_CAPABILITIES = Capabilities.of(
+    Capability.MOUSE_STATE,
+    Capability.MONITORS_CONFIG,
+    Capability.REPLY,
+    Capability.DISPLAY_CONFIG,
+    Capability.CLIPBOARD_BY_DEMAND,
+    Capability.CLIPBOARD_SELECTION,
+    Capability.MONITORS_CONFIG_POSITION,
+    Capability.FILE_XFER_DETAILED_ERRORS,
+    Capability.CLIPBOARD_NO_RELEASE_ON_REGRAB,
+    Capability.CLIPBOARD_GRAB_SERIAL,
+)
+
+
+class HostAgent:
+    """One agent seen from the host, over any number of connections one after another.
+
+    Connect it to a port with ``ProtocolEnd(agent.protocol_factory)``, or to a socket that carries
+    an agent channel with ``loop.create_unix_connection(agent.protocol_factory, path)`` or
+    ``loop.create_unix_server``. A new connection replaces the one before.
+
+    Args:
+        capabilities: what we announce.
+        max_clipboard: bytes of clipboard data to take from the guest, or -1 for any size.
+        timeout: seconds to wait for an answer, where a method is not given its own.
+        on_event: called with every event, in the event loop's thread.
+
+    Attributes:
+        capabilities: what the agent announced, or None while there is none.
+    """
+
+    def __init__(
+        self,
+        *,
+        capabilities: Capabilities = HOST_CAPABILITIES,
+        max_clipboard: int = CLIPBOARD_MAX,
+        timeout: float = 10.0,
+        on_event: Callable[[AgentEvent], None] | None = None,
+    ) -> None:
+        self.capabilities: Capabilities | None = None
+        self._announced = capabilities
+        self._timeout = timeout
+        self._on_event = on_event
+        self._link: AgentLink | None = None
+        self._asked = False
+        self._offered = False
+        self._ready = asyncio.Event()
+        self._replies: dict[int, deque[asyncio.Future[int]]] = {}
+        self._clipboard = ClipboardChannel(
+            Side.HOST,
+            on_grab=self._took_grab,
+            on_release=lambda selection: self._emit(ClipboardReleased(selection)),
+            on_trouble=lambda error: self._emit(AgentTrouble(error)),
+            most=max_clipboard,
+        )
+        self._grabbed = asyncio.Event()
+
+    def protocol_factory(self) -> asyncio.Protocol:
+        """A protocol for one connection of the channel."""
+        return AgentLink(Side.HOST, self)
+
+    async def close(self) -> None:
+        """Close the channel, and end what still runs on it."""
+        if self._link is not None:
+            self._link.close()
+        await self._clipboard.close()
+
+    # --- what one can do
+
+    async def wait_ready(self, timeout: float | None = None) -> Capabilities:
+        """Wait until an agent has announced itself, and return its capabilities.
+
+        Raises AgentTimeoutError, which says how far it got.
+        """
+        seconds = self._timeout if timeout is None else timeout
+        try:
+            async with asyncio.timeout(seconds):
+                await self._ready.wait()
+        except TimeoutError:
+            how = "nobody opened the channel" if self._link is None else "it is open but silent"
+            raise AgentTimeoutError(f"no SPICE agent within {seconds:g} s: {how}") from None
+        assert self.capabilities is not None
+        return self.capabilities
+
+    async def set_monitors(
+        self, monitors: Sequence[Monitor], *, timeout: float | None = None
+    ) -> None:
+        """Ask the guest for these monitors, and wait for its REPLY.
+
+        Positions count unless all of several monitors have none. Raises AgentRefusedError if the
+        agent could not, AgentUnsupportedError, AgentTimeoutError, AgentGoneError.
+        """
+        link = self._need(Capability.MONITORS_CONFIG)
+        flags = MonitorsFlag.USE_POS
+        if len(monitors) > 1 and not any(m.x or m.y for m in monitors):
+            flags = MonitorsFlag(0)
+        seconds = self._timeout if timeout is None else timeout
+        config = MonitorsConfig(tuple(monitors), flags)
+        if any(m.width_mm or m.height_mm for m in monitors):
+            sized = MonitorsConfig(config.monitors, flags | MonitorsFlag.PHYSICAL_SIZE)
+            with contextlib.suppress(AgentTimeoutError):
+                return await self._call(link, sized, min(seconds, PHYSICAL_SIZE_WAIT))
+        return await self._call(link, config, seconds)
+
+    async def set_clipboard(
+        self, content: str | bytes | Offer, selection: int = Selection.CLIPBOARD
+    ) -> None:
+        """Own a clipboard of the guest with this content, until something in the guest takes it.
+
+        ``content`` is text, text in UTF-8, or a mapping of ClipboardType to bytes or StreamSource;
+        the guest fetches it when somebody pastes. An agent that comes back is offered it again.
+        Raises AgentUnsupportedError if the agent has no such clipboard, AgentGoneError.
+        """
+        self._need_clipboard(selection)
+        if isinstance(content, str):
+            content = content.encode("utf-8", "replace")
+        if isinstance(content, bytes):
+            content = {ClipboardType.UTF8_TEXT: self._line_ends_for_guest(content)}
+        self._clipboard.offer(selection, content)
+
+    async def clear_clipboard(self, selection: int = Selection.CLIPBOARD) -> None:
+        """Give up a clipboard that ``set_clipboard`` took. Does nothing if it is not ours."""
+        self._clipboard.release(selection)
+
+    async def get_clipboard(
+        self, selection: int = Selection.CLIPBOARD, *, timeout: float | None = None
+    ) -> str:
+        """The text on a clipboard of the guest; lines end in ``\\n``.
+
+        Raises as :meth:`get_clipboard_data` does.
+        """
+        data = await self.get_clipboard_data(ClipboardType.UTF8_TEXT, selection, timeout=timeout)
+        if self._guest_has_crlf:
+            data = data.replace(b"\r\n", b"\n")
+        return data.rstrip(b"\0").decode("utf-8", "replace")
+
+    async def get_clipboard_data(
+        self, kind: int, selection: int = Selection.CLIPBOARD, *, timeout: float | None = None
+    ) -> bytes:
+        """The guest's clipboard in one ClipboardType, as it came.
+
+        Raises ClipboardEmptyError if the guest has nothing of that type, ClipboardTooLargeError,
+        AgentUnsupportedError, AgentTimeoutError if nothing comes for ``timeout`` seconds,
+        AgentGoneError.
+        """
+        self._need_clipboard(selection)
+        seconds = self._timeout if timeout is None else timeout
+        for attempt in range(EMPTY_ANSWERS_TRIED):
+            try:
+                return await self._clipboard.fetch(selection, kind, seconds)
+            except ClipboardEmptyError:
+                last = attempt == EMPTY_ANSWERS_TRIED - 1
+                if last or kind not in self._clipboard.remote_types.get(selection, ()):
+                    raise
+        raise AssertionError("unreachable")
+
+    def stream_clipboard(
+        self, kind: int, selection: int = Selection.CLIPBOARD, *, timeout: float | None = None
+    ) -> AsyncGenerator[Buffer]:
+        """As ``get_clipboard_data``, in pieces and bounded memory: iterate, then ``aclose``."""
+        self._need_clipboard(selection)
+        seconds = self._timeout if timeout is None else timeout
+        return self._clipboard.open(selection, kind, seconds)
+
+    def clipboard_types(self, selection: int = Selection.CLIPBOARD) -> tuple[int, ...]:
+        """The types that the guest has on a clipboard; empty if it does not own it."""
+        return self._clipboard.remote_types.get(selection, ())
+
+    async def wait_clipboard(
+        self, selection: int = Selection.CLIPBOARD, *, timeout: float | None = None
+    ) -> tuple[int, ...]:
+        """Wait until the guest owns a clipboard, and return its types. Raises AgentTimeoutError."""
+        seconds = self._timeout if timeout is None else timeout
+        try:
+            async with asyncio.timeout(seconds):
+                while not self.clipboard_types(selection):
+                    await self._grabbed.wait()
+        except TimeoutError:
+            raise AgentTimeoutError(
+                f"nothing in the guest took the clipboard within {seconds:g} s"
+            ) from None
+        return self.clipboard_types(selection)
+
+    async def send(self, message: Message) -> None:
+        """Send any message as it is. Raises AgentGoneError."""
+        if self._link is None:
+            raise AgentGoneError("no agent is connected")
+        await self._link.send(message)
+
+    # --- how it is done
+
+    @property
+    def _guest_has_crlf(self) -> bool:
+        return self.capabilities is not None and (
+            Capability.GUEST_LINEEND_CRLF in self.capabilities
+        )
+
+    def _line_ends_for_guest(self, text: bytes) -> bytes:
+        if self._guest_has_crlf:
+            return text.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+        return text
+
+    def _need(self, *needed: Capability) -> AgentLink:
+        if self._link is None or self.capabilities is None:
+            raise AgentGoneError("no agent is connected")
+        for capability in needed:
+            if capability not in self.capabilities:
+                name = capability_name(capability)
+                raise AgentUnsupportedError(f"the agent has not announced {name}")
+        return self._link
+
+    def _need_clipboard(self, selection: int) -> None:
+        self._need()
+        assert self.capabilities is not None
+        need_clipboard(self.capabilities, selection)
+
+    async def _call(self, link: AgentLink, message: Message, timeout: float) -> None:
+        """Send a message that the agent answers with REPLY, and wait for that if it sends any."""
+        await link.send(message)
+        if self.capabilities is None or Capability.REPLY not in self.capabilities:
+            return
+        kind = message.type_number
+        waiting = self._replies.setdefault(kind, deque())
+        reply: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        waiting.append(reply)
+        try:
+            async with asyncio.timeout(timeout):
+                error = await reply
+        except TimeoutError:
+            raise AgentTimeoutError(
+                f"the agent did not answer {message_name(kind)} within {timeout:g} s"
+            ) from None
+        finally:
+            if reply in waiting:
+                waiting.remove(reply)
+        if error != ReplyError.SUCCESS:
+            raise AgentRefusedError(f"the agent failed to do {message_name(kind)} (error {error})")
+
+    def _emit(self, event: AgentEvent) -> None:
+        if self._on_event is not None:
+            self._on_event(event)
+
+    def _begin_session(self, link: AgentLink) -> None:
+        """Both sides start anew, because we ask the agent for its capabilities."""
+        self._clipboard.begin_session(link)
+        self._fail_replies("the agent started anew")
+        self._asked = True
+        self._offered = False
+        link.post(AnnounceCapabilities(True, self._announced))
+
+    def _fail_replies(self, why: str) -> None:
+        for waiting in self._replies.values():
+            for reply in waiting:
+                if not reply.done():
+                    reply.set_exception(AgentGoneError(f"{why} before it answered"))
+            waiting.clear()
+
+    # --- LinkOwner
+
+    def link_up(self, link: AgentLink) -> None:
+        if self._link is not None and self._link is not link:
+            self._link.fail(AgentError("another connection took over the agent channel"))
+        self._link = link
+        self._begin_session(link)
+
+    def link_down(self, link: AgentLink, reason: Exception | None) -> None:
+        if link is not self._link:
+            return
+        self._link = None
+        self.capabilities = None
+        self._ready.clear()
+        self._clipboard.end_session()
+        self._fail_replies("the agent went away")
+        self._emit(AgentGone(str(reason) if reason else ""))
+
+    def link_message(
+        self, link: AgentLink, port: int, message: TypedMessage | UnknownMessage
+    ) -> None:
+        if link is not self._link:
+            return
+        if isinstance(message, AnnounceCapabilities):
+            self._took_capabilities(link, message)
+        elif isinstance(message, ClipboardGrab):
+            self._clipboard.took_grab(message)
+        elif isinstance(message, ClipboardRelease):
+            self._clipboard.took_release(message)
+        elif isinstance(message, ClipboardRequest):
+            self._clipboard.took_request(message)
+        elif isinstance(message, Clipboard):
+            self._clipboard.took_data(message)
+        elif isinstance(message, Reply):
+            self._took_reply(message)
+        else:
+            self._emit(OtherMessage(message))
+
+    def link_body(
+        self, link: AgentLink, port: int, head: StreamedMessage, size: int
+    ) -> BodySink | None:
+        if link is self._link and isinstance(head, Clipboard):
+            return self._clipboard.took_head(head, size)
+        return None
+
+    def link_trouble(self, link: AgentLink, error: AgentProtocolError) -> None:
+        self._emit(AgentTrouble(error))
+
+    def _took_capabilities(self, link: AgentLink, message: AnnounceCapabilities) -> None:
+        self.capabilities = message.capabilities
+        if message.request and not self._asked:
+            # An agent that asks after it had answered us has started anew on the same channel.
+            self._begin_session(link)
+        elif message.request:
+            link.post(AnnounceCapabilities(False, self._announced))
+        else:
+            self._asked = False
+        self._ready.set()
+        if not self._offered:
+            self._offered = True
+            self._clipboard.offer_again()
+        self._emit(AgentReady(message.capabilities))
+
+    def _took_grab(self, selection: int, types: tuple[int, ...]) -> None:
+        self._grabbed.set()  # wakes those who wait now
+        self._grabbed.clear()
+        self._emit(ClipboardGrabbed(selection, types))
+
+    def _took_reply(self, message: Reply) -> None:
+        waiting = self._replies.get(message.to)
+        if waiting:
+            reply = waiting.popleft()
+            if not reply.done():
+                reply.set_result(message.error)
+        else:
+            self._emit(OtherMessage(message))

@@ -1,0 +1,130 @@
+"""HostAgent against the real spice-vdagentd and spice-vdagent, over a unix socket that we serve."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+import pytest
+
+from vring_serial.agent import (
+    AgentGone,
+    AgentReady,
+    AgentTrouble,
+    ClipboardEmptyError,
+    ClipboardTooLargeError,
+    HostAgent,
+)
+from vring_serial.proto.agent import Capability, ClipboardType, Monitor, Selection
+
+pytestmark = pytest.mark.peer("spice-vdagentd", "spice-vdagent", "Xvfb", "xclip", "xrandr")
+
+
+class Bench:
+    """A HostAgent that serves the socket, and the real agent that connects to it."""
+
+    def __init__(self, vdagent):
+        self.vdagent = vdagent
+        self.events = []
+        self.host = HostAgent(on_event=self.events.append)
+        self.server = None
+
+    async def serve(self):
+        loop = asyncio.get_running_loop()
+        self.server = await loop.create_unix_server(
+            self.host.protocol_factory, str(self.vdagent.port)
+        )
+
+    async def close(self):
+        await self.host.close()
+        self.server.close()
+        await self.server.wait_closed()
+
+
+@pytest.fixture
+async def bench(vdagent):
+    bench = Bench(vdagent)
+    await bench.serve()
+    async with asyncio.timeout(40):
+        await vdagent.start()
+        await bench.host.wait_ready(15)
+    yield bench
+    with contextlib.suppress(Exception):
+        print(vdagent.log())
+    await bench.close()
+    assert not [e for e in bench.events if isinstance(e, AgentTrouble)]
+
+
+async def test_capabilities_and_resolution(bench):
+    capabilities = bench.host.capabilities
+    assert Capability.MONITORS_CONFIG in capabilities
+    assert Capability.CLIPBOARD_SELECTION in capabilities
+    assert Capability.CLIPBOARD_GRAB_SERIAL in capabilities
+    for width, height in [(1280, 720), (1920, 1080)]:
+        await bench.host.set_monitors([Monitor(width, height)])
+        await bench.vdagent.until_resolution(width, height)
+
+
+async def test_physical_sizes_for_an_agent_that_may_not_know_them(bench):
+    await bench.host.set_monitors([Monitor(1024, 768, width_mm=300, height_mm=200)])
+    await bench.vdagent.until_resolution(1024, 768)
+
+
+async def test_clipboards_in_both_directions(bench):
+    host, vdagent = bench.host, bench.vdagent
+    for number, (selection, name) in enumerate(
+        [
+            (Selection.CLIPBOARD, "clipboard"),
+            (Selection.PRIMARY, "primary"),
+            (Selection.CLIPBOARD, "clipboard"),
+        ]
+    ):
+        text = f"from the guest {number} \N{SNOWMAN}\nsecond line"
+        await vdagent.copy(text.encode(), name)
+        types = await host.wait_clipboard(selection)
+        assert ClipboardType.UTF8_TEXT in types
+        assert await host.get_clipboard(selection) == text
+        await host.set_clipboard(f"from the host {number}", selection)
+        await vdagent.until_paste(b"from the host %d" % number, name)
+        assert not host.clipboard_types(selection)
+
+
+async def test_a_mebibyte_each_way(bench):
+    text = bytes(32 + i * i % 95 for i in range(1 << 20))
+    await bench.vdagent.copy(text)
+    await bench.host.wait_clipboard()
+    assert await bench.host.get_clipboard() == text.decode()
+    back = text[::-1]
+    await bench.host.set_clipboard(back)
+    await bench.vdagent.until_paste(back)
+
+
+async def test_clipboard_refusals(bench):
+    with pytest.raises(ClipboardEmptyError):
+        await bench.host.get_clipboard()
+    await bench.vdagent.copy(b"only text")
+    await bench.host.wait_clipboard()
+    with pytest.raises(ClipboardEmptyError):
+        await bench.host.get_clipboard_data(ClipboardType.IMAGE_PNG)
+    bench.host._clipboard._most = 4
+    with pytest.raises(ClipboardTooLargeError):
+        await bench.host.get_clipboard()
+
+
+async def test_the_agent_restarts_and_is_offered_the_clipboard_again(bench):
+    await bench.host.set_clipboard("survives")
+    await bench.vdagent.stop()
+    await bench.vdagent.until(lambda: AgentGone() in bench.events)
+    assert bench.host.capabilities is None
+    bench.events.clear()
+    await bench.vdagent.start()
+    await bench.host.wait_ready(15)
+    assert any(isinstance(e, AgentReady) for e in bench.events)
+    await bench.vdagent.until_paste(b"survives")
+
+
+async def test_a_lost_channel_comes_back(bench):
+    bench.host._link.fail(ConnectionResetError("lost"))
+    await bench.vdagent.until(lambda: AgentGone("lost") in bench.events)
+    await bench.host.wait_ready(15)
+    await bench.host.set_monitors([Monitor(800, 600)])
