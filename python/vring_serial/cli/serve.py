@@ -15,8 +15,8 @@ import click
 
 from vring import Pump
 from vring_serial.cli import logs
-from vring_serial.cli.agent_end import agent_factory
-from vring_serial.cli.logs import DeviceLog, emit
+from vring_serial.cli.agent_end import AgentEnds
+from vring_serial.cli.logs import emit
 from vring_serial.config.build import make_controller
 from vring_serial.config.draft import check_unix_path
 from vring_serial.config.load import load_topology
@@ -189,8 +189,10 @@ async def serve(topology: Topology, settings: Settings) -> None:
 async def _start(topology: Topology, settings: Settings, stack: contextlib.AsyncExitStack) -> None:
     """Start everything, host ends first; ``stack`` stops it in the opposite order."""
     pump = stack.enter_context(_running_pump())
+    agents = AgentEnds()
+    stack.push_async_callback(agents.close)
     controllers = [
-        make_controller(config, pump, {"spicevmc": agent_factory})
+        make_controller(config, pump, {"spicevmc": agents.factory})
         for config in topology.controllers
     ]
     backends = [
@@ -198,7 +200,6 @@ async def _start(topology: Topology, settings: Settings, stack: contextlib.Async
         for controller, socket in zip(controllers, settings.sockets, strict=True)
     ]
     for config, controller in zip(topology.controllers, controllers, strict=True):
-        controller.on_event = _device_log(config)
         stack.push_async_callback(controller.stop)
         await controller.start()
         _log_ports(config, controller)
@@ -227,11 +228,6 @@ def _make_backend(controller: Controller, socket: str, settings: Settings) -> Vh
         )
     except ConfigError as error:
         raise ConfigError(str(error), f"--vhost-user {socket}") from None
-
-
-def _device_log(config: ControllerConfig) -> DeviceLog:
-    names = {port.nr: port.name for port in config.ports}
-    return DeviceLog(config.name, lambda nr: names.get(nr, ""))
 
 
 def _log_ports(config: ControllerConfig, controller: Controller) -> None:
