@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import errno
 import os
 import signal
@@ -44,11 +45,18 @@ class StdioChardev(StreamChardev):
         self.options = options or StdioOptions()
         self._undo: list[Callable[[], None]] = []
         self._watch: HangupWatch | None = None
+        self._on_terminal = False
         self._size: tuple[int, int] | None = None
 
     @property
     def description(self) -> str:
         return "stdio"
+
+    def peer_gone(self, reason: OSError | None = None) -> None:
+        if reason is None and self._on_terminal:
+            # A raw terminal has no end but its hang-up, which takes the output with it.
+            reason = OSError(errno.EIO, os.strerror(errno.EIO))
+        super().peer_gone(reason)
 
     def _open_streams(self) -> None:
         if StdioChardev._holder is not None:
@@ -59,12 +67,12 @@ class StdioChardev(StreamChardev):
         try:
             self._input = self._own(0, os.O_RDONLY)
             self._output = self._own(1, os.O_WRONLY)
-            self._watch = HangupWatch(self._hung_up)
-            for fd in (self._input, self._output):
-                self._watch.watch(fd)
-            if os.isatty(self._input):
+            self._watch = HangupWatch(lambda fd: self.peer_gone())
+            self._watch.watch(self._input)  # a broken output shows when it is written
+            self._on_terminal = os.isatty(self._input)
+            if self._on_terminal:
                 self._take_terminal(self._input)
-            if os.isatty(self._input) or os.isatty(self._output):
+            if self._on_terminal or os.isatty(self._output):
                 self._on_signal(signal.SIGWINCH, self._tell_size)
         except (OSError, termios.error) as error:
             why = error if isinstance(error, OSError) else str(error)
@@ -90,12 +98,6 @@ class StdioChardev(StreamChardev):
             self._watch.unwatch(self._input)
         super()._input_ended()
 
-    def _hung_up(self, fd: int) -> None:
-        if fd == self._input and not os.isatty(fd):
-            self.peer_gone()
-        else:
-            self.peer_gone(OSError(errno.EPIPE, os.strerror(errno.EPIPE)))
-
     def _own(self, fd: int, access: int) -> int:
         """A non-blocking descriptor for what ``fd`` is open on.
 
@@ -117,12 +119,14 @@ class StdioChardev(StreamChardev):
         saved = termios.tcgetattr(fd)
 
         def restore() -> None:
-            if _in_foreground(fd):
-                termios.tcsetattr(fd, termios.TCSANOW, saved)
+            with contextlib.suppress(termios.error):  # it hung up
+                if _in_foreground(fd):
+                    termios.tcsetattr(fd, termios.TCSANOW, saved)
 
         def go_raw() -> None:
-            if _in_foreground(fd):
-                set_raw(fd, keep_output=True, keep_signals=self.options.signal)
+            with contextlib.suppress(termios.error):
+                if _in_foreground(fd):
+                    set_raw(fd, keep_output=True, keep_signals=self.options.signal)
 
         self._undo.append(restore)
         atexit.register(restore)

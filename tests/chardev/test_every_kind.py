@@ -1,0 +1,233 @@
+"""What holds for every kind of chardev, with a real peer on the other side."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import time
+
+import pytest
+
+from tests.chardev.conftest import Guest, Peer, open_descriptors
+from vring_serial.chardev.base import DescriptorEnd
+from vring_serial.errors import LocalProtocolError, ResourceError
+
+PATTERN = bytes(range(256)) * 16
+
+
+async def connected(peer: Peer) -> Guest:
+    guest = Guest(peer.chardev)
+    await peer.chardev.start()
+    await peer.connect()
+    await guest.opened()
+    return guest
+
+
+async def test_an_end_opens_and_stop_closes_it(peer: Peer) -> None:
+    guest = await connected(peer)
+    await peer.chardev.stop()
+    assert peer.chardev.end is None
+    assert guest.events == ["opened", "closed"]
+
+
+async def test_stop_twice_and_before_start(peer: Peer) -> None:
+    guest = Guest(peer.chardev)
+    await peer.chardev.stop()
+    await peer.chardev.start()
+    await peer.connect()
+    await guest.opened()
+    await peer.chardev.stop()
+    await peer.chardev.stop()
+    assert guest.events == ["opened", "closed"]
+
+
+async def test_start_again_after_stop(peer: Peer) -> None:
+    guest = await connected(peer)
+    await peer.chardev.stop()
+    await peer.disconnect()
+    if not peer.returns and peer.leaves:
+        return
+    await peer.chardev.start()
+    await peer.connect()
+    await guest.opened()
+    await guest.write(b"again")
+    if peer.receives:
+        assert await peer.receive(5) == b"again"
+
+
+async def test_start_twice_does_nothing(peer: Peer) -> None:
+    guest = await connected(peer)
+    before = open_descriptors()
+    await peer.chardev.start()
+    assert open_descriptors() == before
+    assert guest.events == ["opened"]
+
+
+async def test_it_works_without_a_user(peer: Peer) -> None:
+    await peer.chardev.start()
+    await peer.connect()
+    await peer.chardev.stop()
+
+
+async def test_one_user_only(peer: Peer) -> None:
+    Guest(peer.chardev)
+    with pytest.raises(LocalProtocolError, match="dut"):
+        Guest(peer.chardev)
+
+
+async def test_the_guests_output_arrives(peer: Peer) -> None:
+    guest = await connected(peer)
+    await guest.write(PATTERN)
+    if peer.receives:
+        async with asyncio.timeout(5):
+            assert await peer.receive(len(PATTERN)) == PATTERN
+
+
+async def test_the_peers_bytes_arrive(peer: Peer) -> None:
+    guest = await connected(peer)
+    if peer.sends:
+        await peer.send(PATTERN)
+        assert await guest.read(len(PATTERN)) == PATTERN
+
+
+async def test_descriptors_never_block(peer: Peer) -> None:
+    guest = await connected(peer)
+    if not isinstance(guest.end, DescriptorEnd):
+        return
+    for fd in (guest.read_fd, guest.write_fd):
+        assert fd < 0 or not os.get_blocking(fd)
+        assert fd < 0 or not os.get_inheritable(fd)
+
+
+async def test_a_reader_that_does_not_read_loses_nothing(peer: Peer) -> None:
+    guest = await connected(peer)
+    total = 512 * 1024
+    data = os.urandom(total)
+    writing = asyncio.create_task(guest.write(data))
+    await asyncio.sleep(0.05)  # the peer does not read; the loop stays ours
+    if peer.receives:
+        async with asyncio.timeout(5):
+            received = b""
+            while len(received) < total:
+                received += await peer.receive(min(65536, total - len(received)))
+        assert received == data
+    await writing
+
+
+async def test_a_peer_that_leaves_is_noticed_although_nobody_reads(peer: Peer) -> None:
+    guest = await connected(peer)
+    await peer.disconnect()
+    if peer.leaves:
+        await guest.until(lambda: "closed" in guest.events)
+    else:
+        assert guest.events == ["opened"]
+
+
+async def test_the_next_peer_is_served(peer: Peer) -> None:
+    if not peer.leaves or not peer.returns:
+        return
+    guest = await connected(peer)
+    for turn in range(1, 4):
+        await peer.disconnect()
+        await guest.until(lambda turn=turn: guest.events.count("closed") == turn)
+        await peer.connect()
+        await guest.until(lambda turn=turn: guest.events.count("opened") == turn + 1)
+        await guest.write(PATTERN)
+        assert await peer.receive(len(PATTERN)) == PATTERN
+        await peer.send(b"and back")
+        assert await guest.read(8) == b"and back"
+
+
+async def test_bytes_of_a_peer_that_left_are_delivered(peer: Peer) -> None:
+    guest = await connected(peer)
+    if not (peer.sends and peer.leaves and isinstance(guest.end, DescriptorEnd)):
+        return
+    await peer.send(PATTERN)
+    await peer.disconnect()
+    cpu = time.process_time()
+    await asyncio.sleep(0.3)
+    assert time.process_time() - cpu < 0.15, "it spins while bytes wait"
+    assert "closed" not in guest.events
+    assert await guest.read(len(PATTERN)) == PATTERN
+    try:
+        assert os.read(guest.read_fd, 1) == b""
+        reason = None
+    except OSError as error:
+        reason = error
+    peer.chardev.peer_gone(reason)
+    assert "closed" in guest.events
+
+
+async def test_a_peer_that_left_is_let_go_when_its_bytes_are_read_and_no_more(
+    peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who read the last bytes may have stopped before it came to the end of file."""
+    monkeypatch.setattr("vring_serial.chardev.hangup.RECHECK_SECONDS", 0.1)
+    guest = await connected(peer)
+    if not (peer.sends and peer.leaves and isinstance(guest.end, DescriptorEnd)):
+        return
+    await peer.send(b"last words")
+    await peer.disconnect()
+    await asyncio.sleep(0.1)
+    assert await guest.read(10) == b"last words"
+    await guest.until(lambda: "closed" in guest.events)
+
+
+async def test_peer_gone_closes_before_it_returns(peer: Peer) -> None:
+    guest = await connected(peer)
+    await peer.disconnect()
+    if peer.leaves:
+        peer.chardev.peer_gone(None)
+        assert guest.events == ["opened", "closed"]
+        peer.chardev.peer_gone(None)
+        assert guest.events == ["opened", "closed"]
+
+
+async def test_peer_gone_without_an_end_is_nothing(peer: Peer) -> None:
+    guest = Guest(peer.chardev)
+    peer.chardev.peer_gone(None)
+    peer.chardev.guest_opened(True)
+    peer.chardev.guest_opened(False)
+    assert guest.events == []
+
+
+async def test_the_description_is_one_phrase(peer: Peer) -> None:
+    await connected(peer)
+    assert peer.chardev.description
+    assert "\n" not in peer.chardev.description
+
+
+async def test_running_out_of_descriptors_leaves_nothing_behind(peer: Peer) -> None:
+    """Start with room for 0, 1, 2... descriptors until it succeeds."""
+    guest = Guest(peer.chardev)
+    # Once without a limit: the loop has its threads by then, and stdio's kind its pipes.
+    await peer.chardev.start()
+    await peer.chardev.stop()
+    guest.events.clear()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    before = open_descriptors()
+    files = sorted(os.listdir(peer.directory))
+    highest = max(map(int, before))
+    # Numbers below the highest may be free; take them, so that the limit counts.
+    fillers = [os.dup(0) for _ in range(highest - len(before) + 2)]
+    for room in range(12):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max([highest, *fillers]) + 1 + room, hard))
+        failure = None
+        try:
+            await peer.chardev.start()
+        except ResourceError as error:
+            failure = str(error)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        if failure is None:
+            break
+        assert "dut" in failure
+        assert len(open_descriptors()) == len(before) + len(fillers)
+        assert sorted(os.listdir(peer.directory)) == files
+        assert guest.events == []
+    else:
+        pytest.fail("it never started")
+    await peer.chardev.stop()
+    for fd in fillers:
+        os.close(fd)

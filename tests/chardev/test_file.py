@@ -1,0 +1,170 @@
+"""Files: what is kept, what is refused, the end of the input and a disk that is full."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+from pathlib import Path
+
+import pytest
+
+from tests.chardev.conftest import Guest
+from vring_serial.chardev.file import FileChardev, FileOptions
+from vring_serial.errors import ConfigError, ResourceError
+
+pytestmark = pytest.mark.usefixtures("no_leak")
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FileChardev, "retry_seconds", 0.05)
+
+
+async def write_failure(guest: Guest, data: bytes) -> OSError:
+    """What the data plane meets when it writes."""
+    with pytest.raises(OSError) as caught:
+        await guest.write(data)
+    return caught.value
+
+
+@pytest.mark.parametrize(("append", "left"), [(False, b"new"), (True, b"oldnew")])
+async def test_append_or_empty_first(tmp_path: Path, append: bool, left: bytes) -> None:
+    path = tmp_path / "out"
+    path.write_bytes(b"old")
+    chardev = FileChardev("dut", FileOptions(path=str(path), append=append))
+    guest = Guest(chardev)
+    await chardev.start()
+    assert guest.read_fd == -1
+    await guest.write(b"new")
+    await chardev.stop()
+    assert path.read_bytes() == left
+
+
+async def test_the_file_stays_after_stop(tmp_path: Path) -> None:
+    chardev = FileChardev("dut", FileOptions(path=str(tmp_path / "out")))
+    await chardev.start()
+    await chardev.stop()
+    assert (tmp_path / "out").exists()
+
+
+async def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for path, why in (
+        (tmp_path / "missing" / "out", "No such file or directory"),
+        (tmp_path, "Is a directory"),
+        (tmp_path / "fifo", "No such device or address"),  # nobody reads it
+    ):
+        chardev = FileChardev("dut", FileOptions(path=str(path)))
+        with pytest.raises(ResourceError, match=f"dut.*write to {path}: {why}"):
+            await chardev.start()
+        assert chardev.end is None
+
+
+@pytest.mark.parametrize(
+    ("name", "why"), [("missing", "No such file or directory"), ("", "it is a directory")]
+)
+async def test_without_its_input_the_output_is_not_emptied(
+    tmp_path: Path, name: str, why: str
+) -> None:
+    out = tmp_path / "out"
+    out.write_bytes(b"precious")
+    options = FileOptions(path=str(out), input_path=str(tmp_path / name))
+    with pytest.raises(ResourceError, match=f"dut.*read from {tmp_path / name}: {why}"):
+        await FileChardev("dut", options).start()
+    assert out.read_bytes() == b"precious"
+
+
+async def test_after_the_end_of_the_input_the_output_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "in").write_bytes(b"script")
+    options = FileOptions(path=str(tmp_path / "out"), input_path=str(tmp_path / "in"))
+    chardev = FileChardev("dut", options)
+    guest = Guest(chardev)
+    await chardev.start()
+    assert await guest.read(6) == b"script"
+    assert os.read(guest.read_fd, 1) == b""
+    chardev.peer_gone()
+    assert guest.events == ["opened", "closed"]
+    await guest.opened()
+    assert guest.read_fd == -1
+    await guest.write(b"done")
+    await chardev.stop()
+    assert (tmp_path / "out").read_bytes() == b"done"
+
+
+async def test_a_named_pipe_as_input_has_no_end(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "in")
+    options = FileOptions(path=str(tmp_path / "out"), input_path=str(tmp_path / "in"))
+    chardev = FileChardev("dut", options)
+    guest = Guest(chardev)
+    await chardev.start()
+    for text in (b"one", b"two"):
+        (tmp_path / "in").write_bytes(text)
+        assert await guest.read(3) == text
+        with pytest.raises(BlockingIOError):
+            os.read(guest.read_fd, 1)
+    await chardev.stop()
+
+
+@pytest.mark.usefixtures("soon")
+async def test_a_full_disk_is_told_once_and_tried_again(caplog: pytest.LogCaptureFixture) -> None:
+    chardev = FileChardev("dut", FileOptions(path="/dev/full"))
+    guest = Guest(chardev)
+    await chardev.start()
+    for turn in range(1, 4):
+        reason = await write_failure(guest, b"data")
+        chardev.peer_gone(reason)
+        assert guest.events.count("closed") == turn
+        await guest.opened()
+    assert len(caplog.records) == 1
+    assert "dut" in caplog.text
+    assert "/dev/full: No space left on device; trying again every 0.05 s" in caplog.text
+    await asyncio.sleep(0.3)  # it worked for a while; the next time is news
+    chardev.peer_gone(await write_failure(guest, b"data"))
+    assert len(caplog.records) == 2
+    await chardev.stop()
+
+
+@pytest.mark.usefixtures("soon")
+async def test_the_output_goes_on_where_it_failed(tmp_path: Path) -> None:
+    """A limit on the size of files, lifted later, is a disk that is full and then is not."""
+    chardev = FileChardev("dut", FileOptions(path=str(tmp_path / "out")))
+    guest = Guest(chardev)
+    await chardev.start()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4, limits[1]))
+    try:
+        await guest.write(b"1234")
+        reason = await write_failure(guest, b"5678")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    chardev.peer_gone(reason)
+    await guest.opened()
+    await guest.write(b"5678")
+    await chardev.stop()
+    assert (tmp_path / "out").read_bytes() == b"12345678"
+
+
+@pytest.mark.usefixtures("soon")
+async def test_stop_while_it_waits_to_try_again() -> None:
+    chardev = FileChardev("dut", FileOptions(path="/dev/full"))
+    guest = Guest(chardev)
+    await chardev.start()
+    chardev.peer_gone(await write_failure(guest, b"data"))
+    await chardev.stop()
+    await asyncio.sleep(0.1)
+    assert guest.events == ["opened", "closed"]
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({}, "path"),
+        ({"path": "a\0"}, "path"),
+        ({"path": "out", "input_path": "a\0"}, "input-path"),
+    ],
+)
+def test_options_that_cannot_be(options: dict[str, str], key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        FileOptions(**options)
+    assert caught.value.where == key

@@ -1,0 +1,132 @@
+"""The watch for peers that leave: it does not wake for bytes, and forgets what it is told to."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from vring_serial.chardev.hangup import HangupWatch, has_unread
+
+pytestmark = pytest.mark.usefixtures("no_leak")
+
+
+async def soon() -> None:
+    await asyncio.sleep(0.02)
+
+
+async def test_bytes_do_not_wake_it_and_a_hangup_does_once() -> None:
+    gone: list[int] = []
+    watch = HangupWatch(gone.append)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        watch.watch(ours.fileno())
+        theirs.send(b"unread")
+        await soon()
+        assert gone == []
+        assert ours.recv(6) == b"unread"
+        theirs.shutdown(socket.SHUT_WR)
+        await soon()
+        assert gone == [ours.fileno()]
+        theirs.close()
+        await soon()
+        assert gone == [ours.fileno()]
+    watch.close()
+
+
+async def test_a_peer_that_left_before_the_watch_began() -> None:
+    gone: list[int] = []
+    watch = HangupWatch(gone.append)
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    watch.watch(ours.fileno())
+    await soon()
+    assert gone == [ours.fileno()]
+    ours.close()
+    watch.close()
+
+
+async def test_what_is_unwatched_is_not_told() -> None:
+    gone: list[int] = []
+    watch = HangupWatch(gone.append)
+    ours, theirs = socket.socketpair()
+    watch.watch(ours.fileno())
+    theirs.close()
+    watch.unwatch(ours.fileno())
+    watch.unwatch(ours.fileno())
+    await soon()
+    assert gone == []
+    ours.close()
+    watch.close()
+
+
+async def test_one_callback_may_end_the_watch_of_another() -> None:
+    gone: list[int] = []
+    pairs = [socket.socketpair() for _ in range(2)]
+
+    def end_all(fd: int) -> None:
+        gone.append(fd)
+        for ours, _ in pairs:
+            watch.unwatch(ours.fileno())
+
+    watch = HangupWatch(end_all)
+    for ours, theirs in pairs:
+        watch.watch(ours.fileno())
+        theirs.close()
+    await soon()
+    assert len(gone) == 1
+    for ours, _ in pairs:
+        ours.close()
+    watch.close()
+
+
+async def test_a_callback_may_close_the_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vring_serial.chardev.hangup.RECHECK_SECONDS", 0.01)
+    watch = HangupWatch(lambda fd: watch.close())
+    pairs = [socket.socketpair() for _ in range(2)]
+    pairs[1][1].send(b"unread")
+    for ours, theirs in pairs:
+        watch.watch(ours.fileno())
+        theirs.close()
+    await asyncio.sleep(0.05)
+    watch.close()
+    for ours, _ in pairs:
+        ours.close()
+
+
+async def test_a_regular_file_cannot_hang_up(tmp_path: Path) -> None:
+    gone: list[int] = []
+    watch = HangupWatch(gone.append)
+    with (tmp_path / "file").open("wb") as file:
+        watch.watch(file.fileno())
+        await soon()
+        watch.unwatch(file.fileno())
+    watch.close()
+    assert gone == []
+
+
+def test_end_of_file_is_no_unread_byte() -> None:
+    ours, theirs = socket.socketpair()
+    assert not has_unread(ours.fileno())
+    theirs.send(b"x")
+    assert has_unread(ours.fileno())
+    theirs.close()
+    assert has_unread(ours.fileno())
+    ours.recv(1)
+    assert not has_unread(ours.fileno())
+    ours.close()
+
+
+def test_pipes_and_terminals_have_unread_bytes_too() -> None:
+    for ours, theirs in (os.pipe(), os.openpty()):
+        assert not has_unread(ours)
+        os.write(theirs, b"x")
+        assert has_unread(ours)
+        os.close(theirs)
+        assert has_unread(ours)
+        os.read(ours, 1)
+        assert not has_unread(ours)
+        os.close(ours)

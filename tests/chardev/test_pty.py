@@ -1,0 +1,205 @@
+"""Ptys: links, who has the terminal open, its size and its settings."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import struct
+import termios
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from tests.chardev.conftest import Guest
+from vring_serial.chardev.pty import PtyChardev, PtyOptions
+from vring_serial.errors import ConfigError, ResourceError
+
+pytestmark = pytest.mark.usefixtures("no_leak")
+
+
+@pytest.fixture
+async def pty(no_leak: None) -> AsyncIterator[tuple[PtyChardev, Guest]]:
+    chardev = PtyChardev("dut")
+    guest = Guest(chardev)
+    await chardev.start()
+    yield chardev, guest
+    await chardev.stop()
+
+
+def open_slave(chardev: PtyChardev) -> int:
+    return os.open(chardev.path, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
+
+
+def set_size(fd: int, cols: int, rows: int) -> None:
+    fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, cols, 0, 0))
+
+
+async def test_the_path_is_told(pty: tuple[PtyChardev, Guest]) -> None:
+    chardev, _ = pty
+    assert chardev.path.startswith("/dev/pts/")
+    assert chardev.description == f"pty:{chardev.path}"
+    await chardev.stop()
+    assert chardev.path == ""
+
+
+async def test_nobody_has_it_open_at_first(pty: tuple[PtyChardev, Guest]) -> None:
+    _, guest = pty
+    await asyncio.sleep(0.3)
+    assert guest.events == []
+
+
+async def test_every_byte_goes_through_both_ways(pty: tuple[PtyChardev, Guest]) -> None:
+    chardev, guest = pty
+    every = bytes(range(256))
+    slave = open_slave(chardev)
+    await guest.opened()
+    os.write(slave, every)
+    assert await guest.read(256) == every
+    await guest.write(every)
+    await asyncio.sleep(0.05)
+    assert os.read(slave, 512) == every
+    os.close(slave)
+
+
+async def test_closed_and_opened_again(pty: tuple[PtyChardev, Guest]) -> None:
+    chardev, guest = pty
+    for _ in range(2):
+        slave = open_slave(chardev)
+        await guest.opened()
+        os.close(slave)
+        await guest.closed()
+    assert guest.events == ["opened", "closed"] * 2
+
+
+async def test_a_program_that_comes_and_goes_at_once_is_heard(
+    pty: tuple[PtyChardev, Guest],
+) -> None:
+    """``echo hello > /dev/pts/3`` is over long before anybody looks."""
+    chardev, guest = pty
+    slave = open_slave(chardev)
+    os.write(slave, b"hello\n")
+    os.close(slave)
+    await guest.opened()
+    assert await guest.read(6) == b"hello\n"
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        os.read(guest.read_fd, 1)
+    chardev.peer_gone(caught.value)
+    assert guest.events == ["opened", "closed"]
+
+
+async def test_two_programs_are_one_peer(pty: tuple[PtyChardev, Guest]) -> None:
+    chardev, guest = pty
+    first, second = open_slave(chardev), open_slave(chardev)
+    await guest.opened()
+    os.close(first)
+    await asyncio.sleep(0.3)
+    assert guest.events == ["opened"]
+    os.close(second)
+    await guest.closed()
+
+
+async def test_the_size_and_its_changes_are_told(pty: tuple[PtyChardev, Guest]) -> None:
+    chardev, guest = pty
+    slave = open_slave(chardev)
+    set_size(slave, 80, 24)
+    await guest.until(lambda: guest.sizes == [(80, 24)])
+    assert guest.events[0] == "opened"
+    set_size(slave, 132, 43)
+    await guest.until(lambda: guest.sizes == [(80, 24), (132, 43)])
+    await asyncio.sleep(0.3)
+    assert len(guest.sizes) == 2, "the same size is told once"
+    set_size(slave, 0, 0)  # nobody knows
+    await asyncio.sleep(0.3)
+    assert len(guest.sizes) == 2
+    os.close(slave)
+    await guest.closed()
+
+
+async def test_the_size_is_told_again_when_the_end_opens_again(
+    pty: tuple[PtyChardev, Guest],
+) -> None:
+    chardev, guest = pty
+    for turn in (1, 2):
+        slave = open_slave(chardev)
+        set_size(slave, 80, 24)
+        await guest.until(lambda turn=turn: guest.sizes == [(80, 24)] * turn)
+        os.close(slave)
+        await guest.closed()
+
+
+async def test_the_next_program_finds_the_terminal_raw(pty: tuple[PtyChardev, Guest]) -> None:
+    chardev, guest = pty
+    slave = open_slave(chardev)
+    await guest.opened()
+    settings = termios.tcgetattr(slave)
+    settings[3] |= termios.ECHO | termios.ICANON
+    termios.tcsetattr(slave, termios.TCSANOW, settings)
+    os.close(slave)
+    await guest.closed()
+    slave = open_slave(chardev)
+    assert not termios.tcgetattr(slave)[3] & (termios.ECHO | termios.ICANON)
+    os.close(slave)
+
+
+async def test_a_link_is_made_and_removed(tmp_path: Path) -> None:
+    link = tmp_path / "console"
+    chardev = PtyChardev("dut", PtyOptions(path=str(link)))
+    await chardev.start()
+    assert os.readlink(link) == chardev.path
+    assert str(link) in chardev.description
+    await chardev.stop()
+    assert not list(tmp_path.iterdir())
+
+
+async def test_a_link_that_somebody_replaced_is_theirs(tmp_path: Path) -> None:
+    link = tmp_path / "console"
+    chardev = PtyChardev("dut", PtyOptions(path=str(link)))
+    await chardev.start()
+    link.unlink()
+    link.symlink_to("/dev/null")
+    await chardev.stop()
+    assert os.readlink(link) == "/dev/null"
+
+
+async def test_links_that_a_killed_process_left(tmp_path: Path) -> None:
+    link = tmp_path / "console"
+    chardev = PtyChardev("dut", PtyOptions(path=str(link)))
+    await chardev.start()
+    number = chardev.path
+    await chardev.stop()
+    for target in ("/dev/pts/99999", number):  # gone; or its number is ours now
+        link.symlink_to(target)
+        await chardev.start()
+        assert os.readlink(link) == chardev.path
+        await chardev.stop()
+
+
+@pytest.mark.parametrize("what", ["file", "link"])
+async def test_what_exists_is_kept(tmp_path: Path, what: str) -> None:
+    link = tmp_path / "console"
+    if what == "file":
+        link.write_text("precious")
+    else:
+        link.symlink_to("/dev/null")
+    chardev = PtyChardev("dut", PtyOptions(path=str(link)))
+    with pytest.raises(ResourceError, match=f"dut.*{link}.*exists already"):
+        await chardev.start()
+    assert chardev.path == ""
+    assert link.read_bytes() == (b"precious" if what == "file" else b"")
+    await chardev.stop()
+    assert link.exists()
+
+
+async def test_a_link_in_a_missing_directory(tmp_path: Path) -> None:
+    link = tmp_path / "missing" / "console"
+    chardev = PtyChardev("dut", PtyOptions(path=str(link)))
+    with pytest.raises(ResourceError, match=f"dut.*{link}.*No such file or directory"):
+        await chardev.start()
+
+
+def test_a_path_that_cannot_be() -> None:
+    with pytest.raises(ConfigError) as caught:
+        PtyOptions(path="a\0b")
+    assert caught.value.where == "path"
