@@ -17,11 +17,13 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from vring_serial.cli import logs
 from vring_serial.errors import ConfigError
 from vring_serial.guest.bulk import serve_bulk
 from vring_serial.guest.guest import EmbeddedGuest, GuestEvent
 from vring_serial.guest.port import GuestPort
 from vring_serial.guest.services import Service, keep_serving, serve_echo
+from vring_serial.proto.console import feature_names
 from vring_serial.proto.control import (
     PortAdded,
     PortClosed,
@@ -31,8 +33,6 @@ from vring_serial.proto.control import (
     PortRemoved,
     PortResized,
 )
-
-log = logging.getLogger("vring.guest")
 
 #: Bytes moved at once between a port and the standard streams.
 RELAY_SIZE = 1 << 16
@@ -68,12 +68,9 @@ RELAY_SIZE = 1 << 16
 @click.option(
     "--receive-size", default=4096, help="Bytes of one receive buffer.", show_default=True
 )
-@click.option(
-    "--log-level",
-    default="info",
-    type=click.Choice(["debug", "info", "warning", "error"]),
-    show_default=True,
-)
+@click.option("--timeout", default=10.0, metavar="SECONDS", help="How long an answer may take.")
+@click.option("--log-level", default="info", type=click.Choice(logs.LEVELS), show_default=True)
+@click.option("--json-log", is_flag=True, help="Log lines as JSON objects.")
 def guest_command(
     path: str,
     list_ports: bool,
@@ -86,7 +83,9 @@ def guest_command(
     memory: int,
     queue_size: int,
     receive_size: int,
+    timeout: float,
     log_level: str,
+    json_log: bool,
 ) -> None:
     """Run the embedded guest: RAM, a virtio-console driver and services on its ports.
 
@@ -99,13 +98,15 @@ def guest_command(
         services.append(_agent())
     if list_ports + bool(open_port) + bool(services) > 1:
         raise ConfigError("--list, --open and services on ports exclude one another")
-    logging.basicConfig(
-        level="WARNING" if list_ports or open_port else log_level.upper(),
-        format="%(levelname)s %(message)s",
-        stream=sys.stderr,
-    )
+    # Standard output and error are the port's and the table's own there.
+    quiet = list_ports or open_port is not None
+    logs.configure("warning" if quiet else log_level, as_json=json_log)
     guest = EmbeddedGuest(
-        path, memory=memory << 20, queue_size=queue_size, receive_size=receive_size
+        path,
+        memory=memory << 20,
+        queue_size=queue_size,
+        receive_size=receive_size,
+        timeout=timeout,
     )
     if list_ports:
         work = functools.partial(_list, guest)
@@ -127,6 +128,8 @@ async def _run(guest: EmbeddedGuest, work: Callable[[], Coroutine[None, None, No
     guest.on_event = _log_event
     async with _until_signal() as interrupted:
         await guest.start()
+        features = feature_names(guest.features)
+        _emit("guest_started", f"drives {guest.path} with {features}", path=guest.path)
         tasks: list[asyncio.Task[Any]] = [
             asyncio.create_task(job) for job in (work(), guest.wait_lost(), interrupted.wait())
         ]
@@ -196,19 +199,25 @@ async def _serve(guest: EmbeddedGuest, services: list[tuple[str, Service]], wait
 def _log_event(event: GuestEvent) -> None:
     match event:
         case PortAdded(nr):
-            log.info("port %d: added", nr)
+            _emit("port_added", f"port {nr} added", nr=nr)
         case PortNamed(nr, name):
-            log.info("port %d: is called %s", nr, name.decode("utf-8", "backslashreplace"))
+            text = name.decode("utf-8", "backslashreplace")
+            _emit("port_named", f"port {nr} is called {text}", nr=nr, name=text)
         case PortIsConsole(nr):
-            log.info("port %d: is a console", nr)
+            _emit("port_console", f"port {nr} is a console", nr=nr)
         case PortResized(nr, cols, rows):
-            log.info("port %d: has %d columns and %d rows", nr, cols, rows)
+            size = f"{cols} columns and {rows} rows"
+            _emit("port_resized", f"port {nr} has {size}", nr=nr, cols=cols, rows=rows)
         case PortOpened(nr):
-            log.info("port %d: the host end is open", nr)
+            _emit("port_opened", f"port {nr} opened by the host", nr=nr)
         case PortClosed(nr):
-            log.info("port %d: the host end is closed", nr)
+            _emit("port_closed", f"port {nr} closed by the host", nr=nr)
         case PortRemoved(nr):
-            log.info("port %d: removed", nr)
+            _emit("port_removed", f"port {nr} removed", nr=nr)
+
+
+def _emit(event: str, message: str, **fields: object) -> None:
+    logs.emit(logging.INFO, event, f"guest: {message}", **fields)
 
 
 # --- --open

@@ -279,8 +279,14 @@ class EmbeddedGuest:
         task.add_done_callback(self._tasks.discard)
 
     async def _follow_config(self) -> None:
-        """Linux follows the size in the configuration space where there are no control messages."""
+        """Something in the configuration space, or the device status, is new.
+
+        Without control messages Linux takes the console's size from the configuration space.
+        """
         try:
+            status = await self._frontend.get_status()
+            if status is not None and status & Status.DEVICE_NEEDS_RESET:
+                raise BackendError(f"{self.path}: the device asks for a reset")
             await self._read_config()
         except BackendError as error:
             self._frontend.fail(error)

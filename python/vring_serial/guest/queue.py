@@ -169,10 +169,11 @@ class ReceiveBuffers(Buffers):
         self.in_flight += len(slots)
         self.queue.publish()
 
-    def take(self, limit: int = 0) -> tuple[npt.NDArray[np.int64], list[bytes]]:
+    def take(self, limit: int = 0) -> tuple[npt.NDArray[np.int64], list[memoryview]]:
         """Used buffers, at most ``limit`` of them (0: all), and what the device wrote into each.
 
-        The bytes are copies; the buffers are the caller's until :meth:`give_back`.
+        The views are of guest memory, which the device can still write to: copy them once, and only
+        then :meth:`give_back` the buffers.
         """
         slots, lengths = self._take_used(limit)
         if len(slots) == 0:
@@ -184,7 +185,7 @@ class ReceiveBuffers(Buffers):
         view = self._view
         starts = (slots * self.size).tolist()
         return slots, [
-            bytes(view[start : start + length])
+            view[start : start + length]
             for start, length in zip(starts, lengths.tolist(), strict=True)
         ]
 
