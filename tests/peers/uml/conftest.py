@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from vring import Pump
 from vring_serial.chardev.base import Chardev
-from vring_serial.chardev.socket import SocketChardev, UnixOptions
+from vring_serial.chardev.socket import SocketChardev, SocketOptions
 from vring_serial.device.controller import Controller
 from vring_serial.device.port import Port
 from vring_serial.guest.uml import UmlGuest
@@ -32,8 +31,8 @@ class Bench:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.pump = Pump()
-        self.controller = Controller(pump=self.pump)
+
+        self.controller = Controller()
         self.backend: VhostUserBackend | None = None
         self.guests: list[UmlGuest] = []
 
@@ -41,7 +40,9 @@ class Bench:
         return self.directory / f"{name}.sock"
 
     def socket_chardev(self, name: str) -> SocketChardev:
-        return SocketChardev(name, UnixOptions(path=str(self.socket_path(name)), server=True))
+        return SocketChardev(
+            name, SocketOptions(path=str(self.socket_path(name)), server=True, wait=False)
+        )
 
     def add_port(self, nr: int, name: str, chardev: Chardev | None = None, **kind: bool) -> Port:
         port = Port(nr, name, chardev or self.socket_chardev(name), **kind)
@@ -69,7 +70,6 @@ class Bench:
         if self.backend is not None:
             await self.backend.stop()
         await self.controller.stop()
-        self.pump.close()
 
 
 @pytest.fixture
@@ -126,5 +126,3 @@ async def wait_for(condition: Callable[[], bool], what: str, timeout: float = 20
 @pytest.fixture
 def eventually() -> Callable[..., object]:
     return wait_for
-
-

@@ -169,9 +169,7 @@ async def test_two_ports_at_once(bench, payload, digest_of):
         await run
     assert digests == [data.sha256] * 2
     run = asyncio.create_task(
-        guest.run(
-            f"for n in 1 2; do head -c {data.size} /dev/vport0p$n | sha256sum & done; wait"
-        )
+        guest.run(f"for n in 1 2; do head -c {data.size} /dev/vport0p$n | sha256sum & done; wait")
     )
     async with asyncio.timeout(60):
         for writer in writers:

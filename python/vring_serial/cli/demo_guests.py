@@ -1,0 +1,199 @@
+"""The two guests that ``vring demo`` can show: the embedded one, and a real Linux kernel with the real agent."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from pathlib import Path
+
+from vring_serial.errors import ResourceError
+from vring_serial.guest.bulk import stamped_blocks
+from vring_serial.guest.uml import UmlGuest, find_parts
+from vring_serial.guest.uml_desktop import MEMORY_MIB, UmlDesktop, require_programs
+
+
+@dataclass(frozen=True, slots=True)
+class BulkStreams:
+    """The host's end of the bulk port."""
+
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+
+class DemoGuest(ABC):
+    """What the demonstration asks of a guest.
+
+    Attributes:
+        title: what it is, for the report.
+        resolution_witness: who says which resolution the guest has.
+    """
+
+    title: str
+    resolution_witness: str
+
+    @abstractmethod
+    async def start(self, socket: Path, directory: Path) -> None:
+        """Start on the backend's socket; ``directory`` holds the host ends of the ports."""
+
+    @abstractmethod
+    async def stop(self) -> None:
+        """End it, however far it got."""
+
+    @abstractmethod
+    async def wait_resolution(self, width: int, height: int) -> None:
+        """Wait until the guest's screen has this size. Raises ResourceError if it does not come."""
+
+    @abstractmethod
+    async def paste(self) -> str:
+        """The text that a program in the guest would paste."""
+
+    @abstractmethod
+    async def copy(self, text: str) -> None:
+        """Copy as a program in the guest would."""
+
+    @abstractmethod
+    async def begin_send(self, streams: BulkStreams, total: int) -> Awaitable[str]:
+        """Make the guest write to the bulk port; the result is the SHA-256 of what it wrote."""
+
+    @abstractmethod
+    async def begin_receive(self, streams: BulkStreams, total: int) -> Awaitable[str]:
+        """Make the guest read the bulk port; the result is the SHA-256 of what it read."""
+
+
+class EmbeddedDemoGuest(DemoGuest):
+    """``vring guest`` in a process of its own; its desktop is asked over a port."""
+
+    #: The port over which the embedded guest answers about its clipboard and screen.
+    DESKTOP_PORT = 3
+
+    title = "embedded guest (its own process, over vhost-user)"
+    resolution_witness = "the guest's desktop"
+
+    def __init__(self) -> None:
+        self._process: asyncio.subprocess.Process | None = None
+        self._desktop: BulkStreams | None = None
+
+    async def start(self, socket: Path, directory: Path) -> None:
+        self._process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "vring_serial", "guest", "--vhost-user", str(socket)),
+            *("--agent", "--desktop", "org.vring.desktop.0", "--bulk", "org.vring.bulk.0"),
+            *("--log-level", "error"),
+            stdin=asyncio.subprocess.DEVNULL,
+        )
+        self._desktop = BulkStreams(*await asyncio.open_unix_connection(directory / "desktop.sock"))
+
+    async def stop(self) -> None:
+        if self._desktop is not None:
+            self._desktop.writer.close()
+            with contextlib.suppress(OSError):
+                await self._desktop.writer.wait_closed()
+        if self._process is not None and self._process.returncode is None:
+            self._process.terminate()
+            await self._process.wait()
+
+    async def _ask(self, **request: object) -> object:
+        assert self._desktop is not None
+        self._desktop.writer.write(json.dumps(request).encode() + b"\n")
+        line = await self._desktop.reader.readline()
+        if not line:
+            raise ResourceError("the guest closed its desktop port")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise ResourceError(f"the guest's desktop: {answer['error']}")
+        return answer["result"]
+
+    async def wait_resolution(self, width: int, height: int) -> None:
+        size = await self._ask(do="resolution")
+        if size != [width, height]:
+            raise ResourceError(f"the guest's screen is {size}, not {width}x{height}")
+
+    async def paste(self) -> str:
+        return str(await self._ask(do="paste"))
+
+    async def copy(self, text: str) -> None:
+        await self._ask(do="copy", text=text)
+
+    async def begin_send(self, streams: BulkStreams, total: int) -> Awaitable[str]:
+        streams.writer.write(f"send {total}\n".encode())
+        return self._digest(streams.reader)
+
+    async def begin_receive(self, streams: BulkStreams, total: int) -> Awaitable[str]:
+        streams.writer.write(f"receive {total}\n".encode())
+        return self._digest(streams.reader)
+
+    @staticmethod
+    async def _digest(reader: asyncio.StreamReader) -> str:
+        line = (await reader.readline()).decode(errors="replace")
+        word, _, digest = line.strip().partition(" ")
+        if word != "sha256":
+            raise ResourceError(f"the guest answered {line!r} on the bulk port")
+        return digest
+
+
+class UmlDemoGuest(DemoGuest):
+    """User-Mode Linux with the real spice-vdagentd, spice-vdagent and an X server in it."""
+
+    title = "User-Mode Linux with spice-vdagent"
+    resolution_witness = "xrandr in the guest"
+
+    def __init__(self) -> None:
+        find_parts()
+        require_programs()
+        self._guest: UmlGuest | None = None
+        self._desktop: UmlDesktop | None = None
+
+    async def start(self, socket: Path, directory: Path) -> None:
+        self._guest = UmlGuest([socket], memory_mib=MEMORY_MIB)
+        await self._guest.start()
+        self._desktop = UmlDesktop(self._guest)
+        await self._desktop.start()
+        self.title = f"Linux {(await self._guest.run('uname -r')).output} (User-Mode Linux)"
+
+    async def stop(self) -> None:
+        if self._guest is not None:
+            await self._guest.stop()
+
+    async def wait_resolution(self, width: int, height: int) -> None:
+        assert self._desktop is not None
+        await self._desktop.wait_resolution(width, height)
+
+    async def paste(self) -> str:
+        assert self._desktop is not None
+        text = await self._desktop.paste()
+        if text is None:
+            raise ResourceError("nothing to paste in the guest")
+        return text
+
+    async def copy(self, text: str) -> None:
+        assert self._desktop is not None
+        await self._desktop.copy(text)
+
+    async def begin_send(self, streams: BulkStreams, total: int) -> Awaitable[str]:
+        await asyncio.to_thread(self._write_payload, total)
+        return self._in_guest("cat /mnt/bulk >/dev/vport0p2; sha256sum /mnt/bulk")
+
+    async def begin_receive(self, streams: BulkStreams, total: int) -> Awaitable[str]:
+        return self._in_guest(f"head -c {total} /dev/vport0p2 | sha256sum")
+
+    def _write_payload(self, total: int) -> None:
+        assert self._guest is not None
+        with open(self._guest.share / "bulk", "wb") as file:
+            file.writelines(stamped_blocks(total))
+
+    def _in_guest(self, script: str) -> asyncio.Task[str]:
+        """Run it now, beside what the host does; its output begins with a checksum."""
+        assert self._guest is not None
+        guest = self._guest
+
+        async def run() -> str:
+            result = await guest.run(script, timeout=600)
+            if result.status:
+                raise ResourceError(f"in the guest: {result.output}")
+            return result.output.split()[0]
+
+        return asyncio.create_task(run())
