@@ -6,9 +6,8 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
-from vring import RingError
+from vring import Pump, RingError
 from vring_serial.device import events as ev
 from vring_serial.device.control_queues import ControlQueues
 from vring_serial.device.events import DeviceEvent, Side
@@ -28,9 +27,6 @@ from vring_serial.proto.console import (
     queue_count,
     queues_of_port,
 )
-
-if TYPE_CHECKING:
-    from vring import Pump
 
 log = logging.getLogger(__name__)
 
@@ -170,8 +166,6 @@ class Controller:
 
     async def start(self) -> None:
         """Start all chardevs. Raises ResourceError; those that had started are stopped then."""
-        from vring import Pump
-
         if self._pump is None and self._own_pump is None:
             self._own_pump = Pump()
             loop = asyncio.get_running_loop()

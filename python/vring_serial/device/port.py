@@ -6,9 +6,9 @@ import asyncio
 import enum
 import logging
 import os
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-from vring import RingError
+from vring import Flow, FlowEvent, Pump, RingError
 from vring_serial.chardev.base import Chardev, DescriptorEnd, End, ProtocolEnd
 from vring_serial.device.events import DeviceEvent, OutputDropped
 from vring_serial.device.port_transport import PortTransport
@@ -16,9 +16,6 @@ from vring_serial.device.residue import ResidueWriter
 from vring_serial.device.served import Discarder
 from vring_serial.device.virtqueue import RunningQueue
 from vring_serial.proto.control import PortState
-
-if TYPE_CHECKING:
-    from vring import Flow, FlowEvent, Pump
 
 log = logging.getLogger(__name__)
 
@@ -296,17 +293,14 @@ class Port:
         if not (self.console or self.single):
             self._require_owner().poll_control()
 
-    def _transmit_event(self, event: FlowEvent, detail: object) -> None:
-        from vring import FlowEvent
-
-        if event == FlowEvent.RING_BROKEN and isinstance(detail, RingError):
+    def _transmit_event(self, event: FlowEvent, detail: int | RingError | None) -> None:
+        if isinstance(detail, RingError):
             self._queue_broken(True, detail)
         elif event == FlowEvent.OVERFLOW:
-            assert self._transmit_flow is not None
-            self._dropped(self._transmit_flow.counters.dropped)
+            self._dropped(detail or 0)
         else:
             self._write_failed = True
-            self._peer_gone(event, detail)
+            self._peer_gone(detail)
 
     # --- host to guest
 
@@ -336,14 +330,12 @@ class Port:
         if self._transport is not None:
             self._transport.stop_receiveq()
 
-    def _receive_event(self, event: FlowEvent, detail: object) -> None:
-        from vring import FlowEvent
-
-        if event == FlowEvent.RING_BROKEN and isinstance(detail, RingError):
+    def _receive_event(self, event: FlowEvent, detail: int | RingError | None) -> None:
+        if isinstance(detail, RingError):
             self._queue_broken(False, detail)
         else:
             self._read_ended = True
-            self._peer_gone(event, detail)
+            self._peer_gone(detail)
 
     # --- host ends that are descriptors
 

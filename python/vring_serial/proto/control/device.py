@@ -46,7 +46,7 @@ class _Do(enum.Enum):
     DESCRIBE = enum.auto()
     """Send CONSOLE_PORT, PORT_NAME, PORT_OPEN(1), RESIZE, where they apply."""
     SEND_OPEN = enum.auto()
-    """Send PORT_OPEN(1) if the host end is connected."""
+    """Send PORT_OPEN(1) if the host end is connected, PORT_OPEN(0) if the driver thinks so."""
     TELL_READY = enum.auto()
     TELL_FAILED = enum.auto()
     TELL_OPENED = enum.auto()
@@ -66,7 +66,7 @@ DEVICE_TRANSITIONS: dict[tuple[PortState, PortInput], tuple[PortState, tuple[_Do
     (PortState.ADDED, PortInput.ANNOUNCE): (PortState.ADDED, (_Do.SEND_ADD,)),
     (PortState.ADDED, PortInput.READY): (PortState.READY, (_Do.DESCRIBE, _Do.TELL_READY)),
     (PortState.ADDED, PortInput.NOT_READY): (PortState.FAILED, (_Do.TELL_FAILED,)),
-    (PortState.ADDED, PortInput.OPEN): (PortState.OPEN, (_Do.TELL_OPENED,)),
+    (PortState.ADDED, PortInput.OPEN): (PortState.OPEN, (_Do.SEND_OPEN, _Do.TELL_OPENED)),
     (PortState.ADDED, PortInput.CLOSE): (PortState.ADDED, ()),
     (PortState.READY, PortInput.ANNOUNCE): (PortState.ADDED, (_Do.SEND_ADD,)),
     # Linux again: its answer to a PORT_ADD for a port that it has.
@@ -87,7 +87,7 @@ DEVICE_TRANSITIONS: dict[tuple[PortState, PortInput], tuple[PortState, tuple[_Do
     (PortState.FAILED, PortInput.ANNOUNCE): (PortState.ADDED, (_Do.SEND_ADD,)),
     (PortState.FAILED, PortInput.READY): (PortState.READY, (_Do.DESCRIBE, _Do.TELL_READY)),
     (PortState.FAILED, PortInput.NOT_READY): (PortState.FAILED, ()),
-    (PortState.FAILED, PortInput.OPEN): (PortState.OPEN, (_Do.TELL_OPENED,)),
+    (PortState.FAILED, PortInput.OPEN): (PortState.OPEN, (_Do.SEND_OPEN, _Do.TELL_OPENED)),
     (PortState.FAILED, PortInput.CLOSE): (PortState.FAILED, ()),
 }
 
@@ -99,6 +99,8 @@ class _DevicePort:
     console: bool
     state: PortState = PortState.UNKNOWN
     host_open: bool = False
+    told_open: bool = False
+    """The driver may think that the host end is connected."""
     size: Size | None = None
     spoken_of: bool = False
     """The driver said something about it since the last reset."""
@@ -158,7 +160,7 @@ class ControlDevice:
         if port.host_open != is_open:
             port.host_open = is_open
             if port.state in (PortState.READY, PortState.OPEN, PortState.CLOSED):
-                self.outbox.add(ControlMessage(nr, ControlEvent.PORT_OPEN, int(is_open)))
+                self._send_open(port)
 
     def set_size(self, nr: int, cols: int, rows: int) -> None:
         """The console's size in characters; told for consoles only. Raises LocalProtocolError."""
@@ -185,7 +187,7 @@ class ControlDevice:
         ]
         for port in self._ports.values():
             port.state = PortState.UNKNOWN
-            port.spoken_of = False
+            port.spoken_of = port.told_open = False
         return closed
 
     # what the driver sends
@@ -221,6 +223,8 @@ class ControlDevice:
         self.driver_ready = True
         for port in self._ports.values():
             port.spoken_of = self._has_heard_of(port)
+            # It may have heard that the host end is connected, and not that it no longer is.
+            port.told_open |= self.outbox.waits(port.nr, ControlEvent.PORT_OPEN)
             self.outbox.forget(port.nr)
             events += self._step(port, PortInput.ANNOUNCE)
         return events
@@ -271,5 +275,6 @@ class ControlDevice:
             self.outbox.add(ControlMessage(port.nr, ControlEvent.RESIZE, 0, port.size.pack()))
 
     def _send_open(self, port: _DevicePort) -> None:
-        if port.host_open:
-            self.outbox.add(ControlMessage(port.nr, ControlEvent.PORT_OPEN, 1))
+        if port.host_open or port.told_open:
+            port.told_open = port.host_open
+            self.outbox.add(ControlMessage(port.nr, ControlEvent.PORT_OPEN, int(port.host_open)))

@@ -1,0 +1,282 @@
+"""A guest in the test's own process: a driver over real rings, beside the device that it drives."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+
+import pytest
+
+from vring import GuestMemory, Region, SplitDriver, SplitQueue
+from vring_serial.device.controller import DEFAULT_FEATURES, Controller
+from vring_serial.device.virtqueue import RunningQueue
+from vring_serial.proto.console import (
+    CONTROL_RECEIVEQ,
+    CONTROL_TRANSMITQ,
+    ControlMessage,
+    Feature,
+    queues_of_port,
+)
+from vring_serial.proto.control import ControlDriver, PortAdded, PortRemoved
+
+GUEST_BASE = 0x10_0000
+BUFFER = 4096
+
+
+@dataclass
+class Ring:
+    """One queue of the guest: its driver, its descriptors, and the buffers in flight."""
+
+    driver: SplitDriver
+    parts: tuple[int, int, int]
+    kick_fd: int
+    call_fd: int
+    base: int = 0
+    buffers: dict[int, tuple[int, int]] = field(default_factory=dict)  # by head: address, length
+
+
+class Guest:
+    """A driver as Linux's, one step at a time, so that tests see every message."""
+
+    def __init__(
+        self,
+        controller: Controller,
+        *,
+        features: int = DEFAULT_FEATURES,
+        size: int = 64,
+        index: int = 0,
+        memory: int = 8 << 20,
+    ) -> None:
+        self.controller = controller
+        self.features = features
+        self.size = size
+        self.ram = bytearray(memory)
+        self.memory = GuestMemory([Region(GUEST_BASE, self.ram)])
+        self._free = GUEST_BASE
+        self._buffers: list[int] = []
+        self.control = ControlDriver(controller.max_ports)
+        self.messages: list[ControlMessage] = []
+        self.received: dict[int, bytes] = {}
+        self.rings: dict[int, Ring] = {}
+        self._index = index
+
+    # --- memory
+
+    def allocate(self, length: int, align: int = 16) -> int:
+        self._free = -(-self._free // align) * align
+        address, self._free = self._free, self._free + length
+        assert self._free <= GUEST_BASE + len(self.ram), "the test's guest has too little memory"
+        return address
+
+    def buffer(self) -> int:
+        return self._buffers.pop() if self._buffers else self.allocate(BUFFER)
+
+    # --- queues
+
+    def make_ring(self, index: int) -> Ring:
+        parts = [self.allocate(length) for length in SplitDriver.layout(self.size)]
+        driver = SplitDriver(
+            self.memory,
+            self.size,
+            *parts,
+            event_idx=bool(self.features & Feature.EVENT_IDX),
+            indirect=bool(self.features & Feature.INDIRECT_DESC),
+            index=self._index,
+        )
+        ring = Ring(
+            driver,
+            (parts[0], parts[1], parts[2]),
+            os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC),
+            os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC),
+            base=self._index,
+        )
+        self.rings[index] = ring
+        return ring
+
+    def start_queue(self, index: int) -> None:
+        ring = self.rings[index] if index in self.rings else self.make_ring(index)
+        queue = SplitQueue(
+            self.memory,
+            self.size,
+            *ring.parts,
+            event_idx=bool(self.features & Feature.EVENT_IDX),
+            indirect=bool(self.features & Feature.INDIRECT_DESC),
+            index=ring.base,
+            name=f"queue {index}",
+        )
+        self.controller.start_queue(index, RunningQueue(queue, ring.kick_fd, ring.call_fd))
+
+    def stop_queue(self, index: int) -> None:
+        self.rings[index].base = self.controller.stop_queue(index)
+
+    def pause(self) -> None:
+        """The VM stops: as a frontend does it, in reverse order."""
+        for index in sorted(self.rings, reverse=True):
+            self.stop_queue(index)
+
+    def resume(self) -> None:
+        for index in sorted(self.rings):
+            self.start_queue(index)
+
+    def close(self) -> None:
+        for index, ring in self.rings.items():
+            self.controller.stop_queue(index)
+            os.close(ring.kick_fd)
+            os.close(ring.call_fd)
+        self.rings.clear()
+
+    def publish(self, index: int) -> None:
+        ring = self.rings[index]
+        if ring.driver.publish():
+            os.eventfd_write(ring.kick_fd, 1)
+
+    def give_buffers(self, index: int, count: int = 16, length: int = BUFFER) -> None:
+        """Fill a receiveq."""
+        ring = self.rings[index]
+        for _ in range(min(count, ring.driver.num_free)):
+            address = self.buffer()
+            ring.buffers[ring.driver.add([], [(address, length)])] = (address, length)
+        self.publish(index)
+
+    def send(self, index: int, data: bytes, *, split: int = BUFFER) -> None:
+        """One chain on a transmitq; buffers of at most ``split`` bytes."""
+        ring = self.rings[index]
+        address = self.allocate(len(data))
+        self.memory.write(address, data)
+        pieces = [(address + at, min(split, len(data) - at)) for at in range(0, len(data), split)]
+        ring.buffers[ring.driver.add(pieces, [])] = (address, len(data))
+        self.publish(index)
+
+    def collect(self, index: int) -> list[bytes]:
+        """Take used chains back: what the device wrote into each."""
+        ring = self.rings[index]
+        out = []
+        for head, written in zip(*(a.tolist() for a in ring.driver.get_used()), strict=True):
+            address, length = ring.buffers.pop(head)
+            assert written <= length
+            out.append(self.memory.read(address, written))
+            if length == BUFFER:
+                self._buffers.append(address)
+        ring.driver.enable_notifications()
+        return out
+
+    # --- the driver
+
+    def start(self, ports: int | None = None) -> None:
+        """Up to DRIVER_OK, with all queues but without a word on the control queue."""
+        self.controller.set_driver_features(self.features)
+        for index in range(self.controller.num_queues if ports is None else 2 * ports + 2):
+            self.start_queue(index)
+        self.controller.set_status(15)
+
+    def boot(self) -> None:
+        """As Linux: queues, control buffers, DEVICE_READY."""
+        self.start()
+        self.give_buffers(CONTROL_RECEIVEQ)
+        self.control.start()
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what the protocol has to say."""
+        self.collect(CONTROL_TRANSMITQ)
+        while (message := self.control.outbox.peek()) is not None:
+            self.send(CONTROL_TRANSMITQ, message)
+            self.control.outbox.sent()
+
+    def say(self, id: int, event: int, value: int = 1) -> None:
+        """Send a control message past the protocol."""
+        self.collect(CONTROL_TRANSMITQ)
+        self.send(CONTROL_TRANSMITQ, ControlMessage(id, event, value).pack())
+
+    def step(self) -> None:
+        """Look at every queue once."""
+        if CONTROL_RECEIVEQ in self.rings:
+            received = self.collect(CONTROL_RECEIVEQ)
+            for data in received:
+                self.messages.append(ControlMessage.unpack_from(data))
+                for event in self.control.receive_data(data):
+                    if isinstance(event, PortAdded):
+                        self.give_buffers(queues_of_port(event.nr)[0])
+                        self.control.port_ready(event.nr)
+                    elif isinstance(event, PortRemoved):
+                        self.received.pop(event.nr, None)
+            if received:
+                self.give_buffers(CONTROL_RECEIVEQ, len(received))
+            self.flush()
+
+    def read(self, nr: int) -> bytes:
+        """All that a port has received so far; the buffers go back to the device."""
+        receiveq = queues_of_port(nr)[0]
+        got = self.collect(receiveq)
+        if got:
+            self.give_buffers(receiveq, len(got))
+        self.received[nr] = self.received.get(nr, b"") + b"".join(got)
+        return self.received[nr]
+
+    def write(self, nr: int, data: bytes) -> None:
+        transmitq = queues_of_port(nr)[1]
+        self.collect(transmitq)
+        self.send(transmitq, data)
+
+    def open(self, nr: int) -> None:
+        self.control.open(nr)
+        self.flush()
+
+    def close_port(self, nr: int) -> None:
+        self.control.close(nr)
+        self.flush()
+
+    def completed(self, nr: int) -> bool:
+        """Whether the device has used all that was written to a port."""
+        transmitq = queues_of_port(nr)[1]
+        self.collect(transmitq)
+        return not self.rings[transmitq].buffers
+
+    async def until(self, condition: Callable[[], object], seconds: float = 5) -> None:
+        """Go on, step by step, until ``condition`` holds."""
+        async with asyncio.timeout(seconds):
+            while True:
+                self.step()
+                if condition():
+                    return
+                await asyncio.sleep(0.001)
+
+    async def settle(self, turns: int = 20) -> None:
+        """Give everybody the time to do what they should not."""
+        for _ in range(turns):
+            self.step()
+            await asyncio.sleep(0.001)
+
+    async def ready(self, nr: int) -> None:
+        """Until a port is usable and the device knows it."""
+        await self.until(lambda: self.controller.ports[nr].guest_ready)
+
+
+@pytest.fixture
+async def make_guest() -> AsyncIterator[Callable[..., Guest]]:
+    """Makes guests, and stops their queues at the end."""
+    guests: list[Guest] = []
+
+    def make(controller: Controller, **options: int) -> Guest:
+        guests.append(Guest(controller, **options))
+        return guests[-1]
+
+    yield make
+    for guest in guests:
+        guest.close()
+
+
+@pytest.fixture
+async def make_controller() -> AsyncIterator[Callable[..., Controller]]:
+    """Makes controllers, and stops them at the end."""
+    controllers: list[Controller] = []
+
+    def make(**options: object) -> Controller:
+        controllers.append(Controller(**options))  # type: ignore[arg-type]
+        return controllers[-1]
+
+    yield make
+    for controller in controllers:
+        await controller.stop()
