@@ -70,7 +70,7 @@ def make(
     if kind == "spicevmc":
         if factory is None:
             raise ConfigError(f"chardev {id}: spicevmc needs a SPICE agent end, and none is given")
-        return cast(Chardev, chardev_type(id, factory))
+        return cast(Chardev, chardev_type(id, factory, description=kind))
     return cast(Chardev, chardev_type(id, options))
 
 

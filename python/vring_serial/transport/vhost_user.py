@@ -159,7 +159,6 @@ class VhostUserBackend:
         self._retry = loop.call_later(RETRY_INTERVAL, self._connect)
 
     def _serve(self, sock: socket.socket) -> None:
-        log.info("%s: frontend connected", self._name)
         self._session = Session(
             sock, self._device, offered=self._offered, name=self._name, ended=self._ended
         )
@@ -177,6 +176,8 @@ class VhostUserBackend:
             self._connect_later("the last one has gone")
 
     def _tell(self, what: str) -> None:
+        fields = {"socket": self._path, "state": what}
+        log.info("%s: frontend %s", self._name, what, extra={"event": "frontend", "fields": fields})
         if self.on_frontend is not None:
             self.on_frontend(what)
 
