@@ -40,7 +40,7 @@ test: build ## the tests; those that need a real peer skip without it (make peer
 check: build $(VENV)/check-tools ## linters, types, import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/cython-lint vring
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/cython-lint vring
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m mypy.stubtest vring --concise

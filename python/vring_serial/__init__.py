@@ -1,1 +1,1 @@
-"""vring_serial: a complete multiport virtio-serial device and all that the SPICE agent needs on it."""
+"""A complete multiport virtio-serial device, and what the SPICE agent channel needs on it."""

@@ -1,4 +1,4 @@
-"""What vring_serial raises: configuration is the user's, protocol is the peer's, and each says where."""
+"""What vring_serial raises: configuration is the user's, protocol the peer's; each says where."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ProtocolError(VringSerialError):
 
 
 class LocalProtocolError(VringSerialError):
-    """Our own side asked a protocol object for something its state does not allow: a bug of ours."""
+    """Our side asked a protocol object for what its state does not allow: a bug of ours."""
 
 
 class DependencyError(VringSerialError):

@@ -399,7 +399,7 @@ async def test_out_of_descriptors_at_a_clients_arrival(
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
     try:
         async with asyncio.timeout(5):
-            while "Too many open files" not in caplog.text:  # noqa: ASYNC110
+            while "Too many open files" not in caplog.text:
                 await asyncio.sleep(0.01)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)

@@ -204,7 +204,7 @@ async def test_after_a_stop_and_a_continuation_it_is_raw_again(terminal: Termina
     termios.tcsetattr(terminal.slave, termios.TCSANOW, terminal.before)  # what a shell does
     os.kill(terminal.process.pid, signal.SIGCONT)
     async with asyncio.timeout(DEADLINE):
-        while terminal.flag(3, termios.ICANON):  # noqa: ASYNC110
+        while terminal.flag(3, termios.ICANON):
             await asyncio.sleep(0.01)
 
 

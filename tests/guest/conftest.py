@@ -176,7 +176,7 @@ class ScriptedDevice:
     async def receive(self, index: int) -> bytes:
         """The next chain of a queue of the driver's, used at once."""
         async with asyncio.timeout(5):
-            while (chain := self.queues[index].pop()) is None:  # noqa: ASYNC110
+            while (chain := self.queues[index].pop()) is None:
                 await asyncio.sleep(0.001)
         data = chain.read()
         self.queues[index].push(chain)
@@ -243,7 +243,7 @@ def until() -> Callable[[Callable[[], object]], Awaitable[None]]:
 
     async def wait(condition: Callable[[], object]) -> None:
         async with asyncio.timeout(5):
-            while not condition():  # noqa: ASYNC110 - what is waited for has no event
+            while not condition():
                 await asyncio.sleep(0.001)
 
     return wait

@@ -143,7 +143,7 @@ class VdAgentSession:
     async def until(self, condition: Callable[[], bool], seconds: float = 10) -> None:
         """Wait until the condition holds."""
         async with asyncio.timeout(seconds):
-            while not condition():  # noqa: ASYNC110 - some of what is waited for has no event
+            while not condition():
                 await asyncio.sleep(0.02)
 
     async def until_resolution(self, width: int, height: int) -> None:

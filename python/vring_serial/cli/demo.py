@@ -8,6 +8,7 @@ import hashlib
 import logging
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from vring_serial.config.build import make_controller
 from vring_serial.config.load import load_topology
 from vring_serial.config.topology import Topology
 from vring_serial.device.controller import Controller
+from vring_serial.device.events import DeviceEvent, PortReady
 from vring_serial.errors import ResourceError, VringSerialError
 from vring_serial.guest.bulk import stamped_blocks
 from vring_serial.proto.agent import Monitor, capability_name
@@ -117,6 +119,7 @@ class Demo:
         self._size = size
         self._report = report
         self._agent = HostAgent(timeout=STEP_TIMEOUT / 2)
+        self._ready: defaultdict[int, asyncio.Event] = defaultdict(asyncio.Event)
 
     async def run(self) -> None:
         topology = self._topology()
@@ -124,6 +127,7 @@ class Demo:
         controller = make_controller(
             config, protocol_factories={"spicevmc": lambda _: self._agent.protocol_factory}
         )
+        controller.on_event = self._device_event
         socket = self._directory / "vring.sock"
         async with self._served(controller, socket):
             self._report.add("controller", f"virtio-serial at {config.address}")
@@ -131,7 +135,7 @@ class Demo:
             for port in config.ports:
                 end = controller.ports[port.nr].chardev.description
                 await self._report.step(
-                    f"port {port.nr}", self._port_ready(controller, port.nr, port.name, end)
+                    f"port {port.nr}", self._port_ready(port.nr, port.name, end)
                 )
             await self._report.step("agent", self._handshake())
             await self._report.step("resolution", self._resize())
@@ -170,10 +174,13 @@ class Demo:
             await self._guest.start(socket, self._directory)
         return f"{self._guest.title}, up in {time.perf_counter() - start:.1f} s"
 
-    async def _port_ready(self, controller: Controller, nr: int, name: str, end: str) -> str:
-        while not controller.ports[nr].guest_ready:
-            await asyncio.sleep(0.01)
+    async def _port_ready(self, nr: int, name: str, end: str) -> str:
+        await self._ready[nr].wait()
         return f"{name} at {end}"
+
+    def _device_event(self, event: DeviceEvent) -> None:
+        if isinstance(event, PortReady) and event.ok:
+            self._ready[event.nr].set()
 
     async def _handshake(self) -> str:
         capabilities = await self._agent.wait_ready()

@@ -1,4 +1,4 @@
-"""The two guests that ``vring demo`` can show: the embedded one, and a real Linux kernel with the real agent."""
+"""The guests of ``vring demo``: the embedded one, and a real Linux kernel with the real agent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A port that sends and receives bulk data on request, with checksums: the guest's end of `vring demo`.
+"""A port that sends and receives bulk data on request, with checksums, as ``vring demo`` asks.
 
 The host writes one line at a time and the guest answers:
 
@@ -29,7 +29,7 @@ def stamped_blocks(total: int) -> Iterator[bytes]:
 
 
 async def send_bulk(writer: asyncio.StreamWriter, total: int) -> str:
-    """Write ``total`` bytes, as fast as the other side takes them. Returns their SHA-256, in hex."""
+    """Write ``total`` bytes as fast as the other side takes them. Returns their SHA-256, in hex."""
     digest = hashlib.sha256()
     for block in stamped_blocks(total):
         writer.write(block)
@@ -39,7 +39,7 @@ async def send_bulk(writer: asyncio.StreamWriter, total: int) -> str:
 
 
 async def receive_bulk(reader: asyncio.StreamReader, total: int) -> str:
-    """Read ``total`` bytes. Returns their SHA-256, in hex. Raises IncompleteReadError at an early end."""
+    """Read ``total`` bytes. Returns their SHA-256, in hex. Raises IncompleteReadError."""
     digest = hashlib.sha256()
     left = total
     while left:

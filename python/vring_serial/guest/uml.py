@@ -1,4 +1,4 @@
-"""A real Linux kernel as the guest: User-Mode Linux on this machine's own file system, no KVM, no image.
+"""A real Linux kernel as the guest: User-Mode Linux on this machine's own files, without KVM.
 
 Debian's package `user-mode-linux` brings the kernel and its virtio_console module, `busybox-static`
 the guest's commands. The guest's root is the host's, read-only, through hostfs; one directory is
@@ -61,7 +61,7 @@ class UmlParts:
 
 
 def find_parts() -> UmlParts:
-    """Find the kernel, its console module and busybox. Raises DependencyError naming the packages."""
+    """Find kernel, console module and busybox. Raises DependencyError naming the packages."""
     kernel = shutil.which("linux.uml")
     modules = sorted(Path("/usr/lib/uml/modules").glob("*/kernel/drivers/char/virtio_console.ko"))
     if kernel is None or not modules:
@@ -109,7 +109,7 @@ class UmlGuest:
         return self._directory
 
     async def start(self, timeout: float = 60) -> None:
-        """Boot to the shell. Raises ResourceError with the kernel's last lines if it does not get there."""
+        """Boot to the shell. Raises ResourceError with the kernel's last lines if that fails."""
         init = self._directory / "init.sh"
         init.write_text(
             INIT.format(

@@ -1,4 +1,4 @@
-"""The real SPICE agent in a User-Mode Linux guest: Xvfb, spice-vdagentd and spice-vdagent from the host's root."""
+"""The real SPICE agent and an X server in a User-Mode Linux guest, from the host's root."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ mkdir -p /tmp/.X11-unix /tmp/downloads
 : >/tmp/uinput
 Xvfb :0 -screen 0 {screen} -nolisten tcp >/tmp/xvfb.log 2>&1 &
 for i in $(seq 200); do [ -S /tmp/.X11-unix/X0 ] && break; sleep 0.1; done
-spice-vdagentd -x -d -d -X -f -u /tmp/uinput -s {port} -S /tmp/session.sock >/tmp/vdagentd.log 2>&1 &
+spice-vdagentd -x -d -d -X -f -u /tmp/uinput -s {port} -S /tmp/session.sock \\
+    >/tmp/vdagentd.log 2>&1 &
 for i in $(seq 100); do [ -S /tmp/session.sock ] && break; sleep 0.1; done
 spice-vdagent -x -d -s {port} -S /tmp/session.sock -f /tmp/downloads -o 0 >/tmp/vdagent.log 2>&1 &
 [ -S /tmp/session.sock ]
@@ -80,7 +81,7 @@ class UmlDesktop:
         return int(match[1]), int(match[2])
 
     async def wait_resolution(self, width: int, height: int, timeout: float = 15) -> None:
-        """Wait until the X screen has this size. Raises ResourceError with the size it has instead."""
+        """Wait until the X screen has this size. Raises ResourceError with the size it has."""
         size = (0, 0)
         try:
             async with asyncio.timeout(timeout):

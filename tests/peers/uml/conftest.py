@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class Bench:
-    """One device with socket ports, served over vhost-user, and the guests that were booted on it."""
+    """A device with socket ports, served over vhost-user, and the guests booted on it."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory

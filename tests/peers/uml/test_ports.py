@@ -71,7 +71,7 @@ async def test_host_disconnects_and_reconnects(bench, eventually):
     # One descriptor stays open in the guest over all connections of the host.
     await guest.run("exec 3<>/dev/vport0p1; while :; do head -n 1 <&3; done >/tmp/got 2>&1 &")
     for number in range(3):
-        reader, writer = await bench.connect("data")
+        _, writer = await bench.connect("data")
         await eventually(lambda: port.guest_open, "the guest opens its port")
         writer.write(f"line {number}\n".encode())
         await writer.drain()
