@@ -487,14 +487,11 @@ class Session:
 
 
 def _map(region: MemoryRegion, fd: int) -> Region:
-    """Raises ProtocolError if the descriptor cannot be mapped so."""
-    try:
-        return Region.map(
-            fd,
-            region.size,
-            offset=region.mmap_offset,
-            guest_addr=region.guest_address,
-            user_addr=region.user_address,
-        )
-    except (VringError, OSError, ValueError, OverflowError) as error:
-        raise ProtocolError(f"region at {region.guest_address:#x}: {error}") from None
+    """Raises MemoryMapError if the descriptor cannot be mapped so."""
+    return Region.map(
+        fd,
+        region.size,
+        offset=region.mmap_offset,
+        guest_addr=region.guest_address,
+        user_addr=region.user_address,
+    )

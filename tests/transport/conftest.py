@@ -1,0 +1,358 @@
+"""A small virtio device that echoes, and a vhost-user frontend that follows a script."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from vring import GuestMemory, Region, RingError, SplitDriver
+from vring_serial import unix_fds
+from vring_serial.device.virtqueue import RunningQueue
+from vring_serial.errors import LocalProtocolError, ProtocolError
+from vring_serial.proto.vhost_user import (
+    U64,
+    BackendRequest,
+    Empty,
+    MemoryRegion,
+    MemoryTable,
+    Message,
+    MessageParser,
+    Payload,
+    Request,
+    VringAddress,
+    VringDescriptor,
+    VringState,
+    reply,
+    request,
+)
+from vring_serial.transport.vhost_user import VhostUserBackend
+
+NEEDS_RESET = 64
+FEATURES = 1 << 32 | 1 << 29 | 1 << 28
+PROTOCOL_BIT = 1 << 30
+#: First user address of the frontend's memory; guest address 0 is there.
+USER = 0x7F12_3456_0000
+MEMORY_SIZE = 1 << 20
+QUEUE_SIZE = 64
+BUFFERS = 0x80000
+
+
+class EchoDevice:
+    """Writes what a chain's driver wrote into the same chain, and keeps what it was told."""
+
+    name = "echo"
+    device_id = 42
+    device_features = FEATURES
+    num_queues = 4
+    queue_size_max = 1024
+    config_size = 12
+    config_generation = 0
+
+    def __init__(self) -> None:
+        self.on_config_change: Callable[[], None] | None = None
+        self.on_needs_reset: Callable[[RingError], None] | None = None
+        self.status = 0
+        self.config = bytearray(range(12))
+        self.told: list[tuple[object, ...]] = []
+        self.running: dict[int, RunningQueue] = {}
+        self.echoed: list[bytes] = []
+
+    def set_status(self, status: int) -> None:
+        self.told.append(("status", status))
+        self.status = status | self.status & NEEDS_RESET
+
+    def set_driver_features(self, bits: int) -> None:
+        if bits & ~FEATURES:
+            raise ProtocolError(f"features {bits & ~FEATURES:#x} were not offered")
+        self.told.append(("features", bits))
+
+    def read_config(self, offset: int, length: int) -> bytes:
+        return bytes(self.config[offset : offset + length]).ljust(length, b"\0")
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        self.told.append(("config", offset, data))
+
+    def start_queue(self, index: int, queue: RunningQueue) -> None:
+        if index in self.running:
+            raise LocalProtocolError(f"queue {index} runs already")
+        self.told.append(("start", index, queue.queue.avail_index))
+        self.running[index] = queue
+        asyncio.get_running_loop().add_reader(queue.kick_fd, self._kicked, index)
+        self._serve(index)
+
+    def stop_queue(self, index: int) -> int:
+        queue = self.running.pop(index)
+        asyncio.get_running_loop().remove_reader(queue.kick_fd)
+        self.told.append(("stop", index, queue.queue.avail_index))
+        return queue.queue.avail_index
+
+    def reset(self) -> None:
+        self.told.append(("reset",))
+        self.status = 0
+
+    def _kicked(self, index: int) -> None:
+        with suppress(BlockingIOError):
+            os.read(self.running[index].kick_fd, 8)
+        self._serve(index)
+
+    def _serve(self, index: int) -> None:
+        running = self.running[index]
+        try:
+            again = True
+            while again:
+                running.queue.disable_notifications()
+                while (chain := running.queue.pop()) is not None:
+                    self.echoed.append(chain.read())
+                    written = chain.write(self.echoed[-1])
+                    if running.queue.push(chain, written):
+                        running.call()
+                again = running.queue.enable_notifications()
+        except RingError as error:
+            self.status |= NEEDS_RESET
+            asyncio.get_running_loop().remove_reader(running.kick_fd)
+            if self.on_needs_reset is not None:
+                self.on_needs_reset(error)
+
+
+class ScriptedFrontend:
+    """Sends what it is told to over a real socket, with RAM in a memfd and real rings in it."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.sock.setblocking(False)
+        self.parser = MessageParser(Request, replies=True)
+        self.memfd = os.memfd_create("guest", os.MFD_CLOEXEC)
+        os.ftruncate(self.memfd, MEMORY_SIZE + 4096)
+        # As User-Mode Linux has it: the region does not begin where its file does.
+        self.region = MemoryRegion(0, MEMORY_SIZE, USER, 4096)
+        self.memory = GuestMemory([Region.map(self.memfd, MEMORY_SIZE, offset=4096, guest_addr=0)])
+        self.drivers: dict[int, SplitDriver] = {}
+        self.kicks: dict[int, int] = {}
+        self.calls: dict[int, int] = {}
+        self.channel: socket.socket | None = None
+        self.channel_parser = MessageParser(BackendRequest)
+
+    def close(self) -> None:
+        self.sock.close()
+        if self.channel is not None:
+            self.channel.close()
+        unix_fds.close_all([self.memfd, *self.kicks.values(), *self.calls.values()])
+        self.memfd = -1
+        self.kicks.clear()
+        self.calls.clear()
+
+    # --- messages
+
+    def send_bytes(self, data: bytes, fds: tuple[int, ...] = ()) -> None:
+        assert unix_fds.send(self.sock, data, fds) == len(data)
+
+    def send(
+        self,
+        kind: Request,
+        payload: Payload | None = None,
+        fds: tuple[int, ...] = (),
+        need_reply: bool = False,
+    ) -> None:
+        self.send_bytes(request(kind, payload, need_reply=need_reply), fds)
+
+    async def receive_bytes(self, count: int) -> bytes:
+        """Exactly so many, with no other behind them."""
+        loop = asyncio.get_running_loop()
+        data = b""
+        async with asyncio.timeout(5):
+            while len(data) < count:
+                more = await loop.sock_recv(self.sock, 4096)
+                assert more, "the backend closed the connection"
+                data += more
+        assert len(data) == count
+        return data
+
+    async def receive(self) -> Message:
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(5):
+            while (message := self.parser.next_message()) is None:
+                data = await loop.sock_recv(self.sock, 4096)
+                assert data, "the backend closed the connection"
+                self.parser.receive_data(data)
+        return message
+
+    async def acked(
+        self, kind: Request, payload: Payload | None = None, fds: tuple[int, ...] = ()
+    ) -> int:
+        """Send with NEED_REPLY; what the acknowledgement says."""
+        self.send(kind, payload, fds, need_reply=True)
+        answer = await self.receive()
+        assert answer.kind == kind
+        return answer.decode_reply(U64).value
+
+    async def ask(self, kind: Request, payload: Payload | None = None) -> Message:
+        self.send(kind, payload)
+        answer = await self.receive()
+        assert answer.kind == kind
+        return answer
+
+    async def number(self, kind: Request) -> int:
+        return (await self.ask(kind)).decode_reply(U64).value
+
+    async def base(self, index: int) -> int:
+        """GET_VRING_BASE."""
+        state = (await self.ask(Request.GET_VRING_BASE, VringState(index))).decode_reply(VringState)
+        assert state.index == index
+        return state.num
+
+    async def is_sent_away(self) -> bool:
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(5):
+            try:
+                return await loop.sock_recv(self.sock, 100) == b""
+            except ConnectionError:
+                return True
+
+    # --- usual sequences
+
+    async def negotiate(self, protocol_features: int, features: int = FEATURES) -> None:
+        """With memory; ``protocol_features`` has REPLY_ACK."""
+        assert await self.acked(Request.SET_PROTOCOL_FEATURES, U64(protocol_features)) == 0
+        assert await self.acked(Request.SET_FEATURES, U64(features | PROTOCOL_BIT)) == 0
+        table = MemoryTable((self.region,))
+        assert await self.acked(Request.SET_MEM_TABLE, table, (self.memfd,)) == 0
+
+    def ring(self, index: int, size: int = QUEUE_SIZE, *, base: int = 0) -> VringAddress:
+        """A place for the ring in guest memory, and a driver for it."""
+        descriptors, available, used = SplitDriver.layout(size)
+        start = 0x10000 * (index + 1)
+        parts = start, start + descriptors, (start + descriptors + available + 3) & ~3
+        if base == 0:
+            self.memory.write(start, bytes(parts[2] + used - start))
+        self.drivers[index] = SplitDriver(self.memory, size, *parts, event_idx=True, index=base)
+        return VringAddress(index, 0, USER + parts[0], USER + parts[2], USER + parts[1])
+
+    def eventfds(self, index: int) -> tuple[int, int]:
+        """Kick and call."""
+        flags = os.EFD_NONBLOCK | os.EFD_CLOEXEC
+        self.kicks[index] = os.eventfd(0, flags)
+        self.calls[index] = os.eventfd(0, flags)
+        return self.kicks[index], self.calls[index]
+
+    async def set_up(self, index: int, *, enable: bool = True, base: int = 0) -> None:
+        """As QEMU does it for one queue; needs REPLY_ACK."""
+        kick, call = self.eventfds(index)
+        for kind, payload, fds in (
+            (Request.SET_VRING_NUM, VringState(index, QUEUE_SIZE), ()),
+            (Request.SET_VRING_BASE, VringState(index, base), ()),
+            (Request.SET_VRING_ADDR, self.ring(index, base=base), ()),
+            (Request.SET_VRING_KICK, VringDescriptor(index), (kick,)),
+            (Request.SET_VRING_CALL, VringDescriptor(index), (call,)),
+        ):
+            assert await self.acked(kind, payload, fds) == 0
+        if enable:
+            await self.enable(index)
+
+    async def enable(self, index: int, num: int = 1) -> None:
+        assert await self.acked(Request.SET_VRING_ENABLE, VringState(index, num)) == 0
+
+    # --- the driver
+
+    def put(self, index: int, data: bytes, slot: int = 0) -> bool:
+        """Make one chain available; True if the device is to be kicked."""
+        at = BUFFERS + 0x1000 * slot
+        self.memory.write(at, data)
+        self.drivers[index].add([(at, len(data))], [(at + 0x800, len(data))])
+        return self.drivers[index].publish()
+
+    def kick(self, index: int) -> None:
+        os.eventfd_write(self.kicks[index], 1)
+
+    async def used(self, index: int, count: int = 1) -> list[int]:
+        """Wait for used chains; their written lengths."""
+        lengths: list[int] = []
+        async with asyncio.timeout(5):
+            while len(lengths) < count:
+                lengths += self.drivers[index].get_used()[1].tolist()
+                await asyncio.sleep(0)
+        return lengths
+
+    def echoed(self, data: bytes, slot: int = 0) -> bool:
+        return self.memory.read(BUFFERS + 0x1000 * slot + 0x800, len(data)) == data
+
+    async def echo(self, index: int, data: bytes, slot: int = 0) -> bool:
+        """Through the ring and back, with a kick if the device wants one."""
+        if self.put(index, data, slot):
+            self.kick(index)
+        return await self.used(index) == [len(data)] and self.echoed(data, slot)
+
+    # --- the backend channel
+
+    async def open_channel(self) -> None:
+        self.channel, theirs = socket.socketpair()
+        self.channel.setblocking(False)
+        with theirs:
+            assert await self.acked(Request.SET_BACKEND_REQ_FD, Empty(), (theirs.fileno(),)) == 0
+
+    async def asked(self) -> Message:
+        """The backend's next request, not acknowledged yet."""
+        assert self.channel is not None
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(5):
+            while (message := self.channel_parser.next_message()) is None:
+                data = await loop.sock_recv(self.channel, 4096)
+                assert data, "the backend closed its channel"
+                self.channel_parser.receive_data(data)
+        return message
+
+    def acknowledge(self, kind: BackendRequest, status: int = 0) -> None:
+        assert self.channel is not None
+        self.channel.send(reply(kind, U64(status)))
+
+
+@pytest.fixture
+def device() -> EchoDevice:
+    return EchoDevice()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "vhost.sock"
+
+
+@pytest.fixture
+def inband() -> bool:
+    """Tests of in-band notifications override this."""
+    return False
+
+
+@pytest.fixture
+async def backend(device: EchoDevice, path: Path, inband: bool) -> AsyncIterator[VhostUserBackend]:
+    served = VhostUserBackend(device, str(path), inband_notifications=inband)
+    await served.start()
+    yield served
+    await served.stop()
+
+
+@pytest.fixture
+async def connect(path: Path) -> AsyncIterator[Callable[[], ScriptedFrontend]]:
+    """Makes frontends, which are closed at the end."""
+    made: list[ScriptedFrontend] = []
+
+    def make() -> ScriptedFrontend:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.connect(str(path))
+        made.append(ScriptedFrontend(sock))
+        return made[-1]
+
+    yield make
+    for frontend in made:
+        frontend.close()
+
+
+@pytest.fixture
+async def frontend(
+    backend: VhostUserBackend, connect: Callable[[], ScriptedFrontend]
+) -> ScriptedFrontend:
+    return connect()
