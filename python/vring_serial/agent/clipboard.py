@@ -178,6 +178,7 @@ class ClipboardChannel:
         self._on_trouble = on_trouble
         self._most = most
         self._link: AgentLink | None = None
+        self._announced = False
         self._offers: dict[int, Offer] = {}
         self._serials = dict.fromkeys(Selection, 0)
         self._readers: dict[int, ClipboardReader] = {}
@@ -191,9 +192,10 @@ class ClipboardChannel:
         """The other end starts anew: serials count from 0, and it owns nothing."""
         self.end_session()
         self._link = link
+        self._announced = False
 
     def end_session(self) -> None:
-        """The other end is gone. What we own stays ours, for :meth:`offer_again`."""
+        """The other end is gone. What we own stays ours, for :meth:`announce`."""
         self._link = None
         self._serials = dict.fromkeys(Selection, 0)
         for selection in list(self.remote_types):
@@ -213,15 +215,16 @@ class ClipboardChannel:
     # --- what we own
 
     def offer(self, selection: int, offer: Offer) -> None:
-        """Own a clipboard; without a session, ``offer_again`` announces it when there is one."""
+        """Own a clipboard; one that is offered too early is announced by :meth:`announce`."""
         self._offers[selection] = dict(offer)
         self.remote_types.pop(selection, None)
-        if self._link is not None:
+        if self._link is not None and self._announced:
             self._grab(self._link, selection)
 
-    def offer_again(self) -> None:
-        """Tell a new session what we own."""
-        if self._link is not None:
+    def announce(self) -> None:
+        """Capabilities are known: tell the other end what we own, once a session."""
+        if self._link is not None and not self._announced:
+            self._announced = True
             for selection in self._offers:
                 self._grab(self._link, selection)
 

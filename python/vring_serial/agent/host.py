@@ -111,7 +111,6 @@ class HostAgent:
         self._on_event = on_event
         self._link: AgentLink | None = None
         self._asked = False
-        self._offered = False
         self._ready = asyncio.Event()
         self._replies: dict[int, deque[asyncio.Future[int]]] = {}
         self._clipboard = ClipboardChannel(
@@ -313,7 +312,6 @@ class HostAgent:
         self._clipboard.begin_session(link)
         self._fail_replies("the agent started anew")
         self._asked = True
-        self._offered = False
         link.post(AnnounceCapabilities(True, self._announced))
 
     def _fail_replies(self, why: str) -> None:
@@ -326,9 +324,12 @@ class HostAgent:
     # --- LinkOwner
 
     def link_up(self, link: AgentLink) -> None:
-        if self._link is not None and self._link is not link:
-            self._link.fail(AgentError("another connection took over the agent channel"))
-        self._link = link
+        if self._link is not link:
+            if self._link is not None:
+                self._link.fail(AgentError("another connection took over the agent channel"))
+            self._link = link
+            self.capabilities = None
+            self._ready.clear()
         self._begin_session(link)
 
     def link_down(self, link: AgentLink, reason: Exception | None) -> None:
@@ -381,9 +382,7 @@ class HostAgent:
         else:
             self._asked = False
         self._ready.set()
-        if not self._offered:
-            self._offered = True
-            self._clipboard.offer_again()
+        self._clipboard.announce()
         self._emit(AgentReady(message.capabilities))
 
     def _took_grab(self, selection: int, types: tuple[int, ...]) -> None:

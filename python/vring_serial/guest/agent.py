@@ -1,0 +1,324 @@
+"""The embedded guest's own SPICE agent: the guest's side of the agent channel."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from vring_serial.agent.clipboard import ANY_SIZE, ClipboardChannel, Offer
+from vring_serial.agent.errors import AgentError
+from vring_serial.agent.events import AgentTrouble, ClipboardGrabbed, ClipboardReleased
+from vring_serial.agent.link import AgentLink, BodySink
+from vring_serial.agent.streams import run_on_streams
+from vring_serial.guest.files import FileReceiver
+from vring_serial.proto.agent import (
+    AgentProtocolError,
+    AnnounceCapabilities,
+    AudioVolumeSync,
+    Capabilities,
+    Capability,
+    ChunkPort,
+    ClientDisconnected,
+    Clipboard,
+    ClipboardGrab,
+    ClipboardRelease,
+    ClipboardRequest,
+    ClipboardType,
+    DisplayConfig,
+    FileXferData,
+    FileXferStart,
+    FileXferStatus,
+    GraphicsDeviceInfo,
+    MaxClipboard,
+    MessageType,
+    Monitor,
+    MonitorsConfig,
+    MouseState,
+    Reply,
+    ReplyError,
+    Selection,
+    Side,
+    StreamedMessage,
+    TypedMessage,
+    UnknownMessage,
+)
+
+log = logging.getLogger(__name__)
+
+#: The port that the agent channel has by convention.
+AGENT_PORT = "com.redhat.spice.0"
+
+GUEST_CAPABILITIES = Capabilities.of(
+    Capability.MOUSE_STATE,
+    Capability.MONITORS_CONFIG,
+    Capability.REPLY,
+    Capability.DISPLAY_CONFIG,
+    Capability.CLIPBOARD_BY_DEMAND,
+    Capability.CLIPBOARD_SELECTION,
+    Capability.SPARSE_MONITORS_CONFIG,
+    Capability.GUEST_LINEEND_LF,
+    Capability.MAX_CLIPBOARD,
+    Capability.AUDIO_VOLUME_SYNC,
+    Capability.MONITORS_CONFIG_POSITION,
+    Capability.GRAPHICS_DEVICE_INFO,
+    Capability.CLIPBOARD_NO_RELEASE_ON_REGRAB,
+    Capability.CLIPBOARD_GRAB_SERIAL,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class MonitorsSet:
+    """The host asked for these monitors, and they are what the guest has now."""
+
+    monitors: tuple[Monitor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class HostAnnounced:
+    """The host told what it can do: a client has come, or has come again."""
+
+    capabilities: Capabilities
+
+
+@dataclass(frozen=True, slots=True)
+class HostLeft:
+    """The host's client disconnected, or the channel closed."""
+
+
+GuestAgentEvent: TypeAlias = (
+    MonitorsSet | HostAnnounced | HostLeft | ClipboardGrabbed | ClipboardReleased | AgentTrouble
+)
+
+
+class GuestAgent:
+    """A guest agent without a desktop: it keeps what a desktop would show.
+
+    Args:
+        capabilities: what it announces.
+        downloads: directory for files from the host; None refuses them.
+        max_clipboard: bytes of clipboard data to take from the host, or -1 for any size.
+        timeout: seconds to wait for clipboard data.
+        on_event: called with every event, in the event loop's thread.
+
+    Attributes:
+        monitors: the last configuration that was accepted.
+        mouse, display, volume, graphics: the last message of its kind, or None. ``volume`` has one
+            for playback (True) and one for recording (False).
+        host: what the host announced last, or None.
+    """
+
+    def __init__(
+        self,
+        *,
+        capabilities: Capabilities = GUEST_CAPABILITIES,
+        downloads: Path | None = None,
+        max_clipboard: int = ANY_SIZE,
+        timeout: float = 10.0,
+        on_event: Callable[[GuestAgentEvent], None] | None = None,
+    ) -> None:
+        if downloads is None:
+            capabilities = capabilities.with_(Capability.FILE_XFER_DISABLED)
+        self.monitors: tuple[Monitor, ...] = ()
+        self.mouse: MouseState | None = None
+        self.display: DisplayConfig | None = None
+        self.graphics: GraphicsDeviceInfo | None = None
+        self.volume: dict[bool, AudioVolumeSync] = {}
+        self.host: Capabilities | None = None
+        self._announced = capabilities
+        self._timeout = timeout
+        self._on_event = on_event
+        self._link: AgentLink | None = None
+        self._files = FileReceiver(downloads, self._send_status)
+        self._clipboard = ClipboardChannel(
+            Side.GUEST,
+            on_grab=lambda selection, types: self._emit(ClipboardGrabbed(selection, types)),
+            on_release=lambda selection: self._emit(ClipboardReleased(selection)),
+            on_trouble=lambda error: self._emit(AgentTrouble(error)),
+            most=max_clipboard,
+        )
+
+    async def run(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve the channel until the host end goes away or breaks the protocol (logged)."""
+        try:
+            await run_on_streams(AgentLink(Side.GUEST, self), reader, writer)
+        finally:
+            await self._clipboard.close()
+
+    def protocol_factory(self) -> asyncio.Protocol:
+        """A protocol for one connection of the channel."""
+        return AgentLink(Side.GUEST, self)
+
+    def set_clipboard(
+        self, content: str | bytes | Offer, selection: int = Selection.CLIPBOARD
+    ) -> None:
+        """Own a clipboard, as an application does in which somebody copies."""
+        if isinstance(content, str):
+            content = content.encode("utf-8", "replace")
+        if isinstance(content, bytes):
+            content = {ClipboardType.UTF8_TEXT: content}
+        self._clipboard.offer(selection, content)
+
+    def clear_clipboard(self, selection: int = Selection.CLIPBOARD) -> None:
+        """Give up a clipboard."""
+        self._clipboard.release(selection)
+
+    async def get_clipboard(
+        self, selection: int = Selection.CLIPBOARD, kind: int = ClipboardType.UTF8_TEXT
+    ) -> bytes:
+        """The host's clipboard, as somebody pastes it. Raises as HostAgent.get_clipboard_data."""
+        return await self._clipboard.fetch(selection, kind, self._timeout)
+
+    # --- LinkOwner
+
+    def link_up(self, link: AgentLink) -> None:
+        self._link = link
+        self._clipboard.begin_session(link)
+        link.post(AnnounceCapabilities(True, self._announced))
+
+    def link_down(self, link: AgentLink, reason: Exception | None) -> None:
+        if link is self._link:
+            if reason is not None:
+                log.warning("agent channel: %s", reason)
+            self._link = None
+            self._client_left()
+
+    def link_message(
+        self, link: AgentLink, port: int, message: TypedMessage | UnknownMessage
+    ) -> None:
+        match message:
+            case AnnounceCapabilities():
+                self._took_capabilities(link, message)
+            case MonitorsConfig():
+                self._took_monitors(link, ChunkPort(port), message)
+            case ClipboardGrab():
+                self._clipboard.took_grab(message)
+            case ClipboardRelease():
+                self._clipboard.took_release(message)
+            case ClipboardRequest():
+                self._clipboard.took_request(message)
+            case Clipboard():
+                self._clipboard.took_data(message)
+            case MaxClipboard():
+                self._clipboard.remote_most = max(message.max, ANY_SIZE)
+            case FileXferStart():
+                self._files.start(message)
+            case FileXferData():
+                self._files.data(message.id, message.data)
+            case FileXferStatus():
+                self._took_status(message)
+            case ClientDisconnected():
+                self._client_left()
+            case _:
+                self._keep(message)
+
+    def link_body(
+        self, link: AgentLink, port: int, head: StreamedMessage, size: int
+    ) -> BodySink | None:
+        if isinstance(head, Clipboard):
+            return self._clipboard.took_head(head, size)
+        if isinstance(head, FileXferData):
+            return self._files.body(head.id)
+        return None
+
+    def link_trouble(self, link: AgentLink, error: AgentProtocolError) -> None:
+        log.warning("agent channel: %s", error)
+        self._emit(AgentTrouble(error))
+
+    # --- how it is done
+
+    def _emit(self, event: GuestAgentEvent) -> None:
+        if self._on_event is not None:
+            self._on_event(event)
+
+    def _took_capabilities(self, link: AgentLink, message: AnnounceCapabilities) -> None:
+        if message.request:
+            # A client that asks is a new one: serials begin anew, and it owns nothing.
+            self._files.cancel_all()
+            self._clipboard.begin_session(link)
+            link.post(AnnounceCapabilities(False, self._announced))
+        self.host = message.capabilities
+        self._files.detailed = Capability.FILE_XFER_DETAILED_ERRORS in message.capabilities
+        self._clipboard.announce()
+        self._emit(HostAnnounced(message.capabilities))
+
+    def _took_monitors(self, link: AgentLink, port: ChunkPort, message: MonitorsConfig) -> None:
+        sizes = [(m.width, m.height) for m in message.monitors if m.width or m.height]
+        possible = bool(sizes) and all(width and height for width, height in sizes)
+        error = ReplyError.SUCCESS if possible else ReplyError.ERROR
+        if possible:
+            self.monitors = message.monitors
+            self._emit(MonitorsSet(message.monitors))
+        link.post(Reply(MessageType.MONITORS_CONFIG, error), port)
+
+    def _took_status(self, message: FileXferStatus) -> None:
+        error = self._files.status(message)
+        if error is not None:
+            log.warning("agent channel: %s", error)
+            self._emit(AgentTrouble(error))
+
+    def _send_status(self, status: FileXferStatus) -> None:
+        if self._link is not None:
+            self._link.post(status)
+
+    def _client_left(self) -> None:
+        self._files.cancel_all()
+        self._clipboard.end_session()
+        if self._link is not None:
+            self._clipboard.begin_session(self._link)
+        self.host = None
+        self._emit(HostLeft())
+
+    def _keep(self, message: TypedMessage | UnknownMessage) -> None:
+        match message:
+            case MouseState():
+                self.mouse = message
+            case DisplayConfig():
+                self.display = message
+                if self._link is not None:
+                    self._link.post(Reply(MessageType.DISPLAY_CONFIG, ReplyError.SUCCESS))
+            case AudioVolumeSync():
+                self.volume[message.is_playback] = message
+            case GraphicsDeviceInfo():
+                self.graphics = message
+
+
+async def serve_agent(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, downloads: Path | None = None
+) -> None:
+    """A guest agent with somebody at its desk, until the host end goes away.
+
+    Text that the host puts on the clipboard is pasted, and then selected: what comes back as the
+    PRIMARY selection is what really arrived.
+    """
+    pasting: set[asyncio.Task[None]] = set()
+
+    def on_event(event: GuestAgentEvent) -> None:
+        log.info("agent: %s", event)
+        if (
+            isinstance(event, ClipboardGrabbed)
+            and event.selection == Selection.CLIPBOARD
+            and ClipboardType.UTF8_TEXT in event.types
+        ):
+            task = asyncio.ensure_future(paste_and_select())
+            pasting.add(task)
+            task.add_done_callback(pasting.discard)
+
+    async def paste_and_select() -> None:
+        try:
+            text = await agent.get_clipboard()
+        except AgentError as error:
+            log.warning("agent: could not paste: %s", error)
+        else:
+            agent.set_clipboard(text, Selection.PRIMARY)
+
+    agent = GuestAgent(downloads=downloads, on_event=on_event)
+    try:
+        await agent.run(reader, writer)
+    finally:
+        for task in pasting:
+            task.cancel()
+        await asyncio.gather(*pasting, return_exceptions=True)
