@@ -55,13 +55,9 @@ class CommandGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0]
         if name not in COMMANDS and not name.startswith("-"):
-            from difflib import get_close_matches
+            from vring_serial.config.words import suggest
 
-            close = get_close_matches(name, COMMANDS, n=1)
-            hint = (
-                f" Did you mean {close[0]!r}?" if close else f" There are: {', '.join(COMMANDS)}."
-            )
-            ctx.fail(f"No such command {name!r}.{hint}")
+            ctx.fail(f"No such command {name!r}; {suggest(name, COMMANDS)}")
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

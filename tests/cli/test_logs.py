@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import io
+import json
+import logging
+import sys
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vring_serial.cli import logs
+from vring_serial.device.events import MessageRefused, PortOpened, Side
+
+
+@pytest.fixture(autouse=True)
+def restored() -> Iterator[None]:
+    """Logging as it was before the test."""
+    root, ours = logging.getLogger(), logging.getLogger("vring_serial")
+    before = root.handlers[:], root.level, ours.level, logging.raiseExceptions
+    yield
+    root.handlers[:], level, our_level, logging.raiseExceptions = before
+    root.setLevel(level)
+    ours.setLevel(our_level)
+
+
+def record(message: str, *args: object, **extra: object) -> logging.LogRecord:
+    made = logging.getLogger("x").makeRecord(
+        "vring_serial.x", logging.INFO, "file", 1, message, args, None, extra=extra
+    )
+    made.created = 0.25
+    return made
+
+
+def as_json(made: logging.LogRecord) -> dict[str, object]:
+    line = logs.JsonFormatter().format(made)
+    assert "\n" not in line
+    parsed = json.loads(line)
+    assert isinstance(parsed, dict)
+    return parsed
+
+
+def test_text(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure("info", as_json=False)
+    logs.emit(logging.INFO, "serving", "100 % serving", pid=1)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(" info    100 % serving")
+
+
+def test_json(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure("info", as_json=True)
+    logs.emit(logging.WARNING, "serving", "serving", pid=1)
+    parsed = json.loads(capsys.readouterr().err)
+    assert parsed.pop("time").endswith("Z")
+    assert parsed == {
+        "level": "warning",
+        "logger": "vring_serial.cli",
+        "event": "serving",
+        "message": "serving",
+        "pid": 1,
+    }
+
+
+def test_device_events_are_named_and_have_their_fields() -> None:
+    assert as_json(record("%s: %s", "virtio-serial0: port 1", PortOpened(Side.GUEST, 1))) == {
+        "time": "1970-01-01T00:00:00.250Z",
+        "level": "info",
+        "logger": "vring_serial.x",
+        "event": "port_opened",
+        "message": "virtio-serial0: port 1: opened by the guest",
+        "where": "virtio-serial0: port 1",
+        "side": "guest",
+        "nr": 1,
+    }
+    refused = as_json(record("%s: %s", "virtio-serial0", MessageRefused("no port 7")))
+    assert (refused["event"], refused["why"]) == ("message_refused", "no port 7")
+
+
+def test_other_records_are_logs() -> None:
+    assert as_json(record("%s and %d", "one", 2))["event"] == "log"
+    assert as_json(record("no arguments"))["event"] == "log"
+
+
+@pytest.mark.parametrize(
+    ("level", "shown"),
+    [("debug", "DIWE"), ("info", "IWE"), ("warning", "WE"), ("error", "E")],
+)
+def test_levels(capsys: pytest.CaptureFixture[str], level: str, shown: str) -> None:
+    logs.configure(level, as_json=False)
+    for letter in ("DEBUG", "INFO", "WARNING", "ERROR"):
+        logs.emit(getattr(logging, letter), "x", letter[0])
+    assert "".join(line[-1] for line in capsys.readouterr().err.splitlines()) == shown
+
+
+def test_others_are_heard_from_warnings_on(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure("debug", as_json=False)
+    logging.getLogger("asyncio").info("Using selector")
+    logging.getLogger("asyncio").warning("slow callback")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("warning slow callback")
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_exceptions(capsys: pytest.CaptureFixture[str], as_json: bool) -> None:
+    """One line, with the traceback only where it was asked for."""
+    logs.configure("info", as_json=as_json)
+    try:
+        raise OSError(5, "I/O error")
+    except OSError:
+        logging.getLogger("vring_serial.x").exception("it broke")
+    (line,) = capsys.readouterr().err.splitlines()
+    if as_json:
+        assert "Traceback" in json.loads(line)["exception"]
+    else:
+        assert line.endswith("error   it broke: OSError: [Errno 5] I/O error")
+
+
+@given(st.text())
+def test_no_message_breaks_the_line(text: str) -> None:
+    line = logs.TextFormatter().format(record("%s", text))
+    assert line.isprintable()
+    assert as_json(record("%s", text))["message"] == text
+
+
+def test_a_closed_stderr_does_not_stop_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    logs.configure("info", as_json=False)
+    stream.close()
+    logs.emit(logging.INFO, "x", "into the void")
