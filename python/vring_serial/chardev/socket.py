@@ -9,11 +9,14 @@ from dataclasses import dataclass
 
 from vring_serial.chardev.base import Chardev, DescriptorEnd
 from vring_serial.chardev.endpoint import Address, Listener, TcpAddress, UnixAddress, connect
-from vring_serial.chardev.hangup import HangupWatch
+from vring_serial.chardev.hangup import HangupWatch, has_unread
 from vring_serial.chardev.options import Options, check_path, check_range
 from vring_serial.errors import ConfigError
 
 log = logging.getLogger(__name__)
+
+# For the guest to read what a peer sent before it left, when the guest's writes fail already.
+LAST_WORDS_SECONDS = 5.0
 
 # After running out of descriptors, which accepting again at once would not cure.
 ACCEPT_PAUSE_SECONDS = 1.0
@@ -128,7 +131,8 @@ class SocketChardev(Chardev):
 
     One peer at a time: the next waits in the server's backlog. End of file from the peer is a
     disconnection, also if it only shut down its sending side, and so is a reset. Bytes that a peer
-    sent before it left stay readable: the end closes when they have been read.
+    sent before it left stay readable: the end closes when they have been read, or some seconds
+    after a write to that peer failed.
     """
 
     def __init__(self, id: str, options: SocketOptions) -> None:
@@ -142,6 +146,7 @@ class SocketChardev(Chardev):
         self._task: asyncio.Task[None] | None = None
         self._peer: socket.socket | None = None
         self._watch: HangupWatch | None = None
+        self._last_words: asyncio.TimerHandle | None = None
 
     @property
     def port(self) -> int:
@@ -192,6 +197,10 @@ class SocketChardev(Chardev):
 
     def peer_gone(self, reason: OSError | None = None) -> None:
         if self._peer is None:
+            return
+        if reason is not None and self._last_words is None and has_unread(self._peer.fileno()):
+            loop = asyncio.get_running_loop()
+            self._last_words = loop.call_later(LAST_WORDS_SECONDS, self.peer_gone, reason)
             return
         log.info("chardev %s: peer left%s", self.id, f": {reason.strerror}" if reason else "")
         self._disconnect()
@@ -287,6 +296,9 @@ class SocketChardev(Chardev):
         if peer is None:
             return
         assert self._watch is not None
+        if self._last_words is not None:
+            self._last_words.cancel()
+            self._last_words = None
         try:
             self._close_end()
         finally:
