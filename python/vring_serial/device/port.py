@@ -339,10 +339,8 @@ class Port:
 
     # --- host ends that are descriptors
 
-    def _peer_gone(self, event: FlowEvent, detail: object) -> None:
-        reason = (
-            OSError(detail, os.strerror(detail)) if isinstance(detail, int) and detail else None
-        )
+    def _peer_gone(self, errno: int | None) -> None:
+        reason = OSError(errno, os.strerror(errno)) if errno else None
         if reason is not None:
             log.info("%s: %s: %s", self.label, self.chardev.description, reason.strerror)
         self._update()
