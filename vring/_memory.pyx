@@ -66,6 +66,8 @@ cdef class _Mapping:
         )
 
 
+# Cython's clearing would drop the buffer without ending its export, under pointers still in use.
+@cython.no_gc_clear
 @cython.final
 cdef class Region:
     """A piece of guest memory: guest addresses that a writable buffer backs.
