@@ -77,6 +77,8 @@ class Guest:
 
     def make_ring(self, index: int) -> Ring:
         parts = [self.allocate(length) for length in SplitDriver.layout(self.size)]
+        # A device that resumes finds the used index where it left it.
+        self.memory.write(parts[2] + 2, self._index.to_bytes(2, "little"))
         driver = SplitDriver(
             self.memory,
             self.size,

@@ -163,6 +163,7 @@ class Controller:
         self._serve_unclaimed()
         self.emit(ev.PortRemoved(nr))
         await port.chardev.stop()
+        await asyncio.sleep(0)  # a protocol hears of it in the loop's next turn
 
     async def start(self) -> None:
         """Start all chardevs. Raises ResourceError; those that had started are stopped then."""
@@ -182,8 +183,7 @@ class Controller:
         self.reset()
         for port in list(self._ports.values()):
             await port.chardev.stop()
-        # Protocols hear that their connections are lost in the loop's next turn.
-        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # as in remove_port
         if self._own_pump is not None:
             pump, self._own_pump = self._own_pump, None
             asyncio.get_running_loop().remove_reader(pump.event_fd)
