@@ -34,7 +34,7 @@ def test_help_lists_the_commands_without_importing_them() -> None:
     assert shown.endswith("0\n[]\n")
 
 
-@pytest.mark.parametrize("name", ["serve", "guest"])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help(name: str) -> None:
     result = run(name, "--help")
     assert result.exit_code == 0

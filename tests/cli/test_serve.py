@@ -1,0 +1,451 @@
+"""``vring serve`` as users run it: real processes, sockets, terminals, and the embedded guest."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from vring_serial.cli import vring
+from vring_serial.guest.guest import EmbeddedGuest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+TIMEOUT = 20.0
+
+#: What spice-vdagentd sends first: ANNOUNCE_CAPABILITIES, request 1 (recorded).
+AGENT_HELLO = bytes.fromhex(
+    "010000001c000000 0100000006000000 0000000000000000 08000000 01000000 e78d0300"
+)
+NULL_PORT = ("--chardev", "null,id=n", "--port", "chardev=n")
+
+
+class Server:
+    """A running ``vring serve``.
+
+    Attributes:
+        lines: what it has logged so far.
+    """
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.lines: list[str] = []
+        self._process = process
+        self._more = asyncio.Condition()
+        self._reading = asyncio.create_task(self._read())
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    async def _read(self) -> None:
+        assert self._process.stderr is not None
+        async for line in self._process.stderr:
+            async with self._more:
+                self.lines.append(line.decode().rstrip("\n"))
+                self._more.notify_all()
+
+    async def logged(self, text: str, count: int = 1) -> str:
+        """Wait for the ``count``-th line that contains ``text``."""
+
+        def found() -> list[str]:
+            return [line for line in self.lines if text in line]
+
+        try:
+            async with asyncio.timeout(TIMEOUT), self._more:
+                await self._more.wait_for(lambda: len(found()) >= count)
+        except TimeoutError:
+            log = "\n".join(self.lines)
+            raise AssertionError(f"{text!r} was not logged {count} times:\n{log}") from None
+        return found()[count - 1]
+
+    async def exit_status(self) -> int:
+        """Wait for the end."""
+        async with asyncio.timeout(TIMEOUT):
+            status = await self._process.wait()
+            await self._reading
+        return status
+
+    async def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Send a signal and wait for the end."""
+        self._process.send_signal(number)
+        return await self.exit_status()
+
+    async def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        await self._process.wait()
+        await self._reading
+
+
+Serve = Callable[..., AbstractAsyncContextManager[Server]]
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Serve:
+    """``async with serve(*arguments) as server``: in ``tmp_path``, on the socket ``v`` there."""
+
+    @contextlib.asynccontextmanager
+    async def run(*arguments: str, ready: str = "serving;") -> AsyncIterator[Server]:
+        if "--vhost-user" not in arguments:
+            arguments = ("--vhost-user", "v", *arguments)
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "vring_serial", "serve", *arguments),
+            cwd=tmp_path,
+            stdin=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        server = Server(process)
+        try:
+            if ready:
+                await server.logged(ready)
+            yield server
+        finally:
+            await server.kill()
+
+    return run
+
+
+def guest_of(path: Path) -> EmbeddedGuest:
+    return EmbeddedGuest(str(path), memory=32 << 20)
+
+
+async def connect(path: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async with asyncio.timeout(TIMEOUT):
+        return await asyncio.open_unix_connection(str(path))
+
+
+async def close(writer: asyncio.StreamWriter) -> None:
+    writer.close()
+    await writer.wait_closed()
+
+
+# --- the main job
+
+
+async def test_a_domain_with_the_agent_channel(serve: Serve, tmp_path: Path) -> None:
+    async with serve("--domain", str(EXAMPLES / "spice-agent.xml")) as server:
+        assert "0000:00:05.0" in await server.logged("on v")
+        async with guest_of(tmp_path / "v") as guest, asyncio.timeout(TIMEOUT):
+            port = await guest.wait_port(name="com.redhat.spice.0")
+            assert port.nr == 1
+            await port.wait_host()
+            reader, writer = await port.open()
+            hello = await reader.readexactly(28)
+            assert hello[:4] == b"\x01\0\0\0"  # a chunk of the client's port
+            assert hello[12:16] == b"\x06\0\0\0"  # ANNOUNCE_CAPABILITIES
+            writer.write(AGENT_HELLO)
+            ready = await server.logged("agent of port 1: ready, with ")
+            assert "MONITORS_CONFIG" in ready
+            assert "CLIPBOARD_BY_DEMAND" in ready
+            writer.close()
+        for what in ("frontend connected", "the driver accepted", "the driver is ready"):
+            await server.logged(what)
+        await server.logged("port 1 (com.redhat.spice.0): opened by the guest")
+        await server.logged("port 1 (com.redhat.spice.0): closed by the guest")
+        await server.logged("frontend gone")
+        assert await server.stop() == 0
+    assert os.listdir(tmp_path) == []
+
+
+async def test_options_with_a_socket_and_a_console(serve: Serve, tmp_path: Path) -> None:
+    arguments = (
+        *("--chardev", "socket,id=agent,path=agent.sock,server=on,wait=off"),
+        *("--port", "chardev=agent,nr=1,name=com.redhat.spice.0"),
+        *("--chardev", "pty,id=con", "--console", "chardev=con"),
+    )
+    async with serve(*arguments) as server:
+        terminal = (await server.logged("console 0")).rpartition("pty:")[2]
+        async with guest_of(tmp_path / "v") as guest, asyncio.timeout(TIMEOUT):
+            await both_ways(await connect(tmp_path / "agent.sock"), guest, 1)
+            descriptor = os.open(terminal, os.O_RDWR | os.O_NOCTTY)
+            try:
+                console = await guest.wait_port(nr=0)
+                assert console.is_console
+                _, to_host = await console.open()
+                to_host.write(b"login: ")
+                assert await asyncio.to_thread(os.read, descriptor, 100) == b"login: "
+                to_host.close()
+            finally:
+                os.close(descriptor)
+        assert await server.stop(signal.SIGINT) == 0
+    assert os.listdir(tmp_path) == []
+
+
+async def both_ways(
+    host: tuple[asyncio.StreamReader, asyncio.StreamWriter], guest: EmbeddedGuest, nr: int
+) -> None:
+    """A few bytes from the guest to the host and back."""
+    port = await guest.wait_port(nr=nr)
+    await port.wait_host()
+    reader, writer = await port.open()
+    writer.write(b"from the guest")
+    assert await host[0].readexactly(14) == b"from the guest"
+    host[1].write(b"from the host")
+    assert await reader.readexactly(13) == b"from the host"
+    writer.close()
+    await close(host[1])
+
+
+async def test_one_frontend_after_another(serve: Serve, tmp_path: Path) -> None:
+    async with serve("--chardev", "socket,id=a,path=a,server,nowait", "--port", "chardev=a") as s:
+        for count in (1, 2):
+            async with guest_of(tmp_path / "v") as guest, asyncio.timeout(TIMEOUT):
+                await both_ways(await connect(tmp_path / "a"), guest, 1)
+            await s.logged("frontend gone", count)
+        assert await s.stop() == 0
+
+
+async def test_garbage_does_not_keep_the_next_frontend_out(serve: Serve, tmp_path: Path) -> None:
+    async with serve("--chardev", "socket,id=a,path=a,server,nowait", "--port", "chardev=a") as s:
+        _, writer = await connect(tmp_path / "v")
+        writer.write(b"GET / HTTP/1.1\r\n\r\n" * 100)
+        await s.logged("connection closed")
+        await s.logged("frontend gone")
+        await close(writer)
+        async with guest_of(tmp_path / "v") as guest, asyncio.timeout(TIMEOUT):
+            await both_ways(await connect(tmp_path / "a"), guest, 1)
+        assert await s.stop() == 0
+
+
+async def test_two_controllers(serve: Serve, tmp_path: Path) -> None:
+    path = tmp_path / "domain.xml"
+    domain = (EXAMPLES / "two-controllers.xml").read_text()
+    path.write_text(domain.replace("/run/two-controllers.bulk", "bulk"))
+    async with serve("--vhost-user", "a", "--vhost-user", "b", "--domain", "domain.xml") as server:
+        async with guest_of(tmp_path / "a") as one, guest_of(tmp_path / "b") as two:
+            assert (await one.wait_port(nr=1)).name == "com.redhat.spice.0"
+            async with asyncio.timeout(TIMEOUT):
+                await both_ways(await connect(tmp_path / "bulk"), two, 1)
+            assert (await two.wait_port(nr=2)).name == "org.example.telemetry"
+        assert await server.stop() == 0
+    assert os.listdir(tmp_path) == ["domain.xml"]
+
+
+async def test_a_channel_without_path_is_beside_the_first_socket(
+    serve: Serve, tmp_path: Path
+) -> None:
+    os.mkdir(tmp_path / "run")
+    domain = str(EXAMPLES / "desktop.xml")
+    async with serve("--vhost-user", "run/v", "--domain", domain) as server:
+        await server.logged("left to the emulator: <serial> in line 20")
+        await close((await connect(tmp_path / "run" / "desktop.org.qemu.guest_agent.0"))[1])
+        assert await server.stop() == 0
+    assert os.listdir(tmp_path / "run") == []
+
+
+async def test_connecting_to_a_frontend_that_listens(serve: Serve, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "v"))
+        listener.listen()
+        listener.setblocking(False)
+        async with serve("--connect", *NULL_PORT) as server, asyncio.timeout(TIMEOUT):
+            frontend, _ = await asyncio.get_running_loop().sock_accept(listener)
+            with frontend:
+                await server.logged("frontend connected")
+                assert await server.stop() == 0
+                assert await asyncio.get_running_loop().sock_recv(frontend, 1) == b""
+    assert (tmp_path / "v").exists()  # the frontend's own
+
+
+# --- start, stop, log
+
+
+async def test_json_log(serve: Serve, tmp_path: Path) -> None:
+    arguments = ("--json-log", "--domain", str(EXAMPLES / "spice-agent.xml"))
+    async with serve(*arguments, ready='"event": "serving"') as server:
+        async with guest_of(tmp_path / "v") as guest:
+            await guest.wait_port(nr=1)
+        await server.logged('"state": "gone"')
+        assert await server.stop() == 0
+        records = [json.loads(line) for line in server.lines]
+    assert all(
+        {"time", "level", "logger", "event", "message"} <= record.keys() for record in records
+    )
+    events = [record["event"] for record in records if record["event"] != "log"]
+    assert events[:4] == ["port_added", "port_opened", "port", "controller"]
+    assert events[4] == "serving"
+    assert [e for e in events if e in ("frontend", "features_negotiated", "driver_ready")] == [
+        "frontend",
+        "features_negotiated",
+        "driver_ready",
+        "frontend",
+    ]
+    assert events[-3:] == ["stopping", "port_closed", "stopped"]
+    (controller,) = (record for record in records if record["event"] == "controller")
+    assert (controller["address"], controller["socket"]) == ("0000:00:05.0", "v")
+
+
+async def test_log_level(serve: Serve) -> None:
+    async with serve("--log-level", "warning", *NULL_PORT, ready="") as server:
+        await asyncio.sleep(0.1)
+        assert await server.stop() in (0, -signal.SIGTERM)  # it may not have begun to listen
+        assert server.lines == []
+
+
+async def test_pid_file(serve: Serve, tmp_path: Path) -> None:
+    async with serve("--pid-file", "pid", *NULL_PORT) as server:
+        assert (tmp_path / "pid").read_text() == f"{server.pid}\n"
+        assert await server.stop() == 0
+    assert os.listdir(tmp_path) == []
+
+
+async def test_waiting_for_a_client(serve: Serve, tmp_path: Path) -> None:
+    """wait=on, QEMU's default: no frontend is served before the first client is there."""
+    arguments = ("--chardev", "socket,id=a,path=a,server=on", "--port", "chardev=a")
+    async with serve(*arguments, ready="waiting for a client") as server:
+        assert not (tmp_path / "v").exists()
+        _, writer = await connect(tmp_path / "a")
+        await server.logged("serving;")
+        await close(writer)
+        assert await server.stop() == 0
+    async with serve(*arguments, ready="waiting for a client") as server:
+        assert await server.stop() == 0  # also while it waits
+    assert os.listdir(tmp_path) == []
+
+
+async def test_the_second_signal_ends_at_once() -> None:
+    script = (
+        "import asyncio, time\n"
+        "from vring_serial.cli.serve import _stop_on_signals\n"
+        "async def main():\n"
+        "    stop = _stop_on_signals()\n"
+        "    print('ready', flush=True)\n"
+        "    await stop.wait()\n"
+        "    print('stopping', flush=True)\n"
+        "    time.sleep(60)\n"
+        "asyncio.run(main())\n"
+    )
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", script, stdout=asyncio.subprocess.PIPE
+    )
+    assert process.stdout is not None
+    try:
+        async with asyncio.timeout(TIMEOUT):
+            assert await process.stdout.readline() == b"ready\n"
+            process.send_signal(signal.SIGINT)
+            assert await process.stdout.readline() == b"stopping\n"
+            process.send_signal(signal.SIGTERM)
+            assert await process.wait() == -signal.SIGTERM
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+
+
+# --- what cannot be served
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "line"),
+    [
+        (NULL_PORT, 2, "vring serve: Missing option '--vhost-user'. (see vring serve --help)"),
+        (
+            ("--vhost-user", "v"),
+            2,
+            "vring serve: Nothing to serve: give --domain, or --chardev and --port. "
+            "(see vring serve --help)",
+        ),
+        (
+            ("--vhost-user", "v", *NULL_PORT, "--log-level", "loud"),
+            2,
+            "vring serve: Invalid value for '--log-level': 'loud' is not one of 'debug', 'info', "
+            "'warning', 'error'. (see vring serve --help)",
+        ),
+        (
+            ("--vhost-user", "v", "--port", "chardev=n"),
+            2,
+            "vring: --port chardev=n: no --chardev has id=n",
+        ),
+        (
+            ("--vhost-user", "v", "--vhost-user", "w", *NULL_PORT),
+            2,
+            "vring: --vhost-user: 2 given, 1 needed: one for each of virtio-serial0 "
+            "(1 of 31 ports), in this order",
+        ),
+        (
+            ("--vhost-user", "v", "--domain", str(EXAMPLES / "two-controllers.xml")),
+            2,
+            "vring: --vhost-user: 1 given, 2 needed: one for each of virtio-serial0 "
+            "(0000:00:05.0, 1 of 4 ports), virtio-serial1 (0000:00:06.0, 2 of 32 ports), "
+            "in this order",
+        ),
+        (
+            (
+                "--vhost-user",
+                "x",
+                "--chardev",
+                "socket,id=n,path=./x,server",
+                "--port",
+                "chardev=n",
+            ),
+            2,
+            "vring: --vhost-user x: the path is in use already "
+            "(--chardev socket,id=n,path=./x,server)",
+        ),
+        (
+            ("--vhost-user", "v" * 108, *NULL_PORT),
+            2,
+            f"vring: --vhost-user {'v' * 108}: socket path {'v' * 108} has 108 bytes; "
+            "a unix socket's has 1 to 107",
+        ),
+        (
+            ("--vhost-user", "v", *NULL_PORT, "--max-ports", "128"),
+            2,
+            "vring: --vhost-user v: the device has 258 queues, vhost-user allows 256",
+        ),
+    ],
+)
+def test_what_cannot_be_asked_for(arguments: tuple[str, ...], status: int, line: str) -> None:
+    result = CliRunner().invoke(vring, ["serve", *arguments])
+    assert (result.exit_code, result.stderr.splitlines()[-1]) == (status, line)
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (NULL_PORT, "vring: v: "),
+        (("--vhost-user", "none/v", *NULL_PORT), "vring: none/v: "),
+        (("--vhost-user", "w", "--domain", "none.xml"), "vring: none.xml: No such file"),
+        (
+            (
+                *("--vhost-user", "w", "--chardev", "socket,id=a,path=v,server,nowait"),
+                *("--port", "chardev=a"),
+            ),
+            "vring: chardev a: ",
+        ),
+        (
+            ("--vhost-user", "w", "--chardev", "pipe,id=a,path=none", "--port", "chardev=a"),
+            "vring: chardev a: ",
+        ),
+        (
+            ("--vhost-user", "w", "--pid-file", "v", *NULL_PORT),
+            "vring: --pid-file v exists: another vring may be serving; remove it if not",
+        ),
+        (
+            ("--vhost-user", "w", "--pid-file", "none/pid", *NULL_PORT),
+            "vring: --pid-file none/pid: No such file or directory",
+        ),
+    ],
+)
+async def test_what_the_system_refuses(
+    serve: Serve, tmp_path: Path, arguments: tuple[str, ...], line: str
+) -> None:
+    """Status 1, one line that names it, and nothing of ours stays behind."""
+    (tmp_path / "v").write_text("somebody's")
+    made_first = ("--chardev", "socket,id=first,path=first,server,nowait")
+    async with serve(*arguments, *made_first, "--port", "chardev=first", ready="") as server:
+        assert await server.exit_status() == 1
+        assert server.lines[-1].startswith(line)
+        assert not any("Traceback" in line for line in server.lines)
+    assert os.listdir(tmp_path) == ["v"]
+    assert (tmp_path / "v").read_text() == "somebody's"
