@@ -99,6 +99,7 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_create(pthread_t* thread, void* attributes, void* (*main)(void*) noexcept nogil,
                        void* argument)
     int pthread_join(pthread_t thread, void** result)
+    int pthread_setname_np(pthread_t thread, const char* name)
     int pthread_mutex_init(pthread_mutex_t* lock, void* attributes)
     int pthread_mutex_destroy(pthread_mutex_t* lock)
     int pthread_mutex_lock(pthread_mutex_t* lock)

@@ -185,7 +185,7 @@ cdef class Pump:
     cdef int pid
     cdef readonly uint32_t busy_poll_us
 
-    def __cinit__(self, *, busy_poll_us=0):
+    def __cinit__(self, busy_poll_us=0):
         if not 0 <= busy_poll_us <= 1_000_000:
             raise LocalMisuseError(f"busy_poll_us {busy_poll_us} is not 0 to 1000000")
         self.busy_poll_us = busy_poll_us
@@ -196,7 +196,7 @@ cdef class Pump:
         self.pid = getpid()
         self.running = True
 
-    def __init__(self, *, busy_poll_us=0):
+    def __init__(self, busy_poll_us=0):
         pass
 
     def __del__(self):
@@ -237,7 +237,7 @@ cdef class Pump:
 
     def guest_to_host(
         self, VirtQueue queue not None, *, write_fd, kick_fd, call_fd, on_event, lossy=False,
-        backlog=1 << 20, const uint8_t[::1] residue=b""
+        backlog=1 << 20, residue=b""
     ):
         """Moves what the driver makes available in `queue` to a descriptor.
 
@@ -265,9 +265,10 @@ cdef class Pump:
         describe_data(&flow.seat.flow.data, write_fd, "write_fd")
         if backlog < 0:
             raise LocalMisuseError(f"backlog {backlog} is below 0")
-        cdef size_t length = residue.shape[0]
+        cdef const uint8_t[::1] data = residue
+        cdef size_t length = data.shape[0]
         if backlog_init(
-            &flow.seat.flow.backlog, &residue[0] if length else NULL, length,
+            &flow.seat.flow.backlog, &data[0] if length else NULL, length,
             backlog if lossy else 0,
         ):
             raise MemoryError

@@ -1,1 +1,1 @@
-"""Internal: see vring._pump."""
+__pyx_capi__: dict[str, object]

@@ -21,8 +21,8 @@ from vring._linux cimport (
     SIG_SETMASK, close, epoll_create1, epoll_ctl, epoll_event, epoll_wait, errno, eventfd,
     pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_init, pthread_cond_wait,
     pthread_create, pthread_join, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
-    pthread_mutex_unlock, pthread_sigmask, read, recv, sigfillset, sigset_t, vr_count,
-    vr_get_flag, vr_now, vr_set_flag, write
+    pthread_mutex_unlock, pthread_setname_np, pthread_sigmask, read, recv, sigfillset, sigset_t,
+    vr_count, vr_get_flag, vr_now, vr_set_flag, write
 )
 
 cdef enum:
@@ -435,6 +435,8 @@ cdef int launch(vr_reactor* reactor) noexcept nogil:
     pthread_sigmask(SIG_SETMASK, &all, &before)
     error = pthread_create(&reactor.thread, NULL, reactor_main, reactor)
     pthread_sigmask(SIG_SETMASK, &before, NULL)
+    if error == 0:
+        pthread_setname_np(reactor.thread, "vring-pump")
     return error
 
 

@@ -55,6 +55,7 @@ class GuestQueue:
         self.driver = SplitDriver(
             self.memory, size, desc, avail, used, event_idx=event_idx, index=index
         )
+        self.memory.write(used + 2, index.to_bytes(2, "little"))  # as a device left it
         buffers = np.frombuffer(memoryview(data), np.uint8, size * slot, first - guest_addr)
         self.slots = buffers.reshape(size, slot)
         self._addresses = first + slot * np.arange(size, dtype=np.uint64)

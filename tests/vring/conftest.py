@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import select
+import socket
+import struct
 import time
 from collections.abc import Callable, Iterator
 
@@ -23,6 +25,7 @@ class PortRig:
         self.pump = pump
         data = np.zeros(GuestQueue.bytes_needed(size, slot), np.uint8)
         self.guest = GuestQueue(data, size, slot, index=index, **options)
+        self.driver = self.guest.driver
         self.queue = self.guest.device_queue("port 1")
         self.kick_fd = os.eventfd(0, os.EFD_NONBLOCK)
         self.call_fd = os.eventfd(0, os.EFD_NONBLOCK)
@@ -37,11 +40,15 @@ class PortRig:
         }
 
     def write_to(self, fd: int, **options: object) -> Flow:
-        self.flow = self.pump.guest_to_host(self.queue, write_fd=fd, **self.notifiers(), **options)
+        self.flow = self.pump.guest_to_host(
+            self.queue, write_fd=fd, **{**self.notifiers(), **options}
+        )
         return self.flow
 
-    def read_from(self, fd: int) -> Flow:
-        self.flow = self.pump.host_to_guest(self.queue, read_fd=fd, **self.notifiers())
+    def read_from(self, fd: int, **options: object) -> Flow:
+        self.flow = self.pump.host_to_guest(
+            self.queue, read_fd=fd, **{**self.notifiers(), **options}
+        )
         return self.flow
 
     def kick(self) -> None:
@@ -56,6 +63,11 @@ class PortRig:
         if self.guest.offer(count, length):
             self.kick()
 
+    def publish(self) -> None:
+        """For chains added to the driver itself."""
+        if self.driver.publish():
+            self.kick()
+
     def wait_call(self, timeout: float = 5) -> None:
         assert select.select([self.call_fd], [], [], timeout)[0], "no call"
         os.eventfd_read(self.call_fd)
@@ -64,7 +76,7 @@ class PortRig:
         """Written lengths of the next chains used; sleeps on the call descriptor, as a guest."""
         lengths = list(self.guest.collect())
         while len(lengths) < chains:
-            if not self.guest.driver.enable_notifications():
+            if not self.driver.enable_notifications():
                 self.wait_call(timeout)
             lengths += list(self.guest.collect())
         assert len(lengths) == chains
@@ -78,7 +90,7 @@ class PortRig:
             if piece:
                 received += piece
                 self.offer()
-            elif not self.guest.driver.enable_notifications():
+            elif not self.driver.enable_notifications():
                 self.wait_call(timeout)
         assert len(received) == length
         return received
@@ -95,6 +107,12 @@ class PortRig:
             self.flow.detach()
         os.close(self.kick_fd)
         os.close(self.call_fd)
+
+
+@pytest.fixture(scope="session")
+def port_rig() -> type[PortRig]:
+    """For tests that make their own pump."""
+    return PortRig
 
 
 @pytest.fixture
@@ -116,8 +134,39 @@ def make_rig(pump: Pump) -> Iterator[Callable[..., PortRig]]:
         rig.close()
 
 
-def wait_until(condition: Callable[[], object], timeout: float = 5) -> None:
-    end = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < end, "not in time"
-        time.sleep(0.001)
+@pytest.fixture
+def sockets() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """The pump's end, non-blocking, and the peer's."""
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 5, 0))
+    with ours, theirs:
+        yield ours, theirs
+
+
+@pytest.fixture
+def wait_until() -> Callable[..., None]:
+    def wait(condition: Callable[[], object], timeout: float = 5) -> None:
+        end = time.monotonic() + timeout
+        while not condition():
+            assert time.monotonic() < end, "not in time"
+            time.sleep(0.001)
+
+    return wait
+
+
+@pytest.fixture
+def pump_wakeups(pump: Pump) -> Callable[[], int]:
+    """How often the pump's thread has gone to sleep so far."""
+
+    def count() -> int:
+        total = 0
+        for task in os.listdir("/proc/self/task"):
+            with open(f"/proc/self/task/{task}/status") as status:
+                lines = dict(line.split(":\t") for line in status if ":\t" in line)
+            if lines["Name"].strip() == "vring-pump":
+                total += int(lines["voluntary_ctxt_switches"])
+                total += int(lines["nonvoluntary_ctxt_switches"])
+        return total
+
+    return count

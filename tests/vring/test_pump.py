@@ -1,23 +1,25 @@
-"""The pump over real descriptors: what goes in comes out, and only then is a buffer used."""
+"""The pump over sockets: what goes in comes out, and only then is a buffer used."""
 
 from __future__ import annotations
 
+import errno
+import gc
 import os
+import random
 import socket
-from collections.abc import Callable, Iterator
+import struct
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from vring import FlowEvent
+from vring import FlowEvent, LocalMisuseError, Pump
+from vring.errors import ChainError
 
-
-@pytest.fixture
-def sockets() -> Iterator[tuple[socket.socket, socket.socket]]:
-    ours, theirs = socket.socketpair()
-    ours.setblocking(False)
-    theirs.settimeout(5)
-    with ours, theirs:
-        yield ours, theirs
+ALL = socket.MSG_WAITALL
 
 
 @pytest.mark.parametrize("event_idx", [False, True])
@@ -28,17 +30,531 @@ def test_guest_to_host(make_rig: Callable, sockets, event_idx: bool, index: int)
     for i in range(20):
         message = os.urandom(1 + 300 * i)
         rig.send(message, [len(message) // 2, len(message) - len(message) // 2])
-        assert sockets[1].recv(10000, socket.MSG_WAITALL | 0 if not message else 0) == message
+        assert sockets[1].recv(len(message), ALL) == message
         assert rig.wait_used(2) == [0, 0]
-    assert flow.counters.chains == 40
+    counters = flow.counters
+    assert counters.chains == 40
+    assert counters.bytes == sum(1 + 300 * i for i in range(20))
+    assert 1 <= counters.kicks <= 20
+    assert counters.calls + counters.calls_saved == counters.batches
 
 
-def test_host_to_guest_then_end_of_file(make_rig: Callable, sockets) -> None:
+@pytest.mark.parametrize("event_idx", [False, True])
+@pytest.mark.parametrize("index", [0, 65530])
+def test_host_to_guest(make_rig: Callable, sockets, event_idx: bool, index: int) -> None:
+    rig = make_rig(writable=True, event_idx=event_idx, index=index, size=16)
+    flow = rig.read_from(sockets[0].fileno())
+    rig.offer()
+    for i in range(20):
+        message = os.urandom(1 + 5000 * i)
+        sockets[1].sendall(message)
+        assert rig.receive(len(message)) == message
+    assert flow.counters.bytes == sum(1 + 5000 * i for i in range(20))
+
+
+def test_buffers_made_available_before_the_flow_need_no_kick(make_rig: Callable, sockets) -> None:
+    rig = make_rig(writable=False)
+    rig.guest.send(b"early", [5])
+    rig.write_to(sockets[0].fileno())
+    assert sockets[1].recv(10) == b"early"
+
+
+def test_written_lengths_are_exact_and_nothing_else_is_touched(make_rig: Callable, sockets) -> None:
+    rig = make_rig(writable=True, slot=64)
+    rig.guest.slots[:] = 0xEE
+    heads = [
+        rig.driver.add([], [(rig.guest._addresses[0], 10), (rig.guest._addresses[1], 7)]),
+        rig.driver.add([], [(rig.guest._addresses[2], 5)]),
+        rig.driver.add([], [(rig.guest._addresses[3], 5)]),
+    ]
+    rig.publish()
+    rig.read_from(sockets[0].fileno())
+    sockets[1].sendall(bytes(range(19)))
+    rig.wait_call()
+    used, lengths = rig.driver.get_used()
+    assert (list(used), list(lengths)) == (heads[:2], [17, 2])
+    slots = rig.guest.slots
+    assert bytes(slots[0]) == bytes(range(10)) + b"\xee" * 54
+    assert bytes(slots[1]) == bytes(range(10, 17)) + b"\xee" * 57
+    assert bytes(slots[2]) == bytes(range(17, 19)) + b"\xee" * 62
+    assert (slots[3:] == 0xEE).all()
+    rig.flow.detach()
+    assert rig.queue.in_flight == 0
+    assert rig.queue.available() == 1
+
+
+def test_chains_of_the_wrong_kind_are_bounded(make_rig: Callable, sockets) -> None:
+    out = make_rig(writable=False)
+    at = [int(a) for a in out.guest._addresses]
+    out.guest.slots[:8, :3] = [[ord("a") + i] * 3 for i in range(8)]
+    out.driver.add([(at[0], 3), (at[1], 3)], [(at[2], 3)])
+    out.driver.add([], [(at[3], 3)])  # nothing to read
+    out.driver.add([(at[4], 0)], [])  # no byte
+    out.driver.add([(at[5], 3)], [(at[6], 3)])
+    out.driver.add([(at[7], 3)], [])
+    out.publish()
+    out.write_to(sockets[0].fileno())
+    assert sockets[1].recv(100) == b"aaabbbfffhhh"
+    assert out.wait_used(5) == [0] * 5
+
+    into = make_rig(writable=True)
+    at = [int(a) for a in into.guest._addresses]
+    into.driver.add([(at[0], 3)], [])  # no room at all
+    into.driver.add([(at[1], 3)], [(at[2], 4), (at[3], 4)])
+    into.driver.add([(at[4], 3)], [])
+    into.driver.add([], [(at[5], 4)])
+    into.publish()
+    into.read_from(sockets[0].fileno())
+    sockets[1].sendall(b"0123456789")
+    assert into.wait_used(4) == [0, 8, 0, 2]
+    assert bytes(into.guest.slots[2, :4]) + bytes(into.guest.slots[3, :4]) == b"01234567"
+    assert bytes(into.guest.slots[5, :2]) == b"89"
+
+    empty = make_rig(writable=True)
+    empty.driver.add([(int(empty.guest._addresses[0]), 3)], [])
+    empty.publish()
+    empty.read_from(sockets[0].fileno())  # no room is not the end of file
+    assert empty.wait_used(1) == [0]
+    assert not empty.events
+
+
+def test_slow_reader_stops_its_own_queue_only(
+    make_rig: Callable, sockets, wait_until: Callable, pump_wakeups: Callable
+) -> None:
+    rig = make_rig(writable=False, size=256)
+    flow = rig.write_to(sockets[0].fileno())
+    stream = random.Random(1).randbytes(256 * 4096)
+    rig.send(stream, [4096] * 256)
+    wait_until(lambda: flow.counters.bytes)
+    wait_until(lambda: flow.counters.throttled_ns)
+    taken, chains = flow.counters.bytes, flow.counters.chains
+    assert 0 < taken < len(stream)
+    assert chains == taken // 4096  # what is used is what the socket took
+    asleep = pump_wakeups()
+
+    other = make_rig(writable=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        peer = socket.create_connection(server.getsockname())
+        end, _ = server.accept()
+    with end, peer:
+        end.setblocking(False)
+        other.write_to(end.fileno())
+        other.send(b"not disturbed")
+        assert peer.recv(100) == b"not disturbed"
+        asleep = pump_wakeups()
+        time.sleep(0.1)
+        assert pump_wakeups() == asleep  # no polling either
+        assert flow.counters.bytes == taken
+        other.flow.detach()
+
+    received = b""
+    while len(received) < len(stream):
+        received += sockets[1].recv(1 << 20)
+    assert received == stream
+    assert rig.wait_used(256) == [0] * 256
+    assert flow.counters.throttled_ns >= 100_000_000
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_any_chunking_keeps_the_stream(port_rig: type, data: st.DataObject) -> None:
+    """Random chain shapes into a small socket, read in random pieces; and the same way back."""
+    rng = random.Random(data.draw(st.integers(0, 2**32)))
+    ours, theirs = socket.socketpair()
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, data.draw(st.sampled_from([4608, 65536])))
+    ours.setblocking(False)
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 5, 0))
+    with ours, theirs, Pump(busy_poll_us=data.draw(st.sampled_from([0, 50]))) as pump:
+        out = port_rig(pump, writable=False, event_idx=data.draw(st.booleans()), index=65500)
+        into = port_rig(pump, writable=True, event_idx=data.draw(st.booleans()), index=65500)
+        out.write_to(ours.fileno())
+        into.read_from(ours.fileno())
+        for _ in range(data.draw(st.integers(1, 5))):
+            lengths = data.draw(st.lists(st.integers(1, 4096), min_size=1, max_size=64))
+            stream = rng.randbytes(sum(lengths))
+            out.send(stream, lengths)
+            received = b""
+            while len(received) < len(stream):
+                received += theirs.recv(rng.randint(1, 10_000))
+            assert received == stream
+            out.wait_used(len(lengths))
+            into.offer(into.driver.num_free, rng.randint(1, 4096))
+            back = rng.randbytes(rng.randint(1, 20_000))
+            received = b""
+            for start in range(0, len(back), 3000):
+                theirs.sendall(back[start : start + 3000])
+                received += into.receive(len(back[start : start + 3000]))
+            assert received == back
+        for rig in (out, into):
+            assert rig.flow.detach() == b""
+            assert rig.queue.in_flight == 0
+            rig.close()
+
+
+# --- the end of a peer
+
+
+def test_end_of_file_comes_after_the_last_byte(
+    make_rig: Callable, sockets, pump: Pump, pump_wakeups: Callable
+) -> None:
     rig = make_rig(writable=True)
     rig.read_from(sockets[0].fileno())
-    rig.offer()
-    message = os.urandom(100_000)
-    sockets[1].sendall(message)
-    assert rig.receive(len(message)) == message
+    sockets[1].sendall(b"last words")
     sockets[1].close()
+    time.sleep(0.05)
+    asleep = pump_wakeups()
+    time.sleep(0.05)
+    assert pump_wakeups() == asleep  # a peer that left does not make it spin
+    pump.dispatch()
+    assert not rig.events  # unread bytes: not the end
+    rig.offer(1, 4)
+    assert rig.wait_used(1) == [4]
+    pump.dispatch()
+    assert not rig.events
+    rig.offer(1)
+    assert rig.wait_used(1) == [6]
     assert rig.wait_event() == (FlowEvent.PEER_EOF, None)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_end_of_file_without_any_buffer(make_rig: Callable, sockets, half: bool) -> None:
+    rig = make_rig(writable=True)
+    rig.read_from(sockets[0].fileno())
+    if half:
+        sockets[1].shutdown(socket.SHUT_WR)
+    else:
+        sockets[1].close()
+    assert rig.wait_event() == (FlowEvent.PEER_EOF, None)
+    assert rig.queue.in_flight == 0
+
+
+def test_error_leaves_the_chains_to_the_next_peer(make_rig: Callable, sockets) -> None:
+    rig = make_rig(writable=False)
+    rig.write_to(sockets[0].fileno())
+    sockets[1].close()
+    rig.send(b"for the next one", [4, 12])
+    assert rig.wait_event() == (FlowEvent.PEER_ERROR, errno.EPIPE)
+    assert len(rig.guest.collect()) == 0
+    assert rig.flow.detach() == b""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        rig.write_to(ours.fileno())
+        assert theirs.recv(100) == b"for the next one"
+        rig.flow.detach()
+
+
+def test_reset_connection(make_rig: Callable) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        peer = socket.create_connection(server.getsockname())
+        end, _ = server.accept()
+    end.setblocking(False)
+    rig = make_rig(writable=True)
+    with end:
+        rig.read_from(end.fileno())
+        rig.offer()
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        peer.close()
+        assert rig.wait_event() == (FlowEvent.PEER_ERROR, errno.ECONNRESET)
+        rig.flow.detach()
+
+
+def test_writer_waits_with_its_error_for_what_the_peer_left(make_rig: Callable, sockets) -> None:
+    """Whoever hears of an error closes the descriptor: what the peer sent must be out first."""
+    out, into = make_rig(writable=False), make_rig(writable=True)
+    out.write_to(sockets[0].fileno())
+    into.read_from(sockets[0].fileno())
+    sockets[1].sendall(b"goodbye")
+    sockets[1].close()
+    out.send(b"too late")
+    time.sleep(0.05)
+    out.pump.dispatch()
+    assert out.events == into.events == []
+    into.offer()
+    assert into.receive(7) == b"goodbye"
+    assert into.wait_event() == (FlowEvent.PEER_EOF, None)
+    assert out.wait_event() == (FlowEvent.PEER_ERROR, errno.EPIPE)
+
+
+def test_error_held_back_is_told_when_the_reader_is_detached(make_rig: Callable, sockets) -> None:
+    out, into = make_rig(writable=False), make_rig(writable=True)
+    out.write_to(sockets[0].fileno())
+    into.read_from(sockets[0].fileno())
+    sockets[1].sendall(b"goodbye")
+    sockets[1].close()
+    out.send(b"too late")
+    time.sleep(0.02)
+    into.flow.detach()
+    assert out.wait_event() == (FlowEvent.PEER_ERROR, errno.EPIPE)
+    assert into.events == []
+
+
+# --- residue
+
+
+def test_half_written_chain_becomes_residue(make_rig: Callable, sockets, wait_until) -> None:
+    rig = make_rig(writable=False, size=8, slot=1 << 20)
+    flow = rig.write_to(sockets[0].fileno())
+    stream = random.Random(2).randbytes(3 << 20)
+    rig.send(stream, [1 << 20] * 3)
+    wait_until(lambda: flow.counters.throttled_ns)
+    residue = flow.detach()
+    assert flow.detach() == b""
+    assert not flow.attached
+    taken = flow.counters.bytes
+    assert 0 < taken < 1 << 20
+    assert residue == stream[taken : 1 << 20]
+    assert rig.queue.in_flight == 0
+    assert len(rig.guest.collect()) == 1
+    assert rig.queue.available() == 2
+
+    first = sockets[1].recv(taken, ALL)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        flow = rig.write_to(ours.fileno(), residue=residue)
+        wait_until(lambda: flow.counters.throttled_ns)
+        rest = flow.detach()  # of the residue itself
+        second = theirs.recv(flow.counters.bytes, ALL)
+        flow = rig.write_to(ours.fileno(), residue=rest)
+        third = theirs.recv(len(stream) - len(first) - len(second), ALL)
+        assert first + second + third == stream
+        rig.wait_used(2)
+        assert flow.detach() == b""
+
+
+def test_close_keeps_the_residue(make_rig: Callable, sockets, wait_until) -> None:
+    with Pump() as pump:
+        rig = make_rig(pump=pump, writable=False, size=8, slot=1 << 20)
+        flow = rig.write_to(sockets[0].fileno())
+        rig.send(bytes(1 << 20))
+        wait_until(lambda: flow.counters.throttled_ns)
+    assert not flow.attached
+    assert len(flow.detach()) == (1 << 20) - flow.counters.bytes
+    assert flow.detach() == b""
+    assert rig.queue.in_flight == 0
+
+
+# --- consoles
+
+
+def test_console_is_never_throttled(make_rig: Callable, sockets, pump: Pump) -> None:
+    rig = make_rig(writable=False, size=64)
+    sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
+    flow = rig.write_to(sockets[0].fileno(), lossy=True, backlog=100_000)
+    stream = random.Random(3).randbytes(64 * 4096)
+    rig.send(stream, [4096] * 64)
+    assert rig.wait_used(64) == [0] * 64
+    assert rig.wait_event()[0] == FlowEvent.OVERFLOW
+    dropped = flow.counters.dropped
+    assert flow.counters.bytes + 100_000 + dropped == len(stream)
+    rig.send(b"away with this")
+    rig.wait_used(1)
+    pump.dispatch()
+    assert rig.events == []  # told once, until there is room again
+    assert flow.counters.dropped == dropped + 14
+    kept = len(stream) - dropped
+    assert sockets[1].recv(kept, ALL) == stream[:kept]
+    rig.send(b"and on")
+    assert sockets[1].recv(6, ALL) == b"and on"
+    assert flow.detach() == b""
+
+
+def test_console_backlog_is_residue(make_rig: Callable, sockets) -> None:
+    rig = make_rig(writable=False, size=64)
+    sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
+    flow = rig.write_to(sockets[0].fileno(), lossy=True)
+    stream = random.Random(4).randbytes(64 * 4096)
+    rig.send(stream, [4096] * 64)
+    rig.wait_used(64)
+    residue = flow.detach()
+    assert residue == stream[flow.counters.bytes :]
+
+
+def test_console_goes_on_when_its_peer_is_gone(make_rig: Callable, sockets) -> None:
+    rig = make_rig(writable=False)
+    rig.write_to(sockets[0].fileno(), lossy=True)
+    sockets[1].close()
+    for _ in range(3):
+        rig.send(b"hello?")
+        assert rig.wait_used(1) == [0]
+    assert rig.wait_event() == (FlowEvent.PEER_ERROR, errno.EPIPE)
+    assert rig.flow.counters.dropped == 18
+    rig.pump.dispatch()
+    assert rig.events == []
+
+
+# --- broken rings
+
+
+def test_broken_ring_stops_that_flow_only(make_rig: Callable, sockets) -> None:
+    good, bad = make_rig(writable=False), make_rig(writable=False)
+    for rig in (good, bad):
+        rig.write_to(sockets[0].fileno())
+    at = bad.guest._addresses[0]
+    bad.guest.memory.write(int(at) - 0, b"fine")
+    bad.driver.add([(int(at), 4)], [])
+    bad.guest.memory.write(0x10_0000 + 16 + 12, b"\1\0\1\0")  # descriptor 1 points at itself
+    bad.guest.memory.write(0x10_0000 + 64 * 16 + 4 + 2, b"\1\0")
+    bad.driver.publish()
+    bad.guest.memory.write(0x10_0000 + 64 * 16 + 2, b"\2\0")
+    bad.kick()
+    event, error = bad.wait_event()
+    assert event == FlowEvent.RING_BROKEN
+    assert isinstance(error, ChainError)
+    assert error.queue == "port 1"
+    assert sockets[1].recv(100) == b"fine"  # what came before is good
+    bad.kick()
+    good.send(b"goes on")
+    assert sockets[1].recv(100) == b"goes on"
+    assert bad.flow.detach() == b""
+    with pytest.raises(ChainError):
+        bad.queue.pop_many()
+
+
+# --- events and life
+
+
+def test_no_event_after_detach(make_rig: Callable, sockets, pump: Pump, wait_until) -> None:
+    rig, other = make_rig(writable=True), make_rig(writable=True)
+    rig.read_from(sockets[0].fileno())
+    other.read_from(sockets[0].fileno())
+    sockets[1].close()
+    time.sleep(0.05)
+    rig.flow.detach()
+    pump.dispatch()
+    assert rig.events == []
+    assert other.events == [(FlowEvent.PEER_EOF, None)]
+
+
+def test_detach_in_the_callback(make_rig: Callable, sockets, pump: Pump) -> None:
+    rigs = [make_rig(writable=True) for _ in range(3)]
+    told = []
+
+    def on_event(event: FlowEvent, detail: object) -> None:
+        told.append(event)
+        for rig in rigs:
+            rig.flow.detach()
+
+    for rig in rigs:
+        rig.read_from(sockets[0].fileno(), on_event=on_event)
+    sockets[1].close()
+    time.sleep(0.05)
+    pump.dispatch()
+    assert told == [FlowEvent.PEER_EOF]
+
+
+def test_exception_in_the_callback_delays_nothing_else(make_rig: Callable, sockets, pump) -> None:
+    rigs = [make_rig(writable=True) for _ in range(2)]
+    told = []
+
+    def on_event(event: FlowEvent, detail: object) -> None:
+        told.append(event)
+        raise KeyError(event)
+
+    for rig in rigs:
+        rig.read_from(sockets[0].fileno(), on_event=on_event)
+    sockets[1].close()
+    time.sleep(0.05)
+    for _ in rigs:
+        with pytest.raises(KeyError):
+            pump.dispatch()
+    pump.dispatch()
+    assert len(told) == 2
+
+
+def test_unclosed_pump_warns_and_ends(port_rig: type, sockets) -> None:
+    rig = port_rig(Pump(), writable=False)
+    rig.write_to(sockets[0].fileno())
+    rig.send(b"alive")
+    assert sockets[1].recv(10) == b"alive"
+    os.close(rig.kick_fd)
+    os.close(rig.call_fd)
+    del rig  # in a cycle, as its callback refers to it
+    with pytest.warns(ResourceWarning, match="unclosed pump"):
+        gc.collect()
+    tasks = Path("/proc/self/task").iterdir()
+    assert "vring-pump" not in {(task / "comm").read_text().strip() for task in tasks}
+
+
+def test_idle_ports_sleep(make_rig: Callable, sockets, pump_wakeups: Callable) -> None:
+    with Pump(busy_poll_us=100) as busy:
+        for options in ({}, {"pump": busy}):
+            out = make_rig(writable=False, **options)
+            into = make_rig(writable=True, **options)
+            out.write_to(sockets[0].fileno())
+            into.read_from(sockets[0].fileno())
+            into.offer()
+            out.send(b"x")
+            assert sockets[1].recv(1) == b"x"
+        time.sleep(0.05)
+        asleep = pump_wakeups()
+        time.sleep(0.2)
+        assert pump_wakeups() == asleep
+        into.flow.detach()
+        out.flow.detach()
+
+
+def test_kick_descriptor_shared_by_queues(make_rig: Callable, sockets) -> None:
+    """As with a register model that has one notification register for all."""
+    one, two = make_rig(writable=False), make_rig(writable=False)
+    one.write_to(sockets[0].fileno())
+    two.write_to(sockets[0].fileno(), kick_fd=one.kick_fd)
+    for i in range(3):
+        two.guest.send(b"two", [3])
+        one.kick()
+        assert sockets[1].recv(10) == b"two"
+        one.send(b"one")
+        assert sockets[1].recv(10) == b"one", i
+    one.flow.detach()
+    two.guest.send(b"two", [3])
+    one.kick()
+    assert sockets[1].recv(10) == b"two"
+    two.flow.detach()
+
+
+def test_arguments(make_rig: Callable, sockets, tmp_path, pump: Pump) -> None:
+    rig = make_rig(writable=False)
+    good = {"write_fd": sockets[0].fileno(), **rig.notifiers()}
+    (tmp_path / "file").write_bytes(b"")
+    file = os.open(tmp_path / "file", os.O_RDWR)
+    read_end, write_end = os.pipe()
+    datagram = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        for wrong, why in [
+            ({"kick_fd": -1}, "kick_fd -1"),
+            ({"kick_fd": file}, "neither an eventfd nor a socket"),
+            ({"call_fd": file}, "neither an eventfd nor a socket"),
+            ({"call_fd": 999_999}, "call_fd 999999: Bad file descriptor"),
+            ({"write_fd": 999_999}, "write_fd 999999: Bad file descriptor"),
+            ({"write_fd": write_end}, "is blocking"),
+            ({"write_fd": datagram.fileno()}, "not a stream"),
+            ({"backlog": -1, "lossy": True}, "backlog -1"),
+        ]:
+            with pytest.raises(LocalMisuseError, match=why):
+                pump.guest_to_host(rig.queue, **{**good, **wrong})
+        with pytest.raises(LocalMisuseError, match="nothing to read from"):
+            pump.host_to_guest(rig.queue, read_fd=-1, **rig.notifiers())
+        with pytest.raises(TypeError):
+            pump.guest_to_host(rig.queue, **{**good, "on_event": None})
+        rig.guest.send(b"x", [1])
+        batch = rig.queue.pop_many()
+        with pytest.raises(LocalMisuseError, match="1 chains are in flight"):
+            pump.guest_to_host(rig.queue, **good)
+        rig.queue.unpop(batch)
+        flow = pump.guest_to_host(rig.queue, **good)  # none of it did any harm
+        assert sockets[1].recv(10) == b"x"
+        flow.detach()
+    finally:
+        datagram.close()
+        for fd in (file, read_end, write_end):
+            os.close(fd)
+    with pytest.raises(LocalMisuseError, match="busy_poll_us"):
+        Pump(busy_poll_us=-1)
+    closed = Pump()
+    closed.close()
+    closed.close()
+    closed.dispatch()
+    assert closed.event_fd == -1
+    with pytest.raises(LocalMisuseError, match="closed"):
+        closed.guest_to_host(rig.queue, **good)
