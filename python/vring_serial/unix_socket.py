@@ -10,6 +10,36 @@ from contextlib import suppress
 
 from vring_serial.errors import ResourceError
 
+MAX_PATH = 107  # bytes: sun_path without its NUL
+
+
+class SocketPathError(ResourceError):
+    """A path that no unix socket can be made at, or connected to.
+
+    Attributes:
+        path: the path.
+        why: what is wrong, without the path.
+    """
+
+    def __init__(self, path: str, why: str) -> None:
+        super().__init__(f"{path}: {why}")
+        self.path = path
+        self.why = why
+
+
+def encode_path(path: str) -> bytes:
+    """A path, or a name without its leading NUL, as socket calls take it.
+
+    Raises:
+        SocketPathError: it is too long.
+    """
+    name = os.fsencode(path)
+    if len(name) > MAX_PATH:
+        raise SocketPathError(
+            path, f"the path has {len(name)} bytes, and a unix socket's has {MAX_PATH} at most"
+        )
+    return name
+
 
 class UnixListener:
     """A non-blocking listening stream socket at a path.
@@ -22,23 +52,24 @@ class UnixListener:
         backlog: connections that may wait.
 
     Raises:
-        ResourceError: the path exists, is in use, is too long, or cannot be created.
+        SocketPathError: the path exists, is in use, is too long, or cannot be created.
     """
 
     def __init__(self, path: str, backlog: int = 16) -> None:
         self.path = path
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        self._identity: tuple[int, int] | None = None
+        name = encode_path(path)
         try:
-            self._bind()
-            made = os.stat(path)
-            self._identity = made.st_dev, made.st_ino
-            self.socket.listen(backlog)
+            self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            try:
+                self._bind(name)
+                self._identity = _identity(path)
+                self.socket.listen(backlog)
+            except BaseException:
+                self.close()
+                raise
         except OSError as error:
-            self.socket.close()
-            raise ResourceError(f"{path}: {error.strerror or error}") from None
-        except ResourceError:
-            self.socket.close()
-            raise
+            raise SocketPathError(path, error.strerror or str(error)) from None
 
     def close(self) -> None:
         """Stop listening and remove the socket, unless another has taken its place. Safe twice."""
@@ -46,29 +77,37 @@ class UnixListener:
             return
         self.socket.close()
         with suppress(OSError):
-            there = os.stat(self.path)
-            if (there.st_dev, there.st_ino) == self._identity:
+            if _identity(self.path) == self._identity:
                 os.unlink(self.path)
 
-    def _bind(self) -> None:
+    def _bind(self, name: bytes) -> None:
         try:
-            self.socket.bind(self.path)
+            self.socket.bind(name)
+        except FileNotFoundError:
+            directory = os.path.dirname(self.path)
+            raise SocketPathError(self.path, f"there is no directory {directory}") from None
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise
-            _remove_stale(self.path)
-            self.socket.bind(self.path)
+            _remove_stale(self.path, name)
+            self.socket.bind(name)
 
 
-def _remove_stale(path: str) -> None:
-    """Raises ResourceError unless ``path`` is a socket that refuses connections."""
+def _remove_stale(path: str, name: bytes) -> None:
+    """Raises SocketPathError unless ``path`` is a socket that nobody has open."""
     if not stat.S_ISSOCK(os.lstat(path).st_mode):
-        raise ResourceError(f"{path}: exists and is not a socket")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
-        answer = probe.connect_ex(path)
+        raise SocketPathError(path, "exists and is not a socket")
+    # A datagram socket cannot connect to a stream listener, so the question disturbs nobody: who
+    # is there is of the wrong type, and only a path that nobody has bound refuses.
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as probe:
+        answer = probe.connect_ex(name)
+    if answer in (0, errno.EPROTOTYPE, errno.EAGAIN):
+        raise SocketPathError(path, "exists, another process listens on it")
     if answer != errno.ECONNREFUSED:
-        why = (
-            "another process listens on it" if answer in (0, errno.EAGAIN) else os.strerror(answer)
-        )
-        raise ResourceError(f"{path}: exists, {why}")
+        raise SocketPathError(path, f"exists, {os.strerror(answer)}")
     os.unlink(path)
+
+
+def _identity(path: str) -> tuple[int, int]:
+    status = os.lstat(path)
+    return status.st_dev, status.st_ino

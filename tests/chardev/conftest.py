@@ -200,6 +200,7 @@ class Peer(abc.ABC):
     receives = True  # what the guest writes can be got back
     leaves = True  # the end closes when the peer goes
     returns = True  # and opens when the next comes
+    in_memory = False  # the end is Python code, so nothing waits in a descriptor
     chardev: Chardev
 
     def __init__(self, directory: Path) -> None:
@@ -457,6 +458,7 @@ class NullKind(Peer):
 
 class RingbufKind(Peer):
     sends = leaves = returns = False
+    in_memory = True
     chardev: RingbufChardev
 
     def __init__(self, directory: Path) -> None:
@@ -470,18 +472,24 @@ class RingbufKind(Peer):
 class ProtocolKind(Peer):
     """The peer is a protocol in this process; it leaves by closing the end, and comes back so."""
 
+    in_memory = True
     chardev: ProtocolChardev
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
         self.received = bytearray()
         self.transport: asyncio.Transport | None = None
+        self.connected = asyncio.Event()
         peer = self
 
         class Handler(asyncio.Protocol):
             def connection_made(self, transport: asyncio.BaseTransport) -> None:
                 assert isinstance(transport, asyncio.Transport)
                 peer.transport = transport
+                peer.connected.set()
+
+            def connection_lost(self, error: Exception | None) -> None:
+                peer.connected.clear()
 
             def data_received(self, data: bytes) -> None:
                 peer.received += data
@@ -492,6 +500,7 @@ class ProtocolKind(Peer):
         self.chardev.open()
 
     async def send(self, data: bytes) -> None:
+        await self.connected.wait()
         assert self.transport is not None
         self.transport.write(data)
 
@@ -519,6 +528,13 @@ KINDS: dict[str, type[Peer]] = {
     "ringbuf": RingbufKind,
     "protocol": ProtocolKind,
 }
+
+SENDING = [name for name, kind in KINDS.items() if kind.sends]
+RECEIVING = [name for name, kind in KINDS.items() if kind.receives]
+LEAVING = [name for name, kind in KINDS.items() if kind.leaves]
+COMING_BACK = [name for name in LEAVING if KINDS[name].returns]
+#: A peer may have left while its bytes still wait.
+WITH_LAST_WORDS = [n for n in LEAVING if KINDS[n].sends and not KINDS[n].in_memory]
 
 
 @pytest.fixture(params=KINDS)

@@ -9,7 +9,16 @@ import time
 
 import pytest
 
-from tests.chardev.conftest import Guest, Peer, open_descriptors
+from tests.chardev.conftest import (
+    COMING_BACK,
+    LEAVING,
+    RECEIVING,
+    SENDING,
+    WITH_LAST_WORDS,
+    Guest,
+    Peer,
+    open_descriptors,
+)
 from vring_serial.chardev.base import DescriptorEnd
 from vring_serial.errors import LocalProtocolError, ResourceError
 
@@ -42,18 +51,19 @@ async def test_stop_twice_and_before_start(peer: Peer) -> None:
     assert guest.events == ["opened", "closed"]
 
 
+AGAIN = [kind for kind in RECEIVING if kind != "stdio"]  # its peer is gone for good
+
+
+@pytest.mark.parametrize("peer", AGAIN, indirect=True)
 async def test_start_again_after_stop(peer: Peer) -> None:
     guest = await connected(peer)
     await peer.chardev.stop()
     await peer.disconnect()
-    if not peer.returns and peer.leaves:
-        return
     await peer.chardev.start()
     await peer.connect()
     await guest.opened()
     await guest.write(b"again")
-    if peer.receives:
-        assert await peer.receive(5) == b"again"
+    assert await peer.receive(5) == b"again"
 
 
 async def test_start_twice_does_nothing(peer: Peer) -> None:
@@ -76,42 +86,42 @@ async def test_one_user_only(peer: Peer) -> None:
         Guest(peer.chardev)
 
 
+@pytest.mark.parametrize("peer", RECEIVING, indirect=True)
 async def test_the_guests_output_arrives(peer: Peer) -> None:
     guest = await connected(peer)
     await guest.write(PATTERN)
-    if peer.receives:
-        async with asyncio.timeout(5):
-            assert await peer.receive(len(PATTERN)) == PATTERN
+    async with asyncio.timeout(5):
+        assert await peer.receive(len(PATTERN)) == PATTERN
 
 
+@pytest.mark.parametrize("peer", SENDING, indirect=True)
 async def test_the_peers_bytes_arrive(peer: Peer) -> None:
     guest = await connected(peer)
-    if peer.sends:
-        await peer.send(PATTERN)
-        assert await guest.read(len(PATTERN)) == PATTERN
+    await peer.send(PATTERN)
+    assert await guest.read(len(PATTERN)) == PATTERN
 
 
 async def test_descriptors_never_block(peer: Peer) -> None:
     guest = await connected(peer)
-    if not isinstance(guest.end, DescriptorEnd):
-        return
-    for fd in (guest.read_fd, guest.write_fd):
+    end = guest.end
+    fds = (end.read_fd, end.write_fd) if isinstance(end, DescriptorEnd) else ()
+    for fd in fds:
         assert fd < 0 or not os.get_blocking(fd)
         assert fd < 0 or not os.get_inheritable(fd)
 
 
+@pytest.mark.parametrize("peer", RECEIVING, indirect=True)
 async def test_a_reader_that_does_not_read_loses_nothing(peer: Peer) -> None:
     guest = await connected(peer)
     total = 512 * 1024
     data = os.urandom(total)
     writing = asyncio.create_task(guest.write(data))
     await asyncio.sleep(0.05)  # the peer does not read; the loop stays ours
-    if peer.receives:
-        async with asyncio.timeout(5):
-            received = b""
-            while len(received) < total:
-                received += await peer.receive(min(65536, total - len(received)))
-        assert received == data
+    received = b""
+    async with asyncio.timeout(5):
+        while len(received) < total:
+            received += await peer.receive(min(65536, total - len(received)))
+    assert received == data
     await writing
 
 
@@ -124,9 +134,8 @@ async def test_a_peer_that_leaves_is_noticed_although_nobody_reads(peer: Peer) -
         assert guest.events == ["opened"]
 
 
+@pytest.mark.parametrize("peer", COMING_BACK, indirect=True)
 async def test_the_next_peer_is_served(peer: Peer) -> None:
-    if not peer.leaves or not peer.returns:
-        return
     guest = await connected(peer)
     for turn in range(1, 4):
         await peer.disconnect()
@@ -139,10 +148,9 @@ async def test_the_next_peer_is_served(peer: Peer) -> None:
         assert await guest.read(8) == b"and back"
 
 
+@pytest.mark.parametrize("peer", WITH_LAST_WORDS, indirect=True)
 async def test_bytes_of_a_peer_that_left_are_delivered(peer: Peer) -> None:
     guest = await connected(peer)
-    if not (peer.sends and peer.leaves and isinstance(guest.end, DescriptorEnd)):
-        return
     await peer.send(PATTERN)
     await peer.disconnect()
     cpu = time.process_time()
@@ -159,14 +167,13 @@ async def test_bytes_of_a_peer_that_left_are_delivered(peer: Peer) -> None:
     assert "closed" in guest.events
 
 
+@pytest.mark.parametrize("peer", WITH_LAST_WORDS, indirect=True)
 async def test_a_peer_that_left_is_let_go_when_its_bytes_are_read_and_no_more(
     peer: Peer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who read the last bytes may have stopped before it came to the end of file."""
     monkeypatch.setattr("vring_serial.chardev.hangup.RECHECK_SECONDS", 0.1)
     guest = await connected(peer)
-    if not (peer.sends and peer.leaves and isinstance(guest.end, DescriptorEnd)):
-        return
     await peer.send(b"last words")
     await peer.disconnect()
     await asyncio.sleep(0.1)
@@ -174,14 +181,14 @@ async def test_a_peer_that_left_is_let_go_when_its_bytes_are_read_and_no_more(
     await guest.until(lambda: "closed" in guest.events)
 
 
+@pytest.mark.parametrize("peer", LEAVING, indirect=True)
 async def test_peer_gone_closes_before_it_returns(peer: Peer) -> None:
     guest = await connected(peer)
     await peer.disconnect()
-    if peer.leaves:
-        peer.chardev.peer_gone(None)
-        assert guest.events == ["opened", "closed"]
-        peer.chardev.peer_gone(None)
-        assert guest.events == ["opened", "closed"]
+    peer.chardev.peer_gone(None)
+    assert guest.events == ["opened", "closed"]
+    peer.chardev.peer_gone(None)
+    assert guest.events == ["opened", "closed"]
 
 
 async def test_peer_gone_without_an_end_is_nothing(peer: Peer) -> None:

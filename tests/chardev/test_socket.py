@@ -136,7 +136,7 @@ async def test_a_live_server_is_left_in_peace(tmp_path: Path) -> None:
         other.bind(str(path))
         other.listen()
         other.setblocking(False)
-        await refused(unix_server(path), str(path), "another process is serving it")
+        await refused(unix_server(path), str(path), "another process listens on it")
         assert path.is_socket()
         with pytest.raises(BlockingIOError):
             other.accept()  # it has not even noticed
@@ -146,14 +146,14 @@ async def test_a_server_that_is_bound_and_does_not_listen_yet_is_alive(tmp_path:
     path = tmp_path / "s"
     with socket.socket(socket.AF_UNIX) as other:
         other.bind(str(path))
-        await refused(unix_server(path), "another process is serving it")
+        await refused(unix_server(path), "another process listens on it")
 
 
 async def test_a_datagram_server_is_alive_too(tmp_path: Path) -> None:
     path = tmp_path / "s"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
         other.bind(str(path))
-        await refused(unix_server(path), "another process is serving it")
+        await refused(unix_server(path), "another process listens on it")
 
 
 async def test_a_regular_file_is_kept(tmp_path: Path) -> None:

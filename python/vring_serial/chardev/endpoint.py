@@ -1,21 +1,21 @@
 """Addresses of sockets: listening and connecting, with errors that say what was wrong.
 
-Everything here raises OSError with a text fit for a user; the caller says for whom and what.
+Everything here raises OSError or SocketPathError with a text fit for a user; the caller says for
+whom and what.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import os
 import socket
-import stat
 from dataclasses import dataclass
 from typing import Any
 
+from vring_serial.unix_socket import MAX_PATH, UnixListener, encode_path
+
 BACKLOG = 8  # clients that wait while one is served
-MAX_UNIX_PATH = 107  # bytes: sun_path without its NUL
 RETRY_SECONDS = 0.05  # while a unix server's backlog is full
 PORT_ATTEMPTS = 8  # to find one port, chosen by the system, that is free on every address
 
@@ -34,16 +34,11 @@ class UnixAddress:
         return f"unix:{'@' if self.abstract else ''}{self.path}"
 
     def encode(self) -> bytes:
-        """As bind and connect take it. Raises OSError if it is too long."""
-        name = os.fsencode(self.path)
-        if len(name) > MAX_UNIX_PATH:
-            raise OSError(
-                errno.ENAMETOOLONG,
-                f"the path has {len(name)} bytes, and a unix socket's has {MAX_UNIX_PATH} at most",
-            )
+        """As bind and connect take it. Raises SocketPathError if it is too long."""
+        name = encode_path(self.path)
         if not self.abstract:
             return name
-        return b"\0" + (name if self.tight else name.ljust(MAX_UNIX_PATH, b"\0"))
+        return b"\0" + (name if self.tight else name.ljust(MAX_PATH, b"\0"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +82,7 @@ Address = UnixAddress | TcpAddress
 
 
 class Listener:
-    """The listening sockets of one address; the path that it makes is its own to remove.
+    """The listening sockets of one address.
 
     Attributes:
         sockets: non-blocking and listening.
@@ -97,8 +92,7 @@ class Listener:
     def __init__(self) -> None:
         self.sockets: list[socket.socket] = []
         self.port = 0
-        self._path = ""
-        self._identity: tuple[int, int] | None = None
+        self._file: UnixListener | None = None
 
     async def listen(self, address: Address) -> None:
         """Bind and listen. On an error nothing is left open or behind."""
@@ -112,32 +106,21 @@ class Listener:
             raise
 
     def close(self) -> None:
-        """Stop listening and remove the path, unless another file is there by now."""
+        """Stop listening; a path that was made is removed."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
         for sock in self.sockets:
             sock.close()
         self.sockets.clear()
         self.port = 0
-        identity, self._identity = self._identity, None
-        if identity is not None:
-            with contextlib.suppress(OSError):
-                if _identity(self._path) == identity:
-                    os.unlink(self._path)
 
     def _listen_unix(self, address: UnixAddress) -> None:
-        name = address.encode()
-        if not address.abstract:
-            _remove_stale(address.path)
-        sock = socket.socket(socket.AF_UNIX, _NONBLOCKING)
-        self.sockets.append(sock)
-        try:
-            sock.bind(name)
-        except FileNotFoundError:
-            directory = os.path.dirname(address.path)
-            raise OSError(errno.ENOENT, f"there is no directory {directory}") from None
-        if not address.abstract:
-            self._path = address.path
-            self._identity = _identity(address.path)
-        sock.listen(BACKLOG)
+        if address.abstract:
+            self.sockets.append(_listening(socket.AF_UNIX, address.encode()))
+        else:
+            self._file = UnixListener(address.path, BACKLOG)
+            self.sockets.append(self._file.socket)
 
     def _listen_tcp(self, address: TcpAddress, found: list[tuple[int, tuple[Any, ...]]]) -> None:
         """Listen on all addresses of the host, at the first port that is free on every one."""
@@ -215,10 +198,11 @@ async def _connect_tcp(family: int, where: tuple[Any, ...]) -> socket.socket:
     return sock
 
 
-def _listening(family: int, where: tuple[Any, ...]) -> socket.socket:
+def _listening(family: int, where: tuple[Any, ...] | bytes) -> socket.socket:
     sock = socket.socket(family, _NONBLOCKING)
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family != socket.AF_UNIX:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind(where)
@@ -227,28 +211,3 @@ def _listening(family: int, where: tuple[Any, ...]) -> socket.socket:
         sock.close()
         raise
     return sock
-
-
-def _remove_stale(path: str) -> None:
-    """Remove a socket that a dead process left; raise OSError for anything else that is there."""
-    try:
-        mode = os.lstat(path).st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        return  # bind says what is wrong with the directory
-    if not stat.S_ISSOCK(mode):
-        raise OSError(errno.EEXIST, "it exists and is not a socket")
-    # A datagram socket cannot connect to a stream server, so the question disturbs nobody: a server
-    # answers "wrong type", and only a path without one refuses.
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as probe:
-        answer = probe.connect_ex(os.fsencode(path))
-    if answer in (0, errno.EPROTOTYPE, errno.EAGAIN):
-        raise OSError(errno.EADDRINUSE, "another process is serving it")
-    if answer != errno.ECONNREFUSED:
-        raise OSError(answer, os.strerror(answer))
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-
-
-def _identity(path: str) -> tuple[int, int]:
-    status = os.lstat(path)
-    return status.st_dev, status.st_ino

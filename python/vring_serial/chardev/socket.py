@@ -12,6 +12,7 @@ from vring_serial.chardev.endpoint import Address, Listener, TcpAddress, UnixAdd
 from vring_serial.chardev.hangup import HangupWatch, has_unread
 from vring_serial.chardev.options import Options, check_path, check_range
 from vring_serial.errors import ConfigError
+from vring_serial.unix_socket import SocketPathError
 
 log = logging.getLogger(__name__)
 
@@ -227,8 +228,8 @@ class SocketChardev(Chardev):
                 self._connected(await connect(self._address))
                 return
             await self._listener.listen(self._address)
-        except OSError as error:
-            raise self._error(self._doing, error) from error
+        except (OSError, SocketPathError) as error:
+            raise self._error(self._doing, _why(error)) from error
         self._accept_next()
         if self.options.waits:
             log.info("chardev %s: waiting for a client at %s", self.id, self.description)
@@ -241,9 +242,9 @@ class SocketChardev(Chardev):
             await asyncio.sleep(delay)
             try:
                 sock = await connect(self._address)
-            except OSError as error:
+            except (OSError, SocketPathError) as error:
                 delay = self.options.reconnect_delay
-                message = str(self._error(self._doing, error))
+                message = str(self._error(self._doing, _why(error)))
                 if message != told:
                     log.warning("%s; trying again every %g s", message, delay)
                 told = message
@@ -304,3 +305,7 @@ class SocketChardev(Chardev):
         finally:
             self._watch.unwatch(peer.fileno())
             peer.close()
+
+
+def _why(error: OSError | SocketPathError) -> OSError | str:
+    return error.why if isinstance(error, SocketPathError) else error
