@@ -3,11 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
+# Where `make peers-qemu` keeps its Debian root; tests/peers/qemu looks there.
+export QEMU_ROOT ?= /var/cache/vring/qemu-root
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 SOURCES := $(wildcard vring/*.pyx vring/*.pxd)
 
-.PHONY: help build run test check bench fuzz sanitize format wheel peers clean
+.PHONY: help build run test check bench fuzz sanitize format wheel peers peers-qemu clean
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -59,6 +61,10 @@ peers: ## Debian packages of the real peers: User-Mode Linux, the SPICE agent, a
 	$(if $(filter 0,$(shell id -u)),,sudo) apt-get update
 	$(if $(filter 0,$(shell id -u)),,sudo) env DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
 		user-mode-linux busybox-static spice-vdagent xvfb xclip x11-xserver-utils
+
+peers-qemu: ## a Debian testing root with QEMU and its kernel, cached (needs root, 2 to 3 minutes)
+	$(if $(filter 0,$(shell id -u)),,sudo) env DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends debootstrap
+	$(if $(filter 0,$(shell id -u)),,sudo) tests/peers/qemu/make-root $(QEMU_ROOT)
 
 clean: ## remove what was built
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info vring/*.so $(VENV)/built
