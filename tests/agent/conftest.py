@@ -22,11 +22,12 @@ from vring_serial.proto.agent import (
 class Pair:
     """Both agents, connected until ``disconnect`` and again with ``connect``."""
 
-    def __init__(self):
+    def __init__(self, downloads=None):
+        self.downloads = downloads
         self.host_events = []
         self.guest_events = []
         self.host = HostAgent(on_event=self.host_events.append, timeout=5)
-        self.guest = GuestAgent(on_event=self.guest_events.append, timeout=5)
+        self.guest = GuestAgent(downloads=downloads, on_event=self.guest_events.append, timeout=5)
         self.running = None
         self.writer = None
 
@@ -50,7 +51,7 @@ class Pair:
 
     async def until(self, condition):
         async with asyncio.timeout(5):
-            while not condition():  # noqa: ASYNC110 - both sides have to be looked at
+            while not condition():
                 await asyncio.sleep(0.005)
 
     async def close(self):
@@ -62,6 +63,16 @@ class Pair:
 @pytest.fixture
 async def pair():
     pair = Pair()
+    yield pair
+    async with asyncio.timeout(5):
+        await pair.close()
+
+
+@pytest.fixture
+async def file_pair(tmp_path):
+    """A pair, connected, whose guest takes files."""
+    pair = Pair(tmp_path / "downloads")
+    await pair.connect()
     yield pair
     async with asyncio.timeout(5):
         await pair.close()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import shutil
 
 import pytest
 
@@ -13,6 +15,7 @@ from vring_serial.agent import (
     AgentTrouble,
     ClipboardEmptyError,
     ClipboardTooLargeError,
+    FileRefusedError,
     HostAgent,
 )
 from vring_serial.proto.agent import Capability, ClipboardType, Monitor, Selection
@@ -114,7 +117,7 @@ async def test_clipboard_refusals(bench):
 async def test_the_agent_restarts_and_is_offered_the_clipboard_again(bench):
     await bench.host.set_clipboard("survives")
     await bench.vdagent.stop()
-    await bench.vdagent.until(lambda: AgentGone() in bench.events)
+    await bench.vdagent.until(lambda: any(isinstance(e, AgentGone) for e in bench.events))
     assert bench.host.capabilities is None
     bench.events.clear()
     await bench.vdagent.start()
@@ -128,3 +131,42 @@ async def test_a_lost_channel_comes_back(bench):
     await bench.vdagent.until(lambda: AgentGone("lost") in bench.events)
     await bench.host.wait_ready(15)
     await bench.host.set_monitors([Monitor(800, 600)])
+
+
+@pytest.mark.parametrize("size", [0, 1000, 5 << 20])
+async def test_files_arrive(bench, tmp_path, size):
+    path = tmp_path / "a file.bin"
+    path.write_bytes(os.urandom(size))
+    await bench.host.send_file(path)
+    assert (bench.vdagent.downloads / "a file.bin").read_bytes() == path.read_bytes()
+
+
+async def test_several_files_at_once_and_one_is_cancelled(bench, tmp_path):
+    paths = [tmp_path / f"file{n}" for n in range(3)]
+    for path in paths:
+        path.write_bytes(os.urandom(8 << 20))
+    started = asyncio.Event()
+
+    def note(sent, size):
+        if sent > 1 << 20:
+            started.set()
+
+    sending = [asyncio.ensure_future(bench.host.send_file(p, on_progress=note)) for p in paths]
+    async with asyncio.timeout(20):
+        await started.wait()
+        sending[0].cancel()
+        results = await asyncio.gather(*sending, return_exceptions=True)
+    assert isinstance(results[0], asyncio.CancelledError)
+    assert results[1:] == [None, None]
+    await bench.vdagent.until(lambda: not (bench.vdagent.downloads / "file0").exists())
+    for path in paths[1:]:
+        assert (bench.vdagent.downloads / path.name).read_bytes() == path.read_bytes()
+    await bench.host.set_monitors([Monitor(1024, 768)])
+
+
+async def test_a_file_that_the_guest_has_no_space_for_is_refused(bench, tmp_path):
+    path = tmp_path / "sparse"
+    with path.open("wb") as file:
+        file.truncate(shutil.disk_usage(tmp_path).free + (1 << 40))
+    with pytest.raises(FileRefusedError, match="not enough space"):
+        await bench.host.send_file(path)

@@ -11,6 +11,7 @@ from vring_serial.agent.errors import (
     AgentUnsupportedError,
     ClipboardEmptyError,
     ClipboardTooLargeError,
+    FileRefusedError,
     FileTransferError,
 )
 from vring_serial.agent.events import (
@@ -44,4 +45,5 @@ __all__ = [
     "ClipboardEmptyError",
     "ClipboardTooLargeError",
     "FileTransferError",
+    "FileRefusedError",
 ]

@@ -35,3 +35,7 @@ class ClipboardTooLargeError(AgentError):
 
 class FileTransferError(AgentError):
     """A file did not get across; the message says why."""
+
+
+class FileRefusedError(FileTransferError):
+    """The other end did not take a file, or stopped taking it; the message says why."""

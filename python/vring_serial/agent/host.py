@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
+from pathlib import Path
 
 from vring_serial.agent.clipboard import (
     ClipboardChannel,
@@ -29,6 +30,7 @@ from vring_serial.agent.events import (
     ClipboardReleased,
     OtherMessage,
 )
+from vring_serial.agent.files import FileSender, Progress
 from vring_serial.agent.link import AgentLink, BodySink
 from vring_serial.proto.agent import (
     AgentProtocolError,
@@ -41,6 +43,7 @@ from vring_serial.proto.agent import (
     ClipboardRelease,
     ClipboardRequest,
     ClipboardType,
+    FileXferStatus,
     Message,
     Monitor,
     MonitorsConfig,
@@ -113,6 +116,7 @@ class HostAgent:
         self._asked = False
         self._ready = asyncio.Event()
         self._replies: dict[int, deque[asyncio.Future[int]]] = {}
+        self._files = FileSender()
         self._clipboard = ClipboardChannel(
             Side.HOST,
             on_grab=self._took_grab,
@@ -248,6 +252,29 @@ class HostAgent:
             ) from None
         return self.clipboard_types(selection)
 
+    async def send_file(
+        self,
+        path: Path,
+        *,
+        name: str | None = None,
+        on_progress: Progress | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        """Put a file into the guest's download directory, under its own or another name.
+
+        Returns when the guest has confirmed it. Any number may run at once; cancelling the task
+        cancels the transfer in the guest, and no other. ``on_progress`` is called with the bytes
+        sent and the bytes in all; ``timeout`` counts from the last progress.
+        Raises FileRefusedError with the guest's reason, FileTransferError if the file cannot be
+        read to its end, AgentUnsupportedError, AgentTimeoutError, AgentGoneError.
+        """
+        self._need()
+        assert self.capabilities is not None
+        if Capability.FILE_XFER_DISABLED in self.capabilities:
+            raise AgentUnsupportedError("the agent takes no files (FILE_XFER_DISABLED)")
+        seconds = self._timeout if timeout is None else timeout
+        await self._files.send(path, name=name, on_progress=on_progress, timeout=seconds)
+
     async def send(self, message: Message) -> None:
         """Send any message as it is. Raises AgentGoneError."""
         if self._link is None:
@@ -310,6 +337,7 @@ class HostAgent:
     def _begin_session(self, link: AgentLink) -> None:
         """Both sides start anew, because we ask the agent for its capabilities."""
         self._clipboard.begin_session(link)
+        self._files.begin_session(link)
         self._fail_replies("the agent started anew")
         self._asked = True
         link.post(AnnounceCapabilities(True, self._announced))
@@ -339,6 +367,7 @@ class HostAgent:
         self.capabilities = None
         self._ready.clear()
         self._clipboard.end_session()
+        self._files.end_session("the agent went away")
         self._fail_replies("the agent went away")
         self._emit(AgentGone(str(reason) if reason else ""))
 
@@ -357,6 +386,10 @@ class HostAgent:
             self._clipboard.took_request(message)
         elif isinstance(message, Clipboard):
             self._clipboard.took_data(message)
+        elif isinstance(message, FileXferStatus):
+            error = self._files.took_status(message)
+            if error is not None:
+                self._emit(AgentTrouble(error))
         elif isinstance(message, Reply):
             self._took_reply(message)
         else:
