@@ -263,6 +263,7 @@ class ScriptedFrontend:
         """Make one chain available; True if the device is to be kicked."""
         at = BUFFERS + 0x1000 * slot
         self.memory.write(at, data)
+        self.drivers[index].enable_notifications()
         self.drivers[index].add([(at, len(data))], [(at + 0x800, len(data))])
         return self.drivers[index].publish()
 
