@@ -307,6 +307,8 @@ async def test_sockets_that_cannot_be_made_are_named(path: Path, device: Any) ->
         await VhostUserBackend(device, str(path)).start()
     assert path.read_text() == "precious"
     assert device.on_config_change is None
+    with pytest.raises(ResourceError, match="107 at most"):
+        await VhostUserBackend(device, "x" * 108, listen=False).start()
 
 
 def test_more_queues_than_the_protocol_can_name(path: Path, device: Any) -> None:

@@ -12,7 +12,7 @@ from vring_serial.device.base import VirtioDevice
 from vring_serial.errors import ConfigError, LocalProtocolError
 from vring_serial.proto.vhost_user import ProtocolFeature
 from vring_serial.transport.vhost_session import Session
-from vring_serial.unix_socket import UnixListener
+from vring_serial.unix_socket import UnixListener, encode_path
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +94,8 @@ class VhostUserBackend:
         if self._listens:
             self._listener = UnixListener(self._path)
             log.info("%s: waiting for a frontend", self._name)
+        else:
+            encode_path(self._path)
         self._started = True
         self._device.on_config_change = self._config_changed
         self._device.on_needs_reset = self._ring_broken
