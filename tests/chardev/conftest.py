@@ -550,6 +550,12 @@ async def peer(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[
     assert not set(after) - set(before)
 
 
+@pytest.fixture(autouse=True)
+def quick_ptys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests wait for ptys hundreds of times; people do not notice a fifth of a second."""
+    monkeypatch.setattr("vring_serial.chardev.pty.POLL_SECONDS", 0.02)
+
+
 @pytest.fixture
 def no_leak() -> Iterator[None]:
     """The test leaves no descriptor open; for tests that make their own chardevs."""

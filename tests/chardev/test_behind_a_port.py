@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import fcntl
+import os
+import struct
+import termios
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -16,29 +21,45 @@ from tests.chardev.conftest import (
     FileWithInputKind,
     Peer,
 )
+from vring_serial.chardev.file import FileChardev, FileOptions
+from vring_serial.chardev.pty import PtyChardev
+from vring_serial.chardev.ringbuf import RingbufChardev
 from vring_serial.device.controller import Controller
 from vring_serial.device.port import Port
 from vring_serial.guest.guest import EmbeddedGuest
 from vring_serial.guest.port import GuestPort
 from vring_serial.transport.vhost_user import VhostUserBackend
 
+Serve = Callable[..., AbstractAsyncContextManager[EmbeddedGuest]]
+
 DATA = bytes(range(256)) * 1024  # more than one ring of a socket's or terminal's buffer takes
 
 
 @pytest.fixture
-async def guest_port(peer: Peer, tmp_path: Path) -> AsyncIterator[GuestPort]:
-    controller = Controller(max_ports=2)
-    controller.add_port(Port(1, "test", peer.chardev))
-    backend = VhostUserBackend(controller, str(tmp_path / "vhost-user"))
-    await controller.start()
-    await backend.start()
-    async with (
-        asyncio.timeout(20),
-        EmbeddedGuest(str(tmp_path / "vhost-user"), queue_size=64) as guest,
-    ):
+def served(tmp_path: Path) -> Serve:
+    """Makes a served device of ports, and a guest that drives it."""
+
+    @asynccontextmanager
+    async def serve(*ports: Port) -> AsyncIterator[EmbeddedGuest]:
+        controller = Controller(max_ports=3)
+        for port in ports:
+            controller.add_port(port)
+        path = str(tmp_path / "vhost-user")
+        backend = VhostUserBackend(controller, path)
+        await controller.start()
+        await backend.start()
+        async with asyncio.timeout(20), EmbeddedGuest(path, queue_size=64) as guest:
+            yield guest
+        await backend.stop()
+        await controller.stop()
+
+    return serve
+
+
+@pytest.fixture
+async def guest_port(peer: Peer, served: Serve) -> AsyncIterator[GuestPort]:
+    async with served(Port(1, "test", peer.chardev)) as guest:
         yield await guest.wait_port(nr=1, timeout=5)
-    await backend.stop()
-    await controller.stop()
 
 
 async def receive(peer: Peer, size: int) -> bytes:
@@ -101,6 +122,47 @@ async def test_the_whole_input_file_arrives_and_the_output_goes_on(
     writer.write(b"done")
     assert await receive(peer, 4) == b"done"
     writer.close()
+
+
+async def test_a_full_disk_holds_up_one_port_alone(
+    served: Serve,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(FileChardev, "retry_seconds", 0.05)
+    full = FileChardev("full", FileOptions(path="/dev/full"))
+    memory = RingbufChardev("memory")
+    async with served(Port(1, "full", full), Port(2, "memory", memory)) as guest:
+        _, stuck = await (await guest.wait_port(nr=1, timeout=5)).open()
+        stuck.write(DATA)
+        _, fine = await (await guest.wait_port(nr=2, timeout=5)).open()
+        async with asyncio.timeout(10):
+            while "No space left on device" not in caplog.text:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.2)  # several attempts
+            fine.write(b"and this goes on")
+            while memory.read() != b"and this goes on":
+                await asyncio.sleep(0.01)
+        stuck.close()
+        fine.close()
+    lines = [r for r in caplog.records if r.name.startswith("vring_serial.chardev")]
+    assert len(lines) == 1
+
+
+async def test_a_console_has_the_size_of_its_terminal(
+    served: Serve,
+) -> None:
+    pty = PtyChardev("console")
+    async with served(Port(0, "", pty, console=True)) as guest:
+        console = await guest.wait_port(nr=0, timeout=5)
+        slave = os.open(pty.path, os.O_RDWR | os.O_NOCTTY)
+        async with asyncio.timeout(10):
+            for cols, rows in ((80, 24), (132, 43)):
+                size = struct.pack("HHHH", rows, cols, 0, 0)
+                fcntl.ioctl(slave, termios.TIOCSWINSZ, size)
+                while console.size != (cols, rows):
+                    await asyncio.sleep(0.01)
+        os.close(slave)
 
 
 @pytest.mark.parametrize("peer", COMING_BACK, indirect=True)

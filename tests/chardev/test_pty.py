@@ -46,7 +46,7 @@ async def test_the_path_is_told(pty: tuple[PtyChardev, Guest]) -> None:
 
 async def test_nobody_has_it_open_at_first(pty: tuple[PtyChardev, Guest]) -> None:
     _, guest = pty
-    await asyncio.sleep(0.3)
+    await asyncio.sleep(0.1)
     assert guest.events == []
 
 
@@ -94,7 +94,7 @@ async def test_two_programs_are_one_peer(pty: tuple[PtyChardev, Guest]) -> None:
     first, second = open_slave(chardev), open_slave(chardev)
     await guest.opened()
     os.close(first)
-    await asyncio.sleep(0.3)
+    await asyncio.sleep(0.1)
     assert guest.events == ["opened"]
     os.close(second)
     await guest.closed()
@@ -108,10 +108,10 @@ async def test_the_size_and_its_changes_are_told(pty: tuple[PtyChardev, Guest]) 
     assert guest.events[0] == "opened"
     set_size(slave, 132, 43)
     await guest.until(lambda: guest.sizes == [(80, 24), (132, 43)])
-    await asyncio.sleep(0.3)
+    await asyncio.sleep(0.1)
     assert len(guest.sizes) == 2, "the same size is told once"
     set_size(slave, 0, 0)  # nobody knows
-    await asyncio.sleep(0.3)
+    await asyncio.sleep(0.1)
     assert len(guest.sizes) == 2
     os.close(slave)
     await guest.closed()

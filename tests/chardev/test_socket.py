@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.chardev.conftest import Guest, open_descriptors, read_exactly, reset_connection
 from vring_serial.chardev.socket import SocketChardev, SocketOptions
@@ -419,6 +421,80 @@ async def test_many_clients_in_a_row(tmp_path: Path) -> None:
         chardev.peer_gone()
     await chardev.stop()
     assert guest.events == ["opened", "closed"] * 5
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.just(("connect", 0)),
+        st.tuples(st.sampled_from(["send", "close", "half-close"]), st.integers(0, 4)),
+        st.just(("read", 0)),
+    ),
+    max_size=25,
+)
+
+
+@given(steps=STEPS)
+@settings(max_examples=60, deadline=None)
+def test_every_byte_of_every_client_in_their_order(steps: list[tuple[str, int]]) -> None:
+    """Up to five clients come, send and go while the guest reads at moments of its own."""
+
+    async def play() -> None:
+        name = f"vring-test-{os.getpid()}"
+        chardev = unix_server(name, abstract=True)
+        guest = Guest(chardev)
+        clients: list[socket.socket] = []
+        sent: list[bytes] = []
+        received = b""
+        await chardev.start()
+        for what, which in steps:
+            if what == "connect" and len(clients) < 5:
+                clients.append(await unix_client(f"\0{name}"))
+                sent.append(b"")
+            elif what == "read":
+                received += read_what_is_there(guest)
+            elif which < len(clients):
+                sent[which] += act(clients[which], what, len(sent[which]))
+            await asyncio.sleep(0)
+        for client in clients:
+            client.close()
+        async with asyncio.timeout(5):
+            while received != b"".join(sent) or guest.events.count("closed") < len(clients):
+                received += read_what_is_there(guest)
+                await asyncio.sleep(0)
+        await chardev.stop()
+        assert guest.events == ["opened", "closed"] * len(clients)
+
+    asyncio.run(play())
+
+
+def act(client: socket.socket, what: str, offset: int) -> bytes:
+    """Returns what the client sent; one that has gone, or that was sent away, sends nothing."""
+    data = bytes([offset % 251]) * 7
+    try:
+        if what == "send":
+            client.send(data)
+            return data
+        if what == "half-close":
+            client.shutdown(socket.SHUT_WR)
+        else:
+            client.close()
+    except OSError:
+        pass
+    return b""
+
+
+def read_what_is_there(guest: Guest) -> bytes:
+    """What the data plane does for an open port."""
+    data = b""
+    while guest.end is not None:
+        try:
+            more = os.read(guest.read_fd, 5)
+        except BlockingIOError:
+            break
+        data += more
+        if not more:
+            guest.chardev.peer_gone()
+    return data
 
 
 async def test_out_of_descriptors_at_a_clients_arrival(

@@ -33,8 +33,8 @@ class FileOptions(Options):
 class FileChardev(StreamChardev):
     """Writes the guest's output to a file.
 
-    A write error (a full disk) is logged and tried again every second; until it goes away the host
-    end is closed, so the guest's writers wait and lose nothing.
+    A write error (a full disk) is logged, and writing tried again after a second and then less and
+    less often; until it works the host end is closed, so the guest's writers wait and lose nothing.
     """
 
     retry_seconds = 1.0

@@ -12,6 +12,8 @@ from vring_serial.chardev.base import Chardev, DescriptorEnd
 
 log = logging.getLogger(__name__)
 
+MAX_RETRY_SECONDS = 30.0
+
 
 class StreamChardev(Chardev):
     """A chardev whose end opens at ``start`` and lasts as long as its output works.
@@ -21,7 +23,7 @@ class StreamChardev(Chardev):
     again after a while, so that a guest waits for a full disk instead of losing what it writes.
     """
 
-    retry_seconds: ClassVar[float] = 0.0  # after an error; 0 for never
+    retry_seconds: ClassVar[float] = 0.0  # after the first error; 0 for never
 
     def __init__(self, id: str) -> None:
         super().__init__(id)
@@ -29,7 +31,8 @@ class StreamChardev(Chardev):
         self._output = -1
         self._started = False
         self._reopening: asyncio.Handle | None = None
-        self._reported: tuple[int | None, float] | None = None
+        self._last_failure: tuple[int | None, float] | None = None
+        self._delay = self.retry_seconds
 
     @abc.abstractmethod
     def _open_streams(self) -> None:
@@ -66,9 +69,9 @@ class StreamChardev(Chardev):
             self._input_ended()
             self._reopening = loop.call_soon(self._open)
         else:
-            self._report(reason, loop.time())
+            self._failed(reason, loop.time())
             if self.retry_seconds:
-                self._reopening = loop.call_later(self.retry_seconds, self._open)
+                self._reopening = loop.call_later(self._delay, self._open)
 
     def _open(self) -> None:
         self._reopening = None
@@ -79,12 +82,15 @@ class StreamChardev(Chardev):
             os.close(self._input)
             self._input = -1
 
-    def _report(self, reason: OSError, now: float) -> None:
-        """Log an error, but not each time it is met again by trying again."""
-        last, self._reported = self._reported, (reason.errno, now)
-        if last is None or last[0] != reason.errno or now - last[1] > 5 * self.retry_seconds:
-            after = f"; trying again every {self.retry_seconds:g} s" if self.retry_seconds else ""
-            log.warning("chardev %s: %s: %s%s", self.id, self.description, reason.strerror, after)
+    def _failed(self, reason: OSError, now: float) -> None:
+        """Log an error that is news; one met again by trying again makes the next pause longer."""
+        last, self._last_failure = self._last_failure, (reason.errno, now)
+        if last is not None and last[0] == reason.errno and now - last[1] < 3 * self._delay:
+            self._delay = min(2 * self._delay, MAX_RETRY_SECONDS)
+            return
+        self._delay = self.retry_seconds
+        after = "; the guest waits until it works again" if self.retry_seconds else ""
+        log.warning("chardev %s: %s: %s%s", self.id, self.description, reason.strerror, after)
 
     def _release(self) -> None:
         self._streams_closing()
