@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,24 @@ DEFAULT_PROTOCOL = (
     | vu.ProtocolFeature.CONFIG
     | vu.ProtocolFeature.BACKEND_REQ
 )
+
+
+#: Seconds after which a test that hangs is ended.
+TIME_LIMIT = 60
+
+
+@pytest.fixture(autouse=True)
+def time_limit() -> Iterator[None]:
+    """Ends a test that hangs, wherever that is: in a task, a fixture or a call that blocks."""
+
+    def expired(number: int, frame: object) -> None:
+        raise TimeoutError(f"the test took more than {TIME_LIMIT} s")
+
+    before = signal.signal(signal.SIGALRM, expired)
+    signal.alarm(TIME_LIMIT)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 class ScriptedBackend:

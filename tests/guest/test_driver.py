@@ -27,9 +27,8 @@ PORT1_RX, PORT1_TX = 4, 5
 
 @pytest.fixture
 async def guest(scripted) -> AsyncIterator[EmbeddedGuest]:
-    async with asyncio.timeout(20):
-        async with EmbeddedGuest(scripted.path, queue_size=64, timeout=1) as guest:
-            yield guest
+    async with EmbeddedGuest(scripted.path, queue_size=64, timeout=1) as guest:
+        yield guest
 
 
 @pytest.fixture

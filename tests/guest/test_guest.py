@@ -56,12 +56,11 @@ async def setup(tmp_path: Path) -> AsyncIterator[Setup]:
     setup = Setup(tmp_path, controller, VhostUserBackend(controller, f"{tmp_path}/vhost.sock"))
     controller.add_port(setup.socket_port(1, "one"))
     controller.add_port(setup.socket_port(2, "two"))
-    async with asyncio.timeout(30):
-        await controller.start()
-        await setup.backend.start()
-        yield setup
-        await setup.backend.stop()
-        await controller.stop()
+    await controller.start()
+    await setup.backend.start()
+    yield setup
+    await setup.backend.stop()
+    await controller.stop()
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import contextlib
 import functools
 import logging
 import os
-import signal
 import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
@@ -18,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vring_serial.cli import logs
+from vring_serial.cli.signals import stop_on_signals
 from vring_serial.errors import ConfigError
 from vring_serial.guest.bulk import serve_bulk
 from vring_serial.guest.guest import EmbeddedGuest, GuestEvent
@@ -36,6 +36,8 @@ from vring_serial.proto.control import (
 
 #: Bytes moved at once between a port and the standard streams.
 RELAY_SIZE = 1 << 16
+
+_SECONDS = click.FloatRange(min=0, min_open=True)
 
 
 @click.command("guest", context_settings={"help_option_names": ["-h", "--help"]})
@@ -62,13 +64,18 @@ RELAY_SIZE = 1 << 16
     help="Answer requests for bulk data on this port (`send N`, `receive N`).",
 )
 @click.option("--agent", is_flag=True, help="Run the SPICE guest agent on com.redhat.spice.0.")
-@click.option("--wait", default=10.0, metavar="SECONDS", help="How long a port may take to appear.")
+@click.option(
+    "--desktop",
+    metavar="PORT",
+    help="With --agent: tell scripts on this port of resolution and clipboard, and copy for them.",
+)
+@click.option("--wait", default=10.0, type=_SECONDS, help="How long a port may take to appear.")
 @click.option("--memory", default=128, metavar="MIB", help="The guest's RAM.", show_default=True)
 @click.option("--queue-size", default=256, help="Descriptors per queue.", show_default=True)
 @click.option(
     "--receive-size", default=4096, help="Bytes of one receive buffer.", show_default=True
 )
-@click.option("--timeout", default=10.0, metavar="SECONDS", help="How long an answer may take.")
+@click.option("--timeout", default=10.0, type=_SECONDS, help="How long an answer may take.")
 @click.option("--log-level", default="info", type=click.Choice(logs.LEVELS), show_default=True)
 @click.option("--json-log", is_flag=True, help="Log lines as JSON objects.")
 def guest_command(
@@ -79,6 +86,7 @@ def guest_command(
     echo: tuple[str, ...],
     bulk: tuple[str, ...],
     agent: bool,
+    desktop: str | None,
     wait: float,
     memory: int,
     queue_size: int,
@@ -94,8 +102,10 @@ def guest_command(
     """
     services: list[tuple[str, Service]] = [(port, serve_echo) for port in echo]
     services += [(port, serve_bulk) for port in bulk]
+    if desktop and not agent:
+        raise ConfigError("--desktop needs --agent")
     if agent:
-        services.append(_agent())
+        services += _agent(desktop)
     if list_ports + bool(open_port) + bool(services) > 1:
         raise ConfigError("--list, --open and services on ports exclude one another")
     # Standard output and error are the port's and the table's own there.
@@ -117,47 +127,38 @@ def guest_command(
     asyncio.run(_run(guest, work))
 
 
-def _agent() -> tuple[str, Service]:
+def _agent(desktop_port: str | None) -> list[tuple[str, Service]]:
     from vring_serial.guest.agent import AGENT_PORT, serve_agent
+    from vring_serial.guest.desktop import Desktop
 
-    return AGENT_PORT, serve_agent
+    if desktop_port is None:
+        return [(AGENT_PORT, serve_agent)]
+    desktop = Desktop()
+    return [(AGENT_PORT, desktop.agent.run), (desktop_port, desktop.serve)]
 
 
 async def _run(guest: EmbeddedGuest, work: Callable[[], Coroutine[None, None, None]]) -> None:
     """Run ``work`` on a started guest until it is done, a signal comes or the backend leaves."""
     guest.on_event = _log_event
-    async with _until_signal() as interrupted:
-        await guest.start()
-        features = feature_names(guest.features)
-        _emit("guest_started", f"drives {guest.path} with {features}", path=guest.path)
-        tasks: list[asyncio.Task[Any]] = [
-            asyncio.create_task(job) for job in (work(), guest.wait_lost(), interrupted.wait())
-        ]
-        try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            lost = guest.lost
-            await guest.stop()
-        if tasks[0] in done:
-            await tasks[0]
-        elif lost is not None:
-            raise lost
-
-
-@contextlib.asynccontextmanager
-async def _until_signal() -> AsyncIterator[asyncio.Event]:
-    loop = asyncio.get_running_loop()
-    event = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, event.set)
+    interrupted = stop_on_signals()
+    await guest.start()
+    features = feature_names(guest.features)
+    _emit("guest_started", f"drives {guest.path} with {features}", path=guest.path)
+    tasks: list[asyncio.Task[Any]] = [
+        asyncio.create_task(job) for job in (work(), guest.wait_lost(), interrupted.wait())
+    ]
     try:
-        yield event
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        lost = guest.lost
+        await guest.stop()
+    if tasks[0] in done:
+        await tasks[0]
+    elif lost is not None:
+        raise lost
 
 
 async def _find(guest: EmbeddedGuest, port: str, wait: float) -> GuestPort:

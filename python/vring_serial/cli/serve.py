@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import signal
 from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from vring import Pump
 from vring_serial.cli import logs
 from vring_serial.cli.agent_end import AgentEnds
 from vring_serial.cli.logs import emit
+from vring_serial.cli.signals import stop_on_signals
 from vring_serial.config.build import make_controller
 from vring_serial.config.draft import check_unix_path
 from vring_serial.config.load import load_topology
@@ -176,7 +176,7 @@ async def serve(topology: Topology, settings: Settings) -> None:
         ConfigError: a host end or a device cannot be as it was asked for.
         ResourceError: a socket, file or terminal cannot be opened.
     """
-    stop = _stop_on_signals()
+    stop = stop_on_signals()
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(_pid_file(settings.pid_file))
         if await _finished_before(stop, _start(topology, settings, stack)):
@@ -258,22 +258,6 @@ def _running_pump() -> Iterator[Pump]:
     finally:
         loop.remove_reader(pump.event_fd)
         pump.close()
-
-
-def _stop_on_signals() -> asyncio.Event:
-    """An event that the first signal sets; after it, signals do what they do by default."""
-    loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
-
-    def first_signal() -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
-            signal.signal(number, signal.SIG_DFL)
-        stop.set()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, first_signal)
-    return stop
 
 
 async def _finished_before(stop: asyncio.Event, work: Coroutine[None, None, None]) -> bool:

@@ -114,7 +114,9 @@ class ConsoleDriver:
         if self._overdue is not None:
             self._overdue.cancel()
             self._overdue = None
-        for port in tuple(self.ports.values()):
+        ports = tuple(self.ports.values())
+        self.ports.clear()
+        for port in ports:
             port.remove(error)
 
     def _fail(self, error: Exception) -> None:
