@@ -5,13 +5,18 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
 import os
 import signal
+import subprocess
 import sys
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+
+from vring_serial.cli import vring
 
 PORTS = {1: "one", 2: "two", 3: "com.redhat.spice.0", 4: "desktop"}
 
@@ -73,31 +78,41 @@ async def commands() -> AsyncIterator[type[Command]]:
         await command.kill()
 
 
-@pytest.fixture
-async def served(commands: type[Command], tmp_path: Path) -> Command:
+def serve_arguments(directory: Path) -> list[str]:
     """``vring serve`` with its ports on unix sockets that have the ports' names."""
-    arguments = ["serve", "--vhost-user", f"{tmp_path}/vu"]
+    arguments = ["serve", "--vhost-user", f"{directory}/vu"]
     for nr, name in PORTS.items():
-        socket = f"socket,id={name},path={tmp_path}/{name},server=on,wait=off"
+        socket = f"socket,id={name},path={directory}/{name},server=on,wait=off"
         arguments += ["--chardev", socket, "--port", f"chardev={name},nr={nr},name={name}"]
-    command = await commands.start(*arguments)
-    await command.log_line("waiting for a frontend")
-    return command
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A directory with ``vring serve``'s sockets; one process for all tests."""
+    directory = tmp_path_factory.mktemp("served")
+    command = [sys.executable, "-m", "vring_serial", *serve_arguments(directory)]
+    with open(directory / "log", "wb") as log, subprocess.Popen(command, stderr=log) as process:
+        for _ in range(1000):
+            if b"waiting for a frontend" in (directory / "log").read_bytes():
+                break
+            time.sleep(0.01)
+        yield directory
+        process.terminate()
+        assert process.wait() == 0
 
 
 async def connect(path: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     return await asyncio.open_unix_connection(path, limit=1 << 20)
 
 
-async def test_echo_and_bulk_in_three_processes(
-    served: Command, commands: type[Command], tmp_path: Path
-) -> None:
+async def test_echo_and_bulk_in_three_processes(served: Path, commands: type[Command]) -> None:
     guest = await commands.start(
-        *("guest", "--vhost-user", f"{tmp_path}/vu", "--echo", "one", "--bulk", "2")
+        *("guest", "--vhost-user", f"{served}/vu", "--echo", "one", "--bulk", "2")
     )
     await guest.log_line("port 1 is called one")
-    reader, writer = await connect(tmp_path / "one")
-    bulk_reader, bulk_writer = await connect(tmp_path / "two")
+    reader, writer = await connect(served / "one")
+    bulk_reader, bulk_writer = await connect(served / "two")
     bulk_writer.write(b"send 8000000\n")
     data = os.urandom(8_000_000)
     writer.write(data)
@@ -107,17 +122,16 @@ async def test_echo_and_bulk_in_three_processes(
     assert answer == f"sha256 {hashlib.sha256(bulk).hexdigest()}\n".encode()
     writer.close()
     await guest.log_line("port 1 closed by the host")
-    reader, writer = await connect(tmp_path / "one")  # the service goes on with the next host
+    reader, writer = await connect(served / "one")  # the service goes on with the next host
     writer.write(b"again")
     assert await reader.readexactly(5) == b"again"
     assert (await guest.end(send=signal.SIGTERM))[0] == 0
     writer.close()
     bulk_writer.close()
-    await served.log_line("frontend gone")
 
 
-async def test_list(served: Command, commands: type[Command], tmp_path: Path) -> None:
-    guest = await commands.start("guest", "--vhost-user", f"{tmp_path}/vu", "--list")
+async def test_list(served: Path, commands: type[Command]) -> None:
+    guest = await commands.start("guest", "--vhost-user", f"{served}/vu", "--list")
     status, out = await guest.end()
     assert status == 0
     for nr, name in PORTS.items():
@@ -126,12 +140,10 @@ async def test_list(served: Command, commands: type[Command], tmp_path: Path) ->
         )
 
 
-async def test_open_is_the_standard_streams(
-    served: Command, commands: type[Command], tmp_path: Path
-) -> None:
-    reader, writer = await connect(tmp_path / "one")
+async def test_open_is_the_standard_streams(served: Path, commands: type[Command]) -> None:
+    reader, writer = await connect(served / "one")
     guest = await commands.start(
-        *("guest", "--vhost-user", f"{tmp_path}/vu", "--open", "one"), stdin=asyncio.subprocess.PIPE
+        *("guest", "--vhost-user", f"{served}/vu", "--open", "one"), stdin=asyncio.subprocess.PIPE
     )
     writer.write(b"from the host\n")
     assert guest.process.stdout is not None
@@ -143,25 +155,21 @@ async def test_open_is_the_standard_streams(
     writer.close()
 
 
-async def test_open_ends_with_the_host(
-    served: Command, commands: type[Command], tmp_path: Path
-) -> None:
-    _, writer = await connect(tmp_path / "one")
+async def test_open_ends_with_the_host(served: Path, commands: type[Command]) -> None:
+    _, writer = await connect(served / "one")
     writer.write(b"all there is")
     writer.close()
     guest = await commands.start(
-        *("guest", "--vhost-user", f"{tmp_path}/vu", "--open", "1", "--no-input")
+        *("guest", "--vhost-user", f"{served}/vu", "--open", "1", "--no-input")
     )
     assert await guest.end() == (0, "all there is")
 
 
-async def test_the_agent_and_its_desktop(
-    served: Command, commands: type[Command], tmp_path: Path
-) -> None:
+async def test_the_agent_and_its_desktop(served: Path, commands: type[Command]) -> None:
     guest = await commands.start(
-        *("guest", "--vhost-user", f"{tmp_path}/vu", "--agent", "--desktop", "desktop")
+        *("guest", "--vhost-user", f"{served}/vu", "--agent", "--desktop", "desktop")
     )
-    reader, writer = await connect(tmp_path / "desktop")
+    reader, writer = await connect(served / "desktop")
 
     async def ask(request: bytes) -> dict[str, object]:
         writer.write(request + b"\n")
@@ -172,37 +180,50 @@ async def test_the_agent_and_its_desktop(
     assert await ask(b'{"do": "copy", "text": "%s"}' % (b"x" * 200_000)) == {"result": None}
     for nonsense in (b"", b"[", b'{"do": "dance"}', b'{"do": "copy", "text": 1}', b"\xff"):
         assert "error" in await ask(nonsense)
-    agent_reader, agent_writer = await connect(tmp_path / "com.redhat.spice.0")
+    agent_reader, agent_writer = await connect(served / "com.redhat.spice.0")
     assert (await agent_reader.readexactly(4)) == b"\1\0\0\0"  # a chunk for the client
     agent_writer.close()
     writer.close()
     assert (await guest.end(send=signal.SIGINT))[0] == 0
 
 
-async def test_the_backend_is_killed(
-    served: Command, commands: type[Command], tmp_path: Path
-) -> None:
+async def test_the_backend_is_killed(commands: type[Command], tmp_path: Path) -> None:
+    backend = await commands.start(*serve_arguments(tmp_path))
+    await backend.log_line("waiting for a frontend")
     guest = await commands.start("guest", "--vhost-user", f"{tmp_path}/vu", "--echo", "one")
     await guest.log_line("port 1 is called one")
-    served.process.kill()
+    backend.process.kill()
     status, _ = await guest.end()
     assert status == 1
     assert guest.err.strip().endswith("vu: the backend closed the connection")
     assert "Traceback" not in guest.err
 
 
-async def test_the_guest_is_killed(
-    served: Command, commands: type[Command], tmp_path: Path
-) -> None:
+async def test_the_guest_is_killed(served: Path, commands: type[Command]) -> None:
     for _ in range(2):
-        guest = await commands.start("guest", "--vhost-user", f"{tmp_path}/vu", "--echo", "one")
+        guest = await commands.start("guest", "--vhost-user", f"{served}/vu", "--echo", "one")
         await guest.log_line("port 1 is called one")
-        reader, writer = await connect(tmp_path / "one")
+        reader, writer = await connect(served / "one")
         writer.write(b"x")
         assert await reader.readexactly(1) == b"x"
         await guest.kill()
-        await served.log_line("frontend gone")
         writer.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--open", "three", "--wait", "0.1"], "no port 'three' in 0.1 s; the device's ports: 1"),
+        (["--echo", "9", "--wait", "0.1"], "no port 9 in 0.1 s"),
+    ],
+)
+async def test_a_port_that_is_not_there(
+    served: Path, commands: type[Command], arguments: list[str], why: str
+) -> None:
+    guest = await commands.start("guest", "--vhost-user", f"{served}/vu", *arguments)
+    assert await guest.end() == (1, "")
+    assert why in guest.err.splitlines()[-1]
+    assert "Traceback" not in guest.err
 
 
 @pytest.mark.parametrize(
@@ -210,33 +231,25 @@ async def test_the_guest_is_killed(
     [
         (["--list", "--echo", "one"], 2, "exclude one another"),
         (["--desktop", "one"], 2, "--desktop needs --agent"),
-        (["--queue-size", "3"], 2, "queue size 3"),
+        (["--queue-size", "3"], 2, "queue size 3 is not a power of two up to 32768"),
         (["--timeout", "0"], 2, "timeout"),
-        (
-            ["--open", "three", "--wait", "0.1"],
-            1,
-            "no port 'three' in 0.1 s; the device's ports: 1",
-        ),
-        (["--echo", "9", "--wait", "0.1"], 1, "no port 9 in 0.1 s"),
+        (["--memory", "-1"], 2, "bytes of RAM are less than 1 MiB"),
+        (["--list"], 1, "none: cannot connect to the backend: No such file or directory"),
     ],
 )
-async def test_what_cannot_be(
-    served: Command,
-    commands: type[Command],
+def test_what_cannot_be(
     tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
     arguments: list[str],
     status: int,
     why: str,
 ) -> None:
-    guest = await commands.start("guest", "--vhost-user", f"{tmp_path}/vu", *arguments)
-    assert await guest.end() == (status, "")
-    assert why in guest.err.splitlines()[-1]
-    assert "Traceback" not in guest.err
-
-
-async def test_no_backend(commands: type[Command], tmp_path: Path) -> None:
-    guest = await commands.start("guest", "--vhost-user", f"{tmp_path}/none", "--list")
-    assert await guest.end() == (1, "")
-    assert guest.err == (
-        f"vring: {tmp_path}/none: cannot connect to the backend: No such file or directory\n"
-    )
+    monkeypatch.setattr(logging.root, "handlers", [])
+    with pytest.raises(SystemExit) as exit_:
+        vring.main(["guest", "--vhost-user", f"{tmp_path}/none", *arguments])
+    assert exit_.value.code == status
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert why in err
+    assert len(err.splitlines()) == 1
