@@ -12,6 +12,7 @@ from vring import GuestMemory, Region
 from vring.errors import RingError, VringError
 from vring_serial import unix_fds
 from vring_serial.device.base import VirtioDevice
+from vring_serial.device.ratelimit import RateLimitedLog
 from vring_serial.errors import ProtocolError
 from vring_serial.proto.console import Status
 from vring_serial.proto.vhost_user import (
@@ -87,6 +88,7 @@ class Session:
         self._name = name
         self._ended = ended
         self._parser = MessageParser(Request)
+        self._refused = RateLimitedLog(log)
         self._unsent = bytearray()
         self._waits_to_send = False
         self._paused = False
@@ -135,8 +137,15 @@ class Session:
             self._channel.close()
         unix_fds.close_all(self._parser.take_fds())
 
-    def _end(self, level: int, why: str) -> None:
-        log.log(level, "%s: %s", self._name, why)
+    def _lost(self, error: OSError) -> None:
+        log.info("%s: connection lost: %s", self._name, error.strerror or error)
+        self._end()
+
+    def _send_away(self, why: str) -> None:
+        log.warning("%s: %s; connection closed", self._name, why)
+        self._end()
+
+    def _end(self) -> None:
         self.close()
         self._ended()
 
@@ -146,16 +155,15 @@ class Session:
         except BlockingIOError:
             return
         except OSError as error:
-            self._end(logging.INFO, f"frontend gone: {error.strerror or error}")
+            self._lost(error)
             return
         if not received.data:
             unix_fds.close_all(received.fds)
-            self._end(logging.INFO, "frontend gone")
+            self._end()
             return
         self._parser.receive_data(received.data, received.fds)
         if received.truncated:
-            why = f"more than {MAX_FDS} descriptors in one message, or no room for them"
-            self._end(logging.WARNING, f"{why}; connection closed")
+            self._send_away(f"more than {MAX_FDS} descriptors in one message, or no room for them")
             return
         self._handle_messages()
 
@@ -166,7 +174,7 @@ class Session:
                 if self._sock.fileno() < 0:
                     return
         except (FatalError, VhostUserError) as error:
-            self._end(logging.WARNING, f"{error}; connection closed")
+            self._send_away(str(error))
             return
         self._send()
 
@@ -203,7 +211,7 @@ class Session:
             refusal = U64(1)
         else:
             raise error
-        log.warning("%s: refused %s", self._name, error)
+        self._refused.warning("%s: refused %s", self._name, error)
         self._unsent += reply(message.kind, refusal)
 
     def _wants_acknowledgement(self, message: Message) -> bool:
@@ -223,7 +231,7 @@ class Session:
                 self._loop.remove_reader(self._sock)
             return
         except OSError as error:
-            self._end(logging.INFO, f"frontend gone: {error.strerror or error}")
+            self._lost(error)
             return
         if self._waits_to_send:
             self._waits_to_send = False
