@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable
 from dataclasses import dataclass
 from pathlib import Path
 
+from vring_serial.agent import HostAgent
 from vring_serial.errors import ResourceError
 from vring_serial.guest.bulk import stamped_blocks
 from vring_serial.guest.uml import UmlGuest, find_parts
 from vring_serial.guest.uml_desktop import MEMORY_MIB, UmlDesktop, require_programs
+from vring_serial.proto.agent import Selection
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +37,8 @@ class DemoGuest(ABC):
     resolution_witness: str
 
     @abstractmethod
-    async def start(self, socket: Path, directory: Path) -> None:
-        """Start on the backend's socket; ``directory`` holds the host ends of the ports."""
+    async def start(self, socket: Path) -> None:
+        """Start on the backend's socket."""
 
     @abstractmethod
     async def stop(self) -> None:
@@ -49,12 +49,12 @@ class DemoGuest(ABC):
         """Wait until the guest's screen has this size. Raises ResourceError if it does not come."""
 
     @abstractmethod
-    async def paste(self) -> str:
-        """The text that a program in the guest would paste."""
+    async def wait_paste(self, agent: HostAgent, text: str) -> None:
+        """Paste in the guest until this text comes out. Raises ResourceError if it does not."""
 
     @abstractmethod
-    async def copy(self, text: str) -> None:
-        """Copy as a program in the guest would."""
+    async def copy(self) -> tuple[str, Selection]:
+        """Copy some text in the guest; which, and into which selection."""
 
     @abstractmethod
     async def begin_send(self, streams: BulkStreams, total: int) -> Awaitable[str]:
@@ -66,57 +66,42 @@ class DemoGuest(ABC):
 
 
 class EmbeddedDemoGuest(DemoGuest):
-    """``vring guest`` in a process of its own; its desktop is asked over a port."""
+    """``vring guest`` in a process of its own.
 
-    #: The port over which the embedded guest answers about its clipboard and screen.
-    DESKTOP_PORT = 3
+    Its agent pastes what the host copies and then selects it, so the PRIMARY selection tells what
+    arrived, and is the text that goes back to the host.
+    """
 
     title = "embedded guest (its own process, over vhost-user)"
-    resolution_witness = "the guest's desktop"
+    resolution_witness = "the guest's REPLY"
 
     def __init__(self) -> None:
         self._process: asyncio.subprocess.Process | None = None
-        self._desktop: BulkStreams | None = None
+        self._pasted = ""
 
-    async def start(self, socket: Path, directory: Path) -> None:
+    async def start(self, socket: Path) -> None:
         self._process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "vring_serial", "guest", "--vhost-user", str(socket)),
-            *("--agent", "--desktop", "org.vring.desktop.0", "--bulk", "org.vring.bulk.0"),
-            *("--log-level", "error"),
+            *("--agent", "--bulk", "org.vring.bulk.0", "--log-level", "error"),
             stdin=asyncio.subprocess.DEVNULL,
         )
-        self._desktop = BulkStreams(*await asyncio.open_unix_connection(directory / "desktop.sock"))
 
     async def stop(self) -> None:
-        if self._desktop is not None:
-            self._desktop.writer.close()
-            with contextlib.suppress(OSError):
-                await self._desktop.writer.wait_closed()
         if self._process is not None and self._process.returncode is None:
             self._process.terminate()
             await self._process.wait()
 
-    async def _ask(self, **request: object) -> object:
-        assert self._desktop is not None
-        self._desktop.writer.write(json.dumps(request).encode() + b"\n")
-        line = await self._desktop.reader.readline()
-        if not line:
-            raise ResourceError("the guest closed its desktop port")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise ResourceError(f"the guest's desktop: {answer['error']}")
-        return answer["result"]
-
     async def wait_resolution(self, width: int, height: int) -> None:
-        size = await self._ask(do="resolution")
-        if size != [width, height]:
-            raise ResourceError(f"the guest's screen is {size}, not {width}x{height}")
+        """Nothing to wait for: its agent answers when it has the new resolution."""
 
-    async def paste(self) -> str:
-        return str(await self._ask(do="paste"))
+    async def wait_paste(self, agent: HostAgent, text: str) -> None:
+        await agent.wait_clipboard(Selection.PRIMARY)
+        self._pasted = await agent.get_clipboard(Selection.PRIMARY)
+        if self._pasted != text:
+            raise ResourceError(f"the guest pasted {self._pasted!r}")
 
-    async def copy(self, text: str) -> None:
-        await self._ask(do="copy", text=text)
+    async def copy(self) -> tuple[str, Selection]:
+        return self._pasted, Selection.PRIMARY
 
     async def begin_send(self, streams: BulkStreams, total: int) -> Awaitable[str]:
         streams.writer.write(f"send {total}\n".encode())
@@ -140,6 +125,8 @@ class UmlDemoGuest(DemoGuest):
 
     title = "User-Mode Linux with spice-vdagent"
     resolution_witness = "xrandr in the guest"
+    #: What is copied in the guest.
+    TEXT = "From the guest: Grüße, Ελλάδα, 📋\nand a second line"
 
     def __init__(self) -> None:
         find_parts()
@@ -147,7 +134,7 @@ class UmlDemoGuest(DemoGuest):
         self._guest: UmlGuest | None = None
         self._desktop: UmlDesktop | None = None
 
-    async def start(self, socket: Path, directory: Path) -> None:
+    async def start(self, socket: Path) -> None:
         self._guest = UmlGuest([socket], memory_mib=MEMORY_MIB)
         await self._guest.start()
         self._desktop = UmlDesktop(self._guest)
@@ -162,16 +149,14 @@ class UmlDemoGuest(DemoGuest):
         assert self._desktop is not None
         await self._desktop.wait_resolution(width, height)
 
-    async def paste(self) -> str:
+    async def wait_paste(self, agent: HostAgent, text: str) -> None:
         assert self._desktop is not None
-        text = await self._desktop.paste()
-        if text is None:
-            raise ResourceError("nothing to paste in the guest")
-        return text
+        await self._desktop.wait_paste(text)
 
-    async def copy(self, text: str) -> None:
+    async def copy(self) -> tuple[str, Selection]:
         assert self._desktop is not None
-        await self._desktop.copy(text)
+        await self._desktop.copy(self.TEXT)
+        return self.TEXT, Selection.CLIPBOARD
 
     async def begin_send(self, streams: BulkStreams, total: int) -> Awaitable[str]:
         await asyncio.to_thread(self._write_payload, total)

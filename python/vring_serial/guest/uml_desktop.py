@@ -25,11 +25,17 @@ PROGRAMS = {
     "xrandr": "x11-xserver-utils",
 }
 
-START = """\
+START_X = """\
 mkdir -p /tmp/.X11-unix /tmp/downloads
 : >/tmp/uinput
 Xvfb :0 -screen 0 {screen} -nolisten tcp >/tmp/xvfb.log 2>&1 &
 for i in $(seq 200); do [ -S /tmp/.X11-unix/X0 ] && break; sleep 0.1; done
+[ -S /tmp/.X11-unix/X0 ]
+"""
+
+START_AGENT = """\
+pkill -9 -x 'spice-vdagentd?' && sleep 0.2
+rm -f /tmp/session.sock
 spice-vdagentd -x -d -d -X -f -u /tmp/uinput -s {port} -S /tmp/session.sock \\
     >/tmp/vdagentd.log 2>&1 &
 for i in $(seq 100); do [ -S /tmp/session.sock ] && break; sleep 0.1; done
@@ -60,13 +66,18 @@ class UmlDesktop:
         require_programs()
         self._guest = guest
         self._port = port
+        self._copies = 0
 
     async def start(self) -> None:
         """Start the X server and both halves of the agent. Raises ResourceError with their logs."""
-        result = await self._run(START.format(screen=SCREEN, port=self._port))
-        if result is None:
-            log = await self._run("tail -n 5 /tmp/*.log")
-            raise ResourceError(f"the agent did not start in the guest: {log}")
+        if await self._run(START_X.format(screen=SCREEN)) is None:
+            raise ResourceError(f"the X server did not start in the guest: {await self.logs()}")
+        await self.restart_agent()
+
+    async def restart_agent(self) -> None:
+        """Kill both halves of the agent, if they run, and start them anew."""
+        if await self._run(START_AGENT.format(port=self._port)) is None:
+            raise ResourceError(f"the agent did not start in the guest: {await self.logs()}")
 
     async def _run(self, script: str) -> str | None:
         result = await self._guest.run(f"export DISPLAY=:0 NO_AT_BRIDGE=1\n{script}")
@@ -94,14 +105,29 @@ class UmlDesktop:
 
     async def copy(self, text: str, selection: str = "clipboard") -> None:
         """Own a selection with this text, as an application in the guest that copies does."""
-        (self._guest.share / "copied").write_text(text)
-        await self._run(f"xclip -in -selection {shlex.quote(selection)} /mnt/copied")
+        # A new file each time, since the guest may have the old one in its page cache.
+        self._copies += 1
+        (self._guest.share / f"copied.{self._copies}").write_text(text)
+        name = shlex.quote(selection)
+        await self._run(f"xclip -in -selection {name} /mnt/copied.{self._copies}")
 
     async def paste(self, selection: str = "clipboard") -> str | None:
         """The text of a selection, as an application that pastes gets it; None if there is none."""
         name = shlex.quote(selection)
         return await self._run(f"timeout 10 xclip -out -selection {name} -target UTF8_STRING")
 
+    async def wait_paste(
+        self, text: str, selection: str = "clipboard", timeout: float = 15
+    ) -> None:
+        """Wait until this text can be pasted. Raises ResourceError with what there is instead."""
+        pasted: str | None = None
+        try:
+            async with asyncio.timeout(timeout):
+                while pasted != text:
+                    pasted = await self.paste(selection)
+        except TimeoutError:
+            raise ResourceError(f"what is pasted in the guest is {pasted!r}") from None
+
     async def logs(self) -> str:
         """What the X server and the agent wrote to their logs."""
-        return await self._run("tail -n 100 /tmp/*.log") or ""
+        return await self._run("tail -n 20 /tmp/*.log") or ""

@@ -45,9 +45,7 @@ async def test_capabilities_resolution_and_clipboard(desktop):
 
     for selection, name in ((Selection.CLIPBOARD, "clipboard"), (Selection.PRIMARY, "primary")):
         await host.set_clipboard(f"{TEXT} {name}", selection)
-        async with asyncio.timeout(20):
-            while await desktop.paste(name) != f"{TEXT} {name}":
-                await asyncio.sleep(0.1)
+        await desktop.wait_paste(f"{TEXT} {name}", name)
         await desktop.copy(f"guest's {TEXT} {name}", name)
         async with asyncio.timeout(20):
             while not host.clipboard_types(selection):
@@ -58,7 +56,6 @@ async def test_capabilities_resolution_and_clipboard(desktop):
 async def test_agent_that_restarts_is_taken_up_again(desktop):
     host = desktop.host
     await host.wait_ready(30)
-    await desktop._run("pkill -9 spice-vdagent; sleep 1")
     await desktop.restart_agent()
     await host.wait_ready(30)
     await host.set_monitors([Monitor(1280, 720)])
