@@ -169,6 +169,7 @@ async def test_options_with_a_socket_and_a_console(serve: Serve, tmp_path: Path)
             descriptor = os.open(terminal, os.O_RDWR | os.O_NOCTTY)
             try:
                 console = await guest.wait_port(nr=0)
+                await server.logged("port 0: opened by the host")  # until then nobody reads it
                 assert console.is_console
                 _, to_host = await console.open()
                 to_host.write(b"login: ")
