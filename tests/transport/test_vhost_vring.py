@@ -488,3 +488,12 @@ class TestInBand:
         await frontend.negotiate(INBAND)
         assert await frontend.acked(Request.VRING_KICK, VringState(4)) != 0
         assert await frontend.acked(Request.VRING_KICK, VringState(0)) == 0
+
+
+async def test_a_call_descriptor_that_takes_nothing_hurts_nobody(frontend: Any) -> None:
+    await frontend.negotiate(OFFERED)
+    await frontend.set_up(0)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as unconnected:
+        fds = (unconnected.fileno(),)
+        assert await frontend.acked(Request.SET_VRING_CALL, VringDescriptor(0), fds) == 0
+        assert await frontend.echo(0, b"served all the same")

@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 import os
+import sys
+from contextlib import suppress
 from dataclasses import dataclass
 
 from vring import SplitQueue
+
+_ONE = (1).to_bytes(8, sys.byteorder)
+
+
+def notify(fd: int) -> None:
+    """Write the 8 bytes of a kick or call to a non-blocking eventfd, pipe or socket.
+
+    One that is full has told already. One that is broken is the peer's own doing, and that the peer
+    has gone is noticed elsewhere.
+    """
+    with suppress(OSError):
+        os.write(fd, _ONE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +43,4 @@ class RunningQueue:
     def call(self) -> None:
         """Tell the driver. A full eventfd or socket buffer means that it has been told already."""
         if self.call_fd >= 0:
-            try:
-                os.write(self.call_fd, b"\x01\0\0\0\0\0\0\0")
-            except (BlockingIOError, BrokenPipeError, ConnectionError):
-                return
+            notify(self.call_fd)

@@ -5,18 +5,15 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
-from contextlib import suppress
 
 from vring import GuestMemory, SplitDriver, SplitQueue
 from vring.errors import AddressError
 from vring_serial.device.base import VirtioDevice
-from vring_serial.device.virtqueue import RunningQueue
+from vring_serial.device.virtqueue import RunningQueue, notify
 from vring_serial.errors import ProtocolError
 from vring_serial.proto.console import Feature
 from vring_serial.proto.vhost_user import VringAddress
 from vring_serial.unix_fds import close_all
-
-_ONE = (1).to_bytes(8, "little")
 
 
 def make_eventfd() -> int:
@@ -39,13 +36,6 @@ def check_event_descriptor(fd: int, *, writable: bool) -> None:
         raise ProtocolError(f"its descriptor is not {'writable' if writable else 'readable'}")
     # A blocking one would stop the data plane when the frontend does not read its calls.
     fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_NONBLOCK)
-
-
-def notify(fd: int) -> None:
-    """Write the 8 bytes. A full eventfd or socket has told already; a peer that went is noticed
-    on its connection."""
-    with suppress(OSError):
-        os.write(fd, _ONE)
 
 
 class Vring:
