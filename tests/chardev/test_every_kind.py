@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import resource
 import time
@@ -165,6 +166,36 @@ async def test_bytes_of_a_peer_that_left_are_delivered(peer: Peer) -> None:
         reason = error
     peer.chardev.peer_gone(reason)
     assert "closed" in guest.events
+
+
+BREAKING = [kind for kind in WITH_LAST_WORDS if kind != "pty"]  # which takes writes always
+
+
+@pytest.mark.parametrize("peer", BREAKING, indirect=True)
+async def test_last_words_are_delivered_although_writing_fails(peer: Peer) -> None:
+    guest = await connected(peer)
+    await peer.send(b"last words")
+    await peer.disconnect()
+    await asyncio.sleep(0.02)
+    peer.chardev.peer_gone(BrokenPipeError(errno.EPIPE, "Broken pipe"))
+    assert guest.events == ["opened"]
+    assert await guest.read(10) == b"last words"
+    peer.chardev.peer_gone()
+    assert guest.events == ["opened", "closed"]
+
+
+@pytest.mark.parametrize("peer", BREAKING, indirect=True)
+async def test_last_words_that_nobody_reads_do_not_keep_the_end(
+    peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vring_serial.chardev.hangup.LAST_WORDS_SECONDS", 0.05)
+    guest = await connected(peer)
+    await peer.send(b"last words")
+    await peer.disconnect()
+    await asyncio.sleep(0.02)
+    peer.chardev.peer_gone(BrokenPipeError(errno.EPIPE, "Broken pipe"))
+    assert guest.end is not None
+    await guest.until(lambda: "closed" in guest.events)
 
 
 @pytest.mark.parametrize("peer", WITH_LAST_WORDS, indirect=True)

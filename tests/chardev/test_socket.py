@@ -359,40 +359,6 @@ async def test_a_half_closed_connection_is_a_disconnection(tmp_path: Path) -> No
     await chardev.stop()
 
 
-async def test_last_words_are_delivered_although_writing_fails(tmp_path: Path) -> None:
-    chardev = unix_server(tmp_path / "s")
-    guest = Guest(chardev)
-    await chardev.start()
-    with await unix_client(tmp_path / "s") as sock:
-        await guest.opened()
-        sock.send(b"last words")
-    with pytest.raises(BrokenPipeError) as caught:
-        await guest.write(b"an answer")
-    chardev.peer_gone(caught.value)
-    assert guest.events == ["opened"]
-    assert await guest.read(10) == b"last words"
-    chardev.peer_gone()
-    assert guest.events == ["opened", "closed"]
-    await chardev.stop()
-
-
-async def test_last_words_that_nobody_reads_keep_nobody_waiting(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("vring_serial.chardev.socket.LAST_WORDS_SECONDS", 0.05)
-    chardev = unix_server(tmp_path / "s")
-    guest = Guest(chardev)
-    await chardev.start()
-    for turn in (1, 2):
-        with await unix_client(tmp_path / "s") as sock:
-            await guest.opened()
-            sock.send(b"last words")
-        chardev.peer_gone(BrokenPipeError(errno.EPIPE, "Broken pipe"))
-        assert guest.end is not None
-        await guest.until(lambda turn=turn: guest.events.count("closed") == turn)
-    await chardev.stop()
-
-
 async def test_a_killed_peer_is_noticed(tmp_path: Path) -> None:
     chardev = unix_server(tmp_path / "s")
     guest = Guest(chardev)

@@ -19,6 +19,9 @@ from collections.abc import Callable
 # the last of them stopped before it saw the end of file.
 RECHECK_SECONDS = 1.0
 
+# For the guest to read what a peer sent before it left, when writing to that peer fails already.
+LAST_WORDS_SECONDS = 5.0
+
 
 def has_unread(fd: int) -> bool:
     """Whether bytes wait to be read; end of file and errors do not count as bytes."""
@@ -33,6 +36,32 @@ def has_unread(fd: int) -> bool:
     except OSError:
         return False
     return count[0] > 0
+
+
+class LastWords:
+    """Puts off the close of an end whose peer left unread bytes behind when a write to it failed.
+
+    Args:
+        close: called with the error when the time is over.
+    """
+
+    def __init__(self, close: Callable[[OSError], None]) -> None:
+        self._close = close
+        self._timer: asyncio.TimerHandle | None = None
+
+    def remain(self, fd: int, reason: OSError | None) -> bool:
+        """Whether to put it off: after an error, once, if ``fd`` has unread bytes."""
+        if reason is None or self._timer is not None or not has_unread(fd):
+            return False
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(LAST_WORDS_SECONDS, self._close, reason)
+        return True
+
+    def cancel(self) -> None:
+        """The end is closed now."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
 
 class HangupWatch:

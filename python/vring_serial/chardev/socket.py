@@ -9,15 +9,12 @@ from dataclasses import dataclass
 
 from vring_serial.chardev.base import Chardev, DescriptorEnd
 from vring_serial.chardev.endpoint import Address, Listener, TcpAddress, UnixAddress, connect
-from vring_serial.chardev.hangup import HangupWatch, has_unread
+from vring_serial.chardev.hangup import HangupWatch, LastWords
 from vring_serial.chardev.options import Options, check_path, check_range
 from vring_serial.errors import ConfigError
 from vring_serial.unix_socket import SocketPathError
 
 log = logging.getLogger(__name__)
-
-# For the guest to read what a peer sent before it left, when the guest's writes fail already.
-LAST_WORDS_SECONDS = 5.0
 
 # After running out of descriptors, which accepting again at once would not cure.
 ACCEPT_PAUSE_SECONDS = 1.0
@@ -147,7 +144,7 @@ class SocketChardev(Chardev):
         self._task: asyncio.Task[None] | None = None
         self._peer: socket.socket | None = None
         self._watch: HangupWatch | None = None
-        self._last_words: asyncio.TimerHandle | None = None
+        self._last_words = LastWords(self.peer_gone)
 
     @property
     def port(self) -> int:
@@ -199,9 +196,7 @@ class SocketChardev(Chardev):
     def peer_gone(self, reason: OSError | None = None) -> None:
         if self._peer is None:
             return
-        if reason is not None and self._last_words is None and has_unread(self._peer.fileno()):
-            loop = asyncio.get_running_loop()
-            self._last_words = loop.call_later(LAST_WORDS_SECONDS, self.peer_gone, reason)
+        if self._last_words.remain(self._peer.fileno(), reason):
             return
         log.info("chardev %s: peer left%s", self.id, f": {reason.strerror}" if reason else "")
         self._disconnect()
@@ -297,9 +292,7 @@ class SocketChardev(Chardev):
         if peer is None:
             return
         assert self._watch is not None
-        if self._last_words is not None:
-            self._last_words.cancel()
-            self._last_words = None
+        self._last_words.cancel()
         try:
             self._close_end()
         finally:

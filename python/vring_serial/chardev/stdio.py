@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vring_serial.chardev.hangup import HangupWatch
+from vring_serial.chardev.hangup import HangupWatch, LastWords
 from vring_serial.chardev.options import Options
 from vring_serial.chardev.streams import StreamChardev
 from vring_serial.chardev.terminal import set_raw, terminal_size
@@ -45,6 +45,7 @@ class StdioChardev(StreamChardev):
         self.options = options or StdioOptions()
         self._undo: list[Callable[[], None]] = []
         self._watch: HangupWatch | None = None
+        self._last_words = LastWords(self.peer_gone)
         self._on_terminal = False
         self._size: tuple[int, int] | None = None
 
@@ -56,6 +57,9 @@ class StdioChardev(StreamChardev):
         if reason is None and self._on_terminal:
             # A raw terminal has no end but its hang-up, which takes the output with it.
             reason = OSError(errno.EIO, os.strerror(errno.EIO))
+        if self._input >= 0 and self._last_words.remain(self._input, reason):
+            return
+        self._last_words.cancel()
         super().peer_gone(reason)
 
     def _open_streams(self) -> None:
@@ -79,6 +83,7 @@ class StdioChardev(StreamChardev):
             raise self._error("use stdio", why) from error
 
     def _streams_closing(self) -> None:
+        self._last_words.cancel()
         if self._watch is not None:
             self._watch.close()
             self._watch = None
