@@ -242,6 +242,24 @@ async def test_control_and_data_race_and_what_was_written_while_open_arrives(rig
         await guest.until(lambda: not guest.rings[CONTROL_TRANSMITQ].buffers)
 
 
+async def test_bytes_whose_kick_overtakes_the_opening_are_not_discarded(rig):
+    controller, guest, chardev = await rig(is_open=False)
+    opening = ControlMessage(1, ControlEvent.PORT_OPEN, 1).pack()
+    address = guest.allocate(len(opening))
+    guest.memory.write(address, opening)
+    guest.rings[CONTROL_TRANSMITQ].driver.add([(address, len(opening))], [])
+    guest.rings[CONTROL_TRANSMITQ].driver.publish()  # its kick is still on the way
+    for part in (b"first ", b"second ", b"third"):
+        guest.write(1, part)
+    got = bytearray()
+    async with asyncio.timeout(5):
+        while len(got) < 18:
+            got += received(chardev.peer)
+            await asyncio.sleep(0)
+    assert got == b"first second third"
+    assert controller.ports[1].guest_open
+
+
 async def test_what_was_written_before_the_close_arrives_however_late_the_host_reads(rig):
     controller, guest, chardev = await rig(memory=32 << 20)
     data = pattern(7 * 32768)
