@@ -1,4 +1,8 @@
-"""The host peer of the SPICE agent: capabilities, clipboard, monitors."""
+"""The host's side of the SPICE agent channel.
+
+:class:`HostAgent` is one client of an agent: monitors, clipboards, files. :class:`AgentRouter` lets
+several of them share one agent.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +28,12 @@ from vring_serial.agent.events import (
     OtherMessage,
 )
 from vring_serial.agent.host import HOST_CAPABILITIES, HostAgent
+from vring_serial.agent.router import AgentRouter
 
 __all__ = [
     "HostAgent",
     "HOST_CAPABILITIES",
+    "AgentRouter",
     "StreamSource",
     "ANY_SIZE",
     "AgentEvent",

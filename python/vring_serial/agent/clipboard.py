@@ -58,7 +58,23 @@ class StreamSource:
     open: Callable[[], AsyncIterator[Buffer]]
 
 
-Source: TypeAlias = bytes | StreamSource
+@dataclass(frozen=True, slots=True)
+class ForwardedSource:
+    """Clipboard data that the other end of another channel owns: asked for when it is asked for.
+
+    Attributes:
+        owner: the channel to that end.
+        selection, type: what to ask it for.
+        timeout: seconds without an answer after which there is none.
+    """
+
+    owner: ClipboardChannel
+    selection: int
+    type: int
+    timeout: float
+
+
+Source: TypeAlias = bytes | StreamSource | ForwardedSource
 Offer: TypeAlias = Mapping[int, Source]
 
 
@@ -89,6 +105,7 @@ class ClipboardReader:
         self._waiting: list[Buffer] = []
         self._bytes = 0
         self._held = False
+        self._begun = False
         self._done = False
         self._error: AgentError | None = None
         self._changed = asyncio.Event()
@@ -97,6 +114,7 @@ class ClipboardReader:
         """The answer is of this type and ``size`` bytes long."""
         self.type = kind
         self.size = size
+        self._begun = True
         if self._most != ANY_SIZE and size > self._most:
             self.fail(ClipboardTooLargeError(f"{size} bytes of clipboard, at most {self._most}"))
         elif kind == ClipboardType.NONE:
@@ -133,19 +151,35 @@ class ClipboardReader:
             self._held = False
             self._link.release_reading()
 
-    async def next(self) -> Buffer | None:
-        """The next bytes, or None at the end. Raises the error that ended the answer."""
-        while True:
-            if self._error is not None:
-                raise self._error
+    async def begun(self, timeout: float) -> None:
+        """Wait for the beginning of the answer. Raises the error that it came to, or a time-out."""
+        while not self._begun and self._error is None:
+            await self._change(timeout)
+        if self._error is not None:
+            raise self._error
+
+    async def pieces(self, timeout: float) -> AsyncGenerator[Buffer]:
+        """The data as they come. Raises the error that ended them, or AgentTimeoutError."""
+        while self._error is None:
             if self._waiting:
                 data = b"".join(self._waiting) if len(self._waiting) > 1 else self._waiting[0]
                 self.discard()
-                return data
-            if self._done:
-                return None
-            self._changed.clear()
-            await self._changed.wait()
+                yield data
+            elif self._done:
+                return
+            else:
+                await self._change(timeout)
+        raise self._error
+
+    async def _change(self, timeout: float) -> None:
+        self._changed.clear()
+        try:
+            async with asyncio.timeout(timeout):
+                await self._changed.wait()
+        except TimeoutError:
+            raise AgentTimeoutError(
+                f"the agent sent no clipboard data within {timeout:g} s"
+            ) from None
 
 
 class ClipboardChannel:
@@ -161,6 +195,7 @@ class ClipboardChannel:
     Attributes:
         remote_types: per selection, the types that the other end has, while it owns the clipboard.
         remote_most: bytes of clipboard data that the other end takes, or ANY_SIZE.
+        announced: the other end of this session has been told what we own.
     """
 
     def __init__(
@@ -178,7 +213,7 @@ class ClipboardChannel:
         self._on_trouble = on_trouble
         self._most = most
         self._link: AgentLink | None = None
-        self._announced = False
+        self.announced = False
         self._offers: dict[int, Offer] = {}
         self._serials = dict.fromkeys(Selection, 0)
         self._readers: dict[int, ClipboardReader] = {}
@@ -192,7 +227,7 @@ class ClipboardChannel:
         """The other end starts anew: serials count from 0, and it owns nothing."""
         self.end_session()
         self._link = link
-        self._announced = False
+        self.announced = False
 
     def end_session(self) -> None:
         """The other end is gone. What we own stays ours, for :meth:`announce`."""
@@ -218,13 +253,13 @@ class ClipboardChannel:
         """Own a clipboard; one that is offered too early is announced by :meth:`announce`."""
         self._offers[selection] = dict(offer)
         self.remote_types.pop(selection, None)
-        if self._link is not None and self._announced:
+        if self._link is not None and self.announced:
             self._grab(self._link, selection)
 
     def announce(self) -> None:
         """Capabilities are known: tell the other end what we own, once a session."""
-        if self._link is not None and not self._announced:
-            self._announced = True
+        if self._link is not None and not self.announced:
+            self.announced = True
             for selection in self._offers:
                 self._grab(self._link, selection)
 
@@ -263,20 +298,20 @@ class ClipboardChannel:
             AgentTimeoutError: nothing came for ``timeout`` seconds.
             AgentGoneError: the channel closed.
         """
+        async with self.asked(selection, kind, timeout) as reader:
+            async for piece in reader.pieces(timeout):
+                yield piece
+
+    @contextlib.asynccontextmanager
+    async def asked(
+        self, selection: int, kind: int, timeout: float
+    ) -> AsyncGenerator[ClipboardReader]:
+        """Ask, and wait until the answer begins and its size is known. Raises as ``open``."""
         async with self._turns[Selection(selection)]:
             reader = self._ask(selection, kind)
             try:
-                while True:
-                    try:
-                        async with asyncio.timeout(timeout):
-                            piece = await reader.next()
-                    except TimeoutError:
-                        raise AgentTimeoutError(
-                            f"the agent sent no clipboard data within {timeout:g} s"
-                        ) from None
-                    if piece is None:
-                        return
-                    yield piece
+                await reader.begun(timeout)
+                yield reader
             finally:
                 reader.fail(AgentError("nobody wants these clipboard data any more"))
                 if self._readers.get(selection) is reader:
@@ -351,17 +386,40 @@ class ClipboardChannel:
 
     async def _answer(self, link: AgentLink, request: ClipboardRequest) -> None:
         source = self._offers.get(request.selection, {}).get(request.type)
-        size = source.size if isinstance(source, StreamSource) else len(source or b"")
         try:
-            if source is None or (self.remote_most != ANY_SIZE and size > self.remote_most):
+            if source is None:
                 await link.send(Clipboard(request.selection, ClipboardType.NONE))
-            elif isinstance(source, bytes) and size <= PIECE_MAX:
-                await link.send(Clipboard(request.selection, request.type, source))
+            elif isinstance(source, bytes):
+                await self._send_data(link, request, len(source), _pieces(source))
+            elif isinstance(source, StreamSource):
+                await self._send_data(link, request, source.size, source.open())
             else:
-                pieces = source.open() if isinstance(source, StreamSource) else _pieces(source)
-                await link.send_body(Clipboard(request.selection, request.type), size, pieces)
+                await self._forward(link, request, source)
         except AgentGoneError:
             return
+
+    async def _forward(
+        self, link: AgentLink, request: ClipboardRequest, source: ForwardedSource
+    ) -> None:
+        asked = source.owner.asked(source.selection, source.type, source.timeout)
+        begun = False
+        try:
+            async with asked as reader:
+                begun = True
+                pieces = reader.pieces(source.timeout)
+                await self._send_data(link, request, reader.size, pieces)
+        except AgentError:
+            if begun:
+                raise
+            await link.send(Clipboard(request.selection, ClipboardType.NONE))
+
+    async def _send_data(
+        self, link: AgentLink, request: ClipboardRequest, size: int, data: AsyncIterator[Buffer]
+    ) -> None:
+        if self.remote_most != ANY_SIZE and size > self.remote_most:
+            await link.send(Clipboard(request.selection, ClipboardType.NONE))
+        else:
+            await link.send_body(Clipboard(request.selection, request.type), size, data)
 
 
 def need_clipboard(capabilities: Capabilities, selection: int) -> None:

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import AsyncIterable
 from typing import Protocol
 
-from vring_serial.agent.errors import AgentError, AgentGoneError
+from vring_serial.agent.errors import AgentError, AgentGoneError, AgentTimeoutError
 from vring_serial.proto.agent import (
     NEED_DATA,
     AgentConnection,
@@ -76,10 +76,13 @@ class AgentLink(asyncio.Protocol):
     Args:
         side: which end of the channel we are.
         owner: told of everything that happens.
+        stall_timeout: seconds for which a peer may leave what was sent unread before the link is
+            given up; None for ever, which suits a guest that may be paused.
     """
 
-    def __init__(self, side: Side, owner: LinkOwner) -> None:
+    def __init__(self, side: Side, owner: LinkOwner, *, stall_timeout: float | None = None) -> None:
         self.connection = AgentConnection(side)
+        self._stall_timeout = stall_timeout
         self._owner = owner
         self._transport: asyncio.Transport | None = None
         self._sinks: dict[int, BodySink | None] = {}
@@ -231,7 +234,11 @@ class AgentLink(asyncio.Protocol):
         while self._paused and self._transport is not None:
             if self._resumed is None:
                 self._resumed = asyncio.get_running_loop().create_future()
-            await asyncio.shield(self._resumed)
+            try:
+                async with asyncio.timeout(self._stall_timeout):
+                    await asyncio.shield(self._resumed)
+            except TimeoutError:
+                self.fail(AgentTimeoutError(f"nothing was read for {self._stall_timeout:g} s"))
         if not self.is_open:
             raise AgentGoneError(str(self._reason) if self._reason else "the agent channel closed")
 

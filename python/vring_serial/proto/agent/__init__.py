@@ -36,6 +36,7 @@ from .constants import (
 from .errors import AgentProtocolError, ChunkError, MessageError
 from .file_xfer import FileXferData, FileXferStart, FileXferStatus
 from .fileinfo import FileInfo
+from .filter import AgentFilter
 from .messages import (
     AnnounceCapabilities,
     AudioVolumeSync,
@@ -102,6 +103,7 @@ __all__ = [
     "FileXferResult",
     "FileXferData",
     "FileInfo",
+    "AgentFilter",
     "ClientDisconnected",
     "MaxClipboard",
     "AudioVolumeSync",
