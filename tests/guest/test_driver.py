@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 from collections.abc import AsyncIterator
 
 import pytest
@@ -274,6 +276,36 @@ async def test_messages_that_make_no_sense_are_ignored(device, port, guest: Embe
     device.control(1, PORT_ADD)
     assert await device.next_control() == (1, PORT_READY, 1)
     assert set(guest.ports) == {1}
+
+
+async def test_a_device_that_talks_nonsense_does_not_fill_the_log(
+    device, guest: EmbeddedGuest, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(60):
+        device.control(9, PORT_OPEN)
+    device.control(1, PORT_ADD)
+    assert await device.next_control() == (1, PORT_READY, 1)
+    assert len(caplog.records) == 21
+
+
+async def test_a_new_configuration_and_a_device_that_asks_for_a_reset(scripted, until) -> None:
+    def prepare(backend) -> None:
+        backend.features &= ~int(Feature.MULTIPORT)
+        backend.protocol_features |= vu.ProtocolFeature.STATUS
+
+    scripted.prepare = prepare
+    async with EmbeddedGuest(scripted.path, timeout=1) as guest:
+        backend = scripted.backend
+        with socket.socket(fileno=os.dup(backend.fds["SET_BACKEND_REQ_FD"][0])) as channel:
+            console = await guest.wait_port(0)
+            backend.config = (132).to_bytes(2, "little") + (43).to_bytes(2, "little") + bytes(8)
+            asked = backend.requests.count("GET_CONFIG")
+            channel.sendall(vu.request(vu.BackendRequest.CONFIG_CHANGE_MSG) * 50)
+            await until(lambda: console.size == (132, 43))
+            assert backend.requests.count("GET_CONFIG") - asked <= 3
+            backend.status |= 64
+            channel.sendall(vu.request(vu.BackendRequest.CONFIG_CHANGE_MSG))
+            assert "asks for a reset" in str(await guest.wait_lost())
 
 
 async def test_many_control_messages_need_few_buffers(device, guest: EmbeddedGuest) -> None:

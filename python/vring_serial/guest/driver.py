@@ -33,6 +33,8 @@ TRANSMIT_COUNT = 64
 #: Buffers for control messages to the device, and their size: a header without payload.
 CONTROL_TRANSMIT_COUNT = 32
 CONTROL_TRANSMIT_SIZE = 8
+#: Messages without sense that are logged.
+MAX_REFUSED_LOGGED = 20
 #: Control messages handled before the event loop has its turn.
 CONTROL_BATCH = 64
 
@@ -78,6 +80,7 @@ class ConsoleDriver:
         self._timeout = timeout
         self._on_failure = on_failure
         self._failed = False
+        self._refused = 0
         self._receive_buffers: dict[int, ReceiveBuffers] = {}
         self._transmit_buffers: dict[int, TransmitBuffers] = {}
         self._overdue: asyncio.TimerHandle | None = None
@@ -199,8 +202,19 @@ class ConsoleDriver:
             case PortClosed(nr):
                 self.ports[nr].set_host_connected(False)
             case Refused(why):
-                log.warning("the device sent %s", why)
+                self._log_refused(why)
         self.on_event(event)
+
+    def _log_refused(self, why: str) -> None:
+        """A device could send nothing else: the first such messages are enough for a log."""
+        self._refused += 1
+        if self._refused <= MAX_REFUSED_LOGGED:
+            log.warning("the device sent %s", why)
+        if self._refused == MAX_REFUSED_LOGGED:
+            log.warning(
+                "the device sent %d messages that make no sense: no more of them here",
+                self._refused,
+            )
 
     def _add_port(self, nr: int) -> bool:
         assert self._control is not None

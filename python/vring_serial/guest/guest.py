@@ -110,7 +110,8 @@ class EmbeddedGuest:
         self._driver: ConsoleDriver | None = None
         self._changed = asyncio.Event()
         self._lost: Exception | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._following: asyncio.Task[None] | None = None
+        self._config_is_new = False
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -245,8 +246,8 @@ class EmbeddedGuest:
 
     def _release(self, error: Exception) -> None:
         self._frontend.close()
-        for task in self._tasks:
-            task.cancel()
+        if self._following is not None:
+            self._following.cancel()
         if self._lost is None:
             self._lost = error
         if self._driver is not None:
@@ -274,23 +275,26 @@ class EmbeddedGuest:
             self.on_event(event)
 
     def _config_changed(self) -> None:
-        task = asyncio.get_running_loop().create_task(self._follow_config())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        """However often the backend says so, one look at a time."""
+        self._config_is_new = True
+        if self._following is None or self._following.done():
+            self._following = asyncio.get_running_loop().create_task(self._follow_config())
 
     async def _follow_config(self) -> None:
         """Something in the configuration space, or the device status, is new.
 
         Without control messages Linux takes the console's size from the configuration space.
         """
-        try:
-            status = await self._frontend.get_status()
-            if status is not None and status & Status.DEVICE_NEEDS_RESET:
-                raise BackendError(f"{self.path}: the device asks for a reset")
-            await self._read_config()
-        except BackendError as error:
-            self._frontend.fail(error)
-            return
+        while self._config_is_new:
+            self._config_is_new = False
+            try:
+                status = await self._frontend.get_status()
+                if status is not None and status & Status.DEVICE_NEEDS_RESET:
+                    raise BackendError(f"{self.path}: the device asks for a reset")
+                await self._read_config()
+            except BackendError as error:
+                self._frontend.fail(error)
+                return
         if self._driver is not None and Feature.MULTIPORT not in self.features:
             self._driver.resize_console(self.config.cols, self.config.rows)
 
