@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import select
 from dataclasses import dataclass
@@ -139,9 +140,10 @@ class PtyChardev(Chardev):
             self._timer = None
         if self._master < 0:
             return
-        link = self.options.path
-        if link and os.path.islink(link) and os.readlink(link) == self.path:
-            os.unlink(link)
+        # The link may be gone, or somebody else's by now.
+        with contextlib.suppress(OSError):
+            if self.options.path and os.readlink(self.options.path) == self.path:
+                os.unlink(self.options.path)
         os.close(self._master)
         self._master = -1
         self.path = ""
