@@ -46,3 +46,8 @@ def test_out_of_range(part: str) -> None:
 
 def test_name_of_a_controller_is_that_of_qemu() -> None:
     assert ControllerConfig(2, 31, None, ()).name == "virtio-serial2"
+
+
+def test_summary_of_a_controller() -> None:
+    assert ControllerConfig(0, 31, None, ()).summary == "0 of 31 ports"
+    assert ControllerConfig(0, 4, PciAddress(slot=5), ()).summary == "0000:00:05.0, 0 of 4 ports"

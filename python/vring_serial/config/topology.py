@@ -107,6 +107,12 @@ class ControllerConfig:
         """The name that QEMU's options and our logs use."""
         return f"virtio-serial{self.index}"
 
+    @property
+    def summary(self) -> str:
+        """Where the guest sees it, and how many ports it has."""
+        ports = f"{len(self.ports)} of {self.max_ports} ports"
+        return ports if self.address is None else f"{self.address}, {ports}"
+
 
 @dataclass(frozen=True, slots=True)
 class Topology:

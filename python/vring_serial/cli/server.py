@@ -1,0 +1,166 @@
+"""What ``vring serve`` runs: controllers with their host ends and vhost-user backends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import Coroutine, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from vring import Pump
+from vring_serial.cli.agent_end import AgentEnds
+from vring_serial.cli.logs import emit
+from vring_serial.cli.signals import stop_on_signals
+from vring_serial.config.build import make_controller
+from vring_serial.config.topology import ControllerConfig, Topology
+from vring_serial.device.controller import Controller
+from vring_serial.errors import ConfigError, ResourceError
+from vring_serial.transport.vhost_user import VhostUserBackend
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How to serve, as opposed to what.
+
+    Attributes:
+        sockets: one vhost-user socket per controller, in the controllers' order.
+        connect: connect to frontends that listen, instead of listening.
+        inband_notifications: offer kicks and calls as messages.
+        pid_file: where to write the process id while serving, or None.
+    """
+
+    sockets: tuple[str, ...]
+    connect: bool = False
+    inband_notifications: bool = False
+    pid_file: str | None = None
+
+
+async def serve(topology: Topology, settings: Settings) -> None:
+    """Serve until the first SIGINT or SIGTERM; the second ends the process at once.
+
+    Raises:
+        ConfigError: a host end or a device cannot be as it was asked for.
+        ResourceError: a socket, file or terminal cannot be opened.
+    """
+    stop = stop_on_signals()
+    async with contextlib.AsyncExitStack() as stack:
+        stack.enter_context(_pid_file(settings.pid_file))
+        if await _finished_before(stop, _start(topology, settings, stack)):
+            emit(logging.INFO, "serving", "serving; SIGINT or SIGTERM stops", pid=os.getpid())
+            await stop.wait()
+        emit(logging.INFO, "stopping", "stopping")
+    emit(logging.INFO, "stopped", "stopped")
+
+
+async def _start(topology: Topology, settings: Settings, stack: contextlib.AsyncExitStack) -> None:
+    """Start everything, host ends first; ``stack`` stops it in the opposite order."""
+    pump = stack.enter_context(_running_pump())
+    agents = AgentEnds()
+    stack.push_async_callback(agents.close)
+    controllers = [
+        make_controller(config, pump, {"spicevmc": agents.factory})
+        for config in topology.controllers
+    ]
+    backends = [
+        _make_backend(controller, socket, settings)
+        for controller, socket in zip(controllers, settings.sockets, strict=True)
+    ]
+    for config, controller in zip(topology.controllers, controllers, strict=True):
+        stack.push_async_callback(controller.stop)
+        await controller.start()
+        _log_ports(config, controller)
+    for config, backend, socket in zip(
+        topology.controllers, backends, settings.sockets, strict=True
+    ):
+        stack.push_async_callback(backend.stop)
+        await backend.start()
+        emit(
+            logging.INFO,
+            "controller",
+            f"{config.name}: {config.summary}, on {socket}",
+            controller=config.name,
+            address=str(config.address or ""),
+            socket=socket,
+        )
+
+
+def _make_backend(controller: Controller, socket: str, settings: Settings) -> VhostUserBackend:
+    try:
+        return VhostUserBackend(
+            controller,
+            socket,
+            listen=not settings.connect,
+            inband_notifications=settings.inband_notifications,
+        )
+    except ConfigError as error:
+        raise ConfigError(str(error), f"--vhost-user {socket}") from None
+
+
+def _log_ports(config: ControllerConfig, controller: Controller) -> None:
+    for port in config.ports:
+        end = controller.ports[port.nr].chardev.description
+        kind = "console" if port.console else "port"
+        emit(
+            logging.INFO,
+            "port",
+            f"{config.name}: {kind} {port.nr} {port.name or '(no name)'} at {end}",
+            controller=config.name,
+            nr=port.nr,
+            name=port.name,
+            console=port.console,
+            chardev=port.chardev.id,
+            end=end,
+        )
+
+
+@contextlib.contextmanager
+def _running_pump() -> Iterator[Pump]:
+    """A pump whose events the running loop dispatches."""
+    loop = asyncio.get_running_loop()
+    pump = Pump()
+    loop.add_reader(pump.event_fd, pump.dispatch)
+    try:
+        yield pump
+    finally:
+        loop.remove_reader(pump.event_fd)
+        pump.close()
+
+
+async def _finished_before(stop: asyncio.Event, work: Coroutine[None, None, None]) -> bool:
+    """Do ``work`` unless ``stop`` is set first, which cancels it. Raises what ``work`` raises."""
+    working = asyncio.create_task(work)
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait((working, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            working.result()
+            return True
+        return False
+    finally:
+        working.cancel()
+        stopping.cancel()
+        await asyncio.gather(working, stopping, return_exceptions=True)
+
+
+@contextlib.contextmanager
+def _pid_file(path: str | None) -> Iterator[None]:
+    """A file with our process id, there while we serve. Raises ResourceError if it exists."""
+    if path is None:
+        yield
+        return
+    try:
+        with open(path, "x", encoding="ascii") as file:
+            file.write(f"{os.getpid()}\n")
+    except FileExistsError:
+        raise ResourceError(
+            f"--pid-file {path} exists: another vring may be serving; remove it if not"
+        ) from None
+    except OSError as error:
+        raise ResourceError(f"--pid-file {path}: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        Path(path).unlink(missing_ok=True)
