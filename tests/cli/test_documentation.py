@@ -1,0 +1,43 @@
+"""The command lines in the documentation are accepted as they stand."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from vring_serial.cli.serve import serve_command
+from vring_serial.config.load import load_topology
+from vring_serial.config.qemu_options import QemuOptions
+
+ROOT = Path(__file__).parents[2]
+PAGES = ["README.md", "docs/configuration.md"]
+
+
+def commands() -> list[str]:
+    """Every indented `vring serve` of the pages, with its continuation lines."""
+    found = []
+    for page in PAGES:
+        text = (ROOT / page).read_text().replace("\\\n", " ")
+        for line in text.splitlines():
+            if line.startswith("    ") and "vring serve --" in line:
+                found.append(line[line.index("vring serve --") :])
+    return found
+
+
+def test_there_are_some() -> None:
+    assert len(commands()) >= 3
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(command, comments=True)[2:]
+    words = words[: words.index("&")] if "&" in words else words
+    given = serve_command.make_context("serve", words).params
+    if given["domain"] == "-":
+        return  # what the reader's virsh says
+    options = QemuOptions(given["chardevs"], given["ports"], given["consoles"], given["max_ports"])
+    topology = load_topology(given["domain"], options)
+    assert len(topology.controllers) == len(given["sockets"])
