@@ -336,15 +336,25 @@ async def backend(device: EchoDevice, path: Path, inband: bool) -> AsyncIterator
     await served.stop()
 
 
+def connect_to(path: Path) -> ScriptedFrontend:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.connect(str(path))
+    return ScriptedFrontend(sock)
+
+
+@pytest.fixture
+def frontend_at() -> Callable[[Path], ScriptedFrontend]:
+    """For tests that make their own backends; they close it themselves."""
+    return connect_to
+
+
 @pytest.fixture
 async def connect(path: Path) -> AsyncIterator[Callable[[], ScriptedFrontend]]:
     """Makes frontends, which are closed at the end."""
     made: list[ScriptedFrontend] = []
 
     def make() -> ScriptedFrontend:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.connect(str(path))
-        made.append(ScriptedFrontend(sock))
+        made.append(connect_to(path))
         return made[-1]
 
     yield make
