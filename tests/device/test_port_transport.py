@@ -287,6 +287,23 @@ async def test_a_session_ends_only_after_what_was_written_in_it(rig):
     assert built.last.data == b"second session"
 
 
+async def test_what_a_closed_guest_left_is_delivered_to_the_first_who_comes(rig):
+    built = await rig()
+    guest, chardev = built.guest, built.port.chardev
+    chardev.close()
+    guest.write(1, b"a note for later")
+    guest.close_port(1)
+    await guest.until(lambda: not built.port.guest_open)
+    await guest.settle()
+    assert not guest.completed(1)
+    chardev.open()
+    await guest.until(lambda: len(built.protocols) == 2 and "lost" in built.last.calls)
+    assert built.last.data == b"a note for later"
+    assert built.last.calls == ["made", "eof", "lost"]
+    await guest.settle()
+    assert len(built.protocols) == 2
+
+
 async def test_a_protocol_that_closes_is_flushed_and_the_guest_sees_it(rig):
     built = await rig()
     guest, protocol = built.guest, built.last
@@ -302,11 +319,14 @@ async def test_a_protocol_that_closes_is_flushed_and_the_guest_sees_it(rig):
     assert protocol.calls[-1] == "lost"
     assert protocol.data == b""
     assert not guest.completed(1)
-    # the next program in the guest finds it open again, and gets what nobody has read
+    # what nobody has read is not the beginning of what the next program in the guest says
     guest.close_port(1)
     await guest.until(lambda: guest.control.ports[1].host_open)
+    await guest.until(lambda: built.last.calls == ["made", "eof", "lost"])
+    assert built.last.data == b"nobody listens"
     await built.open()
-    await guest.until(lambda: built.last.data == b"nobody listens")
+    guest.write(1, b"hello")
+    await guest.until(lambda: built.last.data == b"hello")
 
 
 async def test_abort_drops_what_is_written(rig):

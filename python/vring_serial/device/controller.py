@@ -93,7 +93,9 @@ class Controller:
         self._queues: dict[int, RunningQueue] = {}
         self._stopped_at: dict[int, int] = {}  # available index by queue index
         self._discarder: Discarder | None = None  # of single-port mode without a port 0
+        # What a guest can cause as often as it likes: more than 511 ports say as they start.
         self._refused = RateLimitedLog(log)
+        self._said = RateLimitedLog(log, burst=2000)
 
     # --- for those who build it
 
@@ -127,6 +129,7 @@ class Controller:
             raise
         self._ports[port.nr] = port
         self.emit(ev.PortAdded(port.nr, port.name.decode(errors="backslashreplace")))
+        self.port_resized(port)
         self._set_guest(port)
         self._serve_unclaimed()
         for is_transmit, index in enumerate(queues_of_port(port.nr)):
@@ -259,7 +262,7 @@ class Controller:
         self._queues[index] = queue
         try:
             self._serve(index, queue)
-        except OSError:
+        except BaseException:
             self.stop_queue(index)
             raise
 
@@ -285,9 +288,9 @@ class Controller:
         for index in list(self._queues):
             self.stop_queue(index)
         self._status = 0
-        if self._driver_features is not None:
-            self._driver_features = None
-            self._start_anew()
+        had_driver = self._driver_features is not None
+        self._driver_features = None
+        self._start_anew(silent=not had_driver)
 
     # --- for ports
 
@@ -325,11 +328,14 @@ class Controller:
         if isinstance(event, ev.MessageRefused):
             self._refused.warning("%s: %s", where, event)
         elif isinstance(event, (ev.QueueBroken, ev.OutputDropped)):
-            log.warning("%s: %s", where, event)
+            self._said.log(logging.WARNING, "%s: %s", where, event)
         else:
-            log.info("%s: %s", where, event)
+            self._said.log(logging.INFO, "%s: %s", where, event)
         if self.on_event is not None:
-            self.on_event(event)
+            try:
+                self.on_event(event)
+            except Exception:
+                log.exception("%s: on_event failed", self.name)
 
     # --- internals
 
@@ -398,7 +404,7 @@ class Controller:
                     self._set_guest(self._ports[nr])
         self._control_queues.flush()
 
-    def _start_anew(self) -> None:
+    def _start_anew(self, *, silent: bool = False) -> None:
         """A driver that knows nothing of the ports comes, or none."""
         closed = self._control.reset()
         self._stopped_at.clear()
@@ -408,7 +414,8 @@ class Controller:
         self._sync_guest()
         for port in self._ports.values():
             port.forget_driver()
-        self.emit(ev.DeviceReset())
+        if not silent:
+            self.emit(ev.DeviceReset())
 
     def _queue_broken(self, index: int, error: RingError) -> None:
         self._status |= Status.DEVICE_NEEDS_RESET

@@ -163,6 +163,7 @@ class Port:
         """A queue of the port runs. Raises OSError if its kick cannot be watched."""
         self._queues[is_transmit] = running
         self._update()
+        self._deliver_late()
 
     def stop_queue(self, is_transmit: bool) -> None:
         """Leave a queue alone: nothing is in flight when this returns."""
@@ -192,6 +193,7 @@ class Port:
         if self._owner is not None:
             self._owner.host_end_changed(self, True)
             self._update()
+            self._deliver_late()
 
     def end_closed(self) -> None:
         self._end = None
@@ -379,11 +381,28 @@ class Port:
         """Connect a protocol: for a console as soon as there is one, else when the guest opens."""
         if self._transport is not None or not isinstance(self._end, ProtocolEnd):
             return
-        console = self.console or self.single
-        if self._session_over or not (console or self.guest_open):
-            return
+        if not self._session_over and (self.console or self.single or self.guest_open):
+            self._connect(self._end)
+
+    def _deliver_late(self) -> None:
+        """What the guest wrote before it closed, with nobody there, is worth a connection."""
+        end, running = self._end, self._queues.get(True)
+        if (
+            isinstance(end, ProtocolEnd)
+            and self._transport is None
+            and not self._session_over
+            and self._state is PortState.CLOSED
+            and running is not None
+            and running.queue.available()
+        ):
+            self._connect(end)
+            self._update()
+            if self._transport is not None:
+                self._transport.guest_closed()
+
+    def _connect(self, end: ProtocolEnd) -> None:
         try:
-            protocol = self._end.factory()
+            protocol = end.factory()
         except Exception as error:
             asyncio.get_running_loop().call_exception_handler(
                 {"message": f"{self.label}: no protocol for its host end", "exception": error}
@@ -392,7 +411,7 @@ class Port:
             return
         self._transport = PortTransport(
             protocol,
-            lossy=console,
+            lossy=self.console or self.single,
             extra={"port": self.nr, "name": self.name, "console": self.console},
             on_lost=self._session_lost,
             on_broken=self._queue_broken,

@@ -30,12 +30,16 @@ class RateLimitedLog:
 
     def warning(self, message: str, *args: object) -> None:
         """Log at level WARNING, or count."""
+        self.log(logging.WARNING, message, *args)
+
+    def log(self, level: int, message: str, *args: object) -> None:
+        """Log, or count."""
         now = self._clock()
         if now - self._since >= self._seconds:
             if self._count > self._burst:
-                self._log.warning("%d more messages like this", self._count - self._burst)
+                self._log.log(level, "%d more messages like this", self._count - self._burst)
             self._since = now
             self._count = 0
         self._count += 1
         if self._count <= self._burst:
-            self._log.warning(message, *args)
+            self._log.log(level, message, *args)
