@@ -74,6 +74,7 @@ class GuestPort:
         #: comes and goes in front of a slow reader cannot make it grow.
         self._held: list[npt.NDArray[np.int64]] = []
         self._receive_due = False
+        self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
 
     def __repr__(self) -> str:
@@ -89,7 +90,7 @@ class GuestPort:
         After an end of file it may be called again without closing: that opening goes on.
         Raises PortBusyError, PortRemovedError (or BackendError if that is why), GuestMemoryError.
         """
-        loop = asyncio.get_running_loop()
+        loop = self._loop
         reader = asyncio.StreamReader(limit=limit, loop=loop)
         protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
         transport = self.connect(lambda: protocol)[0]
@@ -192,7 +193,7 @@ class GuestPort:
         """Have :meth:`receive` called soon."""
         if not self._receive_due:
             self._receive_due = True
-            asyncio.get_running_loop().call_soon(self.receive)
+            self._loop.call_soon(self.receive)
 
     def receive(self) -> None:
         """Deliver a part of what has arrived if it is wanted, and give the buffers back."""

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from vring import SplitDriver
 from vring.errors import RingError
+from vring_serial import unix_fds
 from vring_serial.guest.errors import BackendError
 from vring_serial.guest.memory import PAGE, GuestRam
 
@@ -52,11 +53,10 @@ class DriverQueue:
         self.call_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.broken: Exception | None = None
         self.on_broken: Callable[[Exception], None] | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop = asyncio.get_running_loop()
 
     def listen(self, called: Callable[[], None]) -> None:
-        """Have ``called`` run in the running loop whenever the device notifies."""
-        self._loop = asyncio.get_running_loop()
+        """Have ``called`` run whenever the device notifies."""
         self._loop.add_reader(self.call_fd, self._call, called)
 
     def _call(self, called: Callable[[], None]) -> None:
@@ -73,7 +73,7 @@ class DriverQueue:
         if self.broken is None:
             self.broken = error
             if self.on_broken is not None:
-                asyncio.get_running_loop().call_soon(self.on_broken, error)
+                self._loop.call_soon(self.on_broken, error)
 
     def refuse(self, cause: str) -> None:
         """The device used a buffer in a way that its user cannot accept."""
@@ -120,13 +120,10 @@ class DriverQueue:
 
     def close(self) -> None:
         """Stop listening and close both eventfds. Safe to call twice."""
-        if self._loop is not None:
+        if self.call_fd >= 0:
             self._loop.remove_reader(self.call_fd)
-            self._loop = None
-        for fd in (self.kick_fd, self.call_fd):
-            if fd >= 0:
-                os.close(fd)
-        self.kick_fd = self.call_fd = -1
+            unix_fds.close_all((self.kick_fd, self.call_fd))
+            self.kick_fd = self.call_fd = -1
 
 
 class Buffers:
