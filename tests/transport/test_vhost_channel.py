@@ -101,7 +101,7 @@ async def test_a_refusal_is_logged(
 @pytest.mark.parametrize(
     ("data", "why"),
     [
-        (b"", "the frontend closed it"),
+        (b"", "the frontend closed its backend channel"),
         (b"\xff" * 12, "version 3 instead of 1"),
         (bytes.fromhex("0200000005000000ffffffff"), "payload of 4294967295 bytes"),
         (bytes.fromhex("020000000500000000000000"), "payload of 0 bytes instead of 8"),
@@ -111,7 +111,7 @@ async def test_a_refusal_is_logged(
 async def test_the_loss_of_the_channel_costs_nothing_else(
     data: bytes, why: str, frontend: Any, device: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.DEBUG, "vring_serial")
     await frontend.negotiate(OFFERED)
     await frontend.set_up(0)
     await frontend.open_channel()
@@ -123,7 +123,7 @@ async def test_the_loss_of_the_channel_costs_nothing_else(
     frontend.channel.close()
     await frontend.ask(Request.GET_FEATURES)
     await frontend.ask(Request.GET_FEATURES)
-    (line,) = [line for line in caplog.messages if "backend channel: " in line]
+    (line,) = [line for line in caplog.messages if "backend channel" in line]
     assert why in line
     device.on_config_change()
     assert await frontend.echo(0, b"unharmed")

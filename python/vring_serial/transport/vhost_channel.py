@@ -101,7 +101,9 @@ class BackendChannel:
         try:
             received = unix_fds.receive(self._sock, _READ_SIZE, 0)
             if not received.data:
-                self._fail("the frontend closed it")
+                # As a rule the frontend itself is going.
+                log.debug("%s: the frontend closed its backend channel", self._name)
+                self.close()
                 return
             self._parser.receive_data(received.data)
             while (message := self._parser.next_message()) is not None:
