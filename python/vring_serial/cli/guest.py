@@ -161,7 +161,7 @@ async def _run(guest: EmbeddedGuest, work: Callable[[], Coroutine[None, None, No
         raise lost
 
 
-async def _find(guest: EmbeddedGuest, port: str, wait: float) -> GuestPort:
+async def _find(guest: EmbeddedGuest, port: str, wait: float | None) -> GuestPort:
     if port.isdigit():
         return await guest.wait_port(nr=int(port), timeout=wait)
     return await guest.wait_port(name=port, timeout=wait)
@@ -184,8 +184,9 @@ async def _list(guest: EmbeddedGuest) -> None:
 
 async def _serve(guest: EmbeddedGuest, services: list[tuple[str, Service]], wait: float) -> None:
     async def serve(name: str, service: Service) -> None:
-        while True:
-            await keep_serving(await _find(guest, name, wait), service)
+        await keep_serving(await _find(guest, name, wait), service)
+        while True:  # a port that went may come back
+            await keep_serving(await _find(guest, name, None), service)
 
     try:
         async with asyncio.TaskGroup() as group:

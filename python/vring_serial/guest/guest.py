@@ -301,12 +301,16 @@ class EmbeddedGuest:
     # --- for its user
 
     async def wait_port(
-        self, nr: int | None = None, name: str | None = None, timeout: float = DEFAULT_TIMEOUT
+        self,
+        nr: int | None = None,
+        name: str | None = None,
+        timeout: float | None = DEFAULT_TIMEOUT,
     ) -> GuestPort:
         """The port with this number, or name, as soon as the device has announced it.
 
         Raises:
-            BackendTimeoutError: it did not in ``timeout`` seconds; the message lists what there is.
+            BackendTimeoutError: it did not in ``timeout`` seconds (None: no limit); the message
+                lists the ports that there are.
             BackendError, PortRemovedError: the backend left, or the guest was stopped.
         """
         try:
@@ -317,6 +321,7 @@ class EmbeddedGuest:
                     await self._changed.wait()
                 return port
         except TimeoutError:
+            assert timeout is not None
             raise self._no_port(nr, name, timeout) from None
 
     def _find_port(self, nr: int | None, name: str | None) -> GuestPort | None:
