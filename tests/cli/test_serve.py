@@ -299,6 +299,23 @@ async def test_pid_file(serve: Serve, tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+async def test_what_a_killed_process_left_is_replaced(serve: Serve, tmp_path: Path) -> None:
+    async with serve("--pid-file", "pid", *NULL_PORT) as server:
+        await server.kill()
+    assert sorted(os.listdir(tmp_path)) == ["pid", "v"]
+    async with serve("--pid-file", "pid", *NULL_PORT) as server:
+        async with serve("--pid-file", "pid", *NULL_PORT, ready="") as other:
+            assert await other.exit_status() == 1
+            assert other.lines == [
+                f"vring: --pid-file pid: exists, process {server.pid} is running"
+            ]
+        async with serve(*NULL_PORT, ready="") as other:
+            assert await other.exit_status() == 1
+            assert other.lines[-1] == "vring: v: exists, another process listens on it"
+        assert await server.stop() == 0
+    assert os.listdir(tmp_path) == []
+
+
 async def test_waiting_for_a_client(serve: Serve, tmp_path: Path) -> None:
     """wait=on, QEMU's default: no frontend is served before the first client is there."""
     arguments = ("--chardev", "socket,id=a,path=a,server=on", "--port", "chardev=a")
@@ -401,7 +418,7 @@ def test_what_cannot_be_asked_for(arguments: tuple[str, ...], status: int, line:
         ),
         (
             ("--vhost-user", "w", "--pid-file", "v", *NULL_PORT),
-            "vring: --pid-file v exists: another vring may be serving; remove it if not",
+            "vring: --pid-file v: exists and holds no process id",
         ),
         (
             ("--vhost-user", "w", "--pid-file", "none/pid", *NULL_PORT),

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,20 +148,39 @@ async def _finished_before(stop: asyncio.Event, work: Coroutine[None, None, None
 
 @contextlib.contextmanager
 def _pid_file(path: str | None) -> Iterator[None]:
-    """A file with our process id, there while we serve. Raises ResourceError if it exists."""
+    """A file with our process id, there while we serve; that of a process that is gone is replaced.
+
+    Raises ResourceError if the file exists otherwise, or cannot be made.
+    """
     if path is None:
         yield
         return
     try:
+        _remove_stale_pid_file(path)
         with open(path, "x", encoding="ascii") as file:
             file.write(f"{os.getpid()}\n")
-    except FileExistsError:
-        raise ResourceError(
-            f"--pid-file {path} exists: another vring may be serving; remove it if not"
-        ) from None
     except OSError as error:
         raise ResourceError(f"--pid-file {path}: {error.strerror}") from None
     try:
         yield
     finally:
         Path(path).unlink(missing_ok=True)
+
+
+def _remove_stale_pid_file(path: str) -> None:
+    """Raises ResourceError if the file is of a process that lives, or is no pid file at all."""
+    try:
+        with open(path, encoding="ascii", errors="replace") as file:
+            text = file.read(32)
+    except FileNotFoundError:
+        return
+    if not re.fullmatch(r"[1-9][0-9]{0,8}\n", text, re.ASCII):
+        raise ResourceError(f"--pid-file {path}: exists and holds no process id")
+    try:
+        os.kill(int(text), 0)
+    except ProcessLookupError:
+        os.unlink(path)
+        return
+    except PermissionError:
+        pass  # it is another user's, and it lives
+    raise ResourceError(f"--pid-file {path}: exists, process {int(text)} is running")

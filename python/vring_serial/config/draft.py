@@ -24,11 +24,10 @@ from vring_serial.config.topology import (
     Topology,
 )
 from vring_serial.errors import ConfigError
+from vring_serial.unix_socket import MAX_PATH
 
 #: More controllers than any machine has slots for.
 MAX_CONTROLLER_INDEX = 255
-#: sun_path holds 108 bytes with the terminating NUL.
-MAX_UNIX_PATH_BYTES = 107
 
 
 @dataclass(slots=True)
@@ -246,9 +245,9 @@ def check_unix_path(path: str, where: str) -> None:
         size = len(os.fsencode(path))
     except UnicodeEncodeError:
         raise ConfigError(f"{path!r} cannot be a socket's path", where) from None
-    if not 1 <= size <= MAX_UNIX_PATH_BYTES:
+    if not 1 <= size <= MAX_PATH:
         raise ConfigError(
-            f"socket path {path} has {size} bytes; a unix socket's has 1 to {MAX_UNIX_PATH_BYTES}",
+            f"socket path {path} has {size} bytes; a unix socket's has 1 to {MAX_PATH}",
             where,
         )
 
