@@ -217,6 +217,30 @@ async def test_garbage_does_not_keep_the_next_frontend_out(serve: Serve, tmp_pat
         assert await s.stop() == 0
 
 
+async def test_an_agent_chunk_of_4_gib(serve: Serve, tmp_path: Path) -> None:
+    """That agent's session ends with a reason; the other port and the next session go on."""
+    other = ("--chardev", "socket,id=a,path=a,server,nowait", "--port", "chardev=a,nr=2")
+    domain = str(EXAMPLES / "spice-agent.xml")
+    async with (
+        serve("--domain", domain, *other) as server,
+        guest_of(tmp_path / "v") as guest,
+        asyncio.timeout(TIMEOUT),
+    ):
+        port = await guest.wait_port(nr=1)
+        await port.wait_host()
+        reader, writer = await port.open()
+        writer.write(bytes.fromhex("01000000 ffffffff"))
+        assert "4294967295" in await server.logged("agent of port 1: gone")
+        await both_ways(await connect(tmp_path / "a"), guest, 2)
+        writer.close()
+        await port.wait_host()
+        reader, writer = await port.open()
+        await reader.readexactly(28)
+        writer.write(AGENT_HELLO)
+        await server.logged("agent of port 1: ready, with ")
+        writer.close()
+
+
 async def test_two_controllers(serve: Serve, tmp_path: Path) -> None:
     path = tmp_path / "domain.xml"
     domain = (EXAMPLES / "two-controllers.xml").read_text()

@@ -107,7 +107,7 @@ def _log_ports(config: ControllerConfig, controller: Controller) -> None:
         emit(
             logging.INFO,
             "port",
-            f"{config.name}: {kind} {port.nr} {port.name or '(no name)'} at {end}",
+            f"{config.name}: {kind} {port.nr}{f' ({port.name})' if port.name else ''} at {end}",
             controller=config.name,
             nr=port.nr,
             name=port.name,
