@@ -177,9 +177,7 @@ class ClipboardReader:
             async with asyncio.timeout(timeout):
                 await self._changed.wait()
         except TimeoutError:
-            raise AgentTimeoutError(
-                f"the agent sent no clipboard data within {timeout:g} s"
-            ) from None
+            raise AgentTimeoutError(f"no clipboard data came within {timeout:g} s") from None
 
 
 class ClipboardChannel:
@@ -236,7 +234,7 @@ class ClipboardChannel:
         for selection in list(self.remote_types):
             self.took_release(ClipboardRelease(selection))
         for reader in self._readers.values():
-            reader.fail(AgentGoneError("the agent went away before it sent the clipboard"))
+            reader.fail(AgentGoneError("the other end went away before it sent the clipboard"))
         self._readers.clear()
         self._requests.clear()
 
@@ -275,9 +273,9 @@ class ClipboardChannel:
         if self._offers.pop(selection, None) is not None and self._link is not None:
             self._link.post(ClipboardRelease(selection))
 
-    def owns(self, selection: int) -> bool:
-        """Whether we own this clipboard."""
-        return selection in self._offers
+    def owned(self, selection: int) -> Offer:
+        """What we have on this clipboard; empty if we do not own it."""
+        return self._offers.get(selection, {})
 
     # --- what the other end owns
 
@@ -320,12 +318,12 @@ class ClipboardChannel:
     def _ask(self, selection: int, kind: int) -> ClipboardReader:
         link = self._link
         if link is None:
-            raise AgentGoneError("no agent is connected")
+            raise AgentGoneError("the agent channel is closed")
         types = self.remote_types.get(selection)
         if types is None:
-            raise ClipboardEmptyError("the agent owns no such clipboard")
+            raise ClipboardEmptyError("the other end owns no such clipboard")
         if kind not in types:
-            raise ClipboardEmptyError(f"the agent's clipboard has only the types {types}")
+            raise ClipboardEmptyError(f"the clipboard has only the types {types}")
         reader = ClipboardReader(link, self._most)
         self._readers[selection] = reader
         link.post(ClipboardRequest(selection, kind))
@@ -385,7 +383,7 @@ class ClipboardChannel:
             await self._answer(self._link, self._requests.popleft())
 
     async def _answer(self, link: AgentLink, request: ClipboardRequest) -> None:
-        source = self._offers.get(request.selection, {}).get(request.type)
+        source = self.owned(request.selection).get(request.type)
         try:
             if source is None:
                 await link.send(Clipboard(request.selection, ClipboardType.NONE))

@@ -169,7 +169,13 @@ class GuestAgent:
     async def get_clipboard(
         self, selection: int = Selection.CLIPBOARD, kind: int = ClipboardType.UTF8_TEXT
     ) -> bytes:
-        """The host's clipboard, as somebody pastes it. Raises as HostAgent.get_clipboard_data."""
+        """What somebody in the guest pastes: the host's clipboard, or what was copied here.
+
+        Raises as HostAgent.get_clipboard_data.
+        """
+        copied = self._clipboard.owned(selection).get(kind)
+        if isinstance(copied, bytes):
+            return copied
         return await self._clipboard.fetch(selection, kind, self._timeout)
 
     # --- LinkOwner
