@@ -375,6 +375,21 @@ async def test_a_factory_that_raises_leaves_the_port_closed_to_the_bytes(rig, ca
         await built.guest.until(lambda: caplog.records)
 
 
+async def test_a_factory_may_close_its_own_end(rig):
+    built = None
+
+    def close_and_make():
+        built.port.chardev.close()
+        return Recorder()
+
+    built = await rig(factory=close_and_make, is_open=False)
+    built.guest.open(1)
+    await built.guest.until(lambda: len(built.protocols) == 1)
+    await built.guest.until(lambda: not built.guest.control.ports[1].host_open)
+    assert built.last.calls == []
+    assert not built.port.host_open
+
+
 async def test_a_driver_that_goes_takes_its_connection_along(rig):
     built = await rig()
     protocol = built.last

@@ -409,6 +409,8 @@ class Port:
             )
             self._session_over = True
             return
+        if self._end is not end or self._transport is not None:
+            return  # the factory closed its own end
         self._transport = PortTransport(
             protocol,
             lossy=self.console or self.single,
