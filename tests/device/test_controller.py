@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import random
 
 import pytest
 
@@ -522,3 +523,47 @@ async def test_a_driver_without_multiport_is_not_held_up_for_want_of_a_port(
     await guest.until(lambda: guest.completed(0))
     await guest.until(lambda: controller.ports[0]._transport.get_protocol().data == b"hello")
     assert NO_PORT not in controller.ports
+
+
+# --- hostile --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_garbage_in_the_rings_harms_no_one_else(make_controller, make_guest, seed):
+    """A driver that scribbles over its rings while they run: the next driver finds a device."""
+    rng = random.Random(seed)
+    controller = make_controller(max_ports=3)
+    failures: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: failures.append(context))
+    controller.add_port(python_port(0, console=True))
+    controller.add_port(python_port(1, "org.test"))
+    await controller.start()
+    for _ in range(5):
+        guest = make_guest(controller, size=16)
+        guest.boot()
+        await guest.ready(1)
+        guest.open(1)
+        await guest.settle(2)
+        for _ in range(60):
+            ring = rng.choice(list(guest.rings.values()))
+            part = rng.randrange(3)
+            length = (16 * 16, 6 + 32, 6 + 128)[part]
+            at = ring.parts[part] + rng.randrange(length)
+            guest.memory.write(at, rng.randbytes(rng.randrange(1, 4)))
+            os.eventfd_write(ring.kick_fd, 1)
+            if rng.randrange(3) == 0:
+                controller.ports[0].chardev.close()
+                controller.ports[0].chardev.open()
+                await asyncio.sleep(0)
+        for _ in range(5):
+            await asyncio.sleep(0.001)
+        guest.close()
+        controller.reset()
+    guest = make_guest(controller)
+    guest.boot()
+    await guest.ready(1)
+    guest.open(1)
+    await guest.until(lambda: controller.ports[1]._transport is not None)
+    guest.write(1, b"at last")
+    await guest.until(lambda: controller.ports[1]._transport.get_protocol().data == b"at last")
+    assert failures == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
 import socket
 
@@ -16,7 +17,14 @@ from vring_serial.device import events as ev
 from vring_serial.device.controller import DEFAULT_FEATURES
 from vring_serial.device.events import Side
 from vring_serial.device.port import Port
-from vring_serial.proto.console import CONTROL_TRANSMITQ, ControlEvent, ControlMessage, Feature
+from vring_serial.errors import LocalProtocolError, ResourceError
+from vring_serial.proto.console import (
+    CONTROL_TRANSMITQ,
+    ControlEvent,
+    ControlMessage,
+    Feature,
+    Status,
+)
 
 
 class PairChardev(Chardev):
@@ -444,3 +452,46 @@ async def test_a_port_goes_while_it_is_busy(rig):
     again = PairChardev("again")
     await controller.plug_port(Port(1, "org.again", again))
     await guest.until(lambda: 1 in guest.control.ports and guest.control.ports[1].host_open)
+
+
+@pytest.mark.parametrize("queue", [4, 5])
+async def test_a_ring_that_breaks_under_the_pump_stops_one_direction(rig, queue):
+    controller, guest, chardev = await rig()
+    told = []
+    controller.on_needs_reset = told.append
+    ring = guest.rings[queue]
+    ahead = (ring.driver.avail_index + 1000) & 0xFFFF
+    guest.memory.write(ring.parts[1] + 2, ahead.to_bytes(2, "little"))
+    os.eventfd_write(ring.kick_fd, 1)
+    chardev.peer.send(b"for the guest")
+    await guest.until(lambda: told)
+    assert told[0].queue == f"queue {queue}"
+    assert controller.status & Status.DEVICE_NEEDS_RESET
+    if queue == 4:
+        guest.write(1, b"goes on")
+        assert await gather(guest, chardev.peer, 7) == b"goes on"
+    else:
+        await guest.until(lambda: guest.read(1) == b"for the guest")
+    assert len(told) == 1
+    assert chardev.gone == []
+
+
+async def test_a_full_table_of_host_ends_is_stopped_when_one_cannot_start(
+    make_controller, tmp_path
+):
+    controller = make_controller(max_ports=4)
+    first, last = PairChardev("first"), PairChardev("last")
+    missing = FileChardev("missing", FileOptions(path=str(tmp_path / "no" / "file")))
+    for nr, chardev in enumerate([first, missing, last], start=1):
+        controller.add_port(Port(nr, f"org.test.{nr}", chardev))
+    with pytest.raises(ResourceError, match="no/file"):
+        await controller.start()
+    assert first.end is None
+    assert last.peer is None
+    with pytest.raises(LocalProtocolError, match="no pump"):
+        _ = controller.pump
+    controller = make_controller()
+    missing = FileChardev("missing", FileOptions(path=str(tmp_path / "no" / "file")))
+    with pytest.raises(ResourceError, match="no/file"):
+        await controller.plug_port(Port(1, "org.test", missing))
+    assert dict(controller.ports) == {}
