@@ -110,6 +110,7 @@ async def test_a_console_opens_itself_and_follows_its_size(
 
 async def test_writers_block_while_the_host_end_is_closed(device, port, until) -> None:
     _, writer = await port.open()
+    assert await device.next_control() == (1, PORT_OPEN, 1)
     device.control(1, PORT_OPEN, 0)
     await port.wait_host(False)
     writer.write(b"held")
@@ -123,8 +124,38 @@ async def test_writers_block_while_the_host_end_is_closed(device, port, until) -
     writer.transport.abort()
 
 
+async def test_nothing_is_written_before_the_device_has_heard_of_the_opening(
+    device, port, until
+) -> None:
+    _, writer = await port.open()
+    writer.write(b"early")
+    draining = asyncio.ensure_future(writer.drain())
+    await asyncio.sleep(0.02)
+    assert device.queues[PORT1_TX].available() == 0
+    assert not draining.done()
+    assert await device.next_control() == (1, PORT_OPEN, 1)
+    assert await device.receive(PORT1_TX) == b"early"
+    await draining
+    writer.close()
+    await writer.wait_closed()
+
+
+async def test_a_new_opener_does_not_get_what_was_for_the_last_one(device, port) -> None:
+    _, writer = await port.open()
+    assert await device.next_control() == (1, PORT_OPEN, 1)
+    device.send(PORT1_RX, b"for the first")
+    writer.transport.abort()
+    reader, writer = await port.open()
+    assert await device.next_control() == (1, PORT_OPEN, 0)
+    assert await device.next_control() == (1, PORT_OPEN, 1)
+    device.send(PORT1_RX, b"for the second")
+    assert await reader.read(100) == b"for the second"
+    writer.transport.abort()
+
+
 async def test_drain_returns_when_all_is_in_the_ring(device, port) -> None:
     _, writer = await port.open()
+    assert await device.next_control() == (1, PORT_OPEN, 1)
     data = bytes(range(256)) * 16384  # 4 MiB: twice what the transmit buffers hold
     writer.write(data)
     draining = asyncio.ensure_future(writer.drain())

@@ -41,8 +41,9 @@ class Harness:
         parts = (queue.desc, queue.avail, queue.used)
         return SplitQueue(self.ram.memory, queue.size, *parts, event_idx=event_idx)
 
-    def port_opened(self, port: GuestPort, is_open: bool) -> None:
+    def port_opened(self, port: GuestPort, is_open: bool) -> bool:
         self.opened.append(is_open)
+        return True
 
     def transmit_buffers(self, port: GuestPort) -> TransmitBuffers:
         return TransmitBuffers(self.tx, self.ram, QUEUE_SIZE, TRANSMIT_SIZE)

@@ -101,7 +101,7 @@ class ConsoleDriver:
         """
         if self._control is None:
             self._start_port(0)
-            self.ports[0].set_console()
+            self.ports[0].set_console(settled=True)
             self.on_event(PortAdded(0))
             self.on_event(PortIsConsole(0))
             return
@@ -166,7 +166,10 @@ class ConsoleDriver:
         if self._overdue is not None and (progress or not tx.in_flight):
             self._overdue.cancel()
             self._overdue = None
-        if tx.in_flight and self._overdue is None:
+        if not tx.in_flight:
+            for port in self.ports.values():
+                port.control_settled()
+        elif self._overdue is None:
             loop = asyncio.get_running_loop()
             self._overdue = loop.call_later(self._timeout, self._control_overdue)
 
@@ -194,7 +197,7 @@ class ConsoleDriver:
             case PortNamed(nr, name):
                 self.ports[nr].set_name(name.decode("utf-8", "backslashreplace"))
             case PortIsConsole(nr):
-                self.ports[nr].set_console()
+                self.ports[nr].set_console(settled=False)
             case PortResized(nr, cols, rows):
                 self.ports[nr].size = (cols, rows)
             case PortOpened(nr):
@@ -255,13 +258,15 @@ class ConsoleDriver:
 
     # --- PortOwner
 
-    def port_opened(self, port: GuestPort, is_open: bool) -> None:
-        if self._control is not None:
-            if is_open:
-                self._control.open(port.nr)
-            else:
-                self._control.close(port.nr)
-            self._send_control()
+    def port_opened(self, port: GuestPort, is_open: bool) -> bool:
+        if self._control is None:
+            return True
+        if is_open:
+            self._control.open(port.nr)
+        else:
+            self._control.close(port.nr)
+        self._send_control()
+        return not self._control_tx.in_flight
 
     def transmit_buffers(self, port: GuestPort) -> TransmitBuffers:
         transmit = self._transmit_buffers.get(port.nr)

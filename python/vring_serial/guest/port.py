@@ -36,8 +36,11 @@ STREAM_LIMIT = 1 << 16
 class PortOwner(Protocol):
     """What a port needs of its driver."""
 
-    def port_opened(self, port: GuestPort, is_open: bool) -> None:
-        """Tell the device PORT_OPEN(is_open)."""
+    def port_opened(self, port: GuestPort, is_open: bool) -> bool:
+        """Tell the device PORT_OPEN(is_open).
+
+        Returns whether it has heard that; if not, :meth:`GuestPort.control_settled` follows.
+        """
 
     def transmit_buffers(self, port: GuestPort) -> TransmitBuffers:
         """The port's transmit buffers, made when first wanted. Raises GuestMemoryError."""
@@ -74,6 +77,8 @@ class GuestPort:
         #: comes and goes in front of a slow reader cannot make it grow.
         self._held: list[npt.NDArray[np.int64]] = []
         self._receive_due = False
+        #: PORT_OPEN(1) is on its way.
+        self._unheard = False
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
 
@@ -107,16 +112,16 @@ class GuestPort:
             raise PortBusyError(f"port {self.nr} is open already")
         if self._tx is None:
             self._tx = self._owner.transmit_buffers(self)
+        if not self.guest_connected:
+            self.guest_connected = True
+            self._unheard = not self._owner.port_opened(self, True)
         protocol = factory()
         self._transport = transport = PortTransport(self, protocol)
-        protocol.connection_made(transport)
         if previous is not None:
             backlog = previous.backlog
             previous.retire()
             transport.inherit(backlog)
-        elif not self.guest_connected:
-            self.guest_connected = True
-            self._owner.port_opened(self, True)
+        protocol.connection_made(transport)
         transport.flush()
         self.schedule_receive()
         return transport, protocol
@@ -142,8 +147,17 @@ class GuestPort:
 
     @property
     def can_write(self) -> bool:
-        """Whether writers may use the ring. Linux's hvc does not ask about the host end."""
-        return self.removed is None and (self.host_connected or self.is_console)
+        """Whether writers may use the ring.
+
+        A device discards what it finds before it has heard of the PORT_OPEN(1), which comes on
+        another queue; so, as Linux does, wait until it has used that.
+        """
+        return not (self._unheard or self.host_gone)
+
+    @property
+    def host_gone(self) -> bool:
+        """Nobody takes what is written; Linux's hvc does not ask."""
+        return self.removed is not None or not (self.host_connected or self.is_console)
 
     def transmit(self, data: memoryview) -> int:
         """Put as much into the ring as there is room for; returns bytes."""
@@ -177,6 +191,9 @@ class GuestPort:
         self._owner.port_opened(self, False)
         self._inbox.clear()
         self._release_held()
+        # What is in the ring by now was for this opener, as in Linux.
+        slots, _ = self._rx.take()
+        self._rx.give_back(slots)
         self.schedule_receive()
 
     # --- for the driver
@@ -234,14 +251,22 @@ class GuestPort:
             self._rx.give_back(slots)
         self._held.clear()
 
-    def set_console(self) -> None:
+    def set_console(self, *, settled: bool) -> None:
         """CONSOLE_PORT, or no multiport protocol: from now on the port is open.
 
-        The control protocol sends the PORT_OPEN(1) by itself.
+        The control protocol sends the PORT_OPEN(1) by itself; ``settled``: it needs none.
         """
+        self._unheard = not settled
         self.is_console = self.guest_connected = True
         if self._transport is not None:
             self._transport.flush()
+
+    def control_settled(self) -> None:
+        """The device has used every control message."""
+        if self._unheard:
+            self._unheard = False
+            if self._transport is not None:
+                self._transport.flush()
 
     def set_name(self, name: str) -> None:
         """PORT_NAME."""

@@ -15,6 +15,10 @@ class TransportPort(Protocol):
     def can_write(self) -> bool:
         """Writers may use the ring."""
 
+    @property
+    def host_gone(self) -> bool:
+        """Nobody is there to take what is written."""
+
     def transmit(self, data: memoryview) -> int:
         """Put as much into the ring as there is room for; returns bytes."""
 
@@ -125,7 +129,7 @@ class PortTransport(asyncio.Transport):
 
     def _settle(self) -> None:
         if self._closing:
-            if not self._lost and (not self._port.can_write or self._drained()):
+            if not self._lost and (self._port.host_gone or self._drained()):
                 self._finish(None)
             return
         blocked = not self._port.can_write
