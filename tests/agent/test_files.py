@@ -19,8 +19,8 @@ from vring_serial.agent import (
     FileTransferError,
     HostAgent,
 )
-from vring_serial.guest import files as guest_files
-from vring_serial.guest.files import FileReceiver, safe_name
+from vring_serial.agent import receiver as receiver_module
+from vring_serial.agent.receiver import FileReceiver, safe_name
 from vring_serial.proto.agent import (
     FileInfo,
     FileXferData,
@@ -119,7 +119,7 @@ async def test_the_channel_closes_in_the_middle(file_pair, make_file):
 
 async def test_no_space(file_pair, make_file, monkeypatch):
     disk = SimpleNamespace(f_bavail=10, f_frsize=1000)
-    monkeypatch.setattr(guest_files.os, "statvfs", lambda _: disk)
+    monkeypatch.setattr(receiver_module.os, "statvfs", lambda _: disk)
     await file_pair.host.send_file(make_file("fits", 10_000))
     with pytest.raises(FileRefusedError, match="10000 bytes are free, 10001 are needed"):
         await file_pair.host.send_file(make_file("big", 10_001))
@@ -291,7 +291,7 @@ def test_bounds_on_what_is_offered(receiver):
     assert receiver.start(1, "huge", 1 << 62) == FileXferResult.NOT_ENOUGH_SPACE
     receiver.files.start(FileXferStart(1, b"not a key file"))
     assert receiver.sent.pop().result == FileXferResult.ERROR
-    for number in range(guest_files.TRANSFERS_MAX):
+    for number in range(receiver_module.TRANSFERS_MAX):
         assert receiver.start(number, "many", 1) == FileXferResult.CAN_SEND_DATA
         receiver.files._incoming[number].path.rename(receiver.directory / str(number))
         receiver.files._incoming[number].path = receiver.directory / str(number)
@@ -301,7 +301,7 @@ def test_bounds_on_what_is_offered(receiver):
 
 def test_promised_space_counts(receiver, monkeypatch):
     disk = SimpleNamespace(f_bavail=10, f_frsize=1)
-    monkeypatch.setattr(guest_files.os, "statvfs", lambda _: disk)
+    monkeypatch.setattr(receiver_module.os, "statvfs", lambda _: disk)
     assert receiver.start(1, "a", 8) == FileXferResult.CAN_SEND_DATA
     assert receiver.start(2, "b", 3) == FileXferResult.NOT_ENOUGH_SPACE
     assert receiver.start(3, "c", 2) == FileXferResult.CAN_SEND_DATA

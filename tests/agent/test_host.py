@@ -375,3 +375,17 @@ async def test_what_needs_no_action_is_an_event(pair):
     pair.guest._link.post(UnknownMessage(78, b"new"))
     expected = [OtherMessage(Reply(77, 1)), OtherMessage(UnknownMessage(78, b"new"))]
     await pair.until(lambda: pair.host_events[-2:] == expected)
+
+
+async def test_events_can_be_iterated(pair):
+    await pair.connect()
+    with pair.host.events() as events, pair.host.events() as others:
+        pair.guest.set_clipboard("one")
+        pair.guest.clear_clipboard()
+        async with asyncio.timeout(5):
+            assert await anext(events) == ClipboardGrabbed(0, (TEXT,))
+            async for event in events:
+                assert event == ClipboardReleased(0)
+                break
+            assert await anext(others) == ClipboardGrabbed(0, (TEXT,))
+    assert not pair.host._streams

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections import deque
 from dataclasses import dataclass
+from types import TracebackType
 from typing import TypeAlias
 
 from vring_serial.proto.agent import AgentProtocolError, Capabilities, TypedMessage, UnknownMessage
@@ -57,3 +60,41 @@ class AgentTrouble:
 AgentEvent: TypeAlias = (
     AgentReady | AgentGone | ClipboardGrabbed | ClipboardReleased | OtherMessage | AgentTrouble
 )
+
+EVENTS_MAX = 1024
+"""Events that are kept for an iterator that does not take them."""
+
+
+class EventStream:
+    """Events as an asynchronous iterator, for as long as its ``with`` block runs."""
+
+    def __init__(self, streams: set[EventStream]) -> None:
+        self._streams = streams
+        self._events: deque[AgentEvent] = deque(maxlen=EVENTS_MAX)
+        self._some = asyncio.Event()
+
+    def __enter__(self) -> EventStream:
+        self._streams.add(self)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._streams.discard(self)
+
+    def put(self, event: AgentEvent) -> None:
+        """Add an event (for who tells them)."""
+        self._events.append(event)
+        self._some.set()
+
+    def __aiter__(self) -> EventStream:
+        return self
+
+    async def __anext__(self) -> AgentEvent:
+        while not self._events:
+            self._some.clear()
+            await self._some.wait()
+        return self._events.popleft()

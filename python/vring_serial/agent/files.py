@@ -32,7 +32,8 @@ from vring_serial.proto.agent.constants import FILE_DATA_MAX
 Progress = Callable[[int, int], None]
 """Called with (bytes sent, bytes in all), at the start and after every piece."""
 
-_ID_MAX = 0xFFFFFFFF
+FROM_GUEST = 1 << 31
+"""Numbers of transfers from the guest begin here: a status does not say who sends its file."""
 Result = TypeVar("Result")
 _GLIB_ERRORS = {
     1: "not found",
@@ -83,12 +84,17 @@ class _Outgoing:
 
 
 class FileSender:
-    """All files that are on their way to the other end of one channel after another."""
+    """All files that are on their way to the other end of one channel after another.
 
-    def __init__(self) -> None:
+    Args:
+        first_id: the transfers get this number and those after it.
+    """
+
+    def __init__(self, first_id: int = 1) -> None:
+        self._first_id = first_id
         self._link: AgentLink | None = None
         self._outgoing: dict[int, _Outgoing] = {}
-        self._last_id = 0
+        self._last_id = first_id - 1
 
     def begin_session(self, link: AgentLink) -> None:
         """The other end starts anew and knows of no transfer."""
@@ -109,7 +115,7 @@ class FileSender:
         """A STATUS arrived. Returns an error if it belongs to no transfer that could have one."""
         outgoing = self._outgoing.get(status.id)
         if outgoing is None:
-            if 0 < status.id <= self._last_id:
+            if self._first_id <= status.id <= self._last_id:
                 return None  # of a transfer that was cancelled while this was on its way
             cause = f"transfer {status.id} does not exist"
             return MessageError("VDAgentFileXferStatusMessage.id", 0, cause)
@@ -119,6 +125,13 @@ class FileSender:
             outgoing.ended.set_result(status)
             outgoing.admitted.set()
         return None
+
+    def refuse(self, path: Path) -> None:
+        """Offer a file that cannot be read after all, so that the other end knows that."""
+        if self._link is not None:
+            with contextlib.suppress(FileTransferError), self._transfer(self._link, 0) as outgoing:
+                self._link.post(FileXferStart(outgoing.id, FileInfo(path.name, 1).pack()))
+                raise FileTransferError(f"{path} cannot be read")
 
     async def send(
         self, path: Path, *, name: str | None, on_progress: Progress | None, timeout: float
@@ -143,7 +156,7 @@ class FileSender:
     @contextlib.contextmanager
     def _transfer(self, link: AgentLink, size: int) -> Iterator[_Outgoing]:
         """A transfer, which is cancelled on the other end if the block fails before its end."""
-        self._last_id = self._last_id % _ID_MAX + 1
+        self._last_id = self._first_id + (self._last_id + 1 - self._first_id) % (FROM_GUEST - 1)
         outgoing = self._outgoing[self._last_id] = _Outgoing(self._last_id, size)
         try:
             yield outgoing

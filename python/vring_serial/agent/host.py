@@ -7,6 +7,7 @@ import contextlib
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from vring_serial.agent.clipboard import (
     ClipboardChannel,
@@ -20,6 +21,7 @@ from vring_serial.agent.errors import (
     AgentTimeoutError,
     AgentUnsupportedError,
     ClipboardEmptyError,
+    FileTransferError,
 )
 from vring_serial.agent.events import (
     AgentEvent,
@@ -28,11 +30,14 @@ from vring_serial.agent.events import (
     AgentTrouble,
     ClipboardGrabbed,
     ClipboardReleased,
+    EventStream,
     OtherMessage,
 )
-from vring_serial.agent.files import FileSender, Progress
+from vring_serial.agent.files import FROM_GUEST, FileSender, Progress
 from vring_serial.agent.link import AgentLink, BodySink
+from vring_serial.agent.receiver import FileReceiver
 from vring_serial.proto.agent import (
+    FILES_FROM_GUEST,
     AgentProtocolError,
     AnnounceCapabilities,
     Buffer,
@@ -43,6 +48,10 @@ from vring_serial.proto.agent import (
     ClipboardRelease,
     ClipboardRequest,
     ClipboardType,
+    FileList,
+    FileXferData,
+    FileXferResult,
+    FileXferStart,
     FileXferStatus,
     Message,
     Monitor,
@@ -68,6 +77,8 @@ EMPTY_ANSWERS_TRIED = 3
 PHYSICAL_SIZE_WAIT = 2.0
 """Seconds before monitors with physical sizes are sent again without: spice-vdagentd 0.22.1 neither
 understands nor answers the former."""
+
+FileEnds: TypeAlias = "asyncio.Queue[Path | AgentGoneError | None]"
 
 HOST_CAPABILITIES = Capabilities.of(
     Capability.MOUSE_STATE,
@@ -112,11 +123,15 @@ class HostAgent:
         self._announced = capabilities
         self._timeout = timeout
         self._on_event = on_event
+        self._streams: set[EventStream] = set()
         self._link: AgentLink | None = None
         self._asked = False
         self._ready = asyncio.Event()
         self._replies: dict[int, deque[asyncio.Future[int]]] = {}
         self._files = FileSender()
+        self._receiver: FileReceiver | None = None
+        self._file_ends: FileEnds | None = None
+        self._fetching = asyncio.Lock()
         self._clipboard = ClipboardChannel(
             Side.HOST,
             on_grab=self._took_grab,
@@ -137,6 +152,13 @@ class HostAgent:
         await self._clipboard.close()
 
     # --- what one can do
+
+    def events(self) -> EventStream:
+        """Events from now on, to iterate over inside ``with``; any number at once.
+
+        An iterator that lags EVENTS_MAX events behind loses the oldest.
+        """
+        return EventStream(self._streams)
 
     async def wait_ready(self, timeout: float | None = None) -> Capabilities:
         """Wait until an agent has announced itself, and return its capabilities.
@@ -201,7 +223,7 @@ class HostAgent:
         Raises as :meth:`get_clipboard_data` does.
         """
         data = await self.get_clipboard_data(ClipboardType.UTF8_TEXT, selection, timeout=timeout)
-        if self._guest_has_crlf:
+        if self._has(Capability.GUEST_LINEEND_CRLF):
             data = data.replace(b"\r\n", b"\n")
         return data.rstrip(b"\0").decode("utf-8", "replace")
 
@@ -269,11 +291,44 @@ class HostAgent:
         read to its end, AgentUnsupportedError, AgentTimeoutError, AgentGoneError.
         """
         self._need()
-        assert self.capabilities is not None
-        if Capability.FILE_XFER_DISABLED in self.capabilities:
+        if self._has(Capability.FILE_XFER_DISABLED):
             raise AgentUnsupportedError("the agent takes no files (FILE_XFER_DISABLED)")
         seconds = self._timeout if timeout is None else timeout
         await self._files.send(path, name=name, on_progress=on_progress, timeout=seconds)
+
+    async def get_files(
+        self,
+        directory: Path,
+        selection: int = Selection.CLIPBOARD,
+        *,
+        timeout: float | None = None,
+    ) -> list[Path]:
+        """Copy the files on a clipboard of the guest into a directory, and return where they are.
+
+        Only agents that announce FILES_FROM_GUEST send files, among them the embedded guest's.
+        Names are made safe, and no file that exists is overwritten; ``timeout`` is for each file.
+        Raises FileTransferError if not all of them came, besides what get_clipboard_data raises.
+        """
+        link = self._need()
+        if not (self._has(FILES_FROM_GUEST) and FILES_FROM_GUEST in self._announced):
+            raise AgentUnsupportedError(
+                "files come from the guest only if both ends have announced FILES_FROM_GUEST"
+            )
+        seconds = self._timeout if timeout is None else timeout
+        async with self._fetching:
+            ended: FileEnds = asyncio.Queue()
+            self._file_ends = ended
+            self._receiver = FileReceiver(directory, link.post, ended.put_nowait)
+            self._receiver.detailed = True
+            try:
+                data = await self.get_clipboard_data(
+                    ClipboardType.FILE_LIST, selection, timeout=timeout
+                )
+                count = len(FileList.unpack(data).paths)
+                return await _all_files(ended, count, seconds)
+            finally:
+                self._receiver.cancel_all()
+                self._receiver = self._file_ends = None
 
     async def send(self, message: Message) -> None:
         """Send any message as it is. Raises AgentGoneError."""
@@ -283,14 +338,11 @@ class HostAgent:
 
     # --- how it is done
 
-    @property
-    def _guest_has_crlf(self) -> bool:
-        return self.capabilities is not None and (
-            Capability.GUEST_LINEEND_CRLF in self.capabilities
-        )
+    def _has(self, capability: int) -> bool:
+        return self.capabilities is not None and capability in self.capabilities
 
     def _line_ends_for_guest(self, text: bytes) -> bytes:
-        if self._guest_has_crlf:
+        if self._has(Capability.GUEST_LINEEND_CRLF):
             return text.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
         return text
 
@@ -311,7 +363,7 @@ class HostAgent:
     async def _call(self, link: AgentLink, message: Message, timeout: float) -> None:
         """Send a message that the agent answers with REPLY, and wait for that if it sends any."""
         await link.send(message)
-        if self.capabilities is None or Capability.REPLY not in self.capabilities:
+        if not self._has(Capability.REPLY):
             return
         kind = message.type_number
         waiting = self._replies.setdefault(kind, deque())
@@ -333,6 +385,8 @@ class HostAgent:
     def _emit(self, event: AgentEvent) -> None:
         if self._on_event is not None:
             self._on_event(event)
+        for stream in self._streams:
+            stream.put(event)
 
     def _begin_session(self, link: AgentLink) -> None:
         """Both sides start anew, because we ask the agent for its capabilities."""
@@ -368,6 +422,9 @@ class HostAgent:
         self._ready.clear()
         self._clipboard.end_session()
         self._files.end_session("the agent went away")
+        if self._receiver is not None and self._file_ends is not None:
+            self._file_ends.put_nowait(AgentGoneError("the agent went away with files missing"))
+            self._receiver.cancel_all()
         self._fail_replies("the agent went away")
         self._emit(AgentGone(str(reason) if reason else ""))
 
@@ -387,9 +444,15 @@ class HostAgent:
         elif isinstance(message, Clipboard):
             self._clipboard.took_data(message)
         elif isinstance(message, FileXferStatus):
-            error = self._files.took_status(message)
-            if error is not None:
-                self._emit(AgentTrouble(error))
+            self._took_status(message)
+        elif isinstance(message, FileXferStart):
+            if self._receiver is not None:
+                self._receiver.start(message)
+            else:
+                link.post(FileXferStatus(message.id, FileXferResult.CANCELLED))
+        elif isinstance(message, FileXferData):
+            if self._receiver is not None:
+                self._receiver.data(message.id, message.data)
         elif isinstance(message, Reply):
             self._took_reply(message)
         else:
@@ -400,13 +463,15 @@ class HostAgent:
     ) -> BodySink | None:
         if link is self._link and isinstance(head, Clipboard):
             return self._clipboard.took_head(head, size)
+        if link is self._link and isinstance(head, FileXferData) and self._receiver is not None:
+            return self._receiver.body(head.id)
         return None
 
     def link_trouble(self, link: AgentLink, error: AgentProtocolError) -> None:
         self._emit(AgentTrouble(error))
 
     def _took_capabilities(self, link: AgentLink, message: AnnounceCapabilities) -> None:
-        self.capabilities = message.capabilities
+        before, self.capabilities = self.capabilities, message.capabilities
         if message.request and not self._asked:
             # An agent that asks after it had answered us has started anew on the same channel.
             self._begin_session(link)
@@ -415,13 +480,24 @@ class HostAgent:
         else:
             self._asked = False
         self._ready.set()
+        if not self._clipboard.announced or before != message.capabilities:
+            self._emit(AgentReady(message.capabilities))
         self._clipboard.announce()
-        self._emit(AgentReady(message.capabilities))
 
     def _took_grab(self, selection: int, types: tuple[int, ...]) -> None:
         self._grabbed.set()  # wakes those who wait now
         self._grabbed.clear()
         self._emit(ClipboardGrabbed(selection, types))
+
+    def _took_status(self, status: FileXferStatus) -> None:
+        if status.id < FROM_GUEST:
+            error = self._files.took_status(status)
+        elif self._receiver is not None:
+            error = self._receiver.status(status)
+        else:
+            return  # of a transfer that nobody waits for any more
+        if error is not None:
+            self._emit(AgentTrouble(error))
 
     def _took_reply(self, message: Reply) -> None:
         waiting = self._replies.get(message.to)
@@ -431,3 +507,23 @@ class HostAgent:
                 reply.set_result(message.error)
         else:
             self._emit(OtherMessage(message))
+
+
+async def _all_files(ended: FileEnds, count: int, timeout: float) -> list[Path]:
+    """Wait for the ends of ``count`` transfers."""
+    files = []
+    for number in range(count):
+        try:
+            async with asyncio.timeout(timeout):
+                path = await ended.get()
+        except TimeoutError:
+            raise AgentTimeoutError(
+                f"file {number + 1} of {count} did not come from the guest within {timeout:g} s"
+            ) from None
+        if isinstance(path, AgentGoneError):
+            raise path
+        if path is not None:
+            files.append(path)
+    if len(files) < count:
+        raise FileTransferError(f"{count - len(files)} of {count} files did not come")
+    return files

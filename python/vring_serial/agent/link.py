@@ -122,7 +122,7 @@ class AgentLink(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         connection = self.connection
         connection.receive_data(data)
-        while self._transport is not None:
+        while self.is_open:
             try:
                 event = connection.next_event()
             except MessageError as error:

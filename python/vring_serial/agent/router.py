@@ -32,6 +32,7 @@ from vring_serial.agent.events import (
 from vring_serial.agent.host import HOST_CAPABILITIES
 from vring_serial.agent.link import AgentLink, BodySink
 from vring_serial.proto.agent import (
+    FILES_FROM_GUEST,
     AgentFilter,
     AgentProtocolError,
     AnnounceCapabilities,
@@ -318,7 +319,8 @@ class AgentRouter:
         else:
             self._asked = False
         before = self.capabilities
-        self.capabilities = self.filter.rewrite(message.capabilities)
+        # Files from the guest would go to whoever asked, which a transfer does not say.
+        self.capabilities = self.filter.rewrite(message.capabilities).without(FILES_FROM_GUEST)
         self.clipboard.announce()
         if self.capabilities != before or message.request:
             self.emit(AgentReady(self.capabilities))

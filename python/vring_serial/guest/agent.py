@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from vring_serial.agent.clipboard import ANY_SIZE, ClipboardChannel, Offer
-from vring_serial.agent.errors import AgentError
+from vring_serial.agent.clipboard import ANY_SIZE, ClipboardChannel, Offer, StreamSource
+from vring_serial.agent.errors import (
+    AgentError,
+    AgentGoneError,
+    AgentTimeoutError,
+    FileRefusedError,
+    FileTransferError,
+)
 from vring_serial.agent.events import AgentTrouble, ClipboardGrabbed, ClipboardReleased
+from vring_serial.agent.files import FROM_GUEST, FileSender
 from vring_serial.agent.link import AgentLink, BodySink
+from vring_serial.agent.receiver import FileReceiver
 from vring_serial.agent.streams import run_on_streams
-from vring_serial.guest.files import FileReceiver
 from vring_serial.proto.agent import (
+    FILES_FROM_GUEST,
     AgentProtocolError,
     AnnounceCapabilities,
     AudioVolumeSync,
+    Buffer,
     Capabilities,
     Capability,
     ChunkPort,
@@ -29,6 +38,7 @@ from vring_serial.proto.agent import (
     ClipboardRequest,
     ClipboardType,
     DisplayConfig,
+    FileList,
     FileXferData,
     FileXferStart,
     FileXferStatus,
@@ -67,6 +77,7 @@ GUEST_CAPABILITIES = Capabilities.of(
     Capability.GRAPHICS_DEVICE_INFO,
     Capability.CLIPBOARD_NO_RELEASE_ON_REGRAB,
     Capability.CLIPBOARD_GRAB_SERIAL,
+    FILES_FROM_GUEST,
 )
 
 
@@ -133,6 +144,8 @@ class GuestAgent:
         self._on_event = on_event
         self._link: AgentLink | None = None
         self._files = FileReceiver(downloads, self._send_status)
+        self._sender = FileSender(FROM_GUEST)
+        self._sending: set[asyncio.Task[None]] = set()
         self._clipboard = ClipboardChannel(
             Side.GUEST,
             on_grab=lambda selection, types: self._emit(ClipboardGrabbed(selection, types)),
@@ -146,7 +159,14 @@ class GuestAgent:
         try:
             await run_on_streams(AgentLink(Side.GUEST, self), reader, writer)
         finally:
-            await self._clipboard.close()
+            await self.close()
+
+    async def close(self) -> None:
+        """End what still runs for a channel that is closed."""
+        await self._clipboard.close()
+        for task in self._sending:
+            task.cancel()
+        await asyncio.gather(*self._sending, return_exceptions=True)
 
     def protocol_factory(self) -> asyncio.Protocol:
         """A protocol for one connection of the channel."""
@@ -161,6 +181,45 @@ class GuestAgent:
         if isinstance(content, bytes):
             content = {ClipboardType.UTF8_TEXT: content}
         self._clipboard.offer(selection, content)
+
+    def copy_files(
+        self, paths: Sequence[Path], selection: int = Selection.CLIPBOARD, *, cut: bool = False
+    ) -> None:
+        """Own a clipboard with files, as a file manager does in which somebody copies.
+
+        A host that can take them (FILES_FROM_GUEST) is sent them when it asks for the list.
+        """
+        names = [str(path.absolute()) for path in paths]
+        packed = FileList(tuple(names), cut).pack()
+        self.set_clipboard(
+            {
+                ClipboardType.FILE_LIST: StreamSource(
+                    len(packed), lambda: self._list_and_send(packed, list(paths))
+                ),
+                ClipboardType.UTF8_TEXT: "\n".join(names).encode("utf-8", "replace"),
+            },
+            selection,
+        )
+
+    async def _list_and_send(self, packed: bytes, paths: list[Path]) -> AsyncIterator[Buffer]:
+        yield packed
+        if self.host is not None and FILES_FROM_GUEST in self.host:
+            task = asyncio.ensure_future(self._send_files(paths))
+            self._sending.add(task)
+            task.add_done_callback(self._sending.discard)
+
+    async def _send_files(self, paths: list[Path]) -> None:
+        for path in paths:
+            try:
+                await self._sender.send(path, name=None, on_progress=None, timeout=self._timeout)
+            except FileRefusedError as error:
+                log.warning("agent: %s", error)
+            except FileTransferError as error:
+                log.warning("agent: %s", error)
+                self._sender.refuse(path)
+            except (AgentTimeoutError, AgentGoneError) as error:
+                log.warning("agent: %s", error)
+                return
 
     def clear_clipboard(self, selection: int = Selection.CLIPBOARD) -> None:
         """Give up a clipboard."""
@@ -183,6 +242,7 @@ class GuestAgent:
     def link_up(self, link: AgentLink) -> None:
         self._link = link
         self._clipboard.begin_session(link)
+        self._sender.begin_session(link)
         link.post(AnnounceCapabilities(True, self._announced))
 
     def link_down(self, link: AgentLink, reason: Exception | None) -> None:
@@ -245,6 +305,7 @@ class GuestAgent:
             # A client that asks is a new one: serials begin anew, and it owns nothing.
             self._files.cancel_all()
             self._clipboard.begin_session(link)
+            self._sender.begin_session(link)
             link.post(AnnounceCapabilities(False, self._announced))
         self.host = message.capabilities
         self._files.detailed = Capability.FILE_XFER_DETAILED_ERRORS in message.capabilities
@@ -261,7 +322,8 @@ class GuestAgent:
         link.post(Reply(MessageType.MONITORS_CONFIG, error), port)
 
     def _took_status(self, message: FileXferStatus) -> None:
-        error = self._files.status(message)
+        mine = message.id >= FROM_GUEST
+        error = self._sender.took_status(message) if mine else self._files.status(message)
         if error is not None:
             log.warning("agent channel: %s", error)
             self._emit(AgentTrouble(error))
@@ -273,8 +335,10 @@ class GuestAgent:
     def _client_left(self) -> None:
         self._files.cancel_all()
         self._clipboard.end_session()
+        self._sender.end_session("the host's client left")
         if self._link is not None:
             self._clipboard.begin_session(self._link)
+            self._sender.begin_session(self._link)
         self.host = None
         self._emit(HostLeft())
 

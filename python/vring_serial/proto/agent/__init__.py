@@ -22,6 +22,7 @@ from .connection import (
     Side,
 )
 from .constants import (
+    FILES_FROM_GUEST,
     Capability,
     ChunkPort,
     ClipboardType,
@@ -36,6 +37,7 @@ from .constants import (
 from .errors import AgentProtocolError, ChunkError, MessageError
 from .file_xfer import FileXferData, FileXferStart, FileXferStatus
 from .fileinfo import FileInfo
+from .filelist import FileList
 from .filter import AgentFilter
 from .messages import (
     AnnounceCapabilities,
@@ -74,6 +76,7 @@ __all__ = [
     "ChunkPort",
     "Capabilities",
     "Capability",
+    "FILES_FROM_GUEST",
     "Layout",
     "capability_name",
     "MessageType",
@@ -103,6 +106,7 @@ __all__ = [
     "FileXferResult",
     "FileXferData",
     "FileInfo",
+    "FileList",
     "AgentFilter",
     "ClientDisconnected",
     "MaxClipboard",

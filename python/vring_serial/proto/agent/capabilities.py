@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from .constants import Capability
+from .constants import FILES_FROM_GUEST, Capability
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +64,8 @@ class Capabilities:
 
 def capability_name(number: int) -> str:
     """Name of a capability without its prefix, or ``CAP_n`` if vd_agent.h has none."""
+    if number == FILES_FROM_GUEST:
+        return "FILES_FROM_GUEST"
     try:
         return Capability(number).name
     except ValueError:

@@ -95,6 +95,11 @@ class Capability(enum.IntEnum):
     CLIPBOARD_GRAB_SERIAL = 17
 
 
+FILES_FROM_GUEST: Final = 63
+"""A capability of ours, with a number far from those of vd_agent.h. Where both ends have it, the
+agent follows its answer to a request for FILE_LIST with a transfer of each file to the host."""
+
+
 class Selection(enum.IntEnum):
     """VD_AGENT_CLIPBOARD_SELECTION_*: which of X11's clipboards."""
 

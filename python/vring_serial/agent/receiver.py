@@ -1,4 +1,4 @@
-"""Files that the host sends to the embedded guest's agent.
+"""Receiving files over an agent channel: the embedded guest's agent does, and a host that asks.
 
 They are written under one directory, with names that cannot leave it, never over a file that
 exists; a transfer that does not end well leaves nothing behind.
@@ -68,24 +68,32 @@ class _Incoming:
 
 
 class FileReceiver:
-    """All transfers from one host.
+    """All transfers from one sender.
 
     Args:
         directory: where files go; made when the first one comes. None refuses all.
-        send: sends a status to the host.
+        send: sends a status to the sender.
+        on_end: called once for each file that was offered, with the path if it is there now,
+            or None if it was refused, cancelled or lost.
 
     Attributes:
-        detailed: the host understands the newer status results and their details.
+        detailed: the sender understands the newer status results and their details.
     """
 
-    def __init__(self, directory: Path | None, send: Callable[[FileXferStatus], None]) -> None:
+    def __init__(
+        self,
+        directory: Path | None,
+        send: Callable[[FileXferStatus], None],
+        on_end: Callable[[Path | None], None] = lambda _: None,
+    ) -> None:
         self.detailed = False
+        self._on_end = on_end
         self._directory = directory
         self._send = send
         self._incoming: dict[int, _Incoming] = {}
 
     def start(self, message: FileXferStart) -> None:
-        """The host offers a file: accept it, or tell why not."""
+        """The sender offers a file: accept it, or tell why not."""
         if self._directory is None:
             self._refuse(message.id, FileXferResult.DISABLED)
             return
@@ -149,7 +157,7 @@ class FileReceiver:
 
     def _write_failed(self, number: int, error: OSError) -> None:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            self._drop(number)
+            self._incoming.pop(number).remove()
             self._refuse(number, FileXferResult.NOT_ENOUGH_SPACE, bytes(8))
         else:
             self._fail(number, _GLIB_FAILED, str(error))
@@ -159,7 +167,7 @@ class FileReceiver:
         return _FileBody(self, number)
 
     def status(self, message: FileXferStatus) -> MessageError | None:
-        """The host cancels a transfer, or it failed there. Returns an error if there is none."""
+        """The sender cancels a transfer, or failed. Returns an error if there is none."""
         if message.id not in self._incoming:
             cause = f"transfer {message.id} does not exist"
             return MessageError("VDAgentFileXferStatusMessage.id", 0, cause)
@@ -170,7 +178,7 @@ class FileReceiver:
         return None
 
     def cancel_all(self) -> None:
-        """The host is gone: remove what is not complete."""
+        """The sender is gone: remove what is not complete."""
         for number in list(self._incoming):
             self._drop(number)
 
@@ -184,15 +192,15 @@ class FileReceiver:
             self._refuse_error(number, _GLIB_FAILED, str(error))
             return
         self._send(FileXferStatus(number, FileXferResult.SUCCESS))
+        self._on_end(incoming.path)
 
     def _fail(self, number: int, glib_error: int, why: str) -> None:
-        self._drop(number)
+        self._incoming.pop(number).remove()
         self._refuse_error(number, glib_error, why)
 
     def _drop(self, number: int) -> None:
-        incoming = self._incoming.pop(number, None)
-        if incoming is not None:
-            incoming.remove()
+        self._incoming.pop(number).remove()
+        self._on_end(None)
 
     def _refuse_error(self, number: int, glib_error: int, why: str) -> None:
         log.warning("file transfer %d refused: %s", number, why)
@@ -203,6 +211,7 @@ class FileReceiver:
         if not self.detailed:
             result, detail = min(result, FileXferResult.ERROR), b""
         self._send(FileXferStatus(number, result, detail))
+        self._on_end(None)
 
 
 class _FileBody:
