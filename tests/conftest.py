@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,3 +41,14 @@ def peers_in_ci(request: pytest.FixtureRequest) -> None:
     if marker is not None:
         missing = [name for name in marker.args if not is_installed(name)]
         assert not missing, f"{', '.join(missing)} not installed: `make peers` brings it"
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """Commands that run in the test process configure logging; the next test must not notice."""
+    loggers = [logging.getLogger(name) for name in (None, "vring", "vring_serial")]
+    before = [(logger, logger.level, list(logger.handlers)) for logger in loggers]
+    yield
+    for logger, level, handlers in before:
+        logger.setLevel(level)
+        logger.handlers[:] = handlers

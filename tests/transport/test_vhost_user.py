@@ -324,8 +324,12 @@ async def test_connecting_to_a_frontend_that_listens(
     caplog.set_level(logging.INFO)
     backend = VhostUserBackend(device, str(path), listen=False)
     await backend.start()
-    await asyncio.sleep(0.05)
-    assert caplog.text.count("no frontend yet: No such file or directory") == 1
+    said = "no frontend yet: No such file or directory"
+    async with asyncio.timeout(5):
+        while said not in caplog.text:
+            await asyncio.sleep(0.01)
+    await asyncio.sleep(0.05)  # some attempts more, of which nothing is said
+    assert caplog.text.count(said) == 1
     loop = asyncio.get_running_loop()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(str(path))
