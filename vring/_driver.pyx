@@ -238,14 +238,25 @@ cdef class SplitDriver:
             self.next_used += 1
         return heads, lengths
 
-    def enable_notifications(self):
-        """Asks the device to notify at the next used chain; True if some are used already."""
+    def enable_notifications(self, uint16_t after=1):
+        """Asks the device to notify when chains are used.
+
+        Args:
+            after: when so many are (2.7.7.2), counted from the last that get_used returned; without
+                EVENT_IDX the device notifies at each. A driver with a full queue waits better for
+                half of it than for one chain.
+
+        Returns:
+            True if so many are used already: no notification may come for those.
+        """
         if self.event_idx:
-            vr_store16(self.avail + 4 + 2 * <size_t>self.size, self.next_used)
+            vr_store16(
+                self.avail + 4 + 2 * <size_t>self.size, <uint16_t>(self.next_used + after - 1)
+            )
         else:
             vr_store16(self.avail, 0)
         vr_fence()
-        return vr_load16(self.used + 2) != self.next_used
+        return <uint16_t>(vr_load16(self.used + 2) - self.next_used) >= after
 
     def disable_notifications(self):
         """Tells the device that notifications are not needed; it may still send some."""

@@ -50,6 +50,7 @@ cdef struct vr_tables:
     uint32_t* written
     iovec* segments
     uint32_t max_segments
+    uint8_t* stage              # where small segments are joined for one write
 
 cdef struct vr_flow:
     void* queue                 # a VirtQueue; the owner keeps it alive
@@ -65,6 +66,7 @@ cdef struct vr_flow:
     bint stopped                # no more turns: end of file, error or broken ring
     bint broken                 # the ring is
     bint listening              # the driver was asked for kicks
+    bint call_due               # the driver wants to know of used chains and has not been told
     bint overflowing
     uint64_t room               # bytes to try at once: what the descriptor took lately, and more
     uint64_t skip               # bytes of the first available chain that the descriptor took

@@ -16,6 +16,7 @@ from vring._linux cimport (
     errno, ioctl, msghdr, poll, pollfd, readv, recv, recvmsg, send, sendmsg, vr_count, vr_now,
     write, writev
 )
+from vring._wire cimport vr_copy
 
 cdef enum:
     # A turn ends after so many bytes or batches, so that a busy port delays the others little.
@@ -25,6 +26,8 @@ cdef enum:
     READ_BYTES = 1 << 20
     ROOM_MIN = 16 << 10
     CHAINS = 1024
+    # The kernel takes longer over a segment than a copy of so few bytes does.
+    SMALL = 512
     # Chains of more segments (indirect, over many region borders) break the ring.
     SEGMENTS_MAX = 1 << 17
     # A longer rest of a half-written chain is cut off when the flow ends, and counted as dropped.
@@ -48,13 +51,19 @@ cdef int tables_init(vr_tables* tables) noexcept nogil:
     tables.chains = <vr_chain*>calloc(CHAINS, sizeof(vr_chain))
     tables.written = <uint32_t*>calloc(CHAINS, sizeof(uint32_t))
     tables.segments = <iovec*>calloc(IOV_MAX, sizeof(iovec))
-    return -(tables.chains == NULL or tables.written == NULL or tables.segments == NULL)
+    tables.stage = <uint8_t*>malloc(IOV_MAX * SMALL)
+    return -(
+        tables.chains == NULL or tables.written == NULL or tables.segments == NULL
+        or tables.stage == NULL
+    )
 
 
 cdef void tables_free(vr_tables* tables) noexcept nogil:
     free(tables.chains)
     free(tables.written)
     free(tables.segments)
+    free(tables.stage)
+    tables.stage = NULL
     tables.chains = NULL
     tables.written = NULL
     tables.segments = NULL
@@ -151,6 +160,17 @@ cdef void strip_mend(vr_strip* strip) noexcept nogil:
         strip.cut.iov_len = strip.cut_length
 
 
+cdef uint64_t strip_copy(const vr_strip* strip, uint8_t* to, uint64_t most) noexcept nogil:
+    """Copies up to `most` of its bytes; how many."""
+    cdef uint64_t done = 0, there
+    cdef uint32_t i
+    for i in range(strip.n):
+        there = min(<uint64_t>strip.at[i].iov_len, most - done)
+        vr_copy(to + done, strip.at[i].iov_base, there)
+        done += there
+    return done
+
+
 cdef uint64_t gather(
     vr_strip* strip, const vr_tables* tables, uint32_t n, bint writable
 ) noexcept nogil:
@@ -224,10 +244,11 @@ cdef ssize_t unread(const vr_fd* fd) noexcept nogil:
 
 
 cdef void call_driver(vr_flow* flow) noexcept nogil:
-    """Eight bytes to the call descriptor. One that is full has told the driver already."""
+    """Eight bytes to the call descriptor, if due. One that is full has told the driver already."""
     cdef pollfd room
-    if flow.call.kind == FD_NONE:
+    if not flow.call_due or flow.call.kind == FD_NONE:
         return
+    flow.call_due = False
     vr_count(&flow.counters.calls, 1)
     if flow.call.kind == FD_SOCKET:
         send(flow.call.number, &ONE, sizeof(ONE), MSG_DONTWAIT | MSG_NOSIGNAL)
@@ -301,13 +322,13 @@ cdef int take(vr_flow* flow, vr_tables* tables, uint32_t most) noexcept nogil:
 cdef void complete(
     vr_flow* flow, const vr_tables* tables, const uint32_t* written, uint32_t n
 ) noexcept nogil:
-    """Returns the first n chains to the driver."""
+    """Returns the first n chains to the driver. The call for them may wait for more."""
     if n == 0:
         return
     vr_count(&flow.counters.chains, n)
     vr_count(&flow.counters.batches, 1)
-    if (<VirtQueue>flow.queue).push_c(tables.chains, written, n):
-        call_driver(flow)
+    if (<VirtQueue>flow.queue).push_c(tables.chains, written, n) and not flow.call_due:
+        flow.call_due = True
     else:
         vr_count(&flow.counters.calls_saved, 1)
 
@@ -356,9 +377,21 @@ cdef void put_failed(vr_flow* flow, int error) noexcept nogil:
         flow_stop(flow, NEWS_ERROR, error)
 
 
-cdef uint64_t put_some(vr_flow* flow, vr_strip* strip, uint64_t total) noexcept nogil:
+cdef uint64_t put_some(
+    vr_flow* flow, const vr_tables* tables, const vr_strip* strip, uint64_t total
+) noexcept nogil:
     """Writes to the descriptor; the bytes it took, all of them unless it is full or fails."""
-    cdef ssize_t done = put(&flow.data, strip, total)
+    cdef ssize_t done
+    cdef iovec segment
+    cdef vr_strip staged
+    if strip.n > 2 and total <= <uint64_t>SMALL * strip.n:
+        segment.iov_base = tables.stage
+        segment.iov_len = strip_copy(strip, tables.stage, total)
+        staged.at = &segment
+        staged.n = 1
+        done = put(&flow.data, &staged, total)
+    else:
+        done = put(&flow.data, strip, total)
     if done < 0:
         put_failed(flow, <int>-done)
         return 0
@@ -368,13 +401,13 @@ cdef uint64_t put_some(vr_flow* flow, vr_strip* strip, uint64_t total) noexcept 
     return done
 
 
-cdef void flush(vr_flow* flow) noexcept nogil:
+cdef void flush(vr_flow* flow, const vr_tables* tables) noexcept nogil:
     """Writes what waits in the backlog."""
     cdef iovec[2] segments
     cdef vr_strip strip
     strip.at = segments
     strip.n = backlog_segments(&flow.backlog, segments)
-    backlog_drop(&flow.backlog, put_some(flow, &strip, flow.backlog.length))
+    backlog_drop(&flow.backlog, put_some(flow, tables, &strip, flow.backlog.length))
     if flow.backlog.length == 0:
         flow.overflowing = False
 
@@ -412,7 +445,7 @@ cdef uint64_t send_batch(vr_flow* flow, vr_tables* tables, uint32_t n) noexcept 
     part = strip
     if flow.ready and not flow.failed and not flow.backlog.length and total:
         asked = strip_cut(&part, total, TURN_BYTES)
-        done = put_some(flow, &part, asked)
+        done = put_some(flow, tables, &part, asked)
         strip_mend(&part)
         adapt(flow, asked, done)
         if done == asked and asked < total:
@@ -435,7 +468,7 @@ cdef bint turn_out(vr_flow* flow, vr_tables* tables) noexcept nogil:
         put_failed(flow, EPIPE)
     for _ in range(TURN_BATCHES):
         if flow.backlog.length and flow.ready:
-            flush(flow)
+            flush(flow, tables)
         if flow.stopped or (not flow.lossy and (flow.backlog.length or not flow.ready)):
             return not flow.stopped and flow.ready
         n = take(flow, tables, CHAINS)
@@ -478,6 +511,8 @@ cdef uint64_t receive_batch(vr_flow* flow, vr_tables* tables, uint32_t n) noexce
         vr_count(&flow.counters.bytes, done)
         adapt(flow, asked, done)
         deliver(flow, tables, n, done)
+        if <uint64_t>done < asked:
+            call_driver(flow)       # it was the last for now: before looking whether that is so
         return done
     give_back(flow, n)
     if done == 0:
@@ -522,28 +557,25 @@ cdef bint turn_in(vr_flow* flow, vr_tables* tables) noexcept nogil:
 # --- the flow as a whole
 
 cdef bint flow_turn(vr_flow* flow, vr_tables* tables) noexcept nogil:
+    cdef bint more
     if flow.stopped:
         return False
     if flow.listening:
         flow.listening = False
         (<VirtQueue>flow.queue).disable_notifications_c()
-    return turn_in(flow, tables) if flow.incoming else turn_out(flow, tables)
+    more = turn_in(flow, tables) if flow.incoming else turn_out(flow, tables)
+    call_driver(flow)
+    return more
 
 
 cdef void keep_residue(vr_flow* flow, const vr_strip* strip, uint64_t total) noexcept nogil:
     """Copies the rest that nobody took to where the owner finds it."""
-    cdef uint64_t length = min(total, <uint64_t>RESIDUE_MAX), there
-    cdef uint32_t i
+    cdef uint64_t length = min(total, <uint64_t>RESIDUE_MAX)
     flow.residue = <uint8_t*>malloc(length) if length else NULL
-    if flow.residue == NULL:
-        length = 0
-    vr_count(&flow.counters.dropped, total - length)
     flow.residue_length = 0
-    for i in range(strip.n):
-        there = min(<uint64_t>strip.at[i].iov_len, length - flow.residue_length)
-        if there:
-            memcpy(flow.residue + flow.residue_length, strip.at[i].iov_base, there)
-        flow.residue_length += there
+    if flow.residue != NULL:
+        flow.residue_length = strip_copy(strip, flow.residue, length)
+    vr_count(&flow.counters.dropped, total - flow.residue_length)
 
 
 cdef void flow_finish(vr_flow* flow, vr_tables* tables) noexcept nogil:
@@ -563,6 +595,7 @@ cdef void flow_finish(vr_flow* flow, vr_tables* tables) noexcept nogil:
             strip_skip(&strip, skip)
             keep_residue(flow, &strip, total - skip)
             complete(flow, tables, NULL, 1)
+            call_driver(flow)
     flow.skip = 0
     # As a queue is when it is new: whoever uses it next need not know of the pump.
     if not flow.broken:
