@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import logging
 import os
 import signal
@@ -18,7 +17,7 @@ import pytest
 
 from vring_serial.cli import vring
 
-PORTS = {1: "one", 2: "two", 3: "com.redhat.spice.0", 4: "desktop"}
+PORTS = {1: "one", 2: "two", 3: "com.redhat.spice.0"}
 
 
 class Command:
@@ -165,24 +164,12 @@ async def test_open_ends_with_the_host(served: Path, commands: type[Command]) ->
     assert await guest.end() == (0, "all there is")
 
 
-async def test_the_agent_and_its_desktop(served: Path, commands: type[Command]) -> None:
-    guest = await commands.start(
-        *("guest", "--vhost-user", f"{served}/vu", "--agent", "--desktop", "desktop")
-    )
-    reader, writer = await connect(served / "desktop")
-
-    async def ask(request: bytes) -> dict[str, object]:
-        writer.write(request + b"\n")
-        answer: dict[str, object] = json.loads(await reader.readline())
-        return answer
-
-    assert await ask(b'{"do": "resolution"}') == {"result": None}
-    assert await ask(b'{"do": "copy", "text": "%s"}' % (b"x" * 200_000)) == {"result": None}
-    for nonsense in (b"", b"[", b'{"do": "dance"}', b'{"do": "copy", "text": 1}', b"\xff"):
-        assert "error" in await ask(nonsense)
-    agent_reader, agent_writer = await connect(served / "com.redhat.spice.0")
-    assert (await agent_reader.readexactly(4)) == b"\1\0\0\0"  # a chunk for the client
-    agent_writer.close()
+async def test_the_agent_announces_itself(served: Path, commands: type[Command]) -> None:
+    guest = await commands.start("guest", "--vhost-user", f"{served}/vu", "--agent")
+    reader, writer = await connect(served / "com.redhat.spice.0")
+    chunk = await reader.readexactly(28)
+    assert chunk[:4] == b"\1\0\0\0"  # for the client
+    assert chunk[8:16] == b"\1\0\0\0\6\0\0\0"  # ANNOUNCE_CAPABILITIES
     writer.close()
     assert (await guest.end(send=signal.SIGINT))[0] == 0
 
@@ -230,7 +217,6 @@ async def test_a_port_that_is_not_there(
     ("arguments", "status", "why"),
     [
         (["--list", "--echo", "one"], 2, "exclude one another"),
-        (["--desktop", "one"], 2, "--desktop needs --agent"),
         (["--queue-size", "3"], 2, "queue size 3 is not a power of two up to 32768"),
         (["--timeout", "0"], 2, "timeout"),
         (["--memory", "-1"], 2, "bytes of RAM are less than 1 MiB"),

@@ -65,17 +65,20 @@ _SECONDS = click.FloatRange(min=0, min_open=True)
 )
 @click.option("--agent", is_flag=True, help="Run the SPICE guest agent on com.redhat.spice.0.")
 @click.option(
-    "--desktop",
-    metavar="PORT",
-    help="With --agent: tell scripts on this port of resolution and clipboard, and copy for them.",
+    "--wait",
+    default=10.0,
+    type=_SECONDS,
+    metavar="SECONDS",
+    help="How long a port may take to appear.",
 )
-@click.option("--wait", default=10.0, type=_SECONDS, help="How long a port may take to appear.")
 @click.option("--memory", default=128, metavar="MIB", help="The guest's RAM.", show_default=True)
 @click.option("--queue-size", default=256, help="Descriptors per queue.", show_default=True)
 @click.option(
     "--receive-size", default=4096, help="Bytes of one receive buffer.", show_default=True
 )
-@click.option("--timeout", default=10.0, type=_SECONDS, help="How long an answer may take.")
+@click.option(
+    "--timeout", default=10.0, type=_SECONDS, metavar="SECONDS", help="How long an answer may take."
+)
 @click.option("--log-level", default="info", type=click.Choice(logs.LEVELS), show_default=True)
 @click.option("--json-log", is_flag=True, help="Log lines as JSON objects.")
 def guest_command(
@@ -86,7 +89,6 @@ def guest_command(
     echo: tuple[str, ...],
     bulk: tuple[str, ...],
     agent: bool,
-    desktop: str | None,
     wait: float,
     memory: int,
     queue_size: int,
@@ -102,10 +104,8 @@ def guest_command(
     """
     services: list[tuple[str, Service]] = [(port, serve_echo) for port in echo]
     services += [(port, serve_bulk) for port in bulk]
-    if desktop and not agent:
-        raise ConfigError("--desktop needs --agent")
     if agent:
-        services += _agent(desktop)
+        services.append(_agent())
     if list_ports + bool(open_port) + bool(services) > 1:
         raise ConfigError("--list, --open and services on ports exclude one another")
     # Standard output and error are the port's and the table's own there.
@@ -127,14 +127,10 @@ def guest_command(
     asyncio.run(_run(guest, work))
 
 
-def _agent(desktop_port: str | None) -> list[tuple[str, Service]]:
+def _agent() -> tuple[str, Service]:
     from vring_serial.guest.agent import AGENT_PORT, serve_agent
-    from vring_serial.guest.desktop import Desktop
 
-    if desktop_port is None:
-        return [(AGENT_PORT, serve_agent)]
-    desktop = Desktop()
-    return [(AGENT_PORT, desktop.agent.run), (desktop_port, desktop.serve)]
+    return AGENT_PORT, serve_agent
 
 
 async def _run(guest: EmbeddedGuest, work: Callable[[], Coroutine[None, None, None]]) -> None:
