@@ -1,9 +1,14 @@
-"""Framing and parsing of agent messages at 2 KiB chunks, in bytes of payload a second."""
+"""Agent messages at 2 KiB chunks, and files to the embedded guest's agent: payload a second."""
 
 from __future__ import annotations
 
+import asyncio
+import socket
+
 import pytest
 
+from vring_serial.agent import HostAgent
+from vring_serial.guest.agent import GuestAgent
 from vring_serial.proto.agent import NEED_DATA, AgentConnection, Clipboard, FileXferData, Side
 
 FILE_DATA = FileXferData(1, bytes(64 << 10))
@@ -36,4 +41,31 @@ def test_parsing(benchmark, message):
                 pass
 
     benchmark(parse)
+    note(benchmark, size)
+
+
+def test_file_to_the_embedded_agent(benchmark, tmp_path):
+    """Both ends in one process and one loop: half of what two of them reach."""
+    size = 64 << 20
+    path = tmp_path / "file"
+    path.write_bytes(bytes(size))
+    host = HostAgent()
+    guest = GuestAgent(downloads=tmp_path / "in")
+
+    with asyncio.Runner() as runner:
+
+        async def connect():
+            ours, theirs = socket.socketpair()
+            loop = asyncio.get_running_loop()
+            await loop.create_connection(guest.protocol_factory, sock=theirs)
+            await loop.create_connection(host.protocol_factory, sock=ours)
+            await host.wait_ready()
+
+        async def close():
+            await host.close()
+            await guest.close()
+
+        runner.run(connect())
+        benchmark.pedantic(lambda: runner.run(host.send_file(path)), rounds=5)
+        runner.run(close())
     note(benchmark, size)

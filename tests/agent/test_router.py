@@ -19,6 +19,7 @@ from vring_serial.agent import (
     ClipboardEmptyError,
     FileRefusedError,
     HostAgent,
+    OtherMessage,
 )
 from vring_serial.agent import router as router_module
 from vring_serial.guest.agent import GuestAgent
@@ -29,7 +30,12 @@ from vring_serial.proto.agent import (
     FileXferResult,
     FileXferStart,
     FileXferStatus,
+    MessageType,
     Monitor,
+    MonitorsConfig,
+    MouseButton,
+    MouseState,
+    Reply,
     Selection,
     UnknownMessage,
 )
@@ -290,6 +296,19 @@ async def test_unknown_messages_pass_both_ways(make_bench):
             getattr(e, "message", None) == UnknownMessage(98, b"to all") for e in client.events
         )
     )
+
+
+async def test_the_servers_own_messages_and_their_answers_do_not_reach_clients(make_bench):
+    bench = await make_bench()
+    client = await bench.client()
+    await client.wait_ready()
+    await bench.router.send(MouseState(7, 8, MouseButton.LEFT))
+    await bench.router.send(MonitorsConfig((Monitor(640, 480),)))
+    answer = OtherMessage(Reply(MessageType.MONITORS_CONFIG))
+    await bench.until(lambda: answer in bench.router_events)
+    assert bench.guest.mouse == MouseState(7, 8, MouseButton.LEFT)
+    await client.set_monitors([Monitor(1, 1)])
+    assert answer not in client.events
 
 
 async def test_too_many_clients_are_turned_away(make_bench, monkeypatch):

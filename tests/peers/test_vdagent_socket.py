@@ -12,8 +12,10 @@ import pytest
 from vring_serial.agent import (
     AgentGone,
     AgentReady,
+    AgentRouter,
     AgentTrouble,
     ClipboardEmptyError,
+    ClipboardReleased,
     ClipboardTooLargeError,
     FileRefusedError,
     HostAgent,
@@ -90,6 +92,17 @@ async def test_clipboards_in_both_directions(bench):
         await host.set_clipboard(f"from the host {number}", selection)
         await vdagent.until_paste(b"from the host %d" % number, name)
         assert not host.clipboard_types(selection)
+
+
+async def test_images_and_release(bench):
+    png = b"\x89PNG\r\n\x1a\n" + os.urandom(100_000)
+    await bench.vdagent.copy(png, target="image/png")
+    assert ClipboardType.IMAGE_PNG in await bench.host.wait_clipboard()
+    assert await bench.host.get_clipboard_data(ClipboardType.IMAGE_PNG) == png
+    await bench.vdagent.end_helpers()
+    await bench.vdagent.until(lambda: ClipboardReleased(0) in bench.events)
+    await bench.host.set_clipboard({ClipboardType.IMAGE_PNG: png[::-1]})
+    await bench.vdagent.until_paste(png[::-1], target="image/png")
 
 
 async def test_a_mebibyte_each_way(bench):
@@ -170,3 +183,37 @@ async def test_a_file_that_the_guest_has_no_space_for_is_refused(bench, tmp_path
         file.truncate(shutil.disk_usage(tmp_path).free + (1 << 40))
     with pytest.raises(FileRefusedError, match="not enough space"):
         await bench.host.send_file(path)
+
+
+async def test_two_clients_share_the_real_agent(vdagent, tmp_path):
+    router = AgentRouter()
+    loop = asyncio.get_running_loop()
+    server = await loop.create_unix_server(router.protocol_factory, str(vdagent.port))
+    clients = [HostAgent(), HostAgent()]
+    for client in clients:
+        await router.connect(client.protocol_factory)
+    async with asyncio.timeout(60):
+        await vdagent.start()
+        for client in clients:
+            await client.wait_ready(15)
+        await clients[0].set_monitors([Monitor(1280, 720)])
+        await vdagent.until_resolution(1280, 720)
+        await clients[0].set_clipboard("from the first")
+        await clients[1].wait_clipboard()
+        assert await clients[1].get_clipboard() == "from the first"
+        await vdagent.until_paste(b"from the first")
+        await vdagent.copy(b"from the guest")
+        for client in clients:
+            await client.wait_clipboard()
+            assert await client.get_clipboard() == "from the guest"
+        paths = [tmp_path / "one", tmp_path / "two"]
+        for path in paths:
+            path.write_bytes(os.urandom(3 << 20))
+        await asyncio.gather(*(c.send_file(p) for c, p in zip(clients, paths, strict=True)))
+        for path in paths:
+            assert (vdagent.downloads / path.name).read_bytes() == path.read_bytes()
+    for client in clients:
+        await client.close()
+    await router.close()
+    server.close()
+    await server.wait_closed()

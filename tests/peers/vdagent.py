@@ -51,7 +51,7 @@ class VdAgentSession:
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        await self._end(self._helpers)
+        await self.end_helpers()
         await self.stop()
         if self._x is not None:
             await self._end([self._x])
@@ -152,13 +152,19 @@ class VdAgentSession:
             while await self.resolution() != (width, height):
                 pass
 
-    async def until_paste(self, expected: bytes, selection: str = "clipboard") -> None:
+    async def end_helpers(self) -> None:
+        """End the applications that own selections."""
+        await self._end(self._helpers)
+
+    async def until_paste(
+        self, expected: bytes, selection: str = "clipboard", target: str = "UTF8_STRING"
+    ) -> None:
         """Wait until pasting gives this; the agent takes a selection a moment after our grab."""
         async with asyncio.timeout(15):
             pasted = b""
             while pasted != expected:
                 with contextlib.suppress(AssertionError):
-                    pasted = await self.paste(selection)
+                    pasted = await self.paste(selection, target)
 
     async def resolution(self) -> tuple[int, int]:
         """The X screen's size in pixels."""

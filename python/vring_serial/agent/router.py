@@ -28,6 +28,7 @@ from vring_serial.agent.events import (
     AgentTrouble,
     ClipboardGrabbed,
     ClipboardReleased,
+    OtherMessage,
 )
 from vring_serial.agent.host import HOST_CAPABILITIES
 from vring_serial.agent.link import AgentLink, BodySink
@@ -39,6 +40,7 @@ from vring_serial.proto.agent import (
     Buffer,
     Capabilities,
     Capability,
+    ChunkPort,
     Clipboard,
     ClipboardGrab,
     ClipboardRelease,
@@ -48,6 +50,7 @@ from vring_serial.proto.agent import (
     FileXferStart,
     FileXferStatus,
     MaxClipboard,
+    Message,
     MessageType,
     Reply,
     ReplyError,
@@ -130,6 +133,15 @@ class AgentRouter:
         loop = asyncio.get_running_loop()
         await loop.create_connection(self.client_factory, sock=ours)
         await loop.create_connection(client_factory, sock=theirs)
+
+    async def send(self, message: Message) -> None:
+        """Send a message of the server's own, such as MouseState or GraphicsDeviceInfo.
+
+        What the agent answers is an OtherMessage event. Raises AgentGoneError.
+        """
+        if self._link is None:
+            raise AgentGoneError("no agent is connected")
+        await self._link.send(message, ChunkPort.SERVER)
 
     async def close(self) -> None:
         """Close all connections and end what runs on them."""
@@ -281,6 +293,9 @@ class AgentRouter:
     ) -> None:
         if link is not self._link or not self.filter.passes(message.type_number):
             return
+        if port == ChunkPort.SERVER:
+            self.emit(OtherMessage(message))  # an answer to a message of our own, not a client's
+            return
         match message:
             case AnnounceCapabilities():
                 self._took_capabilities(link, message)
@@ -304,7 +319,8 @@ class AgentRouter:
     def link_body(
         self, link: AgentLink, port: int, head: StreamedMessage, size: int
     ) -> BodySink | None:
-        if link is self._link and isinstance(head, Clipboard) and self.filter.copy_paste:
+        is_client_data = link is self._link and port == ChunkPort.CLIENT
+        if is_client_data and isinstance(head, Clipboard) and self.filter.copy_paste:
             return self.clipboard.took_head(head, size)
         return None
 

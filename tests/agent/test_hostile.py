@@ -1,0 +1,177 @@
+"""Whatever the other end sends, in whatever order: no end of the channel raises, hangs or leaks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import struct
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from vring_serial.agent import HOST_CAPABILITIES, AgentRouter, HostAgent
+from vring_serial.guest.agent import GuestAgent
+from vring_serial.proto.agent import (
+    FILES_FROM_GUEST,
+    AgentConnection,
+    AnnounceCapabilities,
+    AudioVolumeSync,
+    Capabilities,
+    ChunkPort,
+    ClientDisconnected,
+    Clipboard,
+    ClipboardGrab,
+    ClipboardRelease,
+    ClipboardRequest,
+    DisplayConfig,
+    FileInfo,
+    FileXferData,
+    FileXferStart,
+    FileXferStatus,
+    MaxClipboard,
+    Monitor,
+    MonitorsConfig,
+    Reply,
+    Side,
+    UnknownMessage,
+)
+
+QUIET = 0.002
+"""Seconds of silence after which an exchange counts as over."""
+
+small = st.integers(0, 3)
+number = st.one_of(small, small.map(lambda n: n + (1 << 31)))
+selection = st.integers(0, 2)
+data = st.one_of(st.binary(max_size=40), st.just(bytes(200_000)))
+messages = st.one_of(
+    st.builds(
+        AnnounceCapabilities,
+        st.booleans(),
+        st.sampled_from([HOST_CAPABILITIES, HOST_CAPABILITIES.with_(63), Capabilities((0,))]),
+    ),
+    st.builds(ClipboardGrab, selection, st.lists(small, max_size=3).map(tuple), small),
+    st.builds(ClipboardRequest, selection, small),
+    st.builds(ClipboardRelease, selection),
+    st.builds(Clipboard, selection, small, data),
+    st.builds(
+        FileXferStart,
+        number,
+        st.one_of(
+            st.binary(max_size=20),
+            st.builds(FileInfo, st.text(max_size=5), small.map(lambda n: n * 20)).map(
+                FileInfo.pack
+            ),
+        ),
+    ),
+    st.builds(FileXferData, number, data),
+    st.builds(FileXferStatus, number, st.integers(0, 9), st.binary(max_size=9)),
+    st.builds(MonitorsConfig, st.lists(st.builds(Monitor, small, small), max_size=3).map(tuple)),
+    st.builds(Reply, small, small),
+    st.builds(MaxClipboard, st.integers(-2, 2)),
+    st.builds(DisplayConfig, small),
+    st.builds(AudioVolumeSync, st.booleans(), st.booleans(), st.just((1, 2))),
+    st.just(ClientDisconnected()),
+    st.builds(UnknownMessage, st.integers(17, 20), data),
+    st.sampled_from([struct.pack("<II", 1, 28) + struct.pack("<IIQI", 1, 6, 0, 8) + bytes(8)]),
+)
+sent = st.lists(st.tuples(messages, st.sampled_from(ChunkPort)), max_size=12)
+
+
+def encode(side, messages):
+    connection = AgentConnection(side)
+    parts = []
+    for message, port in messages:
+        if isinstance(message, bytes):
+            parts.append(message)
+        else:
+            parts.append(connection.send(message, port))
+            connection.remote = connection.local  # the layout that the peer will use as well
+            connection._settle_layout()
+    return b"".join(parts)
+
+
+async def exchange(factory, wire):
+    """Send to a protocol over a real socket, and read until it has taken and said everything."""
+    ours, theirs = socket.socketpair()
+    reader, writer = await asyncio.open_connection(sock=theirs)
+    await asyncio.get_running_loop().create_connection(factory, sock=ours)
+    with contextlib.suppress(ConnectionError, TimeoutError):
+        writer.write(wire)
+        await writer.drain()
+        while True:
+            async with asyncio.timeout(QUIET):
+                if not await reader.read(1 << 20):
+                    break
+    writer.close()
+    with contextlib.suppress(ConnectionError):
+        await writer.wait_closed()
+    await asyncio.sleep(QUIET)
+
+
+def run_without_failures(work):
+    """Run a coroutine; whatever a protocol or a task raised meanwhile fails the test."""
+    failures = []
+
+    async def run():
+        handler = lambda _, context: failures.append(context)  # noqa: E731
+        asyncio.get_running_loop().set_exception_handler(handler)
+        await work
+
+    asyncio.run(run())
+    assert not failures
+
+
+@pytest.fixture(autouse=True)
+def quiet(caplog):
+    caplog.set_level(logging.CRITICAL)
+
+
+few = settings(
+    max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
+)
+
+
+@few
+@given(sent)
+def test_host(tmp_path, messages):
+    async def run():
+        host = HostAgent(capabilities=HOST_CAPABILITIES.with_(FILES_FROM_GUEST), timeout=0.01)
+        await exchange(host.protocol_factory, encode(Side.GUEST, messages))
+        await host.close()
+        assert host.capabilities is None
+
+    run_without_failures(run())
+
+
+@few
+@given(sent)
+def test_guest(tmp_path, messages):
+    async def run():
+        guest = GuestAgent(downloads=tmp_path / "in", timeout=0.01)
+        guest.set_clipboard("text")
+        guest.copy_files([tmp_path / "none"], 1)
+        await exchange(guest.protocol_factory, encode(Side.HOST, messages))
+        await guest.close()
+        assert guest.host is None
+        assert not guest._files._incoming
+
+    run_without_failures(run())
+
+
+@few
+@given(sent, sent)
+def test_router(tmp_path, from_agent, from_client):
+    async def run():
+        router = AgentRouter()
+        await asyncio.gather(
+            exchange(router.protocol_factory, encode(Side.GUEST, from_agent)),
+            exchange(router.client_factory, encode(Side.HOST, from_client)),
+        )
+        await router.close()
+        assert not router.clients
+        assert not router._transfers
+
+    run_without_failures(run())
