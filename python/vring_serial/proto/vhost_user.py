@@ -15,12 +15,12 @@ Sending is :func:`request` and :func:`reply`. Receiving is a :class:`MessagePars
 from __future__ import annotations
 
 import enum
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from vring_serial.errors import LocalProtocolError, ProtocolError
+from vring_serial.errors import ProtocolError
+from vring_serial.proto.payload import DescriptorStream, Empty, Payload
 from vring_serial.proto.vhost_user_wire import (
     F_PROTOCOL_FEATURES,
     MAX_CONFIG_SIZE,
@@ -31,12 +31,10 @@ from vring_serial.proto.vhost_user_wire import (
     VERSION,
     BackendRequest,
     ConfigAccess,
-    Empty,
     Header,
     HeaderFlag,
     MemoryRegion,
     MemoryTable,
-    Payload,
     ProtocolFeature,
     Request,
     SingleRegion,
@@ -261,35 +259,27 @@ class MessageParser:
     ) -> None:
         self._kinds = kinds
         self._replies = replies
-        self._buffer = bytearray()
-        self._consumed = 0
-        # (position in the stream of the byte they came with, descriptors)
-        self._fds: deque[tuple[int, tuple[int, ...]]] = deque()
+        self._stream = DescriptorStream()
         self._error: FramingError | None = None
 
     @property
     def wanted(self) -> int:
         """Bytes that complete the current header or message; at least 1."""
-        if len(self._buffer) < Header.STRUCT.size:
-            return Header.STRUCT.size - len(self._buffer)
-        size = Header.unpack_from(self._buffer).size
-        return max(1, Header.STRUCT.size + size - len(self._buffer))
+        if len(self._stream) < Header.STRUCT.size:
+            return Header.STRUCT.size - len(self._stream)
+        size = Header.unpack_from(self._stream.head).size
+        return max(1, Header.STRUCT.size + size - len(self._stream))
 
     def receive_data(self, data: bytes, fds: Sequence[int] = ()) -> None:
         """Bytes, and descriptors that one ``recvmsg`` returned with them.
 
-        A read on a unix socket ends with the first piece of the stream that has descriptors, so
-        they belong to the message of the last byte. Until the message is handed out the
-        descriptors are held here; :meth:`take_fds` gives them back when the stream ends early.
+        Until a message is handed out its descriptors are held here; :meth:`take_fds` gives them
+        back when the stream ends early.
 
         Raises:
             LocalProtocolError: descriptors without any byte.
         """
-        if fds and not data:
-            raise LocalProtocolError("descriptors without a byte of a message")
-        self._buffer += data
-        if fds:
-            self._fds.append((self._consumed + len(self._buffer) - 1, tuple(fds)))
+        self._stream.receive(data, fds)
 
     def next_message(self) -> Message | None:
         """The next whole message, or None when more bytes are needed.
@@ -300,40 +290,31 @@ class MessageParser:
         """
         if self._error is not None:
             raise self._error
-        if len(self._buffer) < Header.STRUCT.size:
+        if len(self._stream) < Header.STRUCT.size:
             return None
-        header = Header.unpack_from(self._buffer)
+        header = Header.unpack_from(self._stream.head)
         kind = self._kind(header.request)
         end = Header.STRUCT.size + header.size
-        fds = self._fds_before(self._consumed + end)
+        fds = self._stream.fds_within(end)
         try:
             self._check(Message(kind, header.flags, b"").name, header, len(fds))
         except FramingError as error:
             self._error = error
             raise
-        if len(self._buffer) < end:
+        if len(self._stream) < end:
             return None
-        payload = bytes(self._buffer[Header.STRUCT.size : end])
-        del self._buffer[:end]
-        self._consumed += end
-        while self._fds and self._fds[0][0] < self._consumed:
-            self._fds.popleft()
+        payload = self._stream.take(end)[Header.STRUCT.size :]
         return Message(kind, header.flags, payload, fds)
 
     def take_fds(self) -> tuple[int, ...]:
         """All descriptors still held, for the caller to close: the stream is over."""
-        held = tuple(fd for _, fds in self._fds for fd in fds)
-        self._fds.clear()
-        return held
+        return self._stream.take_fds()
 
     def _kind(self, number: int) -> Request | BackendRequest | int:
         try:
             return self._kinds(number)
         except ValueError:
             return number
-
-    def _fds_before(self, position: int) -> tuple[int, ...]:
-        return tuple(fd for at, fds in self._fds if at < position for fd in fds)
 
     def _check(self, name: str, header: Header, fds: int) -> None:
         if header.flags & 3 != VERSION:

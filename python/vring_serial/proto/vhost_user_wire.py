@@ -9,7 +9,9 @@ from __future__ import annotations
 import enum
 import struct
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, Self
+from typing import ClassVar, Self
+
+from vring_serial.proto.payload import at_least, exactly
 
 #: Feature bit that offers the protocol features; no driver ever sees it.
 F_PROTOCOL_FEATURES = 30
@@ -122,23 +124,6 @@ class HeaderFlag(enum.IntFlag):
     NEED_REPLY = 1 << 3
 
 
-class Payload(Protocol):
-    """What follows a header."""
-
-    def pack(self) -> bytes:
-        """The wire's bytes."""
-
-    @classmethod
-    def unpack(cls, data: bytes) -> Self:
-        """From all bytes of one payload. Raises ValueError saying what is wrong with them."""
-
-
-def _exactly(layout: struct.Struct, data: bytes) -> tuple[int, ...]:
-    if len(data) != layout.size:
-        raise ValueError(f"payload of {len(data)} bytes instead of {layout.size}")
-    return layout.unpack(data)
-
-
 @dataclass(frozen=True, slots=True)
 class Header:
     """The 12 bytes before every payload ("Header").
@@ -176,7 +161,7 @@ class U64:
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
-        return cls(*_exactly(cls.STRUCT, data))
+        return cls(*exactly(cls.STRUCT, data))
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +178,7 @@ class VringState:
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
-        return cls(*_exactly(cls.STRUCT, data))
+        return cls(*exactly(cls.STRUCT, data))
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +208,7 @@ class VringAddress:
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
-        return cls(*_exactly(cls.STRUCT, data))
+        return cls(*exactly(cls.STRUCT, data))
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +232,7 @@ class VringDescriptor:
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
-        (value,) = _exactly(cls.STRUCT, data)
+        (value,) = exactly(cls.STRUCT, data)
         if value & ~(cls.INDEX_MASK | cls.NO_FD):
             raise ValueError(f"unknown bits in {value:#x}")
         return cls(value & cls.INDEX_MASK, bool(value & cls.NO_FD))
@@ -296,9 +281,7 @@ class MemoryTable:
     @classmethod
     def unpack(cls, data: bytes) -> Self:
         head, step = cls.STRUCT.size, MemoryRegion.STRUCT.size
-        if len(data) < head:
-            raise ValueError(f"payload of {len(data)} bytes instead of at least {head}")
-        count, _ = cls.STRUCT.unpack_from(data)
+        count, _ = at_least(cls.STRUCT, data)
         if count > MAX_TABLE_REGIONS:
             raise ValueError(f"{count} regions, at most {MAX_TABLE_REGIONS} fit")
         if not head + count * step <= len(data) <= head + MAX_TABLE_REGIONS * step:
@@ -321,7 +304,7 @@ class SingleRegion:
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
-        _exactly(cls.STRUCT, data)
+        exactly(cls.STRUCT, data)
         return cls(MemoryRegion.unpack_from(data, 8))
 
 
@@ -349,9 +332,7 @@ class ConfigAccess:
     @classmethod
     def unpack(cls, data: bytes) -> Self:
         head = cls.STRUCT.size
-        if len(data) < head:
-            raise ValueError(f"payload of {len(data)} bytes instead of at least {head}")
-        offset, size, flags = cls.STRUCT.unpack_from(data)
+        offset, size, flags = at_least(cls.STRUCT, data)
         if size > MAX_CONFIG_SIZE:
             raise ValueError(f"access of {size} bytes, at most {MAX_CONFIG_SIZE}")
         if offset + size > 1 << 32:
@@ -359,17 +340,3 @@ class ConfigAccess:
         if len(data) != head + size:
             raise ValueError(f"payload of {len(data)} bytes instead of {head + size}")
         return cls(offset, data[head:], flags)
-
-
-@dataclass(frozen=True, slots=True)
-class Empty:
-    """No payload."""
-
-    def pack(self) -> bytes:
-        return b""
-
-    @classmethod
-    def unpack(cls, data: bytes) -> Self:
-        if data:
-            raise ValueError(f"payload of {len(data)} bytes instead of none")
-        return cls()

@@ -1,0 +1,286 @@
+"""The vfio-user protocol without input or output: bytes and descriptors in, messages out.
+
+Both ends use this module. The *client* is the VMM: it owns the guest's memory and asks; the
+*server* is the device and answers. Only DMA_READ and DMA_WRITE go the other way. File descriptors
+are opaque integers that travel beside the bytes. The payloads, of
+:mod:`vring_serial.proto.vfio_user_wire` and :mod:`vring_serial.proto.vfio_user_version`, belong to
+the commands as :data:`SHAPES` says.
+
+Sending is :func:`request`, :func:`reply` and :func:`error_reply`. Receiving is a
+:class:`MessageParser`::
+
+    parser.receive_data(data, fds)
+    while (message := parser.next_message()) is not None:
+        payload = message.decode()
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from vring_serial.errors import ProtocolError
+from vring_serial.proto.payload import DescriptorStream, Empty, Payload
+from vring_serial.proto.vfio_user_version import Version
+from vring_serial.proto.vfio_user_wire import (
+    DEFAULT_DATA_XFER_SIZE,
+    TYPE_MASK,
+    Command,
+    DeviceInfo,
+    DmaAccess,
+    DmaMap,
+    DmaUnmap,
+    Header,
+    HeaderFlag,
+    IrqInfo,
+    IrqSet,
+    RegionInfo,
+    RegionIoFds,
+    RegionRead,
+    RegionWrite,
+    WriteMulti,
+    WriteMultiDone,
+)
+
+#: Most descriptors that one message carries (QEMU sends interrupts' in groups of at most 16).
+MAX_FDS = 16
+#: Largest payload that a parser buffers: data of the largest access, and where it goes.
+MAX_PAYLOAD = DEFAULT_DATA_XFER_SIZE + 64
+
+T = TypeVar("T", bound=Payload)
+
+
+class VfioUserError(ProtocolError):
+    """The peer sent a message that the protocol does not allow, or asks for what cannot be.
+
+    Attributes:
+        message: name of the message, such as ``DMA_MAP``.
+        cause: what is wrong with it.
+        errno: what the reply says.
+    """
+
+    def __init__(self, message: str, cause: str, errno: int = errno.EINVAL) -> None:
+        super().__init__(f"{message}: {cause}")
+        self.message = message
+        self.cause = cause
+        self.errno = errno
+
+
+class FramingError(VfioUserError):
+    """The header cannot be believed, so nobody knows where the next message begins: close."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a message looks like.
+
+    Attributes:
+        payload: of the request.
+        reply: of the reply.
+        fds: numbers of descriptors beside the request that are allowed.
+    """
+
+    payload: type[Payload] = Empty
+    reply: type[Payload] = Empty
+    fds: range = range(1)
+
+
+#: The messages that this module packs and unpacks; any other is refused by whoever receives it.
+SHAPES: dict[Command, Shape] = {
+    Command.VERSION: Shape(Version, Version),
+    Command.DMA_MAP: Shape(DmaMap, fds=range(2)),
+    Command.DMA_UNMAP: Shape(DmaUnmap, DmaUnmap),
+    Command.DEVICE_GET_INFO: Shape(DeviceInfo, DeviceInfo),
+    Command.DEVICE_GET_REGION_INFO: Shape(RegionInfo, RegionInfo),
+    Command.DEVICE_GET_REGION_IO_FDS: Shape(RegionIoFds, RegionIoFds),
+    Command.DEVICE_GET_IRQ_INFO: Shape(IrqInfo, IrqInfo),
+    Command.DEVICE_SET_IRQS: Shape(IrqSet, fds=range(MAX_FDS + 1)),
+    Command.REGION_READ: Shape(RegionRead, RegionWrite),
+    Command.REGION_WRITE: Shape(RegionWrite, RegionRead),
+    Command.DMA_READ: Shape(DmaAccess, DmaAccess),
+    Command.DMA_WRITE: Shape(DmaAccess, DmaAccess),
+    Command.DEVICE_RESET: Shape(),
+    Command.REGION_WRITE_MULTI: Shape(WriteMulti, WriteMultiDone),
+}
+
+
+def request(
+    command: Command, message_id: int, payload: Payload | None = None, *, no_reply: bool = False
+) -> bytes:
+    """A whole request; with ``no_reply`` it is posted, and never answered."""
+    return _message(command, message_id, HeaderFlag.NO_REPLY if no_reply else 0, payload)
+
+
+def reply(command: Command | int, message_id: int, payload: Payload | None = None) -> bytes:
+    """A whole reply, which carries the request's command and number."""
+    return _message(command, message_id, HeaderFlag.REPLY, payload)
+
+
+def error_reply(command: Command | int, message_id: int, error: int) -> bytes:
+    """The reply to a request that failed; ``error`` is an errno."""
+    flags = HeaderFlag.REPLY | HeaderFlag.ERROR
+    return Header(message_id, command, Header.SIZE, flags, error).pack()
+
+
+def _message(command: int, message_id: int, flags: int, payload: Payload | None) -> bytes:
+    data = payload.pack() if payload is not None else b""
+    return Header(message_id, command, Header.SIZE + len(data), flags).pack() + data
+
+
+def command_name(command: Command | int) -> str:
+    """For errors and logs."""
+    return command.name if isinstance(command, enum.IntEnum) else f"command {command}"
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A message as it came: well framed, its payload not yet looked at.
+
+    Attributes:
+        command: a plain int if it is unknown.
+        message_id: the sender's number for it, or in a reply the receiver's own.
+        flags: of the header.
+        payload: its bytes.
+        fds: descriptors that came with it. They belong to whoever takes the message.
+        error: errno in a reply that says that the request failed.
+    """
+
+    command: Command | int
+    message_id: int
+    flags: int
+    payload: bytes
+    fds: tuple[int, ...] = ()
+    error: int = 0
+
+    @property
+    def name(self) -> str:
+        """For errors and logs."""
+        return command_name(self.command)
+
+    @property
+    def is_reply(self) -> bool:
+        return self.flags & TYPE_MASK == HeaderFlag.REPLY
+
+    @property
+    def no_reply(self) -> bool:
+        """Posted: whatever becomes of it, the sender wants no answer."""
+        return bool(self.flags & HeaderFlag.NO_REPLY)
+
+    @property
+    def failed(self) -> bool:
+        """A reply that says that the request failed."""
+        return bool(self.flags & HeaderFlag.ERROR)
+
+    @property
+    def shape(self) -> Shape | None:
+        """None for messages that this module does not know how to unpack."""
+        return SHAPES.get(self.command) if isinstance(self.command, Command) else None
+
+    def decode(self) -> Payload:
+        """The payload of a request, after its size and its number of descriptors were checked.
+
+        Raises:
+            VfioUserError: unknown message, wrong size, impossible content, too many descriptors.
+        """
+        shape = self.shape
+        if shape is None:
+            unknown = not isinstance(self.command, Command)
+            number = errno.ENOSYS if unknown else errno.EOPNOTSUPP
+            raise VfioUserError(self.name, "not supported", number)
+        if len(self.fds) not in shape.fds:
+            raise VfioUserError(
+                self.name, f"{len(self.fds)} descriptors instead of at most {shape.fds[-1]}"
+            )
+        try:
+            return shape.payload.unpack(self.payload)
+        except ValueError as error:
+            raise VfioUserError(self.name, str(error)) from None
+
+    def decode_reply(self, expected: type[T]) -> T:
+        """The payload of a reply.
+
+        Raises:
+            VfioUserError: it says that the request failed, or is not what was ``expected``.
+        """
+        if self.failed:
+            raise VfioUserError(self.name, f"refused with error {self.error}", self.error)
+        try:
+            return expected.unpack(self.payload)
+        except ValueError as error:
+            raise VfioUserError(f"reply to {self.name}", str(error)) from None
+
+
+class MessageParser:
+    """Takes a stream apart into messages.
+
+    Args:
+        max_payload: bytes; a larger one ends the connection.
+
+    A parser never holds more than one incomplete message beside what one call brought.
+    """
+
+    def __init__(self, max_payload: int = MAX_PAYLOAD) -> None:
+        self._max_payload = max_payload
+        self._stream = DescriptorStream()
+        self._error: FramingError | None = None
+
+    def receive_data(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Bytes, and descriptors that one ``recvmsg`` returned with them.
+
+        Until a message is handed out its descriptors are held here; :meth:`take_fds` gives them
+        back when the stream ends early.
+
+        Raises:
+            LocalProtocolError: descriptors without any byte.
+        """
+        self._stream.receive(data, fds)
+
+    def next_message(self) -> Message | None:
+        """The next whole message, or None when more bytes are needed.
+
+        Raises:
+            FramingError: neither command nor reply, a size that cannot be or is above the limit, or
+                more than MAX_FDS descriptors. It is raised again by every later call.
+        """
+        if self._error is not None:
+            raise self._error
+        if len(self._stream) < Header.SIZE:
+            return None
+        header = Header.unpack_from(self._stream.head)
+        fds = self._stream.fds_within(header.size)
+        command = _command(header.command)
+        try:
+            self._check(command_name(command), header, len(fds))
+        except FramingError as error:
+            self._error = error
+            raise
+        if len(self._stream) < header.size:
+            return None
+        payload = self._stream.take(header.size)[Header.SIZE :]
+        return Message(command, header.message_id, header.flags, payload, fds, header.error)
+
+    def take_fds(self) -> tuple[int, ...]:
+        """All descriptors still held, for the caller to close: the stream is over."""
+        return self._stream.take_fds()
+
+    def _check(self, name: str, header: Header, fds: int) -> None:
+        if header.flags & TYPE_MASK > HeaderFlag.REPLY:
+            raise FramingError(name, f"type {header.flags & TYPE_MASK}, no command and no reply")
+        if header.size < Header.SIZE:
+            raise FramingError(name, f"{header.size} bytes, and a header alone has {Header.SIZE}")
+        if header.size - Header.SIZE > self._max_payload:
+            raise FramingError(
+                name, f"payload of {header.size - Header.SIZE} bytes, at most {self._max_payload}"
+            )
+        if fds > MAX_FDS:
+            raise FramingError(name, f"{fds} descriptors, at most {MAX_FDS}")
+
+
+_COMMANDS = {int(command): command for command in Command}
+
+
+def _command(number: int) -> Command | int:
+    return _COMMANDS.get(number, number)
