@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterable
-from typing import Protocol
+from typing import Protocol, cast
 
 from vring_serial.agent.errors import AgentError, AgentGoneError, AgentTimeoutError
 from vring_serial.proto.agent import (
@@ -97,8 +97,7 @@ class AgentLink(asyncio.Protocol):
     # --- asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)
         self._owner.link_up(self)
 
     def connection_lost(self, exc: Exception | None) -> None:

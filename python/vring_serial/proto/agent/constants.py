@@ -18,7 +18,7 @@ CHUNK_DATA_MAX: Final = 2048
 CHUNK_HEADER_BYTES: Final = 8
 MESSAGE_HEADER_BYTES: Final = 20
 
-CHUNK_FROM_AGENT_MAX: Final = 1 << 30
+CHUNK_FROM_AGENT_MAX: Final = 1 << 31
 """Bytes of data in one chunk from the guest. A Linux agent puts a whole message into one chunk, a
 clipboard of any size included; nothing is allocated for it, so this only refuses what cannot be."""
 
