@@ -132,9 +132,7 @@ class IrqSetFlag(enum.IntFlag):
 
 
 IRQ_SET_DATA = IrqSetFlag.DATA_NONE | IrqSetFlag.DATA_BOOL | IrqSetFlag.DATA_EVENTFD
-IRQ_SET_ACTION = (
-    IrqSetFlag.ACTION_MASK | IrqSetFlag.ACTION_UNMASK | IrqSetFlag.ACTION_TRIGGER
-)
+IRQ_SET_ACTION = IrqSetFlag.ACTION_MASK | IrqSetFlag.ACTION_UNMASK | IrqSetFlag.ACTION_TRIGGER
 
 
 class IoFdType(enum.IntEnum):
@@ -192,9 +190,7 @@ class DmaMap:
     size: int
 
     def pack(self) -> bytes:
-        return self.STRUCT.pack(
-            self.STRUCT.size, self.flags, self.offset, self.address, self.size
-        )
+        return self.STRUCT.pack(self.STRUCT.size, self.flags, self.offset, self.address, self.size)
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
