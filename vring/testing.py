@@ -58,7 +58,8 @@ class GuestQueue:
         self.memory.write(used + 2, index.to_bytes(2, "little"))  # as a device left it
         buffers = np.frombuffer(memoryview(data), np.uint8, size * slot, first - guest_addr)
         self.slots = buffers.reshape(size, slot)
-        self._addresses = first + slot * np.arange(size, dtype=np.uint64)
+        self.addresses = first + slot * np.arange(size, dtype=np.uint64)
+        self._twice = np.concatenate([self.addresses, self.addresses])  # for runs past the end
         self._next = 0  # slot to add next
         self._oldest = 0  # slot the device uses next
 
@@ -88,10 +89,15 @@ class GuestQueue:
             name=name,
         )
 
-    def _add(self, lengths: Sequence[int] | NDArray[np.uint32]) -> bool:
+    def add(self, lengths: Sequence[int] | NDArray[np.uint32]) -> bool:
+        """Makes the next buffers available as they are, of these lengths; True: kick the device.
+
+        Raises:
+            LocalMisuseError: more buffers than are free.
+        """
         n = len(lengths)
-        slots = np.arange(self._next, self._next + n) % self.size
-        if self.driver.add_many(self._addresses[slots], lengths, self.writable) != n:
+        run = self._twice[self._next : self._next + n]
+        if n > self.size or self.driver.add_many(run, lengths, self.writable) != n:
             raise LocalMisuseError(f"{n} buffers do not fit the queue")
         self._next = (self._next + n) % self.size
         return self.driver.publish()
@@ -109,12 +115,12 @@ class GuestQueue:
             piece = np.frombuffer(data, np.uint8, length, offset)
             self.slots[(self._next + i) % self.size, :length] = piece
             offset += length
-        return self._add(lengths)
+        return self.add(lengths)
 
     def offer(self, count: int | None = None, length: int | None = None) -> bool:
         """Makes `count` (default: all free) buffers available as they are; True: kick."""
         n = self.driver.num_free if count is None else count
-        return self._add(np.full(n, self.slot if length is None else length, np.uint32))
+        return self.add(np.full(n, self.slot if length is None else length, np.uint32))
 
     def collect(self) -> NDArray[np.uint32]:
         """Takes used buffers back; the bytes the device wrote into each."""

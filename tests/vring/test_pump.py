@@ -63,9 +63,9 @@ def test_written_lengths_are_exact_and_nothing_else_is_touched(make_rig: Callabl
     rig = make_rig(writable=True, slot=64)
     rig.guest.slots[:] = 0xEE
     heads = [
-        rig.driver.add([], [(rig.guest._addresses[0], 10), (rig.guest._addresses[1], 7)]),
-        rig.driver.add([], [(rig.guest._addresses[2], 5)]),
-        rig.driver.add([], [(rig.guest._addresses[3], 5)]),
+        rig.driver.add([], [(rig.guest.addresses[0], 10), (rig.guest.addresses[1], 7)]),
+        rig.driver.add([], [(rig.guest.addresses[2], 5)]),
+        rig.driver.add([], [(rig.guest.addresses[3], 5)]),
     ]
     rig.publish()
     rig.read_from(sockets[0].fileno())
@@ -85,7 +85,7 @@ def test_written_lengths_are_exact_and_nothing_else_is_touched(make_rig: Callabl
 
 def test_chains_of_the_wrong_kind_are_bounded(make_rig: Callable, sockets) -> None:
     out = make_rig(writable=False)
-    at = [int(a) for a in out.guest._addresses]
+    at = [int(a) for a in out.guest.addresses]
     out.guest.slots[:8, :3] = [[ord("a") + i] * 3 for i in range(8)]
     out.driver.add([(at[0], 3), (at[1], 3)], [(at[2], 3)])
     out.driver.add([], [(at[3], 3)])  # nothing to read
@@ -98,7 +98,7 @@ def test_chains_of_the_wrong_kind_are_bounded(make_rig: Callable, sockets) -> No
     assert out.wait_used(5) == [0] * 5
 
     into = make_rig(writable=True)
-    at = [int(a) for a in into.guest._addresses]
+    at = [int(a) for a in into.guest.addresses]
     into.driver.add([(at[0], 3)], [])  # no room at all
     into.driver.add([(at[1], 3)], [(at[2], 4), (at[3], 4)])
     into.driver.add([(at[4], 3)], [])
@@ -111,7 +111,7 @@ def test_chains_of_the_wrong_kind_are_bounded(make_rig: Callable, sockets) -> No
     assert bytes(into.guest.slots[5, :2]) == b"89"
 
     empty = make_rig(writable=True)
-    empty.driver.add([(int(empty.guest._addresses[0]), 3)], [])
+    empty.driver.add([(int(empty.guest.addresses[0]), 3)], [])
     empty.publish()
     empty.read_from(sockets[0].fileno())  # no room is not the end of file
     assert empty.wait_used(1) == [0]
@@ -391,7 +391,7 @@ def test_broken_ring_stops_that_flow_only(make_rig: Callable, sockets) -> None:
     good, bad = make_rig(writable=False), make_rig(writable=False)
     for rig in (good, bad):
         rig.write_to(sockets[0].fileno())
-    at = bad.guest._addresses[0]
+    at = bad.guest.addresses[0]
     bad.guest.memory.write(int(at) - 0, b"fine")
     bad.driver.add([(int(at), 4)], [])
     bad.guest.memory.write(0x10_0000 + 16 + 12, b"\1\0\1\0")  # descriptor 1 points at itself

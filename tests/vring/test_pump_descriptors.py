@@ -264,7 +264,7 @@ def test_driver_without_calls(make_rig: Callable, sockets, wait_until: Callable)
 
 def test_chain_of_more_segments_than_a_call_takes(make_rig: Callable, sockets) -> None:
     rig = make_rig(writable=False, size=4096, slot=16)
-    at = rig.guest._addresses
+    at = rig.guest.addresses
     rig.guest.slots[:] = np.frombuffer(STREAM, np.uint8, 4096 * 16).reshape(4096, 16)
     rig.driver.add([(int(at[i]), 16) for i in range(3000)], [])
     rig.driver.add([(int(at[i]), 16) for i in range(3000, 4096)], [])
