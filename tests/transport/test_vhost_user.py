@@ -320,7 +320,7 @@ def test_more_queues_than_the_protocol_can_name(path: Path, device: Any) -> None
 async def test_connecting_to_a_frontend_that_listens(
     path: Path, device: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("vring_serial.transport.vhost_user.RETRY_INTERVAL", 0.01)
+    monkeypatch.setattr("vring_serial.transport.door.RETRY_INTERVAL", 0.01)
     caplog.set_level(logging.INFO)
     backend = VhostUserBackend(device, str(path), listen=False)
     await backend.start()

@@ -1,4 +1,4 @@
-"""What the two "user" protocols share: payloads, and a stream whose bytes descriptors come beside."""
+"""What the "user" protocols share: payloads, and a stream with descriptors beside its bytes."""
 
 from __future__ import annotations
 

@@ -340,7 +340,7 @@ class RegionIoFds:
 
     Attributes:
         index: which region; all else is 0 in the request.
-        sub_regions: what the reply has room for: all, or none if ``argsz`` says that more are there.
+        sub_regions: what the reply has room for: all, or none if ``argsz`` says that it needs more.
         argsz: in a request, the most bytes that the reply's payload may have; in a reply, those
             that it needs.
     """

@@ -35,6 +35,7 @@ from vring_serial.proto.vhost_user import (
     VringState,
     reply,
 )
+from vring_serial.transport.connection import Connection
 from vring_serial.transport.vhost_channel import BackendChannel, CallRelay
 from vring_serial.transport.vhost_vring import Vring, check_event_descriptor
 
@@ -44,8 +45,6 @@ log = logging.getLogger(__name__)
 MAX_MEM_SLOTS = 64
 #: Seconds between two looks at a queue whose frontend does not kick.
 POLL_INTERVAL = 0.002
-#: Bytes of unread replies from which on no more requests are read.
-MAX_UNREAD_REPLIES = 64 * 1024
 #: Bytes read in one turn of the loop.
 READ_SIZE = 4096
 
@@ -82,15 +81,13 @@ class Session:
         ended: Callable[[], None],
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._sock = sock
         self._device = device
         self._offered = offered
         self._name = name
         self._ended = ended
         self._parser = MessageParser(Request)
         self._refused = RateLimitedLog(log)
-        self._unsent = bytearray()
-        self._waits_to_send = False
+        self._closed = False
         self._paused = False
         self._protocol_features = ProtocolFeature(0)
         self._features = 0
@@ -100,7 +97,9 @@ class Session:
         self._calls = CallRelay(self._call_inband)
         self._poll_timer: asyncio.TimerHandle | None = None
         self._handlers = self._handler_table()
-        self._loop.add_reader(sock, self._readable)
+        self._connection = Connection(
+            sock, read_size=READ_SIZE, max_fds=MAX_FDS, received=self._received, lost=self._lost
+        )
 
     # --- what the device tells ------------------------------------------------------------------
 
@@ -122,11 +121,10 @@ class Session:
 
     def close(self) -> None:
         """Stop all queues, unmap the guest's memory, close every descriptor. Safe to call twice."""
-        if self._sock.fileno() < 0:
+        if self._closed:
             return
-        self._loop.remove_reader(self._sock)
-        self._loop.remove_writer(self._sock)
-        self._sock.close()
+        self._closed = True
+        self._connection.close()
         if self._poll_timer is not None:
             self._poll_timer.cancel()
         for vring in self._vrings:
@@ -137,8 +135,9 @@ class Session:
             self._channel.close()
         unix_fds.close_all(self._parser.take_fds())
 
-    def _lost(self, error: OSError) -> None:
-        log.info("%s: connection lost: %s", self._name, error.strerror or error)
+    def _lost(self, error: OSError | None) -> None:
+        if error is not None:
+            log.info("%s: connection lost: %s", self._name, error.strerror or error)
         self._end()
 
     def _send_away(self, why: str) -> None:
@@ -149,18 +148,7 @@ class Session:
         self.close()
         self._ended()
 
-    def _readable(self) -> None:
-        try:
-            received = unix_fds.receive(self._sock, READ_SIZE, MAX_FDS)
-        except BlockingIOError:
-            return
-        except OSError as error:
-            self._lost(error)
-            return
-        if not received.data:
-            unix_fds.close_all(received.fds)
-            self._end()
-            return
+    def _received(self, received: unix_fds.Received) -> None:
         self._parser.receive_data(received.data, received.fds)
         if received.truncated:
             self._send_away(f"more than {MAX_FDS} descriptors in one message, or no room for them")
@@ -171,12 +159,10 @@ class Session:
         try:
             while (message := self._parser.next_message()) is not None:
                 self._handle(message)
-                if self._sock.fileno() < 0:
+                if self._closed:
                     return
         except (FatalError, VhostUserError) as error:
             self._send_away(str(error))
-            return
-        self._send()
 
     def _handle(self, message: Message) -> None:
         fds = list(message.fds)
@@ -193,9 +179,9 @@ class Session:
         finally:
             unix_fds.close_all(fds)
         if answer is not None:
-            self._unsent += reply(message.kind, answer)
+            self._connection.send(reply(message.kind, answer))
         elif self._wants_acknowledgement(message):
-            self._unsent += reply(message.kind, U64(0))
+            self._connection.send(reply(message.kind, U64(0)))
 
     def _answer(self, message: Message, fds: list[int]) -> Payload | None:
         payload = message.decode()
@@ -212,31 +198,13 @@ class Session:
         else:
             raise error
         self._refused.warning("%s: refused %s", self._name, error)
-        self._unsent += reply(message.kind, refusal)
+        self._connection.send(reply(message.kind, refusal))
 
     def _wants_acknowledgement(self, message: Message) -> bool:
         """Whether an acknowledgement is asked for where none but that can answer."""
         if not message.need_reply or not self._has(ProtocolFeature.REPLY_ACK):
             return False
         return message.shape is None or message.shape.reply is None
-
-    def _send(self) -> None:
-        try:
-            while self._unsent:
-                del self._unsent[: unix_fds.send(self._sock, bytes(self._unsent[:READ_SIZE]))]
-        except BlockingIOError:
-            self._loop.add_writer(self._sock, self._send)
-            self._waits_to_send = True
-            if len(self._unsent) > MAX_UNREAD_REPLIES:
-                self._loop.remove_reader(self._sock)
-            return
-        except OSError as error:
-            self._lost(error)
-            return
-        if self._waits_to_send:
-            self._waits_to_send = False
-            self._loop.remove_writer(self._sock)
-            self._loop.add_reader(self._sock, self._readable)
 
     # --- negotiation ----------------------------------------------------------------------------
 

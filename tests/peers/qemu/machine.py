@@ -61,7 +61,7 @@ def _cpio(entries: Iterable[tuple[str, int, bytes]]) -> Iterable[bytes]:
         yield head + bytes(-len(head) % 4) + data + bytes(-len(data) % 4)
 
 
-class CommandFailed(AssertionError):
+class CommandError(AssertionError):
     """A command in the guest ended with another status than 0."""
 
 
@@ -133,14 +133,14 @@ class QemuMachine:
         return self._directory / "qmp.sock"
 
     async def run(self, command: str, timeout: float = 30) -> str:
-        """Run one line of shell in the guest; its output. Raises CommandFailed."""
+        """Run one line of shell in the guest; its output. Raises CommandError."""
         assert self._process is not None
         assert self._process.stdin is not None
         self._process.stdin.write(command.encode() + b"\n")
         async with asyncio.timeout(timeout):
             output, status = await self._until_prompt()
         if status:
-            raise CommandFailed(f"{command}: status {status}\n{output}")
+            raise CommandError(f"{command}: status {status}\n{output}")
         return output
 
     async def stop(self) -> None:

@@ -1,0 +1,129 @@
+"""A peer's connection: bytes and descriptors both ways, and no more of them than it reads."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from vring_serial import unix_fds
+from vring_serial.unix_fds import Received
+
+#: Bytes of unread answers from which on the peer is not listened to.
+MAX_UNREAD = 64 * 1024
+#: Bytes given to the socket at once.
+_SEND_SIZE = 64 * 1024
+
+
+class Connection:
+    """A connected unix stream socket on the running loop.
+
+    What is sent while the peer's words are handled goes out when all of them are, in one piece.
+
+    Args:
+        sock: connected and non-blocking; taken over.
+        read_size: bytes read in one turn of the loop.
+        max_fds: descriptors taken with one read.
+        received: gets what came, and owns its descriptors; may close the connection.
+        lost: called once when the peer has gone, or the socket failed; not by :meth:`close`.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        *,
+        read_size: int,
+        max_fds: int,
+        received: Callable[[Received], None],
+        lost: Callable[[OSError | None], None],
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._sock = sock
+        self._read_size = read_size
+        self._max_fds = max_fds
+        self._received = received
+        self._lost = lost
+        # Bytes, and descriptors (owned by us) that go with the first of them.
+        self._unsent: deque[tuple[bytearray, list[int]]] = deque()
+        self._unsent_bytes = 0
+        self._handling = False
+        self._waits_to_send = False
+        self._loop.add_reader(sock, self._readable)
+
+    @property
+    def closed(self) -> bool:
+        return self._sock.fileno() < 0
+
+    def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Send after all that was sent before; ``fds`` are taken over. Nothing if it is closed."""
+        if self.closed:
+            unix_fds.close_all(fds)
+            return
+        if fds or not self._unsent or len(self._unsent[-1][0]) >= _SEND_SIZE:
+            self._unsent.append((bytearray(data), list(fds)))
+        else:
+            self._unsent[-1][0].extend(data)
+        self._unsent_bytes += len(data)
+        if not self._handling:
+            self._flush()
+
+    def close(self) -> None:
+        """What the peer has not read is lost. Safe to call twice."""
+        if self.closed:
+            return
+        self._loop.remove_reader(self._sock)
+        self._loop.remove_writer(self._sock)
+        self._sock.close()
+        for _, fds in self._unsent:
+            unix_fds.close_all(fds)
+        self._unsent.clear()
+
+    def _readable(self) -> None:
+        try:
+            received = unix_fds.receive(self._sock, self._read_size, self._max_fds)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._fail(error)
+            return
+        if not received.data:
+            unix_fds.close_all(received.fds)
+            self._fail(None)
+            return
+        self._handling = True
+        try:
+            self._received(received)
+        finally:
+            self._handling = False
+        if not self.closed:
+            self._flush()
+
+    def _flush(self) -> None:
+        try:
+            while self._unsent:
+                data, fds = self._unsent[0]
+                sent = unix_fds.send(self._sock, bytes(data[:_SEND_SIZE]), fds)
+                unix_fds.close_all(fds)
+                fds.clear()
+                self._unsent_bytes -= sent
+                del data[:sent]
+                if not data:
+                    self._unsent.popleft()
+        except BlockingIOError:
+            self._waits_to_send = True
+            self._loop.add_writer(self._sock, self._flush)
+            if self._unsent_bytes > MAX_UNREAD:
+                self._loop.remove_reader(self._sock)
+            return
+        except OSError as error:
+            self._fail(error)
+            return
+        if self._waits_to_send:
+            self._waits_to_send = False
+            self._loop.remove_writer(self._sock)
+            self._loop.add_reader(self._sock, self._readable)
+
+    def _fail(self, error: OSError | None) -> None:
+        self.close()
+        self._lost(error)
