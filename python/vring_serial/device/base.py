@@ -85,6 +85,13 @@ class VirtioDevice(Protocol):
         """
         ...
 
+    def reset_queue(self, index: int) -> None:
+        """Forget where the queue, which does not run, was stopped: it will start anew (2.6.1).
+
+        The other queues go on, and so does all else that the device knows of the driver.
+        """
+        ...
+
     def reset(self) -> None:
         """Stop all queues and forget the driver."""
         ...

@@ -283,6 +283,13 @@ class Controller:
         self._stopped_at[index] = queue.queue.avail_index
         return queue.queue.avail_index
 
+    def reset_queue(self, index: int) -> None:
+        """The queue, which does not run, will start anew, and its driver is the same one."""
+        self._stopped_at.pop(index, None)
+        port = self._port_of(index)
+        if port is not None and port_of_queue(index)[1]:
+            port.forget_driver()
+
     def reset(self) -> None:
         """Stop all queues and forget the driver."""
         for index in list(self._queues):

@@ -7,7 +7,7 @@ import sys
 from contextlib import suppress
 from dataclasses import dataclass
 
-from vring import SplitQueue
+from vring import VirtQueue
 
 _ONE = (1).to_bytes(8, sys.byteorder)
 
@@ -36,7 +36,7 @@ class RunningQueue:
             of used buffers: an eventfd or a socket; -1 if the driver polls.
     """
 
-    queue: SplitQueue
+    queue: VirtQueue
     kick_fd: int
     call_fd: int
 

@@ -1,0 +1,328 @@
+"""What every layout of registers has of a device: features, status, configuration, queues."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from vring import RingError
+from vring_serial.device.base import VirtioDevice
+from vring_serial.device.queue_setup import QueueTable
+from vring_serial.device.ratelimit import RateLimitedLog
+from vring_serial.errors import ConfigError, ProtocolError
+from vring_serial.proto.console import Feature, Status
+
+log = logging.getLogger(__name__)
+
+#: Offered by the registers themselves, whatever the device is.
+_REGISTER_FEATURES = Feature.RING_RESET
+#: Bits that mean something to legacy drivers alone (6.3).
+_LEGACY_ONLY = Feature.NOTIFY_ON_EMPTY | Feature.ANY_LAYOUT
+_LEGACY_WORD = (1 << 32) - 1
+#: queue_size for devices that would allow more: drivers fill whole queues with buffers.
+QUEUE_SIZE = 256
+#: Queue indices have 16 bits, and so has their number.
+MAX_QUEUES = 0xFFFF
+
+Runner = Callable[[Callable[[], None]], None]
+
+
+def run_here(function: Callable[[], None]) -> None:
+    """The Runner of those who are in the event loop's thread."""
+    function()
+
+
+class DriverRegisters:
+    """A device from a driver's side, without the layout of registers.
+
+    Every method may be called with whatever a guest writes: impossible values are ignored, or
+    answered as the specification says, or set NEEDS_RESET.
+
+    Args:
+        device: any virtio device; its callbacks are taken over.
+        queue_size: of every queue, unless the driver chooses less; 0: the device's own largest, up
+            to QUEUE_SIZE.
+        packed: offer packed rings.
+        run: calls a function where the device's methods may be called, and returns when it is done.
+        queue_called: gets the index of a queue whose driver wants to know of used buffers.
+        config_changed: called when the driver is to be told of the configuration or the status.
+        was_reset: called after the driver has reset the device.
+
+    Attributes:
+        legacy: the driver uses the legacy interface.
+        queue_select: the queue that registers are about.
+
+    Raises:
+        ConfigError: more queues than registers can name, or an impossible ``queue_size``.
+    """
+
+    def __init__(
+        self,
+        device: VirtioDevice,
+        *,
+        queue_size: int,
+        packed: bool,
+        run: Runner,
+        queue_called: Callable[[int], None],
+        config_changed: Callable[[], None],
+        was_reset: Callable[[], None],
+    ) -> None:
+        if device.num_queues > MAX_QUEUES:
+            raise ConfigError(f"the device has {device.num_queues} queues, at most {MAX_QUEUES}")
+        size = queue_size or min(device.queue_size_max, QUEUE_SIZE)
+        if not 0 < size <= device.queue_size_max or size & (size - 1):
+            raise ConfigError(
+                f"queue size {size} is not a power of two up to {device.queue_size_max}"
+            )
+        self.device = device
+        self.legacy = False
+        self.queues = QueueTable(device, size, queue_called, self._queue_failed)
+        self.device_feature_select = 0
+        self.driver_feature_select = 0
+        self.queue_select = 0
+        self._packed = packed
+        self._run = run
+        self._config_changed = config_changed
+        self._was_reset = was_reset
+        self._wanted = 0  # features that the driver has written
+        self._may_run = True
+        self._generation = 0
+        self._generation_seen = device.config_generation
+        self._log = RateLimitedLog(log)
+        device.on_config_change = self._device_config_changed
+        device.on_needs_reset = self._device_broken
+
+    # --- features
+
+    @property
+    def offered(self) -> int:
+        """Feature bits for modern drivers."""
+        bits = (self.device.device_features | _REGISTER_FEATURES) & ~_LEGACY_ONLY
+        return bits | Feature.RING_PACKED if self._packed else bits & ~Feature.RING_PACKED
+
+    @property
+    def offered_legacy(self) -> int:
+        """Feature bits for legacy drivers: 0 to 31."""
+        return self.device.device_features & _LEGACY_WORD | Feature.ANY_LAYOUT
+
+    def read_device_feature(self) -> int:
+        """The word that device_feature_select selects; 0 where no feature is defined."""
+        return self.offered >> 32 * self.device_feature_select & 0xFFFFFFFF
+
+    def read_driver_feature(self) -> int:
+        """The word that driver_feature_select selects."""
+        return self._wanted >> 32 * self.driver_feature_select & 0xFFFFFFFF
+
+    def write_driver_feature(self, word: int) -> None:
+        """Accept the word of features; after FEATURES_OK it is too late."""
+        if self.driver_feature_select > 1 or self.device.status & Status.FEATURES_OK:
+            return
+        shift = 32 * self.driver_feature_select
+        self._wanted = self._wanted & ~(0xFFFFFFFF << shift) | word << shift
+
+    def write_legacy_features(self, word: int) -> None:
+        """Accept features as a legacy driver, which says no more about it; others are ignored."""
+        if self.queues.live:
+            return
+        self.legacy = True
+        self._wanted = word & self.offered_legacy
+        self._run(self._settle_legacy_features)
+
+    def _settle_legacy_features(self) -> None:
+        self.device.set_driver_features(self._wanted & self.device.device_features)
+        self.queues.features = self._wanted
+
+    def _accept_features(self) -> bool:
+        """The driver has written FEATURES_OK: whether it may."""
+        wanted = self._wanted
+        if wanted & ~self.offered or not wanted & Feature.VERSION_1 & self.offered:
+            self._log.warning(
+                "%s: the driver accepted features %#x, which must be some of %#x with VERSION_1",
+                self.device.name,
+                wanted,
+                self.offered,
+            )
+            return False
+        try:
+            self.device.set_driver_features(wanted & self.device.device_features)
+        except ProtocolError as error:
+            self._log.warning("%s", error)
+            return False
+        self.queues.features = wanted
+        return True
+
+    def has(self, feature: int) -> bool:
+        """Whether the feature is negotiated."""
+        return bool(self.queues.features & feature)
+
+    # --- status
+
+    def read_status(self) -> int:
+        """The device status (2.1)."""
+        return self.device.status & 0xFF
+
+    def write_status(self, value: int) -> None:
+        """The driver wrote the device status; 0 resets the device before this returns."""
+        if value & 0xFF:
+            self._run(lambda: self._set_status(value & 0xFF))
+        else:
+            self.reset()
+
+    def _set_status(self, value: int) -> None:
+        old = self.device.status
+        value &= ~Status.DEVICE_NEEDS_RESET
+        if self.legacy:
+            if value & Status.DRIVER_OK and not old & Status.DRIVER_OK:
+                self._settle_legacy_features()
+        else:
+            fresh = value & Status.FEATURES_OK and not old & Status.FEATURES_OK
+            if fresh and not self._accept_features():
+                value &= ~Status.FEATURES_OK
+            if not value & Status.FEATURES_OK:
+                value &= ~Status.DRIVER_OK
+        self.device.set_status(value)
+        self._update_live()
+
+    @property
+    def may_run(self) -> bool:
+        """Whether the bus lets the device touch memory at all (PCI: bus mastering)."""
+        return self._may_run
+
+    @may_run.setter
+    def may_run(self, may_run: bool) -> None:
+        if may_run != self._may_run:
+            self._may_run = may_run
+            self._run(self._update_live)
+
+    def _update_live(self) -> None:
+        # Legacy drivers of old did not all ask for bus mastering.
+        ready = self.device.status & Status.DRIVER_OK
+        self.queues.live = bool(ready) and (self._may_run or self.legacy)
+
+    @property
+    def driver_ready(self) -> bool:
+        """Whether the driver takes notifications."""
+        return bool(self.device.status & Status.DRIVER_OK)
+
+    def reset(self) -> None:
+        """The driver resets the device; all registers have their first values again."""
+        self._run(self._reset)
+
+    def _reset(self) -> None:
+        self.queues.reset_all()
+        self.device.reset()
+        self.legacy = False
+        self.device_feature_select = self.driver_feature_select = self.queue_select = 0
+        self._wanted = 0
+        self._was_reset()
+
+    def close(self) -> None:
+        """Leave the device, which is reset. Safe to call twice."""
+        self._reset()
+        self.queues.close()
+        self.device.on_config_change = None
+        self.device.on_needs_reset = None
+
+    # --- configuration
+
+    @property
+    def generation(self) -> int:
+        """config_generation, 8 bits: differs after the driver has read what changed (4.1.4.3.1)."""
+        return self._generation
+
+    def read_config(self, offset: int, size: int) -> int:
+        """``size`` bytes of the configuration space; zero outside."""
+        if self.device.config_generation != self._generation_seen:
+            self._generation_seen = self.device.config_generation
+            self._generation = self._generation + 1 & 0xFF
+        return int.from_bytes(self.device.read_config(offset, size), "little")
+
+    def write_config(self, offset: int, value: int, size: int) -> None:
+        """Write ``size`` bytes of the configuration space."""
+        self._run(lambda: self.device.write_config(offset, value.to_bytes(size, "little")))
+
+    def _device_config_changed(self) -> None:
+        if self.driver_ready:
+            self._config_changed()
+
+    # --- queues: those that are not there take part in nothing
+
+    def read_queue_size(self) -> int:
+        """Descriptors of the selected queue; 0: there is no such queue."""
+        index = self.queue_select
+        return self.queues[index].size if index < len(self.queues) else 0
+
+    def write_queue_size(self, size: int) -> None:
+        """Choose the size of the selected queue."""
+        if self.queue_select < len(self.queues):
+            self.queues.set_size(self.queues[self.queue_select], size)
+
+    def read_queue_enable(self) -> int:
+        """Whether the selected queue is enabled."""
+        index = self.queue_select
+        return int(index < len(self.queues) and self.queues[index].enabled)
+
+    def enable_queue(self) -> None:
+        """Enable the selected queue, before or after DRIVER_OK."""
+        if self.queue_select < len(self.queues):
+            queue = self.queues[self.queue_select]
+            self._run(lambda: self.queues.enable(queue))
+
+    def disable_queue(self) -> None:
+        """Disable the selected queue; its set-up stays."""
+        if self.queue_select < len(self.queues):
+            queue = self.queues[self.queue_select]
+            self._run(lambda: self.queues.disable(queue))
+
+    def reset_queue(self) -> None:
+        """Reset the selected queue alone, where RING_RESET is negotiated."""
+        if self.queue_select < len(self.queues) and self.has(Feature.RING_RESET):
+            queue = self.queues[self.queue_select]
+            self._run(lambda: self.queues.reset(queue))
+
+    def read_area(self, name: str, shift: int) -> int:
+        """32 bits of an area's address of the selected queue."""
+        index = self.queue_select
+        if index >= len(self.queues):
+            return 0
+        address: int = getattr(self.queues[index], name)
+        return address >> shift & 0xFFFFFFFF
+
+    def write_area(self, name: str, shift: int, value: int) -> None:
+        """Set 32 bits of an area's address, while the selected queue is not enabled."""
+        index = self.queue_select
+        if index < len(self.queues) and not self.queues[index].enabled:
+            queue = self.queues[index]
+            address: int = getattr(queue, name)
+            setattr(queue, name, address & ~(0xFFFFFFFF << shift) | value << shift)
+
+    def notify_queue(self, value: int) -> None:
+        """The driver notifies: the low 16 bits are the queue's index (2.9)."""
+        index = value & 0xFFFF
+        if index >= len(self.queues):
+            return
+        queue = self.queues[index]
+        if self.legacy and queue.enabled and not queue.running and not self.driver_ready:
+            # Legacy drivers use queues before DRIVER_OK (3.1.2).
+            self._run(self._start_before_ready)
+        self.queues.notify(index)
+
+    def _start_before_ready(self) -> None:
+        self._settle_legacy_features()
+        self.queues.live = True
+
+    # --- what goes wrong
+
+    def _queue_failed(self, index: int, error: Exception) -> None:
+        """The driver set a queue up so that it cannot run."""
+        self._log.warning("%s: queue %d cannot run: %s", self.device.name, index, error)
+        self.device.set_status(self.device.status | Status.DEVICE_NEEDS_RESET)
+        self._needs_reset()
+
+    def _device_broken(self, error: RingError) -> None:
+        self._log.warning("%s: the driver broke %s", self.device.name, error)
+        self._needs_reset()
+
+    def _needs_reset(self) -> None:
+        if self.driver_ready:
+            self._config_changed()

@@ -1,0 +1,339 @@
+"""A virtio device as a PCI function (virtio 1.3, 4.1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+from vring import GuestMemory
+from vring_serial.device.base import VirtioDevice
+from vring_serial.device.driver_registers import DriverRegisters, Runner, run_here
+from vring_serial.device.interrupts import InterruptSink
+from vring_serial.device.pci import layout as at
+from vring_serial.device.pci.config_space import VENDOR_ID, Bar, Command, ConfigSpace, Register
+from vring_serial.device.pci.isr import PciInterrupts
+from vring_serial.device.pci.layout import Layout, virtio_capability
+from vring_serial.device.pci.legacy import LegacyRegisters
+from vring_serial.device.pci.modern import CommonConfig
+from vring_serial.device.pci.msix import ENTRY_SIZE, MAX_VECTORS, Msix
+from vring_serial.device.register_bank import RegisterBank
+from vring_serial.errors import ConfigError
+
+#: Transitional PCI device ids by device type (4.1.2.1).
+_TRANSITIONAL_IDS = {
+    1: 0x1000,
+    2: 0x1001,
+    3: 0x1003,
+    4: 0x1005,
+    5: 0x1002,
+    8: 0x1004,
+    9: 0x1009,
+}
+#: PCI class codes by device type, for those that have one; others are "unclassified".
+_CLASS_CODES = {1: 0x020000, 2: 0x010000, 3: 0x078000, 8: 0x010000}
+_UNCLASSIFIED = 0x00FF00
+#: Vectors for devices with more queues: their drivers share one among all queues then.
+_DEFAULT_VECTORS_MAX = 256
+_INTERRUPT_PIN_A = 1
+_MSIX_CONTROL = 2
+_MSIX_ENABLE = 1 << 15
+_MSIX_FUNCTION_MASK = 1 << 14
+
+
+@dataclass(frozen=True, slots=True)
+class NotifyOffset:
+    """Where the driver of a queue notifies: for those who can watch that place themselves.
+
+    Attributes:
+        queue: its index.
+        bar, offset: the place.
+        size: bytes that are written there.
+    """
+
+    queue: int
+    bar: int
+    offset: int
+    size: int
+
+
+class PciDevice:
+    """The registers of one PCI function that has a virtio device behind them.
+
+    Accesses have any offset and size; values are numbers, their bytes little-endian. What guests
+    read where nothing is: zero within a BAR, ones outside. No access raises.
+
+    All methods are for the event loop's thread, unless ``run`` says otherwise.
+
+    Args:
+        device: any virtio device; it belongs to this object until :meth:`close`.
+        transitional: drivers of before virtio 1.0 may use it too.
+        packed: offer packed rings.
+        queue_size: of every queue, unless the driver chooses less; 0: what the device allows, at
+            most 256.
+        vectors: entries of the MSI-X table; 0: one for each queue and one for the configuration.
+        run: see DriverRegisters.
+
+    Attributes:
+        bars: the base address registers.
+        notify_offsets: one for each queue.
+
+    Raises:
+        ConfigError: the device cannot be a PCI function so.
+    """
+
+    def __init__(
+        self,
+        device: VirtioDevice,
+        *,
+        transitional: bool = False,
+        packed: bool = False,
+        queue_size: int = 0,
+        vectors: int = 0,
+        run: Runner = run_here,
+    ) -> None:
+        vectors = vectors or min(device.num_queues + 1, _DEFAULT_VECTORS_MAX)
+        if not 0 < vectors <= MAX_VECTORS:
+            raise ConfigError(f"{vectors} MSI-X vectors, at most {MAX_VECTORS} are possible")
+        if transitional and device.device_id not in _TRANSITIONAL_IDS:
+            raise ConfigError(f"no transitional device of virtio type {device.device_id}")
+        if device.config_size > at.DEVICE_CFG_MAX:
+            raise ConfigError(f"configuration of {device.config_size} bytes")
+        self.device = device
+        self.transitional = transitional
+        self._layout = Layout(device.num_queues, device.config_size, vectors)
+        self._registers = DriverRegisters(
+            device,
+            queue_size=queue_size,
+            packed=packed,
+            run=run,
+            queue_called=self._queue_called,
+            config_changed=self._config_changed,
+            was_reset=self._was_reset,
+        )
+        self._msix = Msix(vectors)
+        self._config = ConfigSpace()
+        self._interrupts = PciInterrupts(self._msix, self._registers, self._config)
+        self._banks: list[RegisterBank | None] = [None] * 6
+        self._banks[at.VIRTIO_BAR] = self._virtio_bank()
+        self._banks[at.MSIX_BAR] = self._msix_bank()
+        self._legacy: LegacyRegisters | None = None
+        bars = [self._layout.msix_bar, self._layout.virtio_bar]
+        if transitional:
+            self._legacy = LegacyRegisters(
+                self._registers, self._interrupts, self._interrupts.read_isr
+            )
+            self._banks[at.LEGACY_BAR] = self._legacy.banks[False]
+            bars.insert(0, self._legacy.bar)
+        self.bars: tuple[Bar, ...] = tuple(bars)
+        self.notify_offsets = tuple(
+            NotifyOffset(index, at.VIRTIO_BAR, at.NOTIFY_CFG + at.NOTIFY_MULTIPLIER * index, 2)
+            for index in range(device.num_queues)
+        )
+        self._make_config_space()
+
+    # --- what the guest accesses
+
+    def config_read(self, offset: int, size: int) -> int:
+        """``size`` bytes of the configuration space."""
+        return self._config.read(offset, size)
+
+    def config_write(self, offset: int, value: int, size: int) -> None:
+        """Write ``size`` bytes of the configuration space."""
+        self._config.write(offset, value, size)
+
+    def bar_read(self, bar: int, offset: int, size: int) -> int:
+        """``size`` bytes at ``offset`` behind base address register ``bar``."""
+        bank = self._banks[bar] if 0 <= bar < 6 else None
+        if bank is None or offset < 0 or offset + size > bank.size:
+            return (1 << 8 * size) - 1
+        return bank.read(offset, size)
+
+    def bar_write(self, bar: int, offset: int, value: int, size: int) -> None:
+        """Write ``size`` bytes at ``offset`` behind base address register ``bar``."""
+        bank = self._banks[bar] if 0 <= bar < 6 else None
+        if bank is not None and 0 <= offset <= bank.size - size:
+            bank.write(offset, value, size)
+
+    # --- what the machine does
+
+    def set_memory(self, memory: GuestMemory | None) -> None:
+        """Exchange the guest's memory; queues that run go on in it without losing anything.
+
+        None: queues stand still until there is memory again.
+        """
+        self._registers.queues.memory = memory
+
+    def set_irq_sink(self, sink: InterruptSink, *, client_masks: bool = False) -> None:
+        """Deliver interrupts there. ``client_masks``: MSI-X table and masks are kept by the
+        client of ``sink``; those in the BAR do not count."""
+        self._msix.sink = sink
+        self._msix.client_masks = client_masks
+        self.vectors_changed()
+
+    def vectors_changed(self) -> None:
+        """The sink's answers have changed: ask it for descriptors, and deliver what is pending."""
+        self._interrupts.masks_changed()
+
+    def kick_fd(self, queue: int) -> int:
+        """An eventfd that notifies the queue, the device's own until :meth:`close`: for those who
+        watch its NotifyOffset themselves. Raises OSError if there are no more descriptors."""
+        return self._registers.queues.kick_fd(queue)
+
+    @property
+    def intx_level(self) -> bool:
+        """The level of INTA#."""
+        return self._interrupts.level
+
+    @property
+    def vectors(self) -> int:
+        """Entries of the MSI-X table."""
+        return self._msix.vectors
+
+    @property
+    def msix_enabled(self) -> bool:
+        """Whether MSI-X is enabled, and INTx is not used."""
+        return self._msix.enabled
+
+    def msix_message(self, vector: int) -> tuple[int, int]:
+        """Address and data of the vector's message, for a sink that delivers messages."""
+        return self._msix.message(vector)
+
+    def bar_address(self, bar: int) -> int | None:
+        """Where the guest has mapped the BAR; None while it is disabled, or is not there."""
+        found = next((each for each in self.bars if each.index == bar), None)
+        if found is None:
+            return None
+        wanted = Command.IO_SPACE if found.io else Command.MEMORY_SPACE
+        if not self._config.word(Register.COMMAND) & wanted:
+            return None
+        return self._config.double_word(found.register) & -found.size
+
+    def reset(self) -> None:
+        """As after power-on: the device is reset, and the function's configuration."""
+        self._config.reset()
+        self._msix.reset()
+        self._registers.reset()
+        self._command_written()
+        self._msix_written()
+
+    def close(self) -> None:
+        """Reset and leave the device; close all descriptors. Safe to call twice."""
+        self._registers.close()
+
+    # --- its parts
+
+    def _virtio_bank(self) -> RegisterBank:
+        registers = self._registers
+        bank = RegisterBank(self._layout.virtio_bar.size)
+        CommonConfig(registers, self._interrupts, bank)
+        bank.register(at.ISR_CFG, 1, self._interrupts.read_isr)
+        if self.device.config_size:
+            size = self.device.config_size
+            bank.window(at.DEVICE_CFG, size, registers.read_config, registers.write_config)
+        for index in range(self.device.num_queues):
+            # The place says which queue it is: the value need not be looked at.
+            notify = partial(_notify, registers, index)
+            where = at.NOTIFY_CFG + at.NOTIFY_MULTIPLIER * index
+            bank.register(where, at.NOTIFY_MULTIPLIER, None, notify, also_written_as=(1, 2))
+        return bank
+
+    def _msix_bank(self) -> RegisterBank:
+        bank = RegisterBank(self._layout.msix_bar.size)
+        table_size = self._msix.vectors * ENTRY_SIZE
+        bank.window(0, table_size, self._msix.read_table, self._interrupts.write_table)
+        pba = self._layout.pba_offset
+        bank.window(pba, self._msix.pba_size, self._msix.read_pba, self._msix.write_pba)
+        return bank
+
+    def _make_config_space(self) -> None:
+        config = self._config
+        kind = self.device.device_id
+        device_id = _TRANSITIONAL_IDS[kind] if self.transitional else 0x1040 + kind
+        config.set(Register.VENDOR_ID, VENDOR_ID, 2)
+        config.set(Register.DEVICE_ID, device_id, 2)
+        config.set(Register.COMMAND, 0, 2, self._command_bits())
+        config.set(Register.REVISION, 0 if self.transitional else 1, 1)
+        config.set(Register.CLASS, _CLASS_CODES.get(kind, _UNCLASSIFIED), 3)
+        config.set(Register.CACHE_LINE_SIZE, 0, 1, 0xFF)
+        config.set(Register.LATENCY_TIMER, 0, 1, 0xFF)
+        config.set(Register.SUBSYSTEM_VENDOR_ID, VENDOR_ID, 2)
+        config.set(Register.SUBSYSTEM_ID, kind if self.transitional else 0x1100, 2)
+        config.set(Register.INTERRUPT_LINE, 0, 1, 0xFF)
+        config.set(Register.INTERRUPT_PIN, _INTERRUPT_PIN_A, 1)
+        for bar in self.bars:
+            config.add_bar(bar)
+        config.on_write(Register.COMMAND, 2, self._command_written)
+        control = (_MSIX_ENABLE | _MSIX_FUNCTION_MASK).to_bytes(2, "little")
+        self._msix_at = config.add_capability(
+            self._layout.msix_capability(), bytes(_MSIX_CONTROL) + control
+        )
+        config.on_write(self._msix_at + _MSIX_CONTROL, 2, self._msix_written)
+        for capability in self._layout.virtio_capabilities():
+            config.add_capability(capability)
+        self._add_window()
+        config.seal()
+
+    def _command_bits(self) -> int:
+        bits = Command.MEMORY_SPACE | Command.BUS_MASTER | Command.INTX_DISABLE
+        bits |= Command.PARITY_ERROR_RESPONSE | Command.SERR_ENABLE
+        return bits | Command.IO_SPACE if self.transitional else bits
+
+    def _command_written(self) -> None:
+        command = self._config.word(Register.COMMAND)
+        self._registers.may_run = bool(command & Command.BUS_MASTER)
+        self._interrupts.intx_disabled = bool(command & Command.INTX_DISABLE)
+
+    def _msix_written(self) -> None:
+        control = self._config.word(self._msix_at + _MSIX_CONTROL)
+        self._msix.function_masked = bool(control & _MSIX_FUNCTION_MASK)
+        self._interrupts.set_msix_enabled(bool(control & _MSIX_ENABLE))
+        if self._legacy is not None:
+            self._banks[at.LEGACY_BAR] = self._legacy.banks[self._msix.enabled]
+
+    # --- the PCI configuration access capability (4.1.4.9)
+
+    def _add_window(self) -> None:
+        body = virtio_capability(at.CapabilityType.PCI_CFG, 0, 0, bytes(4))
+        writable = bytes(4) + b"\xff" + bytes(3) + b"\xff" * 12
+        self._window_at = self._config.add_capability(body, writable)
+        self._config.on_read(self._window_at + 16, 4, self._read_window)
+        self._config.on_write(self._window_at + 16, 4, self._write_window)
+
+    def _window(self) -> tuple[int, int, int] | None:
+        """BAR, offset and size of the access that the driver asks for; None if it is none."""
+        bar = self._config.data[self._window_at + 4]
+        offset = self._config.double_word(self._window_at + 8)
+        size = self._config.double_word(self._window_at + 12)
+        if size not in (1, 2, 4) or offset % size or bar not in (each.index for each in self.bars):
+            return None
+        return bar, offset, size
+
+    def _read_window(self) -> None:
+        window = self._window()
+        if window is not None:
+            value = self.bar_read(*window)
+            start = self._window_at + 16
+            self._config.data[start : start + window[2]] = value.to_bytes(window[2], "little")
+
+    def _write_window(self) -> None:
+        window = self._window()
+        if window is not None:
+            bar, offset, size = window
+            start = self._window_at + 16
+            value = int.from_bytes(self._config.data[start : start + size], "little")
+            self.bar_write(bar, offset, value, size)
+
+    # --- interrupts
+
+    def _queue_called(self, index: int) -> None:
+        self._interrupts.queue(self._registers.queues[index])
+
+    def _config_changed(self) -> None:
+        self._interrupts.configuration()
+
+    def _was_reset(self) -> None:
+        self._interrupts.reset()
+
+
+def _notify(registers: DriverRegisters, index: int, value: int) -> None:
+    registers.queues.notify(index)
