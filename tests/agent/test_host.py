@@ -389,3 +389,16 @@ async def test_events_can_be_iterated(pair):
                 break
             assert await anext(others) == ClipboardGrabbed(0, (TEXT,))
     assert not pair.host._streams
+
+
+async def test_an_end_in_the_middle_of_a_message_is_told(raw_agent):
+    events = []
+    host = HostAgent(timeout=5, on_event=events.append)
+    agent = await raw_agent(host)
+    await agent.greet()
+    agent.writer.write(struct.pack("<II", 1, 100) + b"\x01\0")
+    await agent.close()
+    async with asyncio.timeout(5):
+        while not isinstance(events[-1], AgentGone):
+            await asyncio.sleep(0.005)
+    assert "in the middle of a message" in events[-1].reason

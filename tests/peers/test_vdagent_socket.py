@@ -19,6 +19,7 @@ from vring_serial.agent import (
     ClipboardTooLargeError,
     FileRefusedError,
     HostAgent,
+    StreamSource,
 )
 from vring_serial.proto.agent import Capability, ClipboardType, Monitor, Selection
 
@@ -113,6 +114,22 @@ async def test_a_mebibyte_each_way(bench):
     back = text[::-1]
     await bench.host.set_clipboard(back)
     await bench.vdagent.until_paste(back)
+
+
+async def test_a_clipboard_that_breaks_off_leaves_the_channel_whole(bench):
+    async def produce():
+        yield b"x" * 100_000
+        raise OSError("the disk is gone")
+
+    await bench.host.set_clipboard({ClipboardType.UTF8_TEXT: StreamSource(200_000, produce)})
+    async with asyncio.timeout(20):
+        while not any(isinstance(e, AgentTrouble) for e in bench.events):
+            with contextlib.suppress(AssertionError):
+                await bench.vdagent.paste()
+    bench.events.clear()
+    await bench.host.set_clipboard("whole")
+    await bench.vdagent.until_paste(b"whole")
+    await bench.host.set_monitors([Monitor(640, 480)])
 
 
 async def test_clipboard_refusals(bench):

@@ -133,7 +133,7 @@ class VdAgentSession:
         try:
             async with asyncio.timeout(20):
                 output, _ = await process.communicate(stdin)
-        except TimeoutError:
+        except BaseException:
             process.kill()
             await process.wait()
             raise

@@ -92,14 +92,12 @@ class ClipboardReader:
 
     Attributes:
         size: bytes of the whole answer, once it has begun.
-        type: the type that came.
     """
 
     HOLD_AT = 1 << 20
 
     def __init__(self, link: AgentLink, most: int) -> None:
         self.size = 0
-        self.type = 0
         self._link = link
         self._most = most
         self._waiting: list[Buffer] = []
@@ -112,7 +110,6 @@ class ClipboardReader:
 
     def begin(self, kind: int, size: int) -> None:
         """The answer is of this type and ``size`` bytes long."""
-        self.type = kind
         self.size = size
         self._begun = True
         if self._most != ANY_SIZE and size > self._most:

@@ -93,6 +93,7 @@ class AgentLink(asyncio.Protocol):
         self._resumed: asyncio.Future[None] | None = None
         self._readers_waiting = 0
         self._reason: Exception | None = None
+        self._closing = False
 
     # --- asyncio.Protocol
 
@@ -103,6 +104,8 @@ class AgentLink(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
         reason = self._reason or exc
+        if reason is None and not self._closing and self.connection.inside_message:
+            reason = AgentGoneError("the agent channel closed in the middle of a message")
         for port in list(self._sinks):
             self._end_sink(port, complete=False)
         self._queue.clear()
@@ -269,5 +272,6 @@ class AgentLink(asyncio.Protocol):
 
     def close(self) -> None:
         """Close after what was written has gone out."""
+        self._closing = True
         if self._transport is not None:
             self._transport.close()

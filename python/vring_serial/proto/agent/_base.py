@@ -16,11 +16,13 @@ U32_PAIR = struct.Struct("<II")
 
 
 def exactly(size: int, body: Buffer, name: str) -> None:
+    """Raise MessageError unless the structure ``name`` fills the body."""
     if len(body) != size:
         raise MessageError(f"{name}.size", 0, f"{len(body)} bytes, must be {size}")
 
 
 def at_least(size: int, body: Buffer, name: str) -> None:
+    """Raise MessageError unless the body holds the first ``size`` bytes of the structure."""
     if len(body) < size:
         raise MessageError(f"{name}.size", 0, f"{len(body)} bytes, at least {size} needed")
 
