@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
@@ -294,6 +295,31 @@ def test_unread_input_is_bounded():
     connection.receive_data(bytes(1 << 20))
     with pytest.raises(LocalProtocolError):
         connection.receive_data(b"x")
+
+
+@pytest.mark.parametrize("step", [777, 65536])
+@pytest.mark.parametrize("kind", [4, 12, 99, 10])
+def test_memory_is_bounded_whatever_the_size(kind, step):
+    size = 8 << 20
+    connection = AgentConnection(Side.HOST)
+    body = struct.pack("<IQ", 1, size) if kind == 12 else bytes(4)
+    total = len(body) + size
+    connection.receive_data(struct.pack("<II", 1, 20 + total) + header(kind, total) + body)
+    read = bytes(step)
+    tracemalloc.start()
+    try:
+        for start in range(0, size, step):
+            connection.receive_data(read[: size - start])
+            while True:
+                try:
+                    if connection.next_event() is NEED_DATA:
+                        break
+                except MessageError:
+                    continue
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+    assert not connection.inside_message
 
 
 @given(st.binary(max_size=9000), st.integers(0, 30), st.integers(1, 3000))
