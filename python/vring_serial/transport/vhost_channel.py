@@ -20,7 +20,7 @@ from vring_serial.proto.vhost_user import (
     VringState,
     request,
 )
-from vring_serial.transport.vhost_vring import make_eventfd
+from vring_serial.transport.event_fds import make_eventfd
 
 log = logging.getLogger(__name__)
 

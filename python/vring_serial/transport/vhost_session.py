@@ -36,8 +36,9 @@ from vring_serial.proto.vhost_user import (
     reply,
 )
 from vring_serial.transport.connection import Connection
+from vring_serial.transport.event_fds import check_event_descriptor
 from vring_serial.transport.vhost_channel import BackendChannel, CallRelay
-from vring_serial.transport.vhost_vring import Vring, check_event_descriptor
+from vring_serial.transport.vhost_vring import Vring
 
 log = logging.getLogger(__name__)
 

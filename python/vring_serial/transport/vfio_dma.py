@@ -1,0 +1,118 @@
+"""The client's memory as it maps it for DMA (VFIO_USER_DMA_MAP, VFIO_USER_DMA_UNMAP)."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+from dataclasses import dataclass
+
+from vring import GuestMemory, Region
+from vring.errors import MemoryMapError
+from vring_serial.errors import ProtocolError
+from vring_serial.proto.vfio_user import VfioUserError
+from vring_serial.proto.vfio_user_wire import DmaFlag, DmaMap, DmaUnmap, UnmapFlag
+
+_PAGE = mmap.PAGESIZE
+
+
+@dataclass(frozen=True, slots=True)
+class DmaRegion:
+    """One mapping.
+
+    Attributes:
+        address, size: where, and how many bytes.
+        flags: DmaFlag.
+        region: the mapped memory; None if there is no descriptor.
+    """
+
+    address: int
+    size: int
+    flags: int
+    region: Region | None
+
+    @property
+    def end(self) -> int:
+        return self.address + self.size
+
+
+class DmaTable:
+    """All mappings of one client.
+
+    Args:
+        most: mappings that there may be at once.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._regions: dict[int, DmaRegion] = {}  # by address
+
+    @property
+    def memory(self) -> GuestMemory:
+        """The regions that are mapped here."""
+        found = (each.region for each in self._regions.values())
+        return GuestMemory(region for region in found if region is not None)
+
+    @property
+    def remote(self) -> tuple[DmaRegion, ...]:
+        """The regions that only the client can access."""
+        return tuple(each for each in self._regions.values() if each.region is None)
+
+    def map(self, asked: DmaMap, fd: int) -> None:
+        """Add a mapping; ``fd`` is -1 if there is no descriptor, and stays the caller's.
+
+        Raises:
+            VfioUserError: it overlaps another (EEXIST), there are too many (ENOSPC), or the
+                descriptor cannot be mapped so.
+        """
+        if not asked.flags:
+            raise ProtocolError("a region that can be neither read nor written")
+        end = asked.address + asked.size
+        for other in self._regions.values():
+            if other.address < end and asked.address < other.end:
+                raise VfioUserError(
+                    "DMA_MAP",
+                    f"{asked.size:#x} bytes at {asked.address:#x} overlap "
+                    f"{other.size:#x} at {other.address:#x}",
+                    errno.EEXIST,
+                )
+        if len(self._regions) >= self._most:
+            raise VfioUserError("DMA_MAP", f"all {self._most} mappings are taken", errno.ENOSPC)
+        region = _map(asked, fd) if fd >= 0 else None
+        self._regions[asked.address] = DmaRegion(asked.address, asked.size, asked.flags, region)
+
+    def unmap(self, asked: DmaUnmap) -> None:
+        """Remove what was mapped exactly so, or everything.
+
+        Raises:
+            VfioUserError: there is no such mapping (ENOENT).
+        """
+        if asked.flags & UnmapFlag.ALL:
+            self._regions.clear()
+            return
+        found = self._regions.get(asked.address)
+        if found is None or found.size != asked.size:
+            raise VfioUserError(
+                "DMA_UNMAP",
+                f"{asked.size:#x} bytes at {asked.address:#x} are not mapped so",
+                errno.ENOENT,
+            )
+        del self._regions[asked.address]
+
+
+def _map(asked: DmaMap, fd: int) -> Region:
+    if asked.flags & DmaFlag.WRITE:
+        return Region.map(fd, asked.size, offset=asked.offset, guest_addr=asked.address)
+    # What the device must not write is mapped as its own copy: writing changes nothing.
+    before = asked.offset % _PAGE
+    try:
+        mapped = mmap.mmap(
+            fd,
+            before + asked.size,
+            mmap.MAP_PRIVATE,
+            mmap.PROT_READ | mmap.PROT_WRITE,
+            offset=asked.offset - before,
+        )
+    except (ValueError, OverflowError) as error:
+        # A file shorter than the mapping, among others.
+        raise MemoryMapError(str(error)) from None
+    return Region(asked.address, memoryview(mapped)[before:])

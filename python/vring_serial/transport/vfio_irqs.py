@@ -1,0 +1,202 @@
+"""A device's interrupts as a vfio-user client sets them up, and how they reach it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+from vring_serial.device.virtqueue import notify
+from vring_serial.errors import ProtocolError
+from vring_serial.proto.vfio_user_wire import (
+    IRQ_SET_ACTION,
+    IRQ_SET_DATA,
+    IrqFlag,
+    IrqIndex,
+    IrqInfo,
+    IrqSet,
+    IrqSetFlag,
+)
+from vring_serial.transport.event_fds import check_event_descriptor
+from vring_serial.unix_fds import close_all
+
+_FLAGS = {
+    IrqIndex.INTX: IrqFlag.EVENTFD | IrqFlag.MASKABLE | IrqFlag.AUTOMASKED,
+    # Without NORESIZE: each vector may get its descriptor when the driver first uses it.
+    IrqIndex.MSIX: IrqFlag.EVENTFD,
+}
+
+
+@dataclass(slots=True)
+class _Line:
+    """One interrupt: the client's event descriptor or -1, and whether it may be told now."""
+
+    fd: int = -1
+    masked: bool = False
+
+    @property
+    def open_fd(self) -> int:
+        return -1 if self.masked else self.fd
+
+
+class Interrupts:
+    """The sink of a PCI function's interrupts (device.interrupts.InterruptSink).
+
+    INTx masks itself when it has been told: the client unmasks it when the guest has answered, and
+    is told again if the line is still asserted. The client keeps the masks of MSI-X vectors; one
+    without a descriptor stays pending in the device.
+
+    Args:
+        vectors: of MSI-X.
+        intx_level: whether the device asserts INTA#.
+        vectors_changed: called when vectors have other descriptors than before.
+    """
+
+    def __init__(
+        self, vectors: int, intx_level: Callable[[], bool], vectors_changed: Callable[[], None]
+    ) -> None:
+        self._intx_level = intx_level
+        self._vectors_changed = vectors_changed
+        self._lines: dict[int, list[_Line]] = {index: [] for index in IrqIndex}
+        self._lines[IrqIndex.INTX] = [_Line()]
+        self._lines[IrqIndex.MSIX] = [_Line() for _ in range(vectors)]
+        self._unmask_fd = -1
+
+    # --- for the device
+
+    def raise_msix(self, vector: int) -> bool:
+        """See InterruptSink."""
+        fd = self.msix_descriptor(vector)
+        if fd >= 0:
+            notify(fd)
+        return fd >= 0
+
+    def set_intx(self, level: bool) -> None:
+        """See InterruptSink."""
+        line = self._lines[IrqIndex.INTX][0]
+        if level and line.open_fd >= 0:
+            line.masked = True
+            notify(line.fd)
+
+    def msix_descriptor(self, vector: int) -> int:
+        """See InterruptSink."""
+        return self._lines[IrqIndex.MSIX][vector].open_fd
+
+    # --- for the client
+
+    def info(self, index: int) -> IrqInfo:
+        """What there is of a type. Raises ProtocolError if there is no such type."""
+        return IrqInfo(index, _FLAGS.get(IrqIndex(index), 0), len(self._type(index)))
+
+    def set(self, irqs: IrqSet, fds: list[int]) -> None:
+        """DEVICE_SET_IRQS; descriptors that are kept are taken out of ``fds``.
+
+        Raises:
+            ProtocolError: no such interrupts, an action that they do not have, or descriptors that
+                do not fit; nothing is changed then.
+        """
+        lines = self._type(irqs.index)
+        if irqs.start + irqs.count > len(lines):
+            raise ProtocolError(
+                f"interrupts {irqs.start} to {irqs.start + irqs.count - 1} of {len(lines)}"
+            )
+        kind, action = IrqSetFlag(irqs.flags & IRQ_SET_DATA), irqs.flags & IRQ_SET_ACTION
+        if fds and kind != IrqSetFlag.DATA_EVENTFD:
+            raise ProtocolError(f"{len(fds)} descriptors with {kind.name}")
+        if action == IrqSetFlag.ACTION_TRIGGER:
+            self._set_trigger(irqs, kind, lines, fds)
+        elif irqs.index != IrqIndex.INTX:
+            raise ProtocolError(f"type {irqs.index} cannot be masked")
+        elif kind == IrqSetFlag.DATA_EVENTFD:
+            self._set_unmask_event(action, fds)
+        else:
+            for line in _chosen(irqs, lines):
+                line.masked = action == IrqSetFlag.ACTION_MASK
+            self._tell_level()
+
+    def close(self) -> None:
+        """Close all descriptors; nobody is told anything. Safe to call twice."""
+        self._watch_unmask(-1)
+        for lines in self._lines.values():
+            _replace(lines, [-1] * len(lines))
+
+    # --- internals
+
+    def _type(self, index: int) -> list[_Line]:
+        try:
+            return self._lines[index]
+        except KeyError:
+            raise ProtocolError(f"there is no interrupt type {index}") from None
+
+    def _set_trigger(
+        self, irqs: IrqSet, kind: IrqSetFlag, lines: list[_Line], fds: list[int]
+    ) -> None:
+        if kind == IrqSetFlag.DATA_EVENTFD:
+            if len(fds) not in (0, irqs.count):
+                raise ProtocolError(f"{len(fds)} descriptors for {irqs.count} interrupts")
+            for fd in fds:
+                check_event_descriptor(fd, writable=True)
+            _replace(_chosen(irqs, lines), fds or [-1] * irqs.count)
+            fds.clear()
+        elif irqs.count == 0 and kind == IrqSetFlag.DATA_NONE:
+            _replace(lines, [-1] * len(lines))
+        else:
+            for line in _chosen(irqs, lines):
+                if line.open_fd >= 0:
+                    notify(line.fd)
+            return
+        if irqs.index == IrqIndex.MSIX:
+            self._vectors_changed()
+        else:
+            self._tell_level()
+
+    def _set_unmask_event(self, action: int, fds: list[int]) -> None:
+        """The client gives, or takes away, an event that unmasks INTx without a message."""
+        if action == IrqSetFlag.ACTION_MASK or len(fds) > 1:
+            raise ProtocolError("events can unmask INTx, one descriptor for it, and not mask it")
+        for fd in fds:
+            check_event_descriptor(fd, writable=False)
+        self._watch_unmask(fds.pop() if fds else -1)
+
+    def _watch_unmask(self, fd: int) -> None:
+        loop = asyncio.get_running_loop()
+        if self._unmask_fd >= 0:
+            loop.remove_reader(self._unmask_fd)
+            os.close(self._unmask_fd)
+        self._unmask_fd = fd
+        if fd >= 0:
+            loop.add_reader(fd, self._unmask_event)
+
+    def _unmask_event(self) -> None:
+        try:
+            gone = not os.read(self._unmask_fd, 8)
+        except BlockingIOError:
+            return
+        except OSError:
+            gone = True
+        if gone:
+            self._watch_unmask(-1)
+            return
+        self._lines[IrqIndex.INTX][0].masked = False
+        self._tell_level()
+
+    def _tell_level(self) -> None:
+        with suppress(OSError):
+            self.set_intx(self._intx_level())
+
+
+def _chosen(irqs: IrqSet, lines: list[_Line]) -> list[_Line]:
+    """The interrupts that the action is for."""
+    lines = lines[irqs.start : irqs.start + irqs.count]
+    if irqs.flags & IrqSetFlag.DATA_BOOL:
+        return [line for line, wanted in zip(lines, irqs.data, strict=True) if wanted]
+    return lines
+
+
+def _replace(lines: list[_Line], fds: list[int]) -> None:
+    close_all(line.fd for line in lines)
+    for line, fd in zip(lines, fds, strict=True):
+        line.fd = fd
+        line.masked = False

@@ -1,0 +1,332 @@
+"""One vfio-user client, from its connection to its end."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from vring.errors import VringError
+from vring_serial import unix_fds
+from vring_serial.device.interrupts import NoInterrupts
+from vring_serial.device.pci import PciDevice
+from vring_serial.device.ratelimit import RateLimitedLog
+from vring_serial.errors import ProtocolError
+from vring_serial.proto.payload import Empty, Payload
+from vring_serial.proto.vfio_user import (
+    MAX_FDS,
+    Message,
+    MessageParser,
+    VfioUserError,
+    error_reply,
+    reply,
+)
+from vring_serial.proto.vfio_user_version import MAJOR, MINOR, Capabilities, Version
+from vring_serial.proto.vfio_user_wire import (
+    DEFAULT_DATA_XFER_SIZE,
+    NUM_REGIONS,
+    Command,
+    DeviceFlag,
+    DeviceInfo,
+    DmaMap,
+    DmaUnmap,
+    IoEventFd,
+    IrqIndex,
+    IrqInfo,
+    IrqSet,
+    RegionFlag,
+    RegionIndex,
+    RegionInfo,
+    RegionIoFds,
+    RegionRead,
+    RegionWrite,
+    WriteMulti,
+    WriteMultiDone,
+)
+from vring_serial.transport.connection import Connection
+from vring_serial.transport.vfio_dma import DmaTable
+from vring_serial.transport.vfio_irqs import Interrupts
+
+log = logging.getLogger(__name__)
+
+#: Regions that a client may map; each with a descriptor is a mapping of this process.
+MAX_DMA_MAPS = 4096
+#: Bytes read in one turn of the loop.
+READ_SIZE = 64 * 1024
+#: Bytes of the configuration space.
+CONFIG_SIZE = 256
+#: What every client is offered.
+CAPABILITIES = Capabilities(
+    max_msg_fds=MAX_FDS,
+    max_data_xfer_size=DEFAULT_DATA_XFER_SIZE,
+    max_dma_maps=MAX_DMA_MAPS,
+    # Any page size will do: nothing here depends on it.
+    pgsizes=(1 << 64) - 4096,
+    write_multiple=True,
+    named=frozenset(
+        {"max_msg_fds", "max_data_xfer_size", "max_dma_maps", "pgsizes", "write_multiple"}
+    ),
+)
+
+_ACCESS = RegionFlag.READ | RegionFlag.WRITE
+
+#: A handler gets the payload and the descriptors; those that it leaves in the list are closed.
+Handler = Callable[[Any, list[int]], Payload | None]
+
+
+class FatalError(ProtocolError):
+    """There is no answer to this but closing the connection."""
+
+
+class Session:
+    """Serves a PCI function to one client over a connected socket.
+
+    Args:
+        sock: connected and non-blocking; taken over.
+        pci: what is served. It is reset when the session ends: queues that went on with the next
+            client's memory would write into what is another guest's.
+        name: for log lines.
+        ended: called once, when the client has gone or was sent away; not by :meth:`close`.
+    """
+
+    def __init__(
+        self, sock: socket.socket, pci: PciDevice, *, name: str, ended: Callable[[], None]
+    ) -> None:
+        self._pci = pci
+        self._name = name
+        self._ended = ended
+        self._closed = False
+        self._parser = MessageParser()
+        self._refused = RateLimitedLog(log)
+        self._client: Capabilities | None = None
+        self._dma = DmaTable(MAX_DMA_MAPS)
+        self._memory_changed = False
+        self._beside: list[int] = []  # descriptors that go with the next reply
+        self._interrupts = Interrupts(pci.vectors, lambda: pci.intx_level, self._vectors_changed)
+        self._bars = {bar.index: bar.size for bar in pci.bars}
+        self._handlers = self._handler_table()
+        pci.set_irq_sink(self._interrupts, client_masks=True)
+        self._connection = Connection(
+            sock, read_size=READ_SIZE, max_fds=MAX_FDS, received=self._received, lost=self._lost
+        )
+
+    def close(self) -> None:
+        """Reset the device, unmap the guest's memory, close all descriptors. Safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        self._connection.close()
+        self._pci.set_irq_sink(NoInterrupts())
+        self._pci.set_memory(None)
+        self._pci.reset()
+        self._interrupts.close()
+        unix_fds.close_all(self._parser.take_fds())
+
+    # --- the connection
+
+    def _lost(self, error: OSError | None) -> None:
+        if error is not None:
+            log.info("%s: connection lost: %s", self._name, error.strerror or error)
+        self._end()
+
+    def _send_away(self, why: str) -> None:
+        log.warning("%s: %s; connection closed", self._name, why)
+        self._end()
+
+    def _end(self) -> None:
+        self.close()
+        self._ended()
+
+    def _received(self, received: unix_fds.Received) -> None:
+        self._parser.receive_data(received.data, received.fds)
+        if received.truncated:
+            self._send_away(f"more than {MAX_FDS} descriptors in one message, or no room for them")
+            return
+        try:
+            while (message := self._parser.next_message()) is not None:
+                self._handle(message)
+                if self._closed:
+                    return
+            self._use_memory()
+        except (FatalError, VfioUserError) as error:
+            self._send_away(str(error))
+
+    def _handle(self, message: Message) -> None:
+        fds = list(message.fds)
+        try:
+            answer = self._answer(message, fds)
+        except FatalError as error:
+            raise FatalError(f"{message.name}: {error}") from None
+        except VfioUserError as error:
+            self._refuse(message, error)
+        except (ProtocolError, VringError) as error:
+            self._refuse(message, VfioUserError(message.name, str(error)))
+        except OSError as error:
+            why = error.strerror or str(error)
+            self._refuse(message, VfioUserError(message.name, why, error.errno or errno.EIO))
+        else:
+            if not message.no_reply:
+                data = reply(message.command, message.message_id, answer)
+                self._connection.send(data, self._beside)
+                self._beside = []
+        finally:
+            unix_fds.close_all([*fds, *self._beside])
+            self._beside = []
+
+    def _answer(self, message: Message, fds: list[int]) -> Payload | None:
+        if message.is_reply:
+            raise FatalError("a reply that nobody asked for")
+        if self._client is None and message.command != Command.VERSION:
+            raise FatalError("it came before VERSION")
+        payload = message.decode()
+        handler = self._handlers.get(message.command)
+        if handler is None:
+            raise VfioUserError(message.name, "not supported", errno.EOPNOTSUPP)
+        if message.command not in (Command.DMA_MAP, Command.DMA_UNMAP):
+            self._use_memory()
+        return handler(payload, fds)
+
+    def _refuse(self, message: Message, error: VfioUserError) -> None:
+        self._refused.warning("%s: refused %s", self._name, error)
+        if not message.no_reply:
+            self._connection.send(error_reply(message.command, message.message_id, error.errno))
+
+    def _handler_table(self) -> dict[int, Handler]:
+        return {
+            Command.VERSION: self._version,
+            Command.DMA_MAP: self._dma_map,
+            Command.DMA_UNMAP: self._dma_unmap,
+            Command.DEVICE_GET_INFO: self._get_info,
+            Command.DEVICE_GET_REGION_INFO: self._get_region_info,
+            Command.DEVICE_GET_REGION_IO_FDS: self._get_region_io_fds,
+            Command.DEVICE_GET_IRQ_INFO: self._get_irq_info,
+            Command.DEVICE_SET_IRQS: self._set_irqs,
+            Command.REGION_READ: self._region_read,
+            Command.REGION_WRITE: self._region_write,
+            Command.REGION_WRITE_MULTI: self._region_write_multi,
+            Command.DEVICE_RESET: self._device_reset,
+        }
+
+    # --- negotiation and description
+
+    def _version(self, version: Version, fds: list[int]) -> Version:
+        if self._client is not None:
+            raise ProtocolError("it came twice")
+        if version.major != MAJOR:
+            raise FatalError(f"version {version.major}.{version.minor} instead of {MAJOR}.{MINOR}")
+        proposed = version.capabilities
+        if proposed is not None and proposed.pgsizes % 4096:
+            raise FatalError(f"page sizes {proposed.pgsizes:#x}, below 4096")
+        agreed = CAPABILITIES.common(proposed or Capabilities())
+        self._client = agreed
+        log.info("%s: %s", self._name, agreed)
+        return Version(MAJOR, MINOR, agreed if proposed is not None else None)
+
+    def _get_info(self, _: DeviceInfo, fds: list[int]) -> DeviceInfo:
+        return DeviceInfo(DeviceFlag.PCI | DeviceFlag.RESET, NUM_REGIONS, len(IrqIndex))
+
+    def _region_size(self, index: int) -> int:
+        """Bytes; 0 if this device does not have the region."""
+        if index == RegionIndex.CONFIG:
+            return CONFIG_SIZE
+        if index >= NUM_REGIONS:
+            raise ProtocolError(f"there is no region {index}")
+        return self._bars.get(index, 0)
+
+    def _get_region_info(self, asked: RegionInfo, fds: list[int]) -> RegionInfo:
+        size = self._region_size(asked.index)
+        return RegionInfo(asked.index, _ACCESS if size else 0, size)
+
+    def _get_region_io_fds(self, asked: RegionIoFds, fds: list[int]) -> RegionIoFds:
+        """Where queues are notified, with eventfds: for those that can watch the guest for that."""
+        if asked.sub_regions:
+            raise ProtocolError("sub-regions in a request")
+        if not self._region_size(asked.index):
+            raise ProtocolError(f"the device has no region {asked.index}")
+        assert self._client is not None
+        # The other queues are notified by messages.
+        places = [place for place in self._pci.notify_offsets if place.bar == asked.index]
+        places = places[: self._client.max_msg_fds]
+        needed = RegionIoFds.needed(len(places))
+        if asked.argsz < needed:
+            return RegionIoFds(asked.index, (), needed)
+        for place in places:
+            self._beside.append(os.dup(self._pci.kick_fd(place.queue)))
+        # Size 0: drivers write 2 bytes, or 4 with NOTIFICATION_DATA.
+        found = (IoEventFd(place.offset, 0, nr) for nr, place in enumerate(places))
+        return RegionIoFds(asked.index, tuple(found), needed)
+
+    # --- interrupts
+
+    def _get_irq_info(self, asked: IrqInfo, fds: list[int]) -> IrqInfo:
+        return self._interrupts.info(asked.index)
+
+    def _set_irqs(self, irqs: IrqSet, fds: list[int]) -> None:
+        self._interrupts.set(irqs, fds)
+
+    def _vectors_changed(self) -> None:
+        self._pci.vectors_changed()
+
+    # --- memory
+
+    def _dma_map(self, asked: DmaMap, fds: list[int]) -> None:
+        self._dma.map(asked, fds[0] if fds else -1)
+        self._memory_changed = True
+
+    def _dma_unmap(self, asked: DmaUnmap, fds: list[int]) -> DmaUnmap:
+        self._dma.unmap(asked)
+        self._memory_changed = True
+        return asked
+
+    def _use_memory(self) -> None:
+        """Give the device the memory as it is mapped now.
+
+        Maps come many at a time, and each exchange stops and starts the queues: once for all that
+        came together, before any of them is answered and before anything else is done.
+        """
+        if self._memory_changed:
+            self._memory_changed = False
+            self._pci.set_memory(self._dma.memory)
+
+    # --- registers
+
+    def _region_read(self, asked: RegionRead, fds: list[int]) -> RegionWrite:
+        self._check_access(asked.region, asked.offset, asked.count)
+        if asked.region == RegionIndex.CONFIG:
+            value = self._pci.config_read(asked.offset, asked.count)
+        else:
+            value = self._pci.bar_read(asked.region, asked.offset, asked.count)
+        data = value.to_bytes(asked.count, "little")
+        return RegionWrite(asked.offset, asked.region, asked.count, data)
+
+    def _region_write(self, asked: RegionWrite, fds: list[int]) -> RegionRead:
+        self._write(asked)
+        return RegionRead(asked.offset, asked.region, asked.count)
+
+    def _region_write_multi(self, asked: WriteMulti, fds: list[int]) -> WriteMultiDone:
+        for write in asked.writes:
+            self._check_access(write.region, write.offset, write.count)
+        for write in asked.writes:
+            self._write(write)
+        return WriteMultiDone(len(asked.writes))
+
+    def _write(self, asked: RegionWrite) -> None:
+        self._check_access(asked.region, asked.offset, asked.count)
+        value = int.from_bytes(asked.data, "little")
+        if asked.region == RegionIndex.CONFIG:
+            self._pci.config_write(asked.offset, value, asked.count)
+        else:
+            self._pci.bar_write(asked.region, asked.offset, value, asked.count)
+
+    def _check_access(self, region: int, offset: int, count: int) -> None:
+        size = self._region_size(region)
+        if not count or offset + count > size:
+            raise ProtocolError(
+                f"{count} bytes at {offset:#x} of region {region}, which has {size}"
+            )
+
+    def _device_reset(self, _: Empty, fds: list[int]) -> None:
+        self._pci.reset()

@@ -1,0 +1,99 @@
+"""The vfio-user server: a virtio device as a PCI function, served to one client after another."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Callable
+from functools import partial
+
+from vring_serial.device.base import VirtioDevice
+from vring_serial.device.pci import PciDevice
+from vring_serial.errors import LocalProtocolError
+from vring_serial.transport.door import Door
+from vring_serial.transport.vfio_session import Session
+
+log = logging.getLogger(__name__)
+
+
+class VfioUserServer:
+    """Serves ``controller`` as a PCI function on the unix socket ``path``.
+
+    One client at a time; the next one waits in the backlog until the first has gone. Whatever a
+    client does, the device is then ready for the next: it is reset, and nothing of the guest's
+    memory stays mapped.
+
+    Args:
+        controller: the device.
+        path: of the socket.
+        transitional: drivers of before virtio 1.0 may use the device too.
+        packed: offer packed rings.
+        queue_size: of every queue, unless the driver chooses less; 0: see PciDevice.
+
+    Attributes:
+        on_client: called with "connected" and "gone".
+
+    Raises:
+        ConfigError: the device cannot be a PCI function so.
+    """
+
+    def __init__(
+        self,
+        controller: VirtioDevice,
+        path: str,
+        *,
+        transitional: bool = False,
+        packed: bool = False,
+        queue_size: int = 0,
+    ) -> None:
+        self.on_client: Callable[[str], None] | None = None
+        self._path = path
+        self._name = f"vfio-user {path}"
+        self._make_pci = partial(
+            PciDevice, controller, transitional=transitional, packed=packed, queue_size=queue_size
+        )
+        self._pci: PciDevice | None = self._make_pci()
+        self._door = Door(path, name=self._name, peer="client", came=self._serve)
+        self._session: Session | None = None
+        self._started = False
+
+    async def start(self) -> None:
+        """Listen.
+
+        Raises:
+            ResourceError: the socket exists or cannot be made; the message names it and the reason.
+            LocalProtocolError: started already.
+        """
+        if self._started:
+            raise LocalProtocolError(f"{self._name} is started already")
+        self._door.open()
+        self._started = True
+        if self._pci is None:
+            self._pci = self._make_pci()
+
+    async def stop(self) -> None:
+        """Send the client away, remove the socket and leave the device. Safe to call twice."""
+        self._started = False
+        self._door.close()
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+        if self._pci is not None:
+            self._pci.close()
+            self._pci = None
+
+    def _serve(self, sock: socket.socket) -> None:
+        assert self._pci is not None
+        self._session = Session(sock, self._pci, name=self._name, ended=self._ended)
+        self._tell("connected")
+
+    def _ended(self) -> None:
+        self._session = None
+        self._tell("gone")
+        self._door.gone()
+
+    def _tell(self, what: str) -> None:
+        fields = {"socket": self._path, "state": what}
+        log.info("%s: client %s", self._name, what, extra={"event": "client", "fields": fields})
+        if self.on_client is not None:
+            self.on_client(what)
