@@ -13,8 +13,8 @@ from libc.string cimport memcpy
 from vring._core cimport VR_TOO_SMALL, VirtQueue
 from vring._linux cimport (
     EAGAIN, EINTR, EIO, EPIPE, FIONREAD, IOV_MAX, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, POLLOUT,
-    errno, ioctl, msghdr, poll, pollfd, readv, recv, recvmsg, send, sendmsg, vr_count, vr_now,
-    write, writev
+    errno, ioctl, msghdr, poll, pollfd, readv, recv, recvmsg, send, sendmsg, vr_count,
+    vr_note, vr_now, write, writev
 )
 from vring._wire cimport vr_copy
 
@@ -271,13 +271,13 @@ cdef void flow_stop(vr_flow* flow, uint32_t news, int error) noexcept nogil:
 
 cdef void throttle(vr_flow* flow) noexcept nogil:
     if not flow.throttled_since:
-        flow.throttled_since = vr_now()
+        vr_note(&flow.throttled_since, vr_now())
 
 
 cdef void unthrottle(vr_flow* flow) noexcept nogil:
     if flow.throttled_since:
         vr_count(&flow.counters.throttled_ns, vr_now() - flow.throttled_since)
-        flow.throttled_since = 0
+        vr_note(&flow.throttled_since, 0)
 
 
 cdef void adapt(vr_flow* flow, uint64_t asked, uint64_t done) noexcept nogil:

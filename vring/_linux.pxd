@@ -124,6 +124,9 @@ cdef extern from *:
     static inline void vr_count(uint64_t *counter, uint64_t n) {
         __atomic_store_n(counter, *counter + n, __ATOMIC_RELAXED);
     }
+    static inline void vr_note(uint64_t *value, uint64_t n) {
+        __atomic_store_n(value, n, __ATOMIC_RELAXED);
+    }
     static inline uint64_t vr_counted(const uint64_t *counter) {
         return __atomic_load_n(counter, __ATOMIC_RELAXED);
     }
@@ -136,6 +139,7 @@ cdef extern from *:
     """
     uint64_t vr_now() nogil                         # CLOCK_MONOTONIC, nanoseconds
     void vr_count(uint64_t* counter, uint64_t n) nogil
+    void vr_note(uint64_t* value, uint64_t n) nogil
     uint64_t vr_counted(const uint64_t* counter) nogil
     void vr_set_flag(int* flag, int value) nogil
     int vr_get_flag(const int* flag) nogil

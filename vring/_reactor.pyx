@@ -255,11 +255,11 @@ cdef void after_turn(vr_reactor* reactor, vr_seat* seat) noexcept nogil:
 
 
 cdef void run_turns(vr_reactor* reactor) noexcept nogil:
-    """One turn for each flow that wants one, unless a command comes."""
+    """One turn for each flow that wants one; after the first, commands come before the others."""
     cdef uint32_t n = reactor.run_count
     cdef vr_seat* seat
     cdef bint more
-    while n and not vr_get_flag(&reactor.asked):
+    while n:
         n -= 1
         seat = reactor.run
         leave_turns(reactor, seat)
@@ -268,6 +268,8 @@ cdef void run_turns(vr_reactor* reactor) noexcept nogil:
         if more:
             want_turn(reactor, seat)
         reactor.busy_until = max(reactor.busy_until, seat.flow.poll_until)
+        if vr_get_flag(&reactor.asked):
+            return
 
 
 # --- what epoll says

@@ -122,7 +122,32 @@ def pump() -> Iterator[Pump]:
 
 
 @pytest.fixture
-def make_rig(pump: Pump) -> Iterator[Callable[..., PortRig]]:
+def sockets() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """The pump's end, non-blocking, and the peer's."""
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 5, 0))
+    with ours, theirs:
+        yield ours, theirs
+
+
+@pytest.fixture
+def descriptors() -> Iterator[Callable[..., int]]:
+    """Keeps descriptors and closes them in the end."""
+    held: list[int] = []
+
+    def hold(*fds: int) -> int:
+        held.extend(fds)
+        return fds[0]
+
+    yield hold
+    for fd in held:
+        os.close(fd)
+
+
+@pytest.fixture
+def make_rig(pump: Pump, sockets: object, descriptors: object) -> Iterator[Callable[..., PortRig]]:
+    """Makes rigs, which are detached before those descriptors are closed."""
     rigs: list[PortRig] = []
 
     def make(**options: object) -> PortRig:
@@ -132,16 +157,6 @@ def make_rig(pump: Pump) -> Iterator[Callable[..., PortRig]]:
     yield make
     for rig in rigs:
         rig.close()
-
-
-@pytest.fixture
-def sockets() -> Iterator[tuple[socket.socket, socket.socket]]:
-    """The pump's end, non-blocking, and the peer's."""
-    ours, theirs = socket.socketpair()
-    ours.setblocking(False)
-    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 5, 0))
-    with ours, theirs:
-        yield ours, theirs
 
 
 @pytest.fixture

@@ -191,6 +191,22 @@ def test_any_chunking_keeps_the_stream(port_rig: type, data: st.DataObject) -> N
             rig.close()
 
 
+def test_driver_that_waits_for_several_chains(make_rig: Callable, sockets, wait_until) -> None:
+    rig = make_rig(writable=False, event_idx=True)
+    flow = rig.write_to(sockets[0].fileno())
+    assert not rig.driver.enable_notifications(after=4)
+    for i in range(3):
+        rig.send(b"x")
+        wait_until(lambda i=i: flow.counters.chains == i + 1)
+    assert flow.counters.calls == 0
+    rig.send(b"x")
+    rig.wait_call()
+    assert flow.counters.calls == 1
+    assert flow.counters.calls_saved == 3
+    assert rig.driver.enable_notifications(after=4)
+    assert not rig.driver.enable_notifications(after=5)
+
+
 # --- the end of a peer
 
 
@@ -444,6 +460,24 @@ def test_detach_in_the_callback(make_rig: Callable, sockets, pump: Pump) -> None
     assert told == [FlowEvent.PEER_EOF]
 
 
+def test_close_in_the_callback(make_rig: Callable, sockets) -> None:
+    with Pump() as pump:
+        rigs = [make_rig(writable=True, pump=pump) for _ in range(2)]
+        told = []
+
+        def on_event(event: FlowEvent, detail: object) -> None:
+            told.append(event)
+            pump.close()
+
+        for rig in rigs:
+            rig.read_from(sockets[0].fileno(), on_event=on_event)
+        sockets[1].close()
+        time.sleep(0.05)
+        pump.dispatch()
+        assert told == [FlowEvent.PEER_EOF]
+        assert not any(rig.flow.attached for rig in rigs)
+
+
 def test_exception_in_the_callback_delays_nothing_else(make_rig: Callable, sockets, pump) -> None:
     rigs = [make_rig(writable=True) for _ in range(2)]
     told = []
@@ -468,11 +502,12 @@ def test_unclosed_pump_warns_and_ends(port_rig: type, sockets) -> None:
     rig.write_to(sockets[0].fileno())
     rig.send(b"alive")
     assert sockets[1].recv(10) == b"alive"
-    os.close(rig.kick_fd)
-    os.close(rig.call_fd)
+    notifiers = (rig.kick_fd, rig.call_fd)
     del rig  # in a cycle, as its callback refers to it
     with pytest.warns(ResourceWarning, match="unclosed pump"):
         gc.collect()
+    for fd in notifiers:
+        os.close(fd)
     tasks = Path("/proc/self/task").iterdir()
     assert "vring-pump" not in {(task / "comm").read_text().strip() for task in tasks}
 

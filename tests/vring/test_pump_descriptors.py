@@ -10,7 +10,7 @@ import socket
 import stat
 import time
 import tty
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,20 +20,6 @@ from vring import FlowEvent, GuestMemory, Pump, Region
 from vring.testing import GuestQueue
 
 STREAM = random.Random(7).randbytes(1_000_000)
-
-
-@pytest.fixture
-def descriptors() -> Iterator[Callable[..., int]]:
-    """Keeps descriptors and closes them in the end."""
-    held: list[int] = []
-
-    def hold(*fds: int) -> int:
-        held.extend(fds)
-        return fds[0]
-
-    yield hold
-    for fd in held:
-        os.close(fd)
 
 
 def test_pipes(make_rig: Callable, descriptors: Callable) -> None:
