@@ -67,6 +67,13 @@ from vring_serial.errors import ConfigError
     is_flag=True,
     help="Offer kicks and calls as messages: slow, for simulated time.",
 )
+@click.option(
+    "--busy-poll",
+    type=click.IntRange(0, 1_000_000),
+    default=0,
+    metavar="MICROSECONDS",
+    help="Look for more work so long before sleeping: lower latency, at the price of a processor.",
+)
 @click.option("--pid-file", metavar="FILE", help="Write the process id here while serving.")
 @click.option(
     "--log-level",
@@ -86,6 +93,7 @@ def serve_command(
     max_ports: int | None,
     channel_directory: str | None,
     inband_notifications: bool,
+    busy_poll: int,
     pid_file: str | None,
     log_level: str,
     json_log: bool,
@@ -114,7 +122,8 @@ def serve_command(
     # Only now, so that a mistake is told without loading what it takes to serve.
     from vring_serial.cli.server import Settings, serve
 
-    asyncio.run(serve(topology, Settings(sockets, connect, inband_notifications, pid_file)))
+    settings = Settings(sockets, connect, inband_notifications, pid_file, busy_poll)
+    asyncio.run(serve(topology, settings))
 
 
 def _check_sockets(topology: Topology, sockets: Sequence[str]) -> None:

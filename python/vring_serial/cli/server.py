@@ -31,12 +31,14 @@ class Settings:
         connect: connect to frontends that listen, instead of listening.
         inband_notifications: offer kicks and calls as messages.
         pid_file: where to write the process id while serving, or None.
+        busy_poll: microseconds for which the data plane goes on looking after work.
     """
 
     sockets: tuple[str, ...]
     connect: bool = False
     inband_notifications: bool = False
     pid_file: str | None = None
+    busy_poll: int = 0
 
 
 async def serve(topology: Topology, settings: Settings) -> None:
@@ -58,7 +60,7 @@ async def serve(topology: Topology, settings: Settings) -> None:
 
 async def _start(topology: Topology, settings: Settings, stack: contextlib.AsyncExitStack) -> None:
     """Start everything, host ends first; ``stack`` stops it in the opposite order."""
-    pump = stack.enter_context(_running_pump())
+    pump = stack.enter_context(_running_pump(settings.busy_poll))
     agents = AgentEnds()
     stack.push_async_callback(agents.close)
     controllers = [
@@ -118,10 +120,10 @@ def _log_ports(config: ControllerConfig, controller: Controller) -> None:
 
 
 @contextlib.contextmanager
-def _running_pump() -> Iterator[Pump]:
+def _running_pump(busy_poll: int) -> Iterator[Pump]:
     """A pump whose events the running loop dispatches."""
     loop = asyncio.get_running_loop()
-    pump = Pump()
+    pump = Pump(busy_poll_us=busy_poll)
     loop.add_reader(pump.event_fd, pump.dispatch)
     try:
         yield pump

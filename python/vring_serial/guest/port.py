@@ -77,6 +77,7 @@ class GuestPort:
         #: comes and goes in front of a slow reader cannot make it grow.
         self._held: list[npt.NDArray[np.int64]] = []
         self._receive_due = False
+        self._rings_taken = False
         #: PORT_OPEN(1) is on its way.
         self._unheard = False
         self._loop = asyncio.get_running_loop()
@@ -108,13 +109,11 @@ class GuestPort:
         if self.removed is not None:
             raise self.removed
         previous = self._transport
-        if previous is not None and not (previous.at_eof and not previous.is_closing()):
+        if self._rings_taken or (
+            previous is not None and not (previous.at_eof and not previous.is_closing())
+        ):
             raise PortBusyError(f"port {self.nr} is open already")
-        if self._tx is None:
-            self._tx = self._owner.transmit_buffers(self)
-        if not self.guest_connected:
-            self.guest_connected = True
-            self._unheard = not self._owner.port_opened(self, True)
+        self._open()
         protocol = factory()
         self._transport = transport = PortTransport(self, protocol)
         if previous is not None:
@@ -125,6 +124,36 @@ class GuestPort:
         transport.flush()
         self.schedule_receive()
         return transport, protocol
+
+    def _open(self) -> TransmitBuffers:
+        """Have transmit buffers, and tell the device if it does not know of the opening yet."""
+        if self._tx is None:
+            self._tx = self._owner.transmit_buffers(self)
+        if not self.guest_connected:
+            self.guest_connected = True
+            self._unheard = not self._owner.port_opened(self, True)
+        return self._tx
+
+    async def take_rings(self) -> tuple[ReceiveBuffers, TransmitBuffers]:
+        """Open the port for a program that works on its rings itself, from now on.
+
+        Returns, when the device has heard of it, the receive buffers, which the device has, and
+        the transmit buffers, none of which it has. Nothing listens to the rings' calls any more.
+        Raises as :meth:`open`.
+        """
+        if self.removed is not None:
+            raise self.removed
+        if self._rings_taken or self._transport is not None:
+            raise PortBusyError(f"port {self.nr} is open already")
+        self._rings_taken = True
+        transmit = self._open()
+        for buffers in (self._rx, transmit):
+            buffers.queue.unlisten()
+        while self._unheard and self.removed is None:
+            await self._changed.wait()
+        if self.removed is not None:
+            raise self.removed
+        return self._rx, transmit
 
     def close(self) -> None:
         """Close the port as its writer's ``close()`` does; nothing if it is not open."""
@@ -267,6 +296,7 @@ class GuestPort:
             self._unheard = False
             if self._transport is not None:
                 self._transport.flush()
+            self._notify()
 
     def set_name(self, name: str) -> None:
         """PORT_NAME."""

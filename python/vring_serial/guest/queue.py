@@ -59,6 +59,10 @@ class DriverQueue:
         """Have ``called`` run whenever the device notifies."""
         self._loop.add_reader(self.call_fd, self._call, called)
 
+    def unlisten(self) -> None:
+        """Leave notifications to whoever waits for ``call_fd``."""
+        self._loop.remove_reader(self.call_fd)
+
     def _call(self, called: Callable[[], None]) -> None:
         try:
             os.eventfd_read(self.call_fd)
@@ -127,7 +131,14 @@ class DriverQueue:
 
 
 class Buffers:
-    """Equal buffers, side by side in guest RAM, each a chain of one descriptor in the ring."""
+    """Equal buffers, side by side in guest RAM, each a chain of one descriptor in the ring.
+
+    Attributes:
+        queue: whose.
+        count, size: how many buffers, and bytes of each.
+        address: guest address of the first.
+        in_flight: buffers that the device has.
+    """
 
     def __init__(self, queue: DriverQueue, ram: GuestRam, count: int, size: int) -> None:
         """Allocate ``count`` buffers of ``size`` bytes. Raises GuestMemoryError."""
@@ -135,8 +146,8 @@ class Buffers:
         self.count = count
         self.size = size
         self.in_flight = 0
-        self._address = ram.allocate(count * size, PAGE if size >= PAGE else 64)
-        self._view = ram.view(self._address, count * size)
+        self.address = ram.allocate(count * size, PAGE if size >= PAGE else 64)
+        self._view = ram.view(self.address, count * size)
         #: Which buffer each head stands for. Ours alone: the device cannot write here.
         self._slot_of = np.zeros(queue.size, np.int64)
 
@@ -161,7 +172,7 @@ class ReceiveBuffers(Buffers):
         if queue.broken is not None:
             return
         for slot in slots.tolist():
-            head = queue.add(self._address + slot * self.size, self.size, writable=True)
+            head = queue.add(self.address + slot * self.size, self.size, writable=True)
             self._slot_of[head] = slot
         self.in_flight += len(slots)
         self.queue.publish()
@@ -211,7 +222,7 @@ class TransmitBuffers(Buffers):
             slot = self._free.pop()
             start = slot * size
             view[start : start + len(piece)] = piece
-            head = queue.add(self._address + start, len(piece), writable=False)
+            head = queue.add(self.address + start, len(piece), writable=False)
             self._slot_of[head] = slot
             self.in_flight += 1
             sent += len(piece)

@@ -1,0 +1,235 @@
+"""The guest's process: the embedded guest's driver, working on the rings in batches.
+
+Messages lie ready in guest RAM and what arrives is counted, not looked at: the guest adds nothing
+of its own to what is measured. The plain socket beside it sends from such memory as well.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import os
+import select
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from vring_serial.bench.plain import PlainEnd
+from vring_serial.guest.guest import EmbeddedGuest
+from vring_serial.guest.port import GuestPort
+from vring_serial.guest.queue import Buffers
+from vring_serial.proto.console import feature_names
+
+#: Where messages start in guest RAM: at a cache line.
+ALIGNMENT = 64
+
+
+class Ring:
+    """One ring of a port in hand. The device, ours, uses buffers in the order it got them.
+
+    Args:
+        buffers: the guest's for this ring; none of a transmit queue's is in flight.
+        lengths: of the chains, over and over; 0 for all of a buffer.
+    """
+
+    def __init__(self, buffers: Buffers, lengths: Sequence[int] = (0,)) -> None:
+        self.driver = buffers.queue.ring
+        self.kick_fd = buffers.queue.kick_fd
+        self.call_fd = buffers.queue.call_fd
+        self.size = self.driver.size
+        self._writable = lengths == (0,)
+        longest = max(lengths) or buffers.size
+        stride = buffers.size if self._writable else -(-longest // ALIGNMENT) * ALIGNMENT
+        self._slots = min(buffers.count * buffers.size // stride, 4 * self.size)
+        if self._writable:
+            lengths = (buffers.size,)
+        self._pieces = len(lengths)
+        slots = np.arange(self._slots + self.size, dtype=np.uint64) % np.uint64(self._slots)
+        self._addresses = np.uint64(buffers.address) + slots * np.uint64(stride)
+        self._lengths: npt.NDArray[np.uint32] = np.resize(
+            np.array(lengths, np.uint32), self._pieces + self.size
+        )
+        self._slot = self._piece = 0
+
+    def add(self, most: int) -> int:
+        """Make up to ``most`` chains available; how many there was room for."""
+        n = min(self.driver.num_free, most)
+        if n:
+            slot, piece = self._slot, self._piece
+            self.driver.add_many(
+                self._addresses[slot : slot + n], self._lengths[piece : piece + n], self._writable
+            )
+            self._slot = (slot + n) % self._slots
+            self._piece = (piece + n) % self._pieces
+            if self.driver.publish():
+                os.eventfd_write(self.kick_fd, 1)
+        return n
+
+    def wait(self) -> None:
+        """Sleep until the device has used a chain."""
+        if not self.driver.enable_notifications():
+            wait_any([self])
+
+
+def wait_any(rings: Sequence[Ring]) -> None:
+    """Sleep until the device calls for one of them."""
+    poll = select.poll()
+    for ring in rings:
+        poll.register(ring.call_fd, select.POLLIN)
+    for fd, _ in poll.poll():
+        os.eventfd_read(fd)
+
+
+class Flow:
+    """So many chains through one ring."""
+
+    def __init__(self, ring: Ring, count: int) -> None:
+        self.ring = ring
+        self.to_add = self.to_use = count
+
+    def advance(self) -> bool:
+        """Do what can be done now; whether that was anything."""
+        used = len(self.ring.driver.get_used()[0])
+        self.to_use -= used
+        added = self.ring.add(self.to_add) if self.to_add else 0
+        self.to_add -= added
+        return bool(used or added)
+
+    def want_call(self) -> bool:
+        """Ask for a call when half of what is in the ring is used; True: it is already."""
+        return self.ring.driver.enable_notifications(max(1, self.ring.driver.in_flight // 2))
+
+
+class GuestSide:
+    """The guest's process."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._guest: EmbeddedGuest | None = None
+        self._ports: dict[int, GuestPort] = {}
+        self._rings: dict[int, tuple[Buffers, Buffers]] = {}
+        self._receiving: dict[int, Ring] = {}
+        self.plain = PlainEnd()
+
+    def boot(
+        self, path: str, ports: Sequence[int], queue_size: int, receive_size: int, packed: bool
+    ) -> str:
+        """Start the guest and open these ports, whose host ends are there; its features."""
+        guest = EmbeddedGuest(
+            path,
+            queue_size=queue_size,
+            receive_size=receive_size,
+            max_ports=max(ports) + 1,
+            memory=(32 << 20) + len(ports) * (queue_size * receive_size + (4 << 20)),
+        )
+        self._guest = guest
+
+        async def start() -> None:
+            await guest.start()
+            for nr in ports:
+                port = await guest.wait_port(nr=nr)
+                await port.wait_host()
+                self._rings[nr] = await port.take_rings()
+
+        self._loop.run_until_complete(start())
+        for nr, (receive, _) in self._rings.items():
+            self._receiving[nr] = Ring(receive)
+        return feature_names(guest.features)
+
+    def connect_plain(self, path: str) -> None:
+        """The yardstick: a socket to the peer's process."""
+        self.plain.connect(path)
+
+    # --- transfer
+
+    def send(self, ports: Sequence[int], length: int, count: int) -> None:
+        """Send messages, ``count`` on each port, and wait until the device has used them all.
+
+        A message longer than a buffer is as many chains, as in Linux.
+        """
+        flows = []
+        for nr in ports:
+            transmit = self._rings[nr][1]
+            pieces = [transmit.size] * (length // transmit.size)
+            if length % transmit.size:
+                pieces.append(length % transmit.size)
+            flows.append(Flow(Ring(transmit, tuple(pieces)), count * len(pieces)))
+        while flows:
+            # Sums, for each of them has to be asked.
+            if not sum(flow.advance() for flow in flows) and not sum(
+                flow.want_call() for flow in flows
+            ):
+                wait_any([flow.ring for flow in flows])
+            flows = [flow for flow in flows if flow.to_use]
+
+    def receive(self, ports: Sequence[int], total: int) -> None:
+        """Receive so many bytes on these ports together, the buffers going back at once."""
+        rings = [self._receiving[nr] for nr in ports]
+        while total > 0:
+            got = 0
+            for ring in rings:
+                _, lengths = ring.driver.get_used()
+                if len(lengths):
+                    got += int(lengths.sum())
+                    ring.add(len(lengths))
+            total -= got
+            if not got and not sum(ring.driver.enable_notifications() for ring in rings):
+                wait_any(rings)
+
+    # --- latency
+
+    def ping(self, nr: int, size: int, count: int, busy: bool) -> array.array[float]:
+        """Round trips of a message to whatever sends it back; seconds each."""
+        out = Ring(self._rings[nr][1], (size,))
+        into = self._receiving[nr]
+        out.driver.disable_notifications()
+        if busy:
+            into.driver.disable_notifications()
+        times = array.array("d")
+        clock = time.perf_counter
+        for _ in range(count):
+            start = clock()
+            out.add(1)
+            missing = size
+            used = 0
+            while missing > 0:
+                _, lengths = into.driver.get_used()
+                if len(lengths):
+                    used += len(lengths)
+                    missing -= int(lengths.sum())
+                elif not busy:
+                    into.wait()
+            times.append(clock() - start)
+            into.add(used)
+            out.driver.get_used()
+        return times
+
+    def ping_eventfd(self, count: int) -> array.array[float]:
+        """The yardstick: an eventfd to the peer's process and one back."""
+        there, back = os.eventfd(0), os.eventfd(0)
+        self.plain.send_fds([there, back])
+        times = array.array("d")
+        clock = time.perf_counter
+        for _ in range(count):
+            start = clock()
+            os.eventfd_write(there, 1)
+            os.eventfd_read(back)
+            times.append(clock() - start)
+        os.close(there)
+        os.close(back)
+        return times
+
+    def plain_send(self, length: int, count: int) -> None:
+        self.plain.send(length, count)
+
+    def plain_receive(self, total: int) -> None:
+        self.plain.receive(total)
+
+    def close(self) -> None:
+        """Stop the guest."""
+        self.plain.close()
+        if self._guest is not None:
+            self._loop.run_until_complete(self._guest.stop())
+        self._loop.close()

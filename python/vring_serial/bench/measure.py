@@ -1,0 +1,207 @@
+"""Measurements: what is done how often, beside which yardstick."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from vring_serial.bench.results import Result
+from vring_serial.bench.rig import FIFO_PORT, Rig, running
+
+#: Bytes of a message, from a keystroke to a file's block.
+SIZES = tuple(64 << shift for shift in range(0, 15, 2))
+#: What one sample moves at most, in bytes and in messages.
+SAMPLE_BYTES = 128 << 20
+SAMPLE_MESSAGES = 250_000
+#: Messages of a plain socket's sample: its copy loop in Python is far slower for small ones.
+PLAIN_MESSAGES = 50_000
+#: Bytes of a round trip's message.
+PING_SIZE = 64
+
+GUEST_TO_HOST = "guest to host"
+HOST_TO_GUEST = "host to guest"
+PLAIN = "plain socket"
+FIFO = "port with a FIFO"
+ECHO = "port with a process"
+EVENTFD = "eventfd"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How much is measured.
+
+    Attributes:
+        sizes: bytes of messages for transfers.
+        ports: numbers of ports that work at the same time, one measurement after the other.
+        rounds: samples of each transfer; the first round is not counted.
+        pings: round trips of each kind.
+        rings: ``split``, ``packed``.
+        queue_size: descriptors per queue.
+        receive_size: bytes of a guest's receive buffer.
+        busy_poll: microseconds that the device goes on looking, for latency's second half.
+    """
+
+    sizes: Sequence[int] = SIZES
+    ports: Sequence[int] = (1, 16)
+    rounds: int = 5
+    pings: int = 5000
+    rings: Sequence[str] = ("split",)
+    queue_size: int = 256
+    receive_size: int = 4096
+    busy_poll: int = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A part of the work: what it is called, how many results it has, and how to come by them."""
+
+    title: str
+    count: int
+    run: Callable[[], Iterable[Result]]
+
+
+# --- transfer
+
+
+class _Samples:
+    """Samples of a way to move bytes, in GB/s, and what the device's process spent on them."""
+
+    def __init__(self) -> None:
+        self.speeds: list[float] = []
+        self.cpu: list[float] = []
+
+    def add(self, size: int, seconds: float, cpu: float) -> None:
+        self.speeds.append(size / seconds / 1e9)
+        self.cpu.append(cpu / size * 2**30)
+
+    def result(self, what: str, ring: str, ports: int, size: int, beside: float) -> Result:
+        result = Result("transfer", what, ring, ports, size, "GB/s", self.speeds[1:])
+        result.notes["million messages/s"] = result.median * 1e3 / size
+        result.notes["device CPU s/GiB"] = statistics.median(self.cpu[1:])
+        result.notes["of a plain socket"] = result.median / beside
+        return result
+
+
+def transfer(rig: Rig, settings: Settings, ring: str, ports: int, size: int) -> Iterator[Result]:
+    """Throughput at one message size, both ways, each round beside a plain socket."""
+    count = max(1, min(SAMPLE_BYTES // size, SAMPLE_MESSAGES) // ports)
+    plain = min(count * ports, PLAIN_MESSAGES)
+    out, into, beside = _Samples(), _Samples(), _Samples()
+    for _ in range(settings.rounds + 1):
+        _plain(rig, beside, True, size, plain)
+        _through_ports(rig, out, True, ports, size, count)
+        _plain(rig, beside, False, size, plain)
+        _through_ports(rig, into, False, ports, size, count)
+    yardstick = Result("transfer", PLAIN, "", 1, size, "GB/s", beside.speeds[2:])
+    yield out.result(GUEST_TO_HOST, ring, ports, size, yardstick.median)
+    yield into.result(HOST_TO_GUEST, ring, ports, size, yardstick.median)
+    if ports == 1 and ring == "split":
+        yield yardstick
+
+
+def _through_ports(
+    rig: Rig, samples: _Samples, outwards: bool, ports: int, size: int, count: int
+) -> None:
+    """One sample: so many messages through each of so many ports."""
+    numbers = rig.ports[:ports]
+    total = size * count * ports
+    sender, receiver = (rig.guest, rig.peer) if outwards else (rig.peer, rig.guest)
+    before = rig.device_cpu_seconds()
+    seconds = rig.timed(
+        (receiver, "receive", (numbers, total)), (sender, "send", (numbers, size, count))
+    )
+    samples.add(total, seconds, rig.device_cpu_seconds() - before)
+
+
+def _plain(rig: Rig, samples: _Samples, outwards: bool, size: int, count: int) -> None:
+    """The same straight from the one process to the other."""
+    sender, receiver = (rig.guest, rig.peer) if outwards else (rig.peer, rig.guest)
+    seconds = rig.timed(
+        (receiver, "plain_receive", (size * count,)), (sender, "plain_send", (size, count))
+    )
+    samples.add(size * count, seconds, 0)
+
+
+def transfer_steps(settings: Settings) -> Iterator[Step]:
+    """One step for each ring and number of ports."""
+    for ring in settings.rings:
+        for ports in settings.ports:
+            # Many ports are compared at the largest message and the smallest.
+            sizes = settings.sizes if ports == 1 else sorted({64 << 10, min(settings.sizes)})
+            name = f"transfer, {ring} ring, {ports} {'port' if ports == 1 else 'ports'}"
+            count = len(sizes) * (3 if ports == 1 and ring == "split" else 2)
+            run = functools.partial(_transfer, settings, ring, ports, sizes)
+            yield Step(name, count, run)
+
+
+def _transfer(settings: Settings, ring: str, ports: int, sizes: Sequence[int]) -> Iterator[Result]:
+    with running(
+        ports,
+        queue_size=settings.queue_size,
+        receive_size=settings.receive_size,
+        packed=ring == "packed",
+    ) as rig:
+        for size in sizes:
+            yield from transfer(rig, settings, ring, ports, size)
+
+
+# --- latency
+
+
+def latency(rig: Rig, settings: Settings, ring: str, *, busy: bool) -> Iterator[Result]:
+    """Round trips of small messages, in turns with those of eventfds."""
+    found: dict[str, list[float]] = {}
+    turns = 5
+    count = max(1, settings.pings // turns)
+    for turn in range(turns + 1):
+        times = {
+            EVENTFD: _ping(rig, ("echo_eventfd", count), ("ping_eventfd", count)),
+            FIFO: _ping(rig, None, ("ping", FIFO_PORT, PING_SIZE, count, busy)),
+        }
+        if not busy:  # a third process that wants a processor would only be in the way
+            port = rig.ports[0]
+            times[ECHO] = _ping(
+                rig, ("echo", port, PING_SIZE, count), ("ping", port, PING_SIZE, count, busy)
+            )
+        if turn:  # the first warms up
+            for what, seconds in times.items():
+                found.setdefault(what, []).extend(second * 1e6 for second in seconds)
+    beside = Result("latency", EVENTFD, "", 1, 8, "us", found.pop(EVENTFD))
+    for what, samples in found.items():
+        name = f"{what}, busy-poll" if busy else what
+        result = Result("latency", name, ring, 1, PING_SIZE, "us", samples)
+        result.notes["of eventfd"] = result.median / beside.median
+        yield result
+    if not busy and ring == "split":
+        yield beside
+
+
+def _ping(rig: Rig, echo: tuple[object, ...] | None, ping: tuple[object, ...]) -> Sequence[float]:
+    if echo is not None:
+        rig.peer.start(str(echo[0]), *echo[1:])
+    times: Sequence[float] = rig.guest.call(str(ping[0]), *ping[1:])
+    if echo is not None:
+        rig.peer.finish()
+    return times
+
+
+def latency_steps(settings: Settings) -> Iterator[Step]:
+    """With the device asleep between messages, and with device and guest polling."""
+    for ring in settings.rings:
+        for busy in (False, True):
+            name = f"latency, {ring} ring{', busy-poll on both sides' if busy else ''}"
+            count = 1 if busy else 3 if ring == "split" else 2
+            yield Step(name, count, functools.partial(_latency, settings, ring, busy))
+
+
+def _latency(settings: Settings, ring: str, busy: bool) -> Iterator[Result]:
+    with running(
+        1,
+        queue_size=settings.queue_size,
+        receive_size=settings.receive_size,
+        busy_poll=settings.busy_poll if busy else 0,
+        packed=ring == "packed",
+    ) as rig:
+        yield from latency(rig, settings, ring, busy=busy)

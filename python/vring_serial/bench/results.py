@@ -1,0 +1,154 @@
+"""What was measured, as a file and back."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vring_serial.errors import ConfigError, ResourceError
+
+#: What the first key of a file says, with the version of its layout.
+FORMAT = "vring-bench/1"
+#: Largest file that is read.
+MAX_FILE = 64 << 20
+#: How a measurement is said to have been made.
+METHOD = (
+    "device, guest and peer are processes of their own: vring serve on a vhost-user socket, "
+    "the embedded guest's driver, and whoever is connected to the port's socket"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Samples of one thing.
+
+    Attributes:
+        group: ``transfer``, ``latency`` or ``rings``.
+        what: what was done, as ``guest to host``.
+        ring: ``split`` or ``packed``; "" for yardsticks without rings.
+        ports: at work at the same time.
+        size: bytes of a message.
+        unit: of the samples: ``GB/s``, ``us`` or ``ns``.
+        samples: in the order they were taken.
+        notes: further numbers by name, as ``device CPU s/GiB``.
+    """
+
+    group: str
+    what: str
+    ring: str
+    ports: int
+    size: int
+    unit: str
+    samples: Sequence[float]
+    notes: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[str, str, str, int, int]:
+        """What makes two results comparable."""
+        return self.group, self.what, self.ring, self.ports, self.size
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def more_is_better(self) -> bool:
+        return self.unit.endswith("/s")
+
+    def percentile(self, percent: float) -> float:
+        """The sample that so many percent of all do not exceed."""
+        ordered = sorted(self.samples)
+        return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All results of a run, and where it ran."""
+
+    results: Sequence[Result]
+    machine: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, path: str) -> None:
+        """Write a JSON file. Raises ResourceError."""
+        document = {
+            "format": FORMAT,
+            "method": METHOD,
+            "machine": self.machine,
+            "results": [_dump(result) for result in self.results],
+        }
+        try:
+            Path(path).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ResourceError(f"{path}: {error.strerror}") from None
+
+    @classmethod
+    def load(cls, path: str) -> Report:
+        """Read such a file. Raises ResourceError, or ConfigError if it is something else."""
+        try:
+            with open(path, "rb") as file:
+                data = file.read(MAX_FILE + 1)
+        except OSError as error:
+            raise ResourceError(f"{path}: {error.strerror}") from None
+        if len(data) > MAX_FILE:
+            raise ConfigError(f"more than {MAX_FILE >> 20} MiB", path)
+        try:
+            document = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"not JSON: {error}", path) from None
+        if not isinstance(document, dict) or document.get("format") != FORMAT:
+            raise ConfigError(f"not a file of `vring bench --json` ({FORMAT})", path)
+        try:
+            results = [_parse(entry) for entry in document["results"]]
+            machine = dict(document["machine"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"a result is incomplete: {error!r}", path) from None
+        return cls(results, machine)
+
+
+def _dump(result: Result) -> dict[str, Any]:
+    entry = asdict(result)
+    entry["samples"] = [float(f"{sample:.4g}") for sample in result.samples]
+    entry["notes"] = {name: float(f"{value:.4g}") for name, value in result.notes.items()}
+    return entry
+
+
+def _parse(entry: dict[str, Any]) -> Result:
+    samples = [float(sample) for sample in entry["samples"]]
+    if not samples:
+        raise ValueError("no samples")
+    return Result(
+        str(entry["group"]),
+        str(entry["what"]),
+        str(entry["ring"]),
+        int(entry["ports"]),
+        int(entry["size"]),
+        str(entry["unit"]),
+        samples,
+        {str(name): float(value) for name, value in entry["notes"].items()},
+    )
+
+
+def this_machine() -> dict[str, Any]:
+    """What numbers depend on."""
+    return {
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "processor": _processor(),
+        "processors": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "load": round(os.getloadavg()[0], 2),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return "unknown"
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "unknown")

@@ -1,0 +1,142 @@
+"""The processes of a measurement: a served device, a guest that drives it and a peer behind it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from vring_serial.bench.usage import cpu_seconds
+from vring_serial.bench.worker import Worker
+from vring_serial.errors import ResourceError
+
+#: Seconds that the device may take to listen.
+START_TIMEOUT = 20.0
+#: The port that echoes through a FIFO in the kernel, without a process behind it.
+FIFO_PORT = 1
+#: Ports with sockets start here.
+FIRST_PORT = 2
+
+
+class Rig:
+    """A device behind a real vhost-user socket, with one port per socket of the peer.
+
+    Attributes:
+        ports: numbers of the ports that lead to the peer.
+        guest, peer: the processes beside the device's.
+        features: what guest and device agreed on.
+    """
+
+    def __init__(self, directory: Path, serve_pid: int, ports: list[int]) -> None:
+        self.ports = ports
+        self.directory = directory
+        self.serve_pid = serve_pid
+        self.guest = Worker("guest_side:GuestSide")
+        self.peer = Worker("peer_side:PeerSide")
+        self.features = ""
+
+    def boot(self, queue_size: int, receive_size: int, packed: bool) -> None:
+        plain = str(self.directory / "plain")
+        self.peer.call("connect", {nr: str(self.directory / f"port{nr}") for nr in self.ports})
+        self.peer.call("listen_plain", plain)
+        self.guest.call("connect_plain", plain)
+        self.features = self.guest.call(
+            "boot",
+            str(self.directory / "vhost-user"),
+            [FIFO_PORT, *self.ports],
+            queue_size,
+            receive_size,
+            packed,
+        )
+
+    def device_cpu_seconds(self) -> float:
+        """Processor time that the device's process has used so far."""
+        return cpu_seconds(self.serve_pid)
+
+    def timed(self, *sides: tuple[Worker, str, tuple[object, ...]]) -> float:
+        """Seconds until all of these commands, started in this order, are done."""
+        start = time.monotonic()
+        for worker, method, arguments in sides:
+            worker.start(method, *arguments)
+        return max(worker.finish()[0] for worker, _, _ in sides) - start
+
+    def close(self) -> None:
+        self.guest.close()
+        self.peer.close()
+
+
+@contextlib.contextmanager
+def running(
+    ports: int = 1,
+    *,
+    queue_size: int = 256,
+    receive_size: int = 4096,
+    busy_poll: int = 0,
+    packed: bool = False,
+) -> Iterator[Rig]:
+    """Start everything; at the end all of it is gone.
+
+    Raises ResourceError if a part does not start, with what it said.
+    """
+    with tempfile.TemporaryDirectory(prefix="vring-bench-") as name:
+        directory = Path(name)
+        numbers = list(range(FIRST_PORT, FIRST_PORT + ports))
+        with _served(directory, numbers, busy_poll) as pid:
+            rig = Rig(directory, pid, numbers)
+            try:
+                rig.boot(queue_size, receive_size, packed)
+                yield rig
+            finally:
+                rig.close()
+
+
+@contextlib.contextmanager
+def _served(directory: Path, ports: list[int], busy_poll: int) -> Iterator[int]:
+    """`vring serve` in a process of its own; its id."""
+    os.mkfifo(directory / "fifo")
+    command = [sys.executable, "-m", "vring_serial", "serve", "--log-level", "error"]
+    command += ["--vhost-user", f"{directory}/vhost-user", "--busy-poll", str(busy_poll)]
+    command += ["--max-ports", str(ports[-1] + 1)]
+    command += ["--chardev", f"pipe,id=fifo,path={directory}/fifo"]
+    command += ["--port", f"chardev=fifo,nr={FIFO_PORT}"]
+    for nr in ports:
+        path = f"{directory}/port{nr}"
+        command += ["--chardev", f"socket,id=port{nr},path={path},server=on,wait=off"]
+        command += ["--port", f"chardev=port{nr},nr={nr}"]
+    said = directory / "said"
+    with said.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    try:
+        _wait(
+            lambda: (directory / "vhost-user").exists(),
+            process,
+            lambda: said.read_text(errors="replace").strip(),
+        )
+        yield process.pid
+    finally:
+        process.terminate()
+        try:
+            process.wait(START_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait(ready: Callable[[], bool], process: subprocess.Popen[bytes], said: object) -> None:
+    end = time.monotonic() + START_TIMEOUT
+    while not ready():
+        if process.poll() is not None or time.monotonic() > end:
+            assert callable(said)
+            raise ResourceError(f"vring serve did not start: {said() or 'it said nothing'}")
+        time.sleep(0.01)

@@ -1,0 +1,109 @@
+"""A process of the benchmark: runs one side of a port, a command at a time.
+
+The processes are started fresh, not forked: they share nothing but sockets and guest RAM.
+"""
+
+from __future__ import annotations
+
+import importlib
+import socket
+import subprocess
+import sys
+import time
+from multiprocessing.connection import Connection
+from typing import Any
+
+from vring_serial.bench.usage import cpu_seconds
+from vring_serial.errors import ResourceError
+
+#: Seconds that a process may take to end after it was told to.
+END_TIMEOUT = 10.0
+
+
+class Worker:
+    """A process that holds one object; its methods are called with :meth:`start`.
+
+    Args:
+        side: ``module:class`` within this package; made without arguments over there.
+    """
+
+    def __init__(self, side: str) -> None:
+        self.name = side
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__, str(theirs.fileno()), side],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # an interrupt is for the parent, which then ends us
+            )
+        self._connection = Connection(ours.detach())
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def start(self, method: str, *arguments: Any) -> None:
+        """Have a method run over there; :meth:`finish` waits for it."""
+        try:
+            self._connection.send((method, arguments))
+        except OSError as error:
+            raise self._ended() from error
+
+    def finish(self) -> tuple[float, Any]:
+        """When the method was done (monotonic seconds) and what it returned.
+
+        Raises ResourceError with what went wrong over there.
+        """
+        try:
+            end, error, answer = self._connection.recv()
+        except (EOFError, OSError) as lost:
+            raise self._ended() from lost
+        if error is not None:
+            raise ResourceError(f"{self.name}: {error}")
+        return end, answer
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """:meth:`start` and :meth:`finish` in one; what the method returned."""
+        self.start(method, *arguments)
+        return self.finish()[1]
+
+    def cpu_seconds(self) -> float:
+        """Processor time of the process so far."""
+        return cpu_seconds(self.pid)
+
+    def _ended(self) -> ResourceError:
+        return ResourceError(f"{self.name}: its process ended (status {self._process.poll()})")
+
+    def close(self) -> None:
+        """End the process."""
+        self._connection.close()
+        try:
+            self._process.wait(END_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def run(fd: int, side: str) -> None:
+    """What the process does: commands from the socket ``fd`` until that is closed."""
+    connection = Connection(fd)
+    module, _, name = side.partition(":")
+    target = getattr(importlib.import_module(f"{__package__}.{module}"), name)()
+    try:
+        while True:
+            method, arguments = connection.recv()
+            answer, error = None, None
+            try:
+                answer = getattr(target, method)(*arguments)
+            except Exception as raised:
+                error = f"{method}: {type(raised).__name__}: {raised}"
+            connection.send((time.monotonic(), error, answer))
+    except (EOFError, OSError):
+        return
+    finally:
+        target.close()
+
+
+if __name__ == "__main__":
+    run(int(sys.argv[1]), sys.argv[2])
