@@ -92,6 +92,7 @@ class Controller:
         self._driver_features: int | None = None
         self._queues: dict[int, RunningQueue] = {}
         self._stopped_at: dict[int, int] = {}  # available index by queue index
+        self._size_told = (0, 0)  # of the console, in the configuration space
         self._discarder: Discarder | None = None  # of single-port mode without a port 0
         # What a guest can cause as often as it likes: more than 511 ports say as they start.
         self._refused = RateLimitedLog(log)
@@ -130,6 +131,7 @@ class Controller:
         self._ports[port.nr] = port
         self.emit(ev.PortAdded(port.nr, port.name.decode(errors="backslashreplace")))
         self.port_resized(port)
+        self._console_changed()
         self._set_guest(port)
         self._serve_unclaimed()
         for is_transmit, index in enumerate(queues_of_port(port.nr)):
@@ -164,6 +166,7 @@ class Controller:
         self._control.remove_port(nr)
         self._control_queues.flush()
         self._serve_unclaimed()
+        self._console_changed()
         self.emit(ev.PortRemoved(nr))
         await port.chardev.stop()
         await asyncio.sleep(0)  # a protocol hears of it in the loop's next turn
@@ -218,6 +221,7 @@ class Controller:
         if bits != self._driver_features:
             self._driver_features = bits
             self.emit(ev.FeaturesNegotiated(bits))
+            self._console_changed()
             self._serve_unclaimed()
             self._sync_guest()
 
@@ -297,6 +301,7 @@ class Controller:
         self._status = 0
         had_driver = self._driver_features is not None
         self._driver_features = None
+        self._console_changed()
         self._start_anew(silent=not had_driver)
 
     # --- for ports
@@ -318,10 +323,7 @@ class Controller:
             return
         self._control.set_size(port.nr, *port.size)
         self._control_queues.flush()
-        if port is self._console():
-            self.config_generation += 1
-            if self.driver_features & Feature.SIZE and self.on_config_change is not None:
-                self.on_config_change()
+        self._console_changed()
 
     def port_queue_broken(self, port: Port, is_transmit: bool, error: RingError) -> None:
         """See PortOwner."""
@@ -350,6 +352,16 @@ class Controller:
         """The port that configuration space speaks of: the first console, or the only port."""
         consoles = (port for _, port in sorted(self._ports.items()) if port.console)
         return next(consoles, self._ports.get(0) if self.single_port else None)
+
+    def _console_changed(self) -> None:
+        """Another port may be the console, or have another size: the configuration space says."""
+        size = self._console_size()
+        if size == self._size_told:
+            return
+        self._size_told = size
+        self.config_generation += 1
+        if self.driver_features & Feature.SIZE and self.on_config_change is not None:
+            self.on_config_change()
 
     def _console_size(self) -> tuple[int, int]:
         port = self._console()

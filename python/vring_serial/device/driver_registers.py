@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from vring import RingError
+from vring import GuestMemory, RingError
 from vring_serial.device.base import VirtioDevice
+from vring_serial.device.host import Host
 from vring_serial.device.queue_setup import QueueTable
 from vring_serial.device.ratelimit import RateLimitedLog
 from vring_serial.errors import ConfigError, ProtocolError
@@ -24,13 +25,6 @@ QUEUE_SIZE = 256
 #: Queue indices have 16 bits, and so has their number.
 MAX_QUEUES = 0xFFFF
 
-Runner = Callable[[Callable[[], None]], None]
-
-
-def run_here(function: Callable[[], None]) -> None:
-    """The Runner of those who are in the event loop's thread."""
-    function()
-
 
 class DriverRegisters:
     """A device from a driver's side, without the layout of registers.
@@ -43,7 +37,8 @@ class DriverRegisters:
         queue_size: of every queue, unless the driver chooses less; 0: the device's own largest, up
             to QUEUE_SIZE.
         packed: offer packed rings.
-        run: calls a function where the device's methods may be called, and returns when it is done.
+        host: runs what the device's methods do.
+        legacy: the layout is one of legacy drivers alone.
         queue_called: gets the index of a queue whose driver wants to know of used buffers.
         config_changed: called when the driver is to be told of the configuration or the status.
         was_reset: called after the driver has reset the device.
@@ -62,7 +57,8 @@ class DriverRegisters:
         *,
         queue_size: int,
         packed: bool,
-        run: Runner,
+        host: Host,
+        legacy: bool = False,
         queue_called: Callable[[int], None],
         config_changed: Callable[[], None],
         was_reset: Callable[[], None],
@@ -75,19 +71,22 @@ class DriverRegisters:
                 f"queue size {size} is not a power of two up to {device.queue_size_max}"
             )
         self.device = device
-        self.legacy = False
+        self.legacy = legacy
+        self._always_legacy = legacy
         self.queues = QueueTable(device, size, queue_called, self._queue_failed)
         self.device_feature_select = 0
         self.driver_feature_select = 0
         self.queue_select = 0
         self._packed = packed
-        self._run = run
+        self._host = host
+        self._run = host.run
         self._config_changed = config_changed
         self._was_reset = was_reset
         self._wanted = 0  # features that the driver has written
         self._may_run = True
         self._generation = 0
-        self._generation_seen = device.config_generation
+        self._config: bytes | None = None
+        self._config_seen = device.config_generation
         self._log = RateLimitedLog(log)
         device.on_config_change = self._device_config_changed
         device.on_needs_reset = self._device_broken
@@ -119,6 +118,15 @@ class DriverRegisters:
             return
         shift = 32 * self.driver_feature_select
         self._wanted = self._wanted & ~(0xFFFFFFFF << shift) | word << shift
+
+    def read_legacy_device_feature(self) -> int:
+        """As read_device_feature, for layouts of legacy drivers that select words."""
+        return 0 if self.device_feature_select else self.offered_legacy
+
+    def write_legacy_driver_feature(self, word: int) -> None:
+        """As write_legacy_features, for layouts that select words."""
+        if self.driver_feature_select == 0:
+            self.write_legacy_features(word)
 
     def write_legacy_features(self, word: int) -> None:
         """Accept features as a legacy driver, which says no more about it; others are ignored."""
@@ -159,7 +167,7 @@ class DriverRegisters:
 
     def read_status(self) -> int:
         """The device status (2.1)."""
-        return self.device.status & 0xFF
+        return int(self.device.status)
 
     def write_status(self, value: int) -> None:
         """The driver wrote the device status; 0 resets the device before this returns."""
@@ -192,12 +200,21 @@ class DriverRegisters:
     def may_run(self, may_run: bool) -> None:
         if may_run != self._may_run:
             self._may_run = may_run
-            self._run(self._update_live)
+            if self.driver_ready:
+                self._run(self._update_live)
 
     def _update_live(self) -> None:
         # Legacy drivers of old did not all ask for bus mastering.
         ready = self.device.status & Status.DRIVER_OK
         self.queues.live = bool(ready) and (self._may_run or self.legacy)
+
+    def set_memory(self, memory: GuestMemory | None) -> None:
+        """Exchange the guest's memory; see QueueTable."""
+
+        def exchange() -> None:
+            self.queues.memory = memory
+
+        self._run(exchange)
 
     @property
     def driver_ready(self) -> bool:
@@ -211,7 +228,7 @@ class DriverRegisters:
     def _reset(self) -> None:
         self.queues.reset_all()
         self.device.reset()
-        self.legacy = False
+        self.legacy = self._always_legacy
         self.device_feature_select = self.driver_feature_select = self.queue_select = 0
         self._wanted = 0
         self._was_reset()
@@ -232,14 +249,18 @@ class DriverRegisters:
 
     def read_config(self, offset: int, size: int) -> int:
         """``size`` bytes of the configuration space; zero outside."""
-        if self.device.config_generation != self._generation_seen:
-            self._generation_seen = self.device.config_generation
-            self._generation = self._generation + 1 & 0xFF
-        return int.from_bytes(self.device.read_config(offset, size), "little")
+        generation = self.device.config_generation
+        if self._config is None or generation != self._config_seen:
+            if generation != self._config_seen:
+                self._config_seen = generation
+                self._generation = self._generation + 1 & 0xFF
+            self._config = self.device.read_config(0, self.device.config_size)
+        return int.from_bytes(self._config[offset : offset + size], "little")
 
     def write_config(self, offset: int, value: int, size: int) -> None:
         """Write ``size`` bytes of the configuration space."""
         self._run(lambda: self.device.write_config(offset, value.to_bytes(size, "little")))
+        self._config = None
 
     def _device_config_changed(self) -> None:
         if self.driver_ready:
@@ -282,11 +303,15 @@ class DriverRegisters:
 
     def read_area(self, name: str, shift: int) -> int:
         """32 bits of an area's address of the selected queue."""
+        return self.read_area_address(name) >> shift & 0xFFFFFFFF
+
+    def read_area_address(self, name: str) -> int:
+        """An area's address of the selected queue; 0 if there is no such queue."""
         index = self.queue_select
         if index >= len(self.queues):
             return 0
         address: int = getattr(self.queues[index], name)
-        return address >> shift & 0xFFFFFFFF
+        return address
 
     def write_area(self, name: str, shift: int, value: int) -> None:
         """Set 32 bits of an area's address, while the selected queue is not enabled."""
@@ -295,6 +320,33 @@ class DriverRegisters:
             queue = self.queues[index]
             address: int = getattr(queue, name)
             setattr(queue, name, address & ~(0xFFFFFFFF << shift) | value << shift)
+
+    def write_legacy_alignment(self, alignment: int) -> None:
+        """Alignment of the used ring in the selected queue; what is no power of two is ignored."""
+        index = self.queue_select
+        if index < len(self.queues) and alignment > 0 and alignment & (alignment - 1) == 0:
+            self.queues[index].alignment = alignment
+
+    def read_legacy_address(self) -> int:
+        """Where the selected queue begins; 0 while it is not in use."""
+        return self.read_area_address("descriptor_area") if self.read_queue_enable() else 0
+
+    def write_legacy_address(self, address: int) -> None:
+        """The selected queue begins there, and is in use from now on; 0: it is in use no more."""
+        if self.queue_select >= len(self.queues):
+            return
+        self.legacy = True
+        queue = self.queues[self.queue_select]
+        if address == 0:
+            self.disable_queue()
+        elif not queue.enabled:
+            queue.place_legacy(address)
+            self.enable_queue()
+
+    def notify(self, index: int) -> None:
+        """The driver notifies queue ``index``, which there is."""
+        self.queues.notify(index)
+        self._host.notified()
 
     def notify_queue(self, value: int) -> None:
         """The driver notifies: the low 16 bits are the queue's index (2.9)."""
@@ -305,7 +357,7 @@ class DriverRegisters:
         if self.legacy and queue.enabled and not queue.running and not self.driver_ready:
             # Legacy drivers use queues before DRIVER_OK (3.1.2).
             self._run(self._start_before_ready)
-        self.queues.notify(index)
+        self.notify(index)
 
     def _start_before_ready(self) -> None:
         self._settle_legacy_features()

@@ -20,6 +20,7 @@ from vring_serial.proto.console import Feature
 
 #: queue_msix_vector and config_msix_vector without a vector (4.1.5.1.2).
 NO_VECTOR = 0xFFFF
+_LEGACY_ALIGNMENT = 4096
 
 
 class QueueSetup:
@@ -31,10 +32,12 @@ class QueueSetup:
         descriptor_area, driver_area, device_area: guest addresses.
         enabled: the driver lets the device use it.
         vector: of MSI-X, where the layout has that; else NO_VECTOR.
+        alignment: of the device area, where legacy drivers lay the queue out.
         running: the device has it.
     """
 
     __slots__ = (
+        "alignment",
         "call_fd",
         "descriptor_area",
         "device_area",
@@ -66,14 +69,15 @@ class QueueSetup:
         self.enabled = False
         self.failed = False  # until it is enabled anew
         self.vector = NO_VECTOR
+        self.alignment = _LEGACY_ALIGNMENT
         self.position = 0  # available index to go on from
 
-    def place_legacy(self, address: int, alignment: int) -> None:
+    def place_legacy(self, address: int) -> None:
         """Set the areas as legacy drivers lay them out, from ``address`` on (2.7.2)."""
         self.descriptor_area = address
         self.driver_area = address + 16 * self.size
         end = self.driver_area + 2 * (3 + self.size)
-        self.device_area = (end + alignment - 1) & -alignment
+        self.device_area = (end + self.alignment - 1) & -self.alignment
 
 
 class QueueTable:
@@ -145,8 +149,10 @@ class QueueTable:
         """The driver made buffers available. Any thread may call this."""
         kick_fd = self._queues[index].kick_fd
         if kick_fd >= 0:
-            with suppress(BlockingIOError):
+            try:
                 os.eventfd_write(kick_fd, 1)
+            except BlockingIOError:
+                return  # it has told all that it can tell
 
     # --- what happens to the device as a whole
 

@@ -7,10 +7,18 @@ from functools import partial
 
 from vring import GuestMemory
 from vring_serial.device.base import VirtioDevice
-from vring_serial.device.driver_registers import DriverRegisters, Runner, run_here
+from vring_serial.device.driver_registers import DriverRegisters
+from vring_serial.device.host import Host, LoopThread
 from vring_serial.device.interrupts import InterruptSink
 from vring_serial.device.pci import layout as at
-from vring_serial.device.pci.config_space import VENDOR_ID, Bar, Command, ConfigSpace, Register
+from vring_serial.device.pci.config_space import (
+    VENDOR_ID,
+    Bar,
+    Command,
+    ConfigSpace,
+    Register,
+    StatusBit,
+)
 from vring_serial.device.pci.isr import PciInterrupts
 from vring_serial.device.pci.layout import Layout, virtio_capability
 from vring_serial.device.pci.legacy import LegacyRegisters
@@ -59,10 +67,11 @@ class NotifyOffset:
 class PciDevice:
     """The registers of one PCI function that has a virtio device behind them.
 
-    Accesses have any offset and size; values are numbers, their bytes little-endian. What guests
-    read where nothing is: zero within a BAR, ones outside. No access raises.
+    Accesses have any offset and size; values are numbers, their bytes little-endian. Where nothing
+    is, writes are ignored, and reads give zero, or ones beyond the 256 bytes of configuration
+    space. No access raises.
 
-    All methods are for the event loop's thread, unless ``run`` says otherwise.
+    All methods are for the event loop's thread, unless ``host`` brings them there.
 
     Args:
         device: any virtio device; it belongs to this object until :meth:`close`.
@@ -71,7 +80,7 @@ class PciDevice:
         queue_size: of every queue, unless the driver chooses less; 0: what the device allows, at
             most 256.
         vectors: entries of the MSI-X table; 0: one for each queue and one for the configuration.
-        run: see DriverRegisters.
+        host: brings accesses into the event loop; None: they come in its thread.
 
     Attributes:
         bars: the base address registers.
@@ -89,7 +98,7 @@ class PciDevice:
         packed: bool = False,
         queue_size: int = 0,
         vectors: int = 0,
-        run: Runner = run_here,
+        host: Host | None = None,
     ) -> None:
         vectors = vectors or min(device.num_queues + 1, _DEFAULT_VECTORS_MAX)
         if not 0 < vectors <= MAX_VECTORS:
@@ -100,22 +109,21 @@ class PciDevice:
             raise ConfigError(f"configuration of {device.config_size} bytes")
         self.device = device
         self.transitional = transitional
+        host = host or LoopThread()
         self._layout = Layout(device.num_queues, device.config_size, vectors)
         self._registers = DriverRegisters(
             device,
             queue_size=queue_size,
             packed=packed,
-            run=run,
+            host=host,
             queue_called=self._queue_called,
             config_changed=self._config_changed,
             was_reset=self._was_reset,
         )
         self._msix = Msix(vectors)
         self._config = ConfigSpace()
-        self._interrupts = PciInterrupts(self._msix, self._registers, self._config)
-        self._banks: list[RegisterBank | None] = [None] * 6
-        self._banks[at.VIRTIO_BAR] = self._virtio_bank()
-        self._banks[at.MSIX_BAR] = self._msix_bank()
+        self._interrupts = PciInterrupts(self._msix, self._registers, host)
+        self._banks = {at.VIRTIO_BAR: self._virtio_bank(), at.MSIX_BAR: self._msix_bank()}
         self._legacy: LegacyRegisters | None = None
         bars = [self._layout.msix_bar, self._layout.virtio_bar]
         if transitional:
@@ -143,15 +151,13 @@ class PciDevice:
 
     def bar_read(self, bar: int, offset: int, size: int) -> int:
         """``size`` bytes at ``offset`` behind base address register ``bar``."""
-        bank = self._banks[bar] if 0 <= bar < 6 else None
-        if bank is None or offset < 0 or offset + size > bank.size:
-            return (1 << 8 * size) - 1
-        return bank.read(offset, size)
+        bank = self._banks.get(bar)
+        return 0 if bank is None else bank.read(offset, size)
 
     def bar_write(self, bar: int, offset: int, value: int, size: int) -> None:
         """Write ``size`` bytes at ``offset`` behind base address register ``bar``."""
-        bank = self._banks[bar] if 0 <= bar < 6 else None
-        if bank is not None and 0 <= offset <= bank.size - size:
+        bank = self._banks.get(bar)
+        if bank is not None:
             bank.write(offset, value, size)
 
     # --- what the machine does
@@ -161,7 +167,7 @@ class PciDevice:
 
         None: queues stand still until there is memory again.
         """
-        self._registers.queues.memory = memory
+        self._registers.set_memory(memory)
 
     def set_irq_sink(self, sink: InterruptSink, *, client_masks: bool = False) -> None:
         """Deliver interrupts there. ``client_masks``: MSI-X table and masks are kept by the
@@ -263,6 +269,7 @@ class PciDevice:
         for bar in self.bars:
             config.add_bar(bar)
         config.on_write(Register.COMMAND, 2, self._command_written)
+        config.on_read(Register.STATUS, 1, self._status_read)
         control = (_MSIX_ENABLE | _MSIX_FUNCTION_MASK).to_bytes(2, "little")
         self._msix_at = config.add_capability(
             self._layout.msix_capability(), bytes(_MSIX_CONTROL) + control
@@ -272,6 +279,7 @@ class PciDevice:
             config.add_capability(capability)
         self._add_window()
         config.seal()
+        self._command_written()
 
     def _command_bits(self) -> int:
         bits = Command.MEMORY_SPACE | Command.BUS_MASTER | Command.INTX_DISABLE
@@ -281,12 +289,16 @@ class PciDevice:
     def _command_written(self) -> None:
         command = self._config.word(Register.COMMAND)
         self._registers.may_run = bool(command & Command.BUS_MASTER)
-        self._interrupts.intx_disabled = bool(command & Command.INTX_DISABLE)
+        self._interrupts.disable_intx(bool(command & Command.INTX_DISABLE))
+
+    def _status_read(self) -> None:
+        status = self._config.data[Register.STATUS] & ~StatusBit.INTERRUPT
+        pending = StatusBit.INTERRUPT if self._interrupts.status else 0
+        self._config.data[Register.STATUS] = status | pending
 
     def _msix_written(self) -> None:
         control = self._config.word(self._msix_at + _MSIX_CONTROL)
-        self._msix.function_masked = bool(control & _MSIX_FUNCTION_MASK)
-        self._interrupts.set_msix_enabled(bool(control & _MSIX_ENABLE))
+        self._interrupts.set_msix(bool(control & _MSIX_ENABLE), bool(control & _MSIX_FUNCTION_MASK))
         if self._legacy is not None:
             self._banks[at.LEGACY_BAR] = self._legacy.banks[self._msix.enabled]
 
@@ -336,4 +348,4 @@ class PciDevice:
 
 
 def _notify(registers: DriverRegisters, index: int, value: int) -> None:
-    registers.queues.notify(index)
+    registers.notify(index)

@@ -2,61 +2,49 @@
 
 from __future__ import annotations
 
-import enum
-from threading import Lock
-
 from vring_serial.device.driver_registers import DriverRegisters
-from vring_serial.device.pci.config_space import ConfigSpace, Register, StatusBit
+from vring_serial.device.host import Host
+from vring_serial.device.interrupts import Event, EventStatus
 from vring_serial.device.pci.msix import Msix
 from vring_serial.device.queue_setup import NO_VECTOR, QueueSetup
 
 
-class Isr(enum.IntFlag):
-    """Bits of the ISR status."""
-
-    QUEUE = 1
-    CONFIGURATION = 2
-
-
 class PciInterrupts:
-    """The ISR status, the vectors of queues and configuration, and INTA#.
+    """The ISR status, INTA#, and the vectors of queues and configuration.
 
     Args:
         msix: delivers vectors.
         registers: of the same function.
-        config: has the Interrupt Status bit.
+        host: changes what the loop watches.
     """
 
-    def __init__(self, msix: Msix, registers: DriverRegisters, config: ConfigSpace) -> None:
+    def __init__(self, msix: Msix, registers: DriverRegisters, host: Host) -> None:
         self._msix = msix
         self._registers = registers
-        self._config = config
-        self._isr = 0
+        self._host = host
         self._config_vector = NO_VECTOR
         self._intx_disabled = False
-        self._level = False
-        # The driver reads the ISR status in its own thread, where it has one.
-        self._lock = Lock()
+        self._events = EventStatus(lambda level: msix.sink.set_intx(level))
 
     @property
     def level(self) -> bool:
         """The level of INTA#."""
-        return self._level
+        return self._events.level
 
     @property
-    def intx_disabled(self) -> bool:
+    def status(self) -> bool:
+        """The Interrupt Status bit: INTA# would be asserted, were it not disabled."""
+        return bool(self._events.bits) and not self._msix.enabled
+
+    def disable_intx(self, disabled: bool) -> None:
         """Interrupt Disable of the command register."""
-        return self._intx_disabled
-
-    @intx_disabled.setter
-    def intx_disabled(self, disabled: bool) -> None:
         self._intx_disabled = disabled
-        self._update()
+        self._events.masked = disabled or self._msix.enabled
 
-    def set_msix_enabled(self, enabled: bool) -> None:
-        """MSI-X takes the place of INTx, or INTx that of MSI-X."""
-        self._msix.enabled = enabled
-        self._update()
+    def set_msix(self, enabled: bool, function_masked: bool) -> None:
+        """Message control was written: MSI-X takes the place of INTx, or INTx that of MSI-X."""
+        self._msix.set_control(enabled, function_masked)
+        self._events.masked = self._intx_disabled or enabled
         self.masks_changed()
 
     def masks_changed(self) -> None:
@@ -66,11 +54,9 @@ class PciInterrupts:
 
     def reset(self) -> None:
         """The driver reset the device: no event has happened, none has a vector."""
-        with self._lock:
-            self._isr = 0
+        self._events.take()
         self._config_vector = NO_VECTOR
         self._msix.forget_pending()
-        self._update()
 
     # --- what happens
 
@@ -79,11 +65,11 @@ class PciInterrupts:
         if self._msix.enabled:
             self._msix.fire(queue.vector)
         else:
-            self._set(Isr.QUEUE)
+            self._events.set(Event.QUEUE)
 
     def configuration(self) -> None:
         """The driver is to look at configuration and status."""
-        self._set(Isr.CONFIGURATION)
+        self._events.set(Event.CONFIGURATION)
         if self._msix.enabled:
             self._msix.fire(self._config_vector)
 
@@ -91,11 +77,7 @@ class PciInterrupts:
 
     def read_isr(self) -> int:
         """The ISR status, which is 0 from then on; INTA# is not asserted any more."""
-        with self._lock:
-            isr, self._isr = self._isr, 0
-        if isr:
-            self._update()
-        return isr
+        return self._events.take()
 
     def read_config_vector(self) -> int:
         return self._config_vector
@@ -128,7 +110,8 @@ class PciInterrupts:
         fd = -1
         if self._msix.enabled and queue.vector != NO_VECTOR and not self._msix.masked(queue.vector):
             fd = self._msix.sink.msix_descriptor(queue.vector)
-        self._registers.queues.route(queue, fd)
+        if fd >= 0 or queue.direct:
+            self._host.run(lambda: self._registers.queues.route(queue, fd))
 
     def route_all(self) -> None:
         """As :meth:`route`, for all queues."""
@@ -139,17 +122,3 @@ class PciInterrupts:
 
     def _checked(self, vector: int) -> int:
         return vector if vector < self._msix.vectors else NO_VECTOR
-
-    def _set(self, bit: Isr) -> None:
-        with self._lock:
-            self._isr |= bit
-        self._update()
-
-    def _update(self) -> None:
-        waiting = bool(self._isr) and not self._msix.enabled
-        status = self._config.data[Register.STATUS] & ~StatusBit.INTERRUPT
-        self._config.data[Register.STATUS] = status | (StatusBit.INTERRUPT if waiting else 0)
-        level = waiting and not self._intx_disabled
-        if level != self._level:
-            self._level = level
-            self._msix.sink.set_intx(level)

@@ -66,20 +66,8 @@ class LegacyRegisters:
         self._registers.queue_select = value
 
     def _read_queue_address(self) -> int:
-        if not self._registers.read_queue_enable():
-            return 0
-        return self._registers.read_area("descriptor_area", 12)
+        return self._registers.read_legacy_address() // _PAGE
 
     def _write_queue_address(self, page: int) -> None:
         """A page number starts the selected queue, 0 ends it (4.1.5.1.3.1)."""
-        registers = self._registers
-        if registers.queue_select >= len(registers.queues):
-            return
-        registers.legacy = True
-        if page == 0:
-            registers.disable_queue()
-            return
-        queue = registers.queues[registers.queue_select]
-        if not queue.enabled:
-            queue.place_legacy(page * _PAGE, _PAGE)
-            registers.enable_queue()
+        self._registers.write_legacy_address(page * _PAGE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from threading import Lock
+from threading import RLock
 
 from vring_serial.device.interrupts import InterruptSink, NoInterrupts
 from vring_serial.device.queue_setup import NO_VECTOR
@@ -36,7 +36,8 @@ class Msix:
         self.function_masked = False
         self._table = bytearray(ENTRY_SIZE * vectors)
         self._pending = 0
-        self._lock = Lock()
+        # A driver may unmask in another thread than vectors are fired in.
+        self._lock = RLock()
         self.reset()
 
     @property
@@ -46,16 +47,21 @@ class Msix:
 
     def reset(self) -> None:
         """All vectors masked, none pending, MSI-X disabled."""
-        self.enabled = self.function_masked = False
+        self.set_control(False, False)
         self.forget_pending()
         for vector in range(self.vectors):
             at = vector * ENTRY_SIZE
             self._table[at : at + ENTRY_SIZE] = bytes(_CONTROL) + b"\1\0\0\0"
 
+    def set_control(self, enabled: bool, function_masked: bool) -> None:
+        """Message control was written."""
+        with self._lock:
+            self.enabled = enabled
+            self.function_masked = function_masked
+
     def forget_pending(self) -> None:
         """What was to be delivered is of no interest any more."""
-        with self._lock:
-            self._pending = 0
+        self._pending = 0
 
     def message(self, vector: int) -> tuple[int, int]:
         """Address and data of the vector's message: what a write to memory would be."""
@@ -71,22 +77,24 @@ class Msix:
 
     def fire(self, vector: int) -> None:
         """Deliver the vector now, or when it can be; NO_VECTOR and what is no vector: never."""
-        if vector == NO_VECTOR or vector >= self.vectors or not self.enabled:
+        if vector == NO_VECTOR or vector >= self.vectors:
             return
-        if self.masked(vector) or not self.sink.raise_msix(vector):
-            with self._lock:
+        with self._lock:
+            if not self.enabled:
+                return
+            if self.masked(vector) or not self.sink.raise_msix(vector):
                 self._pending |= 1 << vector
 
     def deliver_pending(self) -> None:
         """Deliver what was masked or impossible, and is no more."""
-        if not self.enabled:
-            return
         with self._lock:
+            if not self.enabled:
+                return
             pending, self._pending = self._pending, 0
-        while pending:
-            vector = (pending & -pending).bit_length() - 1
-            pending &= pending - 1
-            self.fire(vector)
+            while pending:
+                vector = (pending & -pending).bit_length() - 1
+                pending &= pending - 1
+                self.fire(vector)
 
     # --- the two structures in memory
 
@@ -94,8 +102,9 @@ class Msix:
         return int.from_bytes(self._table[offset : offset + size], "little")
 
     def write_table(self, offset: int, value: int, size: int) -> None:
-        for at in range(offset, offset + size):
-            self._write_byte(at, value >> 8 * (at - offset) & 0xFF)
+        with self._lock:
+            for at in range(offset, offset + size):
+                self._write_byte(at, value >> 8 * (at - offset) & 0xFF)
 
     def _write_byte(self, at: int, value: int) -> None:
         writable = _WRITABLE >> 8 * (at % ENTRY_SIZE) & 0xFF
