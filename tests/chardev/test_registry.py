@@ -21,6 +21,7 @@ EXAMPLES: dict[str, dict[str, object]] = {
     "null": {},
     "ringbuf": {},
     "spicevmc": {},
+    "spiceport": {"name": "org.example.0"},
 }
 
 
@@ -31,7 +32,7 @@ def test_the_examples_are_all_kinds() -> None:
 @pytest.mark.parametrize("kind", EXAMPLES)
 def test_every_kind_can_be_made(kind: str) -> None:
     options = chardev.options_type(kind)(**EXAMPLES[kind])
-    factory = asyncio.Protocol if kind == "spicevmc" else None
+    factory = asyncio.Protocol if kind.startswith("spice") else None
     made = chardev.make(kind, "dut", options, factory=factory)
     assert made.id == "dut"
     assert made.description
@@ -39,11 +40,11 @@ def test_every_kind_can_be_made(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", EXAMPLES)
 def test_without_options_the_defaults_hold_or_what_is_missing_is_named(kind: str) -> None:
-    factory = asyncio.Protocol if kind == "spicevmc" else None
+    factory = asyncio.Protocol if kind.startswith("spice") else None
     if EXAMPLES[kind]:
         with pytest.raises(ConfigError) as caught:
             chardev.make(kind, "dut", factory=factory)
-        assert caught.value.where == "path"
+        assert caught.value.where in EXAMPLES[kind]
     else:
         chardev.make(kind, "dut", factory=factory)
 

@@ -439,7 +439,7 @@ def test_a_source_without_type_is_a_pty() -> None:
     assert topology.controllers[0].ports[0].chardev.kind == "pty"
 
 
-@pytest.mark.parametrize("type_", ["vc", "dev", "udp", "spiceport", "nmdm", "qemu-vdagent", "dbus"])
+@pytest.mark.parametrize("type_", ["vc", "dev", "udp", "nmdm", "qemu-vdagent", "dbus"])
 def test_known_source_that_is_not_served(type_: str) -> None:
     message = fails(source(type_, "<source path='/x'/>"))
     assert message.startswith(f"domain:2: <channel>: a source of type {type_} is not served: ")

@@ -26,6 +26,23 @@ class SpicevmcOptions(Options):
             raise ConfigError(f"{self.name!r} is not served; only vdagent is", "name")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpiceportOptions(Options):
+    """Options of spiceport.
+
+    Attributes:
+        name: what SPICE clients know the channel as, such as ``org.spice-space.webdav.0``.
+    """
+
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.name or not self.name.isprintable() or len(self.name.encode()) > 255:
+            raise ConfigError("a name of 1 to 255 printable characters is needed", "name")
+        if self.name == "org.spice-space.stream.0":
+            raise ConfigError(f"{self.name} is a display, and none is served", "name")
+
+
 class ProtocolChardev(Chardev):
     """An :class:`asyncio.Protocol` as the host end.
 

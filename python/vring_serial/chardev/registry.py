@@ -30,7 +30,10 @@ _TABLE = {
     "null": _Entry("null", "NullChardev", "NullOptions"),
     "ringbuf": _Entry("ringbuf", "RingbufChardev", "RingbufOptions"),
     "spicevmc": _Entry("protocol", "ProtocolChardev", "SpicevmcOptions"),
+    "spiceport": _Entry("protocol", "ProtocolChardev", "SpiceportOptions"),
 }
+#: Kinds whose end is Python code that the caller gives, and what it is for messages.
+_NEEDS_CODE = {"spicevmc": "a SPICE agent end", "spiceport": "a SPICE server"}
 
 
 def kinds() -> tuple[str, ...]:
@@ -56,7 +59,8 @@ def make(
         kind: one of :func:`kinds`.
         id: the chardev's name.
         options: an instance of ``options_type(kind)``; None for all defaults.
-        factory: for kinds whose end is Python code (spicevmc): makes one protocol per connection.
+        factory: for kinds whose end is Python code (spicevmc, spiceport): makes one protocol per
+            connection.
 
     Raises:
         ConfigError: no such kind, a required option is missing, or a kind that needs a factory
@@ -67,9 +71,9 @@ def make(
         options = cast(Options, wanted())
     if not isinstance(options, wanted):
         raise TypeError(f"{kind} takes {wanted.__name__}, not {type(options).__name__}")
-    if kind == "spicevmc":
+    if kind in _NEEDS_CODE:
         if factory is None:
-            raise ConfigError(f"chardev {id}: spicevmc needs a SPICE agent end, and none is given")
+            raise ConfigError(f"chardev {id}: {kind} needs {_NEEDS_CODE[kind]}, and none is given")
         return cast(Chardev, chardev_type(id, factory, description=kind))
     return cast(Chardev, chardev_type(id, options))
 

@@ -58,6 +58,11 @@ from vring_serial.errors import ConfigError
     help="Ports of a controller that does not say how many it has, port 0 included (31).",
 )
 @click.option(
+    "--spice",
+    metavar="port=N,addr=A,password-file=F,...",
+    help="A SPICE server for spicevmc and spiceport ends, as QEMU's -spice (libspice-server).",
+)
+@click.option(
     "--channel-directory",
     metavar="DIR",
     help="Where sockets of unix channels go that have no path (beside the first --vhost-user).",
@@ -91,6 +96,7 @@ def serve_command(
     ports: tuple[str, ...],
     consoles: tuple[str, ...],
     max_ports: int | None,
+    spice: str | None,
     channel_directory: str | None,
     inband_notifications: bool,
     busy_poll: int,
@@ -107,13 +113,15 @@ def serve_command(
       vring serve --vhost-user /run/vring.sock \\
           --chardev socket,id=agent,path=/run/agent.sock,server=on,wait=off \\
           --port chardev=agent,nr=1,name=com.redhat.spice.0
+      vring serve --vhost-user /run/vring.sock --chardev spicevmc,id=agent --port chardev=agent \\
+          --spice port=5930,addr=127.0.0.1,disable-ticketing=on
     """
     if domain is None and not (ports or consoles or chardevs):
         raise click.UsageError("Nothing to serve: give --domain, or --chardev and --port.")
     logs.configure(log_level, as_json=json_log)
     if channel_directory is None:
         channel_directory = os.path.dirname(sockets[0])
-    options = QemuOptions(chardevs, ports, consoles, max_ports)
+    options = QemuOptions(chardevs, ports, consoles, max_ports, spice)
     topology = load_topology(domain, options, channel_directory=channel_directory)
     _check_sockets(topology, sockets)
     for warning in topology.warnings:

@@ -15,6 +15,7 @@ from vring import Pump
 from vring_serial.cli.agent_end import AgentEnds
 from vring_serial.cli.logs import emit
 from vring_serial.cli.signals import stop_on_signals
+from vring_serial.cli.spice_end import SpiceEnds
 from vring_serial.config.build import make_controller
 from vring_serial.config.topology import ControllerConfig, Topology
 from vring_serial.device.controller import Controller
@@ -63,8 +64,11 @@ async def _start(topology: Topology, settings: Settings, stack: contextlib.Async
     pump = stack.enter_context(_running_pump(settings.busy_poll))
     agents = AgentEnds()
     stack.push_async_callback(agents.close)
+    spice = SpiceEnds(topology)
+    stack.push_async_callback(spice.stop)
+    await spice.start()
     controllers = [
-        make_controller(config, pump, {"spicevmc": agents.factory})
+        make_controller(config, pump, {"spicevmc": agents.factory}, spice.makers)
         for config in topology.controllers
     ]
     backends = [

@@ -17,6 +17,8 @@ from vring_serial.errors import ConfigError
 ProtocolFactory = Callable[[], asyncio.Protocol]
 #: By kind: the Python code behind host ends that are protocols, for a given port.
 ProtocolFactories = Mapping[str, Callable[[PortConfig], ProtocolFactory]]
+#: By kind: host ends that the caller makes itself, for a given port.
+ChardevMakers = Mapping[str, Callable[[PortConfig], Chardev]]
 
 
 def make_chardev(config: ChardevConfig, factory: ProtocolFactory | None = None) -> Chardev:
@@ -38,17 +40,23 @@ def make_controller(
     config: ControllerConfig,
     pump: Pump | None = None,
     protocol_factories: ProtocolFactories | None = None,
+    chardev_makers: ChardevMakers | None = None,
 ) -> Controller:
     """A controller with its ports, not started. Raises as :func:`make_chardev`.
 
     Args:
         pump: moves the bytes of ports whose host end is a descriptor; None for one of its own.
         protocol_factories: see :data:`ProtocolFactories`; needed for spicevmc.
+        chardev_makers: see :data:`ChardevMakers`; they come before the factories.
     """
     factories = protocol_factories or {}
+    makers = chardev_makers or {}
     controller = Controller(name=config.name, max_ports=config.max_ports, pump=pump)
     for port in config.ports:
-        choose = factories.get(port.chardev.kind)
-        end = make_chardev(port.chardev, choose(port) if choose is not None else None)
+        if maker := makers.get(port.chardev.kind):
+            end = maker(port)
+        else:
+            choose = factories.get(port.chardev.kind)
+            end = make_chardev(port.chardev, choose(port) if choose is not None else None)
         controller.add_port(Port(port.nr, port.name, end, console=port.console))
     return controller

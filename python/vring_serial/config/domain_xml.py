@@ -15,6 +15,7 @@ from pathlib import Path
 
 from vring_serial.chardev import Options, options_type
 from vring_serial.config.draft import Draft, DraftController, DraftPort
+from vring_serial.config.graphics import read_graphics
 from vring_serial.config.pci import PciSlots
 from vring_serial.config.topology import ChardevConfig, PciAddress, Topology
 from vring_serial.config.unserved import UNSERVED
@@ -30,12 +31,13 @@ _KINDS = {
     "null": "null",
     "pipe": "pipe",
     "pty": "pty",
+    "spiceport": "spiceport",
     "spicevmc": "spicevmc",
     "stdio": "stdio",
     "tcp": "socket",
     "unix": "socket",
 }
-_UNSERVED_TYPES = ("dbus", "dev", "nmdm", "qemu-vdagent", "spiceport", "udp", "vc")
+_UNSERVED_TYPES = ("dbus", "dev", "nmdm", "qemu-vdagent", "udp", "vc")
 _CHANNEL_TARGETS = ("guestfwd", "virtio", "xen")
 _CONSOLE_TARGETS = ("lxc", "openvz", "sclp", "sclplm", "serial", "uml", "virtio", "xen")
 _ADDRESS_TYPES = ("ccw", "pci", "virtio-mmio")
@@ -92,6 +94,9 @@ def read(draft: Draft, data: bytes, *, file: str, channel_directory: str = "") -
     draft.name = _read_name(root) or draft.name
     draft.pci = _read_pci(root)
     _read_controllers(draft, root)
+    for node in _devices(root, "graphics"):
+        if node.get("type") == "spice":
+            draft.spice = read_graphics(node)
     channels = _Channels(draft, channel_directory)
     for node in _devices(root, "console", "channel", "serial", "parallel"):
         channels.read(node)
@@ -258,6 +263,9 @@ class _Channels:
         elif type_ == "pipe":
             source = _needed(node, source)
             options = _make(source, "pipe", path=source.text_of("path"))
+        elif type_ == "spiceport":
+            source = _needed(node, source)
+            options = _make(source, "spiceport", name=source.text_of("channel"))
         else:
             options = _make(node, _KINDS[type_])
         return ChardevConfig(_KINDS[type_], id, options, node.where)

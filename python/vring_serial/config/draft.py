@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from vring_serial.chardev.protocol import SpiceportOptions
 from vring_serial.config.pci import PciSlots
 from vring_serial.config.topology import (
     DEFAULT_MAX_PORTS,
@@ -21,6 +22,7 @@ from vring_serial.config.topology import (
     ControllerConfig,
     PciAddress,
     PortConfig,
+    SpiceConfig,
     Topology,
 )
 from vring_serial.errors import ConfigError
@@ -90,6 +92,7 @@ class Draft:
         max_ports: for controllers that do not say how many ports they have.
         pci: the addresses that are taken, or None if no controller is to get one.
         warnings: lines for the topology.
+        spice: the SPICE server; what is set last counts.
     """
 
     def __init__(self, *, max_ports: int = 0) -> None:
@@ -98,6 +101,7 @@ class Draft:
         self.max_ports = max_ports or DEFAULT_MAX_PORTS
         self.pci: PciSlots | None = None
         self.warnings: list[str] = []
+        self.spice: SpiceConfig | None = None
         self._controllers: dict[int, DraftController] = {}
         self._ports: list[DraftPort] = []
         self._chardev_ids: dict[str, str] = {}
@@ -134,6 +138,8 @@ class Draft:
                 raise ConfigError(
                     f"a spicevmc channel is named {SPICEVMC_NAME}, not {port.name!r}", port.where
                 )
+        if port.chardev.kind == "spiceport" and port.console:
+            raise ConfigError("a console cannot be spiceport", port.where)
         _check_name(port.name, port.where)
         self._ports.append(port)
 
@@ -164,7 +170,22 @@ class Draft:
             for index in sorted(self._controllers)
         )
         _check_host_ends(port.chardev for controller in controllers for port in controller.ports)
-        return Topology(controllers, tuple(self.warnings), self.name)
+        self._check_spice_ports()
+        return Topology(controllers, tuple(self.warnings), self.name, self.spice)
+
+    def _check_spice_ports(self) -> None:
+        """A spiceport is nothing without the server, and clients tell one from another by name."""
+        named: dict[str, ChardevConfig] = {}
+        for port in self._ports:
+            if not isinstance(port.chardev.options, SpiceportOptions):
+                continue
+            name, where = port.chardev.options.name, port.chardev.where
+            if self.spice is None:
+                raise ConfigError(
+                    "spiceport needs a SPICE server: --spice, or <graphics type='spice'>", where
+                )
+            if (other := named.setdefault(name, port.chardev)) is not port.chardev:
+                raise ConfigError(f"SPICE port {name!r} is taken already ({other.where})", where)
 
     def _check_names(self) -> None:
         named: dict[str, DraftPort] = {}

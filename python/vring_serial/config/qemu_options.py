@@ -1,8 +1,9 @@
-"""QEMU's option syntax: ``--chardev``, ``--port``, ``--console`` and ``--max-ports``.
+"""QEMU's option syntax: ``--chardev``, ``--port``, ``--console``, ``--max-ports``, ``--spice``.
 
 An option is a list of ``key=value`` separated by commas; ``,,`` stands for a comma in a value; a
 key alone means ``on``, and alone with ``no`` before it, ``off``. The keys of a chardev are those of
-QEMU's ``-chardev`` and of the option class of its kind; :data:`PORT_KEYS` are those of a port.
+QEMU's ``-chardev`` and of the option class of its kind; :data:`PORT_KEYS` are those of a port;
+those of ``--spice`` are QEMU's and :class:`vring_serial.spice.SpiceOptions`'.
 """
 
 from __future__ import annotations
@@ -10,15 +11,17 @@ from __future__ import annotations
 import dataclasses
 import re
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from vring_serial.chardev import kinds, options_type
+from vring_serial.chardev import Options, kinds, options_type
 from vring_serial.config.draft import Draft, DraftPort, check_max_ports
-from vring_serial.config.topology import ChardevConfig, Topology
+from vring_serial.config.topology import ChardevConfig, SpiceConfig, Topology
 from vring_serial.config.unserved import UNSERVED
 from vring_serial.config.words import parse_bool, parse_int, parse_size, shorten, suggest
 from vring_serial.errors import ConfigError
+from vring_serial.spice.options import UNSERVED_KEYS as UNSERVED_SPICE_KEYS
+from vring_serial.spice.options import SpiceOptions
 
 PORT_KEYS = ("chardev", "controller", "name", "nr")
 
@@ -40,13 +43,15 @@ class QemuOptions:
     """The options as they stand on the command line, each group in its order.
 
     Attributes:
-        max_ports: ports of a controller that does not say; 0 if the option was not given.
+        max_ports: ports of a controller that does not say; None if the option was not given.
+        spice: the SPICE server; None if the option was not given.
     """
 
     chardevs: Sequence[str] = ()
     ports: Sequence[str] = ()
     consoles: Sequence[str] = ()
     max_ports: int | None = None
+    spice: str | None = None
 
 
 def parse(
@@ -54,10 +59,11 @@ def parse(
     ports: Sequence[str] = (),
     consoles: Sequence[str] = (),
     max_ports: int | None = None,
+    spice: str | None = None,
 ) -> Topology:
     """The topology that options alone make. Raises ConfigError naming option, key and cause."""
     draft = Draft()
-    read(draft, QemuOptions(chardevs, ports, consoles, max_ports))
+    read(draft, QemuOptions(chardevs, ports, consoles, max_ports, spice))
     return draft.finish()
 
 
@@ -66,6 +72,8 @@ def read(draft: Draft, options: QemuOptions) -> None:
     if options.max_ports is not None:
         check_max_ports(options.max_ports, "--max-ports")
         draft.max_ports = options.max_ports
+    if options.spice is not None:
+        draft.spice = _parse_spice(options.spice)
     chardevs = [_parse_chardev(text) for text in options.chardevs]
     for chardev in chardevs:
         draft.claim_chardev_id(chardev.id, chardev.where)
@@ -78,8 +86,11 @@ def read(draft: Draft, options: QemuOptions) -> None:
         raise ConfigError(f"no --port or --console uses chardev {chardev.id}", chardev.where)
 
 
-def split(text: str) -> list[tuple[str, str | None]]:
+def split(text: str, *, repeated: Collection[str] = ()) -> list[tuple[str, str | None]]:
     """Keys and values in their order; the value of a key alone is None.
+
+    Args:
+        repeated: keys that may be given more than once.
 
     Raises:
         ConfigError: the text is too long, or a key is missing or given twice; ``where`` is empty.
@@ -92,7 +103,7 @@ def split(text: str) -> list[tuple[str, str | None]]:
         key, equals, value = item.partition("=")
         if not key:
             raise ConfigError("a key is missing: an option is key=value,key=value…")
-        if key in seen:
+        if key in seen and key not in repeated:
             raise ConfigError(f"{shorten(key)} is given twice")
         seen.add(key)
         pairs.append((key, value if equals else None))
@@ -114,11 +125,13 @@ def _split_items(text: str) -> list[str]:
     return items
 
 
-def _split_option(flag: str, text: str) -> tuple[list[tuple[str, str | None]], str]:
+def _split_option(
+    flag: str, text: str, repeated: Collection[str] = ()
+) -> tuple[list[tuple[str, str | None]], str]:
     """The pairs of ``text`` and how messages name the option."""
     where = f"{flag} {shorten(text)[1:-1]}"
     try:
-        return split(text), where
+        return split(text, repeated=repeated), where
     except ConfigError as error:
         raise ConfigError(error.why, where) from None
 
@@ -140,7 +153,11 @@ def _parse_chardev(text: str) -> ChardevConfig:
             else "needs id=NAME",
             where,
         )
-    return ChardevConfig(kind, id, _make_options(kind, values, where), where)
+    for key, _ in values:
+        if key in UNSERVED_KEYS:
+            raise ConfigError(f"QEMU's {key} is not served", where)
+    options = _make_options(kind, options_type(kind), values, where, ("id",))
+    return ChardevConfig(kind, id, options, where)
 
 
 def _take_kind(pairs: list[tuple[str, str | None]], where: str) -> str:
@@ -160,25 +177,44 @@ def _take_kind(pairs: list[tuple[str, str | None]], where: str) -> str:
     return kind
 
 
-def _make_options(kind: str, pairs: list[tuple[str, str | None]], where: str) -> Any:
-    """An instance of the option class of ``kind``."""
-    wanted = options_type(kind)
+def _parse_spice(text: str) -> SpiceConfig:
+    repeated = [key for key, field in SpiceOptions.keys().items() if field.default == ()]
+    pairs, where = _split_option("--spice", text, repeated)
+    if re.search(r"password=", text):
+        where = "--spice"  # nothing secret goes into messages
+    for key, _ in pairs:
+        if why := UNSERVED_SPICE_KEYS.get(key):
+            raise ConfigError(f"QEMU's {key} is not served: {why}", where)
+    return SpiceConfig(_make_options("--spice", SpiceOptions, pairs, where), where, explicit=True)
+
+
+def _make_options(
+    noun: str,
+    wanted: type[Options],
+    pairs: list[tuple[str, str | None]],
+    where: str,
+    other_keys: Sequence[str] = (),
+) -> Any:
+    """An instance of ``wanted``; ``other_keys`` are known as well, and not in ``pairs``."""
     fields = wanted.keys()
     types = typing.get_type_hints(wanted)
     arguments: dict[str, object] = {}
     for key, value in pairs:
         if key not in fields and value is None and key.startswith("no") and key[2:] in fields:
             key, value = key[2:], "off"
-        if key in UNSERVED_KEYS:
-            raise ConfigError(f"QEMU's {key} is not served", where)
         if key not in fields:
             raise ConfigError(
-                f"{kind} has no {shorten(key)}; {suggest(key, [*fields, 'id'])}", where
+                f"{noun} has no {shorten(key)}; {suggest(key, [*fields, *other_keys])}", where
             )
         name = fields[key].name
-        if name in arguments:
+        converted = _convert(types[name], key, value, where)
+        if typing.get_origin(types[name]) is tuple:
+            earlier = arguments.get(name, ())
+            assert isinstance(earlier, tuple)
+            converted = (*earlier, converted)
+        elif name in arguments:
             raise ConfigError(f"{key} is given twice", where)
-        arguments[name] = _convert(types[name], key, value, where)
+        arguments[name] = converted
     try:
         return wanted(**arguments)
     except ConfigError as error:

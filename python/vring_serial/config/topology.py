@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass, field
 
 from vring_serial.chardev import Options
+from vring_serial.spice import SpiceOptions
 
 #: Ports of a controller where nothing else is said: what QEMU and libvirt give (port 0 included).
 DEFAULT_MAX_PORTS = 31
@@ -115,6 +116,21 @@ class ControllerConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class SpiceConfig:
+    """The SPICE server that spicevmc and spiceport ends belong to.
+
+    Attributes:
+        options: where and how.
+        where: the place that asked for it, for errors.
+        explicit: an option asked for it; it is no part of a domain that is there anyhow.
+    """
+
+    options: SpiceOptions
+    where: str = field(default="", compare=False)
+    explicit: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Topology:
     """Everything one process serves.
 
@@ -122,8 +138,10 @@ class Topology:
         controllers: by index, ascending; at least one.
         warnings: one line each, about what was asked for and is not ours to do.
         name: the domain's name.
+        spice: the SPICE server, or None if none was asked for.
     """
 
     controllers: tuple[ControllerConfig, ...]
     warnings: tuple[str, ...] = ()
     name: str = "vring"
+    spice: SpiceConfig | None = None

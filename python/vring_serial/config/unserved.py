@@ -18,7 +18,6 @@ UNSERVED = {
     "parport": "host devices are not opened; connect one to a pty or a unix socket with socat",
     "qemu-vdagent": "it is QEMU's own agent end; spicevmc is the one built in here",
     "serial": "host devices are not opened; connect one to a pty or a unix socket with socat",
-    "spiceport": "it needs the emulator's SPICE server; use unix",
     "testdev": _OF_EMULATOR,
     "tty": "host devices are not opened; connect one to a pty or a unix socket with socat",
     "udp": "datagrams would be lost, and a port loses nothing; use tcp or unix",

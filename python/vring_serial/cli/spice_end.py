@@ -1,0 +1,107 @@
+"""The SPICE server that ``vring serve`` puts behind spicevmc and spiceport ends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from vring_serial.chardev import Chardev
+from vring_serial.chardev.protocol import ProtocolChardev, SpiceportOptions
+from vring_serial.cli.logs import emit
+from vring_serial.config.build import ChardevMakers
+from vring_serial.config.topology import PortConfig, SpiceConfig, Topology
+from vring_serial.errors import ConfigError, DependencyError, ResourceError
+
+if TYPE_CHECKING:
+    from vring_serial.spice.core import ClientEvent
+    from vring_serial.spice.server import SpiceServer
+
+KINDS = ("spicevmc", "spiceport")
+
+
+class SpiceEnds:
+    """The server of one topology, if it needs one, and the host ends that belong to it.
+
+    A server that only the domain XML asks for is not missed where the library is not installed:
+    the agent's end is then the one that is built in, and nothing is behind spiceports.
+
+    Args:
+        topology: what is to be served.
+
+    Raises:
+        DependencyError: an option asks for the server, and the library is not installed.
+    """
+
+    def __init__(self, topology: Topology) -> None:
+        self._config = topology.spice
+        self._server: SpiceServer | None = None
+        used = any(
+            port.chardev.kind in KINDS
+            for controller in topology.controllers
+            for port in controller.ports
+        )
+        if self._config is not None and (used or self._config.explicit):
+            self._server = self._load(self._config, topology.name)
+
+    def _load(self, config: SpiceConfig, name: str) -> SpiceServer | None:
+        from vring_serial.spice.server import SpiceServer
+
+        try:
+            return SpiceServer(config.options, name=name, on_client=_log_client)
+        except DependencyError as error:
+            if config.explicit:
+                raise
+            text = f"{config.where}: {error}; the agent's host end is the built-in one"
+            emit(logging.WARNING, "spice_missing", text)
+            return None
+
+    @property
+    def makers(self) -> ChardevMakers:
+        """For :func:`vring_serial.config.build.make_controller`."""
+        server = self._server
+        if server is None:
+            return {"spiceport": _nothing}
+        return {
+            "spicevmc": lambda port: server.agent_chardev(port.chardev.id),
+            "spiceport": lambda port: server.port_chardev(port.chardev.id, _name_of(port)),
+        }
+
+    async def start(self) -> None:
+        """Start the server, if there is one. Raises as SpiceServer.start, naming the place."""
+        if self._server is None:
+            return
+        assert self._config is not None
+        try:
+            await self._server.start()
+        except ConfigError as error:
+            where = f"{self._config.where}: {error.where}" if error.where else self._config.where
+            raise ConfigError(error.why, where) from None
+        except ResourceError as error:
+            raise ResourceError(f"{self._config.where}: {error}") from None
+        addresses = ", ".join(self._server.addresses)
+        text = f"SPICE: clients connect to {addresses}"
+        emit(logging.INFO, "spice", text, addresses=self._server.addresses)
+
+    async def stop(self) -> None:
+        """Stop the server. Safe twice."""
+        if self._server is not None:
+            await self._server.stop()
+
+
+def _name_of(port: PortConfig) -> str:
+    assert isinstance(port.chardev.options, SpiceportOptions)
+    return port.chardev.options.name
+
+
+def _nothing(port: PortConfig) -> Chardev:
+    return ProtocolChardev(
+        port.chardev.id, asyncio.Protocol, connected=False, description="no SPICE server"
+    )
+
+
+def _log_client(event: ClientEvent) -> None:
+    how = " with TLS" if event.tls else ""
+    what = "connected" if event.connected else "disconnected"
+    text = f"SPICE: client {event.address} {what}{how if event.connected else ''}"
+    emit(logging.INFO, f"spice_client_{what}", text, address=event.address, tls=event.tls)

@@ -1,0 +1,10 @@
+"""The real SPICE server, libspice-server, with the device's ports as its char devices.
+
+Nothing here needs the library until :class:`.server.SpiceServer` is made; options alone do not.
+"""
+
+from __future__ import annotations
+
+from vring_serial.spice.options import SpiceOptions
+
+__all__ = ["SpiceOptions"]

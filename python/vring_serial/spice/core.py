@@ -1,0 +1,202 @@
+"""The timers and watches of libspice-server on an asyncio loop (SpiceCoreInterface)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from vring_serial.spice.library import Library
+
+log = logging.getLogger("vring_serial.spice")
+
+_EVENT_READ = 1 << 0
+_EVENT_WRITE = 1 << 1
+
+_CHANNEL_MAIN = 1  # SPICE_CHANNEL_MAIN
+_CHANNEL_INITIALIZED = 2
+_CHANNEL_DISCONNECTED = 3
+_FLAG_TLS = 1 << 0
+_FLAG_ADDR_EXT = 1 << 1
+
+
+@dataclass(frozen=True, slots=True)
+class ClientEvent:
+    """A client came, or went.
+
+    Attributes:
+        address: where from, as text.
+        tls: whether over TLS.
+        connected: whether it came.
+    """
+
+    address: str
+    tls: bool
+    connected: bool
+
+
+@dataclass(slots=True)
+class _Timer:
+    func: Any
+    opaque: Any
+    handle: asyncio.TimerHandle | None = None
+
+
+@dataclass(slots=True)
+class _Watch:
+    fd: int
+    func: Any
+    opaque: Any
+    mask: int = 0
+
+
+class CoreInterface:
+    """One server's timers and watches, on the running loop; all its code runs in that thread.
+
+    The library holds a number instead of a pointer for each of them, so that one that it uses
+    after removing it is an error that we notice.
+
+    Args:
+        library: the loaded library.
+        on_client: told about clients.
+    """
+
+    def __init__(self, library: Library, on_client: Callable[[ClientEvent], None]) -> None:
+        self._ffi = library.ffi
+        self._loop = asyncio.get_running_loop()
+        self._on_client = on_client
+        self._timers: dict[int, _Timer] = {}
+        self._watches: dict[int, _Watch] = {}
+        self._number = 0
+        self.struct = self._make_struct()
+
+    def _make_struct(self) -> Any:
+        """The interface; it, and the callbacks in it, live as long as this object."""
+        ffi = self._ffi
+        struct = ffi.new("SpiceCoreInterface *")
+        self._strings = [ffi.new("char[]", text) for text in (b"core", b"asyncio")]
+        struct.base.type, struct.base.description = self._strings
+        struct.base.major_version = 1
+        struct.base.minor_version = 3
+        fields = dict(ffi.typeof("SpiceCoreInterface").fields)
+        self._callbacks = []
+        for name in (
+            *("timer_add", "timer_start", "timer_cancel", "timer_remove"),
+            *("watch_add", "watch_update_mask", "watch_remove", "channel_event"),
+        ):
+            callback = ffi.callback(fields[name].type, getattr(self, f"_{name}"))
+            self._callbacks.append(callback)
+            setattr(struct, name, callback)
+        return struct
+
+    def close(self) -> None:
+        """Forget whatever the library left behind."""
+        for timer in self._timers.values():
+            _cancel(timer)
+        self._timers.clear()
+        for watch in self._watches.values():
+            self._set_mask(watch, 0)
+        self._watches.clear()
+
+    def _next(self) -> int:
+        self._number += 1
+        return self._number
+
+    def _key(self, pointer: Any) -> int:
+        return int(self._ffi.cast("uintptr_t", pointer))
+
+    # --- timers
+
+    def _timer_add(self, func: Any, opaque: Any) -> Any:
+        number = self._next()
+        self._timers[number] = _Timer(func, opaque)
+        return self._ffi.cast("SpiceTimer *", number)
+
+    def _timer_start(self, pointer: Any, ms: int) -> None:
+        timer = self._timers[self._key(pointer)]
+        _cancel(timer)
+        timer.handle = self._loop.call_later(ms / 1000, _fire, timer)
+
+    def _timer_cancel(self, pointer: Any) -> None:
+        _cancel(self._timers[self._key(pointer)])
+
+    def _timer_remove(self, pointer: Any) -> None:
+        if pointer != self._ffi.NULL:
+            _cancel(self._timers.pop(self._key(pointer)))
+
+    # --- watches
+
+    def _watch_add(self, fd: int, mask: int, func: Any, opaque: Any) -> Any:
+        number = self._next()
+        watch = self._watches[number] = _Watch(fd, func, opaque)
+        self._set_mask(watch, mask)
+        return self._ffi.cast("SpiceWatch *", number)
+
+    def _watch_update_mask(self, pointer: Any, mask: int) -> None:
+        self._set_mask(self._watches[self._key(pointer)], mask)
+
+    def _watch_remove(self, pointer: Any) -> None:
+        if pointer != self._ffi.NULL:
+            self._set_mask(self._watches.pop(self._key(pointer)), 0)
+
+    def _set_mask(self, watch: _Watch, mask: int) -> None:
+        """The library has one watch for a descriptor at a time."""
+        changed = watch.mask ^ mask
+        watch.mask = mask
+        if changed & _EVENT_READ:
+            if mask & _EVENT_READ:
+                self._loop.add_reader(watch.fd, watch.func, watch.fd, _EVENT_READ, watch.opaque)
+            else:
+                self._loop.remove_reader(watch.fd)
+        if changed & _EVENT_WRITE:
+            if mask & _EVENT_WRITE:
+                self._loop.add_writer(watch.fd, watch.func, watch.fd, _EVENT_WRITE, watch.opaque)
+            else:
+                self._loop.remove_writer(watch.fd)
+
+    # --- clients
+
+    def _channel_event(self, event: int, info: Any) -> None:
+        """A client is there while its main channel is."""
+        if info.type != _CHANNEL_MAIN or event not in (
+            _CHANNEL_INITIALIZED,
+            _CHANNEL_DISCONNECTED,
+        ):
+            return
+        address = "?"
+        if info.flags & _FLAG_ADDR_EXT:
+            size = min(info.plen_ext, self._ffi.sizeof("struct sockaddr_storage"))
+            raw = self._ffi.buffer(self._ffi.addressof(info, "paddr_ext"), size)
+            with contextlib.suppress(ValueError):
+                address = _format_address(bytes(raw))
+        connected = event == _CHANNEL_INITIALIZED
+        self._on_client(ClientEvent(address, bool(info.flags & _FLAG_TLS), connected))
+
+
+def _cancel(timer: _Timer) -> None:
+    if timer.handle is not None:
+        timer.handle.cancel()
+        timer.handle = None
+
+
+def _fire(timer: _Timer) -> None:
+    timer.handle = None
+    timer.func(timer.opaque)
+
+
+def _format_address(raw: bytes) -> str:
+    """A struct sockaddr as text. Raises ValueError if it is too short."""
+    if len(raw) < 2:
+        return "a unix socket"
+    family = int.from_bytes(raw[:2], "little")
+    port = int.from_bytes(raw[2:4], "big")
+    if family == socket.AF_INET:
+        return f"{ipaddress.IPv4Address(raw[4:8])}:{port}"
+    if family == socket.AF_INET6:
+        return f"[{ipaddress.IPv6Address(raw[8:24])}]:{port}"
+    return "a unix socket"
