@@ -20,7 +20,14 @@ class Region:
     def buffer(self) -> Buffer: ...
     @classmethod
     def map(
-        cls, fd: int, size: int, *, offset: int = 0, guest_addr: int, user_addr: int | None = None
+        cls,
+        fd: int,
+        size: int,
+        *,
+        offset: int = 0,
+        guest_addr: int,
+        user_addr: int | None = None,
+        private: bool = False,
     ) -> Region: ...
 
 @final

@@ -18,7 +18,7 @@ from vring.errors import AddressError, LocalMisuseError, MemoryMapError
 cdef extern from "<sys/mman.h>" nogil:
     void* mmap(void* addr, size_t length, int prot, int flags, int fd, long offset)
     int munmap(void* addr, size_t length)
-    int PROT_READ, PROT_WRITE, MAP_SHARED
+    int PROT_READ, PROT_WRITE, MAP_SHARED, MAP_PRIVATE
     void* MAP_FAILED
 
 #: More than any frontend uses: QEMU has 509 slots for memory, vfio-user allows 65535 maps.
@@ -36,19 +36,24 @@ cdef uint64_t as_address(object value, str what) except? 0:
 
 @cython.final
 cdef class _Mapping:
-    """A shared mapping of a file; unmapped when the last buffer over it is gone."""
+    """A mapping of a file; unmapped when the last buffer over it is gone."""
 
     cdef void* base
     cdef size_t length
     cdef size_t start
 
-    def __cinit__(self, int fd, uint64_t size, uint64_t offset):
+    def __cinit__(self, int fd, uint64_t size, uint64_t offset, bint private):
         cdef uint64_t page = os.sysconf("SC_PAGE_SIZE")
         self.base = NULL
         self.start = offset % page
         self.length = size + self.start
         cdef void* base = mmap(
-            NULL, self.length, PROT_READ | PROT_WRITE, MAP_SHARED, fd, <long>(offset - self.start)
+            NULL,
+            self.length,
+            PROT_READ | PROT_WRITE,
+            MAP_PRIVATE if private else MAP_SHARED,
+            fd,
+            <long>(offset - self.start),
         )
         if base == MAP_FAILED:
             raise MemoryMapError(
@@ -126,10 +131,11 @@ cdef class Region:
         return self.table.size
 
     @classmethod
-    def map(cls, fd, size, *, offset=0, guest_addr, user_addr=None):
+    def map(cls, fd, size, *, offset=0, guest_addr, user_addr=None, private=False):
         """Map a file (memfd, shared memory) that a peer sent, readable, writable and shared.
 
-        The descriptor is neither kept nor closed. `offset` need not be aligned to a page.
+        The descriptor is neither kept nor closed. `offset` need not be aligned to a page. With
+        `private` it need not be writable, and what is written there changes nothing in the file.
 
         Raises:
             MemoryMapError: no bytes asked for, the file is shorter than offset + size (touching
@@ -148,7 +154,7 @@ cdef class Region:
                 f"region at {guest_addr:#x}: its file has {length:#x} bytes, "
                 f"the region needs {offset:#x} + {size:#x}"
             )
-        return cls(guest_addr, _Mapping(fd, size, offset), user_addr=user_addr)
+        return cls(guest_addr, _Mapping(fd, size, offset, private), user_addr=user_addr)
 
     def __repr__(self):
         user = "" if self.user_addr is None else f", user_addr={self.user_addr:#x}"

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import errno
-import mmap
 from dataclasses import dataclass
 
 from vring import GuestMemory, Region
-from vring.errors import MemoryMapError
 from vring_serial.errors import ProtocolError
 from vring_serial.proto.vfio_user import VfioUserError
 from vring_serial.proto.vfio_user_wire import DmaFlag, DmaMap, DmaUnmap, UnmapFlag
-
-_PAGE = mmap.PAGESIZE
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,19 +96,8 @@ class DmaTable:
 
 
 def _map(asked: DmaMap, fd: int) -> Region:
-    if asked.flags & DmaFlag.WRITE:
-        return Region.map(fd, asked.size, offset=asked.offset, guest_addr=asked.address)
     # What the device must not write is mapped as its own copy: writing changes nothing.
-    before = asked.offset % _PAGE
-    try:
-        mapped = mmap.mmap(
-            fd,
-            before + asked.size,
-            mmap.MAP_PRIVATE,
-            mmap.PROT_READ | mmap.PROT_WRITE,
-            offset=asked.offset - before,
-        )
-    except (ValueError, OverflowError) as error:
-        # A file shorter than the mapping, among others.
-        raise MemoryMapError(str(error)) from None
-    return Region(asked.address, memoryview(mapped)[before:])
+    private = not asked.flags & DmaFlag.WRITE
+    return Region.map(
+        fd, asked.size, offset=asked.offset, guest_addr=asked.address, private=private
+    )
