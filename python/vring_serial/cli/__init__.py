@@ -33,6 +33,7 @@ COMMANDS = {
     "serve": LazyCommand("serve", "serve_command", "Serve virtio-serial devices over vhost-user."),
     "guest": LazyCommand("guest", "guest_command", "Run the embedded guest against a device."),
     "bench": LazyCommand("bench", "bench_command", "Measure ports: throughput, latency, rings."),
+    "agent": LazyCommand("agent", "agent_command", "Talk to the SPICE agent of a guest."),
     "demo": LazyCommand("demo", "demo_command", "Show the whole agent path at work."),
 }
 

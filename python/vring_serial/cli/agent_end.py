@@ -1,11 +1,12 @@
-"""What ``vring serve`` puts behind a spicevmc port: a host's end of the agent that only listens.
+"""What ``vring serve`` puts behind a spicevmc port: one agent, shared by all who connect.
 
-It announces capabilities, answers what an agent asks, and logs what it learns. A session that wants
-more of the agent uses :class:`vring_serial.agent.HostAgent` itself.
+It announces capabilities, answers what an agent asks, and logs what it learns. Clients (``vring
+agent``, any number at once) reach the agent over a unix socket.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
 
@@ -17,31 +18,72 @@ from vring_serial.agent.events import (
     ClipboardGrabbed,
     ClipboardReleased,
 )
-from vring_serial.agent.host import HostAgent
+from vring_serial.agent.router import AgentRouter
 from vring_serial.cli.logs import emit
 from vring_serial.config.build import ProtocolFactory
 from vring_serial.config.topology import PortConfig
 from vring_serial.device.ratelimit import RateLimitedLog
+from vring_serial.errors import ConfigError
+from vring_serial.unix_socket import UnixListener
 
 log = logging.getLogger(__name__)
 
+#: Seconds without accepting after the system refused a descriptor for a client.
+ACCEPT_PAUSE = 1.0
+
 
 class AgentEnds:
-    """The agent ends of one server; each lives as long as the server, across connections."""
+    """The agent ends of one server; each lives as long as the server, across connections.
 
-    def __init__(self) -> None:
-        self._agents: list[HostAgent] = []
+    Args:
+        path: unix socket for clients of the only spicevmc port, or None.
+    """
+
+    def __init__(self, path: str | None = None) -> None:
+        self._path = path
+        self._routers: list[AgentRouter] = []
+        self._listener: UnixListener | None = None
+        self._accepting: asyncio.Task[None] | None = None
 
     def factory(self, port: PortConfig) -> ProtocolFactory:
         """The end of one spicevmc port."""
-        agent = HostAgent(on_event=_logger_of(port))
-        self._agents.append(agent)
-        return agent.protocol_factory
+        router = AgentRouter(on_event=_logger_of(port))
+        self._routers.append(router)
+        return router.protocol_factory
+
+    def start(self) -> None:
+        """Take clients. Raises ConfigError unless there is one agent, ResourceError on the path."""
+        if self._path is None:
+            return
+        if len(self._routers) != 1:
+            raise ConfigError(
+                f"it is for one spicevmc port, and there are {len(self._routers)}",
+                f"--agent-socket {self._path}",
+            )
+        self._listener = UnixListener(self._path)
+        self._accepting = asyncio.create_task(self._accept(self._listener, self._routers[0]))
+
+    async def _accept(self, listener: UnixListener, router: AgentRouter) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                client, _ = await loop.sock_accept(listener.socket)
+            except OSError as error:
+                # Too many open files, most likely: those who wait are served when one has left.
+                log.warning("--agent-socket %s: %s", self._path, error.strerror)
+                await asyncio.sleep(ACCEPT_PAUSE)
+                continue
+            await loop.connect_accepted_socket(router.client_factory, client)
 
     async def close(self) -> None:
-        """Close all."""
-        for agent in self._agents:
-            await agent.close()
+        """Close all, and remove the socket."""
+        if self._accepting is not None:
+            self._accepting.cancel()
+            await asyncio.gather(self._accepting, return_exceptions=True)
+        if self._listener is not None:
+            self._listener.close()
+        for router in self._routers:
+            await router.close()
 
 
 def _logger_of(port: PortConfig) -> Callable[[AgentEvent], None]:

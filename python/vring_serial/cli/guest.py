@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import click
@@ -65,6 +66,12 @@ _SECONDS = click.FloatRange(min=0, min_open=True)
 )
 @click.option("--agent", is_flag=True, help="Run the SPICE guest agent on com.redhat.spice.0.")
 @click.option(
+    "--downloads",
+    metavar="DIR",
+    type=click.Path(exists=True, file_okay=False, writable=True, path_type=Path),
+    help="With --agent: take files from the host into this directory.",
+)
+@click.option(
     "--wait",
     default=10.0,
     type=_SECONDS,
@@ -89,6 +96,7 @@ def guest_command(
     echo: tuple[str, ...],
     bulk: tuple[str, ...],
     agent: bool,
+    downloads: Path | None,
     wait: float,
     memory: int,
     queue_size: int,
@@ -104,8 +112,10 @@ def guest_command(
     """
     services: list[tuple[str, Service]] = [(port, serve_echo) for port in echo]
     services += [(port, serve_bulk) for port in bulk]
+    if downloads is not None and not agent:
+        raise click.UsageError("--downloads goes with --agent")
     if agent:
-        services.append(_agent())
+        services.append(_agent(downloads))
     if list_ports + bool(open_port) + bool(services) > 1:
         raise ConfigError("--list, --open and services on ports exclude one another")
     # Standard output and error are the port's and the table's own there.
@@ -127,10 +137,10 @@ def guest_command(
     asyncio.run(_run(guest, work))
 
 
-def _agent() -> tuple[str, Service]:
+def _agent(downloads: Path | None) -> tuple[str, Service]:
     from vring_serial.guest.agent import AGENT_PORT, serve_agent
 
-    return AGENT_PORT, serve_agent
+    return AGENT_PORT, functools.partial(serve_agent, downloads=downloads)
 
 
 async def _run(guest: EmbeddedGuest, work: Callable[[], Coroutine[None, None, None]]) -> None:

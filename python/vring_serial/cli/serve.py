@@ -79,6 +79,11 @@ from vring_serial.errors import ConfigError
     metavar="MICROSECONDS",
     help="Look for more work so long before sleeping: lower latency, at the price of a processor.",
 )
+@click.option(
+    "--agent-socket",
+    metavar="PATH",
+    help="Share the agent behind the spicevmc port with `vring agent` on this unix socket.",
+)
 @click.option("--pid-file", metavar="FILE", help="Write the process id here while serving.")
 @click.option(
     "--log-level",
@@ -101,6 +106,7 @@ def serve_command(
     inband_notifications: bool,
     busy_poll: int,
     pid_file: str | None,
+    agent_socket: str | None,
     log_level: str,
     json_log: bool,
 ) -> None:
@@ -130,7 +136,9 @@ def serve_command(
     # Only now, so that a mistake is told without loading what it takes to serve.
     from vring_serial.cli.server import Settings, serve
 
-    settings = Settings(sockets, connect, inband_notifications, pid_file, busy_poll)
+    settings = Settings(
+        sockets, connect, inband_notifications, pid_file, busy_poll, agent_socket
+    )
     asyncio.run(serve(topology, settings))
 
 

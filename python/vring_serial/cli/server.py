@@ -33,6 +33,7 @@ class Settings:
         inband_notifications: offer kicks and calls as messages.
         pid_file: where to write the process id while serving, or None.
         busy_poll: microseconds for which the data plane goes on looking after work.
+        agent_socket: where clients of the spicevmc port's agent connect, or None.
     """
 
     sockets: tuple[str, ...]
@@ -40,6 +41,7 @@ class Settings:
     inband_notifications: bool = False
     pid_file: str | None = None
     busy_poll: int = 0
+    agent_socket: str | None = None
 
 
 async def serve(topology: Topology, settings: Settings) -> None:
@@ -62,7 +64,7 @@ async def serve(topology: Topology, settings: Settings) -> None:
 async def _start(topology: Topology, settings: Settings, stack: contextlib.AsyncExitStack) -> None:
     """Start everything, host ends first; ``stack`` stops it in the opposite order."""
     pump = stack.enter_context(_running_pump(settings.busy_poll))
-    agents = AgentEnds()
+    agents = AgentEnds(settings.agent_socket)
     stack.push_async_callback(agents.close)
     spice = SpiceEnds(topology)
     stack.push_async_callback(spice.stop)
@@ -75,6 +77,7 @@ async def _start(topology: Topology, settings: Settings, stack: contextlib.Async
         _make_backend(controller, socket, settings)
         for controller, socket in zip(controllers, settings.sockets, strict=True)
     ]
+    agents.start()
     for config, controller in zip(topology.controllers, controllers, strict=True):
         stack.push_async_callback(controller.stop)
         await controller.start()

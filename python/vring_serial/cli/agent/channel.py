@@ -1,0 +1,78 @@
+"""One connection to an agent channel for the length of a command."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+from vring_serial.agent import HostAgent
+from vring_serial.cli.signals import stop_on_signals
+from vring_serial.errors import ConfigError, ResourceError
+
+#: A shell's status for a command that SIGINT ended.
+STATUS_INTERRUPTED = 130
+
+
+@dataclass(frozen=True, slots=True)
+class Channel:
+    """Where the agent is, and how long it may take to answer, in seconds."""
+
+    address: str
+    timeout: float
+
+    async def open(self, factory: Callable[[], asyncio.BaseProtocol]) -> None:
+        """Connect a protocol. Raises ConfigError on an address, ResourceError on a connection."""
+        loop = asyncio.get_running_loop()
+        host, colon, port = self.address.rpartition(":")
+        try:
+            if colon and "/" not in self.address:
+                if not (port.isascii() and port.isdigit() and 0 < int(port[:6]) < 65536):
+                    raise ConfigError(f"{port!r} is no TCP port", f"--socket {self.address}")
+                await loop.create_connection(factory, host.strip("[]") or "localhost", int(port))
+            else:
+                await loop.create_unix_connection(factory, self.address)
+        except OSError as error:
+            raise ResourceError(f"--socket {self.address}: {error.strerror or error}") from None
+
+    @contextlib.asynccontextmanager
+    async def agent(self) -> AsyncIterator[HostAgent]:
+        """The agent, once it has announced itself. Raises AgentTimeoutError if it does not."""
+        agent = HostAgent(timeout=self.timeout)
+        await self.open(agent.protocol_factory)
+        try:
+            await agent.wait_ready()
+            yield agent
+        finally:
+            await agent.close()
+
+    def run(self, work: Callable[[HostAgent], Coroutine[Any, Any, None]]) -> None:
+        """Do ``work`` on the agent. The first SIGINT or SIGTERM cancels it and ends the command."""
+
+        async def on_agent() -> None:
+            async with self.agent() as agent:
+                await work(agent)
+
+        run_until_signal(on_agent())
+
+
+def run_until_signal(work: Coroutine[Any, Any, None]) -> None:
+    """Run ``work``; a signal cancels it, and what it does on the way out is waited for."""
+
+    async def main() -> bool:
+        stop = stop_on_signals()
+        working = asyncio.create_task(work)
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait((working, stopping), return_when=asyncio.FIRST_COMPLETED)
+        interrupted = not working.done()
+        working.cancel()
+        stopping.cancel()
+        await asyncio.gather(working, stopping, return_exceptions=True)
+        if not interrupted:
+            working.result()
+        return interrupted
+
+    if asyncio.run(main()):
+        raise SystemExit(STATUS_INTERRUPTED)

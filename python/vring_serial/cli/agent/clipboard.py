@@ -1,0 +1,258 @@
+"""``vring agent clipboard``: get, set and watch the guest's clipboards."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import click
+
+from vring_serial.agent import (
+    AgentError,
+    AgentGone,
+    AgentGoneError,
+    ClipboardGrabbed,
+    ClipboardReleased,
+    HostAgent,
+    StreamSource,
+)
+from vring_serial.cli.agent.channel import Channel
+from vring_serial.errors import ConfigError, ResourceError
+from vring_serial.proto.agent import Buffer, ClipboardType, Selection
+from vring_serial.proto.agent.filelist import FileList
+
+TYPES = {
+    "text": ClipboardType.UTF8_TEXT,
+    "png": ClipboardType.IMAGE_PNG,
+    "bmp": ClipboardType.IMAGE_BMP,
+    "tiff": ClipboardType.IMAGE_TIFF,
+    "jpg": ClipboardType.IMAGE_JPG,
+    "files": ClipboardType.FILE_LIST,
+}
+NAMES: dict[int, str] = {kind: name for name, kind in TYPES.items()}
+#: Characters of a text that ``watch`` shows.
+PREVIEW = 60
+#: Bytes read from a file at once while the guest fetches it.
+PIECE = 64 << 10
+
+selection_option = click.option(
+    "--selection",
+    type=click.Choice([s.name.lower() for s in Selection]),
+    default="clipboard",
+    show_default=True,
+    help="Which clipboard; primary is what X11 pastes with the middle button.",
+)
+type_option = click.option(
+    "--type",
+    "kind",
+    type=click.Choice(list(TYPES)),
+    default="text",
+    show_default=True,
+    help="What the data are.",
+)
+
+
+@click.group("clipboard")
+def clipboard_group() -> None:
+    """Get, set and watch the guest's clipboards."""
+
+
+# --- get
+
+
+@clipboard_group.command("get")
+@selection_option
+@type_option
+@click.option(
+    "--output", metavar="FILE|DIR", help="Where to write; for files, the directory to copy into."
+)
+@click.pass_obj
+def get_command(channel: Channel, selection: str, kind: str, output: str | None) -> None:
+    """Print what is on a clipboard of the guest, or write it to a file.
+
+    For files, print their paths in the guest, or with --output copy them (agents that announce
+    FILES_FROM_GUEST, such as the embedded guest's).
+    """
+    which = Selection[selection.upper()]
+    if kind not in ("text", "files") and output is None and sys.stdout.isatty():
+        raise ConfigError(f"{kind} data are not for a terminal: name a file", "--output")
+
+    async def work(agent: HostAgent) -> None:
+        await _settle(agent, which)
+        if kind == "text" and output is None:
+            click.echo(await agent.get_clipboard(which), nl=False)
+        elif kind == "files" and output is not None:
+            for path in await agent.get_files(Path(output), which):
+                click.echo(path)
+        elif kind == "files":
+            data = await agent.get_clipboard_data(ClipboardType.FILE_LIST, which)
+            click.echo("\n".join(FileList.unpack(data).paths))
+        else:
+            stream = agent.stream_clipboard(TYPES[kind], which)
+            async with contextlib.aclosing(stream):
+                with _output(output) as file:
+                    async for piece in stream:
+                        file.write(piece)
+
+    channel.run(work)
+
+
+async def _settle(agent: HostAgent, selection: int) -> None:
+    """An agent that has just announced itself tells what is on its clipboards a moment later."""
+    with contextlib.suppress(AgentError):
+        await agent.wait_clipboard(selection, timeout=1.0)
+
+
+@contextlib.contextmanager
+def _output(path: str | None) -> Iterator[BinaryIO]:
+    if path is None:
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+        return
+    try:
+        with open(path, "wb") as file:
+            yield file
+    except OSError as error:
+        raise ResourceError(f"--output {path}: {error.strerror}") from None
+
+
+# --- set
+
+
+@clipboard_group.command("set")
+@click.argument("text", required=False)
+@selection_option
+@type_option
+@click.option("--file", "path", metavar="FILE", help="Take the data from a file; - is stdin.")
+@click.option("--paste-once", is_flag=True, help="End when it has been pasted once.")
+@click.pass_obj
+def set_command(
+    channel: Channel,
+    text: str | None,
+    selection: str,
+    kind: str,
+    path: str | None,
+    paste_once: bool,
+) -> None:
+    """Put TEXT, or a file's contents, on a clipboard of the guest.
+
+    The guest fetches the data when somebody pastes, so the command goes on until something in the
+    guest takes the clipboard, or it is interrupted.
+    """
+    if (text is None) == (path is None):
+        raise click.UsageError("give either TEXT or --file")
+    if kind == "files":
+        raise click.UsageError("files go to the guest with `vring agent send`")
+    which = Selection[selection.upper()]
+    pasted = asyncio.Event()
+    source = _source(text, path, pasted)
+
+    async def work(agent: HostAgent) -> None:
+        with agent.events() as events:
+            await agent.set_clipboard({TYPES[kind]: source}, which)
+            taken = asyncio.ensure_future(_taken(events, which))
+            waiting = [taken]
+            if paste_once:
+                waiting.append(asyncio.ensure_future(_sent(pasted)))
+            try:
+                done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+            finally:
+                for task in waiting:
+                    task.cancel()
+                await asyncio.gather(*waiting, return_exceptions=True)
+
+    channel.run(work)
+
+
+def _source(text: str | None, path: str | None, pasted: asyncio.Event) -> StreamSource:
+    """The data, read when they are fetched; a file is not held in memory."""
+    if text is not None or path == "-":
+        data = text.encode() if text is not None else sys.stdin.buffer.read()
+
+        async def from_memory() -> AsyncIterator[Buffer]:
+            yield data
+            pasted.set()
+
+        return StreamSource(len(data), from_memory)
+    assert path is not None
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+    except OSError as error:
+        raise ConfigError(str(error.strerror), f"--file {path}") from None
+
+    async def from_file() -> AsyncIterator[Buffer]:
+        with open(path, "rb") as file:
+            while piece := file.read(PIECE):
+                yield piece
+        pasted.set()
+
+    return StreamSource(size, from_file)
+
+
+async def _taken(events: AsyncIterator[object], selection: int) -> None:
+    """Return when the guest takes the clipboard. Raises AgentGoneError when the agent leaves."""
+    async for event in events:
+        match event:
+            case ClipboardGrabbed(taken, _) if taken == selection:
+                return
+            case AgentGone(reason):
+                raise AgentGoneError(f"the agent went away{f': {reason}' if reason else ''}")
+
+
+async def _sent(pasted: asyncio.Event) -> None:
+    """Return when the data were pasted, and the last of them had time to leave."""
+    await pasted.wait()
+    await asyncio.sleep(0.2)
+
+
+# --- watch
+
+
+@clipboard_group.command("watch")
+@selection_option
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per change.")
+@click.pass_obj
+def watch_command(channel: Channel, selection: str, as_json: bool) -> None:
+    """Tell whenever a clipboard of the guest changes, until interrupted."""
+    which = Selection[selection.upper()]
+
+    async def work(agent: HostAgent) -> None:
+        with agent.events() as events:
+            if types := agent.clipboard_types(which):
+                await _tell(agent, which, types, as_json)
+            async for event in events:
+                match event:
+                    case ClipboardGrabbed(changed, types) if changed == which:
+                        await _tell(agent, which, types, as_json)
+                    case ClipboardReleased(changed) if changed == which:
+                        await _tell(agent, which, (), as_json)
+                    case AgentGone(reason):
+                        raise AgentGoneError(f"the agent went away{f': {reason}' * bool(reason)}")
+
+    channel.run(work)
+
+
+async def _tell(
+    agent: HostAgent, selection: Selection, types: tuple[int, ...], as_json: bool
+) -> None:
+    names = [NAMES.get(number, str(number)) for number in types]
+    text: str | None = None
+    if ClipboardType.UTF8_TEXT in types:
+        # What was copied may be gone again by the time that it is fetched.
+        with contextlib.suppress(AgentError):
+            text = await agent.get_clipboard(selection)
+    if as_json:
+        change = {"selection": selection.name.lower(), "types": names, "text": text}
+        click.echo(json.dumps(change))
+        return
+    shown = "" if text is None else f": {text[:PREVIEW]!r}{'…' * (len(text) > PREVIEW)}"
+    click.echo(f"{selection.name.lower()}: {', '.join(names) or 'nothing'}{shown}")

@@ -1,0 +1,88 @@
+"""``vring agent send``: files into the guest, with progress."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from vring_serial.agent import AgentError, HostAgent
+from vring_serial.cli.agent.channel import Channel
+from vring_serial.errors import ConfigError, VringSerialError
+
+#: Transfers at once; the Linux agent takes 128.
+AT_ONCE = 16
+
+
+@click.command("send")
+@click.argument("paths", metavar="FILE...", nargs=-1, required=True)
+@click.option("--quiet", is_flag=True, help="No progress bars.")
+@click.pass_obj
+def send_command(channel: Channel, paths: tuple[str, ...], quiet: bool) -> None:
+    """Put files into the guest's download directory.
+
+    Several go at once. Interrupting the command cancels what is not there yet in the guest as well.
+    """
+    files = [_checked(path) for path in paths]
+    failed: list[str] = []
+
+    async def work(agent: HostAgent) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(binary_units=True),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=Console(stderr=True), disable=quiet) as progress:
+            slots = asyncio.Semaphore(AT_ONCE)
+            async with asyncio.TaskGroup() as group:
+                for file in files:
+                    group.create_task(_send(agent, file, progress, slots, failed))
+
+    channel.run(work)
+    if failed:
+        raise VringSerialError("; ".join(failed))
+
+
+def _checked(path: str) -> Path:
+    """A file that can be sent. Raises ConfigError that says why another cannot."""
+    file = Path(path)
+    try:
+        if file.is_dir():
+            raise ConfigError("is a directory: send its files, or an archive of it", path)
+        with file.open("rb"):
+            return file
+    except OSError as error:
+        raise ConfigError(error.strerror or str(error), path) from None
+
+
+async def _send(
+    agent: HostAgent,
+    file: Path,
+    progress: Progress,
+    slots: asyncio.Semaphore,
+    failed: list[str],
+) -> None:
+    """Send one file; its failure does not stop the others."""
+    task: TaskID = progress.add_task(file.name, total=None)
+    try:
+        async with slots:
+            await agent.send_file(
+                file,
+                on_progress=lambda sent, size: progress.update(task, completed=sent, total=size),
+            )
+    except AgentError as error:
+        progress.update(task, description=f"[red]{file.name}[/]")
+        failed.append(f"{file}: {error}")

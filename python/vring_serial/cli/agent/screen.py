@@ -1,0 +1,66 @@
+"""``vring agent caps`` and ``vring agent resize``."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import click
+
+from vring_serial.agent import HostAgent
+from vring_serial.cli.agent.channel import Channel
+from vring_serial.proto.agent import Monitor
+
+#: Pixels that X11 and Windows can count.
+SIZE_MAX = 32767
+_MONITOR = re.compile(r"(\d{1,6})x(\d{1,6})(?:([+-]\d{1,6})([+-]\d{1,6}))?")
+
+
+class MonitorType(click.ParamType[Monitor]):
+    """``1920x1080`` or ``1920x1080+1920+0``, in pixels."""
+
+    name = "WxH[+X+Y]"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Monitor:
+        match = _MONITOR.fullmatch(str(value))
+        if match is None:
+            self.fail(f"{value!r} is not a size such as 1920x1080 or 1920x1080+1920+0", param, ctx)
+        width, height, x, y = (int(number or 0) for number in match.groups())
+        if not (0 < width <= SIZE_MAX and 0 < height <= SIZE_MAX):
+            self.fail(f"{value}: width and height are 1 to {SIZE_MAX} pixels", param, ctx)
+        return Monitor(width, height, x, y)
+
+
+@click.command("caps")
+@click.option("--json", "as_json", is_flag=True, help="A JSON array of names.")
+@click.pass_obj
+def caps_command(channel: Channel, as_json: bool) -> None:
+    """List what the guest's agent can do."""
+
+    async def work(agent: HostAgent) -> None:
+        assert agent.capabilities is not None
+        names = agent.capabilities.names()
+        click.echo(json.dumps(names) if as_json else "\n".join(names))
+
+    channel.run(work)
+
+
+@click.command("resize")
+@click.argument("monitors", type=MonitorType(), nargs=-1, required=True)
+@click.pass_obj
+def resize_command(channel: Channel, monitors: tuple[Monitor, ...]) -> None:
+    """Give the guest these monitors; the first is the primary one.
+
+    Several monitors need positions: `resize 1920x1080+0+0 1280x1024+1920+0`.
+    """
+    if len(monitors) > 1 and len({(m.x, m.y) for m in monitors}) < len(monitors):
+        raise click.UsageError("several monitors need a position each, such as 1280x1024+1920+0")
+
+    async def work(agent: HostAgent) -> None:
+        await agent.set_monitors(monitors)
+        sizes = " ".join(f"{m.width}x{m.height}{m.x:+}{m.y:+}" for m in monitors)
+        click.echo(f"the guest took {sizes}")
+
+    channel.run(work)

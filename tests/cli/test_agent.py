@@ -1,0 +1,263 @@
+"""`vring agent` as a process, on a running `vring serve` and the embedded guest's agent."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+VRING = (sys.executable, "-m", "vring_serial")
+DOMAIN = """\
+<domain><devices>
+  <channel type='spicevmc'><target type='virtio' name='com.redhat.spice.0'/></channel>
+</devices></domain>
+"""
+TEXT = "naïve café, 日本語, 🖥\nsecond line"
+
+
+def wait_until(condition: Callable[[], Any], what: str, timeout: float = 20) -> None:
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, what
+        time.sleep(0.02)
+
+
+class Session:
+    """A server, a guest with an agent that takes files, and the command under test."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.downloads = directory / "downloads"
+        self.downloads.mkdir()
+        self.socket = directory / "agent.sock"
+        domain = directory / "domain.xml"
+        domain.write_text(DOMAIN)
+        vhost = str(directory / "vring.sock")
+        self.processes = [
+            self.start("serve", "--vhost-user", vhost, "--domain", domain, *self.agent_socket)
+        ]
+        wait_until(Path(vhost).exists, "vring serve listens")
+        self.processes.append(
+            self.start("guest", "--vhost-user", vhost, "--agent", "--downloads", self.downloads)
+        )
+
+    @property
+    def agent_socket(self) -> tuple[str, Path]:
+        return "--agent-socket", self.socket
+
+    def start(self, *arguments: object, **options: Any) -> subprocess.Popen[str]:
+        command = [*VRING, *map(str, arguments)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, **{**pipes, "stdin": subprocess.DEVNULL, **options})
+
+    def agent(self, *arguments: object) -> subprocess.Popen[str]:
+        return self.start("agent", "--socket", self.socket, *arguments)
+
+    def run(self, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+        command = [*VRING, "agent", "--socket", str(self.socket), *map(str, arguments)]
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=30, check=False, **options
+        )
+
+    def close(self) -> None:
+        for process in reversed(self.processes):
+            process.send_signal(signal.SIGTERM)
+            process.communicate(timeout=20)
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
+    session = Session(tmp_path_factory.mktemp("agent"))
+    try:
+        yield session
+    finally:
+        session.close()
+
+
+def test_capabilities(session):
+    result = session.run("caps", "--json")
+    assert result.returncode == 0, result.stderr
+    assert "MONITORS_CONFIG" in json.loads(result.stdout)
+    assert "MONITORS_CONFIG" in session.run("caps").stdout.splitlines()
+
+
+def test_resize(session):
+    result = session.run("resize", "1920x1080", "1280x1024+1920+0")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == "the guest took 1920x1080+0+0 1280x1024+1920+0\n"
+
+
+def test_clipboard_both_ways(session):
+    """The embedded guest pastes what the host copies, and selects it: PRIMARY is what arrived."""
+    owner = session.agent("clipboard", "set", TEXT)
+    try:
+        wait_until(
+            lambda: session.run("clipboard", "get", "--selection", "primary").stdout == TEXT,
+            "the guest pasted the text",
+        )
+    finally:
+        owner.send_signal(signal.SIGINT)
+        assert owner.communicate(timeout=20) == ("", "")
+    assert owner.returncode == 130
+
+
+def test_paste_once_ends_by_itself_and_files_are_sources(session, tmp_path):
+    source = tmp_path / "text"
+    source.write_text(TEXT * 1000)
+    result = session.run("clipboard", "set", "--file", source, "--paste-once")
+    assert (result.returncode, result.stderr) == (0, "")
+    output = tmp_path / "output"
+    result = session.run("clipboard", "get", "--selection", "primary", "--output", output)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert output.read_text() == TEXT * 1000
+
+
+def test_watch_tells_changes(session):
+    watch = session.agent("clipboard", "watch", "--selection", "primary", "--json")
+    try:
+        session.run("clipboard", "set", "watched", "--paste-once")
+        while (change := json.loads(watch.stdout.readline()))["text"] != "watched":
+            assert change["selection"] == "primary"
+        assert change["types"] == ["text"]
+    finally:
+        watch.send_signal(signal.SIGINT)
+        watch.communicate(timeout=20)
+
+
+def test_an_empty_clipboard_is_said(session):
+    result = session.run("--timeout", "2", "clipboard", "get", "--selection", "secondary")
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1
+    assert "Traceback" not in result.stderr
+
+
+def test_files_arrive(session, tmp_path):
+    big = tmp_path / "big file.bin"
+    big.write_bytes(os.urandom(5 << 20))
+    empty = tmp_path / "empty"
+    empty.touch()
+    result = session.run("send", big, empty)
+    assert result.returncode == 0, result.stderr
+    assert (session.downloads / "big file.bin").read_bytes() == big.read_bytes()
+    assert (session.downloads / "empty").read_bytes() == b""
+
+
+def test_one_refusal_does_not_stop_the_others(session, tmp_path):
+    sparse = tmp_path / "larger than any disk"
+    with sparse.open("wb") as file:
+        file.truncate(1 << 42)
+    fine = tmp_path / "fine"
+    fine.write_text("fine")
+    result = session.run("send", "--quiet", sparse, fine)
+    assert result.returncode == 1
+    assert "not enough space" in result.stderr
+    assert (session.downloads / "fine").read_text() == "fine"
+
+
+def test_interrupt_cancels_in_the_guest(session, tmp_path):
+    endless = tmp_path / "endless"
+    with endless.open("wb") as file:
+        file.truncate(8 << 30)
+    sending = session.agent("send", "--quiet", endless)
+    partial = session.downloads / "endless"
+
+    def under_way() -> bool:
+        return any(f.stat().st_size for f in session.downloads.iterdir() if "endless" in f.name)
+
+    wait_until(under_way, "the transfer is under way")
+    sending.send_signal(signal.SIGINT)
+    sending.communicate(timeout=20)
+    assert sending.returncode == 130
+    wait_until(lambda: not under_way(), "the guest removed the partial file")
+    assert not partial.exists()
+
+
+def test_monitor_decodes(session):
+    monitor = session.agent("monitor")
+    try:
+        assert "AnnounceCapabilities" in monitor.stdout.readline()
+    finally:
+        monitor.send_signal(signal.SIGINT)
+        monitor.communicate(timeout=20)
+
+
+def test_monitor_between_a_client_and_the_channel(session, tmp_path):
+    path = tmp_path / "between.sock"
+    monitor = session.agent("monitor", "--listen", path)
+    try:
+        wait_until(path.exists, "the monitor listens")
+        command = [*VRING, "agent", "--socket", str(path), "resize", "800x600"]
+        subprocess.run(command, check=True, timeout=30, capture_output=True)
+    finally:
+        monitor.send_signal(signal.SIGINT)
+        output, _ = monitor.communicate(timeout=20)
+    assert "client: port 1 MonitorsConfig(monitors=(Monitor(width=800, height=600" in output
+    assert "guest: port 1 Reply(" in output
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (("resize", "10"), "is not a size such as 1920x1080"),
+        (("resize", "0x10"), "1 to 32767 pixels"),
+        (("resize", "800x600", "800x600"), "a position each"),
+        (("resize",), "Missing argument"),
+        (("clipboard", "set"), "either TEXT or --file"),
+        (("clipboard", "set", "a", "--file", "b"), "either TEXT or --file"),
+        (("clipboard", "set", "a", "--type", "files"), "vring agent send"),
+        (("clipboard", "set", "--file", "/no/such"), "--file /no/such: No such file"),
+        (("send", "/"), "is a directory"),
+        (("send", "/no/such"), "No such file"),
+    ],
+)
+def test_usage_errors_are_one_line_and_status_2(session, arguments, why):
+    result = session.run(*arguments)
+    assert result.returncode == 2
+    assert why in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("address", "status", "why"),
+    [
+        ("/no/such.sock", 1, "No such file"),
+        ("localhost:port", 2, "'port' is no TCP port"),
+        ("localhost:99999999999", 2, "is no TCP port"),
+        ("127.0.0.1:1", 1, "127.0.0.1:1"),
+    ],
+)
+def test_addresses_that_lead_nowhere(address, status, why):
+    command = [*VRING, "agent", "--socket", address, "caps"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert result.returncode == status
+    assert why in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_channel_that_stays_silent(tmp_path):
+    path = tmp_path / "silent.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        command = [*VRING, "agent", "--socket", str(path), "--timeout", "0.5", "caps"]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert result.returncode == 1
+    assert "no SPICE agent within 0.5 s" in result.stderr
+
+
+def test_agent_socket_needs_one_spicevmc_port(tmp_path):
+    command = [*VRING, "serve", "--vhost-user", tmp_path / "v", "--agent-socket", tmp_path / "a"]
+    command += ["--chardev", "null,id=n", "--port", "chardev=n"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert result.returncode == 2
+    assert "for one spicevmc port, and there are 0" in result.stderr
