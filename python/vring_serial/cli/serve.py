@@ -136,9 +136,7 @@ def serve_command(
     # Only now, so that a mistake is told without loading what it takes to serve.
     from vring_serial.cli.server import Settings, serve
 
-    settings = Settings(
-        sockets, connect, inband_notifications, pid_file, busy_poll, agent_socket
-    )
+    settings = Settings(sockets, connect, inband_notifications, pid_file, busy_poll, agent_socket)
     asyncio.run(serve(topology, settings))
 
 
