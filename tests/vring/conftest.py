@@ -171,8 +171,8 @@ def wait_until() -> Callable[..., None]:
 
 
 @pytest.fixture
-def pump_wakeups(pump: Pump) -> Callable[[], int]:
-    """How often the pump's thread has gone to sleep so far."""
+def assert_asleep(wait_until: Callable) -> Callable[[], None]:
+    """Asserts that the pumps' threads come to rest and stay there: idle means no wake-ups."""
 
     def count() -> int:
         total = 0
@@ -184,4 +184,9 @@ def pump_wakeups(pump: Pump) -> Callable[[], int]:
                 total += int(lines["nonvoluntary_ctxt_switches"])
         return total
 
-    return count
+    def rests() -> bool:
+        before = count()
+        time.sleep(0.1)
+        return count() == before
+
+    return lambda: wait_until(rests)

@@ -77,7 +77,7 @@ def test_fifo_open_both_ways_never_ends(make_rig: Callable, descriptors, tmp_pat
     assert rig.events == []
 
 
-def test_terminal_both_ways(make_rig: Callable, pump_wakeups: Callable) -> None:
+def test_terminal_both_ways(make_rig: Callable, assert_asleep: Callable) -> None:
     master, slave = os.openpty()
     tty.setraw(slave)
     os.set_blocking(master, False)
@@ -98,9 +98,7 @@ def test_terminal_both_ways(make_rig: Callable, pump_wakeups: Callable) -> None:
     assert into.wait_event() == (FlowEvent.PEER_EOF, None)
     out.send(b"nobody there")  # a terminal takes that for whoever opens it next
     time.sleep(0.02)
-    asleep = pump_wakeups()
-    time.sleep(0.05)
-    assert pump_wakeups() == asleep
+    assert_asleep()
     out.flow.detach()
     into.flow.detach()
     os.close(master)
@@ -288,7 +286,7 @@ def test_buffers_across_region_borders(make_rig: Callable, sockets, wait_until: 
         rig.wait_used(64)
 
 
-def test_many_ports_on_one_pump(make_rig: Callable, sockets, pump_wakeups: Callable) -> None:
+def test_many_ports_on_one_pump(make_rig: Callable, sockets, assert_asleep: Callable) -> None:
     """A device of 511 ports: all move, one after the other and at once, and idle ones sleep."""
     rigs = [make_rig(writable=i % 2 == 1, size=2, slot=64) for i in range(150)]
     for rig in rigs:
@@ -305,9 +303,7 @@ def test_many_ports_on_one_pump(make_rig: Callable, sockets, pump_wakeups: Calla
         rig.offer(1)
         sockets[1].send(b"y")
         assert rig.wait_used(1) == [1]
-    asleep = pump_wakeups()
-    time.sleep(0.05)
-    assert pump_wakeups() == asleep
+    assert_asleep()
 
 
 def test_blocked_signals_reach_others(make_rig: Callable) -> None:
