@@ -6,17 +6,23 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 
 from vring import GuestMemory, Region, SplitDriver, SplitQueue
+from vring_serial.device.base import VirtioDevice
 from vring_serial.device.controller import DEFAULT_FEATURES, Controller
+from vring_serial.device.mmio import MmioDevice
+from vring_serial.device.pci import PciDevice
+from vring_serial.device.testing import LegacyPciDriver, MmioDriver, PciDriver, RegisterDriver
 from vring_serial.device.virtqueue import RunningQueue
 from vring_serial.proto.console import (
     CONTROL_RECEIVEQ,
     CONTROL_TRANSMITQ,
     ControlMessage,
     Feature,
+    Status,
     queues_of_port,
 )
 from vring_serial.proto.control import ControlDriver, PortAdded, PortRemoved
@@ -75,8 +81,12 @@ class Guest:
 
     # --- queues
 
+    def place_ring(self) -> list[int]:
+        """Guest addresses of a new ring's three parts."""
+        return [self.allocate(length) for length in SplitDriver.layout(self.size)]
+
     def make_ring(self, index: int) -> Ring:
-        parts = [self.allocate(length) for length in SplitDriver.layout(self.size)]
+        parts = self.place_ring()
         # A device that resumes finds the used index where it left it.
         self.memory.write(parts[2] + 2, self._index.to_bytes(2, "little"))
         driver = SplitDriver(
@@ -254,6 +264,141 @@ class Guest:
     async def ready(self, nr: int) -> None:
         """Until a port is usable and the device knows it."""
         await self.until(lambda: self.controller.ports[nr].guest_ready)
+
+
+class Machine:
+    """A machine around a register model: what its interrupts did, and a driver for it.
+
+    Args:
+        kind: "pci", "pci-legacy", "mmio" or "mmio-legacy".
+    """
+
+    def __init__(self, device: VirtioDevice, kind: str = "pci", **options: object) -> None:
+        self.kind = kind
+        self.vectors: list[int] = []
+        self.levels: list[bool] = []
+        self.descriptors: dict[int, int] = {}
+        self.deliverable = True
+        if kind.startswith("pci"):
+            self.pci = PciDevice(device, transitional=kind == "pci-legacy", **options)
+            self.pci.set_irq_sink(self)
+            self.model = self.pci
+        else:
+            version = 1 if kind == "mmio-legacy" else 2
+            self.mmio = MmioDevice(device, version=version, **options)
+            self.mmio.on_interrupt = self.set_intx
+            self.model = self.mmio
+
+    # --- InterruptSink
+
+    def raise_msix(self, vector: int) -> bool:
+        if self.deliverable:
+            self.vectors.append(vector)
+        return self.deliverable
+
+    def set_intx(self, level: bool) -> None:
+        self.levels.append(level)
+
+    def msix_descriptor(self, vector: int) -> int:
+        return self.descriptors.get(vector, -1)
+
+    # --- the guest's way to the device
+
+    def bar(self, index: int) -> tuple[Callable[..., int], Callable[..., None]]:
+        return partial(self.pci.bar_read, index), partial(self.pci.bar_write, index)
+
+    def driver(self) -> RegisterDriver:
+        if self.kind == "pci":
+            return PciDriver(self.pci.config_read, self.pci.config_write, self.bar)
+        if self.kind == "pci-legacy":
+            return LegacyPciDriver(self.pci.config_write, *self.bar(0))
+        return MmioDriver(self.mmio.read, self.mmio.write)
+
+
+class RegisterGuest(Guest):
+    """The same guest, with a device that it reaches through registers alone."""
+
+    def __init__(self, controller: Controller, machine: Machine, **options: int) -> None:
+        super().__init__(controller, **options)
+        self.machine = machine
+        self.registers = machine.driver()
+        self.vectors: dict[int, int] = {}
+        self.size = min(self.size, self.registers.queue_size(0))
+        machine.model.set_memory(self.memory)
+
+    def place_ring(self) -> list[int]:
+        alignment = self.registers.alignment
+        if not alignment:
+            return super().place_ring()
+        descriptors, available, used = SplitDriver.layout(self.size)
+        gap = -(descriptors + available) % alignment
+        first = self.allocate(descriptors + available + gap + used, alignment)
+        return [first, first + descriptors, first + descriptors + available + gap]
+
+    def start_queue(self, index: int) -> None:
+        ring = self.rings[index] if index in self.rings else self.make_ring(index)
+        vector = self.vectors.get(index, 0xFFFF)
+        self.registers.start_queue(index, self.size, ring.parts, vector=vector)
+
+    def stop_queue(self, index: int) -> None:
+        self.registers.reset_queue(index)
+
+    def publish(self, index: int) -> None:
+        if self.rings[index].driver.publish():
+            self.registers.notify(index)
+
+    def start(self, ports: int | None = None) -> None:
+        self.features = self.registers.accept(self.features)
+        for index in range(self.controller.num_queues if ports is None else 2 * ports + 2):
+            self.start_queue(index)
+        self.registers.status = self.registers.status | Status.DRIVER_OK
+
+    def forget(self) -> None:
+        """The driver is unbound, or the guest reboots: rings and what it knew are gone."""
+        self.registers.status = 0
+        for ring in self.rings.values():
+            os.close(ring.kick_fd)
+            os.close(ring.call_fd)
+        self.rings.clear()
+        self.control = ControlDriver(self.controller.max_ports)
+        self.messages.clear()
+        self.received.clear()
+
+    def close(self) -> None:
+        self.machine.model.close()
+        for ring in self.rings.values():
+            os.close(ring.kick_fd)
+            os.close(ring.call_fd)
+        self.rings.clear()
+
+
+@pytest.fixture
+async def make_machine() -> AsyncIterator[Callable[..., Machine]]:
+    """Makes machines, and closes their register models at the end."""
+    machines: list[Machine] = []
+
+    def make(device: VirtioDevice, kind: str = "pci", **options: object) -> Machine:
+        machines.append(Machine(device, kind, **options))
+        return machines[-1]
+
+    yield make
+    for machine in machines:
+        machine.model.close()
+
+
+@pytest.fixture
+async def make_register_guest() -> AsyncIterator[Callable[..., RegisterGuest]]:
+    """Makes guests that use registers, and closes their devices at the end."""
+    guests: list[RegisterGuest] = []
+
+    def make(controller: Controller, kind: str = "pci", **options: int) -> RegisterGuest:
+        machine = Machine(controller, kind, queue_size=64)
+        guests.append(RegisterGuest(controller, machine, **options))
+        return guests[-1]
+
+    yield make
+    for guest in guests:
+        guest.close()
 
 
 @pytest.fixture
