@@ -357,10 +357,37 @@ async def test_waiting_for_a_client(serve: Serve, tmp_path: Path) -> None:
 # --- what cannot be served
 
 
+MISSING_SOCKET = (
+    "vring serve: Missing option '--vhost-user' or '--vfio-user'. (see vring serve --help)"
+)
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "line"),
     [
-        (NULL_PORT, 2, "vring serve: Missing option '--vhost-user'. (see vring serve --help)"),
+        (NULL_PORT, 2, MISSING_SOCKET),
+        (
+            ("--vhost-user", "v", "--vfio-user", "w", *NULL_PORT),
+            2,
+            "vring serve: Give either --vhost-user or --vfio-user, and not both. "
+            "(see vring serve --help)",
+        ),
+        (
+            ("--vhost-user", "v", "--transitional", *NULL_PORT),
+            2,
+            "vring serve: --transitional is for --vfio-user. (see vring serve --help)",
+        ),
+        (
+            ("--vfio-user", "v", "--connect", *NULL_PORT),
+            2,
+            "vring serve: --connect is for --vhost-user. (see vring serve --help)",
+        ),
+        (
+            ("--vfio-user", "v", "--vfio-user", "w", *NULL_PORT),
+            2,
+            "vring: --vfio-user: 2 given, 1 needed: one for each of virtio-serial0 "
+            "(1 of 31 ports), in this order",
+        ),
         (
             ("--vhost-user", "v"),
             2,

@@ -30,7 +30,7 @@ class LazyCommand:
 
 
 COMMANDS = {
-    "serve": LazyCommand("serve", "serve_command", "Serve virtio-serial devices over vhost-user."),
+    "serve": LazyCommand("serve", "serve_command", "Serve virtio-serial devices to guests."),
     "guest": LazyCommand("guest", "guest_command", "Run the embedded guest against a device."),
     "bench": LazyCommand("bench", "bench_command", "Measure ports: throughput, latency, rings."),
     "agent": LazyCommand("agent", "agent_command", "Talk to the SPICE agent of a guest."),

@@ -23,8 +23,19 @@ from vring_serial.errors import ConfigError
     "sockets",
     metavar="SOCKET",
     multiple=True,
-    required=True,
     help="Unix socket to serve a controller on; once per controller, in their order.",
+)
+@click.option(
+    "--vfio-user",
+    "vfio_sockets",
+    metavar="SOCKET",
+    multiple=True,
+    help="The same for vfio-user: a whole PCI function, for QEMU's vfio-user-pci.",
+)
+@click.option(
+    "--transitional",
+    is_flag=True,
+    help="With --vfio-user: a PCI function for drivers of before virtio 1.0 too.",
 )
 @click.option(
     "--connect", is_flag=True, help="Connect to frontends that listen, instead of listening."
@@ -65,7 +76,7 @@ from vring_serial.errors import ConfigError
 @click.option(
     "--channel-directory",
     metavar="DIR",
-    help="Where sockets of unix channels go that have no path (beside the first --vhost-user).",
+    help="Where sockets of unix channels go that have no path (beside the first socket).",
 )
 @click.option(
     "--inband-notifications",
@@ -95,6 +106,8 @@ from vring_serial.errors import ConfigError
 @click.option("--json-log", is_flag=True, help="Log one JSON object per line.")
 def serve_command(
     sockets: tuple[str, ...],
+    vfio_sockets: tuple[str, ...],
+    transitional: bool,
     connect: bool,
     domain: str | None,
     chardevs: tuple[str, ...],
@@ -110,7 +123,7 @@ def serve_command(
     log_level: str,
     json_log: bool,
 ) -> None:
-    """Serve virtio-serial devices over vhost-user until SIGINT or SIGTERM.
+    """Serve virtio-serial devices over vhost-user or vfio-user until SIGINT or SIGTERM.
 
     The ports come from a libvirt domain XML, from QEMU-style options, or from both.
 
@@ -121,33 +134,65 @@ def serve_command(
           --port chardev=agent,nr=1,name=com.redhat.spice.0
       vring serve --vhost-user /run/vring.sock --chardev spicevmc,id=agent --port chardev=agent \\
           --spice port=5930,addr=127.0.0.1,disable-ticketing=on
+      vring serve --vfio-user /run/vring.sock --chardev socket,id=c,path=/run/c.sock,server=on \\
+          --port chardev=c,nr=1,name=org.example.data
     """
+    _check_protocol(sockets, vfio_sockets, connect, inband_notifications, transitional)
     if domain is None and not (ports or consoles or chardevs):
         raise click.UsageError("Nothing to serve: give --domain, or --chardev and --port.")
     logs.configure(log_level, as_json=json_log)
     if channel_directory is None:
-        channel_directory = os.path.dirname(sockets[0])
+        channel_directory = os.path.dirname((sockets or vfio_sockets)[0])
     options = QemuOptions(chardevs, ports, consoles, max_ports, spice)
     topology = load_topology(domain, options, channel_directory=channel_directory)
-    _check_sockets(topology, sockets)
+    option = "--vfio-user" if vfio_sockets else "--vhost-user"
+    _check_sockets(topology, option, sockets or vfio_sockets)
     for warning in topology.warnings:
         logs.emit(logging.WARNING, "configuration", warning)
 
     # Only now, so that a mistake is told without loading what it takes to serve.
     from vring_serial.cli.server import Settings, serve
 
-    settings = Settings(sockets, connect, inband_notifications, pid_file, busy_poll, agent_socket)
+    settings = Settings(
+        sockets or vfio_sockets,
+        connect,
+        inband_notifications,
+        pid_file,
+        busy_poll,
+        agent_socket,
+        vfio_user=bool(vfio_sockets),
+        transitional=transitional,
+    )
     asyncio.run(serve(topology, settings))
 
 
-def _check_sockets(topology: Topology, sockets: Sequence[str]) -> None:
+def _check_protocol(
+    sockets: Sequence[str],
+    vfio_sockets: Sequence[str],
+    connect: bool,
+    inband_notifications: bool,
+    transitional: bool,
+) -> None:
+    """One protocol for all controllers, and only its own options. Raises UsageError."""
+    if not sockets and not vfio_sockets:
+        raise click.UsageError("Missing option '--vhost-user' or '--vfio-user'.")
+    if sockets and vfio_sockets:
+        raise click.UsageError("Give either --vhost-user or --vfio-user, and not both.")
+    of_vhost = (("--connect", connect), ("--inband-notifications", inband_notifications))
+    for option, given in (("--transitional", transitional),) if sockets else of_vhost:
+        if given:
+            other = "--vfio-user" if sockets else "--vhost-user"
+            raise click.UsageError(f"{option} is for {other}.")
+
+
+def _check_sockets(topology: Topology, option: str, sockets: Sequence[str]) -> None:
     """One socket per controller, none of them twice. Raises ConfigError."""
     needed = len(topology.controllers)
     if len(sockets) != needed:
         names = ", ".join(f"{c.name} ({c.summary})" for c in topology.controllers)
         raise ConfigError(
             f"{len(sockets)} given, {needed} needed: one for each of {names}, in this order",
-            "--vhost-user",
+            option,
         )
     taken: dict[str, str] = {}
     for controller in topology.controllers:
@@ -155,7 +200,7 @@ def _check_sockets(topology: Topology, sockets: Sequence[str]) -> None:
             if path := getattr(port.chardev.options, "path", ""):
                 taken[os.path.abspath(path)] = port.chardev.where
     for socket in sockets:
-        where = f"--vhost-user {socket}"
+        where = f"{option} {socket}"
         check_unix_path(socket, where)
         if other := taken.get(os.path.abspath(socket)):
             raise ConfigError(f"the path is in use already ({other})", where)

@@ -1,4 +1,4 @@
-"""What ``vring serve`` runs: controllers with their host ends and vhost-user backends."""
+"""What ``vring serve`` runs: controllers with their host ends, over vhost-user or vfio-user."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from vring_serial.config.build import make_controller
 from vring_serial.config.topology import ControllerConfig, Topology
 from vring_serial.device.controller import Controller
 from vring_serial.errors import ConfigError, ResourceError
+from vring_serial.transport.vfio_user import VfioUserServer
 from vring_serial.transport.vhost_user import VhostUserBackend
 
 
@@ -28,12 +29,14 @@ class Settings:
     """How to serve, as opposed to what.
 
     Attributes:
-        sockets: one vhost-user socket per controller, in the controllers' order.
+        sockets: one per controller, in the controllers' order.
         connect: connect to frontends that listen, instead of listening.
         inband_notifications: offer kicks and calls as messages.
         pid_file: where to write the process id while serving, or None.
         busy_poll: microseconds for which the data plane goes on looking after work.
         agent_socket: where clients of the spicevmc port's agent connect, or None.
+        vfio_user: speak vfio-user on the sockets, not vhost-user.
+        transitional: be there for drivers of before virtio 1.0 too (vfio-user).
     """
 
     sockets: tuple[str, ...]
@@ -42,6 +45,8 @@ class Settings:
     pid_file: str | None = None
     busy_poll: int = 0
     agent_socket: str | None = None
+    vfio_user: bool = False
+    transitional: bool = False
 
 
 async def serve(topology: Topology, settings: Settings) -> None:
@@ -97,8 +102,12 @@ async def _start(topology: Topology, settings: Settings, stack: contextlib.Async
         )
 
 
-def _make_backend(controller: Controller, socket: str, settings: Settings) -> VhostUserBackend:
+def _make_backend(
+    controller: Controller, socket: str, settings: Settings
+) -> VhostUserBackend | VfioUserServer:
     try:
+        if settings.vfio_user:
+            return VfioUserServer(controller, socket, transitional=settings.transitional)
         return VhostUserBackend(
             controller,
             socket,
@@ -106,7 +115,8 @@ def _make_backend(controller: Controller, socket: str, settings: Settings) -> Vh
             inband_notifications=settings.inband_notifications,
         )
     except ConfigError as error:
-        raise ConfigError(str(error), f"--vhost-user {socket}") from None
+        option = "--vfio-user" if settings.vfio_user else "--vhost-user"
+        raise ConfigError(str(error), f"{option} {socket}") from None
 
 
 def _log_ports(config: ControllerConfig, controller: Controller) -> None:
