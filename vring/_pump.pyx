@@ -201,8 +201,8 @@ cdef class Pump:
 
     def __del__(self):
         if self.running:
+            self.close()        # first: the warning may be made an error
             warnings.warn(f"unclosed pump {self!r}", ResourceWarning, source=self)
-            self.close()
 
     @property
     def event_fd(self):
