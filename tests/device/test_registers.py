@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 
@@ -67,10 +68,8 @@ async def exchange(guest, pipes, seed: int, size: int = 60_000) -> None:
             guest.write(1, data[sent : sent + 2000])
             sent += 2000
         if written < size:
-            try:
+            with contextlib.suppress(BlockingIOError):
                 written += os.write(pipes.to_guest, data[written : written + 4096])
-            except BlockingIOError:
-                pass
         arrived += pipes.read()
         return len(arrived) >= size and len(guest.read(1)) - start >= size
 
