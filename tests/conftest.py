@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 
 #: Peers that are not a program on PATH, and the file that shows they are there.
-PEER_FILES = {"virtio_console.ko": "/usr/lib/uml/modules/*/kernel/drivers/char/virtio_console.ko"}
+PEER_FILES = {
+    "virtio_console.ko": "/usr/lib/uml/modules/*/kernel/drivers/char/virtio_console.ko",
+    "qemu-root": os.path.join(
+        os.environ.get("QEMU_ROOT", "/var/cache/vring/qemu-root"), ".vring-root"
+    ),
+}
+#: Who brings those that `make peers` does not.
+MAKE_TARGETS = {"qemu-root": "make peers-qemu"}
 
 
 def is_installed(name: str) -> bool:
@@ -23,24 +30,29 @@ def is_installed(name: str) -> bool:
     return shutil.which(name, path=path) is not None
 
 
+def what_is_missing(marker: pytest.Mark) -> str:
+    """The line that says what to install, or nothing."""
+    missing = [name for name in marker.args if not is_installed(name)]
+    targets = {MAKE_TARGETS.get(name, "make peers") for name in missing}
+    how = ", ".join(f"`{target}`" for target in sorted(targets))
+    return f"{', '.join(missing)} not installed: {how} brings it" if missing else ""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         marker = item.get_closest_marker("peer")
         if marker is None or os.environ.get("CI"):
             continue  # in CI a peer that is missing fails the test itself
-        missing = [name for name in marker.args if not is_installed(name)]
-        if missing:
-            why = f"{', '.join(missing)} not installed: `make peers` brings it"
+        if why := what_is_missing(marker):
             item.add_marker(pytest.mark.skip(reason=why))
 
 
-@pytest.fixture(autouse=True)
-def peers_in_ci(request: pytest.FixtureRequest) -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
     """In CI a missing peer is a failure, with the same line that a user's skip shows."""
-    marker = request.node.get_closest_marker("peer")
-    if marker is not None:
-        missing = [name for name in marker.args if not is_installed(name)]
-        assert not missing, f"{', '.join(missing)} not installed: `make peers` brings it"
+    marker = item.get_closest_marker("peer")
+    if marker is not None and (why := what_is_missing(marker)):
+        pytest.fail(why, pytrace=False)
 
 
 @pytest.fixture(autouse=True)

@@ -1,39 +1,51 @@
 """A guest that really runs: Debian testing's QEMU and kernel from QEMU_ROOT, with a busybox shell.
 
 The root is used in place: its own dynamic linker starts its QEMU, so that nothing has to be
-mounted and nobody has to be root. The guest's console is a shell that runs one command at a time.
+mounted and nobody has to be root. The kernel talks to the first serial port, whose output is a
+file; on the second one is a shell that takes one script at a time.
 """
 
 from __future__ import annotations
 
 import asyncio
-import gzip
+import base64
 import os
-import re
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+from qemu.qmp import QMPClient
 
 ROOT = Path(os.environ.get("QEMU_ROOT", "/var/cache/vring/qemu-root"))
 
 _LIBRARIES = ROOT / "usr/lib/x86_64-linux-gnu"
 
-#: Says where a command's output ends in the console's stream, and how the command ended.
-_PROMPT = re.compile(rb"@@(\d+)@@\r?\n")
+#: QEMU and the options that every machine here has. Emulated also where KVM could be had, so that
+#: all machines test and measure the same thing.
+QEMU = [
+    *(str(ROOT / "lib64/ld-linux-x86-64.so.2"), "--library-path", str(_LIBRARIES)),
+    str(ROOT / "usr/bin/qemu-system-x86_64"),
+    *("-L", str(ROOT / "usr/share/qemu"), "-L", str(ROOT / "usr/share/seabios")),
+    *("-nodefaults", "-no-user-config", "-display", "none"),
+    *("-accel", "tcg,thread=multi", "-cpu", "max"),
+]
 
 _INIT = """#!/bin/busybox sh
 /bin/busybox --install -s /bin
-mkdir -p /proc /sys /tmp
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs dev /dev
 mount -t tmpfs tmp /tmp
-stty -F /dev/ttyS0 -echo -onlcr
-exec setsid sh -c 'exec sh -c "
-  printf \\"@@0@@\\n\\"
-  while read -r line; do eval \\"\\$line\\"; printf \\"@@%d@@\\n\\" \\$?; done
-" < /dev/ttyS0 > /dev/ttyS0 2>&1'
+exec </dev/ttyS1 >/dev/ttyS1 2>&1
+stty raw -echo
+echo @ready
+while read -r number script; do
+    echo "$script" | base64 -d >/tmp/script
+    sh /tmp/script </dev/null
+    printf '\\n@done %s %s\\n' "$number" $?
+done
 """
 
 
@@ -42,15 +54,20 @@ def kernel() -> Path:
     return max((ROOT / "boot").glob("vmlinuz-*"))
 
 
-def initramfs(files: dict[str, bytes] | None = None) -> bytes:
-    """A compressed archive (cpio, "newc") with busybox, the init script and ``files``."""
+def modules() -> Path:
+    """The directory of the kernel's modules, which are compressed with xz."""
+    return ROOT / "usr/lib/modules" / kernel().name.removeprefix("vmlinuz-")
+
+
+def initramfs(files: Mapping[str, bytes] | None = None) -> bytes:
+    """An archive (cpio, "newc") with busybox, the init script and ``files``."""
     entries: list[tuple[str, int, bytes]] = [
         *((name, stat.S_IFDIR | 0o755, b"") for name in ("bin", "dev", "proc", "sys", "tmp")),
         ("bin/busybox", stat.S_IFREG | 0o755, (ROOT / "bin/busybox").read_bytes()),
         ("init", stat.S_IFREG | 0o755, _INIT.encode()),
         *((name, stat.S_IFREG | 0o755, data) for name, data in (files or {}).items()),
     ]
-    return gzip.compress(b"".join(_cpio(entries)), 1)
+    return b"".join(_cpio(entries))
 
 
 def _cpio(entries: Iterable[tuple[str, int, bytes]]) -> Iterable[bytes]:
@@ -62,16 +79,20 @@ def _cpio(entries: Iterable[tuple[str, int, bytes]]) -> Iterable[bytes]:
 
 
 class CommandError(AssertionError):
-    """A command in the guest ended with another status than 0."""
+    """A command in the guest ended with another status than 0, or the guest died of it."""
 
 
 class QemuMachine:
     """One virtual machine from its start to its end.
 
     Args:
-        directory: where its files go.
+        directory: where its files go; it may be that of an earlier machine that was stopped.
         devices: QEMU's further options.
         memory_mib: RAM, in a memfd that backends may map.
+        shared: whether they may.
+        cpus: how many.
+        files: what the guest finds in its root, by path.
+        append: more words for the kernel's command line.
     """
 
     def __init__(
@@ -81,20 +102,26 @@ class QemuMachine:
         *,
         memory_mib: int = 256,
         shared: bool = True,
+        cpus: int = 1,
+        files: Mapping[str, bytes] | None = None,
+        append: str = "",
     ) -> None:
         self._directory = directory
         self._devices = tuple(devices)
         self._memory_mib = memory_mib
         self._shared = shared
+        self._cpus = cpus
+        self._files = files
+        self._append = append
         self._process: asyncio.subprocess.Process | None = None
-        self._unread = b""
-        self.log = b""
+        self._qmp: QMPClient | None = None
+        self._count = 0
+        self._lock = asyncio.Lock()
 
     async def start(self, timeout: float = 60) -> None:
         """Boot, and return when the guest takes commands."""
-        initrd = self._directory / "initrd.gz"
-        if not initrd.exists():
-            initrd.write_bytes(initramfs())
+        initrd = self._directory / "initrd"
+        initrd.write_bytes(initramfs(self._files))
         self._process = await asyncio.create_subprocess_exec(
             *self.command_line(initrd),
             env=os.environ | {"QEMU_MODULE_DIR": str(_LIBRARIES / "qemu")},
@@ -102,64 +129,116 @@ class QemuMachine:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
         )
-        async with asyncio.timeout(timeout):
-            await self._until_prompt()
+        await self._wait_ready(timeout)
 
     def command_line(self, initrd: Path) -> list[str]:
         """QEMU and its options."""
-        linker = ROOT / "lib64/ld-linux-x86-64.so.2"
         size = f"{self._memory_mib}M"
         share = "on" if self._shared else "off"
         kind = "memory-backend-memfd" if self._shared else "memory-backend-ram"
-        # fmt: off
+        words = f"console=ttyS0 quiet loglevel=4 panic=-1 rdinit=/init {self._append}"
         return [
-            str(linker), "--library-path", f"{_LIBRARIES}:{_LIBRARIES}/pulseaudio",
-            str(ROOT / "usr/bin/qemu-system-x86_64"),
-            "-L", str(ROOT / "usr/share/qemu"), "-L", str(ROOT / "usr/share/seabios"),
-            "-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio",
-            "-accel", "tcg", "-cpu", "max", "-m", size, "-M", "q35,memory-backend=mem",
-            "-object", f"{kind},id=mem,size={size},share={share}",
-            "-qmp", f"unix:{self.qmp_path},server=on,wait=off",
-            "-kernel", str(kernel()), "-initrd", str(initrd),
-            "-append", "console=ttyS0 quiet loglevel=4 panic=-1 rdinit=/init",
-            "-no-reboot",
+            *QEMU,
+            *("-m", size, "-smp", str(self._cpus), "-M", "q35,memory-backend=mem"),
+            *("-object", f"{kind},id=mem,size={size},share={share}"),
+            *("-qmp", f"unix:{self.qmp_path},server=on,wait=off"),
+            *("-serial", f"file:{self.log_path}", "-serial", "stdio"),
+            *("-kernel", str(kernel()), "-initrd", str(initrd), "-append", words),
             *self._devices,
         ]
-        # fmt: on
 
     @property
     def qmp_path(self) -> Path:
         """The socket of QEMU's own control protocol."""
         return self._directory / "qmp.sock"
 
-    async def run(self, command: str, timeout: float = 30) -> str:
-        """Run one line of shell in the guest; its output. Raises CommandError."""
+    @property
+    def log_path(self) -> Path:
+        """What firmware and kernel say."""
+        return self._directory / "console.log"
+
+    @property
+    def pid(self) -> int:
+        """QEMU's process."""
         assert self._process is not None
-        assert self._process.stdin is not None
-        self._process.stdin.write(command.encode() + b"\n")
-        async with asyncio.timeout(timeout):
-            output, status = await self._until_prompt()
-        if status:
-            raise CommandError(f"{command}: status {status}\n{output}")
+        return self._process.pid
+
+    async def run(self, script: str, timeout: float = 30) -> str:
+        """Run a shell script in the guest; what it printed. Raises CommandError."""
+        async with self._lock, asyncio.timeout(timeout):
+            output, words = await self._exchange(script)
+        if words[1] != "0":
+            raise CommandError(f"{script}: status {words[1]}\n{output}")
         return output
+
+    async def reboot(self, timeout: float = 60) -> None:
+        """Let the guest reboot itself, and return when it takes commands again."""
+        async with self._lock:
+            self._send("reboot -f")
+            await self._wait_ready(timeout)
+
+    async def reset(self, timeout: float = 60) -> None:
+        """Push the reset button, and return when the guest takes commands again."""
+        async with self._lock:
+            await self.qmp("system_reset")
+            await self._wait_ready(timeout)
+
+    async def qmp(self, command: str, **arguments: Any) -> Any:
+        """A command of QEMU's control protocol; its answer."""
+        if self._qmp is None:
+            self._qmp = QMPClient()
+            self._qmp.logger.disabled = True
+            await self._qmp.connect(str(self.qmp_path))
+        return await self._qmp.execute(command, arguments)
 
     async def stop(self) -> None:
         """Kill it. Safe to call twice."""
+        if self._qmp is not None:
+            with suppress(Exception):  # it may be gone already, and then it was meant to be
+                await self._qmp.disconnect()
+            self._qmp = None
         process, self._process = self._process, None
-        if process is None:
-            return
-        with suppress(ProcessLookupError):
-            process.kill()
-        await process.communicate()
+        if process is not None:
+            with suppress(ProcessLookupError):
+                process.kill()
+            await process.communicate()
 
-    async def _until_prompt(self) -> tuple[str, int]:
+    def _send(self, script: str) -> int:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        self._count += 1
+        encoded = base64.b64encode(script.encode()).decode()
+        self._process.stdin.write(f"{self._count} {encoded}\n".encode())
+        return self._count
+
+    async def _exchange(self, script: str) -> tuple[str, list[str]]:
+        number = self._send(script)
+        output = bytearray()
+        while True:
+            line = await self._line()
+            if line.startswith(b"@done %d " % number):
+                return output.decode(errors="replace").removesuffix("\n"), line.decode().split()[1:]
+            if line == b"@ready\n":
+                raise CommandError(f"{script}: the guest rebooted\n{self._last_words()}")
+            output += line
+
+    async def _wait_ready(self, timeout: float) -> None:
+        try:
+            async with asyncio.timeout(timeout):
+                while await self._line() != b"@ready\n":
+                    pass
+        except TimeoutError:
+            raise CommandError(f"no boot in {timeout:g} s\n{self._last_words()}") from None
+
+    async def _line(self) -> bytes:
         assert self._process is not None
         assert self._process.stdout is not None
-        while (found := _PROMPT.search(self._unread)) is None:
-            data = await self._process.stdout.read(4096)
-            assert data, f"QEMU ended: {self.log.decode(errors='replace')[-2000:]}"
-            self._unread += data
-            self.log += data
-        output = self._unread[: found.start()].decode(errors="replace")
-        self._unread = self._unread[found.end() :]
-        return output.replace("\r\n", "\n"), int(found[1])
+        line = await self._process.stdout.readline()
+        if not line.endswith(b"\n"):
+            raise CommandError(f"QEMU ended\n{self._last_words()}{line.decode(errors='replace')}")
+        return line
+
+    def _last_words(self) -> str:
+        with suppress(OSError):
+            return self.log_path.read_bytes()[-2000:].decode(errors="replace")
+        return ""

@@ -1,0 +1,130 @@
+"""A served device and a guest of Debian testing's kernel in Debian testing's QEMU on it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from machine import QemuMachine
+
+from vring_serial.transport.vhost_user import VhostUserBackend
+
+MIB = 1 << 20
+#: Ports of the shared device that bulk data goes through.
+DATA_PORTS = (1, 2, 3, 4)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.peer("qemu-root"))
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way for QEMU to have our device.
+
+    Attributes:
+        name: of the test's variant.
+        transport: what serves the device.
+        device_id: what the guest reads in configuration space.
+        subsystem_id: likewise.
+    """
+
+    name: str
+    transport: type
+    device_id: int
+    subsystem_id: int
+
+    def options(self, bench: Any) -> list[str]:
+        """QEMU's options for the device at 00:05.0."""
+        device = (
+            "vhost-user-test-device-pci,chardev=vring,virtio-id=3,vq_size=128,config_size=12,"
+            f"num_vqs={bench.controller.num_queues},addr=05.0"
+        )
+        return ["-chardev", f"socket,id=vring,path={bench.path}", "-device", device]
+
+
+WAYS = [Way("vhost-user", VhostUserBackend, 0x1043, 0x1100)]
+
+
+class Payload:
+    """Random bytes that the guest has as the file /payload."""
+
+    def __init__(self, size: int) -> None:
+        self.data = os.urandom(size)
+        self.size = size
+
+    def sha256(self, times: int = 1) -> str:
+        """Of its bytes, so many times over."""
+        digest = hashlib.sha256()
+        for _ in range(times):
+            digest.update(self.data)
+        return digest.hexdigest()
+
+
+async def boot(bench: Any, way: Way, **options: Any) -> QemuMachine:
+    machine = QemuMachine(bench.directory, way.options(bench), **options)
+    bench.guests.append(machine)
+    await machine.start()
+    return machine
+
+
+class Shared:
+    """One device and one guest for many tests; each gets the guest booted and the ports idle.
+
+    Attributes:
+        bench: the device.
+        events: what happened on it in this test.
+        guest: the machine.
+    """
+
+    def __init__(self, bench: Any, way: Way) -> None:
+        self.bench = bench
+        self.way = way
+        self.payload = Payload(16 * MIB)
+        self.events: list[Any] = []
+        self.guest: Any = None
+        bench.controller.on_event = self.events.append
+
+    async def begin(self) -> None:
+        """Boot if the guest is not there, or not well after a test that failed."""
+        self.events.clear()
+        if self.guest is None:
+            await self.boot()
+
+    async def boot(self) -> None:
+        await self.kill()
+        self.guest = await self.bench.boot(
+            self.way, cpus=2, files={"payload": self.payload.data}, append="reboot=t"
+        )
+
+    async def kill(self) -> None:
+        if self.guest is not None:
+            await self.guest.stop()
+            self.guest = None
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=WAYS, ids=lambda way: way.name)
+async def shared(
+    request: pytest.FixtureRequest,
+    bench_type: type[Any],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> AsyncIterator[Shared]:
+    way: Way = request.param
+    bench = bench_type(tmp_path_factory.mktemp(way.name), boot, max_ports=8)
+    for nr in DATA_PORTS:
+        bench.add_port(nr, f"org.example.data{nr}")
+    shared = Shared(bench, way)
+    try:
+        await bench.serve(way.transport)
+        yield shared
+    finally:
+        await bench.close()
