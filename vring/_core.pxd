@@ -66,6 +66,9 @@ cdef class VirtQueue:
     # Asks the driver for a kick at the next chain. Returns 1 if chains are available already: no
     # kick may come for those, so go on popping.
     cdef bint enable_notifications_c(self) noexcept nogil
+    # The same for the n-th chain from now, where EVENT_IDX lets one ask for that, else for the
+    # next. Returns 1 if so many are available already. Without a kick fewer may become available.
+    cdef bint enable_notifications_after_c(self, uint16_t n) noexcept nogil
     cdef void disable_notifications_c(self) noexcept nogil
     # How many chains (packed: 0 or at least 1) can be popped; 0 when the ring is broken.
     cdef uint32_t available_c(self) noexcept nogil

@@ -92,6 +92,9 @@ cdef class VirtQueue:
     cdef bint enable_notifications_c(self) noexcept nogil:
         return False
 
+    cdef bint enable_notifications_after_c(self, uint16_t n) noexcept nogil:
+        return self.enable_notifications_c()
+
     cdef void disable_notifications_c(self) noexcept nogil:
         pass
 
@@ -612,6 +615,13 @@ cdef class SplitQueue(VirtQueue):
         # chain after the last pop and before it could see the wish.
         vr_fence()
         return vr_load16(self.avail + 2) != self.next_avail
+
+    cdef bint enable_notifications_after_c(self, uint16_t n) noexcept nogil:
+        if n <= 1 or not self.event_idx:
+            return self.enable_notifications_c()
+        vr_store16(self.used + 4 + 8 * <size_t>self.size, <uint16_t>(self.next_avail + n - 1))
+        vr_fence()
+        return <uint16_t>(vr_load16(self.avail + 2) - self.next_avail) >= n
 
     cdef void disable_notifications_c(self) noexcept nogil:
         # With EVENT_IDX the event index stays behind, which asks for nothing until it is set.

@@ -68,6 +68,7 @@ cdef struct vr_flow:
     bint listening              # the driver was asked for kicks
     bint call_due               # the driver wants to know of used chains and has not been told
     bint overflowing
+    uint32_t offered            # incoming: most buffers the driver had available at once
     uint64_t room               # bytes to try at once: what the descriptor took lately, and more
     uint64_t skip               # bytes of the first available chain that the descriptor took
     uint64_t throttled_since    # ns; not 0 while the other side takes nothing

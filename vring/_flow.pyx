@@ -7,6 +7,7 @@ a thousand idle or throttled flows share one set of tables, and stopping one nee
 
 from __future__ import annotations
 
+from libc.stdint cimport uint16_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy
 
@@ -25,6 +26,8 @@ cdef enum:
     # What one read may be asked for: reading into part of a chain would complete it half empty.
     READ_BYTES = 1 << 20
     ROOM_MIN = 16 << 10
+    # What part of its buffers a reading guest has to give back before it need kick.
+    OFFERED_PART = 4
     CHAINS = 1024
     # The kernel takes longer over a segment than a copy of so few bytes does.
     SMALL = 512
@@ -343,7 +346,11 @@ cdef bint wait_for_chains(vr_flow* flow) noexcept nogil:
     if flow.busy_ns and vr_now() < flow.poll_until:
         return True
     flow.listening = True
-    return (<VirtQueue>flow.queue).enable_notifications_c()
+    # A guest that reads gives its buffers back one by one. All of them are with it now: it will
+    # give back a good part of them if it wants more, and one kick serves for as many.
+    return (<VirtQueue>flow.queue).enable_notifications_after_c(
+        <uint16_t>max(flow.offered // <uint32_t>OFFERED_PART, <uint32_t>1)
+    )
 
 
 # --- guest to host
@@ -536,6 +543,7 @@ cdef void check_peer(vr_flow* flow) noexcept nogil:
 cdef bint turn_in(vr_flow* flow, vr_tables* tables) noexcept nogil:
     cdef int64_t left = TURN_BYTES
     cdef int n
+    flow.offered = max(flow.offered, (<VirtQueue>flow.queue).available_c())
     for _ in range(TURN_BATCHES):
         if not flow.ready or flow.stopped:
             return False

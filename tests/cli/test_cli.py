@@ -63,12 +63,12 @@ def test_as_a_module() -> None:
     [
         (
             ("serv",),
-            "vring: No such command 'serv'; did you mean serve? known: demo, guest, serve "
-            "(see vring --help)",
+            "vring: No such command 'serv'; did you mean serve? known: bench, demo, guest, "
+            "serve (see vring --help)",
         ),
         (
             ("zzz",),
-            "vring: No such command 'zzz'; known: demo, guest, serve (see vring --help)",
+            "vring: No such command 'zzz'; known: bench, demo, guest, serve (see vring --help)",
         ),
         (("--bad",), "vring: No such option '--bad'. (see vring --help)"),
     ],
