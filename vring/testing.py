@@ -51,7 +51,7 @@ class GuestQueue:
         self._event_idx = event_idx
         self._index = index
         desc, avail, used, first = (guest_addr + n for n in self._layout(size))
-        self._rings = (desc, avail, used)
+        self.rings = (desc, avail, used)
         self.driver = SplitDriver(
             self.memory, size, desc, avail, used, event_idx=event_idx, index=index
         )
@@ -77,7 +77,7 @@ class GuestQueue:
 
     def device_queue(self, name: str = "queue", memory: GuestMemory | None = None) -> SplitQueue:
         """The device's side, in `memory` if that is another mapping of the same bytes."""
-        desc, avail, used = self._rings
+        desc, avail, used = self.rings
         return SplitQueue(
             memory or self.memory,
             self.size,
