@@ -1,10 +1,10 @@
 # Descriptor chains as the device's side sees them: tables of host segments, filled by the queues.
 
 cimport cython
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 
-from vring._memory cimport GuestMemory, vr_find, vr_map, vr_region, vr_translate
-from vring._wire cimport iovec
+from vring._memory cimport GuestMemory, vr_lookup, vr_map, vr_region
+from vring._wire cimport iovec, vr_likely, vr_unlikely
 
 cdef struct vr_chain:
     uint16_t head               # split: head descriptor; packed: buffer id. Goes into the used ring
@@ -16,14 +16,18 @@ cdef struct vr_chain:
     uint32_t writable_bytes
 
 cdef struct vr_walk:
-    # where a walk over descriptors stands
+    # Where a walk over descriptors stands. The hot loops keep it in registers: it must not escape,
+    # so the functions for rare cases get the address of a copy.
     const vr_map* memory
-    const vr_region* last       # region of the last translation
-    iovec* segments             # the caller's table
-    uint32_t filled             # segments of it in use
-    uint32_t limit              # segments in all
-    uint64_t readable           # bytes of the chain so far
-    uint64_t writable
+    uint16_t* hints
+    const vr_region* near       # region of the last translation, tried first
+    const iovec* end            # of the caller's segment table
+    iovec* segment              # the next free one of it
+    iovec* first                # of the chain
+    const iovec* stop           # where `segment` meets the end of the table or of the chain's budget
+    int32_t extra               # descriptors of the chain less its segments
+    uint64_t bytes              # of the chain so far
+    bint writable               # whether a device-writable descriptor was met
 
 cdef enum vr_fault_code:
     FAULT_NONE
@@ -45,59 +49,66 @@ cdef enum vr_fault_code:
     FAULT_EVENT
 
 
-cdef inline int vr_add_scattered(
-    vr_walk* walk, vr_chain* chain, uint64_t address, uint64_t length, bint writable
-) noexcept nogil:
-    # A buffer that crosses region borders: one segment per region it touches.
-    cdef uint64_t there
-    cdef const vr_region* region
-    while length:
-        region = vr_find(walk.memory, address)
-        if region == NULL:
-            return FAULT_ADDRESS
-        if walk.filled == walk.limit:
-            return FAULT_FULL
-        there = min(length, region.size - (address - region.guest))
-        walk.segments[walk.filled].iov_base = region.host + (address - region.guest)
-        walk.segments[walk.filled].iov_len = there
-        walk.filled += 1
-        if writable:
-            chain.n_writable += 1
-            walk.writable += there
-        else:
-            chain.n_readable += 1
-            walk.readable += there
-        address += there
-        length -= there
-        if address == 0 and length:
-            return FAULT_ADDRESS
-    return FAULT_NONE
+cdef int vr_add_slow(
+    vr_walk* walk, uint32_t size, uint64_t address, uint64_t length
+) noexcept nogil
+
+
+cdef inline void vr_start_chain(vr_walk* walk, uint32_t size) noexcept nogil:
+    # A chain has at most `size` descriptors, which mostly are as many segments.
+    walk.first = walk.segment
+    walk.stop = walk.end if walk.end - walk.first < size else walk.first + size
+    walk.extra = 0
+    walk.bytes = 0
+    walk.writable = False
+
+
+cdef inline void vr_end_readable(const vr_walk* walk, vr_chain* chain) noexcept nogil:
+    chain.n_readable = <uint32_t>(walk.segment - walk.first)
+    chain.readable_bytes = <uint32_t>walk.bytes
 
 
 cdef inline int vr_add_buffer(
-    vr_walk* walk, vr_chain* chain, uint64_t address, uint32_t length, bint writable
+    vr_walk* walk, vr_chain* chain, uint32_t size, uint64_t address, uint32_t length, bint writable
 ) noexcept nogil:
-    # One more buffer of the chain, as a segment of the table (several across region borders).
-    cdef uint8_t* host
-    if chain.n_writable and not writable:
-        return FAULT_ORDER
-    if length == 0:
+    # One more buffer of the chain, as a segment of the table. Returns a vr_fault_code.
+    cdef uint64_t offset = address - walk.near.guest
+    cdef const vr_region* near
+    cdef vr_walk copy
+    cdef int code
+    if writable != walk.writable:
+        if vr_unlikely(walk.writable):
+            return FAULT_ORDER
+        walk.writable = True
+        vr_end_readable(walk, chain)
+    walk.bytes += length
+    if offset >= walk.near.size:
+        near = vr_lookup(walk.memory, walk.hints, address)
+        if vr_likely(near != NULL):
+            walk.near = near
+            offset = address - near.guest
+    # length - 1 sends a length of 0 the slow way
+    if vr_likely(
+        offset < walk.near.size and <uint64_t>length - 1 < walk.near.size - offset
+        and walk.segment != walk.stop
+    ):
+        walk.segment.iov_base = walk.near.host + offset
+        walk.segment.iov_len = length
+        walk.segment += 1
         return FAULT_NONE
-    host = vr_translate(walk.memory, &walk.last, address, length)
-    if host == NULL:
-        return vr_add_scattered(walk, chain, address, length, writable)
-    if walk.filled == walk.limit:
-        return FAULT_FULL
-    walk.segments[walk.filled].iov_base = host
-    walk.segments[walk.filled].iov_len = length
-    walk.filled += 1
-    if writable:
-        chain.n_writable += 1
-        walk.writable += length
-    else:
-        chain.n_readable += 1
-        walk.readable += length
-    return FAULT_NONE
+    copy = walk[0]
+    code = vr_add_slow(&copy, size, address, length)
+    walk[0] = copy
+    return code
+
+
+cdef inline int vr_end_chain(vr_walk* walk, vr_chain* chain) noexcept nogil:
+    # Returns a vr_fault_code.
+    if not walk.writable:
+        vr_end_readable(walk, chain)
+    chain.n_writable = <uint32_t>(walk.segment - walk.first) - chain.n_readable
+    chain.writable_bytes = <uint32_t>walk.bytes - chain.readable_bytes
+    return FAULT_TOO_MANY_BYTES if vr_unlikely(walk.bytes >> 32) else FAULT_NONE
 
 
 @cython.final

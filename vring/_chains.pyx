@@ -31,6 +31,39 @@ _SEGMENT = np.dtype({
 })
 
 
+cdef int vr_add_slow(
+    vr_walk* walk, uint32_t size, uint64_t address, uint64_t length
+) noexcept nogil:
+    """A buffer of no bytes or in several regions (a segment for each), or one that is too much."""
+    cdef uint64_t offset, there
+    cdef const vr_region* region
+    if walk.segment - walk.first + walk.extra == size:
+        return FAULT_TOO_LONG
+    walk.extra += 1
+    while length:
+        region = vr_lookup(walk.memory, walk.hints, address)
+        if region == NULL:
+            return FAULT_ADDRESS
+        if walk.segment == walk.end:
+            return FAULT_FULL
+        offset = address - region.guest
+        there = min(length, region.size - offset)
+        walk.segment.iov_base = region.host + offset
+        walk.segment.iov_len = there
+        walk.segment += 1
+        walk.extra -= 1
+        address += there
+        length -= there
+        if address == 0 and length:
+            return FAULT_ADDRESS
+    # As many segments as descriptors are left, in the fast way; those of this buffer are behind.
+    if walk.end - walk.first < <int32_t>size - walk.extra:
+        walk.stop = walk.end
+    else:
+        walk.stop = walk.first + (<int32_t>size - walk.extra)
+    return FAULT_NONE
+
+
 cdef void copy_out(const iovec* segments, uint32_t n, uint8_t* to) noexcept nogil:
     cdef uint32_t i
     for i in range(n):
@@ -122,15 +155,11 @@ cdef class Batch:
         return 0
 
     cdef int take_written(self, object written, uint32_t n) except -1:
-        """Sets self.written[:n] from None, one number, or n of them; checks them against room."""
+        """Sets self.written[:n] from one number, or n of them, and checks them against room."""
         cdef uint32_t i
         cdef const vr_chain* chains = self.chains + self.start
         cdef Py_buffer held
         cdef uint32_t same
-        if written is None:
-            for i in range(n):
-                self.written[i] = 0
-            return 0
         if isinstance(written, int):
             same = _checked_length(written)
             for i in range(n):

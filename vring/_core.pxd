@@ -7,7 +7,7 @@ cimport cython
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from vring._chains cimport Batch, Chain, vr_chain, vr_fault_code, vr_walk
-from vring._memory cimport GuestMemory, vr_map
+from vring._memory cimport GuestMemory, VR_HINTS, vr_map
 from vring._wire cimport iovec, vr_desc
 
 cdef struct vr_fault:
@@ -30,6 +30,7 @@ cdef class VirtQueue:
     cdef readonly bint in_order
     cdef GuestMemory _memory
     cdef vr_map map                         # of _memory
+    cdef uint16_t[VR_HINTS] hints
     cdef vr_fault fault
     cdef uint64_t popped                    # chains since the queue was made
     cdef uint64_t pushed
@@ -95,4 +96,6 @@ cdef class SplitQueue(VirtQueue):
     cdef uint16_t next_avail
     cdef uint16_t next_used
 
-    cdef int walk(self, vr_desc desc, uint32_t head, vr_chain* chain, vr_walk* walk) noexcept nogil
+    cdef int chain_fault(
+        self, int code, uint32_t at, uint64_t address, uint64_t length
+    ) noexcept nogil

@@ -9,13 +9,14 @@ from vring._chains cimport (
     FAULT_ADDRESS, FAULT_AVAIL_INDEX, FAULT_FULL, FAULT_HEAD, FAULT_INDIRECT_ADDRESS,
     FAULT_INDIRECT_FEATURE, FAULT_INDIRECT_NESTED, FAULT_INDIRECT_NEXT, FAULT_INDIRECT_SIZE,
     FAULT_NEXT, FAULT_NONE, FAULT_ORDER, FAULT_TOO_LONG, FAULT_TOO_MANY_BYTES,
-    FAULT_TOO_MANY_SEGMENTS, vr_add_buffer
+    FAULT_TOO_MANY_SEGMENTS, vr_add_buffer, vr_end_chain,
+    vr_start_chain
 )
-from vring._memory cimport vr_find, vr_region, vr_translate
+from vring._memory cimport VR_HINTS, vr_find, vr_lookup, vr_region
 from vring._wire cimport (
     AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, DESC_SIZE, QUEUE_SIZE_MAX,
-    USED_F_NO_NOTIFY, vr_fence, vr_load16, vr_load16_acquire, vr_need_event, vr_read_desc,
-    vr_store16, vr_store16_release, vr_write_used
+    USED_F_NO_NOTIFY, vr_fence, vr_likely, vr_load16, vr_load16_acquire, vr_need_event,
+    vr_read_desc, vr_store16, vr_store16_release, vr_unlikely, vr_write_used
 )
 from vring.errors import (
     AddressError, AvailableIndexError, BufferAddressError, ChainError, ChainOrderError,
@@ -236,9 +237,12 @@ cdef class VirtQueue:
         if n == 0:
             return False
         self.check_order(batch.first + batch.start)
-        batch.take_written(written, n)
+        cdef const uint32_t* lengths = NULL
+        if written is not None:
+            batch.take_written(written, n)
+            lengths = batch.written
         batch.withdraw_views(batch.start + n)
-        cdef bint notify = self.push_c(batch.chains + batch.start, batch.written, n)
+        cdef bint notify = self.push_c(batch.chains + batch.start, lengths, n)
         batch.finish(n)
         return notify
 
@@ -373,6 +377,8 @@ cdef class VirtQueue:
         self.locate_rings(memory)
         self._memory = memory
         self.map = memory.map
+        for i in range(VR_HINTS):
+            self.hints[i] = 0
 
 
 @cython.final
@@ -412,6 +418,151 @@ cdef uint8_t* ring(
     if <size_t>host % align:
         raise AddressError(address, length, f"{what}: its region's buffer is not aligned")
     return host
+
+
+cdef inline int walk_table(
+    vr_walk* walk, vr_chain* chain, uint32_t size, const uint8_t* table, uint32_t entries,
+    uint32_t* at, vr_desc* desc
+) noexcept nogil:
+    """Takes the buffers of a chain from entry `at` of a descriptor table on.
+
+    Ends after the last descriptor, or at one that names an indirect table, or at an error; `at` and
+    `desc` tell which. Returns a vr_fault_code.
+    """
+    cdef int code
+    while True:
+        desc[0] = vr_read_desc(table + <size_t>at[0] * DESC_SIZE)
+        if desc.flags & DESC_F_INDIRECT:
+            return FAULT_NONE
+        code = vr_add_buffer(
+            walk, chain, size, desc.addr, desc.len, (desc.flags & DESC_F_WRITE) != 0
+        )
+        if vr_unlikely(code):
+            return code
+        if not desc.flags & DESC_F_NEXT:
+            return FAULT_NONE
+        if vr_unlikely(desc.next >= entries):
+            return FAULT_NEXT
+        at[0] = desc.next
+
+
+cdef uint32_t pop_singles(
+    const uint8_t* heads, const uint8_t* table, uint16_t index, uint32_t size, uint32_t ready,
+    vr_chain* chains, vr_walk* walk, uint64_t* max_bytes
+) noexcept nogil:
+    """Pops one-descriptor chains, the most common, up to the first of another kind; how many.
+
+    What is unusual about a chain or wrong with it is left to the loop over all kinds.
+    """
+    cdef const vr_region* near = walk.near
+    cdef iovec* segments = walk.segment
+    cdef vr_chain* chain
+    cdef vr_desc desc
+    cdef uint64_t offset, left = max_bytes[0]
+    cdef uint32_t i = 0, at, writable
+    while i < ready:
+        at = vr_load16(heads + 2 * <size_t>((index + i) & (size - 1)))
+        if vr_unlikely(at >= size):
+            break
+        desc = vr_read_desc(table + <size_t>at * DESC_SIZE)
+        if desc.flags & (DESC_F_NEXT | DESC_F_INDIRECT):
+            break
+        offset = desc.addr - near.guest
+        if offset >= near.size:
+            near = vr_lookup(walk.memory, walk.hints, desc.addr)
+            if vr_unlikely(near == NULL):
+                break
+            offset = desc.addr - near.guest
+            walk.near = near
+        if vr_unlikely(
+            <uint64_t>desc.len - 1 >= near.size - offset or desc.len > left
+        ):
+            break
+        segments[i].iov_base = near.host + offset
+        segments[i].iov_len = desc.len
+        writable = (desc.flags // DESC_F_WRITE) & 1
+        chain = &chains[i]
+        chain.head = at
+        chain.descriptors = 1
+        chain.first_segment = i
+        chain.n_readable = 1 - writable
+        chain.n_writable = writable
+        chain.readable_bytes = desc.len & (writable - 1)
+        chain.writable_bytes = desc.len & -writable
+        left -= desc.len
+        i += 1
+    max_bytes[0] = left
+    walk.segment = segments + i
+    return i
+
+
+cdef int walk_scattered(
+    vr_walk* walk, vr_chain* chain, uint32_t size, uint64_t table, uint32_t entries,
+    uint32_t* at, vr_desc* desc
+) noexcept nogil:
+    """walk_table for an indirect table that crosses region borders."""
+    cdef int code
+    while True:
+        if not read_scattered(walk.memory, table + at[0] * DESC_SIZE, desc):
+            desc.addr = table
+            desc.len = entries * DESC_SIZE
+            return FAULT_INDIRECT_ADDRESS
+        if desc.flags & DESC_F_INDIRECT:
+            return FAULT_NONE
+        code = vr_add_buffer(
+            walk, chain, size, desc.addr, desc.len, (desc.flags & DESC_F_WRITE) != 0
+        )
+        if code:
+            return code
+        if not desc.flags & DESC_F_NEXT:
+            return FAULT_NONE
+        if desc.next >= entries:
+            return FAULT_NEXT
+        at[0] = desc.next
+
+
+cdef inline int check_table(bint negotiated, uint16_t flags, uint32_t length) noexcept nogil:
+    """Whether a descriptor may name an indirect table of this length; a vr_fault_code."""
+    if not negotiated:
+        return FAULT_INDIRECT_FEATURE
+    if flags & DESC_F_NEXT:
+        return FAULT_INDIRECT_NEXT
+    if length == 0 or length % DESC_SIZE:
+        return FAULT_INDIRECT_SIZE
+    return FAULT_NONE
+
+
+cdef inline int walk_indirect(
+    vr_walk* walk, vr_chain* chain, uint32_t size, bint negotiated, uint32_t* at, vr_desc* desc
+) noexcept nogil:
+    """Goes on in the indirect table that `desc` names. Returns a vr_fault_code."""
+    cdef int code = check_table(negotiated, desc.flags, desc.len)
+    cdef uint32_t entries = desc.len // DESC_SIZE, entry = 0
+    cdef const uint8_t* table
+    cdef const vr_region* region
+    cdef uint64_t table_at = desc.addr
+    cdef vr_walk walk_copy
+    cdef vr_desc desc_copy
+    if vr_unlikely(code):
+        return code
+    region = vr_lookup(walk.memory, walk.hints, table_at)
+    if vr_unlikely(region == NULL):
+        return FAULT_INDIRECT_ADDRESS
+    at[0] = 0
+    if vr_likely(desc.len <= region.size - (table_at - region.guest)):
+        table = region.host + (table_at - region.guest)
+        code = walk_table(walk, chain, size, table, entries, at, desc)
+    else:
+        walk_copy = walk[0]
+        code = walk_scattered(
+            &walk_copy, chain, size, table_at, entries, &entry, &desc_copy
+        )
+        walk[0] = walk_copy
+        desc[0] = desc_copy
+        at[0] = entry
+    if vr_unlikely(desc.flags & DESC_F_INDIRECT and not code):
+        return FAULT_INDIRECT_NESTED
+    return code
 
 
 @cython.final
@@ -475,107 +626,73 @@ cdef class SplitQueue(VirtQueue):
         """The next used index to publish (0 to 65535)."""
         return self.next_used
 
-    cdef int walk(
-        self, vr_desc desc, uint32_t head, vr_chain* chain, vr_walk* walk
+    cdef int chain_fault(
+        self, int code, uint32_t at, uint64_t address, uint64_t length
     ) noexcept nogil:
-        """Takes the chain that starts with `desc` into the table; 0, VR_BROKEN or VR_TOO_SMALL."""
-        cdef const uint8_t* table = self.desc       # NULL: an indirect table in several regions
-        cdef uint64_t table_at = 0
-        cdef uint32_t entries = self.size, left = self.size, at = head
-        cdef bint inside = False
-        cdef int code
-        while True:
-            if desc.flags & DESC_F_INDIRECT:
-                if inside:
-                    return self.fail(FAULT_INDIRECT_NESTED, at, 0, 0)
-                if not self.indirect:
-                    return self.fail(FAULT_INDIRECT_FEATURE, at, 0, 0)
-                if desc.flags & DESC_F_NEXT:
-                    return self.fail(FAULT_INDIRECT_NEXT, at, 0, 0)
-                if desc.len == 0 or desc.len % DESC_SIZE:
-                    return self.fail(FAULT_INDIRECT_SIZE, at, desc.addr, desc.len)
-                inside = True
-                entries = desc.len // DESC_SIZE
-                table_at = desc.addr
-                table = vr_translate(walk.memory, &walk.last, desc.addr, desc.len)
-                at = 0
-            else:
-                if left == 0:
-                    return self.fail(FAULT_TOO_LONG, head, 0, 0)
-                left -= 1
-                code = vr_add_buffer(
-                    walk, chain, desc.addr, desc.len, desc.flags & DESC_F_WRITE
-                )
-                if code == FAULT_FULL:
-                    return VR_TOO_SMALL
-                if code:
-                    return self.fail(code, at, desc.addr, desc.len)
-                if not desc.flags & DESC_F_NEXT:
-                    break
-                if desc.next >= entries:
-                    return self.fail(FAULT_NEXT, at, 0, 0)
-                at = desc.next
-            if table != NULL:
-                desc = vr_read_desc(table + at * DESC_SIZE)
-            elif not read_scattered(walk.memory, table_at + at * DESC_SIZE, &desc):
-                return self.fail(FAULT_INDIRECT_ADDRESS, head, table_at, entries * DESC_SIZE)
-        if (walk.readable + walk.writable) >> 32:
-            return self.fail(FAULT_TOO_MANY_BYTES, head, 0, 0)
-        return 0
+        """What a walk that ended with a fault at descriptor `at` means for the queue."""
+        if code == FAULT_FULL:
+            return VR_TOO_SMALL
+        if code == FAULT_ADDRESS or code == FAULT_INDIRECT_SIZE or code == FAULT_INDIRECT_ADDRESS:
+            return self.fail(code, at, address, length)
+        return self.fail(code, at, 0, 0)
 
     cdef int pop_within(
         self, vr_chain* chains, uint32_t max_chains, iovec* segments, uint32_t max_segments,
         uint64_t max_bytes
     ) noexcept nogil:
         cdef uint16_t index = self.next_avail
-        cdef uint16_t mask = self.size - 1
+        cdef uint32_t size = self.size, mask = self.size - 1
         cdef uint32_t ready = <uint16_t>(vr_load16_acquire(self.avail + 2) - index)
-        cdef uint32_t i = 0, head, filled
-        cdef uint64_t total = 0
-        cdef vr_desc desc
+        cdef uint32_t i, at
+        cdef const uint8_t* heads = self.avail + 4
+        cdef const uint8_t* table = self.desc
         cdef vr_chain* chain
         cdef vr_walk walk
+        cdef vr_desc desc
         cdef int code = 0
         if self.fault.code:
             return VR_BROKEN
         # What is in flight still occupies descriptors, so the driver cannot add a whole ring.
-        if ready + (self.popped - self.pushed) > self.size:
+        if ready + (self.popped - self.pushed) > size:
             return self.fail(FAULT_AVAIL_INDEX, <uint16_t>(index + ready), 0, 0)
         if ready > max_chains:
             ready = max_chains
         walk.memory = &self.map
-        walk.last = self.map.regions
-        walk.segments = segments
-        walk.filled = 0
-        walk.limit = max_segments
+        walk.hints = self.hints
+        walk.near = self.map.regions
+        walk.segment = segments
+        walk.end = segments + max_segments
+        i = pop_singles(
+            heads, table, index, size, min(ready, max_segments), chains, &walk, &max_bytes
+        )
         while i < ready:
             chain = &chains[i]
-            head = vr_load16(self.avail + 4 + 2 * <size_t>(index & mask))
-            if head >= self.size:
-                code = self.fail(FAULT_HEAD, head, 0, 0)
+            at = vr_load16(heads + 2 * <size_t>((index + i) & mask))
+            if vr_unlikely(at >= size):
+                code = self.fail(FAULT_HEAD, at, 0, 0)
                 break
-            desc = vr_read_desc(self.desc + head * DESC_SIZE)
-            filled = walk.filled
-            walk.readable = walk.writable = 0
-            chain.head = head
+            chain.head = at
             chain.descriptors = 1
-            chain.first_segment = filled
-            chain.n_readable = chain.n_writable = 0
-            code = self.walk(desc, head, chain, &walk)
-            if code:
+            chain.first_segment = <uint32_t>(walk.segment - segments)
+            vr_start_chain(&walk, size)
+            code = walk_table(&walk, chain, size, table, size, &at, &desc)
+            if desc.flags & DESC_F_INDIRECT and not code:
+                code = walk_indirect(&walk, chain, size, self.indirect, &at, &desc)
+            if vr_likely(not code):
+                code = vr_end_chain(&walk, chain)
+            if vr_unlikely(code):
+                code = self.chain_fault(code, at, desc.addr, desc.len)
                 break
-            chain.readable_bytes = <uint32_t>walk.readable
-            chain.writable_bytes = <uint32_t>walk.writable
-            total += walk.readable + walk.writable
-            if total > max_bytes and i:
+            if vr_unlikely(walk.bytes > max_bytes):
+                i = max(i, 1)
                 break
-            index += 1
+            max_bytes -= walk.bytes
             i += 1
         if code and i:
             # Deliver what is sound; the next pop meets the broken chain again, or the bigger table.
             self.fault.code = FAULT_NONE
             code = 0
-        self.next_avail = index
+        self.next_avail = index + i
         self.popped += i
         return code if code else <int>i
 
@@ -584,12 +701,13 @@ cdef class SplitQueue(VirtQueue):
     ) noexcept nogil:
         cdef uint16_t before = self.next_used
         cdef uint16_t after = before + n
-        cdef uint16_t mask = self.size - 1
+        cdef uint32_t mask = self.size - 1
         cdef uint32_t i
+        cdef uint8_t* elements = self.used + 4
         for i in range(n):
             vr_write_used(
-                self.used + 4 + 8 * <size_t>(<uint16_t>(before + i) & mask),
-                chains[i].head, written[i] if written != NULL else 0
+                elements + 8 * <size_t>((before + i) & mask), chains[i].head,
+                written[i] if written != NULL else 0
             )
         vr_store16_release(self.used + 2, after)
         self.next_used = after

@@ -27,6 +27,16 @@ MAX_REGIONS = 65536
 cdef uint64_t ADDRESS_MAX = <uint64_t>-1
 
 
+cdef const vr_region* vr_learn(
+    const vr_map* memory, uint16_t* hints, uint64_t address
+) noexcept nogil:
+    """vr_find that leaves a hint for the next vr_lookup."""
+    cdef const vr_region* region = vr_find(memory, address)
+    if region != NULL:
+        hints[(address >> 20) % VR_HINTS] = <uint16_t>(region - memory.regions)
+    return region
+
+
 cdef uint64_t as_address(object value, str what) except? 0:
     """An address (0 to 2**64 - 1) that came from outside."""
     if not isinstance(value, int) or not 0 <= value <= ADDRESS_MAX:
@@ -181,7 +191,7 @@ cdef class GuestMemory:
         if len(ordered) > MAX_REGIONS:
             raise MemoryMapError(f"{len(ordered)} regions; at most {MAX_REGIONS} are possible")
         self.regions = tuple(ordered)
-        # One empty region more, so that a translation can always start from a "last" region.
+        # One empty region more: a lookup can always start from a region.
         cdef vr_region* table = <vr_region*>calloc(len(ordered) + 1, sizeof(vr_region))
         if table == NULL:
             raise MemoryError
@@ -228,11 +238,10 @@ cdef class GuestMemory:
         raise AddressError(user_addr, length, "no region has this user address")
 
     cdef uint8_t* locate(self, uint64_t address, uint64_t length) except NULL:
-        cdef const vr_region* last = self.map.regions
-        cdef uint8_t* host = vr_translate(&self.map, &last, address, length or 1)
-        if host == NULL:
+        cdef const vr_region* region = vr_find(&self.map, address)
+        if region == NULL or length > region.size - (address - region.guest):
             raise AddressError(address, length, "not in one region of guest memory")
-        return host
+        return region.host + (address - region.guest)
 
     def view(self, guest_addr, length):
         """A writable memoryview of guest memory, which it keeps alive. Not a copy.
@@ -242,8 +251,7 @@ cdef class GuestMemory:
         """
         _check_range(guest_addr, length)
         cdef const vr_region* region = vr_find(&self.map, guest_addr)
-        if region == NULL or length > region.size - (<uint64_t>guest_addr - region.guest):
-            raise AddressError(guest_addr, length, "not in one region of guest memory")
+        self.locate(guest_addr, length)
         offset = guest_addr - region.guest
         return memoryview(self.regions[region - self.map.regions])[offset:offset + length]
 

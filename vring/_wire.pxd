@@ -103,10 +103,13 @@ cdef extern from * nogil:
         words[0] = htole64(addr);
         words[1] = htole64((uint64_t)len | (uint64_t)flags << 32 | (uint64_t)next << 48);
     }
+    /* used elements are aligned to 4 bytes; the index published later orders them */
     static inline void vr_write_used(void *p, uint32_t id, uint32_t len) {
-        vr_store32(p, id);
-        vr_store32((uint8_t *)p + 4, len);
+        *(vr_u64_any *)p = htole64((uint64_t)id | (uint64_t)len << 32);
     }
+
+    #define vr_likely(x) __builtin_expect(!!(x), 1)
+    #define vr_unlikely(x) __builtin_expect(!!(x), 0)
 
     /* 2.7.7.2: does moving an index from `before` to `after` pass `event`? Wrap-safe. */
     static inline int vr_need_event(uint16_t event, uint16_t after, uint16_t before) {
@@ -147,6 +150,8 @@ cdef extern from * nogil:
     vr_desc vr_read_desc(const void* p)
     void vr_write_desc(void* p, uint64_t addr, uint32_t len, uint16_t flags, uint16_t next)
     void vr_write_used(void* p, uint32_t id, uint32_t len)
+    bint vr_likely(bint condition)
+    bint vr_unlikely(bint condition)
     bint vr_need_event(uint16_t event, uint16_t after, uint16_t before)
     void vr_copy(void* to, const void* source, size_t n)
 
