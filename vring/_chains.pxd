@@ -4,7 +4,7 @@ cimport cython
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from vring._memory cimport GuestMemory, vr_lookup, vr_map, vr_region
-from vring._wire cimport iovec, vr_likely, vr_unlikely
+from vring._wire cimport DESC_F_WRITE, iovec, vr_entry, vr_likely, vr_unlikely
 
 cdef struct vr_chain:
     uint16_t head               # split: head descriptor; packed: buffer id. Goes into the used ring
@@ -16,18 +16,23 @@ cdef struct vr_chain:
     uint32_t writable_bytes
 
 cdef struct vr_walk:
-    # Where a walk over descriptors stands. The hot loops keep it in registers: it must not escape,
-    # so the functions for rare cases get the address of a copy.
+    # Where a walk over the descriptors of a chain stands. The loops keep it in registers: it must
+    # not escape to functions that are not inlined.
+    const vr_region* near       # region of the last translation, tried first
+    iovec* segment              # the next free one of the segment table
+    uint64_t bytes              # of the chain so far
+    uint32_t writable           # DESC_F_WRITE once a device-writable descriptor was met, else 0
+    uint32_t at                 # index of the descriptor reached
+    vr_entry desc               # and the descriptor
+
+cdef struct vr_room:
+    # What a walk works in.
     const vr_map* memory
     uint16_t* hints
-    const vr_region* near       # region of the last translation, tried first
-    const iovec* end            # of the caller's segment table
-    iovec* segment              # the next free one of it
-    iovec* first                # of the chain
-    const iovec* stop           # where `segment` meets the end of the table or of the chain's budget
-    int32_t extra               # descriptors of the chain less its segments
-    uint64_t bytes              # of the chain so far
-    bint writable               # whether a device-writable descriptor was met
+    iovec* segments             # the caller's segment table
+    const iovec* end
+    uint32_t size               # of the queue: a chain has at most so many descriptors
+    int32_t extra               # descriptors of the chain less its segments, 0 but for rare chains
 
 cdef enum vr_fault_code:
     FAULT_NONE
@@ -49,65 +54,70 @@ cdef enum vr_fault_code:
     FAULT_EVENT
 
 
+# A buffer of no bytes or in several regions (a segment for each), or one that is too much; moves
+# `segment` on. Returns a vr_fault_code.
 cdef int vr_add_slow(
-    vr_walk* walk, uint32_t size, uint64_t address, uint64_t length
+    vr_room* room, const vr_chain* chain, iovec** segment, uint64_t address, uint64_t length
 ) noexcept nogil
 
 
-cdef inline void vr_start_chain(vr_walk* walk, uint32_t size) noexcept nogil:
-    # A chain has at most `size` descriptors, which mostly are as many segments.
-    walk.first = walk.segment
-    walk.stop = walk.end if walk.end - walk.first < size else walk.first + size
-    walk.extra = 0
+cdef inline void vr_start_chain(vr_walk* walk, vr_chain* chain, uint32_t segment) noexcept nogil:
+    chain.first_segment = segment
     walk.bytes = 0
-    walk.writable = False
+    walk.writable = 0
 
 
-cdef inline void vr_end_readable(const vr_walk* walk, vr_chain* chain) noexcept nogil:
-    chain.n_readable = <uint32_t>(walk.segment - walk.first)
-    chain.readable_bytes = <uint32_t>walk.bytes
-
-
-cdef inline int vr_add_buffer(
-    vr_walk* walk, vr_chain* chain, uint32_t size, uint64_t address, uint32_t length, bint writable
-) noexcept nogil:
-    # One more buffer of the chain, as a segment of the table. Returns a vr_fault_code.
-    cdef uint64_t offset = address - walk.near.guest
+cdef inline int vr_add_buffer(vr_room* room, vr_walk* walk, const vr_chain* chain) noexcept nogil:
+    # The buffer of walk.desc, as a segment of the table. Returns a vr_fault_code.
+    cdef uint64_t offset = walk.desc.addr - walk.near.guest
     cdef const vr_region* near
-    cdef vr_walk copy
+    cdef iovec* segment
     cdef int code
-    if writable != walk.writable:
-        if vr_unlikely(walk.writable):
-            return FAULT_ORDER
-        walk.writable = True
-        vr_end_readable(walk, chain)
-    walk.bytes += length
+    walk.bytes += walk.desc.len
     if offset >= walk.near.size:
-        near = vr_lookup(walk.memory, walk.hints, address)
-        if vr_likely(near != NULL):
-            walk.near = near
-            offset = address - near.guest
+        near = vr_lookup(room.memory, room.hints, walk.desc.addr)
+        if vr_unlikely(near == NULL):
+            return FAULT_ADDRESS if walk.desc.len else FAULT_NONE
+        walk.near = near
+        offset = walk.desc.addr - near.guest
     # length - 1 sends a length of 0 the slow way
     if vr_likely(
-        offset < walk.near.size and <uint64_t>length - 1 < walk.near.size - offset
-        and walk.segment != walk.stop
+        walk.segment != room.end and <uint64_t>walk.desc.len - 1 < walk.near.size - offset
     ):
         walk.segment.iov_base = walk.near.host + offset
-        walk.segment.iov_len = length
+        walk.segment.iov_len = walk.desc.len
         walk.segment += 1
         return FAULT_NONE
-    copy = walk[0]
-    code = vr_add_slow(&copy, size, address, length)
-    walk[0] = copy
+    segment = walk.segment
+    code = vr_add_slow(room, chain, &segment, walk.desc.addr, walk.desc.len)
+    walk.segment = segment
     return code
 
 
-cdef inline int vr_end_chain(vr_walk* walk, vr_chain* chain) noexcept nogil:
+cdef inline void vr_end_readable(
+    const vr_room* room, const vr_walk* walk, vr_chain* chain
+) noexcept nogil:
+    chain.n_readable = <uint32_t>(walk.segment - room.segments) - chain.first_segment
+    chain.readable_bytes = <uint32_t>walk.bytes
+
+
+cdef inline int vr_end_chain(vr_room* room, vr_walk* walk, vr_chain* chain) noexcept nogil:
     # Returns a vr_fault_code.
+    cdef uint32_t segments = <uint32_t>(walk.segment - room.segments) - chain.first_segment
     if not walk.writable:
-        vr_end_readable(walk, chain)
-    chain.n_writable = <uint32_t>(walk.segment - walk.first) - chain.n_readable
-    chain.writable_bytes = <uint32_t>walk.bytes - chain.readable_bytes
+        chain.n_readable = segments
+        chain.n_writable = 0
+        chain.readable_bytes = <uint32_t>walk.bytes
+        chain.writable_bytes = 0
+    else:
+        chain.n_writable = segments - chain.n_readable
+        chain.writable_bytes = <uint32_t>walk.bytes - chain.readable_bytes
+    if vr_unlikely(room.extra):
+        segments += room.extra
+        room.extra = 0
+    # Segments end the loops; whether there were too many descriptors is checked once.
+    if vr_unlikely(segments > room.size):
+        return FAULT_TOO_LONG
     return FAULT_TOO_MANY_BYTES if vr_unlikely(walk.bytes >> 32) else FAULT_NONE
 
 

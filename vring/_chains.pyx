@@ -32,35 +32,29 @@ _SEGMENT = np.dtype({
 
 
 cdef int vr_add_slow(
-    vr_walk* walk, uint32_t size, uint64_t address, uint64_t length
+    vr_room* room, const vr_chain* chain, iovec** segment, uint64_t address, uint64_t length
 ) noexcept nogil:
-    """A buffer of no bytes or in several regions (a segment for each), or one that is too much."""
     cdef uint64_t offset, there
     cdef const vr_region* region
-    if walk.segment - walk.first + walk.extra == size:
+    if segment[0] - room.segments - chain.first_segment + room.extra >= room.size:
         return FAULT_TOO_LONG
-    walk.extra += 1
+    room.extra += 1
     while length:
-        region = vr_lookup(walk.memory, walk.hints, address)
+        region = vr_lookup(room.memory, room.hints, address)
         if region == NULL:
             return FAULT_ADDRESS
-        if walk.segment == walk.end:
+        if segment[0] == room.end:
             return FAULT_FULL
         offset = address - region.guest
         there = min(length, region.size - offset)
-        walk.segment.iov_base = region.host + offset
-        walk.segment.iov_len = there
-        walk.segment += 1
-        walk.extra -= 1
+        segment[0].iov_base = region.host + offset
+        segment[0].iov_len = there
+        segment[0] += 1
+        room.extra -= 1
         address += there
         length -= there
         if address == 0 and length:
             return FAULT_ADDRESS
-    # As many segments as descriptors are left, in the fast way; those of this buffer are behind.
-    if walk.end - walk.first < <int32_t>size - walk.extra:
-        walk.stop = walk.end
-    else:
-        walk.stop = walk.first + (<int32_t>size - walk.extra)
     return FAULT_NONE
 
 

@@ -8,7 +8,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from vring._chains cimport Batch, Chain, vr_chain, vr_fault_code, vr_walk
 from vring._memory cimport GuestMemory, VR_HINTS, vr_map
-from vring._wire cimport iovec, vr_desc
+from vring._wire cimport iovec, vr_entry
 
 cdef struct vr_fault:
     # why the ring is broken

@@ -9,13 +9,13 @@ from vring._chains cimport (
     FAULT_ADDRESS, FAULT_AVAIL_INDEX, FAULT_FULL, FAULT_HEAD, FAULT_INDIRECT_ADDRESS,
     FAULT_INDIRECT_FEATURE, FAULT_INDIRECT_NESTED, FAULT_INDIRECT_NEXT, FAULT_INDIRECT_SIZE,
     FAULT_NEXT, FAULT_NONE, FAULT_ORDER, FAULT_TOO_LONG, FAULT_TOO_MANY_BYTES,
-    FAULT_TOO_MANY_SEGMENTS, vr_add_buffer, vr_end_chain,
-    vr_start_chain
+    FAULT_TOO_MANY_SEGMENTS, vr_add_buffer, vr_end_chain, vr_end_readable,
+    vr_room, vr_start_chain
 )
 from vring._memory cimport VR_HINTS, vr_find, vr_lookup, vr_region
 from vring._wire cimport (
     AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, DESC_SIZE, QUEUE_SIZE_MAX,
-    USED_F_NO_NOTIFY, vr_fence, vr_likely, vr_load16, vr_load16_acquire, vr_need_event,
+    USED_F_NO_NOTIFY, vr_fence, vr_follow, vr_likely, vr_load16, vr_load16_acquire, vr_need_event,
     vr_read_desc, vr_store16, vr_store16_release, vr_unlikely, vr_write_used
 )
 from vring.errors import (
@@ -48,19 +48,15 @@ _FAULTS = {
 }
 
 
-cdef bint read_scattered(
-    const vr_map* memory, uint64_t address, vr_desc* desc
-) noexcept nogil:
+cdef bint read_scattered(const vr_map* memory, uint64_t address, uint8_t* entry) noexcept nogil:
     """One descriptor of an indirect table that crosses region borders, byte by byte, once each."""
-    cdef uint8_t[DESC_SIZE] local
     cdef const vr_region* region
     cdef int i
     for i in range(DESC_SIZE):
         region = vr_find(memory, address + i)
         if region == NULL or address + i < address:
             return False
-        local[i] = (<volatile uint8_t*>region.host)[address + i - region.guest]
-    desc[0] = vr_read_desc(local)
+        entry[i] = (<volatile uint8_t*>region.host)[address + i - region.guest]
     return True
 
 
@@ -421,108 +417,54 @@ cdef uint8_t* ring(
 
 
 cdef inline int walk_table(
-    vr_walk* walk, vr_chain* chain, uint32_t size, const uint8_t* table, uint32_t entries,
-    uint32_t* at, vr_desc* desc
+    vr_room* room, vr_walk* walk, vr_chain* chain, const uint8_t* table, uint32_t entries
 ) noexcept nogil:
-    """Takes the buffers of a chain from entry `at` of a descriptor table on.
+    """Takes the buffers of a chain from entry walk.at of a descriptor table on.
 
-    Ends after the last descriptor, or at one that names an indirect table, or at an error; `at` and
-    `desc` tell which. Returns a vr_fault_code.
+    Ends after the last descriptor, at one that names an indirect table, or at a fault; walk.at and
+    walk.desc tell where. Returns a vr_fault_code.
     """
     cdef int code
     while True:
-        desc[0] = vr_read_desc(table + <size_t>at[0] * DESC_SIZE)
-        if desc.flags & DESC_F_INDIRECT:
-            return FAULT_NONE
-        code = vr_add_buffer(
-            walk, chain, size, desc.addr, desc.len, (desc.flags & DESC_F_WRITE) != 0
-        )
-        if vr_unlikely(code):
+        walk.desc = vr_read_desc(table + <size_t>walk.at * DESC_SIZE)
+        if (walk.desc.flags & (DESC_F_WRITE | DESC_F_INDIRECT)) != walk.writable:
+            if walk.desc.flags & DESC_F_INDIRECT:
+                return FAULT_NONE
+            if vr_unlikely(walk.writable):
+                return FAULT_ORDER
+            walk.writable = DESC_F_WRITE
+            vr_end_readable(room, walk, chain)
+        code = vr_add_buffer(room, walk, chain)
+        if vr_unlikely(code) or not walk.desc.flags & DESC_F_NEXT:
             return code
-        if not desc.flags & DESC_F_NEXT:
-            return FAULT_NONE
-        if vr_unlikely(desc.next >= entries):
+        if vr_unlikely(walk.desc.next >= entries):
             return FAULT_NEXT
-        at[0] = desc.next
-
-
-cdef uint32_t pop_singles(
-    const uint8_t* heads, const uint8_t* table, uint16_t index, uint32_t size, uint32_t ready,
-    vr_chain* chains, vr_walk* walk, uint64_t* max_bytes
-) noexcept nogil:
-    """Pops one-descriptor chains, the most common, up to the first of another kind; how many.
-
-    What is unusual about a chain or wrong with it is left to the loop over all kinds.
-    """
-    cdef const vr_region* near = walk.near
-    cdef iovec* segments = walk.segment
-    cdef vr_chain* chain
-    cdef vr_desc desc
-    cdef uint64_t offset, left = max_bytes[0]
-    cdef uint32_t i = 0, at, writable
-    while i < ready:
-        at = vr_load16(heads + 2 * <size_t>((index + i) & (size - 1)))
-        if vr_unlikely(at >= size):
-            break
-        desc = vr_read_desc(table + <size_t>at * DESC_SIZE)
-        if desc.flags & (DESC_F_NEXT | DESC_F_INDIRECT):
-            break
-        offset = desc.addr - near.guest
-        if offset >= near.size:
-            near = vr_lookup(walk.memory, walk.hints, desc.addr)
-            if vr_unlikely(near == NULL):
-                break
-            offset = desc.addr - near.guest
-            walk.near = near
-        if vr_unlikely(
-            <uint64_t>desc.len - 1 >= near.size - offset or desc.len > left
-        ):
-            break
-        segments[i].iov_base = near.host + offset
-        segments[i].iov_len = desc.len
-        writable = (desc.flags // DESC_F_WRITE) & 1
-        chain = &chains[i]
-        chain.head = at
-        chain.descriptors = 1
-        chain.first_segment = i
-        chain.n_readable = 1 - writable
-        chain.n_writable = writable
-        chain.readable_bytes = desc.len & (writable - 1)
-        chain.writable_bytes = desc.len & -writable
-        left -= desc.len
-        i += 1
-    max_bytes[0] = left
-    walk.segment = segments + i
-    return i
+        walk.at = vr_follow(walk.at, walk.desc.next)
 
 
 cdef int walk_scattered(
-    vr_walk* walk, vr_chain* chain, uint32_t size, uint64_t table, uint32_t entries,
-    uint32_t* at, vr_desc* desc
+    vr_room* room, vr_walk* walk, vr_chain* chain, uint64_t table, uint32_t entries
 ) noexcept nogil:
-    """walk_table for an indirect table that crosses region borders."""
+    """Like walk_table, for an indirect table that crosses region borders: entry by entry."""
+    cdef uint8_t[DESC_SIZE] entry
+    cdef uint32_t at = 0
     cdef int code
     while True:
-        if not read_scattered(walk.memory, table + at[0] * DESC_SIZE, desc):
-            desc.addr = table
-            desc.len = entries * DESC_SIZE
+        if not read_scattered(room.memory, table + at * DESC_SIZE, entry):
+            walk.desc.addr = table
+            walk.desc.len = entries * DESC_SIZE
             return FAULT_INDIRECT_ADDRESS
-        if desc.flags & DESC_F_INDIRECT:
-            return FAULT_NONE
-        code = vr_add_buffer(
-            walk, chain, size, desc.addr, desc.len, (desc.flags & DESC_F_WRITE) != 0
-        )
-        if code:
+        walk.at = 0
+        code = walk_table(room, walk, chain, entry, 0)
+        walk.at = at
+        # A table of no entries makes every `next` a fault.
+        if code != FAULT_NEXT or walk.desc.next >= entries:
             return code
-        if not desc.flags & DESC_F_NEXT:
-            return FAULT_NONE
-        if desc.next >= entries:
-            return FAULT_NEXT
-        at[0] = desc.next
+        at = walk.desc.next
 
 
-cdef inline int check_table(bint negotiated, uint16_t flags, uint32_t length) noexcept nogil:
-    """Whether a descriptor may name an indirect table of this length; a vr_fault_code."""
+cdef inline int check_table(bint negotiated, uint32_t flags, uint32_t length) noexcept nogil:
+    """Whether a descriptor may name an indirect table; a vr_fault_code."""
     if not negotiated:
         return FAULT_INDIRECT_FEATURE
     if flags & DESC_F_NEXT:
@@ -533,36 +475,84 @@ cdef inline int check_table(bint negotiated, uint16_t flags, uint32_t length) no
 
 
 cdef inline int walk_indirect(
-    vr_walk* walk, vr_chain* chain, uint32_t size, bint negotiated, uint32_t* at, vr_desc* desc
+    vr_room* room, vr_walk* walk, vr_chain* chain, bint negotiated
 ) noexcept nogil:
-    """Goes on in the indirect table that `desc` names. Returns a vr_fault_code."""
-    cdef int code = check_table(negotiated, desc.flags, desc.len)
-    cdef uint32_t entries = desc.len // DESC_SIZE, entry = 0
-    cdef const uint8_t* table
+    """Goes on in the indirect table that walk.desc names. Returns a vr_fault_code."""
+    cdef uint64_t table = walk.desc.addr, offset
+    cdef uint32_t length = walk.desc.len
     cdef const vr_region* region
-    cdef uint64_t table_at = desc.addr
-    cdef vr_walk walk_copy
-    cdef vr_desc desc_copy
+    cdef vr_walk copy
+    cdef int code = check_table(negotiated, walk.desc.flags, length)
     if vr_unlikely(code):
         return code
-    region = vr_lookup(walk.memory, walk.hints, table_at)
-    if vr_unlikely(region == NULL):
-        return FAULT_INDIRECT_ADDRESS
-    at[0] = 0
-    if vr_likely(desc.len <= region.size - (table_at - region.guest)):
-        table = region.host + (table_at - region.guest)
-        code = walk_table(walk, chain, size, table, entries, at, desc)
+    region = walk.near
+    offset = table - region.guest
+    if offset >= region.size:
+        region = vr_lookup(room.memory, room.hints, table)
+        if vr_unlikely(region == NULL):
+            return FAULT_INDIRECT_ADDRESS
+        offset = table - region.guest
+    walk.at = 0
+    if vr_likely(length <= region.size - offset):
+        code = walk_table(room, walk, chain, region.host + offset, length // DESC_SIZE)
     else:
-        walk_copy = walk[0]
-        code = walk_scattered(
-            &walk_copy, chain, size, table_at, entries, &entry, &desc_copy
-        )
-        walk[0] = walk_copy
-        desc[0] = desc_copy
-        at[0] = entry
-    if vr_unlikely(desc.flags & DESC_F_INDIRECT and not code):
+        copy = walk[0]
+        code = walk_scattered(room, &copy, chain, table, length // DESC_SIZE)
+        walk[0] = copy
+    if vr_unlikely(walk.desc.flags & DESC_F_INDIRECT and not code):
         return FAULT_INDIRECT_NESTED
     return code
+
+
+cdef uint32_t pop_singles(
+    const uint8_t* heads, const uint8_t* table, uint16_t index, uint32_t ready, vr_chain* chains,
+    const vr_room* room, iovec* segments
+) noexcept nogil:
+    """Pops one-descriptor chains, the most common, up to the first of another kind; how many.
+
+    What is unusual about a chain or wrong with it is left to the loop over all kinds.
+    """
+    cdef const vr_region* near = room.memory.regions
+    cdef vr_entry desc
+    cdef uint64_t offset
+    cdef uint32_t i, at, size = room.size
+    for i in range(ready):
+        at = vr_load16(heads + 2 * <size_t>((index + i) & (size - 1)))
+        if vr_unlikely(at >= size):
+            return i
+        desc = vr_read_desc(table + <size_t>at * DESC_SIZE)
+        if desc.flags & (DESC_F_NEXT | DESC_F_INDIRECT):
+            return i
+        offset = desc.addr - near.guest
+        if offset >= near.size:
+            near = vr_lookup(room.memory, room.hints, desc.addr)
+            if vr_unlikely(near == NULL):
+                return i
+            offset = desc.addr - near.guest
+        if vr_unlikely(<uint64_t>desc.len - 1 >= near.size - offset):
+            return i
+        segments[i].iov_base = near.host + offset
+        segments[i].iov_len = desc.len
+        vr_single(&chains[i], at, i, desc.len, desc.flags & DESC_F_WRITE)
+    return ready
+
+
+cdef inline void vr_single(
+    vr_chain* chain, uint32_t head, uint32_t segment, uint32_t length, bint writable
+) noexcept nogil:
+    chain.head = head
+    chain.descriptors = 1
+    chain.first_segment = segment
+    if writable:
+        chain.n_readable = 0
+        chain.n_writable = 1
+        chain.readable_bytes = 0
+        chain.writable_bytes = length
+    else:
+        chain.n_readable = 1
+        chain.n_writable = 0
+        chain.readable_bytes = length
+        chain.writable_bytes = 0
 
 
 @cython.final
@@ -643,12 +633,13 @@ cdef class SplitQueue(VirtQueue):
         cdef uint16_t index = self.next_avail
         cdef uint32_t size = self.size, mask = self.size - 1
         cdef uint32_t ready = <uint16_t>(vr_load16_acquire(self.avail + 2) - index)
-        cdef uint32_t i, at
+        cdef uint32_t i = 0
         cdef const uint8_t* heads = self.avail + 4
         cdef const uint8_t* table = self.desc
+        cdef bint indirect = self.indirect
         cdef vr_chain* chain
+        cdef vr_room room
         cdef vr_walk walk
-        cdef vr_desc desc
         cdef int code = 0
         if self.fault.code:
             return VR_BROKEN
@@ -657,31 +648,34 @@ cdef class SplitQueue(VirtQueue):
             return self.fail(FAULT_AVAIL_INDEX, <uint16_t>(index + ready), 0, 0)
         if ready > max_chains:
             ready = max_chains
-        walk.memory = &self.map
-        walk.hints = self.hints
+        room.memory = &self.map
+        room.hints = self.hints
+        room.size = size
+        room.extra = 0
+        room.segments = segments
+        room.end = segments + max_segments
+        if max_bytes == <uint64_t>-1:
+            i = pop_singles(
+                heads, table, index, min(ready, max_segments), chains, &room, segments
+            )
         walk.near = self.map.regions
-        walk.segment = segments
-        walk.end = segments + max_segments
-        i = pop_singles(
-            heads, table, index, size, min(ready, max_segments), chains, &walk, &max_bytes
-        )
+        walk.segment = segments + i
         while i < ready:
-            chain = &chains[i]
-            at = vr_load16(heads + 2 * <size_t>((index + i) & mask))
-            if vr_unlikely(at >= size):
-                code = self.fail(FAULT_HEAD, at, 0, 0)
+            walk.at = vr_load16(heads + 2 * <size_t>((index + i) & mask))
+            if vr_unlikely(walk.at >= size):
+                code = self.fail(FAULT_HEAD, walk.at, 0, 0)
                 break
-            chain.head = at
+            chain = &chains[i]
+            chain.head = walk.at
             chain.descriptors = 1
-            chain.first_segment = <uint32_t>(walk.segment - segments)
-            vr_start_chain(&walk, size)
-            code = walk_table(&walk, chain, size, table, size, &at, &desc)
-            if desc.flags & DESC_F_INDIRECT and not code:
-                code = walk_indirect(&walk, chain, size, self.indirect, &at, &desc)
+            vr_start_chain(&walk, chain, <uint32_t>(walk.segment - segments))
+            code = walk_table(&room, &walk, chain, table, size)
+            if walk.desc.flags & DESC_F_INDIRECT and not code:
+                code = walk_indirect(&room, &walk, chain, indirect)
             if vr_likely(not code):
-                code = vr_end_chain(&walk, chain)
+                code = vr_end_chain(&room, &walk, chain)
             if vr_unlikely(code):
-                code = self.chain_fault(code, at, desc.addr, desc.len)
+                code = self.chain_fault(code, walk.at, walk.desc.addr, walk.desc.len)
                 break
             if vr_unlikely(walk.bytes > max_bytes):
                 i = max(i, 1)

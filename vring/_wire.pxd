@@ -57,6 +57,9 @@ cdef extern from * nogil:
     _Static_assert(sizeof(vr_packed_event) == 4, "event suppression structure");
     _Static_assert(sizeof(void *) == 8 && sizeof(size_t) == 8, "64-bit hosts only");
 
+    #define vr_likely(x) __builtin_expect(!!(x), 1)
+    #define vr_unlikely(x) __builtin_expect(!!(x), 0)
+
     typedef uint16_t vr_u16 __attribute__((may_alias));
     typedef uint32_t vr_u32 __attribute__((may_alias));
     typedef uint64_t vr_u64 __attribute__((may_alias));
@@ -91,11 +94,31 @@ cdef extern from * nogil:
     static inline void vr_fence(void) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
     static inline void vr_fence_acquire(void) { __atomic_thread_fence(__ATOMIC_ACQUIRE); }
 
-    static inline vr_desc vr_read_desc(const void *p) {
+    /* A descriptor that was read, with fields as wide as registers like them. */
+    typedef struct {
+        uint64_t addr;
+        uint32_t len;
+        uint32_t flags;
+        uint32_t next;      /* packed: not used */
+        uint32_t id;        /* split: not used */
+    } vr_entry;
+    static inline vr_entry vr_read_desc(const void *p) {
         const volatile vr_u64_any *words = (const volatile vr_u64_any *)p;
         uint64_t addr = le64toh(words[0]), rest = le64toh(words[1]);
-        vr_desc d = {addr, (uint32_t)rest, (uint16_t)(rest >> 32), (uint16_t)(rest >> 48)};
+        vr_entry d = {addr, (uint32_t)rest, (uint32_t)(rest >> 32) & 0xffff,
+                      (uint32_t)(rest >> 48), 0};
         return d;
+    }
+    /* Chains mostly lie in sequence. Guessing so lets the processor read the next descriptor before
+       `next` has arrived. The empty asms keep the compiler from proving that the guess is `next`. */
+    static inline uint32_t vr_follow(uint32_t at, uint32_t next) {
+        uint32_t follow = at + 1;
+        __asm__("" : "+r"(follow));
+        if (vr_unlikely(at + 1 != next)) {
+            follow = next;
+            __asm__ volatile("" : "+r"(follow));
+        }
+        return follow;
     }
     static inline void vr_write_desc(void *p, uint64_t addr, uint32_t len, uint16_t flags,
                                      uint16_t next) {
@@ -107,9 +130,6 @@ cdef extern from * nogil:
     static inline void vr_write_used(void *p, uint32_t id, uint32_t len) {
         *(vr_u64_any *)p = htole64((uint64_t)id | (uint64_t)len << 32);
     }
-
-    #define vr_likely(x) __builtin_expect(!!(x), 1)
-    #define vr_unlikely(x) __builtin_expect(!!(x), 0)
 
     /* 2.7.7.2: does moving an index from `before` to `after` pass `event`? Wrap-safe. */
     static inline int vr_need_event(uint16_t event, uint16_t after, uint16_t before) {
@@ -132,11 +152,12 @@ cdef extern from * nogil:
     }
     #endif
     """
-    ctypedef struct vr_desc:
+    ctypedef struct vr_entry:
         uint64_t addr
         uint32_t len
-        uint16_t flags
-        uint16_t next
+        uint32_t flags
+        uint32_t next
+        uint32_t id
     uint16_t vr_load16(const void* p)
     uint16_t vr_load16_acquire(const void* p)
     uint32_t vr_load32(const void* p)
@@ -147,7 +168,8 @@ cdef extern from * nogil:
     void vr_store64(void* p, uint64_t value)
     void vr_fence()
     void vr_fence_acquire()
-    vr_desc vr_read_desc(const void* p)
+    vr_entry vr_read_desc(const void* p)
+    uint32_t vr_follow(uint32_t at, uint32_t next)
     void vr_write_desc(void* p, uint64_t addr, uint32_t len, uint16_t flags, uint16_t next)
     void vr_write_used(void* p, uint32_t id, uint32_t len)
     bint vr_likely(bint condition)
