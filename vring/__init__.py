@@ -1,8 +1,9 @@
 """Virtqueues over guest memory, both sides of them.
 
-The device's side is :class:`SplitQueue`, the driver's :class:`SplitDriver`; both work in a
-:class:`GuestMemory`. Rings and memory are the guest's and hostile: what it does wrong raises a
-:class:`~vring.errors.RingError`. Other Cython extensions ``cimport vring`` (see get_include).
+The device's side is :class:`SplitQueue` or :class:`PackedQueue`, the driver's :class:`SplitDriver`
+or :class:`PackedDriver`; all work in a :class:`GuestMemory`. Rings and memory are the guest's and
+hostile: what it does wrong raises a :class:`~vring.errors.RingError`. Other Cython extensions
+``cimport vring`` (see get_include).
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import os
 try:
     from vring._chains import Batch, Chain
     from vring._core import SplitQueue, VirtQueue
-    from vring._driver import SplitDriver, need_event
+    from vring._driver import Driver, PackedDriver, SplitDriver, need_event
     from vring._memory import GuestMemory, Region
+    from vring._packed import PackedQueue
     from vring._pump import Flow, FlowCounters, FlowEvent, Pump
 except ModuleNotFoundError as _error:
     if _error.name is None or not _error.name.startswith("vring._"):
@@ -33,10 +35,13 @@ from vring.errors import (
 
 __all__ = [
     "SplitQueue",
+    "PackedQueue",
     "VirtQueue",
     "Batch",
     "Chain",
     "SplitDriver",
+    "PackedDriver",
+    "Driver",
     "GuestMemory",
     "Region",
     "need_event",

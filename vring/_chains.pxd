@@ -4,7 +4,7 @@ cimport cython
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from vring._memory cimport GuestMemory, vr_lookup, vr_map, vr_region
-from vring._wire cimport DESC_F_WRITE, iovec, vr_entry, vr_likely, vr_unlikely
+from vring._wire cimport DESC_F_NEXT, DESC_F_WRITE, DESC_SIZE, iovec, vr_entry, vr_likely, vr_unlikely
 
 cdef struct vr_chain:
     uint16_t head               # split: head descriptor; packed: buffer id. Goes into the used ring
@@ -50,8 +50,6 @@ cdef enum vr_fault_code:
     FAULT_INDIRECT_SIZE
     FAULT_INDIRECT_ADDRESS
     FAULT_ADDRESS
-    FAULT_INCOMPLETE
-    FAULT_EVENT
 
 
 # A buffer of no bytes or in several regions (a segment for each), or one that is too much; moves
@@ -76,10 +74,11 @@ cdef inline int vr_add_buffer(vr_room* room, vr_walk* walk, const vr_chain* chai
     walk.bytes += walk.desc.len
     if offset >= walk.near.size:
         near = vr_lookup(room.memory, room.hints, walk.desc.addr)
-        if vr_unlikely(near == NULL):
-            return FAULT_ADDRESS if walk.desc.len else FAULT_NONE
-        walk.near = near
-        offset = walk.desc.addr - near.guest
+        if vr_likely(near != NULL):
+            walk.near = near
+            offset = walk.desc.addr - near.guest
+        elif walk.desc.len:
+            return FAULT_ADDRESS
     # length - 1 sends a length of 0 the slow way
     if vr_likely(
         walk.segment != room.end and <uint64_t>walk.desc.len - 1 < walk.near.size - offset
@@ -121,6 +120,17 @@ cdef inline int vr_end_chain(vr_room* room, vr_walk* walk, vr_chain* chain) noex
     return FAULT_TOO_MANY_BYTES if vr_unlikely(walk.bytes >> 32) else FAULT_NONE
 
 
+cdef inline int vr_check_table(bint negotiated, uint32_t flags, uint32_t length) noexcept nogil:
+    # Whether a descriptor may name an indirect table. Returns a vr_fault_code.
+    if not negotiated:
+        return FAULT_INDIRECT_FEATURE
+    if flags & DESC_F_NEXT:
+        return FAULT_INDIRECT_NEXT
+    if length == 0 or length % DESC_SIZE:
+        return FAULT_INDIRECT_SIZE
+    return FAULT_NONE
+
+
 @cython.final
 cdef class Batch:
     cdef vr_chain* chains       # rows start to count-1 are not completed yet
@@ -130,6 +140,7 @@ cdef class Batch:
     cdef uint32_t count
     cdef uint32_t max_chains
     cdef uint32_t max_segments
+    cdef uint32_t epoch         # of its queue: how often that was reset
     cdef uint64_t first         # sequence number (of its queue) of chains[0]
     cdef object owner           # the queue while chains are in flight, else None
     cdef GuestMemory memory     # keeps the buffers alive as long as chains are in flight

@@ -34,6 +34,7 @@ cdef class VirtQueue:
     cdef vr_fault fault
     cdef uint64_t popped                    # chains since the queue was made
     cdef uint64_t pushed
+    cdef uint32_t epoch                     # how often reset
     cdef bint notification_due
     cdef tuple _rings                       # their guest addresses
     cdef Batch _spare_batch
@@ -77,7 +78,14 @@ cdef class VirtQueue:
     cdef int raise_broken(self) except -1
 
     cdef int locate_rings(self, GuestMemory memory) except -1
+    cdef void restart(self) noexcept
+    cdef uint8_t* locate(
+        self, GuestMemory memory, uint64_t address, uint64_t length, uint64_t align, str what
+    ) except NULL
     cdef int fail(self, int code, uint32_t index, uint64_t address, uint64_t length) noexcept nogil
+    cdef int chain_fault(
+        self, int code, uint32_t at, uint64_t address, uint64_t length
+    ) noexcept nogil
     cdef object make_fault(self)
     cdef int fill(self, Batch batch, uint32_t limit, uint64_t max_bytes) except -1
     cdef Batch take_batch(self)
@@ -95,7 +103,3 @@ cdef class SplitQueue(VirtQueue):
     cdef uint8_t* used
     cdef uint16_t next_avail
     cdef uint16_t next_used
-
-    cdef int chain_fault(
-        self, int code, uint32_t at, uint64_t address, uint64_t length
-    ) noexcept nogil

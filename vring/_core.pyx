@@ -9,7 +9,7 @@ from vring._chains cimport (
     FAULT_ADDRESS, FAULT_AVAIL_INDEX, FAULT_FULL, FAULT_HEAD, FAULT_INDIRECT_ADDRESS,
     FAULT_INDIRECT_FEATURE, FAULT_INDIRECT_NESTED, FAULT_INDIRECT_NEXT, FAULT_INDIRECT_SIZE,
     FAULT_NEXT, FAULT_NONE, FAULT_ORDER, FAULT_TOO_LONG, FAULT_TOO_MANY_BYTES,
-    FAULT_TOO_MANY_SEGMENTS, vr_add_buffer, vr_end_chain, vr_end_readable,
+    FAULT_TOO_MANY_SEGMENTS, vr_add_buffer, vr_check_table, vr_end_chain, vr_end_readable,
     vr_room, vr_start_chain
 )
 from vring._memory cimport VR_HINTS, vr_find, vr_lookup, vr_region
@@ -32,7 +32,7 @@ cdef enum:
     CHAIN_SEGMENTS = 16
 
 _FAULTS = {
-    FAULT_AVAIL_INDEX: (AvailableIndexError, "the available index moved further than the queue"),
+    FAULT_AVAIL_INDEX: (AvailableIndexError, "the driver made more available than the queue has"),
     FAULT_HEAD: (HeadError, "the available ring names a head outside the descriptor table"),
     FAULT_NEXT: (ChainError, "next names a descriptor outside its table"),
     FAULT_TOO_LONG: (ChainError, "the chain loops or has more descriptors than the queue"),
@@ -68,7 +68,7 @@ cdef class VirtQueue:
 
     def __init__(self, *args, **kwargs):
         if type(self) is VirtQueue:
-            raise TypeError("VirtQueue is abstract: make a SplitQueue")
+            raise TypeError("VirtQueue is abstract: make a SplitQueue or a PackedQueue")
 
     # --- what a layout implements
 
@@ -101,6 +101,9 @@ cdef class VirtQueue:
     cdef int locate_rings(self, GuestMemory memory) except -1:
         return 0
 
+    cdef void restart(self) noexcept:
+        pass
+
     @property
     def avail_index(self):
         """The next available index to pop."""
@@ -112,6 +115,22 @@ cdef class VirtQueue:
         raise NotImplementedError
 
     # --- common to all
+
+    cdef uint8_t* locate(
+        self, GuestMemory memory, uint64_t address, uint64_t length, uint64_t align, str what
+    ) except NULL:
+        """Where a part of the ring lies in this process. Raises AddressError, naming the part."""
+        cdef uint8_t* host
+        what = f"{self.name}: {what}"
+        if address % align:
+            raise AddressError(address, length, f"{what} is not aligned to {align} bytes")
+        try:
+            host = memory.locate(address, length)
+        except AddressError as error:
+            raise AddressError(address, length, f"{what} is not in one region") from error
+        if <size_t>host % align:
+            raise AddressError(address, length, f"{what}: its region's buffer is not aligned")
+        return host
 
     cdef int pop_c(
         self, vr_chain* chains, uint32_t max_chains, iovec* segments, uint32_t max_segments
@@ -131,6 +150,16 @@ cdef class VirtQueue:
         self.fault.address = address
         self.fault.length = length
         return VR_BROKEN
+
+    cdef int chain_fault(
+        self, int code, uint32_t at, uint64_t address, uint64_t length
+    ) noexcept nogil:
+        """What a walk that ended with a fault at descriptor `at` means for the queue."""
+        if code == FAULT_FULL:
+            return VR_TOO_SMALL
+        if code == FAULT_ADDRESS or code == FAULT_INDIRECT_SIZE or code == FAULT_INDIRECT_ADDRESS:
+            return self.fail(code, at, address, length)
+        return self.fail(code, at, 0, 0)
 
     cdef object make_fault(self):
         kind, cause = _FAULTS[self.fault.code]
@@ -181,6 +210,7 @@ cdef class VirtQueue:
         batch.start = 0
         batch.count = n
         batch.first = self.popped - n
+        batch.epoch = self.epoch
         batch.owner = self if n else None
         batch.memory = self._memory if n else None
         return n
@@ -262,7 +292,9 @@ cdef class VirtQueue:
                 if batch.count == 0:
                     return 0
                 raise LocalMisuseError(f"{self.name}: the chains are completed or given back")
-            raise LocalMisuseError(f"{self.name}: the chains are another queue's, or reset")
+            raise LocalMisuseError(f"{self.name}: the chains are another queue's")
+        if batch.epoch != self.epoch:
+            raise LocalMisuseError(f"{self.name}: the queue was reset after the chains were popped")
         return 0
 
     cdef int check_order(self, uint64_t first) except -1:
@@ -279,8 +311,8 @@ cdef class VirtQueue:
     cdef bint push_one(self, Chain chain, object written) except -1:
         cdef Batch batch = chain.batch
         cdef uint32_t length
-        if batch.owner is not self or chain.index != batch.start:
-            self.check_mine(batch)
+        self.check_mine(batch)
+        if chain.index != batch.start:
             chain.row()
             raise LocalMisuseError(f"{self.name}: complete the earlier chains of its batch first")
         if written is None:
@@ -349,6 +381,27 @@ cdef class VirtQueue:
         return self.available_c()
 
     @property
+    def vring_base(self):
+        """What GET_VRING_BASE answers when nothing is in flight (vhost-user).
+
+        Split: the available index. Packed: available index and wrap counter in bits 0 to 15, the
+        used ones in bits 16 to 31.
+        """
+        return self.avail_index
+
+    def reset(self):
+        """Starts the ring anew (RING_RESET, 2.6.1): its first indices, nothing in flight, not broken.
+
+        Chains in flight are forgotten: the driver takes all its buffers back, and completing one
+        raises LocalMisuseError.
+        """
+        self.epoch += 1
+        self.popped = self.pushed = 0
+        self.fault.code = FAULT_NONE
+        self.notification_due = False
+        self.restart()
+
+    @property
     def in_flight(self):
         """Chains popped and neither completed nor given back."""
         return self.popped - self.pushed
@@ -401,21 +454,6 @@ cdef class _QueueIterator:
         return chain
 
 
-cdef uint8_t* ring(
-    GuestMemory memory, uint64_t address, uint64_t length, uint64_t align, str what
-) except NULL:
-    """Where a part of the ring lies in this process. Raises AddressError, naming the part."""
-    if address % align:
-        raise AddressError(address, length, f"{what} is not aligned to {align} bytes")
-    try:
-        host = memory.locate(address, length)
-    except AddressError as error:
-        raise AddressError(address, length, f"{what} is not in one region of memory") from error
-    if <size_t>host % align:
-        raise AddressError(address, length, f"{what}: its region's buffer is not aligned")
-    return host
-
-
 cdef inline int walk_table(
     vr_room* room, vr_walk* walk, vr_chain* chain, const uint8_t* table, uint32_t entries
 ) noexcept nogil:
@@ -463,17 +501,6 @@ cdef int walk_scattered(
         at = walk.desc.next
 
 
-cdef inline int check_table(bint negotiated, uint32_t flags, uint32_t length) noexcept nogil:
-    """Whether a descriptor may name an indirect table; a vr_fault_code."""
-    if not negotiated:
-        return FAULT_INDIRECT_FEATURE
-    if flags & DESC_F_NEXT:
-        return FAULT_INDIRECT_NEXT
-    if length == 0 or length % DESC_SIZE:
-        return FAULT_INDIRECT_SIZE
-    return FAULT_NONE
-
-
 cdef inline int walk_indirect(
     vr_room* room, vr_walk* walk, vr_chain* chain, bint negotiated
 ) noexcept nogil:
@@ -482,7 +509,7 @@ cdef inline int walk_indirect(
     cdef uint32_t length = walk.desc.len
     cdef const vr_region* region
     cdef vr_walk copy
-    cdef int code = check_table(negotiated, walk.desc.flags, length)
+    cdef int code = vr_check_table(negotiated, walk.desc.flags, length)
     if vr_unlikely(code):
         return code
     region = walk.near
@@ -564,7 +591,8 @@ cdef class SplitQueue(VirtQueue):
         size: number of descriptors: a power of two, 1 to 32768.
         desc, avail, used: guest addresses of descriptor table, available and used ring.
         event_idx, indirect, in_order: the negotiated features of these names.
-        index: available and used index to start from (GET/SET_VRING_BASE).
+        index: available index to start from (GET/SET_VRING_BASE).
+        used_index: used index to start from; default: `index`, so nothing is in flight.
         name: what errors call the queue.
 
     Raises:
@@ -574,24 +602,28 @@ cdef class SplitQueue(VirtQueue):
 
     def __cinit__(
         self, GuestMemory memory not None, size, desc, avail, used, *, event_idx=False,
-        indirect=False, in_order=False, index=0, name="queue"
+        indirect=False, in_order=False, index=0, used_index=None, name="queue"
     ):
         if not 1 <= size <= QUEUE_SIZE_MAX or size & (size - 1):
             raise LocalMisuseError(f"{name}: size {size} is not a power of two from 1 to 32768")
-        if not 0 <= index <= 0xFFFF:
-            raise LocalMisuseError(f"{name}: index {index} is not of 16 bits")
+        if used_index is None:
+            used_index = index
+        for at in (index, used_index):
+            if not 0 <= at <= 0xFFFF:
+                raise LocalMisuseError(f"{name}: index {at} is not of 16 bits")
         self.name = name
         self.size = size
         self.event_idx = event_idx
         self.indirect = indirect
         self.in_order = in_order
-        self.next_avail = self.next_used = index
+        self.next_avail = index
+        self.next_used = used_index
         self._rings = (desc, avail, used)
         self.memory = memory
 
     def __init__(
         self, memory, size, desc, avail, used, *, event_idx=False, indirect=False, in_order=False,
-        index=0, name="queue"
+        index=0, used_index=None, name="queue"
     ):
         pass
 
@@ -599,12 +631,19 @@ cdef class SplitQueue(VirtQueue):
         desc_at, avail_at, used_at = self._rings
         # The event indices at the ends exist only with EVENT_IDX.
         cdef uint64_t event = 2 if self.event_idx else 0
-        cdef uint8_t* desc = ring(memory, desc_at, self.size * DESC_SIZE, 16, "descriptor table")
-        cdef uint8_t* avail = ring(memory, avail_at, 4 + self.size * 2 + event, 2, "available ring")
-        self.used = ring(memory, used_at, 4 + self.size * 8 + event, 4, "used ring")
+        cdef uint8_t* desc = self.locate(
+            memory, desc_at, self.size * DESC_SIZE, 16, "descriptor table"
+        )
+        cdef uint8_t* avail = self.locate(
+            memory, avail_at, 4 + self.size * 2 + event, 2, "available ring"
+        )
+        self.used = self.locate(memory, used_at, 4 + self.size * 8 + event, 4, "used ring")
         self.desc = desc
         self.avail = avail
         return 0
+
+    cdef void restart(self) noexcept:
+        self.next_avail = self.next_used = 0
 
     @property
     def avail_index(self):
@@ -615,16 +654,6 @@ cdef class SplitQueue(VirtQueue):
     def used_index(self):
         """The next used index to publish (0 to 65535)."""
         return self.next_used
-
-    cdef int chain_fault(
-        self, int code, uint32_t at, uint64_t address, uint64_t length
-    ) noexcept nogil:
-        """What a walk that ended with a fault at descriptor `at` means for the queue."""
-        if code == FAULT_FULL:
-            return VR_TOO_SMALL
-        if code == FAULT_ADDRESS or code == FAULT_INDIRECT_SIZE or code == FAULT_INDIRECT_ADDRESS:
-            return self.fail(code, at, address, length)
-        return self.fail(code, at, 0, 0)
 
     cdef int pop_within(
         self, vr_chain* chains, uint32_t max_chains, iovec* segments, uint32_t max_segments,

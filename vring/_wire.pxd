@@ -109,6 +109,18 @@ cdef extern from * nogil:
                       (uint32_t)(rest >> 48), 0};
         return d;
     }
+    static inline vr_entry vr_read_packed(const void *p) {
+        const volatile vr_u64_any *words = (const volatile vr_u64_any *)p;
+        uint64_t addr = le64toh(words[0]), rest = le64toh(words[1]);
+        vr_entry d = {addr, (uint32_t)rest, (uint32_t)(rest >> 48), 0,
+                      (uint32_t)(rest >> 32) & 0xffff};
+        return d;
+    }
+    /* len, id and flags in one store, after everything before it */
+    static inline void vr_write_packed_used(void *p, uint32_t len, uint16_t id, uint16_t flags) {
+        uint64_t word = (uint64_t)len | (uint64_t)id << 32 | (uint64_t)flags << 48;
+        __atomic_store_n((vr_u64 *)((uint8_t *)p + 8), htole64(word), __ATOMIC_RELEASE);
+    }
     /* Chains mostly lie in sequence. Guessing so lets the processor read the next descriptor before
        `next` has arrived. The empty asms keep the compiler from proving that the guess is `next`. */
     static inline uint32_t vr_follow(uint32_t at, uint32_t next) {
@@ -169,6 +181,8 @@ cdef extern from * nogil:
     void vr_fence()
     void vr_fence_acquire()
     vr_entry vr_read_desc(const void* p)
+    vr_entry vr_read_packed(const void* p)
+    void vr_write_packed_used(void* p, uint32_t len, uint16_t id, uint16_t flags)
     uint32_t vr_follow(uint32_t at, uint32_t next)
     void vr_write_desc(void* p, uint64_t addr, uint32_t len, uint16_t flags, uint16_t next)
     void vr_write_used(void* p, uint32_t id, uint32_t len)

@@ -1,0 +1,361 @@
+"""The device's side of packed virtqueues in hostile guest memory (virtio 1.3, 2.8)."""
+
+from __future__ import annotations
+
+cimport cython
+from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
+
+from vring._chains cimport (
+    FAULT_AVAIL_INDEX, FAULT_INDIRECT_ADDRESS, FAULT_INDIRECT_NESTED, FAULT_INDIRECT_NEXT,
+    FAULT_NONE, FAULT_ORDER, FAULT_TOO_LONG, vr_add_buffer, vr_chain, vr_check_table, vr_end_chain,
+    vr_end_readable, vr_room, vr_start_chain, vr_walk
+)
+from vring._core cimport VR_BROKEN
+from vring._memory cimport GuestMemory, vr_find, vr_lookup, vr_region
+from vring._wire cimport (
+    DESC_F_AVAIL, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_USED, DESC_F_WRITE, DESC_SIZE, EVENT_DESC,
+    EVENT_DISABLE, EVENT_ENABLE, QUEUE_SIZE_MAX, iovec, vr_fence, vr_likely, vr_load16,
+    vr_load16_acquire, vr_load32, vr_need_event, vr_read_packed, vr_store32, vr_unlikely,
+    vr_write_packed_used
+)
+from vring.errors import LocalMisuseError
+
+cdef enum:
+    WRAP = 1 << 15                  # in a state word and in an event structure: the wrap counter
+
+
+cdef inline bint is_available(uint32_t flags, bint wrap) noexcept nogil:
+    """Whether a descriptor's flags say that the driver made it available (2.8.1)."""
+    return ((flags & DESC_F_AVAIL) != 0) == wrap and ((flags & DESC_F_USED) != 0) != wrap
+
+
+cdef inline int take_buffer(vr_room* room, vr_walk* walk, vr_chain* chain) noexcept nogil:
+    """The buffer of walk.desc, which is no indirect one. Returns a vr_fault_code."""
+    if (walk.desc.flags & DESC_F_WRITE) != walk.writable:
+        if vr_unlikely(walk.writable):
+            return FAULT_ORDER
+        walk.writable = DESC_F_WRITE
+        vr_end_readable(room, walk, chain)
+    return vr_add_buffer(room, walk, chain)
+
+
+cdef inline int walk_table(
+    vr_room* room, vr_walk* walk, vr_chain* chain, const uint8_t* table, uint32_t entries
+) noexcept nogil:
+    """Takes the buffers of an indirect table: all of its entries. Returns a vr_fault_code."""
+    cdef int code
+    cdef uint32_t i
+    for i in range(entries):
+        walk.desc = vr_read_packed(table + <size_t>i * DESC_SIZE)
+        # 2.8.19: only WRITE has a meaning in there
+        if vr_unlikely(walk.desc.flags & DESC_F_INDIRECT):
+            return FAULT_INDIRECT_NESTED
+        code = take_buffer(room, walk, chain)
+        if vr_unlikely(code):
+            return code
+    return FAULT_NONE
+
+
+cdef int walk_scattered(
+    vr_room* room, vr_walk* walk, vr_chain* chain, uint64_t table, uint32_t entries
+) noexcept nogil:
+    """walk_table for a table that crosses region borders: entry by entry, byte by byte."""
+    cdef uint8_t[DESC_SIZE] entry
+    cdef const vr_region* region
+    cdef uint64_t at
+    cdef uint32_t i
+    cdef int k
+    cdef int code
+    for i in range(entries):
+        for k in range(DESC_SIZE):
+            at = table + i * DESC_SIZE + k
+            region = vr_find(room.memory, at)
+            if region == NULL or at < table:
+                walk.desc.addr = table
+                walk.desc.len = entries * DESC_SIZE
+                return FAULT_INDIRECT_ADDRESS
+            entry[k] = (<volatile uint8_t*>region.host)[at - region.guest]
+        code = walk_table(room, walk, chain, entry, 1)
+        if code:
+            return code
+    return FAULT_NONE
+
+
+cdef inline int walk_indirect(
+    vr_room* room, vr_walk* walk, vr_chain* chain, bint negotiated
+) noexcept nogil:
+    """Takes the buffers of the indirect table that walk.desc names. Returns a vr_fault_code."""
+    cdef uint64_t table = walk.desc.addr, offset
+    cdef uint32_t length = walk.desc.len
+    cdef const vr_region* region = walk.near
+    cdef vr_walk copy
+    cdef int code = vr_check_table(negotiated, walk.desc.flags, length)
+    if vr_unlikely(code):
+        return code
+    if length // DESC_SIZE > room.size:
+        return FAULT_TOO_LONG
+    offset = table - region.guest
+    if offset >= region.size:
+        region = vr_lookup(room.memory, room.hints, table)
+        if vr_unlikely(region == NULL):
+            return FAULT_INDIRECT_ADDRESS
+        offset = table - region.guest
+    if vr_likely(length <= region.size - offset):
+        return walk_table(room, walk, chain, region.host + offset, length // DESC_SIZE)
+    copy = walk[0]
+    code = walk_scattered(room, &copy, chain, table, length // DESC_SIZE)
+    walk[0] = copy
+    return code
+
+
+@cython.final
+cdef class PackedQueue(VirtQueue):
+    """The device's side of a packed virtqueue (virtio 1.3, 2.8).
+
+    Args:
+        memory: the guest's memory; the queue keeps it alive.
+        size: number of descriptors, 1 to 32768.
+        desc, avail, used: guest addresses of descriptor ring, driver and device event suppression.
+        event_idx, indirect, in_order: the negotiated features of these names.
+        index: next available descriptor (bits 0 to 14) and wrap counter (bit 15) to start from.
+        used_index: the same for used descriptors; default: `index`, so nothing is in flight.
+        name: what errors call the queue.
+
+    Raises:
+        AddressError: a part is misaligned or not in one region of memory.
+        LocalMisuseError: an impossible size or index.
+    """
+
+    def __cinit__(
+        self, GuestMemory memory not None, size, desc, avail, used, *, event_idx=False,
+        indirect=False, in_order=False, index=WRAP, used_index=None, name="queue"
+    ):
+        if not 1 <= size <= QUEUE_SIZE_MAX:
+            raise LocalMisuseError(f"{name}: size {size} is not 1 to 32768")
+        if used_index is None:
+            used_index = index
+        for at in (index, used_index):
+            if not 0 <= at <= 0xFFFF or at & ~WRAP >= size:
+                raise LocalMisuseError(f"{name}: index {at:#x} is not in a ring of {size}")
+        self.name = name
+        self.size = size
+        self.event_idx = event_idx
+        self.indirect = indirect
+        self.in_order = in_order
+        self.next_avail = index & ~WRAP
+        self.avail_wrap = index & WRAP
+        self.next_used = used_index & ~WRAP
+        self.used_wrap = used_index & WRAP
+        self.taken = <uint16_t*>PyMem_RawMalloc(self.size * sizeof(uint16_t))
+        if self.taken == NULL:
+            raise MemoryError
+        self._rings = (desc, avail, used)
+        self.memory = memory
+
+    def __init__(
+        self, memory, size, desc, avail, used, *, event_idx=False, indirect=False, in_order=False,
+        index=WRAP, used_index=None, name="queue"
+    ):
+        pass
+
+    def __dealloc__(self):
+        PyMem_RawFree(self.taken)
+
+    cdef int locate_rings(self, GuestMemory memory) except -1:
+        desc_at, driver_at, device_at = self._rings
+        cdef uint8_t* desc = self.locate(
+            memory, desc_at, self.size * DESC_SIZE, 16, "descriptor ring"
+        )
+        cdef uint8_t* driver_event = self.locate(memory, driver_at, 4, 4, "driver event area")
+        self.device_event = self.locate(memory, device_at, 4, 4, "device event area")
+        self.ring = desc
+        self.driver_event = driver_event
+        return 0
+
+    cdef void restart(self) noexcept:
+        self.next_avail = self.next_used = self.slots_in_flight = self.next_taken = 0
+        self.avail_wrap = self.used_wrap = True
+
+    @property
+    def avail_index(self):
+        """Next descriptor to pop (bits 0 to 14) and available wrap counter (bit 15)."""
+        return self.next_avail | (WRAP if self.avail_wrap else 0)
+
+    @property
+    def used_index(self):
+        """Next descriptor to use (bits 0 to 14) and used wrap counter (bit 15)."""
+        return self.next_used | (WRAP if self.used_wrap else 0)
+
+    @property
+    def vring_base(self):
+        """avail_index in bits 0 to 15, used_index in bits 16 to 31 (GET_VRING_BASE)."""
+        return self.avail_index | self.used_index << 16
+
+    cdef int pop_within(
+        self, vr_chain* chains, uint32_t max_chains, iovec* segments, uint32_t max_segments,
+        uint64_t max_bytes
+    ) noexcept nogil:
+        cdef uint32_t slot = self.next_avail, size = self.size, i = 0, slots, room_left, flags
+        cdef uint32_t after
+        cdef bint wrap = self.avail_wrap, after_wrap
+        cdef const uint8_t* ring = self.ring
+        cdef vr_chain* chain
+        cdef vr_room room
+        cdef vr_walk walk
+        cdef int code = 0
+        if self.fault.code:
+            return VR_BROKEN
+        room.memory = &self.map
+        room.hints = self.hints
+        room.size = size
+        room.extra = 0
+        room.segments = segments
+        room.end = segments + max_segments
+        walk.near = self.map.regions
+        walk.segment = segments
+        room_left = size - self.slots_in_flight
+        while i < max_chains:
+            # The flags of a chain's first descriptor are written last: read them first.
+            flags = vr_load16_acquire(ring + <size_t>slot * DESC_SIZE + 14)
+            if not is_available(flags, wrap):
+                break
+            chain = &chains[i]
+            vr_start_chain(&walk, chain, <uint32_t>(walk.segment - segments))
+            after = slot
+            after_wrap = wrap
+            slots = 0
+            while True:
+                walk.at = after
+                walk.desc = vr_read_packed(ring + <size_t>after * DESC_SIZE)
+                if slots == 0:
+                    walk.desc.flags = flags
+                # What is in flight still occupies its slots.
+                if vr_unlikely(slots == room_left):
+                    code = FAULT_TOO_LONG if slots else FAULT_AVAIL_INDEX
+                    break
+                slots += 1
+                after += 1
+                if after == size:
+                    after = 0
+                    after_wrap = not after_wrap
+                flags = walk.desc.flags
+                chain.head = <uint16_t>walk.desc.id
+                if flags & DESC_F_INDIRECT:
+                    if slots > 1:
+                        code = FAULT_INDIRECT_NEXT
+                    else:
+                        code = walk_indirect(&room, &walk, chain, self.indirect)
+                    break
+                code = take_buffer(&room, &walk, chain)
+                if vr_unlikely(code) or not flags & DESC_F_NEXT:
+                    break
+            if vr_likely(not code):
+                code = vr_end_chain(&room, &walk, chain)
+            if vr_unlikely(code):
+                code = self.chain_fault(code, walk.at, walk.desc.addr, walk.desc.len)
+                break
+            if vr_unlikely(walk.bytes > max_bytes):
+                if i:
+                    break
+                max_bytes = walk.bytes
+            max_bytes -= walk.bytes
+            chain.descriptors = <uint16_t>slots
+            self.taken[self.next_taken] = <uint16_t>slots
+            self.next_taken = self.next_taken + 1 if self.next_taken + 1 < size else 0
+            room_left -= slots
+            slot = after
+            wrap = after_wrap
+            i += 1
+        if code and i:
+            # Deliver what is sound; the next pop meets the broken chain again, or the bigger table.
+            self.fault.code = FAULT_NONE
+            code = 0
+        self.next_avail = slot
+        self.avail_wrap = wrap
+        self.slots_in_flight = size - room_left
+        self.popped += i
+        return code if code else <int>i
+
+    cdef bint push_c(
+        self, const vr_chain* chains, const uint32_t* written, uint32_t n
+    ) noexcept nogil:
+        cdef uint32_t first = self.next_used, slot = first, size = self.size, i, length
+        cdef uint32_t slots = 0, flags
+        cdef bint wrap = self.used_wrap, first_wrap = wrap
+        if n == 0:
+            return False
+        for i in range(n):
+            if i:
+                length = written[i] if written != NULL else 0
+                vr_write_packed_used(
+                    self.ring + <size_t>slot * DESC_SIZE, length, chains[i].head,
+                    used_flags(wrap, length)
+                )
+            slots += chains[i].descriptors
+            slot += chains[i].descriptors
+            if slot >= size:
+                slot -= size
+                wrap = not wrap
+        # The driver reads in order, so the first descriptor shows it all of them: last.
+        length = written[0] if written != NULL else 0
+        vr_write_packed_used(
+            self.ring + <size_t>first * DESC_SIZE, length, chains[0].head,
+            used_flags(first_wrap, length)
+        )
+        self.next_used = slot
+        self.used_wrap = wrap
+        self.slots_in_flight -= slots
+        self.pushed += n
+        # What was used must be visible before the driver's wish is read, or both sides may sleep.
+        vr_fence()
+        return self.wanted(slots)
+
+    cdef bint wanted(self, uint32_t slots) noexcept nogil:
+        """Whether the driver wants a notification of the last `slots` slots (2.8.14)."""
+        cdef uint32_t event = vr_load32(self.driver_event)
+        cdef uint32_t flags = event >> 16 & 3
+        cdef uint16_t offset = event & 0x7FFF
+        if not self.event_idx or flags != EVENT_DESC:
+            return flags != EVENT_DISABLE
+        if ((event & WRAP) != 0) != self.used_wrap:
+            offset -= self.size
+        return vr_need_event(offset, self.next_used, <uint16_t>(self.next_used - slots))
+
+    cdef void unpop_c(self, uint32_t n) noexcept nogil:
+        cdef uint32_t slots
+        self.popped -= n
+        while n:
+            n -= 1
+            self.next_taken = (self.next_taken or self.size) - 1
+            slots = self.taken[self.next_taken]
+            self.slots_in_flight -= slots
+            if slots > self.next_avail:
+                self.next_avail += self.size
+                self.avail_wrap = not self.avail_wrap
+            self.next_avail -= slots
+
+    cdef bint ready(self) noexcept nogil:
+        return is_available(
+            vr_load16_acquire(self.ring + <size_t>self.next_avail * DESC_SIZE + 14),
+            self.avail_wrap
+        )
+
+    cdef bint enable_notifications_c(self) noexcept nogil:
+        cdef uint32_t event = EVENT_ENABLE << 16
+        if self.event_idx:
+            event = EVENT_DESC << 16 | self.next_avail | (WRAP if self.avail_wrap else 0)
+        vr_store32(self.device_event, event)
+        # The wish must be visible before the ring is read again: the driver may have added a chain
+        # after the last pop and before it could see the wish.
+        vr_fence()
+        return self.ready()
+
+    cdef void disable_notifications_c(self) noexcept nogil:
+        vr_store32(self.device_event, EVENT_DISABLE << 16)
+
+    cdef uint32_t available_c(self) noexcept nogil:
+        return 0 if self.fault.code else self.ready()
+
+
+cdef inline uint16_t used_flags(bint wrap, uint32_t length) noexcept nogil:
+    return (DESC_F_AVAIL | DESC_F_USED if wrap else 0) | (DESC_F_WRITE if length else 0)
