@@ -4,7 +4,9 @@ cimport cython
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from vring._memory cimport GuestMemory, vr_lookup, vr_map, vr_region
-from vring._wire cimport DESC_F_NEXT, DESC_F_WRITE, DESC_SIZE, iovec, vr_entry, vr_likely, vr_unlikely
+from vring._wire cimport (
+    DESC_F_NEXT, DESC_F_WRITE, DESC_SIZE, iovec, vr_entry, vr_likely, vr_unlikely
+)
 
 cdef struct vr_chain:
     uint16_t head               # split: head descriptor; packed: buffer id. Goes into the used ring

@@ -390,7 +390,7 @@ cdef class VirtQueue:
         return self.avail_index
 
     def reset(self):
-        """Starts the ring anew (RING_RESET, 2.6.1): its first indices, nothing in flight, not broken.
+        """Starts the ring anew (RING_RESET, 2.6.1): first indices, nothing in flight, not broken.
 
         Chains in flight are forgotten: the driver takes all its buffers back, and completing one
         raises LocalMisuseError.

@@ -68,4 +68,5 @@ cdef class PackedDriver(Driver):
     cdef void put(
         self, uint64_t address, uint32_t length, uint32_t flags, uint16_t id
     ) noexcept nogil
+    cdef bint is_used(self, uint32_t slot, bint wrap) noexcept nogil
     cdef void advance(self, uint32_t slots) noexcept nogil

@@ -1,4 +1,4 @@
-"""The driver's side of virtqueues (virtio 1.3, 2.7, 2.8): for guests, tests, benchmarks, fuzzing."""
+"""The driver's side of virtqueues (virtio 1.3, 2.7, 2.8): guests, tests, benchmarks, fuzzing."""
 
 from __future__ import annotations
 
@@ -161,8 +161,8 @@ cdef class Driver:
         """Makes all added chains available; whether the device must be kicked."""
         raise NotImplementedError
 
-    def enable_notifications(self):
-        """Asks the device to notify at the next used chain; True if some are used already."""
+    def enable_notifications(self, after=1):
+        """Asks the device to notify; True if so many chains are used already."""
         raise NotImplementedError
 
     def disable_notifications(self):
@@ -512,7 +512,7 @@ cdef class PackedDriver(Driver):
             self.wrap = not self.wrap
 
     def add(self, readable, writable, *, indirect_at=None):
-        """Adds a chain; the device sees it after ``publish``. Arguments and errors as SplitDriver's.
+        """Adds a chain; the device sees it after ``publish``. Arguments as SplitDriver.add's.
 
         Returns:
             The buffer id, by which get_used names the chain.
@@ -581,14 +581,14 @@ cdef class PackedDriver(Driver):
             offset -= self.size
         return bool(vr_need_event(offset, self.next_slot, <uint16_t>(self.next_slot - slots)))
 
+    cdef bint is_used(self, uint32_t slot, bint wrap) noexcept nogil:
+        cdef uint32_t flags = vr_load16_acquire(self.ring + <size_t>slot * DESC_SIZE + 14)
+        return ((flags & DESC_F_AVAIL) != 0) == wrap and ((flags & DESC_F_USED) != 0) == wrap
+
     cdef bint next_element(self, uint32_t* head, uint32_t* length) except -1:
-        cdef const uint8_t* slot = self.ring + <size_t>self.next_used * DESC_SIZE
-        cdef uint32_t flags = vr_load16_acquire(slot + 14)
-        if ((flags & DESC_F_AVAIL) != 0) != self.used_wrap or (
-            (flags & DESC_F_USED) != 0
-        ) != self.used_wrap:
+        if not self.is_used(self.next_used, self.used_wrap):
             return False
-        element = vr_read_packed(slot)
+        element = vr_read_packed(self.ring + <size_t>self.next_used * DESC_SIZE)
         head[0] = element.id
         length[0] = element.len
         return True
@@ -606,15 +606,29 @@ cdef class PackedDriver(Driver):
             self.next_used -= self.size
             self.used_wrap = not self.used_wrap
 
-    def enable_notifications(self):
-        """Asks the device to notify at the next used chain; True if one is used already."""
-        cdef uint32_t head, length
-        cdef uint32_t event = EVENT_ENABLE << 16
+    def enable_notifications(self, uint16_t after=1):
+        """Asks the device to notify of used chains.
+
+        Args:
+            after: when so many descriptors are (2.8.10), counted from the last that get_used
+                returned, at most the queue's size; without EVENT_IDX it stands for 1.
+
+        Returns:
+            True if they are used already: no notification may come for those.
+        """
+        cdef uint32_t at = self.next_used, event = EVENT_ENABLE << 16
+        cdef bint wrap = self.used_wrap
+        if not 1 <= after <= self.size:
+            raise LocalMisuseError(f"{self.name}: after {after} of {self.size} descriptors")
         if self.event_idx:
-            event = EVENT_DESC << 16 | self.next_used | (WRAP if self.used_wrap else 0)
+            at += after - 1
+            if at >= self.size:
+                at -= self.size
+                wrap = not wrap
+            event = EVENT_DESC << 16 | at | (WRAP if wrap else 0)
         vr_store32(self.driver_event, event)
         vr_fence()
-        return self.flying != 0 and self.next_element(&head, &length)
+        return self.flying != 0 and self.is_used(at, wrap)
 
     def disable_notifications(self):
         """Tells the device that notifications are not needed; it may still send some."""

@@ -5,6 +5,8 @@ from typing_extensions import Buffer
 
 MAX_REGIONS: int
 
+__pyx_capi__: dict[str, object]
+
 @final
 class Region:
     def __init__(

@@ -14,7 +14,7 @@ from vring._core cimport VR_BROKEN
 from vring._memory cimport GuestMemory, vr_find, vr_lookup, vr_region
 from vring._wire cimport (
     DESC_F_AVAIL, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_USED, DESC_F_WRITE, DESC_SIZE, EVENT_DESC,
-    EVENT_DISABLE, EVENT_ENABLE, QUEUE_SIZE_MAX, iovec, vr_fence, vr_likely, vr_load16,
+    EVENT_DISABLE, EVENT_ENABLE, QUEUE_SIZE_MAX, iovec, vr_fence, vr_likely,
     vr_load16_acquire, vr_load32, vr_need_event, vr_read_packed, vr_store32, vr_unlikely,
     vr_write_packed_used
 )
@@ -280,7 +280,7 @@ cdef class PackedQueue(VirtQueue):
         self, const vr_chain* chains, const uint32_t* written, uint32_t n
     ) noexcept nogil:
         cdef uint32_t first = self.next_used, slot = first, size = self.size, i, length
-        cdef uint32_t slots = 0, flags
+        cdef uint32_t slots = 0
         cdef bint wrap = self.used_wrap, first_wrap = wrap
         if n == 0:
             return False

@@ -121,8 +121,8 @@ cdef extern from * nogil:
         uint64_t word = (uint64_t)len | (uint64_t)id << 32 | (uint64_t)flags << 48;
         __atomic_store_n((vr_u64 *)((uint8_t *)p + 8), htole64(word), __ATOMIC_RELEASE);
     }
-    /* Chains mostly lie in sequence. Guessing so lets the processor read the next descriptor before
-       `next` has arrived. The empty asms keep the compiler from proving that the guess is `next`. */
+    /* Chains mostly lie in sequence. Guessing so lets the processor read the next descriptor
+       before `next` has arrived. The empty asms keep the compiler from proving the guess right. */
     static inline uint32_t vr_follow(uint32_t at, uint32_t next) {
         uint32_t follow = at + 1;
         __asm__("" : "+r"(follow));

@@ -1,7 +1,8 @@
 """Split and packed rings, the device's side, slow and obvious: what `vring` is compared with.
 
-Written from the specification (virtio 1.3, 2.7 and 2.8) with bytes, ints and lists only. It reads the
-same guest memory as the queue under test, and says what a pop must give and what a push must leave.
+Written from the specification (virtio 1.3, 2.7 and 2.8) with bytes, ints and lists only. It reads
+the same guest memory as the queue under test, and says what a pop must give and what a push must
+leave.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ NEXT, WRITE, INDIRECT, AVAIL, USED = 1, 2, 4, 1 << 7, 1 << 15
 Read = Callable[[int, int], bytes | None]
 
 
-class Fault(Exception):
+class FaultError(Exception):
     """The ring is malformed; the message is the name of the error class in `vring.errors`."""
 
 
@@ -30,12 +31,12 @@ class OracleChain:
 
     def add(self, read: Read, address: int, length: int, flags: int, size: int) -> None:
         if len(self.buffers) == size:
-            raise Fault("ChainError")
+            raise FaultError("ChainError")
         writable = bool(flags & WRITE)
         if not writable and any(w for _, _, w in self.buffers):
-            raise Fault("ChainOrderError")
+            raise FaultError("ChainOrderError")
         if length and not inside(read, address, length):
-            raise Fault("BufferAddressError")
+            raise FaultError("BufferAddressError")
         self.buffers.append((address, length, writable))
 
 
@@ -49,7 +50,7 @@ def inside(read: Read, address: int, length: int) -> bool:
 
 def number(data: bytes | None, what: str = "IndirectError") -> int:
     if data is None:
-        raise Fault(what)
+        raise FaultError(what)
     return int.from_bytes(data, "little")
 
 
@@ -68,9 +69,9 @@ class Layout:
 
     def check_table(self, flags: int, length: int) -> None:
         if not self.indirect:
-            raise Fault("DescriptorFlagsError")
+            raise FaultError("DescriptorFlagsError")
         if flags & NEXT or length == 0 or length % 16:
-            raise Fault("IndirectError")
+            raise FaultError("IndirectError")
 
 
 @dataclass
@@ -86,15 +87,15 @@ class SplitOracle(Layout):
         return a, n, f, x
 
     def pop(self, limit: int) -> list[OracleChain]:
-        """Up to `limit` chains; Fault only if the very first is malformed."""
+        """Up to `limit` chains; FaultError only if the very first is malformed."""
         ready = (self.word(self.avail + 2) - self.next_avail) % 65536
         if ready + self.in_flight > self.size:
-            raise Fault("AvailableIndexError")
+            raise FaultError("AvailableIndexError")
         chains: list[OracleChain] = []
         for _ in range(min(ready, limit)):
             try:
                 chain = self.chain(self.word(self.avail + 4 + 2 * (self.next_avail % self.size)))
-            except Fault:
+            except FaultError:
                 if chains:
                     break
                 raise
@@ -105,14 +106,14 @@ class SplitOracle(Layout):
 
     def chain(self, head: int) -> OracleChain:
         if head >= self.size:
-            raise Fault("HeadError")
+            raise FaultError("HeadError")
         chain = OracleChain(head, 1)
         table, entries, at, inside_table = self.desc, self.size, head, False
         while True:
             address, length, flags, following = self.descriptor(table + 16 * at)
             if flags & INDIRECT:
                 if inside_table:
-                    raise Fault("IndirectError")
+                    raise FaultError("IndirectError")
                 self.check_table(flags, length)
                 table, entries, at, inside_table = address, length // 16, 0, True
                 continue
@@ -120,10 +121,10 @@ class SplitOracle(Layout):
             if not flags & NEXT:
                 break
             if following >= entries:
-                raise Fault("ChainError")
+                raise FaultError("ChainError")
             at = following
         if chain.total(True) + chain.total(False) >= 1 << 32:
-            raise Fault("ChainError")
+            raise FaultError("ChainError")
         return chain
 
     def unpop(self, chains: list[OracleChain]) -> None:
@@ -190,7 +191,7 @@ class PackedOracle(Layout):
         while len(chains) < limit and self.available():
             try:
                 chain = self.chain()
-            except Fault:
+            except FaultError:
                 if chains:
                     break
                 raise
@@ -205,27 +206,27 @@ class PackedOracle(Layout):
         chain = OracleChain(0, 0)
         while True:
             if chain.slots == self.size - self.slots_in_flight:
-                raise Fault("ChainError" if chain.slots else "AvailableIndexError")
+                raise FaultError("ChainError" if chain.slots else "AvailableIndexError")
             slot = (self.avail_slot + chain.slots) % self.size
             address, length, flags, chain.head = self.descriptor(self.desc + 16 * slot)
             chain.slots += 1
             if flags & INDIRECT:
                 if chain.slots > 1:
-                    raise Fault("IndirectError")
+                    raise FaultError("IndirectError")
                 self.check_table(flags, length)
                 if length // 16 > self.size:
-                    raise Fault("ChainError")
+                    raise FaultError("ChainError")
                 for entry in range(length // 16):
                     a, n, f, _ = self.descriptor(address + 16 * entry)
                     if f & INDIRECT:
-                        raise Fault("IndirectError")
+                        raise FaultError("IndirectError")
                     chain.add(self.read, a, n, f, self.size)
                 break
             chain.add(self.read, address, length, flags, self.size)
             if not flags & NEXT:
                 break
         if chain.total(True) + chain.total(False) >= 1 << 32:
-            raise Fault("ChainError")
+            raise FaultError("ChainError")
         return chain
 
     def unpop(self, chains: list[OracleChain]) -> None:

@@ -23,7 +23,7 @@ from vring import (
 )
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "oracle"))
-from ring_oracle import Fault, PackedOracle, SplitOracle
+from ring_oracle import FaultError, PackedOracle, SplitOracle
 
 RING = 0x10_000
 BUFFERS = 0x20_000
@@ -120,9 +120,9 @@ class Bench:
         assert batch.readable_bytes.tolist() == [chain.total(False) for chain in wanted]
         assert batch.writable_bytes.tolist() == [chain.total(True) for chain in wanted]
         segments = [self.host_segments(chain) for chain in wanted]
-        assert list(zip(batch.addresses.tolist(), batch.lengths.tolist(), strict=True)) == sum(
-            segments, []
-        )
+        assert list(zip(batch.addresses.tolist(), batch.lengths.tolist(), strict=True)) == [
+            segment for chain in segments for segment in chain
+        ]
         starts = np.cumsum([0, *map(len, segments)])[:-1]
         assert batch.first_segment.tolist() == starts.tolist()
         assert (batch.n_readable + batch.n_writable).tolist() == [len(s) for s in segments]
@@ -276,10 +276,11 @@ def test_malformed_rings_are_judged_as_the_oracle_does(
     for _ in range(5):
         try:
             wanted = bench.oracle.pop(4)
-        except Fault as fault:
+        except FaultError as fault:
+            cause = str(fault)
             with pytest.raises(RingError) as caught:
                 bench.queue.pop_many()
-            assert type(caught.value).__name__ == str(fault)
+            assert type(caught.value).__name__ == cause
             assert caught.value.queue == "q"
             assert bench.queue.broken is not None
             return
