@@ -1,0 +1,131 @@
+"""A base for virtio devices whose work is in their queues: all that transports need but that."""
+
+from __future__ import annotations
+
+import abc
+import logging
+from collections.abc import Callable
+from functools import partial
+
+from vring import RingError
+from vring_serial.device.served import ServedQueue
+from vring_serial.device.virtqueue import RunningQueue
+from vring_serial.errors import LocalProtocolError, ProtocolError
+from vring_serial.proto.console import Feature, Status
+
+log = logging.getLogger(__name__)
+
+RING_FEATURES = Feature.VERSION_1 | Feature.EVENT_IDX | Feature.INDIRECT_DESC
+
+
+class QueueDevice(abc.ABC):
+    """A ``device.base.VirtioDevice`` that serves every queue with :meth:`serve`.
+
+    All methods are called in the event loop's thread.
+
+    Args:
+        name: for logs.
+        device_id: the virtio device type (virtio 1.3, 5).
+        num_queues: how many queues there are.
+        features: of the device type; those of the rings are added.
+        config: the configuration space; drivers cannot write it.
+        queue_size_max: largest size of a queue, in descriptors.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        device_id: int,
+        num_queues: int,
+        *,
+        features: int = 0,
+        config: bytes = b"",
+        queue_size_max: int = 256,
+    ) -> None:
+        self.name = name
+        self.device_id = device_id
+        self.num_queues = num_queues
+        self.device_features = int(features | RING_FEATURES)
+        self.driver_features = 0
+        self.queue_size_max = queue_size_max
+        self.config_generation = 0
+        self.on_config_change: Callable[[], None] | None = None
+        self.on_needs_reset: Callable[[RingError], None] | None = None
+        self._config = config
+        self._status = 0
+        self._served: dict[int, ServedQueue] = {}
+
+    # --- what a device does
+
+    @abc.abstractmethod
+    def serve(self, index: int, running: RunningQueue) -> bool:
+        """Complete chains of queue ``index``, a bounded number of them.
+
+        Nothing may be in flight when this returns. Returns whether there is more to do; before it
+        returns False it has asked the driver for a kick (``running.queue.enable_notifications``),
+        and that said that there is nothing. Raises RingError as the queue does.
+        """
+
+    def set_config(self, config: bytes) -> None:
+        """Change the configuration space, whose size stays, and tell the driver."""
+        if len(config) != len(self._config):
+            raise LocalProtocolError(f"{self.name}: configuration of {len(config)} bytes")
+        if config != self._config:
+            self._config = config
+            self.config_generation += 1
+            if self.on_config_change is not None:
+                self.on_config_change()
+
+    # --- for transports: see VirtioDevice
+
+    @property
+    def config_size(self) -> int:
+        return len(self._config)
+
+    @property
+    def status(self) -> int:
+        return self._status
+
+    def set_status(self, status: int) -> None:
+        needs_reset = self._status & Status.DEVICE_NEEDS_RESET
+        self._status = status | needs_reset if status else 0
+
+    def set_driver_features(self, bits: int) -> None:
+        if bits & ~self.device_features:
+            raise ProtocolError(f"{self.name}: the driver accepted features {bits:#x}")
+        self.driver_features = bits
+
+    def read_config(self, offset: int, length: int) -> bytes:
+        return self._config[offset : offset + length].ljust(length, b"\0")
+
+    def write_config(self, offset: int, data: bytes) -> None:  # noqa: B027 - see the class
+        """The driver wrote to the configuration space: of no effect."""
+
+    def start_queue(self, index: int, queue: RunningQueue) -> None:
+        if not 0 <= index < self.num_queues or index in self._served:
+            raise LocalProtocolError(f"{self.name}: queue {index} is none, or runs already")
+        self._served[index] = ServedQueue(
+            queue, partial(self.serve, index, queue), partial(self._broken, index)
+        )
+
+    def stop_queue(self, index: int) -> int:
+        served = self._served.pop(index, None)
+        if served is None:
+            return 0
+        served.stop()
+        return served.queue.avail_index
+
+    def reset_queue(self, index: int) -> None:  # noqa: B027 - a device may know nothing of queues
+        """The queue will start anew."""
+
+    def reset(self) -> None:
+        for index in list(self._served):
+            self.stop_queue(index)
+        self._status = 0
+        self.driver_features = 0
+
+    def _broken(self, index: int, error: RingError) -> None:
+        log.warning("%s: queue %d is broken: %s", self.name, index, error)
+        self._status |= int(Status.DEVICE_NEEDS_RESET)
+        if self.on_needs_reset is not None:
+            self.on_needs_reset(error)

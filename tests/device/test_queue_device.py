@@ -1,0 +1,137 @@
+"""The base of devices that are not consoles, and the entropy device of the examples on it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vring import GuestMemory, Region
+from vring.testing import GuestQueue
+from vring_serial.device.base import VirtioDevice
+from vring_serial.device.queue_device import QueueDevice
+from vring_serial.device.testing import ANY_FEATURE, MmioDriver
+from vring_serial.errors import LocalProtocolError, ProtocolError
+from vring_serial.proto.console import Status
+from vring_serial.transport.inprocess import InProcessMmio, PolledHost
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "custom_device.py"
+
+
+def load_example():
+    spec = importlib.util.spec_from_file_location("custom_device", EXAMPLE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def host():
+    host = PolledHost()
+    yield host
+    host.close()
+
+
+class Driven:
+    """A device behind MMIO registers, with a driver for its queue 0."""
+
+    def __init__(self, host: PolledHost, device: VirtioDevice) -> None:
+        self.queue = GuestQueue(
+            bytearray(GuestQueue.bytes_needed(16, 4096)), 16, 4096, writable=True, event_idx=True
+        )
+        self.levels: list[bool] = []
+        memory = GuestMemory([*self.queue.memory.regions, Region(0, bytearray(4096))])
+        self.mmio = InProcessMmio(host, device, memory, interrupt=self.levels.append)
+        self.driver = MmioDriver(self.mmio.read, self.mmio.write)
+
+    def boot(self) -> None:
+        self.driver.accept(ANY_FEATURE)
+        self.driver.start_queue(0, 16, self.queue.rings)
+        self.driver.status = self.driver.status | Status.DRIVER_OK
+
+
+def test_the_entropy_device_fills_buffers(host):
+    driven = Driven(host, load_example().Entropy())
+    assert driven.mmio.read(8, 4) == 4
+    driven.boot()
+    driven.queue.offer(3)
+    driven.driver.notify(0)
+    assert driven.levels == [True]
+    data = driven.queue.receive()
+    assert len(data) == 3 * 4096
+    assert len(set(data)) == 256, "random bytes have every value"
+    driven.mmio.close()
+
+
+def test_a_driver_that_breaks_its_ring_meets_a_device_that_needs_a_reset(host):
+    driven = Driven(host, load_example().Entropy())
+    driven.boot()
+    driven.queue.driver.add([], [(0xDEAD_0000, 16)])
+    driven.queue.driver.publish()
+    driven.driver.notify(0)
+    assert driven.driver.status & Status.DEVICE_NEEDS_RESET
+    driven.driver.status = 0
+    assert driven.driver.status == 0
+    driven.mmio.close()
+
+
+class Plain(QueueDevice):
+    def serve(self, index, running):
+        return False
+
+
+def test_the_configuration_changes_and_the_driver_is_told(host):
+    device = Plain("plain", 42, 1, config=b"abcd")
+    driven = Driven(host, device)
+    driven.boot()
+    assert driven.driver.read_config(0, 4) == int.from_bytes(b"abcd", "little")
+    device.set_config(b"abcd")
+    assert driven.driver.take_events() == 0
+    device.set_config(b"efgh")
+    assert driven.driver.take_events() == 2
+    assert driven.driver.read_config(0, 4) == int.from_bytes(b"efgh", "little")
+    assert device.read_config(3, 4) == b"h\0\0\0"
+    driven.driver.write_config(0, 0, 4)
+    assert driven.driver.read_config(0, 1) == ord("e")
+    with pytest.raises(LocalProtocolError, match="5 bytes"):
+        device.set_config(b"12345")
+    driven.mmio.close()
+
+
+def test_misuse_has_a_name():
+    device = Plain("plain", 42, 1)
+    with pytest.raises(ProtocolError, match="plain"):
+        device.set_driver_features(1 << 50)
+    with pytest.raises(LocalProtocolError, match="queue 1"):
+        device.start_queue(1, None)
+    assert device.stop_queue(0) == 0
+
+
+@pytest.mark.parametrize("way", ["--vhost-user", "--vfio-user"])
+def test_the_example_runs_and_ends(tmp_path, way):
+    path = tmp_path / "rng.sock"
+    process = subprocess.Popen([sys.executable, EXAMPLE, way, path], stderr=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 20
+        while not path.exists() and time.monotonic() < end:
+            assert process.poll() is None
+            time.sleep(0.02)
+        assert path.exists()
+        second = subprocess.run(
+            [sys.executable, EXAMPLE, way, path], stderr=subprocess.PIPE, timeout=20, check=False
+        )
+        assert second.returncode == 1
+        assert os.fsencode(path) in second.stderr
+        assert b"Traceback" not in second.stderr
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+        assert not path.exists()
+    finally:
+        process.kill()
+        process.wait()
