@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import pytest_asyncio
 from machine import QemuMachine
 
+from vring_serial.transport.vfio_user import VfioUserServer
 from vring_serial.transport.vhost_user import VhostUserBackend
 
 MIB = 1 << 20
@@ -32,27 +34,45 @@ class Way:
     """One way for QEMU to have our device.
 
     Attributes:
-        name: of the test's variant.
         transport: what serves the device.
+        served: options of that.
         device_id: what the guest reads in configuration space.
         subsystem_id: likewise.
+        msix: whether the device has MSI-X.
+        append: words for the guest's kernel.
     """
 
-    name: str
     transport: type
-    device_id: int
-    subsystem_id: int
+    served: Mapping[str, Any]
+    device_id: int = 0x1043
+    subsystem_id: int = 0x1100
+    msix: bool = True
+    append: str = ""
 
     def options(self, bench: Any) -> list[str]:
         """QEMU's options for the device at 00:05.0."""
-        device = (
+        if self.transport is VfioUserServer:
+            socket = {"type": "unix", "path": str(bench.path)}
+            device = {"driver": "vfio-user-pci", "addr": "05.0", "socket": socket}
+            return ["-device", json.dumps(device)]
+        words = (
             "vhost-user-test-device-pci,chardev=vring,virtio-id=3,vq_size=128,config_size=12,"
             f"num_vqs={bench.controller.num_queues},addr=05.0"
         )
-        return ["-chardev", f"socket,id=vring,path={bench.path}", "-device", device]
+        return ["-chardev", f"socket,id=vring,path={bench.path}", "-device", words]
 
 
-WAYS = [Way("vhost-user", VhostUserBackend, 0x1043, 0x1100)]
+WAYS = {
+    "vhost-user": Way(VhostUserBackend, {}, msix=False),
+    "vfio-user": Way(VfioUserServer, {}),
+    "vfio-user-legacy": Way(
+        VfioUserServer,
+        {"transitional": True},
+        device_id=0x1003,
+        subsystem_id=3,
+        append="virtio_pci.force_legacy=1",
+    ),
+}
 
 
 class Payload:
@@ -103,7 +123,10 @@ class Shared:
     async def boot(self) -> None:
         await self.kill()
         self.guest = await self.bench.boot(
-            self.way, cpus=2, files={"payload": self.payload.data}, append="reboot=t"
+            self.way,
+            cpus=2,
+            files={"payload": self.payload.data},
+            append=f"reboot=t {self.way.append}",
         )
 
     async def kill(self) -> None:
@@ -112,19 +135,19 @@ class Shared:
             self.guest = None
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module", params=WAYS, ids=lambda way: way.name)
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=WAYS)
 async def shared(
     request: pytest.FixtureRequest,
     bench_type: type[Any],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> AsyncIterator[Shared]:
-    way: Way = request.param
-    bench = bench_type(tmp_path_factory.mktemp(way.name), boot, max_ports=8)
+    way = WAYS[request.param]
+    bench = bench_type(tmp_path_factory.mktemp(request.param), boot, max_ports=8)
     for nr in DATA_PORTS:
         bench.add_port(nr, f"org.example.data{nr}")
     shared = Shared(bench, way)
     try:
-        await bench.serve(way.transport)
+        await bench.serve(way.transport, **way.served)
         yield shared
     finally:
         await bench.close()
