@@ -337,3 +337,23 @@ async def test_a_client_that_does_not_read_is_given_up(make_bench, monkeypatch):
     other = await bench.client()
     assert await other.wait_clipboard() == (TEXT,)
     await other.set_monitors([Monitor(1, 1)])
+
+
+async def test_a_message_is_forwarded_that_comes_when_the_queue_has_just_been_emptied(make_bench):
+    """Between the last turn of the forwarding task and what the loop does after it."""
+    bench = await make_bench()
+    await bench.client()
+    (client,) = bench.router.clients
+    sent = []
+
+    async def to_agent(_, message):
+        sent.append(message)
+        if len(sent) < 50:
+            # Runs right behind this turn of the task, before any callback of its end.
+            asyncio.get_running_loop().call_soon(client._forward, message)
+
+    bench.router.to_agent = to_agent
+    client._forward(UnknownMessage(99))
+    async with asyncio.timeout(5):
+        while len(sent) < 50:
+            await asyncio.sleep(0.01)

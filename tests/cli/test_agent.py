@@ -160,6 +160,7 @@ def test_one_refusal_does_not_stop_the_others(session, tmp_path):
     result = session.run("send", "--quiet", sparse, fine)
     assert result.returncode == 1
     assert "not enough space" in result.stderr
+    assert (session.downloads / "fine").exists(), result.stderr
     assert (session.downloads / "fine").read_text() == "fine"
 
 

@@ -368,16 +368,17 @@ class ClipboardChannel:
         self._requests.append(message)
         if self._answering is None:
             self._answering = asyncio.ensure_future(self._answer_all())
-            self._answering.add_done_callback(self._answered)
-
-    def _answered(self, task: asyncio.Task[None]) -> None:
-        self._answering = None
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self._on_trouble(error)
 
     async def _answer_all(self) -> None:
-        while self._requests and self._link is not None:
-            await self._answer(self._link, self._requests.popleft())
+        try:
+            while self._requests and self._link is not None:
+                try:
+                    await self._answer(self._link, self._requests.popleft())
+                except Exception as error:
+                    self._on_trouble(error)
+        finally:
+            # Here and not in a callback of the task: a request that came between would wait.
+            self._answering = None
 
     async def _answer(self, link: AgentLink, request: ClipboardRequest) -> None:
         source = self.owned(request.selection).get(request.type)

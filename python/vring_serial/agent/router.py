@@ -382,9 +382,10 @@ class RouterClient:
     async def close(self) -> None:
         """End what runs for this client."""
         await self.clipboard.close()
-        if self._forwarding is not None:
-            self._forwarding.cancel()
-            await asyncio.gather(self._forwarding, return_exceptions=True)
+        if (forwarding := self._forwarding) is not None:
+            forwarding.cancel()
+            await asyncio.gather(forwarding, return_exceptions=True)
+            self._forwarding = None  # a task that never ran has not said so
 
     def announce(self, capabilities: Capabilities, *, request: bool) -> None:
         """Tell the client what the agent can do."""
@@ -460,19 +461,19 @@ class RouterClient:
             self.link.hold_reading()
         if self._forwarding is None:
             self._forwarding = asyncio.ensure_future(self._forward_all())
-            self._forwarding.add_done_callback(self._forwarded)
-
-    def _forwarded(self, task: asyncio.Task[None]) -> None:
-        self._forwarding = None
 
     async def _forward_all(self) -> None:
-        while self._queue:
-            message = self._queue.popleft()
-            await self._router.to_agent(self, message)
-            self._queued -= _cost(message)
-            if self._held and self._queued <= CLIENT_QUEUE_BYTES // 2:
-                self._held = False
-                self.link.release_reading()
+        try:
+            while self._queue:
+                message = self._queue.popleft()
+                await self._router.to_agent(self, message)
+                self._queued -= _cost(message)
+                if self._held and self._queued <= CLIENT_QUEUE_BYTES // 2:
+                    self._held = False
+                    self.link.release_reading()
+        finally:
+            # Here and not in a callback of the task: a message queued between the two would wait.
+            self._forwarding = None
 
 
 def _cost(message: TypedMessage | UnknownMessage) -> int:
