@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 
-from vring import GuestMemory, Region, SplitDriver, SplitQueue
+from vring import Driver, GuestMemory, PackedDriver, Region, SplitDriver, SplitQueue
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.controller import DEFAULT_FEATURES, Controller
 from vring_serial.device.mmio import MmioDevice
@@ -35,7 +35,7 @@ BUFFER = 4096
 class Ring:
     """One queue of the guest: its driver, its descriptors, and the buffers in flight."""
 
-    driver: SplitDriver
+    driver: Driver
     parts: tuple[int, int, int]
     kick_fd: int
     call_fd: int
@@ -81,21 +81,26 @@ class Guest:
 
     # --- queues
 
+    @property
+    def ring_driver(self) -> type[Driver]:
+        return PackedDriver if self.features & Feature.RING_PACKED else SplitDriver
+
     def place_ring(self) -> list[int]:
         """Guest addresses of a new ring's three parts."""
-        return [self.allocate(length) for length in SplitDriver.layout(self.size)]
+        return [self.allocate(length) for length in self.ring_driver.layout(self.size)]
 
     def make_ring(self, index: int) -> Ring:
         parts = self.place_ring()
-        # A device that resumes finds the used index where it left it.
-        self.memory.write(parts[2] + 2, self._index.to_bytes(2, "little"))
-        driver = SplitDriver(
+        if self.ring_driver is SplitDriver:
+            # A device that resumes finds the used index where it left it.
+            self.memory.write(parts[2] + 2, self._index.to_bytes(2, "little"))
+        driver = self.ring_driver(
             self.memory,
             self.size,
             *parts,
             event_idx=bool(self.features & Feature.EVENT_IDX),
             indirect=bool(self.features & Feature.INDIRECT_DESC),
-            index=self._index,
+            index=self._index or (0x8000 if self.ring_driver is PackedDriver else 0),
         )
         ring = Ring(
             driver,
@@ -270,7 +275,7 @@ class Machine:
     """A machine around a register model: what its interrupts did, and a driver for it.
 
     Args:
-        kind: "pci", "pci-legacy", "mmio" or "mmio-legacy".
+        kind: "pci", "pci-legacy", "mmio" or "mmio-legacy". Guests may add "+packed" to it.
     """
 
     def __init__(self, device: VirtioDevice, kind: str = "pci", **options: object) -> None:
@@ -392,7 +397,10 @@ async def make_register_guest() -> AsyncIterator[Callable[..., RegisterGuest]]:
     guests: list[RegisterGuest] = []
 
     def make(controller: Controller, kind: str = "pci", **options: int) -> RegisterGuest:
-        machine = Machine(controller, kind, queue_size=64)
+        kind, _, packed = kind.partition("+")
+        machine = Machine(controller, kind, queue_size=64, packed=bool(packed))
+        if packed:
+            options["features"] = options.get("features", DEFAULT_FEATURES) | Feature.RING_PACKED
         guests.append(RegisterGuest(controller, machine, **options))
         return guests[-1]
 

@@ -16,6 +16,8 @@ from vring_serial.device.port import Port
 from vring_serial.proto.console import Feature, Status
 
 KINDS = ["pci", "pci-legacy", "mmio", "mmio-legacy"]
+#: For what depends on the rings as well.
+WITH_PACKED = [*KINDS, "pci+packed", "mmio+packed"]
 
 
 class Pipes:
@@ -78,7 +80,7 @@ async def exchange(guest, pipes, seed: int, size: int = 60_000) -> None:
     assert guest.read(1)[start:] == data
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", WITH_PACKED)
 async def test_a_guest_boots_and_exchanges_bytes(controller, make_register_guest, pipes, kind):
     guest = make_register_guest(controller, kind)
     guest.boot()
@@ -91,7 +93,7 @@ async def test_a_guest_boots_and_exchanges_bytes(controller, make_register_guest
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", WITH_PACKED)
 async def test_the_driver_is_unbound_and_bound_again(controller, make_register_guest, pipes, kind):
     guest = make_register_guest(controller, kind)
     for turn in range(3):
@@ -104,7 +106,7 @@ async def test_the_driver_is_unbound_and_bound_again(controller, make_register_g
         assert not controller.ports[1].guest_ready
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", WITH_PACKED)
 async def test_memory_maps_change_under_traffic_without_losing_a_byte(
     controller, make_register_guest, pipes, kind
 ):
@@ -136,7 +138,7 @@ async def test_memory_maps_change_under_traffic_without_losing_a_byte(
     assert not guest.registers.status & Status.DEVICE_NEEDS_RESET
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", WITH_PACKED)
 async def test_interrupts_alone_are_enough_to_know_of_used_buffers(
     controller, make_register_guest, pipes, kind
 ):
@@ -174,7 +176,7 @@ async def test_a_ring_that_cannot_be_asks_for_a_reset(make_controller, make_regi
     assert guest.registers.status == 0
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", WITH_PACKED)
 async def test_a_broken_ring_asks_for_a_reset_and_comes_back(
     controller, make_register_guest, pipes, kind
 ):
@@ -192,7 +194,7 @@ async def test_a_broken_ring_asks_for_a_reset_and_comes_back(
     await exchange(guest, pipes, 3, 10_000)
 
 
-@pytest.mark.parametrize("kind", ["pci", "mmio"])
+@pytest.mark.parametrize("kind", ["pci", "mmio", "pci+packed"])
 async def test_one_queue_is_reset_and_the_ports_stay(controller, make_register_guest, pipes, kind):
     features = DEFAULT_FEATURES | Feature.RING_RESET
     guest = make_register_guest(controller, kind, features=features)

@@ -11,10 +11,10 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 
-from vring import GuestMemory, SplitQueue, VirtQueue
+from vring import GuestMemory
 from vring.errors import VringError
 from vring_serial.device.base import VirtioDevice
-from vring_serial.device.virtqueue import RunningQueue
+from vring_serial.device.virtqueue import RunningQueue, make_queue
 from vring_serial.errors import VringSerialError
 from vring_serial.proto.console import Feature
 
@@ -70,7 +70,7 @@ class QueueSetup:
         self.failed = False  # until it is enabled anew
         self.vector = NO_VECTOR
         self.alignment = _LEGACY_ALIGNMENT
-        self.position = 0  # available index to go on from
+        self.position: int | None = None  # available index to go on from; None: a fresh ring
 
     def place_legacy(self, address: int) -> None:
         """Set the areas as legacy drivers lay them out, from ``address`` on (2.7.2)."""
@@ -130,7 +130,7 @@ class QueueTable:
         if not queue.enabled:
             queue.enabled = True
             queue.failed = False
-            queue.position = 0
+            queue.position = None
             self._update(queue)
 
     def disable(self, queue: QueueSetup) -> None:
@@ -263,7 +263,9 @@ class QueueTable:
         memory = self._memory
         if queue.running or queue.failed or not queue.enabled or not self._live or memory is None:
             return
-        ring = make_queue(queue, memory, self.features)
+        areas = (queue.descriptor_area, queue.driver_area, queue.device_area)
+        name = f"queue {queue.index}"
+        ring = make_queue(memory, queue.size, areas, self.features, index=queue.position, name=name)
         if queue.call_fd < 0:
             queue.call_fd = _eventfd()
         running = RunningQueue(ring, self.kick_fd(queue.index), queue.call_fd)
@@ -294,25 +296,6 @@ class QueueTable:
             _read_event(queue.kick_fd)
         if queue.call_fd >= 0 and not queue.direct:
             _read_event(queue.call_fd)
-
-
-def make_queue(queue: QueueSetup, memory: GuestMemory, features: int) -> VirtQueue:
-    """The device's side of the ring that the driver set up.
-
-    Raises VringError: an area is misaligned or not in memory.
-    """
-    return SplitQueue(
-        memory,
-        queue.size,
-        queue.descriptor_area,
-        queue.driver_area,
-        queue.device_area,
-        event_idx=bool(features & Feature.EVENT_IDX),
-        indirect=bool(features & Feature.INDIRECT_DESC),
-        in_order=bool(features & Feature.IN_ORDER),
-        index=queue.position,
-        name=f"queue {queue.index}",
-    )
 
 
 def _eventfd() -> int:

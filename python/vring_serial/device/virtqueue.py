@@ -7,9 +7,47 @@ import sys
 from contextlib import suppress
 from dataclasses import dataclass
 
-from vring import VirtQueue
+from vring import GuestMemory, PackedQueue, SplitQueue, VirtQueue
+from vring_serial.proto.console import Feature
 
 _ONE = (1).to_bytes(8, sys.byteorder)
+
+
+def make_queue(
+    memory: GuestMemory,
+    size: int,
+    areas: tuple[int, int, int],
+    features: int,
+    *,
+    index: int | None = None,
+    name: str,
+) -> VirtQueue:
+    """The device's side of a ring with the layout and the abilities that were negotiated.
+
+    Args:
+        memory: the guest's.
+        size: descriptors.
+        areas: guest addresses of descriptor area, driver area and device area (2.6).
+        features: those that the driver accepted.
+        index: ``avail_index`` to go on from, with nothing in flight; None: the ring is fresh.
+        name: for errors.
+
+    Raises:
+        AddressError: an area is misaligned or not in one region of memory.
+        LocalMisuseError: an impossible size or index.
+    """
+    packed = bool(features & Feature.RING_PACKED)
+    kind = PackedQueue if packed else SplitQueue
+    return kind(
+        memory,
+        size,
+        *areas,
+        event_idx=bool(features & Feature.EVENT_IDX),
+        indirect=bool(features & Feature.INDIRECT_DESC),
+        in_order=bool(features & Feature.IN_ORDER),
+        index=(0x8000 if packed else 0) if index is None else index,
+        name=name,
+    )
 
 
 def notify(fd: int) -> None:
