@@ -1,0 +1,145 @@
+"""GuestMemory: the region table, translation and its limits."""
+
+from __future__ import annotations
+
+import gc
+import mmap
+import os
+import weakref
+
+import numpy as np
+import pytest
+
+from vring import AddressError, GuestMemory, LocalMisuseError, MemoryMapError, Region
+
+
+def memory(*regions: tuple[int, int]) -> GuestMemory:
+    return GuestMemory(Region(at, np.zeros(size, np.uint8)) for at, size in regions)
+
+
+def test_reads_and_writes_cross_regions_that_touch() -> None:
+    mem = memory((0x3000, 0x1000), (0x1000, 0x1000), (0x2000, 0x1000))
+    assert [r.guest_addr for r in mem.regions] == [0x1000, 0x2000, 0x3000]
+    data = bytes(range(256)) * 0x30
+    mem.write(0x1000, data)
+    assert mem.read(0x1000, 0x3000) == data
+    assert mem.read(0x1FFF, 2) == data[0xFFF:0x1001]
+    assert mem.read(0x1000, 0) == b""
+
+
+@pytest.mark.parametrize(
+    ("address", "length"),
+    [(0xFFF, 1), (0xFFF, 2), (0x2000, 1), (0x1FFF, 2), (2**64 - 1, 1), (2**64 - 1, 2), (-1, 1),
+     (2**64, 1), (0x1000, 2**64), (0x1000, 0x1001)],
+)  # fmt: skip
+def test_what_is_not_in_memory_is_refused(address: int, length: int) -> None:
+    mem = memory((0x1000, 0x1000))
+    for access in (lambda: mem.read(address, length), lambda: mem.view(address, length)):
+        with pytest.raises(AddressError) as caught:
+            access()
+        assert (caught.value.address, caught.value.length) == (address, length)
+    if length < 0x2000:
+        with pytest.raises(AddressError):
+            mem.write(address, bytes(length))
+    with pytest.raises(LocalMisuseError):
+        mem.read(0x1000, -1)
+
+
+def test_the_last_byte_of_the_address_space() -> None:
+    mem = memory((2**64 - 0x1000, 0x1000))
+    mem.write(2**64 - 1, b"x")
+    assert mem.read(2**64 - 2, 2) == b"\0x"
+    with pytest.raises(MemoryMapError, match=r"wraps around 2\*\*64"):
+        memory((2**64 - 0x1000, 0x1001))
+
+
+def test_views_are_memory_itself_and_stay_in_one_region() -> None:
+    mem = memory((0x1000, 0x1000), (0x2000, 0x1000))
+    view = mem.view(0x1FF0, 16)
+    view[:] = b"0123456789abcdef"
+    assert mem.read(0x1FF0, 16) == b"0123456789abcdef"
+    with pytest.raises(AddressError):
+        mem.view(0x1FF0, 17)
+
+
+def test_tables_are_immutable_and_checked() -> None:
+    first = memory((0x1000, 0x1000))
+    second = first.with_region(Region(0x2000, bytearray(0x800)))
+    assert len(first.regions) == 1
+    assert len(second.regions) == 2
+    assert second.without_region(0x2000, 0x800).regions == first.regions
+    with pytest.raises(MemoryMapError, match="no region at 0x2000 of 0x801"):
+        second.without_region(0x2000, 0x801)
+    for at in (0x800, 0x1000, 0x1FFF, 0x27FF):
+        with pytest.raises(MemoryMapError, match="overlap"):
+            second.with_region(Region(at, bytearray(0x1000)))
+
+
+@pytest.mark.parametrize(
+    ("buffer", "why"), [(b"", "writable"), (bytes(8), "writable"), (bytearray(), "no bytes"), (7, "writable")]
+)  # fmt: skip
+def test_bad_buffers(buffer: object, why: str) -> None:
+    with pytest.raises(MemoryMapError, match=why):
+        Region(0x1000, buffer)  # type: ignore[arg-type]
+
+
+def test_bad_addresses() -> None:
+    for at in (-1, 2**64, 1.5):
+        with pytest.raises(MemoryMapError, match="not an address"):
+            Region(at, bytearray(1))  # type: ignore[arg-type]
+    with pytest.raises(MemoryMapError, match="user address"):
+        Region(0, bytearray(2), user_addr=2**64 - 1)
+
+
+def test_user_addresses() -> None:
+    mem = GuestMemory(
+        [Region(0x1000, bytearray(0x1000), user_addr=0x7F00_0000), Region(0x4000, bytearray(16))]
+    )
+    assert mem.user_to_guest(0x7F00_0010, 0xFF0) == 0x1010
+    for address, length in ((0x7F00_0010, 0xFF1), (0x6FFF_FFFF, 1), (0x7F00_1000, 1), (0x4000, 1)):
+        with pytest.raises(AddressError, match="user address"):
+            mem.user_to_guest(address, length)
+
+
+def test_mapping_a_file_at_any_offset() -> None:
+    fd = os.memfd_create("guest")
+    os.truncate(fd, 0x5000)
+    region = Region.map(fd, 0x1234, offset=0x1010, guest_addr=0x8000, user_addr=0x9000)
+    GuestMemory([region]).write(0x8000, b"hello")
+    assert os.pread(fd, 5, 0x1010) == b"hello"
+    assert (region.size, region.user_addr) == (0x1234, 0x9000)
+    for size, offset in ((0x5001, 0), (1, 0x5000), (0, 0), (-1, 0), (1, -1), (2**63, 1)):
+        with pytest.raises(MemoryMapError):
+            Region.map(fd, size, offset=offset, guest_addr=0)
+    os.close(fd)
+    with pytest.raises(MemoryMapError, match="Bad file descriptor"):
+        Region.map(fd, 1, guest_addr=0)
+
+
+def test_memory_keeps_its_buffers_alive_and_lets_them_go() -> None:
+    array = np.zeros(64, np.uint8)
+    gone = weakref.ref(array)
+    view = GuestMemory([Region(0, array)]).view(0, 4)
+    del array
+    gc.collect()
+    assert gone() is not None
+    view.release()
+    gc.collect()
+    assert gone() is None
+    pages = mmap.mmap(-1, 4096)
+    region = Region(0, pages)
+    with pytest.raises(BufferError):
+        pages.close()
+    del region
+    pages.close()
+
+
+def test_translation_over_many_regions() -> None:
+    mem = memory(*((i * 0x3000, 0x1000) for i in range(1000)))
+    for i in range(1000):
+        mem.write(i * 0x3000 + 7, bytes([i & 0xFF]))
+    assert [mem.read(i * 0x3000 + 7, 1)[0] for i in range(1000)] == [i & 0xFF for i in range(1000)]
+    with pytest.raises(AddressError):
+        mem.read(999 * 0x3000 + 0x1000, 1)
+    with pytest.raises(AddressError):
+        GuestMemory().read(0, 1)
