@@ -92,7 +92,12 @@ class EchoDevice:
         self.told.append(("stop", index, queue.queue.avail_index))
         return queue.queue.avail_index
 
+    def reset_queue(self, index: int) -> None:
+        self.told.append(("reset queue", index))
+
     def reset(self) -> None:
+        for index in list(self.running):
+            self.stop_queue(index)
         self.told.append(("reset",))
         self.status = 0
 

@@ -359,6 +359,11 @@ ENDED: dict[str, tuple[bytes, int, str]] = {
         0,
         "SET_PROTOCOL_FEATURES: .*INFLIGHT_SHMFD.* not offered",
     ),
+    "protocol-features-unknown": (
+        request(Request.SET_PROTOCOL_FEATURES, U64(1 << 40 | 1 << 3), need_reply=True),
+        0,
+        "SET_PROTOCOL_FEATURES: .*1099511627776.* not offered",
+    ),
 }
 
 

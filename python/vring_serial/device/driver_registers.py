@@ -16,9 +16,11 @@ from vring_serial.proto.console import Feature, Status
 log = logging.getLogger(__name__)
 
 #: Offered by the registers themselves, whatever the device is.
-_REGISTER_FEATURES = Feature.RING_RESET
+_REGISTER_FEATURES = int(Feature.RING_RESET)
 #: Bits that mean something to legacy drivers alone (6.3).
-_LEGACY_ONLY = Feature.NOTIFY_ON_EMPTY | Feature.ANY_LAYOUT
+_LEGACY_ONLY = int(Feature.NOTIFY_ON_EMPTY | Feature.ANY_LAYOUT)
+# Numbers, all of them: the complement of a Feature has no bit that is unknown here.
+_RING_PACKED = int(Feature.RING_PACKED)
 _LEGACY_WORD = (1 << 32) - 1
 #: queue_size for devices that would allow more: drivers fill whole queues with buffers.
 QUEUE_SIZE = 256
@@ -97,7 +99,7 @@ class DriverRegisters:
     def offered(self) -> int:
         """Feature bits for modern drivers."""
         bits = (self.device.device_features | _REGISTER_FEATURES) & ~_LEGACY_ONLY
-        return bits | Feature.RING_PACKED if self._packed else bits & ~Feature.RING_PACKED
+        return bits | _RING_PACKED if self._packed else bits & ~_RING_PACKED
 
     @property
     def offered_legacy(self) -> int:

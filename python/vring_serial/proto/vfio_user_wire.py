@@ -196,7 +196,7 @@ class DmaMap:
     def unpack(cls, data: bytes) -> Self:
         argsz, flags, offset, address, size = exactly(cls.STRUCT, data)
         _check_argsz(argsz, cls.STRUCT.size)
-        if flags & ~(DmaFlag.READ | DmaFlag.WRITE):
+        if flags & ~int(DmaFlag.READ | DmaFlag.WRITE):
             raise ValueError(f"unknown flags {flags:#x}")
         if not size or address + size > 1 << 64:
             raise ValueError(f"{size:#x} bytes at {address:#x} are no region")
@@ -230,7 +230,7 @@ class DmaUnmap:
         _check_argsz(argsz, cls.STRUCT.size)
         if flags & UnmapFlag.GET_DIRTY_BITMAP:
             raise ValueError("dirty pages are not logged")
-        if flags & ~UnmapFlag.ALL:
+        if flags & ~int(UnmapFlag.ALL):
             raise ValueError(f"unknown flags {flags:#x}")
         exactly(cls.STRUCT, data)
         if flags & UnmapFlag.ALL and (address or size):

@@ -22,7 +22,7 @@ from vring_serial.proto.vfio_user_wire import (
 from vring_serial.transport.event_fds import check_event_descriptor
 from vring_serial.unix_fds import close_all
 
-_FLAGS = {
+_FLAGS: dict[int, int] = {
     IrqIndex.INTX: IrqFlag.EVENTFD | IrqFlag.MASKABLE | IrqFlag.AUTOMASKED,
     # Without NORESIZE: each vector may get its descriptor when the driver first uses it.
     IrqIndex.MSIX: IrqFlag.EVENTFD,
@@ -88,7 +88,7 @@ class Interrupts:
 
     def info(self, index: int) -> IrqInfo:
         """What there is of a type. Raises ProtocolError if there is no such type."""
-        return IrqInfo(index, _FLAGS.get(IrqIndex(index), 0), len(self._type(index)))
+        return IrqInfo(index, _FLAGS.get(index, 0), len(self._type(index)))
 
     def set(self, irqs: IrqSet, fds: list[int]) -> None:
         """DEVICE_SET_IRQS; descriptors that are kept are taken out of ``fds``.

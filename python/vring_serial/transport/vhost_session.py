@@ -277,9 +277,11 @@ class Session:
 
     def _set_protocol_features(self, features: U64, fds: list[int]) -> None:
         wanted = ProtocolFeature(features.value)
-        if wanted & ~self._offered:
+        # As numbers: the complement of flags has no bit that is not a flag.
+        refused = features.value & ~int(self._offered)
+        if refused:
             # Whether the answer may be an acknowledgement is just what failed to be agreed.
-            raise FatalError(f"{wanted & ~self._offered!r} was not offered")
+            raise FatalError(f"{ProtocolFeature(refused)!r} was not offered")
         if ProtocolFeature.INBAND_NOTIFICATIONS in wanted and _INBAND_NEEDS not in wanted:
             raise FatalError("INBAND_NOTIFICATIONS needs BACKEND_REQ and REPLY_ACK")
         self._protocol_features = wanted
