@@ -68,7 +68,7 @@ def test_as_a_module() -> None:
         ),
         (
             ("zzz",),
-            "vring: No such command 'zzz'; known: bench, demo, guest, serve (see vring --help)",
+            "vring: No such command 'zzz'; known: agent, bench, demo, guest, serve (see vring --help)",
         ),
         (("--bad",), "vring: No such option '--bad'. (see vring --help)"),
     ],
