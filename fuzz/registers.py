@@ -11,6 +11,7 @@ tests/device/test_fuzz_registers.py plays the same with Hypothesis.
 from __future__ import annotations
 
 import asyncio
+import logging
 import struct
 import sys
 from contextlib import suppress
@@ -165,6 +166,8 @@ def one_input(data: bytes) -> None:
 
 def main() -> None:
     import atheris
+
+    logging.disable(logging.WARNING)
 
     atheris.instrument_all()
     atheris.Setup(sys.argv, one_input)

@@ -345,8 +345,8 @@ class DriverRegisters:
             queue.place_legacy(address)
             self.enable_queue()
 
-    def notify(self, index: int) -> None:
-        """The driver notifies queue ``index``, which there is."""
+    def notify(self, index: int, value: int = 0) -> None:
+        """The driver notifies queue ``index``, which there is, by writing ``value`` somewhere."""
         self.queues.notify(index)
         self._host.notified()
 

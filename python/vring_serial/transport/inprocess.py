@@ -6,7 +6,6 @@ docs/embedding.md shows how.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 from vring import GuestMemory
 from vring_serial.device.base import VirtioDevice
@@ -90,11 +89,7 @@ class InProcessPci:
         self.layout: tuple[Bar, ...] = self._function.bars
         self.config = Window(256, self._function.config_read, self._function.config_write)
         self.bars = {
-            bar.index: Window(
-                bar.size,
-                partial(self._function.bar_read, bar.index),
-                partial(self._function.bar_write, bar.index),
-            )
+            bar.index: Window(bar.size, *self._function.bar_access(bar.index))
             for bar in self.layout
         }
         self.set_memory(memory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -160,6 +161,14 @@ class PciDevice:
         if bank is not None:
             bank.write(offset, value, size)
 
+    def bar_access(
+        self, bar: int
+    ) -> tuple[Callable[[int, int], int], Callable[[int, int, int], None]]:
+        """:meth:`bar_read` and :meth:`bar_write` for one BAR, the shortest way there is."""
+        if bar == at.LEGACY_BAR or bar not in self._banks:
+            return partial(self.bar_read, bar), partial(self.bar_write, bar)
+        return self._banks[bar].read, self._banks[bar].write
+
     # --- what the machine does
 
     def set_memory(self, memory: GuestMemory | None) -> None:
@@ -238,7 +247,7 @@ class PciDevice:
             bank.window(at.DEVICE_CFG, size, registers.read_config, registers.write_config)
         for index in range(self.device.num_queues):
             # The place says which queue it is: the value need not be looked at.
-            notify = partial(_notify, registers, index)
+            notify = partial(registers.notify, index)
             where = at.NOTIFY_CFG + at.NOTIFY_MULTIPLIER * index
             bank.register(where, at.NOTIFY_MULTIPLIER, None, notify, also_written_as=(1, 2))
         return bank
@@ -345,7 +354,3 @@ class PciDevice:
 
     def _was_reset(self) -> None:
         self._interrupts.reset()
-
-
-def _notify(registers: DriverRegisters, index: int, value: int) -> None:
-    registers.notify(index)
