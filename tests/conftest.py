@@ -13,6 +13,8 @@ import pytest
 #: Peers that are not a program on PATH, and the file that shows they are there.
 PEER_FILES = {
     "virtio_console.ko": "/usr/lib/uml/modules/*/kernel/drivers/char/virtio_console.ko",
+    "libspice-server.so.1": "/usr/lib/*/libspice-server.so.1",
+    "SpiceClientGLib-2.0.typelib": "/usr/lib/*/girepository-1.0/SpiceClientGLib-2.0.typelib",
     "qemu-root": os.path.join(
         os.environ.get("QEMU_ROOT", "/var/cache/vring/qemu-root"), ".vring-root"
     ),

@@ -24,6 +24,11 @@ def connect_signal(obj, signal, callback):
     GObject.Object.connect(obj, signal, callback)
 
 
+def copied(pointer, size):
+    """The bytes at a pointer that a signal passed, as base64."""
+    return base64.b64encode(ctypes.string_at(pointer, size) if size else b"").decode()
+
+
 def emit(*event):
     sys.stdout.write(json.dumps(event) + "\n")
     sys.stdout.flush()
@@ -35,13 +40,14 @@ class Client:
         self.main = None
         self.port = None
         self.offers = {}
-        self.tasks = {}
         self.cancellables = {}
+        self.tasks = []
 
     # --- commands
 
     def do_connect(self, properties):
         self.session = Spice.Session()
+        self.session.set_property("enable-audio", False)
         for name, value in properties.items():
             self.session.set_property(name, value)
         connect_signal(self.session, "channel-new", self.channel_new)
@@ -77,16 +83,8 @@ class Client:
             except GLib.Error as error:
                 emit("not-sent", name, error.message)
 
-        def progress(done, total, *_):
-            emit("progress", name, done, total)
-
         self.main.file_copy_async(
-            [Gio.File.new_for_path(path)],
-            Gio.FileCopyFlags.NONE,
-            cancellable,
-            progress,
-            None,
-            finished,
+            [Gio.File.new_for_path(path)], Gio.FileCopyFlags.NONE, cancellable, None, None, finished
         )
 
     def do_cancel(self, name):
@@ -109,6 +107,7 @@ class Client:
             connect_signal(channel, "main-clipboard-selection-request", self.requested)
             connect_signal(channel, "main-clipboard-selection-release", self.released)
             connect_signal(channel, "main-clipboard-selection", self.received)
+            connect_signal(channel, "new-file-transfer", self.transfer_begins)
             return
         if isinstance(channel, Spice.PortChannel):
             self.port = channel
@@ -129,9 +128,7 @@ class Client:
         )
 
     def grabbed(self, channel, selection, types, count):
-        print(repr(types), type(types), file=sys.stderr)
-        array = ctypes.cast(types, ctypes.POINTER(ctypes.c_uint32))
-        emit("grabbed", selection, [array[i] for i in range(count)])
+        emit("grabbed", selection, types)
         return True
 
     def requested(self, channel, selection, type_):
@@ -144,14 +141,20 @@ class Client:
         emit("released", selection)
 
     def received(self, channel, selection, type_, data, size):
-        text = ctypes.string_at(data, size) if size else b""
-        emit("received", selection, type_, base64.b64encode(text).decode())
+        emit("received", selection, type_, copied(data, size))
+
+    def transfer_begins(self, channel, task):
+        self.tasks.append(task)
+        connect_signal(task, "notify::progress", self.transfer_goes_on)
+
+    def transfer_goes_on(self, task, _):
+        emit("progress", task.get_filename(), task.get_transferred_bytes())
 
     def port_opened(self, channel, _):
         emit("port-opened", channel.get_property("port-name"), channel.get_property("port-opened"))
 
     def port_data(self, channel, data, size):
-        emit("port-data", base64.b64encode(ctypes.string_at(data, size)).decode())
+        emit("port-data", copied(data, size))
 
 
 def main():

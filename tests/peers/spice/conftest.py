@@ -1,0 +1,348 @@
+"""A stock SPICE client, our server, our device, and a guest with an agent, in one test."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from vring_serial.agent import AgentError
+from vring_serial.device.controller import Controller
+from vring_serial.device.port import Port
+from vring_serial.guest import EmbeddedGuest
+from vring_serial.guest.agent import AGENT_PORT, GuestAgent
+from vring_serial.guest.services import keep_serving
+from vring_serial.guest.uml import UmlGuest
+from vring_serial.guest.uml_desktop import MEMORY_MIB, UmlDesktop
+from vring_serial.proto.agent import Selection
+from vring_serial.spice import SpiceOptions
+from vring_serial.spice.server import SpiceServer
+from vring_serial.transport.vhost_user import VhostUserBackend
+
+CLIENT = Path(__file__).with_name("client.py")
+PASSWORD = "hush"
+SELECTIONS = {
+    "clipboard": Selection.CLIPBOARD,
+    "primary": Selection.PRIMARY,
+    "secondary": Selection.SECONDARY,
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            names = ["libspice-server.so.1", "SpiceClientGLib-2.0.typelib"]
+            if "uml" in item.name:
+                names += ["linux.uml", "busybox", "virtio_console.ko"]
+                names += ["spice-vdagentd", "spice-vdagent", "Xvfb", "xclip", "xrandr"]
+            item.add_marker(pytest.mark.peer(*names))
+
+
+class Client:
+    """The client's process, and the events that it told.
+
+    Attributes:
+        events: all of them, each a list of its name and arguments.
+    """
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.events: list[list[Any]] = []
+        self._process = process
+        self._changed = asyncio.Condition()
+        self._reading = asyncio.ensure_future(self._read())
+
+    @classmethod
+    async def start(cls) -> Client:
+        process = await asyncio.create_subprocess_exec(
+            "/usr/bin/python3", str(CLIENT), limit=64 << 20,
+            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        return cls(process)
+
+    async def _read(self) -> None:
+        assert self._process.stdout is not None
+        while line := await self._process.stdout.readline():
+            self.events.append(json.loads(line))
+            async with self._changed:
+                self._changed.notify_all()
+        self.events.append(["ended"])
+        async with self._changed:
+            self._changed.notify_all()
+
+    def do(self, command: str, *arguments: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps([command, *arguments]).encode() + b"\n")
+
+    async def wait(self, *start: object, seconds: float = 20) -> list[Any]:
+        """The rest of the first event that begins like this; it and those before are forgotten."""
+
+        def find() -> int | None:
+            for index, event in enumerate(self.events):
+                if event[: len(start)] == list(start):
+                    return index
+            return None
+
+        try:
+            async with asyncio.timeout(seconds), self._changed:
+                await self._changed.wait_for(lambda: find() is not None)
+        except TimeoutError:
+            raise AssertionError(f"no {start} in {str(self.events)[:2000]}") from None
+        index = find()
+        assert index is not None
+        event = self.events[index]
+        del self.events[: index + 1]
+        return event[len(start) :]
+
+    async def wait_agent(self) -> int:
+        """Wait until the agent is there and its capabilities are known; returns these."""
+        while True:
+            connected, capabilities = await self.wait("agent")
+            if connected and capabilities:
+                return int(capabilities)
+
+    async def wait_data(self, *start: object, seconds: float = 20) -> bytes:
+        (text,) = await self.wait(*start, seconds=seconds)
+        return base64.b64decode(text)
+
+    async def receive(self, selection: int, seconds: float = 30) -> bytes:
+        """Ask for the guest's clipboard and wait for it."""
+        self.do("request", selection)
+        return await self.wait_data("received", selection, 1, seconds=seconds)
+
+    async def kill(self) -> None:
+        """End the process with no chance to say good-bye."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        await self._process.wait()
+        await self._reading
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+
+
+class EmbeddedSide:
+    """The embedded guest with its own agent."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._downloads = directory / "downloads"
+        self._guest = EmbeddedGuest(str(directory / "vring.sock"))
+        self._serving: asyncio.Future[None] | None = None
+        self.agent = GuestAgent()
+
+    async def start(self) -> None:
+        await self._guest.start()
+        await self.start_agent()
+
+    async def start_agent(self) -> None:
+        port = await self._guest.wait_port(name=AGENT_PORT)
+        self.agent = GuestAgent(downloads=self._downloads)
+        self._serving = asyncio.ensure_future(keep_serving(port, self.agent.run))
+
+    async def stop_agent(self) -> None:
+        assert self._serving is not None
+        self._serving.cancel()
+        await asyncio.gather(self._serving, return_exceptions=True)
+
+    async def resized(self, width: int, height: int) -> bool:
+        async with asyncio.timeout(10):
+            while [(m.width, m.height) for m in self.agent.monitors[:1]] != [(width, height)]:
+                await asyncio.sleep(0.01)
+        return True
+
+    async def copy(self, text: str, selection: str) -> None:
+        self.agent.set_clipboard(text, SELECTIONS[selection])
+
+    async def pasted(self, text: str | None, selection: str) -> None:
+        """Wait until this is what is pasted; None for nothing."""
+        got: str | None = None
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(15):
+                while True:
+                    try:
+                        got = (await self.agent.get_clipboard(SELECTIONS[selection])).decode()
+                    except AgentError:
+                        got = None
+                    if got == text:
+                        return
+                    await asyncio.sleep(0.05)
+        raise AssertionError(f"what is pasted is {got and got[:80]!r}")
+
+    async def file(self, name: str) -> bytes | None:
+        """What is in a file that was received; None if there is none."""
+        path = self._downloads / name
+        return path.read_bytes() if path.exists() else None
+
+    async def stop(self) -> None:
+        await self.stop_agent()
+        await self._guest.stop()
+
+
+class UmlSide:
+    """A real Linux with the real agent on an X server."""
+
+    def __init__(self, directory: Path) -> None:
+        self._guest = UmlGuest([directory / "vring.sock"], memory_mib=MEMORY_MIB)
+        self._desktop = UmlDesktop(self._guest)
+
+    async def start(self) -> None:
+        await self._guest.start()
+        await self._desktop.start()
+
+    async def start_agent(self) -> None:
+        await self._desktop.restart_agent()
+
+    async def stop_agent(self) -> None:
+        await self._guest.run("pkill -9 -x 'spice-vdagentd?'; true")
+
+    async def resized(self, width: int, height: int) -> bool:
+        """Whether the screen was resized: the daemon of 0.22 rejects what spice-gtk sends."""
+        log = ""
+        async with asyncio.timeout(20):
+            while await self._desktop.resolution() != (width, height):
+                log = (await self._guest.run("cat /tmp/vdagentd.log")).output
+                if "invalid message size" in log:
+                    return False
+        return True
+
+    async def copy(self, text: str, selection: str) -> None:
+        await self._desktop.copy(text, selection)
+
+    async def pasted(self, text: str | None, selection: str) -> None:
+        if text is not None:
+            await self._desktop.wait_paste(text, selection, timeout=30)
+            return
+        async with asyncio.timeout(20):
+            while await self._desktop.paste(selection) is not None:
+                await asyncio.sleep(0.1)
+
+    async def file(self, name: str) -> bytes | None:
+        result = await self._guest.run(f"cp /tmp/downloads/{name} /mnt/received")
+        if result.status:
+            return None
+        path = self._guest.share / "received"
+        data = path.read_bytes()
+        path.unlink()
+        return data
+
+    async def stop(self) -> None:
+        await self._guest.stop()
+
+
+class Bench:
+    """Server, device and guest.
+
+    Attributes:
+        guest: the guest's side.
+        port: where clients connect.
+    """
+
+    def __init__(self, directory: Path, **options: object) -> None:
+        self.directory = directory
+        arguments = {"password": PASSWORD, **options}
+        if arguments.get("disable_ticketing"):
+            del arguments["password"]
+        self.server = SpiceServer(
+            SpiceOptions(autoport=True, addr="127.0.0.1", **arguments)  # type: ignore[arg-type]
+        )
+        self.controller = Controller()
+        self.backend = VhostUserBackend(self.controller, str(directory / "vring.sock"))
+        self.guest: Any = None
+        self._clients: list[Client] = []
+
+    @property
+    def port(self) -> str:
+        return self.server.addresses[0].rpartition(":")[2]
+
+    async def start(self, kind: type[EmbeddedSide] | type[UmlSide] = EmbeddedSide) -> None:
+        await self.server.start()
+        self.controller.add_port(Port(1, AGENT_PORT, self.server.agent_chardev("agent")))
+        await self.controller.start()
+        await self.backend.start()
+        self.guest = kind(self.directory)
+        await self.guest.start()
+
+    async def connect(self, **properties: object) -> Client:
+        """A client that connects, with these properties of its session instead of the usual."""
+        client = await Client.start()
+        self._clients.append(client)
+        usual = {"host": "127.0.0.1", "port": self.port, "password": PASSWORD}
+        client.do("connect", {**usual, **properties})
+        return client
+
+    async def kill_clients(self) -> None:
+        for client in self._clients:
+            await client.kill()
+        self._clients.clear()
+
+    async def close(self) -> None:
+        await self.kill_clients()
+        if self.guest is not None:
+            await self.guest.stop()
+        await self.backend.stop()
+        await self.controller.stop()
+        await self.server.stop()
+
+
+@contextlib.asynccontextmanager
+async def running(
+    directory: Path, kind: type[EmbeddedSide] | type[UmlSide] = EmbeddedSide, **options: object
+) -> AsyncIterator[Bench]:
+    """A bench that has started, and is closed at the end."""
+    bench = Bench(directory, **options)
+    try:
+        await bench.start(kind)
+        yield bench
+    finally:
+        await bench.close()
+
+
+@pytest.fixture
+def bench_with(tmp_path: Path) -> Callable[..., contextlib.AbstractAsyncContextManager[Bench]]:
+    """Makes a bench with an embedded guest and these options of the server."""
+    return lambda **options: running(tmp_path, **options)
+
+
+@pytest.fixture(scope="module", params=["embedded", "uml"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared_bench(
+    kind: str, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Bench]:
+    """One guest of each kind for the tests of a module, since booting one takes a while."""
+    directory = tmp_path_factory.mktemp("spice")
+    side = EmbeddedSide if kind == "embedded" else UmlSide
+    async with running(directory, side) as bench:
+        yield bench
+    shutil.rmtree(directory)
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def bench(shared_bench: Bench) -> AsyncIterator[Bench]:
+    yield shared_bench
+    await shared_bench.kill_clients()
+
+
+@pytest.fixture
+def sparse(tmp_path: Path) -> Callable[[int], Path]:
+    """Makes a file of a size that takes no room."""
+
+    def make(size: int) -> Path:
+        path = tmp_path / "sparse"
+        with path.open("wb") as file:
+            os.truncate(file.fileno(), size)
+        return path
+
+    return make
