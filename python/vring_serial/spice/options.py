@@ -9,8 +9,9 @@ from vring_serial.chardev.options import Options, check_path, check_range
 from vring_serial.errors import ConfigError, ResourceError
 from vring_serial.unix_socket import MAX_PATH
 
-#: The longest password that the protocol's RSA block carries, in bytes (SPICE_MAX_PASSWORD_LENGTH).
-MAX_PASSWORD = 60
+#: The longest password in bytes: the library takes SPICE_MAX_PASSWORD_LENGTH, which is 60, and cuts
+#: the last of them off.
+MAX_PASSWORD = 59
 #: Where the library keeps an address and the paths of certificates, less the NUL.
 MAX_ADDRESS = 255
 #: Channels that may be told to use TLS or not; ``default`` is all that are not named.

@@ -49,7 +49,8 @@ class Client:
         self.session = Spice.Session()
         self.session.set_property("enable-audio", False)
         for name, value in properties.items():
-            self.session.set_property(name, value)
+            if value is not None:
+                self.session.set_property(name, value)
         connect_signal(self.session, "channel-new", self.channel_new)
         connect_signal(self.session, "disconnected", lambda _: emit("disconnected"))
         emit("connecting", Spice.Session.connect(self.session))

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from vring_serial.device.controller import Controller
 from vring_serial.device.port import Port
 from vring_serial.guest import EmbeddedGuest
 from vring_serial.guest.agent import AGENT_PORT, GuestAgent
+from vring_serial.guest.port import GuestPort
 from vring_serial.guest.services import keep_serving
 from vring_serial.guest.uml import UmlGuest
 from vring_serial.guest.uml_desktop import MEMORY_MIB, UmlDesktop
@@ -157,8 +159,12 @@ class EmbeddedSide:
         await self._guest.start()
         await self.start_agent()
 
+    async def wait_port(self) -> GuestPort:
+        """The agent's port."""
+        return await self._guest.wait_port(name=AGENT_PORT)
+
     async def start_agent(self) -> None:
-        port = await self._guest.wait_port(name=AGENT_PORT)
+        port = await self.wait_port()
         self.agent = GuestAgent(downloads=self._downloads)
         self._serving = asyncio.ensure_future(keep_serving(port, self.agent.run))
 
@@ -274,12 +280,10 @@ class Bench:
 
     def __init__(self, directory: Path, **options: object) -> None:
         self.directory = directory
-        arguments = {"password": PASSWORD, **options}
-        if arguments.get("disable_ticketing"):
-            del arguments["password"]
-        self.server = SpiceServer(
-            SpiceOptions(autoport=True, addr="127.0.0.1", **arguments)  # type: ignore[arg-type]
-        )
+        usual: dict[str, object] = {"autoport": True, "addr": "127.0.0.1", "password": PASSWORD}
+        if options.get("disable_ticketing"):
+            del usual["password"]
+        self.server = SpiceServer(SpiceOptions(**{**usual, **options}))  # type: ignore[arg-type]
         self.controller = Controller()
         self.backend = VhostUserBackend(self.controller, str(directory / "vring.sock"))
         self.guest: Any = None
@@ -370,3 +374,19 @@ def sparse(tmp_path: Path) -> Callable[[int], Path]:
         return path
 
     return make
+
+
+@pytest.fixture
+async def client_process() -> AsyncIterator[Client]:
+    """A client that is not connected to anything yet."""
+    client = await Client.start()
+    yield client
+    await client.kill()
+
+
+@pytest.fixture
+def unused_port() -> int:
+    """A TCP port of this host that was free a moment ago."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
