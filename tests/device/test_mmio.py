@@ -94,6 +94,15 @@ async def test_a_queue_is_stopped_and_starts_anew(make_controller, make_register
     assert controller.stop_queue(3) == 0, "from its start"
 
 
+async def test_a_reset_disables_all_queues(make_controller, make_register_guest):
+    guest = make_register_guest(make_controller(max_ports=1), "mmio")
+    guest.start()
+    guest.forget()
+    for index in range(4):
+        select(guest.machine.mmio, index)
+        assert guest.machine.mmio.read(0x44, 4) == 0
+
+
 async def test_queue_reset_needs_the_feature(make_controller, make_register_guest):
     for feature in (Feature(0), Feature.RING_RESET):
         controller = make_controller(max_ports=1)

@@ -231,6 +231,26 @@ def test_a_queue_that_is_not_there_is_zero_everywhere(driver):
     assert driver.read_common(18, 2) == 8
 
 
+async def test_a_queue_is_reset_before_the_write_returns(make_controller, make_register_guest):
+    features = DEFAULT_FEATURES | Feature.RING_RESET
+    guest = make_register_guest(make_controller(max_ports=1), features=features)
+    guest.registers.write_common(22, 1, 2)
+    guest.registers.write_common(58, 1, 2)
+    assert guest.registers.read_common(58, 2) == 0
+    guest.vectors[1] = 2
+    guest.start()
+    guest.registers.write_common(22, 1, 2)
+    assert (guest.registers.read_common(28, 2), guest.registers.read_common(58, 2)) == (1, 0)
+    guest.registers.write_common(58, 0, 2)
+    assert guest.registers.read_common(28, 2) == 1, "only 1 resets"
+    guest.registers.write_common(58, 1, 2)
+    assert (guest.registers.read_common(28, 2), guest.registers.read_common(58, 2)) == (0, 0)
+    assert guest.controller.stop_queue(1) == 0, "the device has left it"
+    assert guest.registers.read_common(26, 2) == NO_VECTOR
+    guest.registers.write_common(22, 0, 2)
+    assert guest.registers.read_common(28, 2) == 1, "the others go on"
+
+
 def test_halves_of_addresses_are_independent(driver):
     driver.write_common(22, 1, 2)
     for offset in (32, 40, 48):

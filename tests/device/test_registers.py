@@ -209,10 +209,35 @@ async def test_one_queue_is_reset_and_the_ports_stay(controller, make_register_g
     guest.write(1, b"the other queues go on")
     await guest.until(lambda: guest.completed(1))
     await guest.until(lambda: pipes.read() == b"the other queues go on")
+    guest.size = 32  # another one than before
     guest.start_queue(receiveq)
     guest.give_buffers(receiveq)
     assert controller.ports[1].guest_open
     await exchange(guest, pipes, 2, 10_000)
+
+
+@pytest.mark.parametrize("kind", WITH_PACKED)
+async def test_nothing_is_heard_of_a_device_after_its_reset(
+    controller, make_register_guest, pipes, kind
+):
+    guest = make_register_guest(controller, kind)
+    guest.boot()
+    await guest.ready(1)
+    guest.open(1)
+    await guest.settle()
+    guest.registers.take_events()
+    for ring in guest.rings.values():
+        ring.driver.enable_notifications()
+    guest.say(0xFFFFFFFF, 0)  # is served when the loop turns, which it has not yet
+    guest.forget()
+    guest.machine.levels.clear()
+    ram = bytes(guest.ram)
+    os.write(pipes.to_guest, b"for nobody")
+    controller.ports[1].end_resized(80, 25)
+    await asyncio.sleep(0.05)
+    assert guest.machine.levels == []
+    assert guest.registers.take_events() == 0
+    assert bytes(guest.ram) == ram
 
 
 @pytest.mark.parametrize("kind", ["pci", "mmio"])
