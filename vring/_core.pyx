@@ -412,6 +412,11 @@ cdef class VirtQueue:
         return None if self.fault.code == FAULT_NONE else self.make_fault()
 
     @property
+    def rings(self):
+        """Guest addresses of descriptor area, driver area and device area (2.6)."""
+        return self._rings
+
+    @property
     def memory(self):
         """The guest memory the queue works in. Setting it moves the queue to a new region table;
         chains in flight keep the old one. Not while another thread uses the queue.

@@ -199,14 +199,18 @@ class Message:
         except ValueError as error:
             raise VfioUserError(self.name, str(error)) from None
 
+    def check_success(self) -> None:
+        """Raises VfioUserError if the reply says that the request failed."""
+        if self.failed:
+            raise VfioUserError(self.name, f"refused with error {self.error}", self.error)
+
     def decode_reply(self, expected: type[T]) -> T:
         """The payload of a reply.
 
         Raises:
             VfioUserError: it says that the request failed, or is not what was ``expected``.
         """
-        if self.failed:
-            raise VfioUserError(self.name, f"refused with error {self.error}", self.error)
+        self.check_success()
         try:
             return expected.unpack(self.payload)
         except ValueError as error:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
 from dataclasses import dataclass
 
 from vring import GuestMemory, Region
+from vring.errors import VringError
 from vring_serial.errors import ProtocolError
 from vring_serial.proto.vfio_user import VfioUserError
 from vring_serial.proto.vfio_user_wire import DmaFlag, DmaMap, DmaUnmap, UnmapFlag
@@ -41,17 +43,33 @@ class DmaTable:
     def __init__(self, most: int) -> None:
         self._most = most
         self._regions: dict[int, DmaRegion] = {}  # by address
+        self._copies: dict[int, Region | None] = {}  # of regions without a descriptor
 
     @property
-    def memory(self) -> GuestMemory:
-        """The regions that are mapped here."""
+    def mapped(self) -> GuestMemory:
+        """The memory that is shared with the client."""
         found = (each.region for each in self._regions.values())
         return GuestMemory(region for region in found if region is not None)
 
     @property
-    def remote(self) -> tuple[DmaRegion, ...]:
-        """The regions that only the client can access."""
-        return tuple(each for each in self._regions.values() if each.region is None)
+    def memory(self) -> GuestMemory:
+        """The shared memory, and copies of our own where only the client has memory.
+
+        A copy costs what is used of it. It stays the same as long as its region is mapped.
+        """
+        for each in self._regions.values():
+            if each.region is None and each.address not in self._copies:
+                self._copies[each.address] = _make_copy(each)
+        regions = (each.region or self._copies[each.address] for each in self._regions.values())
+        return GuestMemory(region for region in regions if region is not None)
+
+    def is_remote(self, address: int) -> bool:
+        """Whether only the client can access it."""
+        return any(
+            each.address <= address < each.end
+            for each in self._regions.values()
+            if each.region is None
+        )
 
     def map(self, asked: DmaMap, fd: int) -> None:
         """Add a mapping; ``fd`` is -1 if there is no descriptor, and stays the caller's.
@@ -84,6 +102,7 @@ class DmaTable:
         """
         if asked.flags & UnmapFlag.ALL:
             self._regions.clear()
+            self._copies.clear()
             return
         found = self._regions.get(asked.address)
         if found is None or found.size != asked.size:
@@ -93,6 +112,7 @@ class DmaTable:
                 errno.ENOENT,
             )
         del self._regions[asked.address]
+        self._copies.pop(asked.address, None)
 
 
 def _map(asked: DmaMap, fd: int) -> Region:
@@ -101,3 +121,17 @@ def _map(asked: DmaMap, fd: int) -> Region:
     return Region.map(
         fd, asked.size, offset=asked.offset, guest_addr=asked.address, private=private
     )
+
+
+def _make_copy(asked: DmaRegion) -> Region | None:
+    """Memory of our own in the place of the client's; None if there is not as much."""
+    fd = -1
+    try:
+        fd = os.memfd_create("vring-remote", os.MFD_CLOEXEC)
+        os.ftruncate(fd, asked.size)
+        return Region.map(fd, asked.size, guest_addr=asked.address)
+    except (OSError, OverflowError, VringError):
+        return None
+    finally:
+        if fd >= 0:
+            os.close(fd)

@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from vring.errors import VringError
@@ -49,6 +50,8 @@ from vring_serial.proto.vfio_user_wire import (
 from vring_serial.transport.connection import Connection
 from vring_serial.transport.vfio_dma import DmaTable
 from vring_serial.transport.vfio_irqs import Interrupts
+from vring_serial.transport.vfio_remote import RemoteMemory
+from vring_serial.transport.vfio_rings import ClientMemory, RemoteRings
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +69,16 @@ CAPABILITIES = Capabilities(
     # Any page size will do: nothing here depends on it.
     pgsizes=(1 << 64) - 4096,
     write_multiple=True,
+    twin_socket=True,
     named=frozenset(
-        {"max_msg_fds", "max_data_xfer_size", "max_dma_maps", "pgsizes", "write_multiple"}
+        {
+            "max_msg_fds",
+            "max_data_xfer_size",
+            "max_dma_maps",
+            "pgsizes",
+            "write_multiple",
+            "twin_socket",
+        }
     ),
 )
 
@@ -88,20 +99,30 @@ class Session:
         sock: connected and non-blocking; taken over.
         pci: what is served. It is reset when the session ends: queues that went on with the next
             client's memory would write into what is another guest's.
+        rings: between ``pci`` and its device.
         name: for log lines.
         ended: called once, when the client has gone or was sent away; not by :meth:`close`.
     """
 
     def __init__(
-        self, sock: socket.socket, pci: PciDevice, *, name: str, ended: Callable[[], None]
+        self,
+        sock: socket.socket,
+        pci: PciDevice,
+        rings: RemoteRings,
+        *,
+        name: str,
+        ended: Callable[[], None],
     ) -> None:
         self._pci = pci
+        self._rings = rings
         self._name = name
         self._ended = ended
         self._closed = False
         self._parser = MessageParser()
         self._refused = RateLimitedLog(log)
         self._client: Capabilities | None = None
+        self._twin: Connection | None = None
+        self._twin_parser = MessageParser()
         self._dma = DmaTable(MAX_DMA_MAPS)
         self._memory_changed = False
         self._beside: list[int] = []  # descriptors that go with the next reply
@@ -119,9 +140,14 @@ class Session:
             return
         self._closed = True
         self._connection.close()
+        if self._twin is not None:
+            self._twin.close()
         self._pci.set_irq_sink(NoInterrupts())
         self._pci.set_memory(None)
         self._pci.reset()
+        if self._rings.client is not None:
+            self._rings.client.remote.close()
+            self._rings.client = None
         self._interrupts.close()
         unix_fds.close_all(self._parser.take_fds())
 
@@ -155,6 +181,9 @@ class Session:
             self._send_away(str(error))
 
     def _handle(self, message: Message) -> None:
+        if message.is_reply:
+            self._handle_reply(message)
+            return
         fds = list(message.fds)
         try:
             answer = self._answer(message, fds)
@@ -176,9 +205,16 @@ class Session:
             unix_fds.close_all([*fds, *self._beside])
             self._beside = []
 
+    def _handle_reply(self, message: Message) -> None:
+        unix_fds.close_all(message.fds)
+        try:
+            if self._rings.client is None:
+                raise ProtocolError("a reply that nobody asked for")
+            self._rings.client.remote.handle_reply(message)
+        except ProtocolError as error:
+            raise FatalError(f"{message.name}: {error}") from None
+
     def _answer(self, message: Message, fds: list[int]) -> Payload | None:
-        if message.is_reply:
-            raise FatalError("a reply that nobody asked for")
         if self._client is None and message.command != Command.VERSION:
             raise FatalError("it came before VERSION")
         payload = message.decode()
@@ -222,8 +258,36 @@ class Session:
             raise FatalError(f"page sizes {proposed.pgsizes:#x}, below 4096")
         agreed = CAPABILITIES.common(proposed or Capabilities())
         self._client = agreed
+        send = self._connection.send
+        if agreed.twin_socket:
+            self._twin = self._open_twin()
+            send = self._twin.send
+            agreed = replace(agreed, twin_fd_index=0)
+        remote = RemoteMemory(send, agreed.max_data_xfer_size)
+        self._rings.client = ClientMemory(self._dma, remote)
         log.info("%s: %s", self._name, agreed)
         return Version(MAJOR, MINOR, agreed if proposed is not None else None)
+
+    def _open_twin(self) -> Connection:
+        """A socket for what the server asks; the client's end goes with the reply."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._beside.append(theirs.detach())
+        ours.setblocking(False)
+        return Connection(
+            ours, read_size=READ_SIZE, max_fds=0, received=self._twin_received, lost=self._lost
+        )
+
+    def _twin_received(self, received: unix_fds.Received) -> None:
+        self._twin_parser.receive_data(received.data)
+        try:
+            while (message := self._twin_parser.next_message()) is not None:
+                if not message.is_reply:
+                    raise FatalError(f"{message.name}: a command on the socket for replies")
+                self._handle_reply(message)
+                if self._closed:
+                    return
+        except (FatalError, VfioUserError) as error:
+            self._send_away(str(error))
 
     def _get_info(self, _: DeviceInfo, fds: list[int]) -> DeviceInfo:
         return DeviceInfo(DeviceFlag.PCI | DeviceFlag.RESET, NUM_REGIONS, len(IrqIndex))

@@ -11,6 +11,7 @@ from vring_serial.device.base import VirtioDevice
 from vring_serial.device.pci import PciDevice
 from vring_serial.errors import LocalProtocolError
 from vring_serial.transport.door import Door
+from vring_serial.transport.vfio_rings import RemoteRings
 from vring_serial.transport.vfio_session import Session
 
 log = logging.getLogger(__name__)
@@ -49,8 +50,9 @@ class VfioUserServer:
         self.on_client: Callable[[str], None] | None = None
         self._path = path
         self._name = f"vfio-user {path}"
+        self._rings = RemoteRings(controller)
         self._make_pci = partial(
-            PciDevice, controller, transitional=transitional, packed=packed, queue_size=queue_size
+            PciDevice, self._rings, transitional=transitional, packed=packed, queue_size=queue_size
         )
         self._pci: PciDevice | None = self._make_pci()
         self._door = Door(path, name=self._name, peer="client", came=self._serve)
@@ -84,7 +86,7 @@ class VfioUserServer:
 
     def _serve(self, sock: socket.socket) -> None:
         assert self._pci is not None
-        self._session = Session(sock, self._pci, name=self._name, ended=self._ended)
+        self._session = Session(sock, self._pci, self._rings, name=self._name, ended=self._ended)
         self._tell("connected")
 
     def _ended(self) -> None:

@@ -1,0 +1,255 @@
+"""Rings in memory that only the client can access, served through copies of our own.
+
+The device works on a *copy* of guest memory at the same guest addresses. When the driver notifies,
+what it made available is fetched into the copy: ring entries, descriptors, and what they say that
+the device may read. When the device has used buffers, what it wrote is stored in the guest's
+memory, then the used ring, and when the client has said that this is done, the driver is told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import struct
+from collections.abc import Callable
+from contextlib import suppress
+
+from vring import GuestMemory, SplitQueue, need_event
+from vring.errors import AddressError
+from vring_serial.device.virtqueue import RunningQueue, notify
+from vring_serial.errors import ProtocolError
+from vring_serial.transport.event_fds import make_eventfd
+from vring_serial.transport.vfio_remote import RemoteMemory
+from vring_serial.unix_fds import close_all
+
+_DESCRIPTOR = struct.Struct("<QIHH")
+_USED = struct.Struct("<II")
+_NEXT, _WRITE, _INDIRECT = 1, 2, 4
+_NO_INTERRUPT = 1
+#: Bytes that are asked for, or stored, at once.
+FETCH_BYTES = 4 << 20
+#: Bytes that the device may be given with one chain.
+CHAIN_BYTES = 64 << 20
+
+Segment = tuple[int, int]  # guest address and bytes
+
+
+class ShadowRing:
+    """Keeps the copy of one split ring and the guest's own in step, while the device serves it.
+
+    Args:
+        running: the queue over the copy, with the descriptors that the driver and the client know.
+        remote: the guest's memory.
+        is_remote: whether an address is in such memory; what is not is shared, and is not copied.
+        failed: called once, when the guest's memory cannot be accessed.
+    """
+
+    def __init__(
+        self,
+        running: RunningQueue,
+        remote: RemoteMemory,
+        is_remote: Callable[[int], bool],
+        failed: Callable[[Exception], None],
+    ) -> None:
+        queue = running.queue
+        if not isinstance(queue, SplitQueue):
+            raise ProtocolError(f"{queue.name}: a packed ring needs memory with a descriptor")
+        self._loop = asyncio.get_running_loop()
+        self._outer = running
+        self._size = queue.size
+        self._event_idx = queue.event_idx
+        self._memory: GuestMemory = queue.memory
+        self._descriptors, self._available, self._used = queue.rings
+        self._remote = remote
+        self._is_remote = is_remote
+        self._failed = failed
+        self._fetched = self._stored = self._told = queue.avail_index
+        self._writable: dict[int, list[Segment]] = {}  # by head: what the device may write
+        self._kicked = asyncio.Event()
+        self._kicked.set()
+        self._telling: asyncio.Task[None] | None = None
+        # The copy begins with nothing available: flags, index, and the event for the first use.
+        self._put(self._available, 0, self._fetched)
+        self._put(self._used, 0, self._stored)
+        self._put(self._available + 4 + 2 * self._size, self._stored)
+        self.queue = RunningQueue(queue, make_eventfd(), make_eventfd())
+        self._loop.add_reader(running.kick_fd, self._driver_kicks)
+        self._loop.add_reader(self.queue.call_fd, self._device_calls)
+        self._fetching = self._loop.create_task(self._fetch_all())
+
+    def stop(self) -> None:
+        """The device has left the queue: store what it used, and close. Safe to call twice."""
+        if self.queue.kick_fd < 0:
+            return
+        self._loop.remove_reader(self._outer.kick_fd)
+        self._loop.remove_reader(self.queue.call_fd)
+        self._fetching.cancel()
+        self._store()
+        if self._telling is not None:
+            self._telling.cancel()
+        close_all([self.queue.kick_fd, self.queue.call_fd])
+        self.queue = RunningQueue(self.queue.queue, -1, -1)
+
+    # --- from the driver to the device
+
+    def _driver_kicks(self) -> None:
+        _drain(self._outer.kick_fd)
+        self._kicked.set()
+
+    async def _fetch_all(self) -> None:
+        try:
+            await self._fetch()
+            # Whoever served the ring before may have stored without telling; that is done now,
+            # since it came before what was read.
+            notify(self._outer.call_fd)
+            while True:
+                await self._kicked.wait()
+                self._kicked.clear()
+                while await self._fetch():
+                    pass
+        except (ProtocolError, OSError) as error:
+            self._failed(error)
+
+    async def _fetch(self) -> bool:
+        """Bring what the driver made available; whether there was anything."""
+        ring = await self._remote.read(self._available, 4 + 2 * self._size)
+        (index,) = struct.unpack_from("<H", ring, 2)
+        count = index - self._fetched & 0xFFFF
+        if not count:
+            return False
+        if count <= self._size:
+            table = await self._remote.read(self._descriptors, 16 * self._size)
+            self._memory.write(self._descriptors, table)
+            self._memory.write(self._available + 4, ring[4:])
+            for position in range(self._fetched, self._fetched + count):
+                (head,) = struct.unpack_from("<H", ring, 4 + 2 * (position % self._size))
+                await self._fetch_chain(head, table)
+        # An index that cannot be is the device's to find, and to tell.
+        self._fetched = index
+        self._put(self._available + 2, index)
+        notify(self.queue.kick_fd)
+        if self._event_idx:
+            self._remote.write(self._used + 4 + 8 * self._size, struct.pack("<H", index))
+        return True
+
+    async def _fetch_chain(self, head: int, table: bytes) -> None:
+        """Bring what the device may read; what is wrong with the chain is the device's to find."""
+        left = CHAIN_BYTES
+        writable: list[Segment] = []
+        for address, length, flags in await self._walk(head, table):
+            if not self._is_remote(address):
+                continue
+            if flags & _WRITE:
+                writable.append((address, length))
+                continue
+            left -= length
+            if left < 0:
+                raise ProtocolError(f"{self.queue.queue.name}: a chain of over {CHAIN_BYTES} bytes")
+            for at in range(address, address + length, FETCH_BYTES):
+                size = min(FETCH_BYTES, address + length - at)
+                with suppress(AddressError):
+                    self._memory.read(at, 1)  # before asking for what cannot be kept
+                    self._memory.write(at, await self._remote.read(at, size))
+        self._writable[head] = writable
+
+    async def _walk(self, head: int, table: bytes) -> list[tuple[int, int, int]]:
+        """Address, length and flags of a chain's descriptors, as far as they make sense."""
+        found: list[tuple[int, int, int]] = []
+        at = head
+        indirect = False
+        while 16 * at < len(table) and len(found) < self._size:
+            address, length, flags, following = _DESCRIPTOR.unpack_from(table, 16 * at)
+            if not flags & _INDIRECT:
+                found.append((address, length, flags))
+                if not flags & _NEXT:
+                    break
+                at = following
+                continue
+            if indirect or length % 16 or length > 16 * self._size:
+                break
+            try:
+                table = await self._table(address, length)
+            except AddressError:
+                break
+            indirect = True
+            at = 0
+        return found
+
+    async def _table(self, address: int, length: int) -> bytes:
+        """An indirect table. Raises AddressError if the copy has no place for it."""
+        if not self._is_remote(address):
+            return self._memory.read(address, length)
+        self._memory.read(address, length)
+        table = await self._remote.read(address, length)
+        self._memory.write(address, table)
+        return table
+
+    # --- from the device to the driver
+
+    def _device_calls(self) -> None:
+        _drain(self.queue.call_fd)
+        if self._store() and self._telling is None:
+            self._telling = self._loop.create_task(self._tell())
+
+    def _store(self) -> bool:
+        """Send what the device used; whether there was anything."""
+        any_stored = False
+        while True:
+            index = self._get(self._used + 2)
+            count = index - self._stored & 0xFFFF
+            # Asked before the index is looked at again: the device tells of what comes later.
+            self._put(self._available + 4 + 2 * self._size, index)
+            if not count or count > self._size:
+                return any_stored
+            any_stored = True
+            for position in range(self._stored, self._stored + count):
+                at = self._used + 4 + 8 * (position % self._size)
+                entry = self._memory.read(at, 8)
+                head, written = _USED.unpack(entry)
+                self._store_chain(head, written)
+                self._remote.write(at, entry)
+            self._remote.write(self._used + 2, struct.pack("<H", index))
+            self._stored = index
+
+    def _store_chain(self, head: int, written: int) -> None:
+        for address, length in self._writable.pop(head, ()):
+            size = min(length, written)
+            written -= size
+            for at in range(address, address + size, FETCH_BYTES):
+                piece = min(FETCH_BYTES, address + size - at)
+                self._remote.write(at, self._memory.read(at, piece))
+
+    async def _tell(self) -> None:
+        """Interrupt the driver if it wants that, once it can see what was used."""
+        try:
+            while self._told != self._stored:
+                before, now = self._told, self._stored
+                self._told = now
+                if await self._wanted(now, before):
+                    notify(self._outer.call_fd)
+        except (ProtocolError, OSError) as error:
+            self._failed(error)
+        finally:
+            self._telling = None
+
+    async def _wanted(self, now: int, before: int) -> bool:
+        # Reads come after the writes before them.
+        if self._event_idx:
+            event = await self._remote.read(self._available + 4 + 2 * self._size, 2)
+            return need_event(int.from_bytes(event, "little"), now, before)
+        flags = await self._remote.read(self._available, 2)
+        return not int.from_bytes(flags, "little") & _NO_INTERRUPT
+
+    # --- the copy
+
+    def _put(self, address: int, *values: int) -> None:
+        for at, value in enumerate(values):
+            self._memory.write(address + 2 * at, struct.pack("<H", value))
+
+    def _get(self, address: int) -> int:
+        return int.from_bytes(self._memory.read(address, 2), "little")
+
+
+def _drain(fd: int) -> None:
+    with suppress(BlockingIOError):
+        os.eventfd_read(fd)
