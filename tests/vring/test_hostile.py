@@ -1,4 +1,4 @@
-"""Malformed rings: a named error with queue, index and cause, bounded work, and nothing else harmed."""
+"""Malformed rings: a named error with queue, index and cause, and nothing else harmed."""
 
 from __future__ import annotations
 

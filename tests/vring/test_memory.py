@@ -76,8 +76,9 @@ def test_tables_are_immutable_and_checked() -> None:
 
 
 @pytest.mark.parametrize(
-    ("buffer", "why"), [(b"", "writable"), (bytes(8), "writable"), (bytearray(), "no bytes"), (7, "writable")]
-)  # fmt: skip
+    ("buffer", "why"),
+    [(b"", "writable"), (bytes(8), "writable"), (bytearray(), "no bytes"), (7, "writable")],
+)
 def test_bad_buffers(buffer: object, why: str) -> None:
     with pytest.raises(MemoryMapError, match=why):
         Region(0x1000, buffer)  # type: ignore[arg-type]
