@@ -121,3 +121,60 @@ int split_run(struct ring *r, uint64_t batches, uint64_t chains) {
     }
     return 0;
 }
+
+/* The same for a packed ring: the driver's refill is one store per chain, of its flags. */
+int packed_run(struct ring *r, uint64_t batches, uint64_t chains) {
+    uint8_t *copy_to = r->copy_to;
+    for (uint64_t b = 0; b < batches; b++) {
+        const struct region *last = r->regions;
+        uint64_t sum = 0, slot = r->next_avail, wrap = r->avail_wrap, done = 0;
+        uint64_t first = r->next_used, first_wrap = r->used_wrap, first_id = 0;
+        r->copy_to = copy_to;
+        while (done < chains) {
+            uint8_t *p = r->desc + 16 * slot;
+            uint16_t flags = __atomic_load_n((uint16_t *)(p + 14), __ATOMIC_ACQUIRE);
+            if (((flags & AVAIL_BIT) != 0) != wrap || ((flags & USED_BIT) != 0) == wrap) break;
+            uint64_t slots = 0, bytes = 0, id;
+            int writable = 0;
+            for (;;) {
+                struct desc d = read_desc(r->desc + 16 * slot);
+                flags = d.next;
+                id = d.flags;
+                if (++slots > r->size) return -1;
+                if (++slot == r->size) {
+                    slot = 0;
+                    wrap = !wrap;
+                }
+                if (flags & INDIRECT) return -1;
+                if (flags & WRITE) writable = 1;
+                else if (writable) return -1;
+                if (use(r, translate(r, &last, d.addr, d.len), d.len, &sum)) return -1;
+                bytes += d.len;
+                if (!(flags & NEXT)) break;
+            }
+            if (done) {
+                uint64_t word = id << 32 | (r->used_wrap ? (uint64_t)(AVAIL_BIT | USED_BIT) << 48 : 0);
+                memcpy(r->desc + 16 * r->next_used + 8, &word, 8);
+            } else {
+                first_id = id;
+            }
+            r->next_used += slots;
+            if (r->next_used >= r->size) {
+                r->next_used -= r->size;
+                r->used_wrap = !r->used_wrap;
+            }
+            done++;
+        }
+        if (done) {
+            uint64_t word =
+                first_id << 32 | (first_wrap ? (uint64_t)(AVAIL_BIT | USED_BIT) << 48 : 0);
+            __atomic_store_n((uint64_t *)(r->desc + 16 * first + 8), word, __ATOMIC_RELEASE);
+        }
+        r->next_avail = slot;
+        r->avail_wrap = wrap;
+        __atomic_thread_fence(__ATOMIC_SEQ_CST);
+        r->notifications += (*(volatile uint32_t *)r->avail >> 16 & 3) != 1;
+        r->checksum += sum;
+    }
+    return 0;
+}

@@ -146,12 +146,14 @@ cdef class Batch:
     cdef uint64_t first         # sequence number (of its queue) of chains[0]
     cdef object owner           # the queue while chains are in flight, else None
     cdef GuestMemory memory     # keeps the buffers alive as long as chains are in flight
-    cdef list viewed            # Chain objects that gave out memoryviews
+    cdef Chain viewed_first     # the first Chain object that gave out memoryviews
+    cdef list viewed            # and the others
 
     @staticmethod
     cdef Batch make(uint32_t max_chains, uint32_t max_segments)
     cdef int grow(self) except -1
     cdef int take_written(self, object written, uint32_t n) except -1
+    cdef int note_viewed(self, Chain chain) except -1
     cdef int withdraw_views(self, uint32_t end) except -1
     cdef int finish(self, uint32_t n) except -1
     cdef object chain_column(self, str name)

@@ -9,11 +9,14 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_FillInfo, PyBuffer_Release, P
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc, PyMem_RawRealloc
 from cpython.memoryview cimport PyMemoryView_FromObject
-from cpython.ref cimport Py_REFCNT
+from cpython.object cimport PyObject
 from libc.stddef cimport size_t
 
 from vring._wire cimport vr_copy
 from vring.errors import LocalMisuseError
+
+cdef extern from "Python.h":
+    Py_ssize_t Py_REFCNT(PyObject* o)
 
 #: Copies of at least so many bytes release the GIL.
 cdef enum:
@@ -179,15 +182,31 @@ cdef class Batch:
                 )
         return 0
 
+    cdef int note_viewed(self, Chain chain) except -1:
+        """Remembers a chain that gives out memoryviews (the first apart: mostly the only one)."""
+        if self.viewed_first is None:
+            self.viewed_first = chain
+        elif self.viewed_first is not chain:
+            if self.viewed is None:
+                self.viewed = []
+            self.viewed.append(chain)
+        return 0
+
     cdef int withdraw_views(self, uint32_t end) except -1:
         """Releases the memoryviews of chains before row `end`."""
         cdef Chain chain
+        if self.viewed_first is None:
+            return 0
+        if self.viewed_first.index < end:
+            self.viewed_first.withdraw()
         if self.viewed is None:
+            if self.viewed_first.index < end:
+                self.viewed_first = None
             return 0
         for chain in self.viewed:
             if chain.index < end:
                 chain.withdraw()
-        self.viewed = [chain for chain in self.viewed if chain.index >= end] or None
+        self.viewed = [chain for chain in self.viewed if chain.index >= end]
         return 0
 
     cdef int finish(self, uint32_t n) except -1:
@@ -359,6 +378,20 @@ cdef int _check_count(Py_ssize_t given, uint32_t wanted) except -1:
     return 0
 
 
+cdef int release_views(tuple views) except -1:
+    """Releases memoryviews that others refer to; those that nobody does die with the tuple."""
+    if views is None:
+        return 0
+    for view in views:
+        # by the tuple and by `view`
+        if Py_REFCNT(<PyObject*>view) > 2 or Py_REFCNT(<PyObject*>views) > 2:
+            try:
+                view.release()
+            except BufferError:
+                pass
+    return 0
+
+
 cdef Chain new_chain(Batch batch, uint32_t index):
     cdef Chain chain = Chain.__new__(Chain)
     chain.batch = batch
@@ -373,21 +406,24 @@ cdef class _Chains:
     cdef Batch batch
     cdef uint32_t at
     cdef Chain last
+    cdef Chain older            # the loop's variable still refers to the last when it asks again
 
     def __iter__(self):
         return self
 
     def __next__(self):
+        cdef Chain chain = self.older
         if self.at >= self.batch.count:
             raise StopIteration
-        if self.last is None or Py_REFCNT(self.last) != 1:
-            self.last = new_chain(self.batch, self.at)
+        self.older = self.last
+        if chain is None or Py_REFCNT(<PyObject*>chain) != 1:
+            chain = new_chain(self.batch, self.at)
         else:
-            self.last.index = self.at
-            self.last.written = 0
-            self.last._readable = self.last._writable = None
+            chain.index = self.at
+            chain.written = 0
+        self.last = chain
         self.at += 1
-        return self.last
+        return chain
 
 
 @cython.final
@@ -420,35 +456,30 @@ cdef class Chain:
 
     cdef tuple views(self, uint32_t first, uint32_t n, bint writable):
         cdef uint32_t i
-        cdef list out = []
-        if self.batch.viewed is None:
-            self.batch.viewed = []
-        if self._readable is None and self._writable is None:
-            self.batch.viewed.append(self)
+        self.batch.note_viewed(self)
         self.export_writable = writable
         try:
+            if n == 1:
+                self.exported = self.batch.segments[first]
+                return (PyMemoryView_FromObject(self),)
+            out = []
             for i in range(first, first + n):
                 self.exported = self.batch.segments[i]
                 out.append(PyMemoryView_FromObject(self))
+            return tuple(out)
         finally:
             self.exported.iov_base = NULL
-        return tuple(out)
 
     cdef int withdraw(self) except -1:
         """Releases the memoryviews; refuses while something else still points into them."""
-        try:
-            for view in self._readable or ():
-                view.release()
-            for view in self._writable or ():
-                view.release()
-        except BufferError:
-            pass
+        release_views(self._readable)
+        release_views(self._writable)
+        self._readable = self._writable = None
         if self.exports:
             raise LocalMisuseError(
                 "a slice or array made from a memoryview of the chain is still in use: "
                 "release it before the chain is completed"
             )
-        self._readable = self._writable = None
         return 0
 
     @property

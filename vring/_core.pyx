@@ -178,7 +178,7 @@ cdef class VirtQueue:
         if batch is None or Py_REFCNT(<PyObject*>batch) != 1:
             batch = Batch.make(self.size, max(self.size, <uint32_t>BATCH_SEGMENTS))
         self._spare_batch = batch
-        batch.viewed = None
+        batch.viewed_first = batch.viewed = None
         return batch
 
     cdef Chain take_chain(self):
@@ -192,7 +192,7 @@ cdef class VirtQueue:
         self._spare_chain = chain
         chain.written = 0
         chain._readable = chain._writable = None
-        chain.batch.viewed = None
+        chain.batch.viewed_first = chain.batch.viewed = None
         return chain
 
     cdef int fill(self, Batch batch, uint32_t limit, uint64_t max_bytes) except -1:
