@@ -16,7 +16,7 @@ from vring_serial.proto.console import Feature, Status
 log = logging.getLogger(__name__)
 
 #: Offered by the registers themselves, whatever the device is.
-_REGISTER_FEATURES = int(Feature.RING_RESET)
+_REGISTER_FEATURES = int(Feature.RING_RESET | Feature.VERSION_1)
 #: Bits that mean something to legacy drivers alone (6.3).
 _LEGACY_ONLY = int(Feature.NOTIFY_ON_EMPTY | Feature.ANY_LAYOUT)
 # Numbers, all of them: the complement of a Feature has no bit that is unknown here.
@@ -98,13 +98,13 @@ class DriverRegisters:
     @property
     def offered(self) -> int:
         """Feature bits for modern drivers."""
-        bits = (self.device.device_features | _REGISTER_FEATURES) & ~_LEGACY_ONLY
+        bits = (int(self.device.device_features) | _REGISTER_FEATURES) & ~_LEGACY_ONLY
         return bits | _RING_PACKED if self._packed else bits & ~_RING_PACKED
 
     @property
     def offered_legacy(self) -> int:
         """Feature bits for legacy drivers: 0 to 31."""
-        return self.device.device_features & _LEGACY_WORD | Feature.ANY_LAYOUT
+        return int(self.device.device_features & _LEGACY_WORD | Feature.ANY_LAYOUT)
 
     def read_device_feature(self) -> int:
         """The word that device_feature_select selects; 0 where no feature is defined."""
@@ -145,7 +145,7 @@ class DriverRegisters:
     def _accept_features(self) -> bool:
         """The driver has written FEATURES_OK: whether it may."""
         wanted = self._wanted
-        if wanted & ~self.offered or not wanted & Feature.VERSION_1 & self.offered:
+        if wanted & ~self.offered or not wanted & Feature.VERSION_1:
             self._log.warning(
                 "%s: the driver accepted features %#x, which must be some of %#x with VERSION_1",
                 self.device.name,
@@ -180,16 +180,16 @@ class DriverRegisters:
 
     def _set_status(self, value: int) -> None:
         old = self.device.status
-        value &= ~Status.DEVICE_NEEDS_RESET
+        value &= ~int(Status.DEVICE_NEEDS_RESET)
         if self.legacy:
             if value & Status.DRIVER_OK and not old & Status.DRIVER_OK:
                 self._settle_legacy_features()
         else:
             fresh = value & Status.FEATURES_OK and not old & Status.FEATURES_OK
             if fresh and not self._accept_features():
-                value &= ~Status.FEATURES_OK
+                value &= ~int(Status.FEATURES_OK)
             if not value & Status.FEATURES_OK:
-                value &= ~Status.DRIVER_OK
+                value &= ~int(Status.DRIVER_OK)
         self.device.set_status(value)
         self._update_live()
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable
-from contextlib import suppress
 
 from vring import GuestMemory
-from vring.errors import VringError
+from vring.errors import AddressError, VringError
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.virtqueue import RunningQueue, make_queue
 from vring_serial.errors import VringSerialError
@@ -182,8 +181,7 @@ class QueueTable:
         self._update_all()
         self._memory = memory
         for queue in self._queues:
-            with suppress(VringError):
-                self._start_if_wanted(queue)
+            self._update(queue, waits=True)
 
     def reset_all(self) -> None:
         """Stop all queues, and forget what the driver said."""
@@ -216,11 +214,14 @@ class QueueTable:
         return queue.kick_fd
 
     def route(self, queue: QueueSetup, fd: int) -> None:
-        """Let the queue's calls go straight to the event ``fd``, or with -1 to ``called``.
+        """Let the queue's calls go straight to the event ``fd``, or with -1 to ``called``."""
+        try:
+            self._route(queue, fd)
+        except OSError as error:
+            self._fail(queue, error)
 
-        Raises OSError if there are no more descriptors.
-        """
-        if fd < 0 and (queue.call_fd < 0 or not queue.direct):
+    def _route(self, queue: QueueSetup, fd: int) -> None:
+        if fd < 0 and not queue.direct:
             return
         if queue.call_fd < 0:
             queue.call_fd = _eventfd()
@@ -248,7 +249,8 @@ class QueueTable:
         for queue in self._queues:
             self._update(queue)
 
-    def _update(self, queue: QueueSetup) -> None:
+    def _update(self, queue: QueueSetup, *, waits: bool = False) -> None:
+        """Let the queue run or not, as it should. ``waits``: for its ring to be in memory."""
         if queue.running and not (queue.enabled and self._live and self._memory is not None):
             queue.running = False
             queue.position = self._device.stop_queue(queue.index)
@@ -256,8 +258,12 @@ class QueueTable:
         try:
             self._start_if_wanted(queue)
         except (VringError, VringSerialError, OSError) as error:
-            queue.failed = True
-            self._failed(queue.index, error)
+            if not (waits and isinstance(error, AddressError)):
+                self._fail(queue, error)
+
+    def _fail(self, queue: QueueSetup, error: Exception) -> None:
+        queue.failed = True
+        self._failed(queue.index, error)
 
     def _start_if_wanted(self, queue: QueueSetup) -> None:
         memory = self._memory
