@@ -12,9 +12,8 @@ from vring_serial.bench.rig import FIFO_PORT, Rig, running
 
 #: Bytes of a message, from a keystroke to a file's block.
 SIZES = tuple(64 << shift for shift in range(0, 15, 2))
-#: What one sample moves at most, in bytes and in messages.
+#: Bytes that one sample moves at most.
 SAMPLE_BYTES = 128 << 20
-SAMPLE_MESSAGES = 250_000
 #: Messages of a plain socket's sample: its copy loop in Python is far slower for small ones.
 PLAIN_MESSAGES = 50_000
 #: Bytes of a round trip's message.
@@ -35,7 +34,8 @@ class Settings:
     Attributes:
         sizes: bytes of messages for transfers.
         ports: numbers of ports that work at the same time, one measurement after the other.
-        rounds: samples of each transfer; the first round is not counted.
+        rounds: samples of each transfer; one more at the start is not counted.
+        messages: most of one sample.
         pings: round trips of each kind.
         rings: ``split``, ``packed``.
         queue_size: descriptors per queue.
@@ -46,11 +46,12 @@ class Settings:
     sizes: Sequence[int] = SIZES
     ports: Sequence[int] = (1, 16)
     rounds: int = 5
+    messages: int = 250_000
     pings: int = 5000
     rings: Sequence[str] = ("split",)
     queue_size: int = 256
     receive_size: int = 4096
-    busy_poll: int = 100
+    busy_poll: int = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,7 @@ class _Samples:
 
 def transfer(rig: Rig, settings: Settings, ring: str, ports: int, size: int) -> Iterator[Result]:
     """Throughput at one message size, both ways, each round beside a plain socket."""
-    count = max(1, min(SAMPLE_BYTES // size, SAMPLE_MESSAGES) // ports)
+    count = max(1, min(SAMPLE_BYTES // size, settings.messages) // ports)
     plain = min(count * ports, PLAIN_MESSAGES)
     out, into, beside = _Samples(), _Samples(), _Samples()
     for _ in range(settings.rounds + 1):

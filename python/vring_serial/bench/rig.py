@@ -86,7 +86,7 @@ def running(
     with tempfile.TemporaryDirectory(prefix="vring-bench-") as name:
         directory = Path(name)
         numbers = list(range(FIRST_PORT, FIRST_PORT + ports))
-        with _served(directory, numbers, busy_poll) as pid:
+        with serving(directory, numbers, busy_poll) as pid:
             rig = Rig(directory, pid, numbers)
             try:
                 rig.boot(queue_size, receive_size, packed)
@@ -96,8 +96,15 @@ def running(
 
 
 @contextlib.contextmanager
-def _served(directory: Path, ports: list[int], busy_poll: int) -> Iterator[int]:
-    """`vring serve` in a process of its own; its id."""
+def serving(directory: Path, ports: list[int], busy_poll: int = 0) -> Iterator[int]:
+    """`vring serve` in a process of its own; its id.
+
+    Args:
+        directory: gets the sockets, ``vhost-user`` and ``portN`` for each port.
+        ports: numbers of ports that have sockets; beside them is :data:`FIFO_PORT`.
+
+    Raises ResourceError if it does not start, with what it said.
+    """
     os.mkfifo(directory / "fifo")
     command = [sys.executable, "-m", "vring_serial", "serve", "--log-level", "error"]
     command += ["--vhost-user", f"{directory}/vhost-user", "--busy-poll", str(busy_poll)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -78,6 +80,10 @@ _OPTIONS: Sequence[Callable[[Any], Any]] = (
     ),
     click.option("--rounds", type=click.IntRange(1, 1000), default=5, show_default=True),
     click.option(
+        "--messages", type=click.IntRange(1, 100_000_000), default=250_000,
+        help="Most messages of one sample.", show_default=True,
+    ),
+    click.option(
         "--pings", type=click.IntRange(5, 1_000_000), default=5000, help="Round trips.",
         show_default=True,
     ),
@@ -90,7 +96,7 @@ _OPTIONS: Sequence[Callable[[Any], Any]] = (
         help="Bytes of a guest's receive buffer; Linux has 4096.",
     ),
     click.option(
-        "--busy-poll", type=click.IntRange(1, 1_000_000), default=100, show_default=True,
+        "--busy-poll", type=click.IntRange(1, 1_000_000), default=1000, show_default=True,
         help="Microseconds that the device polls where that is measured.",
     ),
     click.option("--quick", is_flag=True, help="Fewer sizes and rounds: seconds, not minutes."),
@@ -164,6 +170,8 @@ def _run(
 
     if plot_path is not None:
         check_plot(plot_path)
+    # So that the processes which are measured end with this one.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     if quick:
         sizes, rounds = _QUICK_SIZES, min(rounds, 3)
     settings = Settings(sizes=sizes, ports=ports, rounds=rounds, **numbers)
