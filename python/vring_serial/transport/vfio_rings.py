@@ -41,6 +41,7 @@ class RemoteRings:
         self.client: ClientMemory | None = None
         self._device = device
         self._shadows: dict[int, ShadowRing] = {}
+        self._owed: set[int] = set()  # queues whose drivers are to be interrupted
 
     # --- queues
 
@@ -54,8 +55,13 @@ class RemoteRings:
             self._device.start_queue(index, queue)
             return
         shadow = ShadowRing(
-            queue, client.remote, client.dma.is_remote, lambda error: self._failed(index, error)
+            queue,
+            client.remote,
+            client.dma.is_remote,
+            lambda error: self._failed(index, error),
+            owed=index in self._owed,
         )
+        self._owed.discard(index)
         try:
             self._device.start_queue(index, shadow.queue)
         except BaseException:
@@ -67,12 +73,13 @@ class RemoteRings:
         """See VirtioDevice."""
         position = self._device.stop_queue(index)
         shadow = self._shadows.pop(index, None)
-        if shadow is not None:
-            shadow.stop()
+        if shadow is not None and shadow.stop():
+            self._owed.add(index)
         return position
 
     def reset_queue(self, index: int) -> None:
         """See VirtioDevice."""
+        self._owed.discard(index)
         self._device.reset_queue(index)
 
     def _failed(self, index: int, error: Exception) -> None:
@@ -151,4 +158,5 @@ class RemoteRings:
 
     def reset(self) -> None:
         """See VirtioDevice."""
+        self._owed.clear()
         self._device.reset()

@@ -42,6 +42,7 @@ class ShadowRing:
         remote: the guest's memory.
         is_remote: whether an address is in such memory; what is not is shared, and is not copied.
         failed: called once, when the guest's memory cannot be accessed.
+        owed: what :meth:`stop` returned of the ring before this one.
     """
 
     def __init__(
@@ -50,6 +51,8 @@ class ShadowRing:
         remote: RemoteMemory,
         is_remote: Callable[[int], bool],
         failed: Callable[[Exception], None],
+        *,
+        owed: bool = False,
     ) -> None:
         queue = running.queue
         if not isinstance(queue, SplitQueue):
@@ -63,6 +66,7 @@ class ShadowRing:
         self._remote = remote
         self._is_remote = is_remote
         self._failed = failed
+        self._owed = owed
         self._fetched = self._stored = self._told = queue.avail_index
         self._writable: dict[int, list[Segment]] = {}  # by head: what the device may write
         self._kicked = asyncio.Event()
@@ -77,18 +81,20 @@ class ShadowRing:
         self._loop.add_reader(self.queue.call_fd, self._device_calls)
         self._fetching = self._loop.create_task(self._fetch_all())
 
-    def stop(self) -> None:
-        """The device has left the queue: store what it used, and close. Safe to call twice."""
-        if self.queue.kick_fd < 0:
-            return
+    def stop(self) -> bool:
+        """The device has left the queue: store what it used, and close.
+
+        Returns whether the driver is owed an interrupt, which cannot be waited for here.
+        """
         self._loop.remove_reader(self._outer.kick_fd)
         self._loop.remove_reader(self.queue.call_fd)
         self._fetching.cancel()
         self._store()
+        owed = self._owed or self._told != self._stored or self._telling is not None
         if self._telling is not None:
             self._telling.cancel()
         close_all([self.queue.kick_fd, self.queue.call_fd])
-        self.queue = RunningQueue(self.queue.queue, -1, -1)
+        return owed
 
     # --- from the driver to the device
 
@@ -99,9 +105,10 @@ class ShadowRing:
     async def _fetch_all(self) -> None:
         try:
             await self._fetch()
-            # Whoever served the ring before may have stored without telling; that is done now,
-            # since it came before what was read.
-            notify(self._outer.call_fd)
+            if self._owed:
+                # What was stored then is there now, since it came before what was read.
+                self._owed = False
+                notify(self._outer.call_fd)
             while True:
                 await self._kicked.wait()
                 self._kicked.clear()

@@ -8,6 +8,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Coroutine, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,10 +21,11 @@ from vring_serial.device.base import VirtioDevice
 from vring_serial.device.testing import ANY_FEATURE, PciDriver
 from vring_serial.proto.console import Status
 from vring_serial.proto.payload import Payload
-from vring_serial.proto.vfio_user import Message, MessageParser, request
+from vring_serial.proto.vfio_user import Message, MessageParser, error_reply, reply, request
 from vring_serial.proto.vfio_user_version import Capabilities, Version
 from vring_serial.proto.vfio_user_wire import (
     Command,
+    DmaAccess,
     DmaFlag,
     DmaMap,
     Header,
@@ -108,6 +110,8 @@ class Client:
         self.drivers: dict[int, SplitDriver] = {}
         self.irqs: dict[int, int] = {}
         self.received_fds: list[int] = []
+        self.dma_asked: list[tuple[str, int, int]] = []
+        self.dma_error = 0
         self._last_id = 0
 
     def close(self) -> None:
@@ -144,12 +148,39 @@ class Client:
         return self._last_id
 
     def receive(self) -> Message:
-        while (message := self.parser.next_message()) is None:
-            received = unix_fds.receive(self.sock, 65536, 64)
-            assert received.data, "the server closed the connection"
-            self.parser.receive_data(received.data, received.fds)
-        self.received_fds += message.fds
-        return message
+        """The next reply; what the server asks meanwhile is answered."""
+        while True:
+            while (message := self.parser.next_message()) is None:
+                received = unix_fds.receive(self.sock, 65536, 64)
+                assert received.data, "the server closed the connection"
+                self.parser.receive_data(received.data, received.fds)
+            self.received_fds += message.fds
+            if message.is_reply:
+                return message
+            self.send_bytes(self.dma(message))
+
+    def dma(self, message: Message) -> bytes:
+        """The answer to what the server asks."""
+        asked = message.decode()
+        assert isinstance(asked, DmaAccess)
+        self.dma_asked.append((message.name, asked.address, asked.count))
+        if self.dma_error:
+            return error_reply(message.command, message.message_id, self.dma_error)
+        if message.command == Command.DMA_READ:
+            data = self.memory.read(asked.address, asked.count)
+            answer = DmaAccess(asked.address, asked.count, data)
+        else:
+            assert len(asked.data) == asked.count
+            self.memory.write(asked.address, asked.data)
+            answer = DmaAccess(asked.address, asked.count)
+        return reply(message.command, message.message_id, answer)
+
+    def serve_dma(self, seconds: float = 0.02) -> None:
+        """Answer what the server asks, for so long."""
+        self.sock.settimeout(seconds)
+        with suppress(TimeoutError):
+            assert not self.receive(), "a reply to nothing"
+        self.sock.settimeout(TIMEOUT)
 
     def answer(self, message_id: int) -> Message:
         """The next message, which must be the reply to this one."""
@@ -238,6 +269,10 @@ class Client:
         """Bring the device up as a driver does, with these queues."""
         self.negotiate()
         self.map_memory()
+        return self.start_driver(*queues, vectors=vectors)
+
+    def start_driver(self, *queues: int, vectors: bool = True) -> PciDriver:
+        """As :meth:`boot`, for those who have said VERSION and mapped memory."""
         driver = self.driver()
         driver.accept(ANY_FEATURE)
         if vectors:
@@ -269,6 +304,14 @@ class Client:
 
     def echoed(self, data: bytes, slot: int = 0) -> bool:
         return self.memory.read(BUFFERS + 0x1000 * slot + 0x800, len(data)) == data
+
+    def wait_irq_serving(self, vector: int) -> None:
+        """As :meth:`wait_irq`, while the server asks for memory."""
+        for _ in range(250):
+            if self.irq_count(vector):
+                return
+            self.serve_dma()
+        raise AssertionError(f"interrupt {vector} did not come")
 
     def wait_irq(self, vector: int) -> None:
         """Until the device has told this interrupt."""
