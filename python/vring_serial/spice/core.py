@@ -94,14 +94,16 @@ class CoreInterface:
             setattr(struct, name, callback)
         return struct
 
-    def close(self) -> None:
-        """Forget whatever the library left behind."""
+    def close(self) -> list[int]:
+        """Forget whatever the library left behind; returns descriptors that it still watched."""
         for timer in self._timers.values():
             _cancel(timer)
         self._timers.clear()
         for watch in self._watches.values():
             self._set_mask(watch, 0)
+        left = [watch.fd for watch in self._watches.values()]
         self._watches.clear()
+        return left
 
     def _next(self) -> int:
         self._number += 1

@@ -44,6 +44,7 @@ class CharDevice(asyncio.Protocol):
         self._input = b""  # the guest's bytes that the server has not read
         self._taken = 0  # of them it has read this many
         self._when_read: Callable[[], None] | None = None
+        self._waking = False
         self._make_structs(subtype, name)
 
     def _make_structs(self, subtype: str, name: str) -> None:
@@ -85,6 +86,7 @@ class CharDevice(asyncio.Protocol):
 
     def detach(self) -> None:
         """Stop being one; what it has not read is dropped. Does nothing if it is none."""
+        self._when_read = None
         self._drop_input()
         if self._attached:
             self._attached = False
@@ -93,9 +95,18 @@ class CharDevice(asyncio.Protocol):
             self._library.lib.spice_server_remove_interface(base)
 
     def _wake(self) -> None:
-        """Let the server write and read what it can."""
-        if self._attached:
+        """Let the server write and read what it can.
+
+        Of a port it reads one buffer each time that it is woken, so it is woken until it stops.
+        """
+        self._waking = True
+        left = -1
+        while self._attached and left != len(self._input) - self._taken:
+            left = len(self._input) - self._taken
             self._library.lib.spice_server_char_device_wakeup(self._instance)
+            if not self._input:
+                break
+        self._waking = False
 
     # --- asyncio.Protocol: the guest's side
 
@@ -165,6 +176,9 @@ class CharDevice(asyncio.Protocol):
             self._taken += count
             if self._taken == len(self._input):
                 self._all_read()
+            elif not self._waking:
+                self._waking = True
+                asyncio.get_running_loop().call_soon(self._wake)
         return count
 
     def _all_read(self) -> None:
@@ -194,6 +208,7 @@ class AgentDevice(CharDevice):
             log.warning("the SPICE server dropped the agent, which broke its protocol")
             self._attached = False
             self._server.devices.discard(self)
+            self._when_read = None
             self._drop_input()
             if self._transport is not None:
                 self._transport.abort()
@@ -220,7 +235,8 @@ class PortDevice(CharDevice):
         if connected:
             self._chardev.open()
         else:
-            self._drop_input()
+            self._drop_input()  # it was for the client that left
+            self._finish_reading()
             self._chardev.close()
 
 

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("vring_serial.spice")
 
+#: Seconds until clients are accepted again after that failed.
+ACCEPT_RETRY = 1.0
+
 _ADDR_IPV4_ONLY = 1 << 0
 _ADDR_IPV6_ONLY = 1 << 1
 _SECURITY_NONE = 1 << 0
@@ -66,6 +69,7 @@ class SpiceServer:
         self._on_client = on_client or (lambda event: None)
         self._core: CoreInterface | None = None
         self._listener: Listener | None = None
+        self._accepted: set[int] = set()  # descriptors that the library was given
 
     def agent_chardev(self, id: str) -> AgentChardev:
         """The host end of the agent channel; a server has one agent."""
@@ -112,8 +116,11 @@ class SpiceServer:
             handle, self.handle = self.handle, None
             self.library.lib.spice_server_destroy(handle)
         if self._core is not None:
-            self._core.close()
+            # The library knows nothing any more of clients that had not proved themselves yet.
+            for fd in self._accepted.intersection(self._core.close()):
+                os.close(fd)
             self._core = None
+        self._accepted.clear()
 
     def _init(self, password: bytes | None) -> None:
         options, ffi, lib = self._options, self.library.ffi, self.library.lib
@@ -194,7 +201,21 @@ class SpiceServer:
             return
         except OSError as error:
             log.warning("SPICE: cannot accept a client: %s", error.strerror)
+            self._pause_listening(listening)
             return
         fd = client.detach()
+        self._accepted.add(fd)
         if self.library.lib.spice_server_add_client(self.handle, fd, 0) != 0:
+            self._accepted.discard(fd)
             os.close(fd)
+
+    def _pause_listening(self, listening: socket.socket) -> None:
+        """The process has no descriptors left, say: try again later, as asyncio does."""
+
+        def resume() -> None:
+            if self._listener is not None and listening in self._listener.sockets:
+                loop.add_reader(listening.fileno(), self._accept, listening)
+
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(listening.fileno())
+        loop.call_later(ACCEPT_RETRY, resume)

@@ -17,6 +17,7 @@ from gi.repository import Gio, GLib, GObject  # noqa: E402
 from gi.repository import SpiceClientGLib as Spice  # noqa: E402
 
 UTF8_TEXT = 1
+LIBRARY = ctypes.CDLL("libspice-client-glib-2.0.so.8")
 
 
 def connect_signal(obj, signal, callback):
@@ -42,6 +43,7 @@ class Client:
         self.offers = {}
         self.cancellables = {}
         self.tasks = []
+        self.kept = []
 
     # --- commands
 
@@ -92,10 +94,12 @@ class Client:
         self.cancellables[name].cancel()
 
     def do_write_port(self, data):
-        def written(channel, result):
-            emit("port-written", Spice.port_write_finish(channel, result))
-
-        Spice.port_write_async(self.port, base64.b64decode(data), None, written)
+        """Not through gi, which frees the buffer before it is written."""
+        buffer = base64.b64decode(data)
+        self.kept.append(buffer)
+        LIBRARY.spice_port_channel_write_async(
+            ctypes.c_void_p(hash(self.port)), buffer, ctypes.c_size_t(len(buffer)), None, None, None
+        )
 
     # --- signals
 

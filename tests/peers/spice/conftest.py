@@ -182,6 +182,9 @@ class EmbeddedSide:
     async def copy(self, text: str, selection: str) -> None:
         self.agent.set_clipboard(text, SELECTIONS[selection])
 
+    async def release(self, selection: str) -> None:
+        self.agent.clear_clipboard(SELECTIONS[selection])
+
     async def pasted(self, text: str | None, selection: str) -> None:
         """Wait until this is what is pasted; None for nothing."""
         got: str | None = None
@@ -239,6 +242,10 @@ class UmlSide:
 
     async def copy(self, text: str, selection: str) -> None:
         await self._desktop.copy(text, selection)
+
+    async def release(self, selection: str) -> None:
+        """Whoever has the selection ends."""
+        await self._guest.run("pkill -x xclip")
 
     async def _paste(self, selection: str) -> str | None:
         """Through a file, since the guest's console is no place for a mebibyte."""

@@ -1,4 +1,4 @@
-"""How clients get in, or do not; what the filter keeps back; port channels; a stop under a client."""
+"""How clients get in, or do not; what is kept back; port channels; a stop under a client."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ from vring_serial.transport.vhost_user import VhostUserBackend
 
 
 @pytest.mark.parametrize("password", ["wrong", "", "hush "])
-async def test_a_wrong_password_is_refused_and_the_next_client_is_not(
-    bench_with, caplog, password
-):
+async def test_a_wrong_password_is_refused_and_the_next_client_is_not(bench_with, caplog, password):
     async with bench_with() as bench:
         with caplog.at_level(logging.WARNING, "vring_serial.spice"):
             stranger = await bench.connect(password=password)
@@ -148,7 +146,7 @@ async def test_an_agent_that_breaks_its_protocol_is_dropped_and_may_come_back(be
         writer.write(b"\x07\0\0\0" + b"\x04\0\0\0" + b"junk")  # there is no chunk port 7
         await client.wait("agent", False)
         async with asyncio.timeout(10):
-            assert await reader.read() == b"" or reader.at_eof()
+            await reader.read()  # up to the end, which the server's side made
         writer.close()
         client.events.clear()
         await bench.guest.start_agent()
@@ -201,18 +199,18 @@ async def test_a_port_channel_loses_nothing_either_way(tmp_path, client_process)
         assert await reader.readexactly(len(data)) == data
         writer.write(data)
         await writer.drain()
+        writer.close()  # what was written before comes first
         received = bytearray()
         while len(received) < len(data):
             received += await client_process.wait_data("port-data")
         assert received == data
-        writer.close()
         await client_process.wait("port-opened", "org.example.0", False)
 
 
 async def test_a_port_is_open_for_the_guest_while_a_client_is_there(tmp_path, client_process):
     async with asyncio.timeout(50), PortBench(tmp_path, "org.example.0") as bench:
         for _ in range(2):
-            reader, writer = await bench.port.open()
+            _, writer = await bench.port.open()
             client_process.do("connect", bench.properties)
             await client_process.wait("port-opened", "org.example.0", True)
             assert bench.port.host_connected
@@ -227,6 +225,6 @@ async def test_webdav_has_a_channel_of_its_own(tmp_path, client_process):
         client_process.do("connect", bench.properties)
         await client_process.wait("channel-event", "WebdavChannel", "opened")
         await bench.until_host(True)
-        reader, writer = await bench.port.open()
+        _, writer = await bench.port.open()
         writer.close()
         await writer.wait_closed()

@@ -50,6 +50,10 @@ async def test_release_both_ways(bench):
     await bench.guest.pasted("mine", "clipboard")
     client.do("release", 0)
     await bench.guest.pasted(None, "clipboard")
+    await bench.guest.copy("the guest's", "clipboard")
+    await client.wait("grabbed", 0)
+    await bench.guest.release("clipboard")
+    await client.wait("released", 0)
 
 
 @pytest.mark.parametrize(("number", "name"), SELECTIONS[:2])

@@ -1,0 +1,80 @@
+"""Without the library: one line that names the package, and everything else as it was."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+import pytest
+
+from vring_serial.chardev.protocol import ProtocolChardev
+from vring_serial.cli.spice_end import SpiceEnds
+from vring_serial.config import domain_xml
+from vring_serial.config.build import make_controller
+from vring_serial.config.qemu_options import parse
+from vring_serial.errors import DependencyError
+from vring_serial.spice import library
+
+DOMAIN = b"""<domain><devices><graphics type='spice' autoport='yes'/>
+<channel type='spicevmc'><target type='virtio'/></channel>
+<channel type='spiceport'><source channel='org.example.0'/>
+<target type='virtio' name='org.example.0'/></channel></devices></domain>"""
+
+
+@pytest.fixture(autouse=True)
+def not_loaded():
+    """Each test loads the library, or fails to, for the first time."""
+    library.load.cache_clear()
+    yield
+    library.load.cache_clear()
+
+
+@pytest.fixture
+def no_library(monkeypatch):
+    monkeypatch.setattr(library, "SONAME", "libspice-server.so.is-not-there")
+
+
+def test_the_line_names_the_package(no_library):
+    with pytest.raises(DependencyError, match="Debian's package libspice-server1 brings it"):
+        library.load()
+
+
+def test_the_line_names_cffi(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cffi", None)
+    with pytest.raises(DependencyError, match="python3-cffi"):
+        library.load()
+
+
+def test_an_option_needs_the_library(no_library):
+    topology = parse(["spicevmc,id=a"], ["chardev=a"], spice="port=5930,disable-ticketing=on")
+    with pytest.raises(DependencyError, match="libspice-server1"):
+        SpiceEnds(topology)
+
+
+async def test_a_domain_is_served_without_it(no_library, capfd):
+    topology = domain_xml.parse(DOMAIN)
+    ends = SpiceEnds(topology)
+    await ends.start()
+    (config,) = topology.controllers
+    controller = make_controller(
+        config,
+        protocol_factories={"spicevmc": lambda port: asyncio.Protocol},
+        chardev_makers=ends.makers,
+    )
+    await controller.start()
+    agent, port = (controller.ports[nr].chardev for nr in (1, 2))
+    assert isinstance(agent, ProtocolChardev)
+    assert agent.end is not None
+    assert port.end is None
+    assert port.description == "no SPICE server"
+    await controller.stop()
+    await ends.stop()
+
+
+async def test_a_domain_without_ports_for_it_needs_no_server(no_library):
+    topology = domain_xml.parse(
+        b"<domain><devices><graphics type='spice'/><channel type='pty'>"
+        b"<target type='virtio'/></channel></devices></domain>"
+    )
+    ends = SpiceEnds(topology)
+    assert ends.makers.keys() == {"spiceport"}

@@ -1,0 +1,192 @@
+"""The server with no client: starts, stops and refusals; its timers and watches."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import time
+
+import pytest
+
+from vring_serial.chardev.base import ProtocolEnd
+from vring_serial.errors import ConfigError, ResourceError
+from vring_serial.spice import SpiceOptions
+from vring_serial.spice.core import CoreInterface, _format_address
+from vring_serial.spice.library import load
+from vring_serial.spice.server import SpiceServer
+
+
+def local(**values):
+    usual = {"autoport": True, "addr": "127.0.0.1", "disable_ticketing": True}
+    return SpiceServer(SpiceOptions(**{**usual, **values}))
+
+
+def open_descriptors():
+    return len(os.listdir("/proc/self/fd"))
+
+
+async def test_it_starts_and_stops_as_often_as_one_likes():
+    server = local()
+    await server.start()
+    await server.stop()
+    before = open_descriptors()
+    for _ in range(5):
+        await server.start()
+        assert server.addresses[0].startswith("127.0.0.1:")
+        await server.stop()
+        await server.stop()
+    assert open_descriptors() == before
+
+
+async def test_two_servers_at_once():
+    servers = [local(), local()]
+    for server in servers:
+        await server.start()
+    assert servers[0].addresses != servers[1].addresses
+    for server in servers:
+        await server.stop()
+
+
+async def test_nonsense_from_a_client_ends_its_connection_only():
+    server = local()
+    await server.start()
+    host, port = server.addresses[0].split(":")
+    for junk in (b"GET / HTTP/1.1\r\n\r\n", b"REDQ" + b"\xff" * 64, b"REDQ", os.urandom(4096)):
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(junk)
+        if len(junk) > 4:
+            async with asyncio.timeout(10):
+                with contextlib.suppress(ConnectionError):
+                    await reader.read()
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+    reader, writer = await asyncio.open_connection(host, int(port))
+    await asyncio.sleep(0.05)
+    assert not reader.at_eof()
+    await server.stop()
+    async with asyncio.timeout(10):
+        assert await reader.read() == b""
+    writer.close()
+    await writer.wait_closed()
+
+
+async def test_a_port_that_is_taken():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        port = sock.getsockname()[1]
+        with pytest.raises(ResourceError, match="Address already in use"):
+            await local(autoport=False, port=port).start()
+        server = local(tls_port=port, x509_dir="/nowhere")
+        with pytest.raises(ResourceError, match="x509-cacert-file /nowhere"):
+            await server.start()
+        await server.stop()
+
+
+async def test_files_that_hold_no_certificate(tmp_path):
+    for name in ("ca-cert.pem", "server-cert.pem", "server-key.pem"):
+        (tmp_path / name).write_text("junk")
+    with pytest.raises(ConfigError, match=r"ca-cert\.pem holds no certificate"):
+        await local(tls_port=1, x509_dir=str(tmp_path)).start()
+
+
+async def test_an_agent_end_is_there_at_once_and_a_port_end_with_a_client():
+    server = local()
+    await server.start()
+    agent = server.agent_chardev("agent")
+    port = server.port_chardev("port", "org.example.0")
+    for chardev in (agent, port):
+        await chardev.start()
+    assert isinstance(agent.end, ProtocolEnd)
+    assert port.end is None
+    assert len(server.devices) == 1
+    for chardev in (agent, port):
+        await chardev.stop()
+    assert not server.devices
+    await server.stop()
+
+
+async def test_a_stopped_server_forgets_its_devices():
+    server = local()
+    await server.start()
+    port = server.port_chardev("port", "org.example.0")
+    await port.start()
+    await server.stop()
+    assert not server.devices
+    await port.stop()
+
+
+@pytest.fixture
+async def core():
+    events = []
+    core = CoreInterface(load(), events.append)
+    core.events = events
+    yield core
+    core.close()
+
+
+async def test_timers(core):
+    ffi = load().ffi
+    fired = []
+    func = ffi.callback("SpiceTimerFunc", lambda opaque: fired.append(time.monotonic()))
+    timer = core.struct.timer_add(func, ffi.NULL)
+    begin = time.monotonic()
+    core.struct.timer_start(timer, 1000)
+    core.struct.timer_start(timer, 30)  # anew
+    await asyncio.sleep(0.1)
+    assert len(fired) == 1
+    assert fired[0] - begin >= 0.03
+    core.struct.timer_start(timer, 1)
+    core.struct.timer_cancel(timer)
+    core.struct.timer_cancel(timer)
+    await asyncio.sleep(0.02)
+    assert len(fired) == 1
+    core.struct.timer_start(timer, 1)
+    core.struct.timer_remove(timer)
+    core.struct.timer_remove(ffi.NULL)
+    await asyncio.sleep(0.02)
+    assert len(fired) == 1
+
+
+async def test_watches(core):
+    ffi = load().ffi
+    events = []
+
+    @ffi.callback("SpiceWatchFunc")
+    def func(fd, event, opaque):
+        events.append(event)
+        core.struct.watch_update_mask(watch, 0)
+
+    here, there = socket.socketpair()
+    with here, there:
+        watch = core.struct.watch_add(here.fileno(), 0, func, ffi.NULL)
+        there.send(b"x")
+        await asyncio.sleep(0.01)
+        assert events == []
+        core.struct.watch_update_mask(watch, 1)
+        await asyncio.sleep(0.01)
+        assert events == [1]
+        core.struct.watch_update_mask(watch, 2)
+        await asyncio.sleep(0.01)
+        assert events == [1, 2]
+        core.struct.watch_update_mask(watch, 3)
+        core.struct.watch_remove(watch)
+        await asyncio.sleep(0.01)
+        assert events == [1, 2]
+        core.struct.watch_remove(ffi.NULL)
+
+
+@pytest.mark.parametrize(
+    ("address", "text"),
+    [
+        (b"\x02\x00\x17\x2a\x7f\x00\x00\x01" + bytes(8), "127.0.0.1:5930"),
+        (b"\x0a\x00\x17\x2a" + bytes(4) + bytes(15) + b"\x01" + bytes(4), "[::1]:5930"),
+        (b"\x01\x00", "a unix socket"),
+        (b"", "a unix socket"),
+    ],
+)
+def test_addresses(address, text):
+    assert _format_address(address) == text
