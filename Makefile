@@ -54,6 +54,25 @@ format: $(VENV)/check-tools ## let ruff format
 bench: build ## the benchmarks
 	$(BIN)/python -m pytest benchmarks --benchmark-only --override-ini addopts= $(PYTEST_ARGS)
 
+FUZZ_SECONDS ?= 60
+HAMMER_MESSAGES ?= 3000000
+fuzz: build ## random rings, and two processes on one ring, for FUZZ_SECONDS and HAMMER_MESSAGES
+	$(BIN)/python fuzz/ring.py --seconds $(FUZZ_SECONDS)
+	for layout in split packed; do for events in "" --event-idx; do \
+		$(BIN)/python fuzz/hammer.py --layout $$layout $$events --messages $(HAMMER_MESSAGES) || exit 1; \
+	done; done
+
+SANITIZED := build/sanitize
+SANITIZERS = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	PYTHONMALLOC=malloc PYTHONPATH=$(SANITIZED)
+sanitize: build ## the ring's tests and fuzzing under AddressSanitizer and UBSan (in build/sanitize)
+	VRING_SANITIZE=address,undefined $(BIN)/python setup.py -q build --build-lib $(SANITIZED) \
+		--build-temp $(SANITIZED)-objects
+	$(SANITIZERS) $(BIN)/python fuzz/ring.py --random --seconds $(FUZZ_SECONDS)
+	$(SANITIZERS) $(BIN)/pytest -q -p no:cacheprovider tests/vring --ignore tests/vring/test_cimport.py \
+		--ignore tests/vring/test_allocation.py -k "not machine_code"
+
 wheel: $(VENV)/tools ## a wheel in dist/
 	$(BIN)/python -m build --wheel
 

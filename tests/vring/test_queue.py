@@ -344,3 +344,15 @@ def test_a_chain_over_very_many_regions_grows_the_table() -> None:
 def test_virt_queue_is_abstract() -> None:
     with pytest.raises(TypeError):
         VirtQueue()
+
+
+def test_notification_data() -> None:
+    """2.9: queue number in bits 0 to 15; split: the index, packed: offset and wrap counter."""
+    split, packed = Ring(index=65535), Ring(size=3, packed=True)
+    for _ in range(2):
+        split.chain(1)
+    assert split.driver.notification_data(5) == 5 | 1 << 16
+    for _ in range(3):
+        packed.chain(1)
+    assert packed.driver.notification_data(7) == 7, "offset 0, wrap counter 0"
+    assert Ring(packed=True).driver.notification_data(0xFFFF) == 0x8000_FFFF
