@@ -1,0 +1,53 @@
+"""The fuzz target of the vfio-user server, with Hypothesis in the place of libFuzzer."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+TARGET = Path(__file__).parents[3] / "fuzz" / "vfio_user.py"
+spec = importlib.util.spec_from_file_location("fuzz_vfio_user", TARGET)
+assert spec is not None
+assert spec.loader is not None
+sys.modules["fuzz_vfio_user"] = target = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(target)
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(st.binary(min_size=20, max_size=1500))
+def test_any_messages(data: bytes) -> None:
+    target.one_input(data)
+
+
+@pytest.mark.parametrize("shared", [0, 1], ids=["copied", "shared"])
+def test_the_target_reaches_the_rings(shared: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fuzzer whose driver never gets to DRIVER_OK would find nothing."""
+    running = []
+    start = target.RemoteRings.start_queue
+
+    def watched(self: object, index: int, queue: object) -> None:
+        start(self, index, queue)
+        running.append(index)
+
+    monkeypatch.setattr(target.RemoteRings, "start_queue", watched)
+    choices = [1, shared, 1]
+    target.one_input(b"".join(number.to_bytes(2, "little") for number in choices))
+    assert running == [0, 1, 2, 3]
