@@ -52,7 +52,7 @@ def note(benchmark: object, results: list[Result]) -> None:
 def test_transfer(benchmark, rig: Rig, size: int, ports: int) -> None:
     """Messages both ways, and a plain unix socket between guest and peer."""
     results = benchmark.pedantic(
-        lambda: list(measure.transfer(rig, SETTINGS, "split", ports, size)), rounds=1
+        lambda: list(measure.transfer(rig, SETTINGS, ports, size)), rounds=1
     )
     note(benchmark, results)
 
@@ -62,7 +62,7 @@ def test_round_trip(benchmark, busy: bool) -> None:
     """64 bytes to a FIFO and back, to a process and back, and eventfds."""
     with running(1, busy_poll=SETTINGS.busy_poll if busy else 0) as rig:
         results = benchmark.pedantic(
-            lambda: list(measure.latency(rig, SETTINGS, "split", busy=busy)), rounds=1
+            lambda: list(measure.latency(rig, SETTINGS, busy=busy)), rounds=1
         )
     note(benchmark, results)
 

@@ -108,9 +108,7 @@ class GuestSide:
         self._receiving: dict[int, Ring] = {}
         self.plain = PlainEnd()
 
-    def boot(
-        self, path: str, ports: Sequence[int], queue_size: int, receive_size: int, packed: bool
-    ) -> str:
+    def boot(self, path: str, ports: Sequence[int], queue_size: int, receive_size: int) -> str:
         """Start the guest and open these ports, whose host ends are there; its features."""
         guest = EmbeddedGuest(
             path,

@@ -19,6 +19,8 @@ PLAIN_MESSAGES = 50_000
 #: Bytes of a round trip's message.
 PING_SIZE = 64
 
+#: The kind that vhost-user devices and the embedded guest use.
+RING = "split"
 GUEST_TO_HOST = "guest to host"
 HOST_TO_GUEST = "host to guest"
 PLAIN = "plain socket"
@@ -37,7 +39,6 @@ class Settings:
         rounds: samples of each transfer; one more at the start is not counted.
         messages: most of one sample.
         pings: round trips of each kind.
-        rings: ``split``, ``packed``.
         queue_size: descriptors per queue.
         receive_size: bytes of a guest's receive buffer.
         busy_poll: microseconds that the device goes on looking, for latency's second half.
@@ -48,7 +49,6 @@ class Settings:
     rounds: int = 5
     messages: int = 250_000
     pings: int = 5000
-    rings: Sequence[str] = ("split",)
     queue_size: int = 256
     receive_size: int = 4096
     busy_poll: int = 1000
@@ -77,15 +77,15 @@ class _Samples:
         self.speeds.append(size / seconds / 1e9)
         self.cpu.append(cpu / size * 2**30)
 
-    def result(self, what: str, ring: str, ports: int, size: int, beside: float) -> Result:
-        result = Result("transfer", what, ring, ports, size, "GB/s", self.speeds[1:])
+    def result(self, what: str, ports: int, size: int, beside: float) -> Result:
+        result = Result("transfer", what, RING, ports, size, "GB/s", self.speeds[1:])
         result.notes["million messages/s"] = result.median * 1e3 / size
         result.notes["device CPU s/GiB"] = statistics.median(self.cpu[1:])
         result.notes["of a plain socket"] = result.median / beside
         return result
 
 
-def transfer(rig: Rig, settings: Settings, ring: str, ports: int, size: int) -> Iterator[Result]:
+def transfer(rig: Rig, settings: Settings, ports: int, size: int) -> Iterator[Result]:
     """Throughput at one message size, both ways, each round beside a plain socket."""
     count = max(1, min(SAMPLE_BYTES // size, settings.messages) // ports)
     plain = min(count * ports, PLAIN_MESSAGES)
@@ -96,9 +96,9 @@ def transfer(rig: Rig, settings: Settings, ring: str, ports: int, size: int) -> 
         _plain(rig, beside, False, size, plain)
         _through_ports(rig, into, False, ports, size, count)
     yardstick = Result("transfer", PLAIN, "", 1, size, "GB/s", beside.speeds[2:])
-    yield out.result(GUEST_TO_HOST, ring, ports, size, yardstick.median)
-    yield into.result(HOST_TO_GUEST, ring, ports, size, yardstick.median)
-    if ports == 1 and ring == "split":
+    yield out.result(GUEST_TO_HOST, ports, size, yardstick.median)
+    yield into.result(HOST_TO_GUEST, ports, size, yardstick.median)
+    if ports == 1:
         yield yardstick
 
 
@@ -126,32 +126,25 @@ def _plain(rig: Rig, samples: _Samples, outwards: bool, size: int, count: int) -
 
 
 def transfer_steps(settings: Settings) -> Iterator[Step]:
-    """One step for each ring and number of ports."""
-    for ring in settings.rings:
-        for ports in settings.ports:
-            # Many ports are compared at the largest message and the smallest.
-            sizes = settings.sizes if ports == 1 else sorted({64 << 10, min(settings.sizes)})
-            name = f"transfer, {ring} ring, {ports} {'port' if ports == 1 else 'ports'}"
-            count = len(sizes) * (3 if ports == 1 and ring == "split" else 2)
-            run = functools.partial(_transfer, settings, ring, ports, sizes)
-            yield Step(name, count, run)
+    """One step for each number of ports."""
+    for ports in settings.ports:
+        # Many ports are compared at a file's block and at the smallest message.
+        sizes = settings.sizes if ports == 1 else sorted({64 << 10, min(settings.sizes)})
+        name = f"transfer, {ports} {'port' if ports == 1 else 'ports'}"
+        count = len(sizes) * (3 if ports == 1 else 2)
+        yield Step(name, count, functools.partial(_transfer, settings, ports, sizes))
 
 
-def _transfer(settings: Settings, ring: str, ports: int, sizes: Sequence[int]) -> Iterator[Result]:
-    with running(
-        ports,
-        queue_size=settings.queue_size,
-        receive_size=settings.receive_size,
-        packed=ring == "packed",
-    ) as rig:
+def _transfer(settings: Settings, ports: int, sizes: Sequence[int]) -> Iterator[Result]:
+    with running(ports, queue_size=settings.queue_size, receive_size=settings.receive_size) as rig:
         for size in sizes:
-            yield from transfer(rig, settings, ring, ports, size)
+            yield from transfer(rig, settings, ports, size)
 
 
 # --- latency
 
 
-def latency(rig: Rig, settings: Settings, ring: str, *, busy: bool) -> Iterator[Result]:
+def latency(rig: Rig, settings: Settings, *, busy: bool) -> Iterator[Result]:
     """Round trips of small messages, in turns with those of eventfds."""
     found: dict[str, list[float]] = {}
     turns = 5
@@ -172,10 +165,10 @@ def latency(rig: Rig, settings: Settings, ring: str, *, busy: bool) -> Iterator[
     beside = Result("latency", EVENTFD, "", 1, 8, "us", found.pop(EVENTFD))
     for what, samples in found.items():
         name = f"{what}, busy-poll" if busy else what
-        result = Result("latency", name, ring, 1, PING_SIZE, "us", samples)
+        result = Result("latency", name, RING, 1, PING_SIZE, "us", samples)
         result.notes["of eventfd"] = result.median / beside.median
         yield result
-    if not busy and ring == "split":
+    if not busy:
         yield beside
 
 
@@ -190,19 +183,15 @@ def _ping(rig: Rig, echo: tuple[object, ...] | None, ping: tuple[object, ...]) -
 
 def latency_steps(settings: Settings) -> Iterator[Step]:
     """With the device asleep between messages, and with device and guest polling."""
-    for ring in settings.rings:
-        for busy in (False, True):
-            name = f"latency, {ring} ring{', busy-poll on both sides' if busy else ''}"
-            count = 1 if busy else 3 if ring == "split" else 2
-            yield Step(name, count, functools.partial(_latency, settings, ring, busy))
+    yield Step("latency", 3, functools.partial(_latency, settings, False))
+    yield Step("latency, busy-poll on both sides", 1, functools.partial(_latency, settings, True))
 
 
-def _latency(settings: Settings, ring: str, busy: bool) -> Iterator[Result]:
+def _latency(settings: Settings, busy: bool) -> Iterator[Result]:
     with running(
         1,
         queue_size=settings.queue_size,
         receive_size=settings.receive_size,
         busy_poll=settings.busy_poll if busy else 0,
-        packed=ring == "packed",
     ) as rig:
-        yield from latency(rig, settings, ring, busy=busy)
+        yield from latency(rig, settings, busy=busy)

@@ -40,7 +40,7 @@ class Rig:
         self.peer = Worker("peer_side:PeerSide")
         self.features = ""
 
-    def boot(self, queue_size: int, receive_size: int, packed: bool) -> None:
+    def boot(self, queue_size: int, receive_size: int) -> None:
         plain = str(self.directory / "plain")
         self.peer.call("connect", {nr: str(self.directory / f"port{nr}") for nr in self.ports})
         self.peer.call("listen_plain", plain)
@@ -51,7 +51,6 @@ class Rig:
             [FIFO_PORT, *self.ports],
             queue_size,
             receive_size,
-            packed,
         )
 
     def device_cpu_seconds(self) -> float:
@@ -77,7 +76,6 @@ def running(
     queue_size: int = 256,
     receive_size: int = 4096,
     busy_poll: int = 0,
-    packed: bool = False,
 ) -> Iterator[Rig]:
     """Start everything; at the end all of it is gone.
 
@@ -89,7 +87,7 @@ def running(
         with serving(directory, numbers, busy_poll) as pid:
             rig = Rig(directory, pid, numbers)
             try:
-                rig.boot(queue_size, receive_size, packed)
+                rig.boot(queue_size, receive_size)
                 yield rig
             finally:
                 rig.close()

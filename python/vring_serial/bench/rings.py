@@ -11,7 +11,15 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from vring import Batch, GuestMemory, Region, SplitDriver, SplitQueue
+from vring import (
+    Batch,
+    GuestMemory,
+    PackedDriver,
+    PackedQueue,
+    Region,
+    SplitDriver,
+    SplitQueue,
+)
 from vring_serial.bench.measure import Settings, Step
 from vring_serial.bench.results import Result
 
@@ -31,14 +39,15 @@ class RingRig:
         driver, queue: the two sides.
     """
 
-    def __init__(self, *, event_idx: bool = True) -> None:
-        desc, avail, used = SplitDriver.layout(SIZE)
+    def __init__(self, *, packed: bool) -> None:
+        driver, queue = (PackedDriver, PackedQueue) if packed else (SplitDriver, SplitQueue)
+        desc, avail, used = driver.layout(SIZE)
         at = [BASE, BASE + desc, BASE + 4096 * (-(-(desc + avail) // 4096))]
         buffers = at[2] + 4096 * (-(-used // 4096))
         data = bytearray(buffers - BASE + SIZE * SLOT)
         memory = GuestMemory([Region(BASE, data)])
-        self.driver = SplitDriver(memory, SIZE, *at, event_idx=event_idx)
-        self.queue = SplitQueue(memory, SIZE, *at, event_idx=event_idx)
+        self.driver = driver(memory, SIZE, *at, event_idx=True)
+        self.queue = queue(memory, SIZE, *at, event_idx=True)
         self._addresses = buffers + SLOT * np.arange(SIZE, dtype=np.uint64)
         self._lengths = np.full(SIZE, SLOT, np.uint32)
 
@@ -80,9 +89,12 @@ def measure(work: Callable[[], None], before: Callable[[], object], samples: int
     return found
 
 
-def ring_results(samples: int) -> Iterator[Result]:
-    """Chains through a split ring: the device's side by batches and singly, the driver's side."""
-    rig = RingRig()
+def ring_results(samples: int, *, packed: bool) -> Iterator[Result]:
+    """Chains through a ring: the device's side by batches and singly, the driver's side."""
+    rig = RingRig(packed=packed)
+
+    def result(what: str, found: list[float]) -> Result:
+        return Result("rings", what, "packed" if packed else "split", 1, SLOT, "ns", found)
 
     def refill() -> None:
         rig.driver.get_used()
@@ -91,19 +103,16 @@ def ring_results(samples: int) -> Iterator[Result]:
     for batch in (1, 16, SIZE):
         for what, use in (("pop and push", _nothing), ("pop, gather and push", Batch.gather)):
             found = measure(functools.partial(rig.drain, batch, use), refill, samples)
-            yield Result("rings", f"{what}, batches of {batch}", "split", 1, SLOT, "ns", found)
-    found = measure(rig.drain_one_by_one, refill, samples)
-    yield Result("rings", "pop and push, single chains", "split", 1, SLOT, "ns", found)
-
-    def complete() -> None:
-        rig.drain(SIZE, _nothing)
-
+            yield result(f"{what}, batches of {batch}", found)
+    yield result("pop and push, single chains", measure(rig.drain_one_by_one, refill, samples))
     rig.driver.get_used()
     rig.fill()
-    found = measure(refill, complete, samples)
-    yield Result("rings", "driver: add and get used", "split", 1, SLOT, "ns", found)
+    found = measure(refill, functools.partial(rig.drain, SIZE, _nothing), samples)
+    yield result("driver: add and get used", found)
 
 
 def ring_steps(settings: Settings) -> Iterator[Step]:
-    """All of it in one step."""
-    yield Step("rings, one thread", 8, lambda: ring_results(settings.rounds))
+    """One step for each kind of ring."""
+    for packed in (False, True):
+        name = f"{'packed' if packed else 'split'} ring, one thread"
+        yield Step(name, 8, functools.partial(ring_results, settings.rounds, packed=packed))
