@@ -3,7 +3,7 @@
 Invariant: every access has an answer that fits its size, nothing raises, no call takes unbounded
 work, and after a reset the device is as new.
 
-    python fuzz/registers.py [options of libFuzzer]        (pip install atheris)
+    python fuzz/registers.py --seconds 60
 
 tests/device/test_fuzz_registers.py plays the same with Hypothesis.
 """
@@ -164,15 +164,8 @@ def one_input(data: bytes) -> None:
         rig.close()
 
 
-def main() -> None:
-    import atheris
+if __name__ == "__main__":
+    from runner import run
 
     logging.disable(logging.WARNING)
-
-    atheris.instrument_all()
-    atheris.Setup(sys.argv, one_input)
-    atheris.Fuzz()
-
-
-if __name__ == "__main__":
-    main()
+    sys.exit(run(one_input, "registers"))
