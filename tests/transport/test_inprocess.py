@@ -150,6 +150,8 @@ def test_without_synchronous_service_only_poll_serves(emulator):
     pci.close()
     host.complete(device.stop())
     host.close()
+    pci.close()
+    host.close()
 
 
 def test_a_foreign_loop_learns_of_timers(host):

@@ -85,6 +85,7 @@ class InProcessPci:
             host=host,
         )
         self._host = host
+        self._closed = False
         self._function.set_irq_sink(_Callbacks(self._function, msi, intx))
         self.layout: tuple[Bar, ...] = self._function.bars
         self.config = Window(256, self._function.config_read, self._function.config_write)
@@ -120,7 +121,9 @@ class InProcessPci:
 
     def close(self) -> None:
         """Reset and leave the device. Safe to call twice."""
-        self._host.run(self._function.close)
+        if not self._closed:
+            self._closed = True
+            self._host.run(self._function.close)
 
 
 class InProcessMmio(Window):
@@ -137,7 +140,7 @@ class InProcessMmio(Window):
         ConfigError: the device cannot be served so.
     """
 
-    __slots__ = ("_host", "_registers")
+    __slots__ = ("_closed", "_host", "_registers")
 
     def __init__(
         self,
@@ -151,6 +154,7 @@ class InProcessMmio(Window):
         queue_size: int = 0,
     ) -> None:
         self._host = host
+        self._closed = False
         self._registers = MmioDevice(
             device, version=version, packed=packed, queue_size=queue_size, host=host
         )
@@ -173,7 +177,9 @@ class InProcessMmio(Window):
 
     def close(self) -> None:
         """Reset and leave the device. Safe to call twice."""
-        self._host.run(self._registers.close)
+        if not self._closed:
+            self._closed = True
+            self._host.run(self._registers.close)
 
 
 class _Callbacks:
