@@ -133,6 +133,25 @@ cdef inline int vr_check_table(bint negotiated, uint32_t flags, uint32_t length)
     return FAULT_NONE
 
 
+cdef inline void vr_single(
+    vr_chain* chain, uint32_t head, uint32_t segment, uint32_t length, bint writable
+) noexcept nogil:
+    # A chain of one descriptor in one segment.
+    chain.head = head
+    chain.descriptors = 1
+    chain.first_segment = segment
+    if writable:
+        chain.n_readable = 0
+        chain.n_writable = 1
+        chain.readable_bytes = 0
+        chain.writable_bytes = length
+    else:
+        chain.n_readable = 1
+        chain.n_writable = 0
+        chain.readable_bytes = length
+        chain.writable_bytes = 0
+
+
 @cython.final
 cdef class Batch:
     cdef vr_chain* chains       # rows start to count-1 are not completed yet

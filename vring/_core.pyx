@@ -10,7 +10,7 @@ from vring._chains cimport (
     FAULT_INDIRECT_FEATURE, FAULT_INDIRECT_NESTED, FAULT_INDIRECT_NEXT, FAULT_INDIRECT_SIZE,
     FAULT_NEXT, FAULT_NONE, FAULT_ORDER, FAULT_TOO_LONG, FAULT_TOO_MANY_BYTES,
     FAULT_TOO_MANY_SEGMENTS, vr_add_buffer, vr_check_table, vr_end_chain, vr_end_readable,
-    vr_room, vr_start_chain
+    vr_room, vr_single, vr_start_chain
 )
 from vring._memory cimport VR_HINTS, vr_find, vr_lookup, vr_region
 from vring._wire cimport (
@@ -567,24 +567,6 @@ cdef uint32_t pop_singles(
         segments[i].iov_len = desc.len
         vr_single(&chains[i], at, i, desc.len, desc.flags & DESC_F_WRITE)
     return ready
-
-
-cdef inline void vr_single(
-    vr_chain* chain, uint32_t head, uint32_t segment, uint32_t length, bint writable
-) noexcept nogil:
-    chain.head = head
-    chain.descriptors = 1
-    chain.first_segment = segment
-    if writable:
-        chain.n_readable = 0
-        chain.n_writable = 1
-        chain.readable_bytes = 0
-        chain.writable_bytes = length
-    else:
-        chain.n_readable = 1
-        chain.n_writable = 0
-        chain.readable_bytes = length
-        chain.writable_bytes = 0
 
 
 @cython.final
