@@ -503,3 +503,17 @@ async def test_a_guest_that_floods_leaves_the_loop_its_turns(rig):
     assert len(protocol.data) % 4096 == 0
     assert len(protocol.data) > 4096 * 1000
     assert CONTROL_RECEIVEQ in guest.rings
+
+
+async def test_a_session_that_is_still_ending_does_not_outlive_its_driver(rig):
+    built = await rig()
+    guest, first = built.guest, built.last
+    first.transport.pause_reading()
+    guest.write(1, b"never read")
+    guest.close_port(1)
+    await guest.until(lambda: not built.port.guest_open)
+    await guest.settle()
+    built.controller.reset()
+    await guest.until(lambda: "lost" in first.calls)
+    assert first.calls == ["made", "lost"]
+    assert first.data == b""

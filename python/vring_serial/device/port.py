@@ -153,8 +153,11 @@ class Port:
         self.single = single
         if self.guest_open != was_open:
             self._session_over = False
-        if self._transport is not None and was_open and not self.guest_open:
-            self._end_session(closed)
+        if self._transport is not None:
+            # One that is still ending does not wait for chains of a driver that is gone.
+            orphaned = self._transport.ending and not self.guest_ready
+            if orphaned or (was_open and not self.guest_open):
+                self._end_session(closed)
         self._update()
         if self.guest_open != was_open:
             self.chardev.guest_opened(self.guest_open)
