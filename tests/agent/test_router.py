@@ -26,6 +26,7 @@ from vring_serial.guest.agent import GuestAgent
 from vring_serial.proto.agent import (
     AgentFilter,
     Capability,
+    ClipboardRequest,
     ClipboardType,
     FileXferResult,
     FileXferStart,
@@ -357,3 +358,25 @@ async def test_a_message_is_forwarded_that_comes_when_the_queue_has_just_been_em
     async with asyncio.timeout(5):
         while len(sent) < 50:
             await asyncio.sleep(0.01)
+
+
+async def test_clients_that_left_leave_nothing_running(make_bench):
+    """An agent that reads nothing, for a guest may be paused, and clients that come and go."""
+    bench = await make_bench()
+    link = bench.router._link
+    link.pause_writing()
+    owner = await bench.client()
+    await owner.wait_ready()
+    await owner.set_clipboard("not fetched")
+    before = len(asyncio.all_tasks())
+    for _ in range(20):
+        client = await bench.client()
+        await client.wait_ready()
+        bench.router.clients[-1]._forward(UnknownMessage(99))
+        bench.router.clients[-1].clipboard.took_request(ClipboardRequest(0, TEXT))
+        await asyncio.sleep(0)
+        await client.close()
+        await bench.until(lambda: len(bench.router.clients) == 1)
+    await asyncio.sleep(0)
+    assert len(asyncio.all_tasks()) == before
+    link.resume_writing()

@@ -238,9 +238,15 @@ class ClipboardChannel:
     async def close(self) -> None:
         """End the session and the task that answers requests."""
         self.end_session()
+        answering = self._answering
+        self.stop_answering()
+        if answering is not None:
+            await asyncio.gather(answering, return_exceptions=True)
+
+    def stop_answering(self) -> None:
+        """The link is gone for good: nobody waits for the answers under way."""
         if self._answering is not None:
             self._answering.cancel()
-            await asyncio.gather(self._answering, return_exceptions=True)
 
     # --- what we own
 

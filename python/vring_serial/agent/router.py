@@ -192,11 +192,15 @@ class AgentRouter:
             if len(waiting) >= REPLIES_MAX:
                 client.link.post(Reply(message.type_number, ReplyError.ERROR))
                 return
-            waiting.append(client)
+        else:
+            waiting = None
         try:
             await link.send(message)
         except AgentGoneError:
             return
+        if waiting is not None:
+            # Only now, for who leaves while the message waits for its turn has asked nothing.
+            waiting.append(client)
 
     def _renumber(
         self, client: RouterClient, message: FileXferStart | FileXferData | FileXferStatus
@@ -401,7 +405,11 @@ class RouterClient:
 
     def link_down(self, link: AgentLink, reason: Exception | None) -> None:
         self.clipboard.end_session()
+        self.clipboard.stop_answering()
         self._queue.clear()
+        if self._forwarding is not None:
+            # It may wait for an agent that does not read, and clients come and go meanwhile.
+            self._forwarding.cancel()
         if self._admitted:
             self._router.client_left(self)
 
