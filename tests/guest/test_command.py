@@ -164,6 +164,39 @@ async def test_open_ends_with_the_host(served: Path, commands: type[Command]) ->
     assert await guest.end() == (0, "all there is")
 
 
+async def test_open_tells_of_what_the_host_did_not_take(
+    served: Path, commands: type[Command]
+) -> None:
+    reader, writer = await connect(served / "one")  # which reads nothing
+    guest = await commands.start(
+        *("guest", "--vhost-user", f"{served}/vu", "--open", "one"), stdin=asyncio.subprocess.PIPE
+    )
+    assert guest.process.stdin is not None
+    guest.process.stdin.write(bytes(8 << 20))
+    assert await reader.read(100) == bytes(100)
+    writer.close()
+    status, _ = await guest.end()
+    assert status == 1
+    assert "port 1 (one): the host end closed before it took all that was sent to it" in guest.err
+
+
+async def test_open_with_the_standard_input_closed_or_unreadable(
+    served: Path, commands: type[Command]
+) -> None:
+    for redirect, status, said in (("<&-", 0, ""), ("0>/dev/null", 1, "vring: standard input: ")):
+        arguments = [sys.executable, "-m", "vring_serial", "guest"]
+        arguments += ["--vhost-user", f"{served}/vu", "--open", "one"]
+        process = await asyncio.create_subprocess_exec(
+            *("sh", "-c", f'exec "$@" {redirect}', "sh", *arguments),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        async with asyncio.timeout(20):
+            _, err = await process.communicate()
+        assert (process.returncode, said in err.decode()) == (status, True), err.decode()
+        assert "Traceback" not in err.decode()
+
+
 async def test_the_agent_announces_itself(served: Path, commands: type[Command]) -> None:
     guest = await commands.start("guest", "--vhost-user", f"{served}/vu", "--agent")
     reader, writer = await connect(served / "com.redhat.spice.0")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -89,6 +90,17 @@ class CommandGroup(click.Group):
         sys.exit(status if isinstance(status, int) else 0)
 
 
+def _have_standard_descriptors() -> None:
+    """Whoever closed one of ours would have the next thing we open read, or printed on."""
+    fd = os.open(os.devnull, os.O_RDWR)
+    while fd <= 2:
+        os.set_inheritable(fd, True)
+        fd = os.open(os.devnull, os.O_RDWR)
+    os.close(fd)
+    if sys.stdin is None:
+        sys.stdin = open(0, closefd=False)
+
+
 def _command_position(arguments: Sequence[str]) -> int:
     """Where the command's name stands; options before it belong to the group."""
     return next((i for i, word in enumerate(arguments) if not word.startswith("-")), len(arguments))
@@ -146,4 +158,5 @@ def vring(debug: bool) -> None:
 
 def main() -> NoReturn:
     """The entry point of the console script ``vring``."""
+    _have_standard_descriptors()
     vring.main()

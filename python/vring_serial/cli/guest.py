@@ -19,7 +19,7 @@ from rich.table import Table
 
 from vring_serial.cli import logs
 from vring_serial.cli.signals import stop_on_signals
-from vring_serial.errors import ConfigError
+from vring_serial.errors import ConfigError, ResourceError
 from vring_serial.guest.bulk import serve_bulk
 from vring_serial.guest.guest import EmbeddedGuest, GuestEvent
 from vring_serial.guest.port import GuestPort
@@ -168,7 +168,7 @@ async def _run(guest: EmbeddedGuest, work: Callable[[], Coroutine[None, None, No
 
 
 async def _find(guest: EmbeddedGuest, port: str, wait: float | None) -> GuestPort:
-    if port.isdigit():
+    if port.isascii() and port.isdigit():
         return await guest.wait_port(nr=int(port), timeout=wait)
     return await guest.wait_port(name=port, timeout=wait)
 
@@ -238,12 +238,18 @@ async def _relay(guest: EmbeddedGuest, name: str, wait: float, *, read_input: bo
     tasks = [asyncio.ensure_future(_to_stdout(reader))]
     if read_input:
         tasks.append(asyncio.ensure_future(_from_stdin(writer)))
-    done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    for task in pending:
-        task.cancel()
-    await asyncio.gather(*pending, return_exceptions=True)
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
     for task in done:
         await task
+    if not port.host_connected and not port.is_console and port.undelivered:
+        raise ResourceError(
+            f"{port.label}: the host end closed before it took all that was sent to it"
+        )
     writer.close()
     await writer.wait_closed()
 
@@ -273,16 +279,25 @@ async def _stdin_chunks() -> AsyncIterator[Callable[[], Awaitable[bytes]]]:
     that it does not keep the process when everything else has ended.
     """
     loop = asyncio.get_running_loop()
-    chunks: asyncio.Queue[bytes] = asyncio.Queue(maxsize=4)
+    chunks: asyncio.Queue[bytes | OSError] = asyncio.Queue(maxsize=4)
 
     def read() -> None:
-        data = b"more"
-        while data:
-            data = os.read(0, RELAY_SIZE)
+        data: bytes | OSError = b"more"
+        while data and not isinstance(data, OSError):
+            try:
+                data = os.read(0, RELAY_SIZE)
+            except OSError as error:
+                data = error
             try:
                 asyncio.run_coroutine_threadsafe(chunks.put(data), loop).result()
             except (RuntimeError, asyncio.CancelledError):
                 return  # the loop is over
 
+    async def next_chunk() -> bytes:
+        data = await chunks.get()
+        if isinstance(data, OSError):
+            raise ResourceError(f"standard input: {data.strerror}")
+        return data
+
     threading.Thread(target=read, name="stdin", daemon=True).start()
-    yield chunks.get
+    yield next_chunk

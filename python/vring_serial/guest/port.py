@@ -86,6 +86,20 @@ class GuestPort:
     def __repr__(self) -> str:
         return f"<GuestPort {self.nr} {self.name!r}>"
 
+    @property
+    def label(self) -> str:
+        """Number and name, for messages."""
+        return f"port {self.nr} ({self.name})" if self.name else f"port {self.nr}"
+
+    @property
+    def undelivered(self) -> bool:
+        """Whether the device has not used all that was written since the port was opened."""
+        if self._transport is not None and self._transport.backlog:
+            return True
+        if self._tx is not None:
+            self._tx.reclaim()
+        return self._tx is not None and self._tx.in_flight > 0
+
     # --- for the guest's programs
 
     async def open(
