@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import socket
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -256,3 +257,13 @@ async def test_nobody_there(tmp_path: Path) -> None:
         await Frontend(str(tmp_path / "dead.sock")).connect()
     with pytest.raises(ResourceError, match="too long"):
         await Frontend("x" * 200).connect()
+
+
+async def test_no_descriptor_left_to_connect_with(scripted) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        with pytest.raises(ResourceError, match="cannot connect to the backend: Too many open"):
+            await Frontend(scripted.path).connect()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

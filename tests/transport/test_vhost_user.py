@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import socket
 import struct
 from collections.abc import Callable
@@ -343,6 +344,24 @@ async def test_connecting_to_a_frontend_that_listens(
                     assert (await loop.sock_recv(sock, 100))[:12] == header(1, 5, 8)
         await backend.stop()
     assert path.exists()
+
+
+async def test_connecting_goes_on_after_a_lack_of_descriptors(
+    path: Path, device: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("vring_serial.transport.door.RETRY_INTERVAL", 0.01)
+    caplog.set_level(logging.INFO)
+    backend = VhostUserBackend(device, str(path), listen=False)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        await backend.start()
+        await asyncio.sleep(0.05)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    await settled(lambda: "no frontend yet: No such file or directory" in caplog.text)
+    await backend.stop()
+    assert caplog.text.count("no frontend yet: Too many open files") == 1
 
 
 async def test_a_frontend_that_reads_no_replies_is_not_read_from(

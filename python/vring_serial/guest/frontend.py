@@ -77,12 +77,14 @@ class Frontend:
 
     async def connect(self) -> None:
         """Raises ResourceError when nothing accepts there."""
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        sock: socket.socket | None = None
         try:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
             async with asyncio.timeout(self._timeout):
                 await asyncio.get_running_loop().sock_connect(sock, self.path)
         except (OSError, TimeoutError) as error:
-            sock.close()
+            if sock is not None:
+                sock.close()
             why = getattr(error, "strerror", None) or str(error) or "nobody accepts"
             raise ResourceError(f"{self.path}: cannot connect to the backend: {why}") from error
         self.attach(sock)

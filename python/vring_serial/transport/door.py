@@ -107,7 +107,11 @@ class Door:
         self._came(sock)
 
     def _connect(self) -> None:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        except OSError as error:
+            self._connect_later(error.strerror or str(error))
+            return
         try:
             # A unix socket connects at once or not at all.
             sock.connect(self._path)
