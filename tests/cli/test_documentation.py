@@ -12,7 +12,7 @@ from vring_serial.config.load import load_topology
 from vring_serial.config.qemu_options import QemuOptions
 
 ROOT = Path(__file__).parents[2]
-PAGES = ["README.md", "docs/configuration.md"]
+PAGES = ["README.md", "docs/configuration.md", "docs/spice.md"]
 
 
 def commands() -> list[str]:
@@ -38,6 +38,7 @@ def test_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given = serve_command.make_context("serve", words).params
     if given["domain"] == "-":
         return  # what the reader's virsh says
-    options = QemuOptions(given["chardevs"], given["ports"], given["consoles"], given["max_ports"])
+    keys = ("chardevs", "ports", "consoles", "max_ports", "spice")
+    options = QemuOptions(*(given[key] for key in keys))
     topology = load_topology(given["domain"], options)
     assert len(topology.controllers) == len(given["sockets"])

@@ -12,7 +12,7 @@ from vring_serial.cli.spice_end import SpiceEnds
 from vring_serial.config import domain_xml
 from vring_serial.config.build import make_controller
 from vring_serial.config.qemu_options import parse
-from vring_serial.errors import DependencyError
+from vring_serial.errors import ConfigError, DependencyError
 from vring_serial.spice import library
 
 DOMAIN = b"""<domain><devices><graphics type='spice' autoport='yes'/>
@@ -69,6 +69,16 @@ async def test_a_domain_is_served_without_it(no_library, capfd):
     assert port.description == "no SPICE server"
     await controller.stop()
     await ends.stop()
+
+
+def test_the_agent_is_either_shared_or_the_servers():
+    text = "port=5930,disable-ticketing=on"
+    topology = parse(["spicevmc,id=a"], ["chardev=a"], spice=text)
+    with pytest.raises(ConfigError, match="give --spice or --agent-socket"):
+        SpiceEnds(topology, agent_shared=True)
+    # A domain's server is not missed by an agent that is shared.
+    domain = DOMAIN.replace(b"spiceport", b"pty")
+    assert "spicevmc" not in SpiceEnds(domain_xml.parse(domain), agent_shared=True).makers
 
 
 async def test_a_domain_without_ports_for_it_needs_no_server(no_library):

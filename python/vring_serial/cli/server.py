@@ -71,7 +71,7 @@ async def _start(topology: Topology, settings: Settings, stack: contextlib.Async
     pump = stack.enter_context(_running_pump(settings.busy_poll))
     agents = AgentEnds(settings.agent_socket)
     stack.push_async_callback(agents.close)
-    spice = SpiceEnds(topology)
+    spice = SpiceEnds(topology, agent_shared=settings.agent_socket is not None)
     stack.push_async_callback(spice.stop)
     await spice.start()
     controllers = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from vring_serial.chardev import Chardev
@@ -28,16 +29,26 @@ class SpiceEnds:
 
     Args:
         topology: what is to be served.
+        agent_shared: the agent belongs to ``--agent-socket``; a server of the domain XML is then
+            left its spiceports.
 
     Raises:
+        ConfigError: an option asks for the server, and the agent is shared.
         DependencyError: an option asks for the server, and the library is not installed.
     """
 
-    def __init__(self, topology: Topology) -> None:
+    def __init__(self, topology: Topology, *, agent_shared: bool = False) -> None:
         self._config = topology.spice
         self._server: SpiceServer | None = None
+        self._agent_shared = agent_shared
+        if self._config is not None and self._config.explicit and agent_shared:
+            raise ConfigError(
+                "the SPICE server has the agent for itself: give --spice or --agent-socket",
+                self._config.where,
+            )
+        kinds = ("spiceport",) if agent_shared else KINDS
         used = any(
-            port.chardev.kind in KINDS
+            port.chardev.kind in kinds
             for controller in topology.controllers
             for port in controller.ports
         )
@@ -62,10 +73,12 @@ class SpiceEnds:
         server = self._server
         if server is None:
             return {"spiceport": _nothing}
-        return {
-            "spicevmc": lambda port: server.agent_chardev(port.chardev.id),
-            "spiceport": lambda port: server.port_chardev(port.chardev.id, _name_of(port)),
+        makers: dict[str, Callable[[PortConfig], Chardev]] = {
+            "spiceport": lambda port: server.port_chardev(port.chardev.id, _name_of(port))
         }
+        if not self._agent_shared:
+            makers["spicevmc"] = lambda port: server.agent_chardev(port.chardev.id)
+        return makers
 
     async def start(self) -> None:
         """Start the server, if there is one. Raises as SpiceServer.start, naming the place."""
