@@ -14,6 +14,14 @@ cdef enum vr_fd_kind:
     FD_OTHER                    # files, /dev/null, eventfds
 
 cdef enum:
+    # what comes after a turn
+    TURN_WAIT = 0               # a kick, or the descriptor
+    TURN_MORE                   # another turn: there is more to do
+    TURN_LATER                  # another turn in SAMPLE_NS
+    # how long chains may gather that come in a stream
+    SAMPLE_NS = 250_000
+
+cdef enum:
     # news for the flow's owner
     NEWS_EOF = 1
     NEWS_ERROR = 2
@@ -68,6 +76,14 @@ cdef struct vr_flow:
     bint listening              # the driver was asked for kicks
     bint call_due               # the driver wants to know of used chains and has not been told
     bint overflowing
+    bint sampling               # outgoing: chains stream in; look for them now and then, unkicked
+    uint32_t found              # outgoing: chains popped since the queue was last empty
+    uint32_t streak             # since they come fast
+    uint32_t unanswered         # samples for which the driver has not been called
+    uint64_t emptied            # ns; when the queue was last empty
+    uint64_t calm_until         # ns; until then, no sampling
+    uint64_t calm_ns            # and how long after the next failure
+    uint32_t samples            # since sampling began
     uint32_t offered            # incoming: most buffers the driver had available at once
     uint64_t room               # bytes to try at once: what the descriptor took lately, and more
     uint64_t skip               # bytes of the first available chain that the descriptor took
@@ -87,8 +103,8 @@ cdef void tables_free(vr_tables* tables) noexcept nogil
 cdef int backlog_init(vr_backlog* backlog, const uint8_t* data, size_t length,
                       size_t capacity) noexcept nogil
 
-# Does a bounded piece of work. 1: there is more to do; 0: wait for a kick or the descriptor.
-cdef bint flow_turn(vr_flow* flow, vr_tables* tables) noexcept nogil
+# Does a bounded piece of work; what comes after it.
+cdef int flow_turn(vr_flow* flow, vr_tables* tables) noexcept nogil
 # After the last turn: leaves nothing in flight, and in `residue` what was accepted from the guest
 # and not written.
 cdef void flow_finish(vr_flow* flow, vr_tables* tables) noexcept nogil

@@ -31,6 +31,17 @@ cdef enum:
     CHAINS = 1024
     # The kernel takes longer over a segment than a copy of so few bytes does.
     SMALL = 512
+    # Sampling begins after so many chains that came in batches, or with less than SAMPLE_NS between
+    # them, and goes on while each sample has so many.
+    STREAK = 16
+    SAMPLE_CHAINS = 3
+    # After it ended it is not tried again for so long (ns), twice as long each time that it had
+    # fewer than so many samples: someone who waits for an answer now and then waits in vain.
+    CALM_NS_MIN = 500_000
+    CALM_NS_MAX = 64_000_000
+    SAMPLES_MIN = 4
+    # Samples after which the driver is called although more chains come.
+    UNANSWERED_MAX = 4
     # Chains of more segments (indirect, over many region borders) break the ring.
     SEGMENTS_MAX = 1 << 17
     # A longer rest of a half-written chain is cut off when the flow ends, and counted as dropped.
@@ -355,6 +366,37 @@ cdef bint wait_for_chains(vr_flow* flow) noexcept nogil:
 
 # --- guest to host
 
+cdef bint samples(vr_flow* flow) noexcept nogil:
+    """The queue is empty: is it worth while to look again soon, instead of being kicked?
+
+    Kicks and calls cost the guest far more than its work on a chain. As long as chains stream in,
+    they are taken unkicked, as many as came in SAMPLE_NS, and one call serves several samples: a
+    driver that goes on is not waiting for it, and one that waits sends no more, which is noticed
+    by the next sample.
+    """
+    cdef uint64_t now = vr_now()
+    cdef uint32_t found = flow.found
+    flow.found = 0
+    if flow.sampling:
+        if found >= SAMPLE_CHAINS:
+            flow.samples += 1
+            return True
+        flow.sampling = False
+        flow.calm_ns = min(2 * flow.calm_ns, <uint64_t>CALM_NS_MAX)
+        if flow.samples >= SAMPLES_MIN:
+            flow.calm_ns = CALM_NS_MIN
+        flow.calm_until = now + flow.calm_ns
+    if found < SAMPLE_CHAINS and now >= flow.emptied + SAMPLE_NS:
+        flow.streak = 0
+    flow.streak += found
+    flow.emptied = now
+    if flow.streak >= STREAK and now >= flow.calm_until:
+        flow.sampling = True
+        flow.calm_ns = max(flow.calm_ns, <uint64_t>CALM_NS_MIN)
+        flow.streak = flow.samples = 0
+    return flow.sampling
+
+
 cdef void settle(vr_flow* flow, const vr_tables* tables, uint32_t n, uint64_t taken) noexcept nogil:
     """Completes the chains within the first `taken` bytes of a batch and gives back the others."""
     cdef uint32_t done = 0
@@ -466,7 +508,7 @@ cdef uint64_t send_batch(vr_flow* flow, vr_tables* tables, uint32_t n) noexcept 
     return done
 
 
-cdef bint turn_out(vr_flow* flow, vr_tables* tables) noexcept nogil:
+cdef int turn_out(vr_flow* flow, vr_tables* tables) noexcept nogil:
     cdef int64_t left = TURN_BYTES
     cdef int n
     if flow.ready:
@@ -477,16 +519,20 @@ cdef bint turn_out(vr_flow* flow, vr_tables* tables) noexcept nogil:
         if flow.backlog.length and flow.ready:
             flush(flow, tables)
         if flow.stopped or (not flow.lossy and (flow.backlog.length or not flow.ready)):
-            return not flow.stopped and flow.ready
+            return TURN_MORE if not flow.stopped and flow.ready else TURN_WAIT
         n = take(flow, tables, CHAINS)
         if n < 0:
-            return False
+            return TURN_WAIT
         if n == 0:
-            return wait_for_chains(flow)
+            # A console's driver does wait, for each chain.
+            if not flow.lossy and not flow.busy_ns and samples(flow):
+                return TURN_LATER
+            return TURN_MORE if wait_for_chains(flow) else TURN_WAIT
+        flow.found += n
         left -= send_batch(flow, tables, n)
         if left <= 0:
             break
-    return not flow.stopped and (flow.lossy or flow.ready)
+    return TURN_MORE if not flow.stopped and (flow.lossy or flow.ready) else TURN_WAIT
 
 
 # --- host to guest
@@ -540,40 +586,44 @@ cdef void check_peer(vr_flow* flow) noexcept nogil:
         flow_stop(flow, NEWS_ERROR, <int>-waiting)
 
 
-cdef bint turn_in(vr_flow* flow, vr_tables* tables) noexcept nogil:
+cdef int turn_in(vr_flow* flow, vr_tables* tables) noexcept nogil:
     cdef int64_t left = TURN_BYTES
     cdef int n
     flow.offered = max(flow.offered, (<VirtQueue>flow.queue).available_c())
     for _ in range(TURN_BATCHES):
         if not flow.ready or flow.stopped:
-            return False
+            return TURN_WAIT
         n = take(flow, tables, CHAINS)
         if n < 0:
-            return False
+            return TURN_WAIT
         if n == 0:
             throttle(flow)
             if flow.hangup:
                 check_peer(flow)
-            return not flow.stopped and wait_for_chains(flow)
+            return TURN_MORE if not flow.stopped and wait_for_chains(flow) else TURN_WAIT
         unthrottle(flow)
         left -= receive_batch(flow, tables, n)
         if left <= 0:
             break
-    return not flow.stopped and flow.ready
+    return TURN_MORE if not flow.stopped and flow.ready else TURN_WAIT
 
 
 # --- the flow as a whole
 
-cdef bint flow_turn(vr_flow* flow, vr_tables* tables) noexcept nogil:
-    cdef bint more
+cdef int flow_turn(vr_flow* flow, vr_tables* tables) noexcept nogil:
+    cdef int after
     if flow.stopped:
-        return False
+        return TURN_WAIT
     if flow.listening:
         flow.listening = False
         (<VirtQueue>flow.queue).disable_notifications_c()
-    more = turn_in(flow, tables) if flow.incoming else turn_out(flow, tables)
-    call_driver(flow)
-    return more
+    after = turn_in(flow, tables) if flow.incoming else turn_out(flow, tables)
+    if after == TURN_LATER and flow.unanswered < UNANSWERED_MAX:
+        flow.unanswered += 1
+    else:
+        flow.unanswered = 0
+        call_driver(flow)
+    return after
 
 
 cdef void keep_residue(vr_flow* flow, const vr_strip* strip, uint64_t total) noexcept nogil:
@@ -603,7 +653,7 @@ cdef void flow_finish(vr_flow* flow, vr_tables* tables) noexcept nogil:
             strip_skip(&strip, skip)
             keep_residue(flow, &strip, total - skip)
             complete(flow, tables, NULL, 1)
-            call_driver(flow)
+    call_driver(flow)
     flow.skip = 0
     # As a queue is when it is new: whoever uses it next need not know of the pump.
     if not flow.broken:

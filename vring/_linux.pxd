@@ -59,8 +59,19 @@ cdef extern from "<poll.h>" nogil:
         short events
         short revents
     enum:
-        POLLOUT
+        POLLIN, POLLOUT
     int poll(pollfd* fds, unsigned long n, int timeout_ms)
+    int ppoll(pollfd* fds, unsigned long n, const timespec* timeout, const void* mask)
+
+cdef extern from "<time.h>" nogil:
+    struct timespec:
+        int64_t tv_sec
+        int64_t tv_nsec
+
+cdef extern from "<sys/prctl.h>" nogil:
+    enum:
+        PR_SET_TIMERSLACK
+    int prctl(int operation, unsigned long argument)
 
 cdef extern from "<sys/epoll.h>" nogil:
     ctypedef union epoll_data_t:

@@ -32,14 +32,20 @@ cdef struct vr_seat:
     vr_flow flow
     vr_user data
     vr_user kick
-    bint running                # in the list of flows that want a turn
-    vr_seat* run_next
-    vr_seat* run_before
+    vr_line* line               # for a turn, or NULL
+    vr_seat* behind
+    vr_seat* ahead
     bint held_back              # its error waits until the other direction has ended
     # under the lock
     uint32_t news               # not yet delivered
     int error
     vr_seat* news_next
+
+cdef struct vr_line:
+    # seats that want a turn, first come first served
+    vr_seat* first
+    vr_seat* last
+    uint32_t count
 
 cdef struct vr_command:
     int operation
@@ -63,9 +69,9 @@ cdef struct vr_reactor:
     # atomic: whether there are commands
     int asked
     # the thread's own
-    vr_seat* run
-    vr_seat* run_last
-    uint32_t run_count
+    vr_line now
+    vr_line later               # those whose turn comes at later_at
+    uint64_t later_at           # ns
     vr_watch** watches          # by descriptor number
     uint32_t watches_size
     vr_tables tables

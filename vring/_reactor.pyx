@@ -13,16 +13,18 @@ from libc.string cimport memset
 
 from vring._core cimport VirtQueue
 from vring._flow cimport (
-    FD_OTHER, FD_PIPE, FD_SOCKET, NEWS_ERROR, flow_finish, flow_turn, tables_free, tables_init
+    FD_OTHER, FD_PIPE, FD_SOCKET, NEWS_ERROR, SAMPLE_NS, TURN_LATER, TURN_MORE, flow_finish,
+    flow_turn, tables_free, tables_init
 )
 from vring._linux cimport (
     EFD_CLOEXEC, EFD_NONBLOCK, ENOMEM, EPERM, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL,
     EPOLL_CTL_MOD, EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP, MSG_DONTWAIT,
-    SIG_SETMASK, close, epoll_create1, epoll_ctl, epoll_event, epoll_wait, errno, eventfd,
-    pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_init, pthread_cond_wait,
-    pthread_create, pthread_join, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
-    pthread_mutex_unlock, pthread_setname_np, pthread_sigmask, read, recv, sigfillset, sigset_t,
-    vr_count, vr_get_flag, vr_now, vr_set_flag, write
+    POLLIN, PR_SET_TIMERSLACK, SIG_SETMASK, close, epoll_create1, epoll_ctl, epoll_event,
+    epoll_wait, errno, eventfd, pollfd, ppoll, prctl, pthread_cond_broadcast,
+    pthread_cond_destroy, pthread_cond_init, pthread_cond_wait, pthread_create, pthread_join,
+    pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
+    pthread_setname_np, pthread_sigmask, read, recv, sigfillset, sigset_t, timespec, vr_count,
+    vr_get_flag, vr_now, vr_set_flag, write
 )
 
 cdef enum:
@@ -122,33 +124,46 @@ cdef int start_watching(
 
 # --- whose turn it is
 
+cdef void leave_line(vr_seat* seat) noexcept nogil:
+    cdef vr_line* line = seat.line
+    if line == NULL:
+        return
+    if seat.ahead != NULL:
+        seat.ahead.behind = seat.behind
+    else:
+        line.first = seat.behind
+    if seat.behind != NULL:
+        seat.behind.ahead = seat.ahead
+    else:
+        line.last = seat.ahead
+    seat.line = NULL
+    line.count -= 1
+
+
+cdef void stand_in_line(vr_line* line, vr_seat* seat) noexcept nogil:
+    if seat.line == line:
+        return
+    leave_line(seat)
+    seat.line = line
+    seat.behind = NULL
+    seat.ahead = line.last
+    if line.last != NULL:
+        line.last.behind = seat
+    else:
+        line.first = seat
+    line.last = seat
+    line.count += 1
+
+
 cdef void want_turn(vr_reactor* reactor, vr_seat* seat) noexcept nogil:
-    if seat.running:
-        return
-    seat.running = True
-    seat.run_next = NULL
-    seat.run_before = reactor.run_last
-    if reactor.run_last != NULL:
-        reactor.run_last.run_next = seat
-    else:
-        reactor.run = seat
-    reactor.run_last = seat
-    reactor.run_count += 1
+    stand_in_line(&reactor.now, seat)
 
 
-cdef void leave_turns(vr_reactor* reactor, vr_seat* seat) noexcept nogil:
-    if not seat.running:
-        return
-    seat.running = False
-    if seat.run_before != NULL:
-        seat.run_before.run_next = seat.run_next
-    else:
-        reactor.run = seat.run_next
-    if seat.run_next != NULL:
-        seat.run_next.run_before = seat.run_before
-    else:
-        reactor.run_last = seat.run_before
-    reactor.run_count -= 1
+cdef void want_turn_later(vr_reactor* reactor, vr_seat* seat) noexcept nogil:
+    """All that wait wake together, the first of them after SAMPLE_NS and the others before."""
+    if reactor.later.count == 0:
+        reactor.later_at = vr_now() + SAMPLE_NS
+    stand_in_line(&reactor.later, seat)
 
 
 # --- news
@@ -256,17 +271,23 @@ cdef void after_turn(vr_reactor* reactor, vr_seat* seat) noexcept nogil:
 
 cdef void run_turns(vr_reactor* reactor) noexcept nogil:
     """One turn for each flow that wants one; after the first, commands come before the others."""
-    cdef uint32_t n = reactor.run_count
+    cdef uint32_t n
     cdef vr_seat* seat
-    cdef bint more
+    cdef int after
+    if reactor.later.count and vr_now() >= reactor.later_at:
+        while reactor.later.first != NULL:
+            want_turn(reactor, reactor.later.first)
+    n = reactor.now.count
     while n:
         n -= 1
-        seat = reactor.run
-        leave_turns(reactor, seat)
-        more = flow_turn(&seat.flow, &reactor.tables)
+        seat = reactor.now.first
+        leave_line(seat)
+        after = flow_turn(&seat.flow, &reactor.tables)
         after_turn(reactor, seat)
-        if more:
+        if after == TURN_MORE:
             want_turn(reactor, seat)
+        elif after == TURN_LATER:
+            want_turn_later(reactor, seat)
         reactor.busy_until = max(reactor.busy_until, seat.flow.poll_until)
         if vr_get_flag(&reactor.asked):
             return
@@ -355,7 +376,7 @@ cdef int attach(vr_reactor* reactor, vr_seat* seat) noexcept nogil:
 
 
 cdef void detach(vr_reactor* reactor, vr_seat* seat) noexcept nogil:
-    leave_turns(reactor, seat)
+    leave_line(seat)
     unwatch(reactor, &seat.kick)
     leave_descriptor(reactor, seat)
     unpost(reactor, seat)
@@ -411,15 +432,32 @@ cdef int reactor_command(vr_reactor* reactor, int operation, vr_seat* seat) noex
 
 # --- the thread
 
+cdef int wait(vr_reactor* reactor, epoll_event* events) noexcept nogil:
+    """Waits until there is something to do; how many events."""
+    cdef bint awake = reactor.now.count != 0
+    cdef uint64_t now
+    cdef timespec left
+    cdef pollfd some
+    if not awake and reactor.busy_ns:
+        awake = vr_now() < reactor.busy_until
+    if not awake and reactor.later.count:
+        now = vr_now()
+        if now < reactor.later_at:
+            left = timespec(tv_sec=0, tv_nsec=reactor.later_at - now)
+            some = pollfd(fd=reactor.epoll_fd, events=POLLIN, revents=0)
+            ppoll(&some, 1, &left, NULL)    # epoll_wait's milliseconds are too long
+        awake = True
+    return epoll_wait(reactor.epoll_fd, events, EVENTS, 0 if awake else -1)
+
+
 cdef void* reactor_main(void* argument) noexcept nogil:
     cdef vr_reactor* reactor = <vr_reactor*>argument
     cdef epoll_event[EVENTS] events
     cdef uint64_t wakes
-    cdef bint awake
     cdef int n, i
+    prctl(PR_SET_TIMERSLACK, 1)     # else every SAMPLE_NS is 50 microseconds longer
     while serve(reactor):
-        awake = reactor.run != NULL or (reactor.busy_ns and vr_now() < reactor.busy_until)
-        n = epoll_wait(reactor.epoll_fd, events, EVENTS, 0 if awake else -1)
+        n = wait(reactor, events)
         for i in range(n):
             if events[i].data.ptr == NULL:
                 read(reactor.wake_fd, &wakes, sizeof(wakes))
