@@ -11,7 +11,7 @@ import time
 import pytest
 
 from vring_serial.chardev.base import ProtocolEnd
-from vring_serial.errors import ConfigError, ResourceError
+from vring_serial.errors import ConfigError, LocalProtocolError, ResourceError
 from vring_serial.spice import SpiceOptions
 from vring_serial.spice.core import CoreInterface, _format_address
 from vring_serial.spice.library import load
@@ -80,10 +80,23 @@ async def test_a_port_that_is_taken():
         port = sock.getsockname()[1]
         with pytest.raises(ResourceError, match="Address already in use"):
             await local(autoport=False, port=port).start()
-        server = local(tls_port=port, x509_dir="/nowhere")
-        with pytest.raises(ResourceError, match="x509-cacert-file /nowhere"):
-            await server.start()
-        await server.stop()
+
+
+async def test_it_runs_once_at_a_time():
+    server = local()
+    await server.start()
+    with pytest.raises(LocalProtocolError, match="runs already"):
+        await server.start()
+    await server.stop()
+
+
+async def test_files_that_are_not_there():
+    server = local(tls_port=1, x509_dir="/nowhere")
+    with pytest.raises(
+        ResourceError, match=r"x509-cacert-file /nowhere/ca-cert\.pem: No such file"
+    ):
+        await server.start()
+    await server.stop()
 
 
 async def test_files_that_hold_no_certificate(tmp_path):
@@ -149,6 +162,12 @@ async def test_timers(core):
     core.struct.timer_remove(ffi.NULL)
     await asyncio.sleep(0.02)
     assert len(fired) == 1
+
+
+async def test_a_mistake_in_a_callback_is_logged(core, caplog):
+    core.struct.timer_cancel(load().ffi.cast("SpiceTimer *", 4711))
+    assert "a callback of the SPICE server failed" in caplog.text
+    assert "KeyError: 4711" in caplog.text
 
 
 async def test_watches(core):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from vring_serial.spice.library import Library
+from vring_serial.spice.library import Library, callback_failed
 
 log = logging.getLogger("vring_serial.spice")
 
@@ -89,7 +89,9 @@ class CoreInterface:
             *("timer_add", "timer_start", "timer_cancel", "timer_remove"),
             *("watch_add", "watch_update_mask", "watch_remove", "channel_event"),
         ):
-            callback = ffi.callback(fields[name].type, getattr(self, f"_{name}"))
+            callback = ffi.callback(
+                fields[name].type, getattr(self, f"_{name}"), onerror=callback_failed
+            )
             self._callbacks.append(callback)
             setattr(struct, name, callback)
         return struct

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from vring_serial.chardev.protocol import ProtocolChardev
 from vring_serial.errors import ResourceError
+from vring_serial.spice.library import callback_failed
 
 if TYPE_CHECKING:
     from vring_serial.spice.server import SpiceServer
@@ -59,7 +60,12 @@ class CharDevice(asyncio.Protocol):
         base.minor_version = 3
         fields = dict(ffi.typeof("SpiceCharDeviceInterface").fields)
         self._callbacks = {
-            field: ffi.callback(fields[field].type, getattr(self, f"_{field}"), error=error)
+            field: ffi.callback(
+                fields[field].type,
+                getattr(self, f"_{field}"),
+                error=error,
+                onerror=callback_failed,
+            )
             for field, error in (("state", None), ("write", 0), ("read", 0))
         }
         for field, callback in self._callbacks.items():

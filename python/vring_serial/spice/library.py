@@ -162,10 +162,15 @@ def load() -> Library:
             "brings it"
         ) from None
     last_warning = [""]
-    handler = ffi.callback("GLogFunc", _LogHandler(ffi, last_warning))
+    handler = ffi.callback("GLogFunc", _LogHandler(ffi, last_warning), onerror=callback_failed)
     levels = sum(level for level, _ in _LEVELS) | _FLAG_RECURSION | _FLAG_FATAL
     glib.g_log_set_handler(b"Spice", levels, handler, ffi.NULL)
     return Library(ffi, lib, (handler, glib), last_warning)
+
+
+def callback_failed(kind: Any, error: Any, trace: Any) -> None:
+    """For ``onerror`` of every callback: a mistake of ours, which C code cannot be told of."""
+    log.error("a callback of the SPICE server failed", exc_info=(kind, error, trace))
 
 
 class _LogHandler:

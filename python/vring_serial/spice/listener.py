@@ -67,36 +67,40 @@ class Listener:
         raise ResourceError(f"SPICE: no TCP port from {first} to {last} is free")
 
     def _bind(self, options: SpiceOptions, port: int) -> None:
-        """Bind every address that the name stands for, or none."""
-        bound: list[socket.socket] = []
-        failed: OSError | None = None
-        try:
-            for family, type_, protocol, _, address in resolve(options, port):
-                try:
-                    bound.append(_listen(family, type_, protocol, address))
-                except OSError as error:
-                    if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
-                        raise
-                    failed = error  # of another family there may be one
-            if not bound and failed is not None:
-                raise failed
-        except OSError as error:
-            for sock in bound:
-                sock.close()
-            kind = _InUseError if error.errno == errno.EADDRINUSE else ResourceError
-            why = os.strerror(error.errno) if error.errno else str(error)
-            raise kind(f"SPICE: cannot listen on {options.addr or '*'}:{port}: {why}") from None
-        for sock in bound:
+        for sock in bind(options, port):
             self._stack.enter_context(sock)
             self.sockets.append(sock)
             self.addresses.append(_address_text(sock))
+
+
+def bind(options: SpiceOptions, port: int) -> list[socket.socket]:
+    """Sockets that listen on every address that the name stands for. Raises ResourceError."""
+    bound: list[socket.socket] = []
+    failed: OSError | None = None
+    try:
+        for family, type_, protocol, _, address in _resolve(options, port):
+            try:
+                bound.append(_listen(family, type_, protocol, address))
+            except OSError as error:
+                if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+                    raise
+                failed = error  # of another family there may be one
+        if not bound and failed is not None:
+            raise failed
+    except OSError as error:
+        for sock in bound:
+            sock.close()
+        kind = _InUseError if error.errno == errno.EADDRINUSE else ResourceError
+        why = os.strerror(error.errno) if error.errno else str(error)
+        raise kind(f"SPICE: cannot listen on {options.addr or '*'}:{port}: {why}") from None
+    return bound
 
 
 class _InUseError(ResourceError):
     """Somebody else has the port."""
 
 
-def resolve(
+def _resolve(
     options: SpiceOptions, port: int
 ) -> list[tuple[socket.AddressFamily, socket.SocketKind, int, str, tuple[object, ...]]]:
     """The addresses to listen on. Raises ResourceError if the name stands for none."""

@@ -10,11 +10,11 @@ import ssl
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from vring_serial.errors import ConfigError, ResourceError
+from vring_serial.errors import ConfigError, LocalProtocolError, ResourceError
 from vring_serial.spice.core import ClientEvent, CoreInterface
 from vring_serial.spice.device import AgentChardev, PortChardev
 from vring_serial.spice.library import load
-from vring_serial.spice.listener import Listener, resolve
+from vring_serial.spice.listener import Listener, bind
 from vring_serial.spice.options import SpiceOptions
 
 if TYPE_CHECKING:
@@ -85,7 +85,10 @@ class SpiceServer:
         Raises:
             ConfigError: the password or a certificate cannot be used.
             ResourceError: an address or a file cannot be had, or the library refuses.
+            LocalProtocolError: it runs already.
         """
+        if self.handle is not None:
+            raise LocalProtocolError("the SPICE server runs already")
         password = self._options.read_password()
         if self._options.tls_port:
             self._check_tls()
@@ -144,6 +147,7 @@ class SpiceServer:
                 channel = ffi.NULL if name == "default" else name.encode()
                 if lib.spice_server_set_channel_security(handle, channel, security) != 0:
                     raise ConfigError(f"the SPICE server has no channel {name}")
+        self.library.last_warning[0] = "the library does not start, and says no reason"
         if lib.spice_server_init(handle, self._core.struct) != 0:
             raise ResourceError(f"SPICE: {self.library.last_warning[0]}")
 
@@ -192,7 +196,8 @@ class SpiceServer:
                 raise ConfigError(
                     f"{options.tls_ciphers!r} names no cipher", "tls-ciphers"
                 ) from None
-        resolve(options, options.tls_port)
+        for sock in bind(options, options.tls_port):
+            sock.close()  # the library binds it, and would not say what is wrong
 
     def _accept(self, listening: socket.socket) -> None:
         try:

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -341,6 +341,13 @@ async def running(
         yield bench
     finally:
         await bench.close()
+
+
+@pytest.fixture(autouse=True)
+def no_callback_failed(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """C code cannot be told of an exception, so the test is."""
+    yield
+    assert "a callback of the SPICE server failed" not in caplog.text
 
 
 @pytest.fixture

@@ -6,12 +6,14 @@ import asyncio
 import base64
 import logging
 import os
+import socket
 import subprocess
 
 import pytest
 
 from vring_serial.device.controller import Controller
 from vring_serial.device.port import Port
+from vring_serial.errors import ConfigError, ResourceError
 from vring_serial.guest import EmbeddedGuest
 from vring_serial.proto.agent import Capability
 from vring_serial.spice import SpiceOptions
@@ -103,6 +105,25 @@ async def test_tls(bench_with, tmp_path, unused_port):
         await client.wait_agent()
         stranger = await bench.connect(**tls)
         await stranger.wait("channel-event", "MainChannel", "error-tls")
+
+
+async def test_certificates_and_ports_that_do_not_do(tmp_path, unused_port):
+    make_certificates(tmp_path)
+    common = {"addr": "127.0.0.1", "disable_ticketing": True, "x509_dir": str(tmp_path)}
+    with socket.create_server(("127.0.0.1", unused_port)):
+        server = SpiceServer(SpiceOptions(tls_port=unused_port, **common))
+        with pytest.raises(ResourceError, match=f"127.0.0.1:{unused_port}: Address already in"):
+            await server.start()
+    for options, message in [
+        ({"tls_ciphers": "NONE-SUCH"}, "'NONE-SUCH' names no cipher"),
+        ({"x509_key_file": str(tmp_path / "ca-cert.pem")}, r"ca-cert\.pem: "),
+    ]:
+        server = SpiceServer(SpiceOptions(tls_port=unused_port, **common, **options))
+        with pytest.raises(ConfigError, match=message):
+            await server.start()
+    server = SpiceServer(SpiceOptions(tls_port=unused_port, **common))
+    await server.start()
+    await server.stop()
 
 
 async def test_plain_clients_are_refused_where_channels_have_to_use_tls(
