@@ -158,8 +158,13 @@ class GuestSide:
             flows = [flow for flow in flows if flow.to_use]
 
     def receive(self, ports: Sequence[int], total: int) -> None:
-        """Receive so many bytes on these ports together, the buffers going back at once."""
+        """Receive so many bytes on these ports together, the buffers going back at once.
+
+        As who waits for many bytes may, it asks to be called when a quarter of a ring is used, or
+        as many buffers as are still to come at least.
+        """
         rings = [self._receiving[nr] for nr in ports]
+        buffer = self._rings[ports[0]][0].size * len(rings)
         while total > 0:
             got = 0
             for ring in rings:
@@ -168,7 +173,8 @@ class GuestSide:
                     got += int(lengths.sum())
                     ring.add(len(lengths))
             total -= got
-            if not got and not sum(ring.driver.enable_notifications() for ring in rings):
+            after = max(1, min(rings[0].size // 4, total // buffer))
+            if not got and not sum(ring.driver.enable_notifications(after) for ring in rings):
                 wait_any(rings)
 
     # --- latency

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import selectors
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from vring_serial.bench.plain import BUFFER, PlainEnd, receive_bytes, send_messages
 
@@ -93,9 +93,10 @@ class PeerSide:
             end.close()
 
 
-def _nonblocking(ends: object, events: int) -> selectors.BaseSelector:
+def _nonblocking(ends: Iterable[socket.socket], events: int) -> selectors.BaseSelector:
+    """A selector of these connections, which block no more."""
     selector = selectors.DefaultSelector()
-    for end in ends:  # type: ignore[attr-defined]
+    for end in ends:
         end.setblocking(False)
         selector.register(end, events)
     return selector
