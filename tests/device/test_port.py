@@ -383,6 +383,18 @@ async def test_no_byte_is_lost_or_doubled_whatever_stops_and_starts(rig, seed):
     await guest.until(lambda: guest.completed(1))
 
 
+async def test_a_device_that_stops_tells_of_bytes_that_nobody_took(rig):
+    controller, guest, _ = await rig(memory=8 << 20)
+    events = []
+    controller.on_event = events.append
+    guest.send(5, bytes(4 << 20), split=65536)  # of one chain the socket takes a part
+    await asyncio.sleep(0.1)
+    await controller.stop()
+    (lost,) = [event for event in events if isinstance(event, ev.OutputDropped)]
+    assert lost.nr == 1
+    assert 0 < lost.count < 4 << 20
+
+
 # --- consoles -------------------------------------------------------------------------------------
 
 

@@ -189,6 +189,7 @@ class Controller:
         self.reset()
         for port in list(self._ports.values()):
             await port.chardev.stop()
+            port.report_residue()
         await asyncio.sleep(0)  # as in remove_port
         if self._own_pump is not None:
             pump, self._own_pump = self._own_pump, None

@@ -110,13 +110,16 @@ class MessageRefused:
 
 @dataclass(frozen=True, slots=True)
 class OutputDropped:
-    """A console's host end did not keep up: ``count`` bytes in all were dropped so far."""
+    """``count`` bytes of the guest in all were dropped so far, for no host end took them.
+
+    A console's, whose host end did not keep up; any port's, when it is removed or the device stops.
+    """
 
     nr: int
     count: int
 
     def __str__(self) -> str:
-        return f"output dropped, {self.count} bytes so far: its host end does not keep up"
+        return f"output dropped, {self.count} bytes so far: its host end did not take them"
 
 
 @dataclass(frozen=True, slots=True)

@@ -143,7 +143,14 @@ class Port:
         if self._transport is not None:
             self._transport.disconnect()
         self._update()
+        self.report_residue()
         self._owner = None
+
+    def report_residue(self) -> None:
+        """The device stops: say so if the guest's last bytes found no host end to take them."""
+        self._stop_residue_writer()
+        if self._residue:
+            self._dropped(len(self._residue))
 
     def set_guest(self, state: PortState, *, single: bool = False) -> None:
         """The guest's side changed."""
