@@ -346,6 +346,20 @@ async def test_connecting_to_a_frontend_that_listens(
     assert path.exists()
 
 
+async def test_frontends_that_come_and_go_do_not_fill_the_log(
+    backend: VhostUserBackend, connect: Callable[[], Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    gone = []
+    backend.on_frontend = gone.append
+    for number in range(1, 101):
+        frontend = connect()
+        frontend.sock.send(header(99, 1, 0))
+        await settled(lambda n=number: gone.count("gone") == n)
+        frontend.close()
+    assert len(caplog.records) < 70
+
+
 async def test_connecting_goes_on_after_a_lack_of_descriptors(
     path: Path, device: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 
 class RateLimitedLog:
@@ -32,7 +32,13 @@ class RateLimitedLog:
         """Log at level WARNING, or count."""
         self.log(logging.WARNING, message, *args)
 
-    def log(self, level: int, message: str, *args: object) -> None:
+    def log(
+        self,
+        level: int,
+        message: str,
+        *args: object,
+        extra: Mapping[str, object] | None = None,
+    ) -> None:
         """Log, or count."""
         now = self._clock()
         if now - self._since >= self._seconds:
@@ -42,4 +48,4 @@ class RateLimitedLog:
             self._count = 0
         self._count += 1
         if self._count <= self._burst:
-            self._log.log(level, message, *args)
+            self._log.log(level, message, *args, extra=extra)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from vring_serial import unix_fds
+from vring_serial.device.ratelimit import RateLimitedLog
 from vring_serial.errors import ProtocolError
 from vring_serial.proto.vhost_user import (
     U64,
@@ -47,6 +48,7 @@ class BackendChannel:
         # A dict for its order: what is asked twice before it could be sent is sent once.
         self._waiting: dict[tuple[BackendRequest, Payload], None] = {}
         self._unacknowledged = False
+        self._refused = RateLimitedLog(log)
         self._rest = b""
         self._sock = _stream_socket(fd)
         self._loop.add_reader(self._sock, self._readable)
@@ -120,7 +122,9 @@ class BackendChannel:
             raise ProtocolError(f"reply to {name}, which was not asked")
         self._unacknowledged = False
         if status:
-            log.warning("%s: the frontend refused %s: status %d", self._name, name, status)
+            self._refused.warning(
+                "%s: the frontend refused %s: status %d", self._name, name, status
+            )
 
     def _fail(self, why: str) -> None:
         log.info("%s: backend channel: %s", self._name, why)

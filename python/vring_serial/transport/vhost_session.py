@@ -40,8 +40,6 @@ from vring_serial.transport.event_fds import check_event_descriptor
 from vring_serial.transport.vhost_channel import BackendChannel, CallRelay
 from vring_serial.transport.vhost_vring import Vring
 
-log = logging.getLogger(__name__)
-
 #: Regions that a frontend may map in all (ADD_MEM_REG).
 MAX_MEM_SLOTS = 64
 #: Seconds between two looks at a queue whose frontend does not kick.
@@ -69,6 +67,7 @@ class Session:
             the frontend may come back and go on.
         offered: protocol features.
         name: for log lines.
+        said: what is logged of this session goes there.
         ended: called once, when the frontend has gone or was sent away; not by :meth:`close`.
     """
 
@@ -79,6 +78,7 @@ class Session:
         *,
         offered: ProtocolFeature,
         name: str,
+        said: RateLimitedLog,
         ended: Callable[[], None],
     ) -> None:
         self._loop = asyncio.get_running_loop()
@@ -87,7 +87,7 @@ class Session:
         self._name = name
         self._ended = ended
         self._parser = MessageParser(Request)
-        self._refused = RateLimitedLog(log)
+        self._said = said
         self._closed = False
         self._paused = False
         self._protocol_features = ProtocolFeature(0)
@@ -111,7 +111,7 @@ class Session:
 
     def ring_broken(self, error: RingError) -> None:
         """The driver broke a ring; the device has set NEEDS_RESET."""
-        log.warning("%s: the guest's driver broke %s", self._name, error)
+        self._said.warning("%s: the guest's driver broke %s", self._name, error)
         for vring in self._vrings:
             if repr(vring) == error.queue and not vring.report_error():
                 self._tell_error_inband(vring)
@@ -138,11 +138,12 @@ class Session:
 
     def _lost(self, error: OSError | None) -> None:
         if error is not None:
-            log.info("%s: connection lost: %s", self._name, error.strerror or error)
+            why = error.strerror or error
+            self._said.log(logging.INFO, "%s: connection lost: %s", self._name, why)
         self._end()
 
     def _send_away(self, why: str) -> None:
-        log.warning("%s: %s; connection closed", self._name, why)
+        self._said.warning("%s: %s; connection closed", self._name, why)
         self._end()
 
     def _end(self) -> None:
@@ -198,7 +199,7 @@ class Session:
             refusal = U64(1)
         else:
             raise error
-        self._refused.warning("%s: refused %s", self._name, error)
+        self._said.warning("%s: refused %s", self._name, error)
         self._connection.send(reply(message.kind, refusal))
 
     def _wants_acknowledgement(self, message: Message) -> bool:
@@ -285,7 +286,8 @@ class Session:
         if ProtocolFeature.INBAND_NOTIFICATIONS in wanted and _INBAND_NEEDS not in wanted:
             raise FatalError("INBAND_NOTIFICATIONS needs BACKEND_REQ and REPLY_ACK")
         self._protocol_features = wanted
-        log.info("%s: protocol features %s", self._name, wanted.name or "none")
+        names = wanted.name or "none"
+        self._said.log(logging.INFO, "%s: protocol features %s", self._name, names)
 
     def _get_queue_num(self, _: Empty, fds: list[int]) -> U64:
         return U64(len(self._vrings))

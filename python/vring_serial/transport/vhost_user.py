@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from vring.errors import RingError
 from vring_serial.device.base import VirtioDevice
+from vring_serial.device.ratelimit import RateLimitedLog
 from vring_serial.errors import ConfigError, LocalProtocolError
 from vring_serial.proto.vhost_user import ProtocolFeature
 from vring_serial.transport.door import Door
@@ -72,6 +73,8 @@ class VhostUserBackend:
             self._offered |= ProtocolFeature.INBAND_NOTIFICATIONS
         self._door = Door(path, name=self._name, peer="frontend", listen=listen, came=self._serve)
         self._session: Session | None = None
+        # One for all sessions: a frontend can come as often as it likes.
+        self._said = RateLimitedLog(log, burst=60, seconds=20)
         self._started = False
 
     async def start(self) -> None:
@@ -102,7 +105,12 @@ class VhostUserBackend:
 
     def _serve(self, sock: socket.socket) -> None:
         self._session = Session(
-            sock, self._device, offered=self._offered, name=self._name, ended=self._ended
+            sock,
+            self._device,
+            offered=self._offered,
+            name=self._name,
+            said=self._said,
+            ended=self._ended,
         )
         self._tell("connected")
 
@@ -113,7 +121,8 @@ class VhostUserBackend:
 
     def _tell(self, what: str) -> None:
         fields = {"socket": self._path, "state": what}
-        log.info("%s: frontend %s", self._name, what, extra={"event": "frontend", "fields": fields})
+        extra = {"event": "frontend", "fields": fields}
+        self._said.log(logging.INFO, "%s: frontend %s", self._name, what, extra=extra)
         if self.on_frontend is not None:
             self.on_frontend(what)
 

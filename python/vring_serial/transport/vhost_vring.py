@@ -71,9 +71,10 @@ class Vring:
 
     def set_kick(self, fd: int, *, polled: bool = False) -> None:
         """Take ``fd`` over, or with -1 make one of our own; start the ring. It must not run."""
+        new = make_eventfd() if fd < 0 else fd
         close_all([self._kick_fd])
         self._kick_ours = fd < 0
-        self._kick_fd = make_eventfd() if fd < 0 else fd
+        self._kick_fd = new
         self.polled = polled
         self.started = True
 
