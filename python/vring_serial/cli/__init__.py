@@ -98,7 +98,7 @@ def _have_standard_descriptors() -> None:
         fd = os.open(os.devnull, os.O_RDWR)
     os.close(fd)
     if sys.stdin is None:
-        sys.stdin = open(0, closefd=False)
+        sys.stdin = open(0, closefd=False)  # noqa: SIM115 - for the rest of the process
 
 
 def _command_position(arguments: Sequence[str]) -> int:

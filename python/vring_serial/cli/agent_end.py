@@ -68,12 +68,11 @@ class AgentEnds:
         while True:
             try:
                 client, _ = await loop.sock_accept(listener.socket)
+                await loop.connect_accepted_socket(router.client_factory, client)
             except OSError as error:
                 # Too many open files, most likely: those who wait are served when one has left.
                 log.warning("--agent-socket %s: %s", self._path, error.strerror)
                 await asyncio.sleep(ACCEPT_PAUSE)
-                continue
-            await loop.connect_accepted_socket(router.client_factory, client)
 
     async def close(self) -> None:
         """Close all, and remove the socket."""
