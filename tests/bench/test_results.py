@@ -13,7 +13,7 @@ from vring_serial.errors import ConfigError, ResourceError
 
 
 def result(*samples: float, unit: str = "GB/s", what: str = "guest to host") -> Result:
-    return Result("transfer", what, "split", 1, 64, unit, samples, {"device CPU s/GiB": 0.5})
+    return Result("transfer", what, "split", 1, 64, unit, samples, {"CPU s/GiB": 0.5})
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
@@ -25,7 +25,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert loaded.results[0].key == ("transfer", "guest to host", "split", 1, 64)
     assert loaded.results[0].samples == [1.0, 3.0, 2.0]
     assert loaded.results[0].median == 2.0
-    assert loaded.results[0].notes == {"device CPU s/GiB": 0.5}
+    assert loaded.results[0].notes == {"CPU s/GiB": 0.5}
 
 
 def test_percentiles() -> None:

@@ -79,9 +79,9 @@ class _Samples:
 
     def result(self, what: str, ports: int, size: int, beside: float) -> Result:
         result = Result("transfer", what, RING, ports, size, "GB/s", self.speeds[1:])
-        result.notes["million messages/s"] = result.median * 1e3 / size
-        result.notes["device CPU s/GiB"] = statistics.median(self.cpu[1:])
-        result.notes["of a plain socket"] = result.median / beside
+        result.notes["M/s"] = result.median * 1e3 / size
+        result.notes["CPU s/GiB"] = statistics.median(self.cpu[1:])
+        result.notes["of plain"] = result.median / beside
         return result
 
 

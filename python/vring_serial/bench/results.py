@@ -36,7 +36,7 @@ class Result:
         size: bytes of a message.
         unit: of the samples: ``GB/s``, ``us`` or ``ns``.
         samples: in the order they were taken.
-        notes: further numbers by name, as ``device CPU s/GiB``.
+        notes: further numbers by name, as ``CPU s/GiB``.
     """
 
     group: str

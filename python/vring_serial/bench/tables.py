@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from rich import box
 from rich.table import Table
 
 from vring_serial.bench.results import Report, Result
@@ -32,15 +33,19 @@ def tables(report: Report) -> Iterator[Table]:
             yield _median_table(group, results)
 
 
+def _table(title: str, words: Sequence[str], numbers: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+    for column in words:
+        table.add_column(column, no_wrap=True)
+    for column in numbers:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
 def _median_table(group: str, results: Sequence[Result]) -> Table:
-    table = Table(title=group, title_justify="left")
-    for column in ("", "ring"):
-        table.add_column(column)
-    for column in ("ports", "message", results[0].unit, "range"):
-        table.add_column(column, justify="right")
-    names = list(dict.fromkeys(name for result in results for name in result.notes))
-    for name in names:
-        table.add_column(name, justify="right")
+    notes = list(dict.fromkeys(name for result in results for name in result.notes))
+    numbers = ["ports", "message", results[0].unit, "range", *notes]
+    table = _table(group, ["", "ring"], numbers)
     for result in results:
         table.add_row(
             result.what,
@@ -48,19 +53,16 @@ def _median_table(group: str, results: Sequence[Result]) -> Table:
             str(result.ports),
             size_name(result.size),
             f"{result.median:.3g}",
-            f"{min(result.samples):.3g} - {max(result.samples):.3g}",
-            *(f"{result.notes[name]:.3g}" if name in result.notes else "" for name in names),
+            f"{min(result.samples):.2g}-{max(result.samples):.2g}",
+            *(f"{result.notes[name]:.2f}" if name in result.notes else "" for name in notes),
         )
     return table
 
 
 def _latency_table(results: Sequence[Result]) -> Table:
-    table = Table(title="latency of 64 bytes, round trip in us", title_justify="left")
-    for column in ("", "ring"):
-        table.add_column(column)
     percentiles = (50, 90, 99, 99.9)
-    for column in ("least", *(f"{percent}%" for percent in percentiles), "of eventfd"):
-        table.add_column(column, justify="right")
+    numbers = ["least", *(f"{percent}%" for percent in percentiles), "of eventfd"]
+    table = _table("latency of 64 bytes, round trip in us", ["", "ring"], numbers)
     for result in results:
         beside = result.notes.get("of eventfd")
         table.add_row(
@@ -75,11 +77,8 @@ def _latency_table(results: Sequence[Result]) -> Table:
 
 def comparison(before: Report, after: Report) -> tuple[Table, int]:
     """What both reports have, side by side, and how much of it there is."""
-    table = Table(title="medians", title_justify="left")
-    for column in ("", "", "ring"):
-        table.add_column(column)
-    for column in ("ports", "message", "A", "B", "unit", "B is"):
-        table.add_column(column, justify="right")
+    numbers = ["ports", "message", "A", "B", "unit", "B is"]
+    table = _table("medians", ["", "", "ring"], numbers)
     old = {result.key: result for result in before.results}
     count = 0
     for result in after.results:
