@@ -18,6 +18,9 @@ from click.testing import CliRunner
 
 from vring_serial.cli import vring
 from vring_serial.guest.guest import EmbeddedGuest
+from vring_serial.proto import vfio_user
+from vring_serial.proto.vfio_user_version import Version
+from vring_serial.proto.vfio_user_wire import RegionIndex, RegionRead
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TIMEOUT = 20.0
@@ -95,7 +98,7 @@ def serve(tmp_path: Path) -> Serve:
 
     @contextlib.asynccontextmanager
     async def run(*arguments: str, ready: str = "serving;") -> AsyncIterator[Server]:
-        if "--vhost-user" not in arguments:
+        if not {"--vhost-user", "--vfio-user"} & set(arguments):
             arguments = ("--vhost-user", "v", *arguments)
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "vring_serial", "serve", *arguments),
@@ -352,6 +355,21 @@ async def test_waiting_for_a_client(serve: Serve, tmp_path: Path) -> None:
     async with serve(*arguments, ready="waiting for a client") as server:
         assert await server.stop() == 0  # also while it waits
     assert os.listdir(tmp_path) == []
+
+
+async def test_a_pci_function_over_vfio_user(serve: Serve, tmp_path: Path) -> None:
+    async with serve("--vfio-user", "v", "--transitional", *NULL_PORT) as server:
+        reader, writer = await asyncio.open_unix_connection(tmp_path / "v")
+        identifiers = RegionRead(0, RegionIndex.CONFIG, 4)
+        writer.write(vfio_user.request(vfio_user.Command.VERSION, 1, Version()))
+        writer.write(vfio_user.request(vfio_user.Command.REGION_READ, 2, identifiers))
+        async with asyncio.timeout(10):
+            answers = await reader.readexactly(16 + 4 + 16 + 16 + 4)
+        assert answers[-4:] == bytes.fromhex("f41a0310")
+        assert await server.stop() == 0
+        assert not (tmp_path / "v").exists()
+        writer.close()
+        await writer.wait_closed()
 
 
 # --- what cannot be served

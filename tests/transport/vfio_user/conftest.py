@@ -175,7 +175,7 @@ class Client:
             answer = DmaAccess(asked.address, asked.count)
         return reply(message.command, message.message_id, answer)
 
-    def serve_dma(self, seconds: float = 0.02) -> None:
+    def serve_dma(self, seconds: float = 0.005) -> None:
         """Answer what the server asks, for so long."""
         self.sock.settimeout(seconds)
         with suppress(TimeoutError):
@@ -307,7 +307,7 @@ class Client:
 
     def wait_irq_serving(self, vector: int) -> None:
         """As :meth:`wait_irq`, while the server asks for memory."""
-        for _ in range(250):
+        for _ in range(1000):
             if self.irq_count(vector):
                 return
             self.serve_dma()
