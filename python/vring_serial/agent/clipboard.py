@@ -334,6 +334,20 @@ class ClipboardChannel:
 
     # --- messages from the other end
 
+    def took(
+        self, message: ClipboardGrab | ClipboardRelease | ClipboardRequest | Clipboard
+    ) -> None:
+        """Any whole message about a clipboard arrived."""
+        match message:
+            case ClipboardGrab():
+                self.took_grab(message)
+            case ClipboardRelease():
+                self.took_release(message)
+            case ClipboardRequest():
+                self.took_request(message)
+            case Clipboard():
+                self.took_data(message)
+
     def took_grab(self, message: ClipboardGrab) -> None:
         """A GRAB arrived; it is discarded if its serial says that ours is newer."""
         assert self._link is not None

@@ -435,14 +435,8 @@ class HostAgent:
             return
         if isinstance(message, AnnounceCapabilities):
             self._took_capabilities(link, message)
-        elif isinstance(message, ClipboardGrab):
-            self._clipboard.took_grab(message)
-        elif isinstance(message, ClipboardRelease):
-            self._clipboard.took_release(message)
-        elif isinstance(message, ClipboardRequest):
-            self._clipboard.took_request(message)
-        elif isinstance(message, Clipboard):
-            self._clipboard.took_data(message)
+        elif isinstance(message, ClipboardGrab | ClipboardRelease | ClipboardRequest | Clipboard):
+            self._clipboard.took(message)
         elif isinstance(message, FileXferStatus):
             self._took_status(message)
         elif isinstance(message, FileXferStart):

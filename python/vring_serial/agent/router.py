@@ -303,14 +303,8 @@ class AgentRouter:
         match message:
             case AnnounceCapabilities():
                 self._took_capabilities(link, message)
-            case ClipboardGrab():
-                self.clipboard.took_grab(message)
-            case ClipboardRelease():
-                self.clipboard.took_release(message)
-            case ClipboardRequest():
-                self.clipboard.took_request(message)
-            case Clipboard():
-                self.clipboard.took_data(message)
+            case ClipboardGrab() | ClipboardRelease() | ClipboardRequest() | Clipboard():
+                self.clipboard.took(message)
             case FileXferStatus():
                 self._took_status(message)
             case Reply() if message.to in self._replies:
@@ -421,14 +415,8 @@ class RouterClient:
         match message:
             case AnnounceCapabilities():
                 self._took_capabilities(message)
-            case ClipboardGrab():
-                self.clipboard.took_grab(message)
-            case ClipboardRelease():
-                self.clipboard.took_release(message)
-            case ClipboardRequest():
-                self.clipboard.took_request(message)
-            case Clipboard():
-                self.clipboard.took_data(message)
+            case ClipboardGrab() | ClipboardRelease() | ClipboardRequest() | Clipboard():
+                self.clipboard.took(message)
             case MaxClipboard():
                 self.clipboard.remote_most = max(message.max, ANY_SIZE)
             case _:

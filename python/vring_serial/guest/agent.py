@@ -260,14 +260,8 @@ class GuestAgent:
                 self._took_capabilities(link, message)
             case MonitorsConfig():
                 self._took_monitors(link, ChunkPort(port), message)
-            case ClipboardGrab():
-                self._clipboard.took_grab(message)
-            case ClipboardRelease():
-                self._clipboard.took_release(message)
-            case ClipboardRequest():
-                self._clipboard.took_request(message)
-            case Clipboard():
-                self._clipboard.took_data(message)
+            case ClipboardGrab() | ClipboardRelease() | ClipboardRequest() | Clipboard():
+                self._clipboard.took(message)
             case MaxClipboard():
                 self._clipboard.remote_most = max(message.max, ANY_SIZE)
             case FileXferStart():
