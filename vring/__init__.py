@@ -32,6 +32,7 @@ from vring.errors import (
     RingError,
     VringError,
 )
+from vring.notification import NotificationData
 
 __all__ = [
     "SplitQueue",
@@ -45,6 +46,7 @@ __all__ = [
     "GuestMemory",
     "Region",
     "need_event",
+    "NotificationData",
     "Pump",
     "Flow",
     "FlowEvent",

@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vring import GuestMemory, LocalMisuseError, PackedQueue, Region, SplitQueue, VirtQueue
+from vring import (
+    GuestMemory,
+    LocalMisuseError,
+    NotificationData,
+    PackedQueue,
+    Region,
+    SplitQueue,
+    VirtQueue,
+)
 
 sys.path.insert(0, str(Path(__file__).parent))
 from ring_bench import BASE, DATA, Ring
@@ -346,8 +354,23 @@ def test_virt_queue_is_abstract() -> None:
         VirtQueue()
 
 
-def test_notification_data() -> None:
-    """2.9: queue number in bits 0 to 15; split: the index, packed: offset and wrap counter."""
+@PACKED
+def test_notification_data(packed: bool) -> None:
+    """2.9: what the driver puts into a kick is what the device reads out of it, around the wrap."""
+    ring = Ring(size=3 if packed else 4, packed=packed, index=0 if packed else 65533)
+    for queue in (0, 5, 0xFFFF):
+        for _ in range(2):
+            ring.chain(1)
+            data = NotificationData.unpack(ring.driver.notification_data(queue))
+            assert data.queue == queue
+            assert data.avail_index == ring.driver.avail_index
+            ring.queue.push(ring.queue.pop())
+            assert data.avail_index == ring.queue.avail_index
+            ring.driver.get_used()
+
+
+def test_notification_data_by_its_bits() -> None:
+    """Split: the available index; packed: offset and wrap counter, both above the queue's index."""
     split, packed = Ring(index=65535), Ring(size=3, packed=True)
     for _ in range(2):
         split.chain(1)
@@ -356,3 +379,8 @@ def test_notification_data() -> None:
         packed.chain(1)
     assert packed.driver.notification_data(7) == 7, "offset 0, wrap counter 0"
     assert Ring(packed=True).driver.notification_data(0xFFFF) == 0x8000_FFFF
+    assert NotificationData.unpack(0x8003_0007) == (7, 3, True)
+    assert NotificationData.unpack(0x7FFF_FFFF) == (0xFFFF, 0x7FFF, False)
+    for value in (-1, 1 << 32):
+        with pytest.raises(LocalMisuseError, match="32 bits"):
+            NotificationData.unpack(value)
