@@ -165,11 +165,13 @@ async def test_open_ends_with_the_host(served: Path, commands: type[Command]) ->
 
 
 async def test_open_tells_of_what_the_host_did_not_take(
-    served: Path, commands: type[Command]
+    commands: type[Command], tmp_path: Path
 ) -> None:
-    reader, writer = await connect(served / "one")  # which reads nothing
+    server = await commands.start(*serve_arguments(tmp_path))
+    await server.log_line("waiting for a frontend")
+    reader, writer = await connect(tmp_path / "two")  # which reads nothing
     guest = await commands.start(
-        *("guest", "--vhost-user", f"{served}/vu", "--open", "one"), stdin=asyncio.subprocess.PIPE
+        *("guest", "--vhost-user", f"{tmp_path}/vu", "--open", "two"), stdin=asyncio.subprocess.PIPE
     )
     assert guest.process.stdin is not None
     guest.process.stdin.write(bytes(8 << 20))
@@ -177,7 +179,7 @@ async def test_open_tells_of_what_the_host_did_not_take(
     writer.close()
     status, _ = await guest.end()
     assert status == 1
-    assert "port 1 (one): the host end closed before it took all that was sent to it" in guest.err
+    assert "port 2 (two): the host end closed before it took all that was sent to it" in guest.err
 
 
 async def test_open_with_the_standard_input_closed_or_unreadable(
