@@ -36,6 +36,7 @@ VFIO_BUSY_POLL = 100
     multiple=True,
     help="The same for vfio-user: a whole PCI function, for QEMU's vfio-user-pci.",
 )
+@click.option("--packed", is_flag=True, help="Offer packed rings.")
 @click.option(
     "--transitional",
     is_flag=True,
@@ -111,6 +112,7 @@ VFIO_BUSY_POLL = 100
 def serve_command(
     sockets: tuple[str, ...],
     vfio_sockets: tuple[str, ...],
+    packed: bool,
     transitional: bool,
     connect: bool,
     domain: str | None,
@@ -166,6 +168,7 @@ def serve_command(
         agent_socket,
         vfio_user=bool(vfio_sockets),
         transitional=transitional,
+        packed=packed,
     )
     asyncio.run(serve(topology, settings))
 

@@ -37,6 +37,7 @@ class Settings:
         agent_socket: where clients of the spicevmc port's agent connect, or None.
         vfio_user: speak vfio-user on the sockets, not vhost-user.
         transitional: be there for drivers of before virtio 1.0 too (vfio-user).
+        packed: offer packed rings.
     """
 
     sockets: tuple[str, ...]
@@ -47,6 +48,7 @@ class Settings:
     agent_socket: str | None = None
     vfio_user: bool = False
     transitional: bool = False
+    packed: bool = False
 
 
 async def serve(topology: Topology, settings: Settings) -> None:
@@ -107,12 +109,15 @@ def _make_backend(
 ) -> VhostUserBackend | VfioUserServer:
     try:
         if settings.vfio_user:
-            return VfioUserServer(controller, socket, transitional=settings.transitional)
+            return VfioUserServer(
+                controller, socket, transitional=settings.transitional, packed=settings.packed
+            )
         return VhostUserBackend(
             controller,
             socket,
             listen=not settings.connect,
             inband_notifications=settings.inband_notifications,
+            packed=settings.packed,
         )
     except ConfigError as error:
         option = "--vfio-user" if settings.vfio_user else "--vhost-user"

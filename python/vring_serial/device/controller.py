@@ -14,7 +14,7 @@ from vring_serial.device.events import DeviceEvent, Side
 from vring_serial.device.port import Port
 from vring_serial.device.ratelimit import RateLimitedLog
 from vring_serial.device.served import Discarder
-from vring_serial.device.virtqueue import RunningQueue
+from vring_serial.device.virtqueue import RunningQueue, is_fresh
 from vring_serial.errors import LocalProtocolError, ProtocolError
 from vring_serial.proto import control as ctl
 from vring_serial.proto.console import (
@@ -262,7 +262,8 @@ class Controller:
             raise LocalProtocolError(f"{self.name}: there is no queue {index}")
         if index in self._queues:
             raise LocalProtocolError(f"{self.name}: queue {index} runs already")
-        if queue.queue.avail_index == 0 and self._stopped_at.get(index, 0) != 0:
+        position = queue.queue.avail_index
+        if is_fresh(queue.queue) and self._stopped_at.get(index, position) != position:
             self._start_anew()
         self._queues[index] = queue
         try:

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from vring import GuestMemory, PackedQueue, SplitQueue, VirtQueue
 from vring_serial.proto.console import Feature
 
+#: ``avail_index`` of a packed ring that is fresh: the wrap counter stands at 1.
+FRESH_PACKED_INDEX = 0x8000
+
 _ONE = (1).to_bytes(8, sys.byteorder)
 
 
@@ -45,9 +48,14 @@ def make_queue(
         event_idx=bool(features & Feature.EVENT_IDX),
         indirect=bool(features & Feature.INDIRECT_DESC),
         in_order=bool(features & Feature.IN_ORDER),
-        index=(0x8000 if packed else 0) if index is None else index,
+        index=(FRESH_PACKED_INDEX if packed else 0) if index is None else index,
         name=name,
     )
+
+
+def is_fresh(queue: VirtQueue) -> bool:
+    """Whether the ring stands where it does before its first buffer."""
+    return queue.avail_index == (FRESH_PACKED_INDEX if isinstance(queue, PackedQueue) else 0)
 
 
 def notify(fd: int) -> None:

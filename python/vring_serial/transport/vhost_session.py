@@ -14,7 +14,7 @@ from vring_serial import unix_fds
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.ratelimit import RateLimitedLog
 from vring_serial.errors import ProtocolError
-from vring_serial.proto.console import Status
+from vring_serial.proto.console import Feature, Status
 from vring_serial.proto.vhost_user import (
     F_PROTOCOL_FEATURES,
     MAX_FDS,
@@ -66,6 +66,7 @@ class Session:
         device: what is served. Its queues are stopped when the session ends; all else it keeps, for
             the frontend may come back and go on.
         offered: protocol features.
+        packed: offer packed rings.
         name: for log lines.
         said: what is logged of this session goes there.
         ended: called once, when the frontend has gone or was sent away; not by :meth:`close`.
@@ -77,6 +78,7 @@ class Session:
         device: VirtioDevice,
         *,
         offered: ProtocolFeature,
+        packed: bool,
         name: str,
         said: RateLimitedLog,
         ended: Callable[[], None],
@@ -91,6 +93,9 @@ class Session:
         self._closed = False
         self._paused = False
         self._protocol_features = ProtocolFeature(0)
+        self._features_offered = int(device.device_features)
+        if packed:
+            self._features_offered |= Feature.RING_PACKED
         self._features = 0
         self._memory = GuestMemory()
         self._vrings = [Vring(index, device) for index in range(device.num_queues)]
@@ -249,14 +254,14 @@ class Session:
         return
 
     def _get_features(self, _: Empty, fds: list[int]) -> U64:
-        return U64(self._device.device_features | _PROTOCOL_FEATURES_BIT)
+        return U64(self._features_offered | _PROTOCOL_FEATURES_BIT)
 
     def _set_features(self, features: U64, fds: list[int]) -> None:
         bits = features.value & ~_PROTOCOL_FEATURES_BIT
         running = next((vring for vring in self._vrings if vring.running), None)
         if running is None:
             self._forget_broken_driver()
-            self._device.set_driver_features(bits)
+            self._accept_features(bits)
             if not self._has(ProtocolFeature.STATUS):
                 self._device.set_status(Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK)
         elif bits != self._features & ~_PROTOCOL_FEATURES_BIT:
@@ -268,6 +273,13 @@ class Session:
                     vring.enabled = True
         self._features = features.value
         self._run_all()
+
+    def _accept_features(self, bits: int) -> None:
+        """Raises ProtocolError on what was not offered."""
+        packed = bool(bits & self._features_offered & Feature.RING_PACKED)
+        self._device.set_driver_features(bits & ~Feature.RING_PACKED if packed else bits)
+        for vring in self._vrings:
+            vring.packed = packed
 
     @property
     def _rings_start_disabled(self) -> bool:
@@ -377,7 +389,7 @@ class Session:
     def _get_vring_base(self, state: VringState, fds: list[int]) -> VringState:
         vring = self._vring(state.index)
         vring.end()
-        return VringState(vring.index, vring.base)
+        return VringState(vring.index, vring.get_base())
 
     def _set_vring_addr(self, address: VringAddress, fds: list[int]) -> None:
         vring = self._vring(address.index)

@@ -44,6 +44,7 @@ class VhostUserBackend:
             trying again until it does, and again when it has gone.
         inband_notifications: offer kicks and calls as messages. Frontends that take this
             (User-Mode Linux does) lose much speed; it is meant for simulations.
+        packed: offer packed rings.
 
     Attributes:
         on_frontend: called with "connected" and "gone".
@@ -59,6 +60,7 @@ class VhostUserBackend:
         *,
         listen: bool = True,
         inband_notifications: bool = False,
+        packed: bool = False,
     ) -> None:
         if controller.num_queues > MAX_QUEUES:
             raise ConfigError(
@@ -69,6 +71,7 @@ class VhostUserBackend:
         self._path = path
         self._name = f"vhost-user {path}"
         self._offered = PROTOCOL_FEATURES
+        self._packed = packed
         if inband_notifications:
             self._offered |= ProtocolFeature.INBAND_NOTIFICATIONS
         self._door = Door(path, name=self._name, peer="frontend", listen=listen, came=self._serve)
@@ -108,6 +111,7 @@ class VhostUserBackend:
             sock,
             self._device,
             offered=self._offered,
+            packed=self._packed,
             name=self._name,
             said=self._said,
             ended=self._ended,

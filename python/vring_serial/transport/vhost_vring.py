@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 
-from vring import GuestMemory, SplitDriver, SplitQueue
+from vring import GuestMemory, PackedDriver, SplitDriver
 from vring.errors import AddressError
 from vring_serial.device.base import VirtioDevice
-from vring_serial.device.virtqueue import RunningQueue, notify
+from vring_serial.device.virtqueue import FRESH_PACKED_INDEX, RunningQueue, make_queue, notify
 from vring_serial.errors import ProtocolError
-from vring_serial.proto.console import Feature
 from vring_serial.proto.vhost_user import VringAddress
 from vring_serial.transport.event_fds import make_eventfd
 from vring_serial.unix_fds import close_all
+
+_SPLIT_AREAS = ("descriptor table", "available ring", "used ring")
+_PACKED_AREAS = ("descriptor ring", "driver event suppression", "device event suppression")
 
 
 class Vring:
@@ -24,7 +26,9 @@ class Vring:
     Attributes:
         index: which queue.
         size: descriptors; 0 until SET_VRING_NUM.
-        base: available index to go on from; while the ring runs the device knows better.
+        packed: the driver accepted RING_PACKED.
+        base: available index to go on from, with the wrap counter in bit 15 if the ring is packed;
+            None: it starts anew. While the ring runs the device knows better.
         address: user addresses; None until SET_VRING_ADDR.
         started: a kick descriptor or a kick has come since the ring was stopped.
         enabled: None until SET_VRING_ENABLE.
@@ -36,7 +40,8 @@ class Vring:
     def __init__(self, index: int, device: VirtioDevice) -> None:
         self.index = index
         self.size = 0
-        self.base = 0
+        self.packed = False
+        self.base: int | None = None
         self.address: VringAddress | None = None
         self.started = False
         self.enabled: bool | None = None
@@ -55,19 +60,31 @@ class Vring:
         return f"queue {self.index}"
 
     def set_size(self, size: int) -> None:
-        """Raises ProtocolError if it runs, or the size is not a power of two that we offer."""
+        """Raises ProtocolError if it runs, or the size is not one that we offer."""
         self._refuse_while_running()
         largest = self._device.queue_size_max
-        if size <= 0 or size & (size - 1) or size > largest:
-            raise ProtocolError(f"{self}: size {size} is not a power of two up to {largest}")
+        if not 0 < size <= largest or (size & (size - 1) and not self.packed):
+            kind = "a size" if self.packed else "a power of two"
+            raise ProtocolError(f"{self}: size {size} is not {kind} up to {largest}")
         self.size = size
 
     def set_base(self, base: int) -> None:
-        """Raises ProtocolError if it runs, or the index has more than 16 bits."""
+        """Raises ProtocolError if it runs, or a split ring's index has more than 16 bits.
+
+        A packed ring's base has the used index in its upper half, or nothing: it is the available
+        index, since nothing is in flight in a ring that does not run.
+        """
         self._refuse_while_running()
-        if base > 0xFFFF:
+        if base > 0xFFFF and not self.packed:
             raise ProtocolError(f"{self}: available index {base} has more than 16 bits")
-        self.base = base
+        self.base = base & 0xFFFF
+
+    def get_base(self) -> int:
+        """What GET_VRING_BASE answers for a ring that does not run."""
+        if self.packed:
+            base = FRESH_PACKED_INDEX if self.base is None else self.base
+            return base | base << 16
+        return self.base or 0
 
     def set_kick(self, fd: int, *, polled: bool = False) -> None:
         """Take ``fd`` over, or with -1 make one of our own; start the ring. It must not run."""
@@ -137,19 +154,8 @@ class Vring:
         wanted = self.started and (enabled if self.enabled is None else self.enabled)
         if self.running or not wanted or not self.size or self.address is None:
             return False
-        descriptors, available, used = self._translate(memory, self.address)
-        queue = SplitQueue(
-            memory,
-            self.size,
-            descriptors,
-            available,
-            used,
-            event_idx=bool(features & Feature.EVENT_IDX),
-            indirect=bool(features & Feature.INDIRECT_DESC),
-            in_order=bool(features & Feature.IN_ORDER),
-            index=self.base,
-            name=repr(self),
-        )
+        areas = self._translate(memory, self.address)
+        queue = make_queue(memory, self.size, areas, features, index=self.base, name=repr(self))
         if self._call_fd < 0:
             self._call_fd = make_eventfd()
         self._device.start_queue(self.index, RunningQueue(queue, self._kick_fd, self._call_fd))
@@ -174,21 +180,21 @@ class Vring:
         """As if no message had ever named this queue; closes all descriptors."""
         self.end()
         self.set_error(-1)
-        self.size = self.base = 0
-        self.address = self.enabled = None
+        self.size = 0
+        self.base = self.address = self.enabled = None
 
     def _refuse_while_running(self) -> None:
         if self.running:
             raise ProtocolError(f"{self} is running")
 
     def _translate(self, memory: GuestMemory, address: VringAddress) -> tuple[int, int, int]:
-        """Guest addresses of the descriptor table, the available and the used ring (2.7)."""
+        """Guest addresses of the three areas (2.6)."""
         found = []
         for part, user, length, alignment in zip(
-            ("descriptor table", "available ring", "used ring"),
+            _PACKED_AREAS if self.packed else _SPLIT_AREAS,
             (address.descriptor, address.available, address.used),
-            SplitDriver.layout(self.size),
-            (16, 2, 4),
+            (PackedDriver if self.packed else SplitDriver).layout(self.size),
+            (16, 4, 4) if self.packed else (16, 2, 4),
             strict=True,
         ):
             where = f"{self}: {part} at user address {user:#x}"

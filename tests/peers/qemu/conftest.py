@@ -64,7 +64,9 @@ class Way:
 
 WAYS = {
     "vhost-user": Way(VhostUserBackend, {}, msix=False),
+    "vhost-user-packed": Way(VhostUserBackend, {"packed": True}, msix=False),
     "vfio-user": Way(VfioUserServer, {}),
+    "vfio-user-packed": Way(VfioUserServer, {"packed": True}),
     "vfio-user-legacy": Way(
         VfioUserServer,
         {"transitional": True},

@@ -11,6 +11,7 @@ import pytest
 import pytest_asyncio
 
 from vring_serial.device.events import DeviceReset, PortClosed, PortOpened
+from vring_serial.proto.console import Feature
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -106,6 +107,15 @@ async def test_device_on_the_bus(shared, guest):
         # All queues share one level-triggered interrupt.
         assert re.search(r"IO-APIC +\d+-fasteoi +virtio0", interrupts)
         assert "MSI" not in interrupts
+
+
+async def test_features_that_were_agreed(shared, guest):
+    bits = (await guest.run(f"cat {DEVICE}/virtio0/features")).strip()
+    agreed = {Feature(1 << bit) for bit, is_set in enumerate(bits) if is_set == "1"}
+    legacy = bool(shared.way.append)
+    assert {Feature.MULTIPORT, Feature.EVENT_IDX, Feature.INDIRECT_DESC} <= agreed
+    assert (Feature.VERSION_1 in agreed) == (not legacy)
+    assert (Feature.RING_PACKED in agreed) == shared.way.served.get("packed", False)
 
 
 async def test_names_of_ports(guest):
