@@ -53,7 +53,7 @@ def _median_table(group: str, results: Sequence[Result]) -> Table:
             str(result.ports),
             size_name(result.size),
             f"{result.median:.3g}",
-            f"{min(result.samples):.2g}-{max(result.samples):.2g}",
+            f"{min(result.samples):.3g}-{max(result.samples):.3g}",
             *(f"{result.notes[name]:.2f}" if name in result.notes else "" for name in notes),
         )
     return table
