@@ -61,11 +61,27 @@ cdef int vr_add_slow(
     return FAULT_NONE
 
 
-cdef void copy_out(const iovec* segments, uint32_t n, uint8_t* to) noexcept nogil:
-    cdef uint32_t i
+cdef void copy_out(
+    const vr_chain* chains, uint32_t n, const iovec* segments, uint8_t* to
+) noexcept nogil:
+    """Copies the device-readable bytes of chains; segments that adjoin each other go as one."""
+    cdef uint32_t i, k
+    cdef const uint8_t* run = NULL
+    cdef size_t length = 0
+    cdef const iovec* segment
     for i in range(n):
-        vr_copy(to, segments[i].iov_base, segments[i].iov_len)
-        to += segments[i].iov_len
+        segment = segments + chains[i].first_segment
+        for k in range(chains[i].n_readable):
+            if segment.iov_base != run + length:
+                if length:
+                    vr_copy(to, run, length)
+                to += length
+                run = <const uint8_t*>segment.iov_base
+                length = 0
+            length += segment.iov_len
+            segment += 1
+    if length:
+        vr_copy(to, run, length)
 
 
 cdef uint64_t copy_in(
@@ -294,10 +310,7 @@ cdef class Batch:
         return total
 
     cdef void gather_to(self, uint8_t* to) noexcept nogil:
-        cdef uint32_t i
-        for i in range(self.start, self.count):
-            copy_out(self.segments + self.chains[i].first_segment, self.chains[i].n_readable, to)
-            to += self.chains[i].readable_bytes
+        copy_out(self.chains + self.start, self.count - self.start, self.segments, to)
 
     def gather(self):
         """All device-readable bytes of all chains, joined, as a copy."""
@@ -522,10 +535,7 @@ cdef class Chain:
         """A copy of all device-readable bytes."""
         cdef vr_chain* row = self.row()
         out = PyBytes_FromStringAndSize(NULL, row.readable_bytes)
-        copy_out(
-            self.batch.segments + row.first_segment, row.n_readable,
-            <uint8_t*>PyBytes_AS_STRING(out)
-        )
+        copy_out(row, 1, self.batch.segments, <uint8_t*>PyBytes_AS_STRING(out))
         return out
 
     def write(self, data):
