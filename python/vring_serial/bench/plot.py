@@ -108,8 +108,10 @@ def _draw_latencies(axes: Axes, results: list[Result]) -> None:
     axes.set_xscale("log")
     low = min(result.percentile(0.5) for result in results)
     high = max(result.percentile(99) for result in results)
+    ticks = [step * 10**power for power in range(-1, 7) for step in (1, 2, 5)]
+    axes.minorticks_off()
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_xlim(low * 0.8, high * 1.3)
-    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("µs")
     axes.set_ylabel("share of round trips that took no longer")
     axes.set_title("round trip of 64 bytes", fontsize=10)
