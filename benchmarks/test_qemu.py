@@ -85,9 +85,9 @@ class Rig:
         ]
         for sender in senders:
             sender.start()
+        copy = f"bs={block} count={count} iflag=fullblock of=/dev/null"
         commands = (
-            f"time -f 'took %e' dd if={node} of=/dev/null bs={block} count={count} iflag=fullblock &"
-            for node in self._nodes[device][:ports]
+            f"time -f 'took %e' dd if={node} {copy} &" for node in self._nodes[device][:ports]
         )
         printed = self.run("\n".join(["exec 2>&1", *commands, "wait"]))
         for sender in senders:

@@ -41,4 +41,4 @@ def test_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = ("chardevs", "ports", "consoles", "max_ports", "spice")
     options = QemuOptions(*(given[key] for key in keys))
     topology = load_topology(given["domain"], options)
-    assert len(topology.controllers) == len(given["sockets"])
+    assert len(topology.controllers) == len(given["sockets"] or given["vfio_sockets"])
