@@ -113,17 +113,16 @@ class Work:
             host + 2 * PAGE, event_idx, 0, 0, 1, 1, None, 0, 0,
         )  # fmt: skip
         self.index = self.memory.view(BASE + PAGE, 4).cast("H")
-        self.flags = np.frombuffer(self.memory.view(BASE, 16 * SIZE), np.uint16)[7::8]
-        self.ids = np.frombuffer(self.memory.view(BASE, 16 * SIZE), np.uint16)[6::8]
-        self._next = self.flags & 1  # which descriptors go on, packed
-        self._order = self.ids.copy()
+        # The second words of packed descriptors: length, id, flags. Using overwrites all of them.
+        self.words = np.frombuffer(self.memory.view(BASE, 16 * SIZE), np.uint64)[1::2]
+        neither = self.words & np.uint64(0x7F7F_FFFF_FFFF_FFFF)  # AVAIL nor USED
+        self._available = [neither | np.uint64(flags << 48) for flags in (0x8000, 0x80)]
 
     def refill(self) -> None:
         """Makes every chain available again."""
         if self.packed:
             wrap = self.ring.avail_wrap if self.turn == "c" else self.queue.avail_index >> 15
-            self.ids[:] = self._order
-            self.flags[:] = self._next | (0x80 if wrap else 0x8000)
+            self.words[:] = self._available[wrap]
         else:
             self.index[1] = (self.index[1] + self.chains) & 0xFFFF
 

@@ -17,6 +17,8 @@ from vring.errors import LocalMisuseError
 
 cdef extern from "Python.h":
     Py_ssize_t Py_REFCNT(PyObject* o)
+    Py_ssize_t PyTuple_GET_SIZE(object o)
+    PyObject* PyTuple_GET_ITEM(PyObject* o, Py_ssize_t i)  # borrowed
 
 #: Copies of at least so many bytes release the GIL.
 cdef enum:
@@ -391,15 +393,22 @@ cdef int _check_count(Py_ssize_t given, uint32_t wanted) except -1:
     return 0
 
 
-cdef int release_views(tuple views) except -1:
-    """Releases memoryviews that others refer to; those that nobody does die with the tuple."""
+cdef inline int release_views(tuple views) except -1:
+    """Releases memoryviews that others refer to; those that nobody does die with the tuple.
+
+    The caller's variable is the only reference to the tuple, and the tuple's to each view, where
+    nobody else has one.
+    """
+    cdef Py_ssize_t i
     if views is None:
         return 0
-    for view in views:
-        # by the tuple and by `view`
-        if Py_REFCNT(<PyObject*>view) > 2 or Py_REFCNT(<PyObject*>views) > 2:
+    for i in range(PyTuple_GET_SIZE(views)):
+        if (
+            Py_REFCNT(PyTuple_GET_ITEM(<PyObject*>views, i)) > 1
+            or Py_REFCNT(<PyObject*>views) > 1
+        ):
             try:
-                view.release()
+                views[i].release()
             except BufferError:
                 pass
     return 0
@@ -485,9 +494,11 @@ cdef class Chain:
 
     cdef int withdraw(self) except -1:
         """Releases the memoryviews; refuses while something else still points into them."""
-        release_views(self._readable)
-        release_views(self._writable)
+        cdef tuple readable = self._readable, writable = self._writable
         self._readable = self._writable = None
+        release_views(readable)
+        release_views(writable)
+        readable = writable = None
         if self.exports:
             raise LocalMisuseError(
                 "a slice or array made from a memoryview of the chain is still in use: "

@@ -19,5 +19,6 @@ cdef class PackedQueue(VirtQueue):
     cdef uint16_t* taken            # slots of the chains popped last, a ring by order of pops
     cdef uint32_t next_taken
 
+    cdef void note_taken(self, uint32_t n, uint16_t slots) noexcept nogil
     cdef bint ready(self) noexcept nogil
     cdef bint wanted(self, uint32_t slots) noexcept nogil

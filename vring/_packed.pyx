@@ -39,30 +39,53 @@ cdef inline int take_buffer(vr_room* room, vr_walk* walk, vr_chain* chain) noexc
     return vr_add_buffer(room, walk, chain)
 
 
-cdef inline bint take_single(
-    vr_room* room, vr_walk* walk, vr_chain* chain, const uint8_t* slot, uint32_t flags
+cdef uint32_t pop_singles(
+    const uint8_t* ring, uint32_t* at, bint* at_wrap, uint32_t limit, vr_chain* chains,
+    const vr_room* room, iovec* segments
 ) noexcept nogil:
-    """A one-descriptor chain in one region; False, with nothing taken, if it is not that simple."""
-    cdef vr_entry desc = vr_read_packed(slot)
-    cdef const vr_region* region = walk.near
-    cdef uint64_t offset = desc.addr - region.guest
-    if offset >= region.size:
-        region = vr_lookup(room.memory, room.hints, desc.addr)
-        if region == NULL:
-            return False
-        walk.near = region
-        offset = desc.addr - region.guest
-    # length - 1 leaves a length of 0 to the other way
-    if <uint64_t>desc.len - 1 >= region.size - offset or walk.segment == room.end:
-        return False
-    walk.segment.iov_base = region.host + offset
-    walk.segment.iov_len = desc.len
-    vr_single(
-        chain, desc.id, <uint32_t>(walk.segment - room.segments), desc.len, flags & DESC_F_WRITE
-    )
-    walk.segment += 1
-    walk.bytes = desc.len
-    return True
+    """Pops one-descriptor chains, the most common, up to the first of another kind; how many.
+
+    What is unusual about a chain or wrong with it is left to the loop over all kinds. Moves the
+    slot and the wrap counter on.
+    """
+    cdef const vr_region* near = room.memory.regions
+    cdef uint32_t i, slot = at[0], size = room.size
+    cdef bint wrap = at_wrap[0]
+    cdef uint32_t expected = DESC_F_AVAIL if wrap else DESC_F_USED
+    cdef uint32_t flags
+    cdef const uint8_t* entry
+    cdef vr_entry desc
+    cdef uint64_t offset
+    for i in range(limit):
+        entry = ring + <size_t>slot * DESC_SIZE
+        # Written last by the driver, so read first.
+        flags = vr_load16_acquire(entry + 14)
+        if flags & (DESC_F_AVAIL | DESC_F_USED | DESC_F_NEXT | DESC_F_INDIRECT) != expected:
+            limit = i
+            break
+        desc = vr_read_packed(entry)
+        offset = desc.addr - near.guest
+        if offset >= near.size:
+            near = vr_lookup(room.memory, room.hints, desc.addr)
+            if vr_unlikely(near == NULL):
+                limit = i
+                break
+            offset = desc.addr - near.guest
+        # length - 1 leaves a length of 0 to the other way
+        if vr_unlikely(<uint64_t>desc.len - 1 >= near.size - offset):
+            limit = i
+            break
+        segments[i].iov_base = near.host + offset
+        segments[i].iov_len = desc.len
+        vr_single(&chains[i], desc.id, i, desc.len, flags & DESC_F_WRITE)
+        slot += 1
+        if vr_unlikely(slot == size):
+            slot = 0
+            wrap = not wrap
+            expected ^= DESC_F_AVAIL | DESC_F_USED
+    at[0] = slot
+    at_wrap[0] = wrap
+    return limit
 
 
 cdef inline int walk_table(
@@ -237,34 +260,22 @@ cdef class PackedQueue(VirtQueue):
         room.extra = 0
         room.segments = segments
         room.end = segments + max_segments
-        walk.near = self.map.regions
-        walk.segment = segments
         room_left = size - self.slots_in_flight
+        if max_bytes == <uint64_t>-1:
+            i = pop_singles(
+                ring, &slot, &wrap, min(max_chains, min(max_segments, room_left)), chains, &room,
+                segments
+            )
+            room_left -= i
+            self.note_taken(i, 1)
+        walk.near = self.map.regions
+        walk.segment = segments + i
         while i < max_chains:
             # The flags of a chain's first descriptor are written last: read them first.
             flags = vr_load16_acquire(ring + <size_t>slot * DESC_SIZE + 14)
             if not is_available(flags, wrap):
                 break
             chain = &chains[i]
-            if (
-                not flags & (DESC_F_NEXT | DESC_F_INDIRECT) and room_left
-                and take_single(&room, &walk, chain, ring + <size_t>slot * DESC_SIZE, flags)
-            ):
-                # The most common chain, of one descriptor; what is unusual goes the other way.
-                if vr_unlikely(walk.bytes > max_bytes):
-                    if i:
-                        break
-                    max_bytes = walk.bytes
-                max_bytes -= walk.bytes
-                self.taken[self.next_taken] = 1
-                self.next_taken = self.next_taken + 1 if self.next_taken + 1 < size else 0
-                room_left -= 1
-                slot += 1
-                if slot == size:
-                    slot = 0
-                    wrap = not wrap
-                i += 1
-                continue
             vr_start_chain(&walk, chain, <uint32_t>(walk.segment - segments))
             after = slot
             after_wrap = wrap
@@ -305,8 +316,7 @@ cdef class PackedQueue(VirtQueue):
                 max_bytes = walk.bytes
             max_bytes -= walk.bytes
             chain.descriptors = <uint16_t>slots
-            self.taken[self.next_taken] = <uint16_t>slots
-            self.next_taken = self.next_taken + 1 if self.next_taken + 1 < size else 0
+            self.note_taken(1, <uint16_t>slots)
             room_left -= slots
             slot = after
             wrap = after_wrap
@@ -321,11 +331,24 @@ cdef class PackedQueue(VirtQueue):
         self.popped += i
         return code if code else <int>i
 
+    cdef void note_taken(self, uint32_t n, uint16_t slots) noexcept nogil:
+        """Remembers for unpop that n chains of so many slots each were popped."""
+        cdef uint16_t* taken = self.taken
+        cdef uint32_t at = self.next_taken, size = self.size, i
+        cdef uint32_t straight = min(n, size - at)
+        for i in range(straight):
+            taken[at + i] = slots
+        for i in range(n - straight):
+            taken[i] = slots
+        at += n
+        self.next_taken = at if at < size else at - size
+
     cdef bint push_c(
         self, const vr_chain* chains, const uint32_t* written, uint32_t n
     ) noexcept nogil:
         cdef uint32_t first = self.next_used, slot = first, size = self.size, i, length
         cdef uint32_t slots = 0
+        cdef uint8_t* ring = self.ring
         cdef bint wrap = self.used_wrap, first_wrap = wrap
         if n == 0:
             return False
@@ -333,7 +356,7 @@ cdef class PackedQueue(VirtQueue):
             if i:
                 length = written[i] if written != NULL else 0
                 vr_write_packed_used(
-                    self.ring + <size_t>slot * DESC_SIZE, length, chains[i].head,
+                    ring + <size_t>slot * DESC_SIZE, length, chains[i].head,
                     used_flags(wrap, length)
                 )
             slots += chains[i].descriptors
@@ -344,7 +367,7 @@ cdef class PackedQueue(VirtQueue):
         # The driver reads in order, so the first descriptor shows it all of them: last.
         length = written[0] if written != NULL else 0
         vr_write_packed_used(
-            self.ring + <size_t>first * DESC_SIZE, length, chains[0].head,
+            ring + <size_t>first * DESC_SIZE, length, chains[0].head,
             used_flags(first_wrap, length)
         )
         self.next_used = slot
