@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 SOURCES := $(wildcard vring/*.pyx vring/*.pxd)
 
-.PHONY: help build run test check bench fuzz sanitize format wheel peers peers-qemu clean
+.PHONY: help build run test check bench fuzz sanitize format wheel wheel-check peers peers-qemu clean
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -56,8 +56,12 @@ bench: build ## the benchmarks
 
 FUZZ_SECONDS ?= 60
 HAMMER_MESSAGES ?= 3000000
-fuzz: build ## random rings, and two processes on one ring, for FUZZ_SECONDS and HAMMER_MESSAGES
-	$(BIN)/python fuzz/ring.py --seconds $(FUZZ_SECONDS)
+fuzz: build ## each fuzzer for FUZZ_SECONDS, and two processes on one ring for HAMMER_MESSAGES
+	@$(BIN)/python -m pip install --quiet --only-binary :all: --group fuzz || \
+		echo "atheris has no wheel for $$($(BIN)/python --version): inputs are random, not guided by coverage"
+	for target in ring registers vfio_user protocols; do \
+		$(BIN)/python fuzz/$$target.py --seconds $(FUZZ_SECONDS) || exit 1; \
+	done
 	for layout in split packed; do for events in "" --event-idx; do \
 		$(BIN)/python fuzz/hammer.py --layout $$layout $$events --messages $(HAMMER_MESSAGES) || exit 1; \
 	done; done
@@ -75,6 +79,11 @@ sanitize: build ## the ring's tests and fuzzing under AddressSanitizer and UBSan
 
 wheel: $(VENV)/tools ## a wheel in dist/
 	$(BIN)/python -m build --wheel
+
+# Interpreters that `make wheel-check` builds for and tests on.
+PYTHONS ?= $(PYTHON)
+wheel-check: ## a wheel for each of PYTHONS, past auditwheel and tested with no compiler
+	scripts/check-wheel $(PYTHONS)
 
 peers: ## Debian packages of the real peers: User-Mode Linux, the SPICE agent, an X server
 	$(if $(filter 0,$(shell id -u)),,sudo) apt-get update

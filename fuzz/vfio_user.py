@@ -2,7 +2,7 @@
 
 Whatever comes, the server raises nothing, leaves no descriptor open, and serves the next client.
 
-    python fuzz/vfio_user.py [options of libFuzzer]        (pip install atheris)
+    python fuzz/vfio_user.py --seconds 60
 
 tests/transport/vfio_user/test_fuzz.py plays the same with Hypothesis.
 """
@@ -284,14 +284,8 @@ def one_input(data: bytes) -> None:
     asyncio.run(run(data))
 
 
-def main() -> None:
-    """Let libFuzzer choose the inputs."""
-    import atheris
+if __name__ == "__main__":
+    from runner import run as fuzz
 
     logging.disable(logging.CRITICAL)
-    atheris.Setup(sys.argv, one_input)
-    atheris.Fuzz()
-
-
-if __name__ == "__main__":
-    main()
+    sys.exit(fuzz(one_input, "vfio-user"))

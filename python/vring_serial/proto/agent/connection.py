@@ -389,8 +389,7 @@ class AgentConnection:
             while not events:
                 piece = decoder.next_piece()
                 if piece is None:
-                    for receiver in receivers.values():
-                        receiver.flush()
+                    self._flush()
                     return
                 port, data, first, rest = piece
                 receiver = receivers[port]
@@ -399,7 +398,12 @@ class AgentConnection:
                 if room and not rest and not events:
                     receiver.took(decoder.gather(port, receiver.gathered, room))
         except ChunkError as error:
+            self._flush()  # what came before it, however the input was cut
             self._broken = error
+
+    def _flush(self) -> None:
+        for receiver in self._receivers.values():
+            receiver.flush()
 
     def add(self, event: Event | AgentProtocolError) -> None:
         """Queue an event (for the receivers)."""
