@@ -67,13 +67,13 @@ cdef void copy_out(
     const vr_chain* chains, uint32_t n, const iovec* segments, uint8_t* to
 ) noexcept nogil:
     """Copies the device-readable bytes of chains; segments that adjoin each other go as one."""
-    cdef uint32_t i, k
+    cdef uint32_t i, _k
     cdef const uint8_t* run = NULL
     cdef size_t length = 0
     cdef const iovec* segment
     for i in range(n):
         segment = segments + chains[i].first_segment
-        for k in range(chains[i].n_readable):
+        for _k in range(chains[i].n_readable):
             if segment.iov_base != run + length:
                 if length:
                     vr_copy(to, run, length)

@@ -148,10 +148,10 @@ cdef extern from * nogil:
         return (uint16_t)(after - event - 1) < (uint16_t)(after - before);
     }
 
-    /* glibc copies more than 2112 bytes with `rep movsb` on some processors, which falls to as little
-       as a tenth of its speed when the destination lies 1 to 127 bytes past the source, modulo a
-       page. There, and only there, copy with a loop of our own (destination aligned: as fast as
-       `rep movsb` at its best). Without AVX2 glibc does not use `rep movsb` that way. */
+    /* glibc copies more than 2112 bytes with `rep movsb` on some processors, which falls to as
+       little as a tenth of its speed when the destination lies 1 to 127 bytes past the source,
+       modulo a page. There, and only there, copy with a loop of our own (destination aligned: as
+       fast as `rep movsb` at its best). Without AVX2 glibc has no need of `rep movsb`. */
     #define VR_COPY_STRING 2112
     #if defined(__x86_64__)
     #include <immintrin.h>
