@@ -106,6 +106,7 @@ class Shared:
         bench: the device.
         events: what happened on it in this test.
         guest: the machine.
+        renumbered: the device is no longer vport0, until the guest boots again.
     """
 
     def __init__(self, bench: Any, way: Way) -> None:
@@ -114,16 +115,18 @@ class Shared:
         self.payload = Payload(16 * MIB)
         self.events: list[Any] = []
         self.guest: Any = None
+        self.renumbered = False
         bench.controller.on_event = self.events.append
 
     async def begin(self) -> None:
-        """Boot if the guest is not there, or not well after a test that failed."""
-        self.events.clear()
-        if self.guest is None:
+        """Boot if the guest is not there, or not as tests expect it."""
+        if self.guest is None or self.renumbered:
             await self.boot()
+        self.events.clear()
 
     async def boot(self) -> None:
         await self.kill()
+        self.renumbered = False
         self.guest = await self.bench.boot(
             self.way,
             cpus=2,

@@ -18,6 +18,10 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 MIB = 1 << 20
 PORTS = (1, 2, 3, 4)
 TIMES = 16  # the payload's 16 MiB, 256 in all
+#: For what depends on the transport, and not on rings and register layouts.
+each_transport = pytest.mark.parametrize(
+    "shared", ["vhost-user", "vfio-user"], indirect=True, scope="module"
+)
 DEVICE = "/sys/bus/pci/devices/0000:00:05.0"
 
 
@@ -139,22 +143,6 @@ async def test_256_mib_each_way_on_four_ports_at_once(shared, guest):
     assert [line.split()[0] for line in sums.splitlines()] == [expected] * len(PORTS)
 
 
-async def test_driver_unbound_and_bound_again(shared, guest):
-    async with connections(shared.bench, 1) as [(reader, writer)], asyncio.timeout(60):
-        for number in range(3):
-            await guest.run("echo 0000:00:05.0 >/sys/bus/pci/drivers/virtio-pci/unbind")
-            assert await guest.run("ls /sys/class/virtio-ports") == ""
-            await guest.run("echo 0000:00:05.0 >/sys/bus/pci/drivers/virtio-pci/bind")
-            # Found by its name, for the number of the device is a new one.
-            path = await guest.run("grep -l data1 /sys/class/virtio-ports/*/name | cut -d/ -f5")
-            await guest.run(f"ln -sf /dev/{path.strip()} /tmp/port && echo {number} >/tmp/port")
-            assert await reader.readline() == f"{number}\n".encode()
-            writer.write(b"back\n")
-            assert await guest.run("head -n 1 /tmp/port") == "back\n"
-    # The other tests want the first number again.
-    await guest.reboot()
-
-
 async def test_port_hot_added_and_removed(shared, guest):
     names = "cat /sys/class/virtio-ports/*/name"
     before = await guest.run(names)
@@ -194,6 +182,22 @@ async def test_paused_and_continued_under_traffic(shared, guest, eventually):
     assert len(happened) == 2, happened  # both ends, once
 
 
+async def test_driver_unbound_and_bound_again(shared, guest):
+    async with connections(shared.bench, 1) as [(reader, writer)], asyncio.timeout(60):
+        for number in range(3):
+            await guest.run("echo 0000:00:05.0 >/sys/bus/pci/drivers/virtio-pci/unbind")
+            assert await guest.run("ls /sys/class/virtio-ports") == ""
+            await guest.run("echo 0000:00:05.0 >/sys/bus/pci/drivers/virtio-pci/bind")
+            # Found by its name, for the number of the device is a new one.
+            path = await guest.run("grep -l data1 /sys/class/virtio-ports/*/name | cut -d/ -f5")
+            await guest.run(f"ln -sf /dev/{path.strip()} /tmp/port && echo {number} >/tmp/port")
+            assert await reader.readline() == f"{number}\n".encode()
+            writer.write(b"back\n")
+            assert await guest.run("head -n 1 /tmp/port") == "back\n"
+    shared.renumbered = True
+
+
+@each_transport
 async def test_guest_reboots_and_is_reset(shared, guest):
     async with connections(shared.bench, 1) as [(reader, writer)], asyncio.timeout(180):
         for number, boot_again in enumerate([guest.reboot, guest.reset]):
@@ -209,6 +213,7 @@ async def test_guest_reboots_and_is_reset(shared, guest):
     assert closed.count(1) >= 2
 
 
+@each_transport
 async def test_qemu_killed_and_started_again(shared, guest):
     async with connections(shared.bench, 1, 2) as [(reader, writer), _], asyncio.timeout(180):
         await guest.run("cat /dev/zero >/dev/vport0p2 & exec 3</dev/vport0p1; sleep 0.2")
