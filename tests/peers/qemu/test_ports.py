@@ -189,7 +189,9 @@ async def test_driver_unbound_and_bound_again(shared, guest):
             assert await guest.run("ls /sys/class/virtio-ports") == ""
             await guest.run("echo 0000:00:05.0 >/sys/bus/pci/drivers/virtio-pci/bind")
             # Found by its name, for the number of the device is a new one.
-            path = await guest.run("grep -l data1 /sys/class/virtio-ports/*/name | cut -d/ -f5")
+            # The driver has bound before the device has told the names of its ports.
+            found = "grep -l data1 /sys/class/virtio-ports/*/name 2>/dev/null"
+            path = await guest.run(f"until {found}; do sleep 0.1; done | cut -d/ -f5")
             await guest.run(f"ln -sf /dev/{path.strip()} /tmp/port && echo {number} >/tmp/port")
             assert await reader.readline() == f"{number}\n".encode()
             writer.write(b"back\n")
