@@ -149,7 +149,7 @@ class VdAgentSession:
     async def until_resolution(self, width: int, height: int) -> None:
         """Wait until the X screen has this size."""
         async with asyncio.timeout(10):
-            while await self.resolution() != (width, height):
+            while await self._resolution_if_settled() != (width, height):
                 pass
 
     async def end_helpers(self) -> None:
@@ -165,6 +165,12 @@ class VdAgentSession:
             while pasted != expected:
                 with contextlib.suppress(AssertionError):
                     pasted = await self.paste(selection, target)
+
+    async def _resolution_if_settled(self) -> tuple[int, int] | None:
+        try:
+            return await self.resolution()
+        except AssertionError:  # xrandr fails when the mode changes under it
+            return None
 
     async def resolution(self) -> tuple[int, int]:
         """The X screen's size in pixels."""

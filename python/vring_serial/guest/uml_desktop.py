@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import shlex
@@ -97,7 +98,9 @@ class UmlDesktop:
         try:
             async with asyncio.timeout(timeout):
                 while size != (width, height):
-                    size = await self.resolution()
+                    # xrandr fails when the mode changes under it: ask again.
+                    with contextlib.suppress(ResourceError):
+                        size = await self.resolution()
         except TimeoutError:
             raise ResourceError(
                 f"the guest's screen is {size[0]}x{size[1]}, not {width}x{height}"
