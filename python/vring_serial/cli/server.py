@@ -7,14 +7,14 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from vring import Pump
 from vring_serial.cli.agent_end import AgentEnds
 from vring_serial.cli.logs import emit
-from vring_serial.cli.signals import stop_on_signals
+from vring_serial.cli.signals import finished_before, stop_on_signals
 from vring_serial.cli.spice_end import SpiceEnds
 from vring_serial.config.build import make_controller
 from vring_serial.config.topology import ControllerConfig, Topology
@@ -61,7 +61,7 @@ async def serve(topology: Topology, settings: Settings) -> None:
     stop = stop_on_signals()
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(_pid_file(settings.pid_file))
-        if await _finished_before(stop, _start(topology, settings, stack)):
+        if await finished_before(stop, _start(topology, settings, stack)):
             emit(logging.INFO, "serving", "serving; SIGINT or SIGTERM stops", pid=os.getpid())
             await stop.wait()
         emit(logging.INFO, "stopping", "stopping")
@@ -152,22 +152,6 @@ def _running_pump(busy_poll: int) -> Iterator[Pump]:
     finally:
         loop.remove_reader(pump.event_fd)
         pump.close()
-
-
-async def _finished_before(stop: asyncio.Event, work: Coroutine[None, None, None]) -> bool:
-    """Do ``work`` unless ``stop`` is set first, which cancels it. Raises what ``work`` raises."""
-    working = asyncio.create_task(work)
-    stopping = asyncio.create_task(stop.wait())
-    try:
-        await asyncio.wait((working, stopping), return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            working.result()
-            return True
-        return False
-    finally:
-        working.cancel()
-        stopping.cancel()
-        await asyncio.gather(working, stopping, return_exceptions=True)
 
 
 @contextlib.contextmanager

@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from vring_serial.agent import HostAgent
-from vring_serial.cli.signals import stop_on_signals
+from vring_serial.cli import STATUS_INTERRUPTED
+from vring_serial.cli.signals import finished_before, stop_on_signals
 from vring_serial.errors import ConfigError, ResourceError
-
-#: A shell's status for a command that SIGINT ended.
-STATUS_INTERRUPTED = 130
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,17 +60,7 @@ def run_until_signal(work: Coroutine[Any, Any, None]) -> None:
     """Run ``work``; a signal cancels it, and what it does on the way out is waited for."""
 
     async def main() -> bool:
-        stop = stop_on_signals()
-        working = asyncio.create_task(work)
-        stopping = asyncio.create_task(stop.wait())
-        await asyncio.wait((working, stopping), return_when=asyncio.FIRST_COMPLETED)
-        interrupted = not working.done()
-        working.cancel()
-        stopping.cancel()
-        await asyncio.gather(working, stopping, return_exceptions=True)
-        if not interrupted:
-            working.result()
-        return interrupted
+        return await finished_before(stop_on_signals(), work)
 
-    if asyncio.run(main()):
+    if not asyncio.run(main()):
         raise SystemExit(STATUS_INTERRUPTED)
