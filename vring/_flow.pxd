@@ -82,8 +82,9 @@ cdef struct vr_flow:
     uint32_t unanswered         # samples for which the driver has not been called
     uint64_t emptied            # ns; when the queue was last empty
     uint64_t calm_until         # ns; until then, no sampling
-    uint64_t calm_ns            # and how long after the next failure
+    uint64_t calm_ns            # how long that was
     uint32_t samples            # since sampling began
+    bint warm                   # there were many of them the last time
     uint32_t offered            # incoming: most buffers the driver had available at once
     uint64_t room               # bytes to try at once: what the descriptor took lately, and more
     uint64_t skip               # bytes of the first available chain that the descriptor took

@@ -35,11 +35,13 @@ cdef enum:
     # them, and goes on while each sample has so many.
     STREAK = 16
     SAMPLE_CHAINS = 3
-    # After it ended it is not tried again for so long (ns), twice as long each time that it had
-    # fewer than so many samples: someone who waits for an answer now and then waits in vain.
+    # A stream of so many samples is believed at once when it goes on later, as that of one of
+    # several processes does which take turns.
+    SAMPLES_MIN = 2
+    # After fewer, the last of them with chains in it whose sender waits for something, sampling is
+    # not tried again for so long (ns), twice as long each time.
     CALM_NS_MIN = 500_000
     CALM_NS_MAX = 64_000_000
-    SAMPLES_MIN = 4
     # Samples after which the driver is called although more chains come.
     UNANSWERED_MAX = 4
     # Chains of more segments (indirect, over many region borders) break the ring.
@@ -382,17 +384,19 @@ cdef bint samples(vr_flow* flow) noexcept nogil:
             flow.samples += 1
             return True
         flow.sampling = False
-        flow.calm_ns = min(2 * flow.calm_ns, <uint64_t>CALM_NS_MAX)
-        if flow.samples >= SAMPLES_MIN:
-            flow.calm_ns = CALM_NS_MIN
-        flow.calm_until = now + flow.calm_ns
+        flow.warm = flow.samples >= SAMPLES_MIN
+        if flow.warm:
+            flow.calm_ns = 0
+        elif found:
+            flow.calm_ns = min(max(2 * flow.calm_ns, <uint64_t>CALM_NS_MIN), <uint64_t>CALM_NS_MAX)
+            flow.calm_until = now + flow.calm_ns
     if found < SAMPLE_CHAINS and now >= flow.emptied + SAMPLE_NS:
         flow.streak = 0
     flow.streak += found
     flow.emptied = now
-    if flow.streak >= STREAK and now >= flow.calm_until:
+    if now >= flow.calm_until and (flow.streak >= STREAK or (flow.warm and found)):
         flow.sampling = True
-        flow.calm_ns = max(flow.calm_ns, <uint64_t>CALM_NS_MIN)
+        flow.warm = False
         flow.streak = flow.samples = 0
     return flow.sampling
 

@@ -16,10 +16,6 @@ from vring_serial.config.qemu_options import QemuOptions
 from vring_serial.config.topology import Topology
 from vring_serial.errors import ConfigError
 
-#: Microseconds of --busy-poll for vfio-user: on QEMU under TCG, a guest that writes 4 KiB at a time
-#: then notifies 4 times per MiB instead of 54 times.
-VFIO_BUSY_POLL = 100
-
 
 @click.command("serve")
 @click.option(
@@ -91,9 +87,9 @@ VFIO_BUSY_POLL = 100
 @click.option(
     "--busy-poll",
     type=click.IntRange(0, 1_000_000),
+    default=0,
     metavar="MICROSECONDS",
-    help="Look for more work so long before sleeping: lower latency, at the price of a processor "
-    "(0; with --vfio-user, where each notification is a message, 100).",
+    help="Look for more work so long before sleeping: lower latency, at the price of a processor.",
 )
 @click.option(
     "--agent-socket",
@@ -123,7 +119,7 @@ def serve_command(
     spice: str | None,
     channel_directory: str | None,
     inband_notifications: bool,
-    busy_poll: int | None,
+    busy_poll: int,
     pid_file: str | None,
     agent_socket: str | None,
     log_level: str,
@@ -164,7 +160,7 @@ def serve_command(
         connect,
         inband_notifications,
         pid_file,
-        (VFIO_BUSY_POLL if vfio_sockets else 0) if busy_poll is None else busy_poll,
+        busy_poll,
         agent_socket,
         vfio_user=bool(vfio_sockets),
         transitional=transitional,
