@@ -329,5 +329,6 @@ class MmioDriver:
         self._write(0x100 + offset, value, size)
 
 
-#: What a driver that knows the device and the rings accepts.
-ANY_FEATURE = (1 << 64) - 1 & ~(Feature.RING_PACKED | Feature.IN_ORDER)
+#: What a driver that knows the device and the rings accepts. A number's complement, for that of a
+#: Feature has no bit that is unknown here.
+ANY_FEATURE = (1 << 64) - 1 & ~int(Feature.RING_PACKED | Feature.IN_ORDER)

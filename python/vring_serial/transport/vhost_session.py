@@ -277,7 +277,7 @@ class Session:
     def _accept_features(self, bits: int) -> None:
         """Raises ProtocolError on what was not offered."""
         packed = bool(bits & self._features_offered & Feature.RING_PACKED)
-        self._device.set_driver_features(bits & ~Feature.RING_PACKED if packed else bits)
+        self._device.set_driver_features(bits & ~int(Feature.RING_PACKED) if packed else bits)
         for vring in self._vrings:
             vring.packed = packed
 
