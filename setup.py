@@ -10,6 +10,8 @@ from setuptools import Extension, setup
 DEBUG = os.environ.get("VRING_DEBUG", "") not in ("", "0")
 #: VRING_SANITIZE=address,undefined builds the extensions for `make sanitize`.
 SANITIZE = os.environ.get("VRING_SANITIZE", "")
+#: Modules compiled at once.
+JOBS = len(os.sched_getaffinity(0))
 
 compile_args = ["-std=gnu11", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden"]
 link_args: list[str] = []
@@ -49,4 +51,7 @@ extensions = [
     for source in sorted(Path("vring").glob("*.pyx"))
 ]
 
-setup(ext_modules=cythonize(extensions, build_dir="build/cython", compiler_directives=directives))
+modules = cythonize(
+    extensions, build_dir="build/cython", compiler_directives=directives, nthreads=JOBS
+)
+setup(ext_modules=modules, options={"build_ext": {"parallel": JOBS}})
