@@ -12,11 +12,14 @@ import os
 
 try:
     from vring._chains import Batch, Chain
-    from vring._core import SplitQueue, VirtQueue
-    from vring._driver import Driver, PackedDriver, SplitDriver, need_event
+    from vring._core import VirtQueue
+    from vring._driver import Driver, need_event
     from vring._memory import GuestMemory, Region
     from vring._packed import PackedQueue
+    from vring._packed_driver import PackedDriver
     from vring._pump import Flow, FlowCounters, FlowEvent, Pump
+    from vring._split import SplitQueue
+    from vring._split_driver import SplitDriver
 except ModuleNotFoundError as _error:
     if _error.name is None or not _error.name.startswith("vring._"):
         raise

@@ -122,14 +122,35 @@ cdef inline int vr_end_chain(vr_room* room, vr_walk* walk, vr_chain* chain) noex
     return FAULT_TOO_MANY_BYTES if vr_unlikely(walk.bytes >> 32) else FAULT_NONE
 
 
-cdef inline int vr_check_table(bint negotiated, uint32_t flags, uint32_t length) noexcept nogil:
-    # Whether a descriptor may name an indirect table. Returns a vr_fault_code.
-    if not negotiated:
+# Entry i of an indirect table that crosses region borders, byte by byte, once each; whether all of
+# it is in memory.
+cdef bint vr_read_scattered(
+    const vr_map* memory, uint64_t table, uint32_t i, uint8_t* entry
+) noexcept nogil
+
+
+cdef inline int vr_locate_table(
+    const vr_room* room, const vr_walk* walk, bint negotiated, uint32_t most, const uint8_t** table
+) noexcept nogil:
+    # Where the indirect table of at most so many entries lies that walk.desc names; stays NULL if
+    # it crosses region borders. Returns a vr_fault_code.
+    cdef const vr_region* region = walk.near
+    cdef uint64_t offset = walk.desc.addr - region.guest
+    if vr_unlikely(not negotiated):
         return FAULT_INDIRECT_FEATURE
-    if flags & DESC_F_NEXT:
+    if vr_unlikely(walk.desc.flags & DESC_F_NEXT):
         return FAULT_INDIRECT_NEXT
-    if length == 0 or length % DESC_SIZE:
+    if vr_unlikely(walk.desc.len == 0 or walk.desc.len % DESC_SIZE):
         return FAULT_INDIRECT_SIZE
+    if vr_unlikely(walk.desc.len // DESC_SIZE > most):
+        return FAULT_TOO_LONG
+    if offset >= region.size:
+        region = vr_lookup(room.memory, room.hints, walk.desc.addr)
+        if vr_unlikely(region == NULL):
+            return FAULT_INDIRECT_ADDRESS
+        offset = walk.desc.addr - region.guest
+    if vr_likely(walk.desc.len <= region.size - offset):
+        table[0] = region.host + offset
     return FAULT_NONE
 
 

@@ -12,6 +12,7 @@ from cpython.memoryview cimport PyMemoryView_FromObject
 from cpython.object cimport PyObject
 from libc.stddef cimport size_t
 
+from vring._memory cimport vr_find
 from vring._wire cimport vr_copy
 from vring.errors import LocalMisuseError
 
@@ -61,6 +62,21 @@ cdef int vr_add_slow(
         if address == 0 and length:
             return FAULT_ADDRESS
     return FAULT_NONE
+
+
+cdef bint vr_read_scattered(
+    const vr_map* memory, uint64_t table, uint32_t i, uint8_t* entry
+) noexcept nogil:
+    cdef const vr_region* region
+    cdef uint64_t at
+    cdef int k
+    for k in range(DESC_SIZE):
+        at = table + <uint64_t>i * DESC_SIZE + k
+        region = vr_find(memory, at)
+        if region == NULL or at < table:
+            return False
+        entry[k] = (<volatile uint8_t*>region.host)[at - region.guest]
+    return True
 
 
 cdef void copy_out(

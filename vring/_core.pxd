@@ -3,12 +3,11 @@
 # One thread at a time may touch a queue. All of the *_c methods may be called with or without the
 # GIL. They are virtual: VirtQueue is the type to ask for, whatever the layout of the ring.
 
-cimport cython
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
-from vring._chains cimport Batch, Chain, vr_chain, vr_fault_code, vr_walk
+from vring._chains cimport Batch, Chain, vr_chain
 from vring._memory cimport GuestMemory, VR_HINTS, vr_map
-from vring._wire cimport iovec, vr_entry
+from vring._wire cimport iovec
 
 cdef struct vr_fault:
     # why the ring is broken
@@ -94,12 +93,3 @@ cdef class VirtQueue:
     cdef int check_order(self, uint64_t first) except -1
     cdef Chain pop_one(self)
     cdef bint push_one(self, Chain chain, object written) except -1
-
-
-@cython.final
-cdef class SplitQueue(VirtQueue):
-    cdef uint8_t* desc
-    cdef uint8_t* avail
-    cdef uint8_t* used
-    cdef uint16_t next_avail
-    cdef uint16_t next_used

@@ -1,5 +1,4 @@
 from collections.abc import Iterator, Sequence
-from typing import final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +10,21 @@ from vring.errors import RingError
 
 @disjoint_base
 class VirtQueue:
-    def __init__(self, *args: object, **kwargs: object) -> None: ...
+    def __init__(
+        self,
+        memory: GuestMemory,
+        size: int,
+        desc: int,
+        avail: int,
+        used: int,
+        *,
+        event_idx: bool = False,
+        indirect: bool = False,
+        in_order: bool = False,
+        index: int | None = None,
+        used_index: int | None = None,
+        name: str = "queue",
+    ) -> None: ...
     @property
     def name(self) -> str: ...
     @property
@@ -51,21 +64,3 @@ class VirtQueue:
     @property
     def vring_base(self) -> int: ...
     def reset(self) -> None: ...
-
-@final
-class SplitQueue(VirtQueue):
-    def __init__(
-        self,
-        memory: GuestMemory,
-        size: int,
-        desc: int,
-        avail: int,
-        used: int,
-        *,
-        event_idx: bool = False,
-        indirect: bool = False,
-        in_order: bool = False,
-        index: int = 0,
-        used_index: int | None = None,
-        name: str = "queue",
-    ) -> None: ...

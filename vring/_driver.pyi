@@ -1,5 +1,4 @@
 from collections.abc import Iterable, Sequence
-from typing import final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +10,20 @@ def need_event(event: int, after: int, before: int) -> bool: ...
 
 @disjoint_base
 class Driver:
-    def __init__(self, *args: object, **kwargs: object) -> None: ...
+    def __init__(
+        self,
+        memory: GuestMemory,
+        size: int,
+        desc: int,
+        avail: int,
+        used: int,
+        *,
+        event_idx: bool = False,
+        indirect: bool = False,
+        in_order: bool = False,
+        index: int | None = None,
+        name: str = "driver",
+    ) -> None: ...
     @property
     def memory(self) -> GuestMemory: ...
     @property
@@ -51,41 +63,3 @@ class Driver:
     def disable_notifications(self) -> None: ...
     def notification_data(self, queue: int) -> int: ...
     def reset(self) -> None: ...
-
-@final
-class SplitDriver(Driver):
-    def __init__(
-        self,
-        memory: GuestMemory,
-        size: int,
-        desc: int,
-        avail: int,
-        used: int,
-        *,
-        event_idx: bool = False,
-        indirect: bool = False,
-        in_order: bool = False,
-        index: int = 0,
-        name: str = "driver",
-    ) -> None: ...
-    @staticmethod
-    def layout(size: int) -> tuple[int, int, int]: ...
-
-@final
-class PackedDriver(Driver):
-    def __init__(
-        self,
-        memory: GuestMemory,
-        size: int,
-        desc: int,
-        avail: int,
-        used: int,
-        *,
-        event_idx: bool = False,
-        indirect: bool = False,
-        in_order: bool = False,
-        index: int = 0x8000,
-        name: str = "driver",
-    ) -> None: ...
-    @staticmethod
-    def layout(size: int) -> tuple[int, int, int]: ...

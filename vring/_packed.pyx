@@ -7,14 +7,14 @@ from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 
 from vring._chains cimport (
     FAULT_AVAIL_INDEX, FAULT_INDIRECT_ADDRESS, FAULT_INDIRECT_NESTED, FAULT_INDIRECT_NEXT,
-    FAULT_NONE, FAULT_ORDER, FAULT_TOO_LONG, vr_add_buffer, vr_chain, vr_check_table, vr_end_chain,
-    vr_end_readable, vr_room, vr_single, vr_start_chain, vr_walk
+    FAULT_NONE, FAULT_ORDER, FAULT_TOO_LONG, vr_add_buffer, vr_chain, vr_end_chain, vr_end_readable,
+    vr_locate_table, vr_read_scattered, vr_room, vr_single, vr_start_chain, vr_walk
 )
 from vring._core cimport VR_BROKEN
-from vring._memory cimport GuestMemory, vr_find, vr_lookup, vr_region
+from vring._memory cimport GuestMemory, vr_lookup, vr_region
 from vring._wire cimport (
     DESC_F_AVAIL, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_USED, DESC_F_WRITE, DESC_SIZE, EVENT_DESC,
-    EVENT_DISABLE, EVENT_ENABLE, QUEUE_SIZE_MAX, iovec, vr_entry, vr_fence, vr_likely,
+    EVENT_DISABLE, EVENT_ENABLE, iovec, vr_entry, vr_fence, vr_likely,
     vr_load16_acquire, vr_load32, vr_need_event, vr_read_packed, vr_store32, vr_unlikely,
     vr_write_packed_used
 )
@@ -108,22 +108,15 @@ cdef inline int walk_table(
 cdef int walk_scattered(
     vr_room* room, vr_walk* walk, vr_chain* chain, uint64_t table, uint32_t entries
 ) noexcept nogil:
-    """walk_table for a table that crosses region borders: entry by entry, byte by byte."""
+    """walk_table for a table that crosses region borders: entry by entry."""
     cdef uint8_t[DESC_SIZE] entry
-    cdef const vr_region* region
-    cdef uint64_t at
     cdef uint32_t i
-    cdef int k
     cdef int code
     for i in range(entries):
-        for k in range(DESC_SIZE):
-            at = table + i * DESC_SIZE + k
-            region = vr_find(room.memory, at)
-            if region == NULL or at < table:
-                walk.desc.addr = table
-                walk.desc.len = entries * DESC_SIZE
-                return FAULT_INDIRECT_ADDRESS
-            entry[k] = (<volatile uint8_t*>region.host)[at - region.guest]
+        if not vr_read_scattered(room.memory, table, i, entry):
+            walk.desc.addr = table
+            walk.desc.len = entries * DESC_SIZE
+            return FAULT_INDIRECT_ADDRESS
         code = walk_table(room, walk, chain, entry, 1)
         if code:
             return code
@@ -134,63 +127,37 @@ cdef inline int walk_indirect(
     vr_room* room, vr_walk* walk, vr_chain* chain, bint negotiated
 ) noexcept nogil:
     """Takes the buffers of the indirect table that walk.desc names. Returns a vr_fault_code."""
-    cdef uint64_t table = walk.desc.addr, offset
-    cdef uint32_t length = walk.desc.len
-    cdef const vr_region* region = walk.near
+    cdef uint64_t address = walk.desc.addr
+    cdef uint32_t entries = walk.desc.len // DESC_SIZE
+    cdef const uint8_t* table = NULL
     cdef vr_walk copy
-    cdef int code = vr_check_table(negotiated, walk.desc.flags, length)
+    cdef int code = vr_locate_table(room, walk, negotiated, room.size, &table)
     if vr_unlikely(code):
         return code
-    if length // DESC_SIZE > room.size:
-        return FAULT_TOO_LONG
-    offset = table - region.guest
-    if offset >= region.size:
-        region = vr_lookup(room.memory, room.hints, table)
-        if vr_unlikely(region == NULL):
-            return FAULT_INDIRECT_ADDRESS
-        offset = table - region.guest
-    if vr_likely(length <= region.size - offset):
-        return walk_table(room, walk, chain, region.host + offset, length // DESC_SIZE)
+    if vr_likely(table != NULL):
+        return walk_table(room, walk, chain, table, entries)
     copy = walk[0]
-    code = walk_scattered(room, &copy, chain, table, length // DESC_SIZE)
+    code = walk_scattered(room, &copy, chain, address, entries)
     walk[0] = copy
     return code
 
 
 @cython.final
 cdef class PackedQueue(VirtQueue):
-    """The device's side of a packed virtqueue (virtio 1.3, 2.8).
+    """The device's side of a packed virtqueue (virtio 1.3, 2.8); made as VirtQueue says.
 
-    Args:
-        memory: the guest's memory; the queue keeps it alive.
-        size: number of descriptors, 1 to 32768.
-        desc, avail, used: guest addresses of descriptor ring, driver and device event suppression.
-        event_idx, indirect, in_order: the negotiated features of these names.
-        index: next available descriptor (bits 0 to 14) and wrap counter (bit 15) to start from.
-        used_index: the same for used descriptors; default: `index`, so nothing is in flight.
-        name: what errors call the queue.
-
-    Raises:
-        AddressError: a part is misaligned or not in one region of memory.
-        LocalMisuseError: an impossible size or index.
+    Its indices are a slot of the ring (bits 0 to 14) and a wrap counter (bit 15), and start at
+    0x8000: slot 0, wrap counter 1.
     """
 
-    def __cinit__(
-        self, GuestMemory memory not None, size, desc, avail, used, *, event_idx=False,
-        indirect=False, in_order=False, index=WRAP, used_index=None, name="queue"
-    ):
-        if not 1 <= size <= QUEUE_SIZE_MAX:
-            raise LocalMisuseError(f"{name}: size {size} is not 1 to 32768")
-        if used_index is None:
-            used_index = index
+    def __cinit__(self, *args, index=None, used_index=None, **features):
+        index = WRAP if index is None else index
+        used_index = index if used_index is None else used_index
         for at in (index, used_index):
-            if not 0 <= at <= 0xFFFF or at & ~WRAP >= size:
-                raise LocalMisuseError(f"{name}: index {at:#x} is not in a ring of {size}")
-        self.name = name
-        self.size = size
-        self.event_idx = event_idx
-        self.indirect = indirect
-        self.in_order = in_order
+            if not 0 <= at <= 0xFFFF or at & ~WRAP >= self.size:
+                raise LocalMisuseError(
+                    f"{self.name}: index {at:#x} is not in a ring of {self.size}"
+                )
         self.next_avail = index & ~WRAP
         self.avail_wrap = index & WRAP
         self.next_used = used_index & ~WRAP
@@ -198,14 +165,7 @@ cdef class PackedQueue(VirtQueue):
         self.taken = <uint16_t*>PyMem_RawMalloc(self.size * sizeof(uint16_t))
         if self.taken == NULL:
             raise MemoryError
-        self._rings = (desc, avail, used)
-        self.memory = memory
-
-    def __init__(
-        self, memory, size, desc, avail, used, *, event_idx=False, indirect=False, in_order=False,
-        index=WRAP, used_index=None, name="queue"
-    ):
-        pass
+        self.memory = self._memory
 
     def __dealloc__(self):
         PyMem_RawFree(self.taken)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from vring._core import SplitQueue
-from vring._driver import SplitDriver
 from vring._memory import GuestMemory, Region
+from vring._split import SplitQueue
+from vring._split_driver import SplitDriver
 from vring.errors import LocalMisuseError
 
 if TYPE_CHECKING:

@@ -13,8 +13,10 @@ from vring import (
     GuestMemory,
     LocalMisuseError,
     NotificationData,
+    PackedDriver,
     PackedQueue,
     Region,
+    SplitDriver,
     SplitQueue,
     VirtQueue,
 )
@@ -327,11 +329,15 @@ def test_sizes_from_one_to_the_largest(packed: bool, sizes: list[int]) -> None:
         assert ring.queue.pop() is None
 
 
-@pytest.mark.parametrize("size", [0, 3, 65536, -1])
-def test_impossible_split_sizes(size: int) -> None:
+KINDS = (SplitQueue, SplitDriver, PackedQueue, PackedDriver)
+IMPOSSIBLE = [(kind, size) for kind in KINDS for size in (0, -1, 32769, 65536)]
+
+
+@pytest.mark.parametrize(("kind", "size"), [*IMPOSSIBLE, (SplitQueue, 3), (SplitDriver, 3)])
+def test_impossible_sizes(kind: Any, size: int) -> None:
     memory = Ring().memory
-    with pytest.raises(LocalMisuseError, match="power of two"):
-        SplitQueue(memory, size, BASE, BASE, BASE)
+    with pytest.raises(LocalMisuseError, match=f"size {size} is not"):
+        kind(memory, size, BASE, BASE, BASE)
 
 
 def test_a_chain_over_very_many_regions_grows_the_table() -> None:

@@ -39,8 +39,7 @@ def make_queue(
         AddressError: an area is misaligned or not in one region of memory.
         LocalMisuseError: an impossible size or index.
     """
-    packed = bool(features & Feature.RING_PACKED)
-    kind = PackedQueue if packed else SplitQueue
+    kind = PackedQueue if features & Feature.RING_PACKED else SplitQueue
     return kind(
         memory,
         size,
@@ -48,7 +47,7 @@ def make_queue(
         event_idx=bool(features & Feature.EVENT_IDX),
         indirect=bool(features & Feature.INDIRECT_DESC),
         in_order=bool(features & Feature.IN_ORDER),
-        index=(FRESH_PACKED_INDEX if packed else 0) if index is None else index,
+        index=index,
         name=name,
     )
 

@@ -1,0 +1,190 @@
+"""The driver's side of packed virtqueues (virtio 1.3, 2.8)."""
+
+from __future__ import annotations
+
+cimport cython
+from libc.stdlib cimport calloc, free
+from libc.string cimport memset
+
+from vring._wire cimport (
+    DESC_F_AVAIL, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_USED, DESC_SIZE, EVENT_DESC, EVENT_DISABLE,
+    EVENT_ENABLE, vr_fence, vr_load16, vr_load16_acquire, vr_load32, vr_need_event, vr_read_packed,
+    vr_store16_release, vr_store32, vr_write_desc
+)
+from vring.errors import LocalMisuseError
+
+cdef enum:
+    WRAP = 1 << 15                  # in a state word and in an event structure: the wrap counter
+
+
+@cython.final
+cdef class PackedDriver(Driver):
+    """The driver's side of a packed virtqueue (virtio 1.3, 2.8); made as Driver says."""
+
+    @staticmethod
+    def layout(size):
+        """Bytes of descriptor ring, driver and device event suppression structures."""
+        return DESC_SIZE * size, 4, 4
+
+    def __cinit__(self, memory, size, desc, avail, used, *, index=None, **features):
+        index = WRAP if index is None else index
+        if not 0 <= index <= 0xFFFF or index & ~WRAP >= size:
+            raise LocalMisuseError(f"{self.name}: index {index:#x} is not in a ring of {size}")
+        self.ring = self.locate(desc, DESC_SIZE * size, 16)
+        self.driver_event = self.locate(avail, 4, 4)
+        self.device_event = self.locate(used, 4, 4)
+        self.ids = <uint16_t*>calloc(self.size, sizeof(uint16_t))
+        if self.ids == NULL:
+            raise MemoryError
+        self.start(index)
+
+    def __dealloc__(self):
+        free(self.ids)
+
+    cdef void start(self, uint32_t index) noexcept:
+        cdef uint32_t i
+        for i in range(self.size):
+            self.ids[i] = <uint16_t>(self.size - 1 - i)
+        self.free_ids = self.size
+        self.next_slot = self.next_used = index & <uint32_t>~WRAP
+        self.wrap = self.used_wrap = (index & WRAP) != 0
+        self.held_slots = 0
+        self.enable_notifications()
+
+    cdef void restart(self) noexcept:
+        memset(self.ring, 0, self.size * DESC_SIZE)
+        vr_store32(self.device_event, 0)
+        self.start(WRAP)
+
+    cdef void put(
+        self, uint64_t address, uint32_t length, uint32_t flags, uint16_t id
+    ) noexcept nogil:
+        """Writes the next descriptor; the first that is not published keeps its old flags."""
+        cdef uint8_t* slot = self.ring + <size_t>self.next_slot * DESC_SIZE
+        flags |= DESC_F_AVAIL if self.wrap else DESC_F_USED
+        if self.held_slots == 0:
+            self.held = self.next_slot
+            self.held_flags = flags
+            flags = vr_load16(slot + 14)
+        vr_write_desc(slot, address, length, id, <uint16_t>flags)
+        self.advance(1)
+
+    cdef void advance(self, uint32_t slots) noexcept nogil:
+        self.held_slots += slots
+        self.num_free -= slots
+        self.next_slot += slots
+        if self.next_slot >= self.size:
+            self.next_slot -= self.size
+            self.wrap = not self.wrap
+
+    def add(self, readable, writable, *, indirect_at=None):
+        buffers = self.check_buffers(readable, writable, indirect_at is not None)
+        cdef uint32_t n = len(buffers), i
+        cdef uint8_t* table = NULL
+        cdef uint16_t id = self.ids[self.free_ids - 1]
+        if indirect_at is not None:
+            table = self.memory.locate(indirect_at, n * DESC_SIZE)
+        self.free_ids -= 1
+        total = 0
+        for i in range(n):
+            address, length, flags = buffers[i]
+            if flags:
+                total += length
+            if table != NULL:
+                vr_write_desc(table + i * DESC_SIZE, address, length, 0, flags)
+            else:
+                self.put(address, length, flags | (DESC_F_NEXT if i + 1 < n else 0), id)
+        if table != NULL:
+            self.put(indirect_at, n * DESC_SIZE, DESC_F_INDIRECT, id)
+        self.note(id, 1 if table != NULL else n, min(total, 0xFFFFFFFF))
+        return id
+
+    cdef uint16_t put_one(self, uint64_t address, uint32_t length, uint32_t flags) noexcept nogil:
+        self.free_ids -= 1
+        self.put(address, length, flags, self.ids[self.free_ids])
+        return self.ids[self.free_ids]
+
+    def publish(self):
+        """Makes all added chains available to the device; whether it must be kicked (2.8.21.3)."""
+        cdef uint32_t slots = self.held_slots, event, flags
+        cdef uint16_t offset
+        if slots == 0:
+            return False
+        # The device reads in order, so the first descriptor shows it all of them: last.
+        vr_store16_release(
+            self.ring + <size_t>self.held * DESC_SIZE + 14, <uint16_t>self.held_flags
+        )
+        self.held_slots = 0
+        # What is available must be visible before the device's wish is read, or both may sleep.
+        vr_fence()
+        event = vr_load32(self.device_event)
+        flags = event >> 16 & 3
+        if not self.event_idx or flags != EVENT_DESC:
+            return flags != EVENT_DISABLE
+        offset = event & 0x7FFF
+        if ((event & WRAP) != 0) != self.wrap:
+            offset -= self.size
+        return bool(vr_need_event(offset, self.next_slot, <uint16_t>(self.next_slot - slots)))
+
+    cdef bint is_used(self, uint32_t slot, bint wrap) noexcept nogil:
+        cdef uint32_t flags = vr_load16_acquire(self.ring + <size_t>slot * DESC_SIZE + 14)
+        return ((flags & DESC_F_AVAIL) != 0) == wrap and ((flags & DESC_F_USED) != 0) == wrap
+
+    cdef bint next_element(self, uint32_t* head, uint32_t* length) except -1:
+        if not self.is_used(self.next_used, self.used_wrap):
+            return False
+        element = vr_read_packed(self.ring + <size_t>self.next_used * DESC_SIZE)
+        head[0] = element.id
+        length[0] = element.len
+        return True
+
+    cdef void take_back(self, uint16_t head) noexcept nogil:
+        cdef uint32_t slots = self.descriptors[head]
+        self.descriptors[head] = 0
+        self.num_free += slots
+        self.flying -= 1
+        self.oldest = self.oldest + 1 if self.oldest + 1 < self.size else 0
+        self.ids[self.free_ids] = head
+        self.free_ids += 1
+        self.next_used += slots
+        if self.next_used >= self.size:
+            self.next_used -= self.size
+            self.used_wrap = not self.used_wrap
+
+    def enable_notifications(self, uint16_t after=1):
+        """Asks the device to notify of used chains.
+
+        Args:
+            after: when so many descriptors are (2.8.10), counted from the last that get_used
+                returned, at most the queue's size; without EVENT_IDX it stands for 1.
+
+        Returns:
+            True if they are used already: no notification may come for those.
+        """
+        cdef uint32_t at = self.next_used, event = EVENT_ENABLE << 16
+        cdef bint wrap = self.used_wrap
+        if not 1 <= after <= self.size:
+            raise LocalMisuseError(f"{self.name}: after {after} of {self.size} descriptors")
+        if self.event_idx:
+            at += after - 1
+            if at >= self.size:
+                at -= self.size
+                wrap = not wrap
+            event = EVENT_DESC << 16 | at | (WRAP if wrap else 0)
+        vr_store32(self.driver_event, event)
+        vr_fence()
+        return self.flying != 0 and self.is_used(at, wrap)
+
+    def disable_notifications(self):
+        """Tells the device that notifications are not needed; it may still send some."""
+        vr_store32(self.driver_event, EVENT_DISABLE << 16)
+
+    @property
+    def avail_index(self):
+        """Where the next descriptor goes (bits 0 to 14) and the wrap counter (bit 15)."""
+        return self.next_slot | (WRAP if self.wrap else 0)
+
+    @property
+    def used_index(self):
+        """The next used descriptor to take back (bits 0 to 14) and its wrap counter (bit 15)."""
+        return self.next_used | (WRAP if self.used_wrap else 0)

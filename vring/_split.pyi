@@ -1,0 +1,6 @@
+from typing import final
+
+from vring._core import VirtQueue
+
+@final
+class SplitQueue(VirtQueue): ...

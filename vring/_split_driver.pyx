@@ -1,0 +1,188 @@
+"""The driver's side of split virtqueues (virtio 1.3, 2.7)."""
+
+from __future__ import annotations
+
+cimport cython
+from libc.stdlib cimport calloc, free
+from libc.string cimport memset
+
+from vring._wire cimport (
+    AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, DESC_F_NEXT, DESC_SIZE, USED_F_NO_NOTIFY, vr_fence,
+    vr_load16, vr_load16_acquire, vr_load32, vr_need_event, vr_store16, vr_store16_release,
+    vr_write_desc
+)
+from vring.errors import LocalMisuseError, UsedRingError
+
+
+@cython.final
+cdef class SplitDriver(Driver):
+    """The driver's side of a split virtqueue (virtio 1.3, 2.7); made as Driver says."""
+
+    @staticmethod
+    def layout(size):
+        """Bytes of descriptor table, available ring and used ring, event indices included."""
+        return DESC_SIZE * size, 6 + 2 * size, 6 + 8 * size
+
+    def __cinit__(self, memory, size, desc, avail, used, *, index=None, **features):
+        if self.size & (self.size - 1):
+            raise LocalMisuseError(f"{self.name}: size {size} is not a power of two")
+        index = 0 if index is None else index
+        if not 0 <= index <= 0xFFFF:
+            raise LocalMisuseError(f"{self.name}: index {index} is not of 16 bits")
+        desc_bytes, avail_bytes, used_bytes = SplitDriver.layout(size)
+        self.desc = self.locate(desc, desc_bytes, 16)
+        self.avail = self.locate(avail, avail_bytes, 2)
+        self.used = self.locate(used, used_bytes, 4)
+        self.next = <uint16_t*>calloc(self.size, sizeof(uint16_t))
+        if self.next == NULL:
+            raise MemoryError
+        self.start(index)
+
+    def __dealloc__(self):
+        free(self.next)
+
+    cdef void start(self, uint16_t index) noexcept:
+        cdef uint32_t i
+        for i in range(self.size):
+            self.next[i] = <uint16_t>(i + 1) & <uint16_t>(self.size - 1)
+        self.free_head = 0
+        self.next_avail = self.published = self.next_used = index
+        vr_store16(self.avail + 2, index)
+        self.enable_notifications()
+
+    cdef void restart(self) noexcept:
+        memset(self.avail, 0, 4)
+        memset(self.used, 0, 4)
+        self.start(0)
+
+    cdef uint16_t take(self) noexcept nogil:
+        """A free descriptor. With IN_ORDER the links are never changed: ring order (2.7.9)."""
+        cdef uint16_t at = self.free_head
+        self.free_head = self.next[at]
+        self.num_free -= 1
+        return at
+
+    cdef void take_back(self, uint16_t head) noexcept nogil:
+        """Puts a chain's descriptors back on the free list."""
+        cdef uint16_t n = self.descriptors[head], at = head
+        self.descriptors[head] = 0
+        self.num_free += n
+        self.flying -= 1
+        self.next_used += 1
+        self.oldest = self.oldest + 1 if self.oldest + 1 < self.size else 0
+        if self.in_order:
+            return
+        while n > 1:
+            at = self.next[at]
+            n -= 1
+        self.next[at] = self.free_head
+        self.free_head = head
+
+    def add(self, readable, writable, *, indirect_at=None):
+        buffers = self.check_buffers(readable, writable, indirect_at is not None)
+        cdef uint32_t n = len(buffers), i
+        cdef uint8_t* table = NULL
+        cdef uint16_t head = self.free_head, at, after
+        if indirect_at is not None:
+            table = self.memory.locate(indirect_at, n * DESC_SIZE)
+            self.take()
+            vr_write_desc(
+                self.desc + head * DESC_SIZE, indirect_at, n * DESC_SIZE, DESC_F_INDIRECT, 0
+            )
+        total = 0
+        for i in range(n):
+            address, length, flags = buffers[i]
+            if flags:
+                total += length
+            at = <uint16_t>i if table != NULL else self.take()
+            after = <uint16_t>(i + 1) if table != NULL else self.next[at]
+            if i + 1 < n:
+                flags |= DESC_F_NEXT
+            else:
+                after = 0
+            vr_write_desc(
+                (table if table != NULL else self.desc) + at * DESC_SIZE, address, length, flags,
+                after
+            )
+        self.note(head, 1 if table != NULL else n, min(total, 0xFFFFFFFF))
+        self.offer(head)
+        return head
+
+    cdef void offer(self, uint16_t head) noexcept nogil:
+        cdef uint16_t slot = self.next_avail & <uint16_t>(self.size - 1)
+        vr_store16(self.avail + 4 + 2 * <size_t>slot, head)
+        self.next_avail += 1
+
+    cdef uint16_t put_one(self, uint64_t address, uint32_t length, uint32_t flags) noexcept nogil:
+        cdef uint16_t head = self.take()
+        vr_write_desc(self.desc + head * DESC_SIZE, address, length, <uint16_t>flags, 0)
+        self.offer(head)
+        return head
+
+    def publish(self):
+        """Makes all added chains available to the device; whether it must be kicked (2.7.13)."""
+        cdef uint16_t before = self.published
+        if before == self.next_avail:
+            return False
+        vr_store16_release(self.avail + 2, self.next_avail)
+        self.published = self.next_avail
+        # The index must be visible before the device's wish is read, or both sides may sleep.
+        vr_fence()
+        if self.event_idx:
+            return bool(vr_need_event(
+                vr_load16(self.used + 4 + 8 * <size_t>self.size), self.published, before
+            ))
+        return not vr_load16(self.used) & USED_F_NO_NOTIFY
+
+    cdef bint next_element(self, uint32_t* head, uint32_t* length) except -1:
+        cdef uint16_t ready = vr_load16_acquire(self.used + 2) - self.next_used
+        cdef const uint8_t* element
+        if ready > <uint16_t>(self.published - self.next_used):
+            raise UsedRingError(
+                self.name, <uint16_t>(self.next_used + ready),
+                "the used index moved further than the available index"
+            )
+        if ready == 0:
+            return False
+        element = self.used + 4 + 8 * <size_t>(self.next_used & <uint16_t>(self.size - 1))
+        head[0] = vr_load32(element)
+        length[0] = vr_load32(element + 4)
+        return True
+
+    def enable_notifications(self, uint16_t after=1):
+        """Asks the device to notify when chains are used.
+
+        Args:
+            after: when so many are (2.7.7.2), counted from the last that get_used returned; without
+                EVENT_IDX the device notifies at each. A driver with a full queue waits better for
+                half of it than for one chain.
+
+        Returns:
+            True if so many are used already: no notification may come for those.
+        """
+        if self.event_idx:
+            vr_store16(
+                self.avail + 4 + 2 * <size_t>self.size, <uint16_t>(self.next_used + after - 1)
+            )
+        else:
+            vr_store16(self.avail, 0)
+        vr_fence()
+        return <uint16_t>(vr_load16(self.used + 2) - self.next_used) >= after
+
+    def disable_notifications(self):
+        """Tells the device that notifications are not needed; it may still send some."""
+        if self.event_idx:
+            # The flag must stay 0 then (2.7.7): an event as far away as can be.
+            vr_store16(self.avail + 4 + 2 * <size_t>self.size, <uint16_t>(self.next_used - 1))
+        else:
+            vr_store16(self.avail, AVAIL_F_NO_INTERRUPT)
+
+    @property
+    def avail_index(self):
+        """The next available index to publish (0 to 65535)."""
+        return self.next_avail
+
+    @property
+    def used_index(self):
+        """The next used index to take back (0 to 65535)."""
+        return self.next_used
