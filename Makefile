@@ -5,11 +5,14 @@ BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 # Where `make peers-qemu` keeps its Debian root; tests/peers/qemu looks there.
 export QEMU_ROOT ?= /var/cache/vring/qemu-root
+# Where `make peers-vdagent` keeps a newer SPICE agent.
+export VDAGENT_ROOT ?= /var/cache/vring/vdagent-root
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 SOURCES := $(wildcard vring/*.pyx vring/*.pxd)
 
-.PHONY: help build run test check bench fuzz sanitize format wheel wheel-check peers peers-qemu clean
+.PHONY: help build run test check bench fuzz sanitize format wheel wheel-check peers \
+	peers-qemu peers-vdagent clean
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -94,6 +97,9 @@ peers: ## Debian packages of the real peers: User-Mode Linux, the SPICE agent, a
 peers-qemu: ## a Debian testing root with QEMU and its kernel, cached (needs root, 2 to 3 minutes)
 	$(if $(filter 0,$(shell id -u)),,sudo) env DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends debootstrap
 	$(if $(filter 0,$(shell id -u)),,sudo) tests/peers/qemu/make-root $(QEMU_ROOT)
+
+peers-vdagent: ## the SPICE agent of Debian testing, unpacked beside this machine's (half a minute)
+	$(if $(filter 0,$(shell id -u)),,sudo) tests/peers/make-vdagent-root $(VDAGENT_ROOT)
 
 clean: ## remove what was built
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info vring/*.so $(VENV)/built

@@ -18,9 +18,12 @@ PEER_FILES = {
     "qemu-root": os.path.join(
         os.environ.get("QEMU_ROOT", "/var/cache/vring/qemu-root"), ".vring-root"
     ),
+    "vdagent-root": os.path.join(
+        os.environ.get("VDAGENT_ROOT", "/var/cache/vring/vdagent-root"), ".vring-root"
+    ),
 }
 #: Who brings those that `make peers` does not.
-MAKE_TARGETS = {"qemu-root": "make peers-qemu"}
+MAKE_TARGETS = {"qemu-root": "make peers-qemu", "vdagent-root": "make peers-vdagent"}
 
 
 def is_installed(name: str) -> bool:
@@ -32,28 +35,27 @@ def is_installed(name: str) -> bool:
     return shutil.which(name, path=path) is not None
 
 
-def what_is_missing(marker: pytest.Mark) -> str:
+def what_is_missing(item: pytest.Item) -> str:
     """The line that says what to install, or nothing."""
-    missing = [name for name in marker.args if not is_installed(name)]
+    names = [name for marker in item.iter_markers("peer") for name in marker.args]
+    missing = [name for name in dict.fromkeys(names) if not is_installed(name)]
     targets = {MAKE_TARGETS.get(name, "make peers") for name in missing}
     how = ", ".join(f"`{target}`" for target in sorted(targets))
     return f"{', '.join(missing)} not installed: {how} brings it" if missing else ""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.environ.get("CI"):
+        return  # a peer that is missing fails the test itself
     for item in items:
-        marker = item.get_closest_marker("peer")
-        if marker is None or os.environ.get("CI"):
-            continue  # in CI a peer that is missing fails the test itself
-        if why := what_is_missing(marker):
+        if why := what_is_missing(item):
             item.add_marker(pytest.mark.skip(reason=why))
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """In CI a missing peer is a failure, with the same line that a user's skip shows."""
-    marker = item.get_closest_marker("peer")
-    if marker is not None and (why := what_is_missing(marker)):
+    if why := what_is_missing(item):
         pytest.fail(why, pytrace=False)
 
 

@@ -24,6 +24,7 @@ from vring_serial.agent import (
     OtherMessage,
     StreamSource,
 )
+from vring_serial.agent import host as host_module
 from vring_serial.guest.agent import GUEST_CAPABILITIES, HostLeft
 from vring_serial.proto.agent import (
     AnnounceCapabilities,
@@ -304,6 +305,21 @@ async def test_an_empty_answer_is_asked_for_again(raw_agent):
     await agent.receive(ClipboardRequest)
     agent.send(Clipboard(0, TEXT, b"here"))
     assert await asking == "here"
+
+
+async def test_an_owner_that_is_silent_after_an_empty_answer(raw_agent, monkeypatch):
+    """As 0.23 is when it has lost a clipboard: empty is what is known of it."""
+    monkeypatch.setattr(host_module, "ASK_AGAIN_WAIT", 0.05)
+    host = HostAgent(timeout=5)
+    agent = await raw_agent(host)
+    await agent.greet()
+    agent.send(ClipboardGrab(0, (TEXT,)))
+    await host.wait_clipboard()
+    asking = asyncio.ensure_future(host.get_clipboard())
+    await agent.receive(ClipboardRequest)
+    agent.send(Clipboard(0, ClipboardType.NONE))
+    with pytest.raises(ClipboardEmptyError):
+        await asking
 
 
 async def test_requests_for_what_we_do_not_have_are_answered_with_nothing(raw_agent):

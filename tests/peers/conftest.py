@@ -33,10 +33,15 @@ def load_helper(name: str) -> ModuleType:
     return sys.modules[full]
 
 
-@pytest.fixture
-async def vdagent(tmp_path: Path) -> AsyncIterator[Any]:
-    """An X server that runs, and the real agent ready to be started on a unix socket."""
-    async with load_helper("vdagent").VdAgentSession(tmp_path) as session:
+@pytest.fixture(params=["installed", pytest.param("newer", marks=pytest.mark.peer("vdagent-root"))])
+async def vdagent(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Any]:
+    """An X server that runs, and a real agent ready to be started on a unix socket.
+
+    It is this machine's, 0.22.1 in Debian 12, and then Debian testing's, 0.23.
+    """
+    helper = load_helper("vdagent")
+    root = helper.NEWER_ROOT if request.param == "newer" else None
+    async with helper.VdAgentSession(tmp_path, root) as session:
         yield session
 
 

@@ -107,13 +107,28 @@ async def test_images_and_release(bench):
 
 
 async def test_a_mebibyte_each_way(bench):
-    text = bytes(32 + i * i % 95 for i in range(1 << 20))
+    # From a mebibyte on xclip uses X11's increments, which 0.23 is not up to: see below.
+    size = (1 << 20) - 4096 * bench.vdagent.is_newer
+    text = bytes(32 + i * i % 95 for i in range(size))
     await bench.vdagent.copy(text)
     await bench.host.wait_clipboard()
     assert await bench.host.get_clipboard() == text.decode()
     back = text[::-1]
     await bench.host.set_clipboard(back)
     await bench.vdagent.until_paste(back)
+
+
+async def test_a_clipboard_that_x11_moves_in_increments(bench):
+    """0.23 loses most of them ("out of memory" in its log), and cannot get them again."""
+    text = bytes(32 + i * i % 95 for i in range(5 << 20))
+    await bench.vdagent.copy(text)
+    await bench.host.wait_clipboard()
+    try:
+        assert await bench.host.get_clipboard() == text.decode()
+    except ClipboardEmptyError:
+        assert bench.vdagent.is_newer
+    await bench.host.set_clipboard(text)
+    await bench.vdagent.until_paste(text)
 
 
 async def test_a_clipboard_that_breaks_off_leaves_the_channel_whole(bench):

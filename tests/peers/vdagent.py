@@ -16,10 +16,22 @@ SCREEN = "2560x1600x24"
 PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 
 
+#: Where `make peers-vdagent` keeps the agent of Debian testing, with its own C library.
+NEWER_ROOT = Path(os.environ.get("VDAGENT_ROOT", "/var/cache/vring/vdagent-root"))
+
+
 def program(name: str) -> str:
     found = shutil.which(name, path=PATH)
     assert found is not None, f"{name} not installed: `make peers` brings it"
     return found
+
+
+def of_root(root: Path, name: str) -> list[str]:
+    """The command for a program of another Debian, which brings its own loader and libraries."""
+    libraries = root / "usr" / "lib" / "x86_64-linux-gnu"
+    (found,) = root.glob(f"usr/*bin/{name}")
+    loader = libraries / "ld-linux-x86-64.so.2"
+    return [str(loader), "--library-path", str(libraries), str(found)]
 
 
 class VdAgentSession:
@@ -29,13 +41,20 @@ class VdAgentSession:
         port: path of the unix socket on which the test serves the host's side of the channel.
         downloads: where the agent puts files that it receives.
         display: the X display, such as ``:3``.
+        is_newer: the agent is that of Debian testing.
+
+    Args:
+        directory: for sockets, logs and downloads.
+        root: a Debian whose agent it is, or None for this machine's.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, root: Path | None = None) -> None:
         self.port = directory / "port.sock"
         self.downloads = directory / "downloads"
         self.display = ""
         self._directory = directory
+        self.is_newer = root is not None
+        self._root = root
         self._x: asyncio.subprocess.Process | None = None
         self._agents: list[asyncio.subprocess.Process] = []
         self._helpers: list[asyncio.subprocess.Process] = []
@@ -105,9 +124,12 @@ class VdAgentSession:
         self, name: str, *args: str, pass_fds: tuple[int, ...] = ()
     ) -> asyncio.subprocess.Process:
         environment = {**os.environ, "DISPLAY": self.display, "NO_AT_BRIDGE": "1", "PATH": PATH}
+        command = [program(name)]
+        if self._root is not None and name.startswith("spice-"):
+            command = of_root(self._root, name)
         with (self._directory / f"{name}.log").open("ab") as log:
             return await asyncio.create_subprocess_exec(
-                program(name), *args, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log,
+                *command, *args, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log,
                 env=environment, pass_fds=pass_fds,
             )  # fmt: skip
 

@@ -72,7 +72,11 @@ CLIPBOARD_MAX = 100 << 20
 """Bytes of clipboard data that a HostAgent takes unless told otherwise, as spice-gtk does."""
 
 EMPTY_ANSWERS_TRIED = 3
-"""spice-vdagent 0.23.0 loses a large clipboard now and then and answers with nothing: ask again."""
+"""spice-vdagent 0.23.0 often loses a clipboard that X11 moves in increments (of 1 MiB or more) and
+answers with nothing: ask again."""
+ASK_AGAIN_WAIT = 2.0
+"""Seconds for the answer to that: the application that owns the data may be left waiting for the
+rest of the first one, and then never gives another."""
 
 PHYSICAL_SIZE_WAIT = 2.0
 """Seconds before monitors with physical sizes are sent again without: spice-vdagentd 0.22.1 neither
@@ -238,14 +242,21 @@ class HostAgent:
         """
         self._need_clipboard(selection)
         seconds = self._timeout if timeout is None else timeout
-        for attempt in range(EMPTY_ANSWERS_TRIED):
+        empty: ClipboardEmptyError | None = None
+        for _ in range(EMPTY_ANSWERS_TRIED):
             try:
                 return await self._clipboard.fetch(selection, kind, seconds)
-            except ClipboardEmptyError:
-                last = attempt == EMPTY_ANSWERS_TRIED - 1
-                if last or kind not in self._clipboard.remote_types.get(selection, ()):
+            except ClipboardEmptyError as error:
+                empty = error
+                if kind not in self._clipboard.remote_types.get(selection, ()):
+                    break
+            except AgentTimeoutError:
+                if empty is None:
                     raise
-        raise AssertionError("unreachable")
+                break
+            seconds = min(seconds, ASK_AGAIN_WAIT)
+        assert empty is not None
+        raise empty
 
     def stream_clipboard(
         self, kind: int, selection: int = Selection.CLIPBOARD, *, timeout: float | None = None
