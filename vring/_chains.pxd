@@ -5,7 +5,7 @@ from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from vring._memory cimport GuestMemory, vr_lookup, vr_map, vr_region
 from vring._wire cimport (
-    DESC_F_NEXT, DESC_F_WRITE, DESC_SIZE, iovec, vr_entry, vr_likely, vr_unlikely
+    DESC_F_NEXT, DESC_F_WRITE, DESC_SIZE, iovec, vr_entry, vr_likely, vr_store_one_of, vr_unlikely
 )
 
 cdef struct vr_chain:
@@ -18,8 +18,8 @@ cdef struct vr_chain:
     uint32_t writable_bytes
 
 cdef struct vr_walk:
-    # Where a walk over the descriptors of a chain stands. The loops keep it in registers: it must
-    # not escape to functions that are not inlined.
+    # Where a walk over the descriptors of a chain stands. Fast loops keep it in registers: there it
+    # must not escape to functions that are not inlined.
     const vr_region* near       # region of the last translation, tried first
     iovec* segment              # the next free one of the segment table
     uint64_t bytes              # of the chain so far
@@ -157,20 +157,12 @@ cdef inline int vr_locate_table(
 cdef inline void vr_single(
     vr_chain* chain, uint32_t head, uint32_t segment, uint32_t length, bint writable
 ) noexcept nogil:
-    # A chain of one descriptor in one segment.
+    # A chain of one descriptor in one segment, without a branch on which kind it is.
     chain.head = head
     chain.descriptors = 1
     chain.first_segment = segment
-    if writable:
-        chain.n_readable = 0
-        chain.n_writable = 1
-        chain.readable_bytes = 0
-        chain.writable_bytes = length
-    else:
-        chain.n_readable = 1
-        chain.n_writable = 0
-        chain.readable_bytes = length
-        chain.writable_bytes = 0
+    vr_store_one_of(&chain.n_readable, 1, writable)         # and n_writable
+    vr_store_one_of(&chain.readable_bytes, length, writable)  # and writable_bytes
 
 
 @cython.final

@@ -184,25 +184,35 @@ cdef class VirtQueue:
         raise self.make_fault()
 
     cdef Batch take_batch(self):
-        """A batch that nobody refers to any more, or a new one."""
-        cdef Batch batch = self._older_batch
-        self._older_batch = self._spare_batch
-        # referred to by `batch` alone
-        if batch is None or Py_REFCNT(<PyObject*>batch) != 1:
-            batch = Batch.make(self.size, max(self.size, <uint32_t>BATCH_SEGMENTS))
-        self._spare_batch = batch
+        """A batch that nobody refers to any more, or a new one.
+
+        Best the one used last, whose tables are in the cache; a loop's variable may still have it.
+        """
+        cdef Batch batch = self._spare_batch
+        # Two references: ours, and the variable.
+        if batch is None or Py_REFCNT(<PyObject*>batch) != 2:
+            batch = self._older_batch
+            self._older_batch = self._spare_batch
+            if batch is None or Py_REFCNT(<PyObject*>batch) != 1:
+                batch = Batch.make(self.size, max(self.size, <uint32_t>BATCH_SEGMENTS))
+            self._spare_batch = batch
         batch.viewed_first = batch.viewed = None
         return batch
 
     cdef Chain take_chain(self):
-        cdef Chain chain = self._older_chain
-        self._older_chain = self._spare_chain
-        if chain is None or Py_REFCNT(<PyObject*>chain) != 1 or (
+        """The same for a single chain, which has a batch of its own."""
+        cdef Chain chain = self._spare_chain
+        if chain is None or Py_REFCNT(<PyObject*>chain) != 2 or (
             Py_REFCNT(<PyObject*>chain.batch) != 1
         ):
-            chain = Chain.__new__(Chain)
-            chain.batch = Batch.make(1, CHAIN_SEGMENTS)
-        self._spare_chain = chain
+            chain = self._older_chain
+            self._older_chain = self._spare_chain
+            if chain is None or Py_REFCNT(<PyObject*>chain) != 1 or (
+                Py_REFCNT(<PyObject*>chain.batch) != 1
+            ):
+                chain = Chain.__new__(Chain)
+                chain.batch = Batch.make(1, CHAIN_SEGMENTS)
+            self._spare_chain = chain
         chain.written = 0
         chain._readable = chain._writable = None
         chain.batch.viewed_first = chain.batch.viewed = None

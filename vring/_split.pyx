@@ -19,7 +19,16 @@ from vring._wire cimport (
 from vring.errors import LocalMisuseError
 
 
-cdef inline int walk_table(
+cdef struct vr_avail:
+    # What a pop takes chains from.
+    const uint8_t* heads        # the available ring
+    const uint8_t* table        # descriptors
+    uint32_t ready              # chains to take
+    uint16_t index              # of the first
+    bint indirect               # whether indirect tables are negotiated
+
+
+cdef int walk_table(
     vr_room* room, vr_walk* walk, vr_chain* chain, const uint8_t* table, uint32_t entries
 ) noexcept nogil:
     """Takes the buffers of a chain from entry walk.at of a descriptor table on.
@@ -66,7 +75,7 @@ cdef int walk_scattered(
         at = walk.desc.next
 
 
-cdef inline int walk_indirect(
+cdef int walk_indirect(
     vr_room* room, vr_walk* walk, vr_chain* chain, bint negotiated
 ) noexcept nogil:
     """Goes on in the indirect table that walk.desc names. Returns a vr_fault_code."""
@@ -89,37 +98,153 @@ cdef inline int walk_indirect(
     return code
 
 
-cdef uint32_t pop_singles(
-    const uint8_t* heads, const uint8_t* table, uint16_t index, uint32_t ready, vr_chain* chains,
-    const vr_room* room, iovec* segments
+cdef int walk_chain(
+    vr_room* room, vr_walk* walk, vr_chain* chain, const vr_avail* avail
 ) noexcept nogil:
-    """Pops one-descriptor chains, the most common, up to the first of another kind; how many.
+    """Any chain, from its head in walk.at on. Returns a vr_fault_code."""
+    cdef int code
+    vr_start_chain(walk, chain, <uint32_t>(walk.segment - room.segments))
+    code = walk_table(room, walk, chain, avail.table, room.size)
+    if walk.desc.flags & DESC_F_INDIRECT and not code:
+        code = walk_indirect(room, walk, chain, avail.indirect)
+    return code or vr_end_chain(room, walk, chain)
 
-    What is unusual about a chain or wrong with it is left to the loop over all kinds.
-    """
+
+cdef uint32_t pop_singles(
+    const vr_avail* avail, vr_chain* chains, const vr_room* room, iovec** segments
+) noexcept nogil:
+    """Pops one-descriptor chains, the most common, up to the first of another kind; how many."""
     cdef const vr_region* near = room.memory.regions
+    cdef const uint8_t* heads = avail.heads
+    cdef const uint8_t* table = avail.table
+    cdef iovec* segment = segments[0]
     cdef vr_entry desc
     cdef uint64_t offset
-    cdef uint32_t i, at, size = room.size
+    cdef uint32_t i, at, size = room.size, index = avail.index
+    cdef uint32_t ready = min(avail.ready, <uint32_t>(room.end - segment))
     for i in range(ready):
         at = vr_load16(heads + 2 * <size_t>((index + i) & (size - 1)))
         if vr_unlikely(at >= size):
-            return i
+            ready = i
+            break
         desc = vr_read_desc(table + <size_t>at * DESC_SIZE)
         if desc.flags & (DESC_F_NEXT | DESC_F_INDIRECT):
-            return i
+            ready = i
+            break
         offset = desc.addr - near.guest
         if offset >= near.size:
             near = vr_lookup(room.memory, room.hints, desc.addr)
             if vr_unlikely(near == NULL):
-                return i
+                ready = i
+                break
             offset = desc.addr - near.guest
+        # length - 1 leaves a length of 0 to the other ways
         if vr_unlikely(<uint64_t>desc.len - 1 >= near.size - offset):
-            return i
-        segments[i].iov_base = near.host + offset
-        segments[i].iov_len = desc.len
+            ready = i
+            break
+        segment[i].iov_base = near.host + offset
+        segment[i].iov_len = desc.len
         vr_single(&chains[i], at, i, desc.len, desc.flags & DESC_F_WRITE)
+    segments[0] += ready
     return ready
+
+
+cdef uint32_t pop_plain(
+    const vr_avail* avail, uint32_t i, vr_chain* chains, const vr_room* room, iovec** segments,
+    uint64_t* max_bytes
+) noexcept nogil:
+    """Pops chains from number i on, up to the first that has anything unusual or wrong about it:
+    that is left to the loop over all kinds. Returns the number of the chain reached.
+
+    Few variables live at a time, so that all of them are in registers.
+    """
+    cdef const vr_region* near = room.memory.regions
+    cdef const uint8_t* table
+    cdef iovec* segment = segments[0]
+    cdef iovec* first
+    cdef const iovec* last
+    cdef vr_entry desc
+    cdef uint64_t offset, total
+    cdef uint32_t at, entries, writable
+    cdef bint whole
+    cdef vr_chain* chain = chains + i
+    while i < avail.ready:
+        at = vr_load16(avail.heads + 2 * <size_t>((avail.index + i) & (room.size - 1)))
+        table = avail.table
+        entries = room.size
+        if vr_unlikely(at >= entries):
+            break
+        chain.head = at
+        chain.descriptors = 1
+        chain.first_segment = <uint32_t>(segment - room.segments)
+        desc = vr_read_desc(table + <size_t>at * DESC_SIZE)
+        if desc.flags & DESC_F_INDIRECT:
+            if vr_unlikely(
+                not avail.indirect or desc.flags & DESC_F_NEXT or desc.len % DESC_SIZE
+                or desc.len == 0
+            ):
+                break
+            offset = desc.addr - near.guest
+            if offset >= near.size:
+                near = vr_lookup(room.memory, room.hints, desc.addr)
+                if vr_unlikely(near == NULL):
+                    break
+                offset = desc.addr - near.guest
+            if vr_unlikely(desc.len > near.size - offset):
+                break
+            table = near.host + offset
+            entries = desc.len // DESC_SIZE
+            at = 0
+            desc = vr_read_desc(table)
+        first = segment
+        # A chain that has no end meets this one.
+        last = min(room.end, <const iovec*>segment + room.size)
+        total = 0
+        writable = 0
+        whole = False
+        while True:
+            if (desc.flags & (DESC_F_WRITE | DESC_F_INDIRECT)) != writable:
+                if vr_unlikely(writable or desc.flags & DESC_F_INDIRECT):
+                    break
+                writable = DESC_F_WRITE
+                chain.n_readable = <uint32_t>(segment - first)
+                chain.readable_bytes = <uint32_t>total
+            offset = desc.addr - near.guest
+            if offset >= near.size:
+                near = vr_lookup(room.memory, room.hints, desc.addr)
+                if vr_unlikely(near == NULL):
+                    break
+                offset = desc.addr - near.guest
+            # length - 1 leaves a length of 0 to the other way
+            if vr_unlikely(segment == last or <uint64_t>desc.len - 1 >= near.size - offset):
+                break
+            segment.iov_base = near.host + offset
+            segment.iov_len = desc.len
+            segment += 1
+            total += desc.len
+            if not desc.flags & DESC_F_NEXT:
+                whole = True
+                break
+            if vr_unlikely(desc.next >= entries):
+                break
+            at = vr_follow(at, desc.next)
+            desc = vr_read_desc(table + <size_t>at * DESC_SIZE)
+        if vr_unlikely(not whole or total > max_bytes[0] or total >> 32):
+            segment = first
+            break
+        max_bytes[0] -= total
+        if writable:
+            chain.n_writable = <uint32_t>(segment - first) - chain.n_readable
+            chain.writable_bytes = <uint32_t>total - chain.readable_bytes
+        else:
+            chain.n_readable = <uint32_t>(segment - first)
+            chain.n_writable = 0
+            chain.readable_bytes = <uint32_t>total
+            chain.writable_bytes = 0
+        chain += 1
+        i += 1
+    segments[0] = segment
+    return i
 
 
 @cython.final
@@ -173,63 +298,60 @@ cdef class SplitQueue(VirtQueue):
         self, vr_chain* chains, uint32_t max_chains, iovec* segments, uint32_t max_segments,
         uint64_t max_bytes
     ) noexcept nogil:
-        cdef uint16_t index = self.next_avail
-        cdef uint32_t size = self.size, mask = self.size - 1
-        cdef uint32_t ready = <uint16_t>(vr_load16_acquire(self.avail + 2) - index)
-        cdef uint32_t i = 0
-        cdef const uint8_t* heads = self.avail + 4
-        cdef const uint8_t* table = self.desc
-        cdef bint indirect = self.indirect
+        cdef vr_avail avail
         cdef vr_chain* chain
         cdef vr_room room
         cdef vr_walk walk
+        cdef uint32_t i = 0
         cdef int code = 0
+        avail.index = self.next_avail
+        avail.ready = <uint16_t>(vr_load16_acquire(self.avail + 2) - avail.index)
+        avail.heads = self.avail + 4
+        avail.table = self.desc
+        avail.indirect = self.indirect
         if self.fault.code:
             return VR_BROKEN
         # What is in flight still occupies descriptors, so the driver cannot add a whole ring.
-        if ready + (self.popped - self.pushed) > size:
-            return self.fail(FAULT_AVAIL_INDEX, <uint16_t>(index + ready), 0, 0)
-        if ready > max_chains:
-            ready = max_chains
+        if avail.ready + (self.popped - self.pushed) > self.size:
+            return self.fail(FAULT_AVAIL_INDEX, <uint16_t>(avail.index + avail.ready), 0, 0)
+        avail.ready = min(avail.ready, max_chains)
         room.memory = &self.map
         room.hints = self.hints
-        room.size = size
+        room.size = self.size
         room.extra = 0
         room.segments = segments
         room.end = segments + max_segments
         if max_bytes == <uint64_t>-1:
-            i = pop_singles(
-                heads, table, index, min(ready, max_segments), chains, &room, segments
-            )
-        walk.near = self.map.regions
-        walk.segment = segments + i
-        while i < ready:
-            walk.at = vr_load16(heads + 2 * <size_t>((index + i) & mask))
-            if vr_unlikely(walk.at >= size):
+            i = pop_singles(&avail, chains, &room, &segments)
+        while i < avail.ready:
+            i = pop_plain(&avail, i, chains, &room, &segments, &max_bytes)
+            if vr_likely(i == avail.ready):
+                break
+            walk.at = vr_load16(avail.heads + 2 * <size_t>((avail.index + i) & (self.size - 1)))
+            if walk.at >= self.size:
                 code = self.fail(FAULT_HEAD, walk.at, 0, 0)
                 break
             chain = &chains[i]
             chain.head = walk.at
             chain.descriptors = 1
-            vr_start_chain(&walk, chain, <uint32_t>(walk.segment - segments))
-            code = walk_table(&room, &walk, chain, table, size)
-            if walk.desc.flags & DESC_F_INDIRECT and not code:
-                code = walk_indirect(&room, &walk, chain, indirect)
-            if vr_likely(not code):
-                code = vr_end_chain(&room, &walk, chain)
-            if vr_unlikely(code):
+            walk.near = self.map.regions
+            walk.segment = segments
+            code = walk_chain(&room, &walk, chain, &avail)
+            if code:
                 code = self.chain_fault(code, walk.at, walk.desc.addr, walk.desc.len)
                 break
-            if vr_unlikely(walk.bytes > max_bytes):
-                i = max(i, 1)
-                break
+            if walk.bytes > max_bytes:
+                if i:
+                    break
+                max_bytes = walk.bytes
             max_bytes -= walk.bytes
+            segments = walk.segment
             i += 1
         if code and i:
             # Deliver what is sound; the next pop meets the broken chain again, or the bigger table.
             self.fault.code = FAULT_NONE
             code = 0
-        self.next_avail = index + i
+        self.next_avail = avail.index + i
         self.popped += i
         return code if code else <int>i
 

@@ -143,6 +143,12 @@ cdef extern from * nogil:
         *(vr_u64_any *)p = htole64((uint64_t)id | (uint64_t)len << 32);
     }
 
+    /* Stores value in one of two adjacent numbers and 0 in the other, in one store. */
+    static inline void vr_store_one_of(void *p, uint32_t value, int second) {
+        uint64_t pair = (uint64_t)value << ((__BYTE_ORDER == __BIG_ENDIAN) ^ !!second) * 32;
+        memcpy(p, &pair, sizeof pair);
+    }
+
     /* 2.7.7.2: does moving an index from `before` to `after` pass `event`? Wrap-safe. */
     static inline int vr_need_event(uint16_t event, uint16_t after, uint16_t before) {
         return (uint16_t)(after - event - 1) < (uint16_t)(after - before);
@@ -211,6 +217,7 @@ cdef extern from * nogil:
     uint32_t vr_follow(uint32_t at, uint32_t next)
     void vr_write_desc(void* p, uint64_t addr, uint32_t len, uint16_t flags, uint16_t next)
     void vr_write_used(void* p, uint32_t id, uint32_t len)
+    void vr_store_one_of(void* p, uint32_t value, bint second)
     bint vr_likely(bint condition)
     bint vr_unlikely(bint condition)
     bint vr_need_event(uint16_t event, uint16_t after, uint16_t before)
