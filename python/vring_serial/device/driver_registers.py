@@ -8,8 +8,9 @@ from collections.abc import Callable
 from vring import GuestMemory, RingError
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.host import Host
-from vring_serial.device.queue_setup import QueueTable
+from vring_serial.device.queue_setup import QueueSetup, QueueTable
 from vring_serial.device.ratelimit import RateLimitedLog
+from vring_serial.device.virtqueue import notify
 from vring_serial.errors import ConfigError, ProtocolError
 from vring_serial.proto.console import Feature, Status
 
@@ -48,6 +49,8 @@ class DriverRegisters:
     Attributes:
         legacy: the driver uses the legacy interface.
         queue_select: the queue that registers are about.
+        notifiers: by queue: what to call when its driver notifies it, with what it wrote; in any
+            thread.
 
     Raises:
         ConfigError: more queues than registers can name, or an impossible ``queue_size``.
@@ -80,8 +83,10 @@ class DriverRegisters:
         self.driver_feature_select = 0
         self.queue_select = 0
         self._packed = packed
-        self._host = host
         self._run = host.run
+        self.notifiers = tuple(
+            _notifier(self.queues[index], host) for index in range(len(self.queues))
+        )
         self._config_changed = config_changed
         self._was_reset = was_reset
         self._wanted = 0  # features that the driver has written
@@ -345,21 +350,19 @@ class DriverRegisters:
             queue.place_legacy(address)
             self.enable_queue()
 
-    def notify(self, index: int, value: int = 0) -> None:
-        """The driver notifies queue ``index``, which there is, by writing ``value`` somewhere."""
-        self.queues.notify(index)
-        self._host.notified()
-
     def notify_queue(self, value: int) -> None:
         """The driver notifies: the low 16 bits are the queue's index (2.9)."""
         index = value & 0xFFFF
-        if index >= len(self.queues):
+        if index >= len(self.notifiers):
             return
-        queue = self.queues[index]
-        if self.legacy and queue.enabled and not queue.running and not self.driver_ready:
-            # Legacy drivers use queues before DRIVER_OK (3.1.2).
+        if self.legacy:
+            self._notified_by_legacy_driver(self.queues[index])
+        self.notifiers[index](value)
+
+    def _notified_by_legacy_driver(self, queue: QueueSetup) -> None:
+        """Legacy drivers use queues before DRIVER_OK (3.1.2)."""
+        if queue.enabled and not queue.running and not self.driver_ready:
             self._run(self._start_before_ready)
-        self.notify(index)
 
     def _start_before_ready(self) -> None:
         self._settle_legacy_features()
@@ -380,3 +383,15 @@ class DriverRegisters:
     def _needs_reset(self) -> None:
         if self.driver_ready:
             self._config_changed()
+
+
+def _notifier(queue: QueueSetup, host: Host) -> Callable[[int], None]:
+    # A busy driver does little else: as few calls as can be between it and the descriptor.
+    notified = host.notified
+
+    def notify_queue(value: int) -> None:
+        if queue.kick_fd >= 0:
+            notify(queue.kick_fd)
+        notified()
+
+    return notify_queue

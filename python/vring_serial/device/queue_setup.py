@@ -13,7 +13,7 @@ from collections.abc import Callable
 from vring import GuestMemory
 from vring.errors import AddressError, VringError
 from vring_serial.device.base import VirtioDevice
-from vring_serial.device.virtqueue import RunningQueue, make_queue
+from vring_serial.device.virtqueue import RunningQueue, make_queue, notify
 from vring_serial.errors import VringSerialError
 from vring_serial.proto.console import Feature
 
@@ -144,15 +144,6 @@ class QueueTable:
         queue.forget(self.size_max)
         self._drain(queue)
 
-    def notify(self, index: int) -> None:
-        """The driver made buffers available. Any thread may call this."""
-        kick_fd = self._queues[index].kick_fd
-        if kick_fd >= 0:
-            try:
-                os.eventfd_write(kick_fd, 1)
-            except BlockingIOError:
-                return  # it has told all that it can tell
-
     # --- what happens to the device as a whole
 
     @property
@@ -233,7 +224,7 @@ class QueueTable:
             if waiting >= 0:
                 # Calls that came before, and that nobody has seen yet.
                 if _read_event(waiting):
-                    os.eventfd_write(queue.call_fd, 1)
+                    notify(queue.call_fd)
                 os.close(waiting)
             return
         event = _eventfd()

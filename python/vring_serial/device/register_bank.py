@@ -3,7 +3,7 @@
 Drivers access a register with its own width, and that is one look-up in a table here. Any other
 access is defined as well, since guests are hostile and clients copy whole ranges: reading gives the
 bytes of the registers that lie there and zero between them; writing reaches the registers that it
-covers whole, lowest address first, and no other.
+covers whole, lowest address first, and no other. What such an access comes to is found out once.
 """
 
 from __future__ import annotations
@@ -13,9 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-#: Windows up to this length get a table entry for each aligned access.
-_TABLED_WINDOW = 64
-_WIDTHS = (1, 2, 4)
+#: Accesses of at most this size are remembered, as long as there are no more of them than that: a
+#: guest must not fill its emulator's memory.
+_REMEMBERED_SIZE = 8
+_REMEMBERED_MAX = 4096
+
+ReadHandler = Callable[[], int]
+WriteHandler = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +44,16 @@ class RegisterBank:
         self.size = size
         self._starts: list[int] = []
         self._entries: list[_Entry] = []
-        self._reads: dict[tuple[int, int], Callable[[], int]] = {}
-        self._writes: dict[tuple[int, int], Callable[[int], None]] = {}
+        # By offset and size; with what takes a write, the bits that such an access has.
+        self._reads: dict[tuple[int, int], ReadHandler] = {}
+        self._writes: dict[tuple[int, int], tuple[WriteHandler, int]] = {}
 
     def register(
         self,
         offset: int,
         width: int,
-        read: Callable[[], int] | None = None,
-        write: Callable[[int], None] | None = None,
+        read: ReadHandler | None = None,
+        write: WriteHandler | None = None,
         *,
         also_written_as: Sequence[int] = (),
     ) -> None:
@@ -63,11 +68,11 @@ class RegisterBank:
             self._reads[offset, width] = read
         if write is not None:
             for accepted in (width, *also_written_as):
-                self._writes[offset, accepted] = write
+                self._writes[offset, accepted] = write, _ones(accepted)
 
         def read_part(at: int, size: int) -> int:
             value = 0 if read is None else read()
-            return value >> 8 * at & (1 << 8 * size) - 1
+            return value >> 8 * at & _ones(size)
 
         def write_whole(at: int, value: int, size: int) -> None:
             if write is not None:
@@ -85,32 +90,53 @@ class RegisterBank:
         """Place a range that answers accesses itself: ``read(offset, size)`` within it, and
         ``write(offset, value, size)``."""
         self._add(_Entry(offset, offset + length, read, write, whole=False))
-        if length <= _TABLED_WINDOW:
-            for size in _WIDTHS:
-                for at in range(0, length - size + 1, size):
-                    self._reads[offset + at, size] = partial(read, at, size)
 
     def read(self, offset: int, size: int) -> int:
         """``size`` bytes at ``offset`` as a little-endian number."""
-        handler = self._reads.get((offset, size))
-        if handler is not None:
-            return handler()
-        value = 0
-        for entry, start, end in self._overlapping(offset, size):
-            value |= entry.read(start - entry.start, end - start) << 8 * (start - offset)
-        return value
+        return (self._reads.get((offset, size)) or self._reader(offset, size))()
 
     def write(self, offset: int, value: int, size: int) -> None:
         """Write the low ``size`` bytes of ``value`` at ``offset``."""
-        handler = self._writes.get((offset, size))
-        if handler is not None:
-            handler(value & (1 << 8 * size) - 1)
-            return
-        for entry, start, end in self._overlapping(offset, size):
-            if entry.whole and (start, end) != (entry.start, entry.end):
-                continue
-            part = value >> 8 * (start - offset) & (1 << 8 * (end - start)) - 1
-            entry.write(start - entry.start, part, end - start)
+        handler, mask = self._writes.get((offset, size)) or self._writer(offset, size)
+        handler(value & mask)
+
+    # --- accesses that are no register's own
+
+    def _reader(self, offset: int, size: int) -> ReadHandler:
+        """What such an access reads: each register or window in it, shifted to its place."""
+        parts = tuple(
+            (partial(entry.read, start - entry.start, end - start), 8 * (start - offset))
+            for entry, start, end in self._overlapping(offset, size)
+        )
+
+        def read_parts() -> int:
+            value = 0
+            for read, shift in parts:
+                value |= read() << shift
+            return value
+
+        alone = len(parts) == 1 and not parts[0][1]
+        handler: ReadHandler = parts[0][0] if alone else read_parts
+        if size <= _REMEMBERED_SIZE and len(self._reads) < _REMEMBERED_MAX:
+            self._reads[offset, size] = handler
+        return handler
+
+    def _writer(self, offset: int, size: int) -> tuple[WriteHandler, int]:
+        """What such an access writes: each window in it, and each register that it covers whole."""
+        parts = tuple(
+            (entry.write, start - entry.start, 8 * (start - offset), end - start)
+            for entry, start, end in self._overlapping(offset, size)
+            if not entry.whole or (start, end) == (entry.start, entry.end)
+        )
+
+        def write_parts(value: int) -> None:
+            for write, at, shift, length in parts:
+                write(at, value >> shift & _ones(length), length)
+
+        handler = write_parts, _ones(size)
+        if size <= _REMEMBERED_SIZE and len(self._writes) < _REMEMBERED_MAX:
+            self._writes[offset, size] = handler
+        return handler
 
     def _add(self, entry: _Entry) -> None:
         at = bisect_right(self._starts, entry.start)
@@ -128,3 +154,8 @@ class RegisterBank:
                 found.append((entry, max(offset, entry.start), min(end, entry.end)))
             at += 1
         return found
+
+
+def _ones(size: int) -> int:
+    """The largest number of so many bytes."""
+    return (1 << 8 * size) - 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import suppress
 from dataclasses import dataclass
 
 from vring import GuestMemory, PackedQueue, SplitQueue, VirtQueue
@@ -63,8 +62,11 @@ def notify(fd: int) -> None:
     One that is full has told already. One that is broken is the peer's own doing, and that the peer
     has gone is noticed elsewhere.
     """
-    with suppress(OSError):
+    # Not os.eventfd_write, nor contextlib.suppress: each costs half as much again as the call itself.
+    try:
         os.write(fd, _ONE)
+    except OSError:
+        return
 
 
 @dataclass(frozen=True, slots=True)

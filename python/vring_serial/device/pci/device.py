@@ -245,9 +245,8 @@ class PciDevice:
         if self.device.config_size:
             size = self.device.config_size
             bank.window(at.DEVICE_CFG, size, registers.read_config, registers.write_config)
-        for index in range(self.device.num_queues):
+        for index, notify in enumerate(registers.notifiers):
             # The place says which queue it is: the value need not be looked at.
-            notify = partial(registers.notify, index)
             where = at.NOTIFY_CFG + at.NOTIFY_MULTIPLIER * index
             bank.register(where, at.NOTIFY_MULTIPLIER, None, notify, also_written_as=(1, 2))
         return bank
