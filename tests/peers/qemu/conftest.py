@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +10,16 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from exchange import MIB, Payload
 from machine import QemuMachine
 
 from vring_serial.transport.vfio_user import VfioUserServer
 from vring_serial.transport.vhost_user import VhostUserBackend
 
-MIB = 1 << 20
 #: Ports of the shared device that bulk data goes through.
 DATA_PORTS = (1, 2, 3, 4)
+#: The port of QEMU's own virtio-serial device beside it.
+OWN_PORT = "org.example.own"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -74,26 +74,23 @@ WAYS = {
         subsystem_id=3,
         append="virtio_pci.force_legacy=1",
     ),
+    "vfio-user-transitional": Way(
+        VfioUserServer, {"transitional": True}, device_id=0x1003, subsystem_id=3
+    ),
 }
 
 
-class Payload:
-    """Random bytes that the guest has as the file /payload."""
-
-    def __init__(self, size: int) -> None:
-        self.data = os.urandom(size)
-        self.size = size
-
-    def sha256(self, times: int = 1) -> str:
-        """Of its bytes, so many times over."""
-        digest = hashlib.sha256()
-        for _ in range(times):
-            digest.update(self.data)
-        return digest.hexdigest()
+def own_device(bench: Any) -> list[str]:
+    """QEMU's options for a virtio-serial device of its own at 00:06.0, with a port."""
+    return [
+        *("-device", "virtio-serial-pci,id=own,addr=06.0"),
+        *("-chardev", f"socket,id=own,path={bench.socket_path(OWN_PORT)},server=on,wait=off"),
+        *("-device", f"virtserialport,bus=own.0,chardev=own,name={OWN_PORT}"),
+    ]
 
 
 async def boot(bench: Any, way: Way, **options: Any) -> QemuMachine:
-    machine = QemuMachine(bench.directory, way.options(bench), **options)
+    machine = QemuMachine(bench.directory, [*way.options(bench), *own_device(bench)], **options)
     bench.guests.append(machine)
     await machine.start()
     return machine
@@ -133,6 +130,12 @@ class Shared:
             files={"payload": self.payload.data},
             append=f"reboot=t {self.way.append}",
         )
+        await self.ports_are_there()
+
+    async def ports_are_there(self) -> None:
+        """The guest takes commands before it knows all ports: their names come last."""
+        names = "cat /sys/class/virtio-ports/vport0p*/name 2>/dev/null | wc -l"
+        await self.guest.run(f"until [ $({names}) = {len(DATA_PORTS)} ]; do sleep 0.05; done")
 
     async def kill(self) -> None:
         if self.guest is not None:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import hashlib
 import json
-import os
 
 import pytest
+from exchange import MIB, Exchange, Payload, check, connections
 from machine import QemuMachine
 
 from vring_serial.transport.vfio_user import VfioUserServer
-
-MIB = 1 << 20
 
 
 async def boot(bench, **options):
@@ -27,28 +22,21 @@ async def boot(bench, **options):
 
 @pytest.mark.parametrize(
     ("options", "times"),
-    [({"append": "pci=nomsi"}, 8), ({"shared": False}, 2)],
+    [({"append": "pci=nomsi"}, 32), ({"shared": False}, 2)],
     ids=["intx", "not-shared"],
 )
 async def test_bytes_both_ways(bench_type, tmp_path, options, times):
-    payload = os.urandom(MIB)
-    wanted = hashlib.sha256(payload * times).hexdigest()
+    payload = Payload(MIB)
     bench = bench_type(tmp_path, boot, max_ports=4)
     bench.add_port(1, "org.example.data1")
     await bench.serve(VfioUserServer)
     try:
-        guest = await bench.boot(files={"payload": payload}, **options)
+        guest = await bench.boot(files={"payload": payload.data}, **options)
         interrupts = await guest.run("grep virtio0 /proc/interrupts")
         assert ("MSIX" in interrupts) == ("append" not in options)
-        reader, writer = await bench.connect("org.example.data1")
-        with contextlib.closing(writer):
-            await guest.run(f"for i in $(seq {times}); do cat /payload; done >/dev/vport0p1 &")
-            async with asyncio.timeout(120):
-                data = await reader.readexactly(times * MIB)
-            assert hashlib.sha256(data).hexdigest() == wanted
-            writer.write(payload * times)
-            command = f"head -c {times * MIB} /dev/vport0p1 | sha256sum"
-            assert (await guest.run(command, timeout=120)).split()[0] == wanted
-        await writer.wait_closed()
+        await guest.run("until [ -c /dev/vport0p1 ]; do sleep 0.05; done")
+        async with connections(bench.connect, "org.example.data1") as [stream]:
+            exchange = Exchange(stream, "/dev/vport0p1", payload, times)
+            await check(guest, exchange, expected=payload.sha256(times), timeout=120)
     finally:
         await bench.close()
