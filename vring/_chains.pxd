@@ -186,6 +186,7 @@ cdef class Batch:
     cdef int grow(self) except -1
     cdef int take_written(self, object written, uint32_t n) except -1
     cdef int note_viewed(self, Chain chain) except -1
+    cdef void forget_views(self) noexcept
     cdef int withdraw_views(self, uint32_t end) except -1
     cdef int finish(self, uint32_t n) except -1
     cdef object chain_column(self, str name)
@@ -207,4 +208,5 @@ cdef class Chain:
 
     cdef vr_chain* row(self) except NULL
     cdef tuple views(self, uint32_t first, uint32_t n, bint writable)
+    cdef void forget_views(self) noexcept
     cdef int withdraw(self) except -1

@@ -226,6 +226,14 @@ cdef class Batch:
             self.viewed.append(chain)
         return 0
 
+    cdef void forget_views(self) noexcept:
+        """Before the batch is used again; what is None already stays untouched, as counting
+        references to None several times a chain costs as much as the chain."""
+        if self.viewed_first is not None:
+            self.viewed_first = None
+        if self.viewed is not None:
+            self.viewed = None
+
     cdef int withdraw_views(self, uint32_t end) except -1:
         """Releases the memoryviews of chains before row `end`."""
         cdef Chain chain
@@ -416,8 +424,6 @@ cdef inline int release_views(tuple views) except -1:
     nobody else has one.
     """
     cdef Py_ssize_t i
-    if views is None:
-        return 0
     for i in range(PyTuple_GET_SIZE(views)):
         if (
             Py_REFCNT(PyTuple_GET_ITEM(<PyObject*>views, i)) > 1
@@ -508,13 +514,27 @@ cdef class Chain:
         finally:
             self.exported.iov_base = NULL
 
+    cdef void forget_views(self) noexcept:
+        """As Batch.forget_views, for a chain that has a batch of its own."""
+        if self._readable is not None:
+            self._readable = None
+        if self._writable is not None:
+            self._writable = None
+        self.batch.forget_views()
+
     cdef int withdraw(self) except -1:
         """Releases the memoryviews; refuses while something else still points into them."""
-        cdef tuple readable = self._readable, writable = self._writable
-        self._readable = self._writable = None
-        release_views(readable)
-        release_views(writable)
-        readable = writable = None
+        cdef tuple views
+        if self._readable is not None:
+            views = self._readable
+            self._readable = None
+            release_views(views)
+            views = None
+        if self._writable is not None:
+            views = self._writable
+            self._writable = None
+            release_views(views)
+            views = None
         if self.exports:
             raise LocalMisuseError(
                 "a slice or array made from a memoryview of the chain is still in use: "

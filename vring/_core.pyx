@@ -196,7 +196,7 @@ cdef class VirtQueue:
             if batch is None or Py_REFCNT(<PyObject*>batch) != 1:
                 batch = Batch.make(self.size, max(self.size, <uint32_t>BATCH_SEGMENTS))
             self._spare_batch = batch
-        batch.viewed_first = batch.viewed = None
+        batch.forget_views()
         return batch
 
     cdef Chain take_chain(self):
@@ -214,8 +214,7 @@ cdef class VirtQueue:
                 chain.batch = Batch.make(1, CHAIN_SEGMENTS)
             self._spare_chain = chain
         chain.written = 0
-        chain._readable = chain._writable = None
-        chain.batch.viewed_first = chain.batch.viewed = None
+        chain.forget_views()
         return chain
 
     cdef int fill(self, Batch batch, uint32_t limit, uint64_t max_bytes) except -1:
@@ -470,13 +469,9 @@ cdef class _QueueIterator:
 
     def __next__(self):
         cdef Chain chain = self.last
-        if chain is not None:
-            self.last = None
-            if chain.batch.owner is self.queue:
-                self.queue.notification_due |= self.queue.push_one(chain, None)
-            chain = None
-        chain = self.queue.pop_one()
+        if chain is not None and chain.batch.owner is self.queue:
+            self.queue.notification_due |= self.queue.push_one(chain, None)
+        self.last = chain = self.queue.pop_one()
         if chain is None:
             raise StopIteration
-        self.last = chain
         return chain
