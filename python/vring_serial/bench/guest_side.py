@@ -70,6 +70,9 @@ class Ring:
 
 def wait_any(rings: Sequence[Ring]) -> None:
     """Sleep until the device calls for one of them."""
+    if len(rings) == 1:
+        os.eventfd_read(rings[0].call_fd)
+        return
     poll = select.poll()
     for ring in rings:
         poll.register(ring.call_fd, select.POLLIN)
@@ -127,7 +130,10 @@ class GuestSide:
                 self._rings[nr] = await port.take_rings()
 
         self._loop.run_until_complete(start())
-        for nr, (receive, _) in self._rings.items():
+        for nr, (receive, transmit) in self._rings.items():
+            # The device writes to the same descriptions, but never so much that it could block.
+            os.set_blocking(receive.queue.call_fd, True)
+            os.set_blocking(transmit.queue.call_fd, True)
             self._receiving[nr] = Ring(receive)
         return feature_names(guest.features)
 
@@ -160,21 +166,20 @@ class GuestSide:
     def receive(self, ports: Sequence[int], total: int) -> None:
         """Receive so many bytes on these ports together, the buffers going back at once.
 
-        As who waits for many bytes may, it asks to be called when a quarter of a ring is used, or
-        as many buffers as are still to come at least.
+        As who waits for many bytes may, it asks to be called when half of a ring is used, or as
+        many buffers as are still to come at least.
         """
         rings = [self._receiving[nr] for nr in ports]
         buffer = self._rings[ports[0]][0].size * len(rings)
         while total > 0:
-            got = 0
             for ring in rings:
                 _, lengths = ring.driver.get_used()
                 if len(lengths):
-                    got += int(lengths.sum())
+                    total -= int(lengths.sum())
                     ring.add(len(lengths))
-            total -= got
-            after = max(1, min(rings[0].size // 4, total // buffer))
-            if not got and not sum(ring.driver.enable_notifications(after) for ring in rings):
+            after = max(1, min(rings[0].size // 2, total // buffer))
+            # A sum, for each of them has to be asked.
+            if total > 0 and not sum(ring.driver.enable_notifications(after) for ring in rings):
                 wait_any(rings)
 
     # --- latency
@@ -189,8 +194,6 @@ class GuestSide:
         times = array.array("d")
         out.disable_notifications()
         into.disable_notifications()
-        # The device writes to the same description, but never so much that it could block.
-        os.set_blocking(call_fd, True)
         for _ in range(count):
             start = clock()
             out.add(message, ())
@@ -207,7 +210,6 @@ class GuestSide:
             times.append(clock() - start)
             back.add(used)
             out.get_used()
-        os.set_blocking(call_fd, False)
         return times
 
     def ping_eventfd(self, count: int) -> array.array[float]:
