@@ -36,6 +36,7 @@ class Setup:
     directory: Path
     controller: Controller
     backend: VhostUserBackend
+    layout: Feature
 
     @property
     def path(self) -> str:
@@ -50,10 +51,12 @@ class Setup:
         return await asyncio.open_unix_connection(str(self.directory / name))
 
 
-@pytest.fixture
-async def setup(tmp_path: Path) -> AsyncIterator[Setup]:
+@pytest.fixture(params=[Feature(0), Feature.RING_PACKED], ids=["split", "packed"])
+async def setup(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Setup]:
     controller = Controller(max_ports=8)
-    setup = Setup(tmp_path, controller, VhostUserBackend(controller, f"{tmp_path}/vhost.sock"))
+    layout: Feature = request.param
+    backend = VhostUserBackend(controller, f"{tmp_path}/vhost.sock", packed=bool(layout))
+    setup = Setup(tmp_path, controller, backend, layout)
     controller.add_port(setup.socket_port(1, "one"))
     controller.add_port(setup.socket_port(2, "two"))
     await controller.start()
@@ -81,6 +84,7 @@ async def test_ports_appear_with_their_names(setup: Setup, guest: EmbeddedGuest)
     assert not one.is_console
     assert guest.config.max_nr_ports == 8
     assert Feature.VERSION_1 | Feature.EVENT_IDX | Feature.MULTIPORT in guest.features
+    assert guest.features & Feature.RING_PACKED == setup.layout
     await guest.settle()
     assert {port.name for port in guest.ports.values()} == {"one", "two"}
     with pytest.raises(BackendTimeoutError, match=r"no port 'three'.*: 1 'one', 2 'two'"):
@@ -283,10 +287,16 @@ async def test_other_sizes(setup: Setup, options: dict[str, int]) -> None:
         await hang_up(host_writer)
 
 
+async def test_packed_rings_can_be_refused(setup: Setup) -> None:
+    async with EmbeddedGuest(setup.path, packed=False) as guest:
+        assert Feature.RING_PACKED not in guest.features
+        assert (await guest.wait_port(name="one")).nr == 1
+
+
 async def test_without_optional_features(setup: Setup) -> None:
     setup.controller.device_features = int(Feature.VERSION_1 | Feature.MULTIPORT)
     async with EmbeddedGuest(setup.path) as guest:
-        assert guest.features == Feature.VERSION_1 | Feature.MULTIPORT
+        assert guest.features == Feature.VERSION_1 | Feature.MULTIPORT | setup.layout
         port = await guest.wait_port(name="one")
         host_reader, host_writer = await setup.connect("one")
         _, writer = await port.open()

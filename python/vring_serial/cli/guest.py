@@ -84,6 +84,11 @@ _SECONDS = click.FloatRange(min=0, min_open=True)
     "--receive-size", default=4096, help="Bytes of one receive buffer.", show_default=True
 )
 @click.option(
+    "--packed/--split",
+    default=True,
+    help="Take packed rings where the device offers them, or split ones all the same.",
+)
+@click.option(
     "--timeout", default=10.0, type=_SECONDS, metavar="SECONDS", help="How long an answer may take."
 )
 @click.option("--log-level", default="info", type=click.Choice(logs.LEVELS), show_default=True)
@@ -101,6 +106,7 @@ def guest_command(
     memory: int,
     queue_size: int,
     receive_size: int,
+    packed: bool,
     timeout: float,
     log_level: str,
     json_log: bool,
@@ -126,6 +132,7 @@ def guest_command(
         memory=memory << 20,
         queue_size=queue_size,
         receive_size=receive_size,
+        packed=packed,
         timeout=timeout,
     )
     if list_ports:

@@ -309,7 +309,7 @@ class Frontend:
         """Describe one ring and start it; it still has to be enabled."""
         index = queue.index
         await self.tell(vu.Request.SET_VRING_NUM, vu.VringState(index, queue.size))
-        await self.tell(vu.Request.SET_VRING_BASE, vu.VringState(index, 0))
+        await self.tell(vu.Request.SET_VRING_BASE, vu.VringState(index, queue.base))
         address = vu.VringAddress(
             index,
             0,

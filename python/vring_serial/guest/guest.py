@@ -71,6 +71,7 @@ class EmbeddedGuest:
         queue_size: int = 256,
         max_ports: int = 64,
         receive_size: int = PAGE,
+        packed: bool = True,
         timeout: float = DEFAULT_TIMEOUT,
     ) -> None:
         """Touches nothing yet.
@@ -82,6 +83,7 @@ class EmbeddedGuest:
             queue_size: descriptors per queue, a power of two up to 32768.
             max_ports: most ports to have queues for, whatever the device has; 1 to 127.
             receive_size: bytes of one receive buffer; Linux has one page.
+            packed: take packed rings where the device offers them, as Linux does.
             timeout: seconds that the backend may take for an answer.
 
         Raises:
@@ -103,6 +105,7 @@ class EmbeddedGuest:
         self._queue_size = queue_size
         self._max_ports = max_ports
         self._receive_size = receive_size
+        self._packed = packed
         self._timeout = timeout
         self._frontend = Frontend(path, timeout=timeout)
         self._ram: GuestRam | None = None
@@ -188,7 +191,7 @@ class EmbeddedGuest:
         log.info("%s: the device offers %s", self.path, feature_names(offered))
         if not offered & Feature.VERSION_1:
             raise BackendRefusedError(f"{self.path}: the backend does not offer VERSION_1")
-        wanted = DRIVER_FEATURES
+        wanted = DRIVER_FEATURES | (Feature.RING_PACKED if self._packed else Feature(0))
         if not frontend.has_config:
             # Without a configuration space nobody knows how many ports there are.
             wanted &= ~(Feature.MULTIPORT | Feature.SIZE)
@@ -226,8 +229,13 @@ class EmbeddedGuest:
             log.warning("%s: the backend serves %d queues of %d", self.path, limit, count)
             count = limit & ~1
         for index in range(count):
-            event_idx = Feature.EVENT_IDX in self.features
-            self._queues[index] = DriverQueue(index, ram, self._queue_size, event_idx=event_idx)
+            self._queues[index] = DriverQueue(
+                index,
+                ram,
+                self._queue_size,
+                event_idx=Feature.EVENT_IDX in self.features,
+                packed=Feature.RING_PACKED in self.features,
+            )
         return list(self._queues)
 
     async def stop(self) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from vring import SplitDriver
+from vring import PackedDriver, SplitDriver
 from vring.errors import RingError
 from vring_serial import unix_fds
 from vring_serial.guest.errors import BackendError
@@ -19,12 +19,14 @@ _NONE: npt.NDArray[np.uint32] = np.empty(0, np.uint32)
 
 
 class DriverQueue:
-    """A split virtqueue in guest RAM with its two eventfds.
+    """A virtqueue in guest RAM with its two eventfds.
 
     Attributes:
         index: number of the queue.
         size: descriptors.
-        desc, avail, used: guest addresses of the three parts.
+        desc, avail, used: guest addresses of the three parts; of a packed ring, the descriptor
+            ring and the event suppression of driver and device.
+        base: where it begins, as SET_VRING_BASE wants it.
         ring: the driver's side.
         broken: what the device did to the ring, or None.
         on_broken: told so.
@@ -32,15 +34,18 @@ class DriverQueue:
         call_fd: eventfd by which the device tells of used ones.
     """
 
-    def __init__(self, index: int, ram: GuestRam, size: int, *, event_idx: bool) -> None:
+    def __init__(
+        self, index: int, ram: GuestRam, size: int, *, event_idx: bool, packed: bool = False
+    ) -> None:
         """Lay out an empty ring of ``size`` descriptors. Raises GuestMemoryError."""
+        driver = PackedDriver if packed else SplitDriver
         self.index = index
         self.size = size
-        desc_bytes, avail_bytes, used_bytes = SplitDriver.layout(size)
+        desc_bytes, avail_bytes, used_bytes = driver.layout(size)
         self.desc = ram.allocate(desc_bytes, 16)
-        self.avail = ram.allocate(avail_bytes, 2)
+        self.avail = ram.allocate(avail_bytes, 4)
         self.used = ram.allocate(used_bytes, 4)
-        self.ring = SplitDriver(
+        self.ring: PackedDriver | SplitDriver = driver(
             ram.memory,
             size,
             self.desc,
@@ -49,6 +54,8 @@ class DriverQueue:
             event_idx=event_idx,
             name=f"queue {index}",
         )
+        # A packed ring's wrap counter starts at 1, and its base has the used index, too.
+        self.base = self.ring.avail_index | (self.ring.used_index << 16 if packed else 0)
         self.kick_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.call_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.broken: Exception | None = None
