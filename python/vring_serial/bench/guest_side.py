@@ -20,7 +20,7 @@ from vring_serial.bench.plain import PlainEnd
 from vring_serial.guest.guest import EmbeddedGuest
 from vring_serial.guest.port import GuestPort
 from vring_serial.guest.queue import Buffers
-from vring_serial.proto.console import feature_names
+from vring_serial.proto.console import Feature
 
 #: Where messages start in guest RAM: at a cache line.
 ALIGNMENT = 64
@@ -111,12 +111,15 @@ class GuestSide:
         self._receiving: dict[int, Ring] = {}
         self.plain = PlainEnd()
 
-    def boot(self, path: str, ports: Sequence[int], queue_size: int, receive_size: int) -> str:
-        """Start the guest and open these ports, whose host ends are there; its features."""
+    def boot(
+        self, path: str, ports: Sequence[int], queue_size: int, receive_size: int, packed: bool
+    ) -> None:
+        """Start the guest and open these ports, whose host ends are there."""
         guest = EmbeddedGuest(
             path,
             queue_size=queue_size,
             receive_size=receive_size,
+            packed=packed,
             max_ports=max(ports) + 1,
             memory=(32 << 20) + len(ports) * (queue_size * receive_size + (4 << 20)),
         )
@@ -124,6 +127,7 @@ class GuestSide:
 
         async def start() -> None:
             await guest.start()
+            assert packed == (Feature.RING_PACKED in guest.features)
             for nr in ports:
                 port = await guest.wait_port(nr=nr)
                 await port.wait_host()
@@ -135,7 +139,6 @@ class GuestSide:
             os.set_blocking(receive.queue.call_fd, True)
             os.set_blocking(transmit.queue.call_fd, True)
             self._receiving[nr] = Ring(receive)
-        return feature_names(guest.features)
 
     def connect_plain(self, path: str) -> None:
         """The yardstick: a socket to the peer's process."""

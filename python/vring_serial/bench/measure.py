@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,14 +20,15 @@ PLAIN_MESSAGES = 50_000
 #: Bytes of a round trip's message.
 PING_SIZE = 64
 
-#: The kind that vhost-user devices and the embedded guest use.
-RING = "split"
+RINGS = ("split", "packed")
 GUEST_TO_HOST = "guest to host"
 HOST_TO_GUEST = "host to guest"
 PLAIN = "plain socket"
 FIFO = "port with a FIFO"
 ECHO = "port with a process"
 EVENTFD = "eventfd"
+#: Said of round trips whose processes share a processor; the others have two.
+TOGETHER = "one processor"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,7 @@ class Settings:
     Attributes:
         sizes: bytes of messages for transfers.
         ports: numbers of ports that work at the same time, one measurement after the other.
+        rings: ``split``, ``packed``, or both.
         rounds: samples of each transfer; one more at the start is not counted.
         messages: most of one sample.
         pings: round trips of each kind.
@@ -46,6 +49,7 @@ class Settings:
 
     sizes: Sequence[int] = SIZES
     ports: Sequence[int] = (1, 16)
+    rings: Sequence[str] = RINGS
     rounds: int = 5
     messages: int = 250_000
     pings: int = 5000
@@ -77,8 +81,8 @@ class _Samples:
         self.speeds.append(size / seconds / 1e9)
         self.cpu.append(cpu / size * 2**30)
 
-    def result(self, what: str, ports: int, size: int, beside: float) -> Result:
-        result = Result("transfer", what, RING, ports, size, "GB/s", self.speeds[1:])
+    def result(self, what: str, rig: Rig, ports: int, size: int, beside: float) -> Result:
+        result = Result("transfer", what, rig.ring, ports, size, "GB/s", self.speeds[1:])
         result.notes["M/s"] = result.median * 1e3 / size
         result.notes["CPU s/GiB"] = statistics.median(self.cpu[1:])
         result.notes["of plain"] = result.median / beside
@@ -96,10 +100,9 @@ def transfer(rig: Rig, settings: Settings, ports: int, size: int) -> Iterator[Re
         _plain(rig, beside, False, size, plain)
         _through_ports(rig, into, False, ports, size, count)
     yardstick = Result("transfer", PLAIN, "", 1, size, "GB/s", beside.speeds[2:])
-    yield out.result(GUEST_TO_HOST, ports, size, yardstick.median)
-    yield into.result(HOST_TO_GUEST, ports, size, yardstick.median)
-    if ports == 1:
-        yield yardstick
+    yield out.result(GUEST_TO_HOST, rig, ports, size, yardstick.median)
+    yield into.result(HOST_TO_GUEST, rig, ports, size, yardstick.median)
+    yield yardstick
 
 
 def _through_ports(
@@ -126,50 +129,74 @@ def _plain(rig: Rig, samples: _Samples, outwards: bool, size: int, count: int) -
 
 
 def transfer_steps(settings: Settings) -> Iterator[Step]:
-    """One step for each number of ports."""
+    """One step for each number of ports and kind of ring."""
     for ports in settings.ports:
         # Many ports are compared at a file's block and at the smallest message.
         sizes = settings.sizes if ports == 1 else sorted({64 << 10, min(settings.sizes)})
-        name = f"transfer, {ports} {'port' if ports == 1 else 'ports'}"
-        count = len(sizes) * (3 if ports == 1 else 2)
-        yield Step(name, count, functools.partial(_transfer, settings, ports, sizes))
+        for ring in settings.rings:
+            # Each run has its own yardstick, but it is shown only once.
+            shown = ports == 1 and ring == settings.rings[0]
+            name = f"transfer, {ports} {'port' if ports == 1 else 'ports'}, {ring} ring"
+            run = functools.partial(_transfer, settings, ports, sizes, ring, shown)
+            yield Step(name, len(sizes) * (3 if shown else 2), run)
 
 
-def _transfer(settings: Settings, ports: int, sizes: Sequence[int]) -> Iterator[Result]:
-    with running(ports, queue_size=settings.queue_size, receive_size=settings.receive_size) as rig:
+def _transfer(
+    settings: Settings, ports: int, sizes: Sequence[int], ring: str, yardstick: bool
+) -> Iterator[Result]:
+    with running(
+        ports, queue_size=settings.queue_size, receive_size=settings.receive_size, ring=ring
+    ) as rig:
         for size in sizes:
-            yield from transfer(rig, settings, ports, size)
+            for result in transfer(rig, settings, ports, size):
+                if yardstick or result.what != PLAIN:
+                    yield result
 
 
 # --- latency
 
 
 def latency(rig: Rig, settings: Settings, *, busy: bool) -> Iterator[Result]:
-    """Round trips of small messages, in turns with those of eventfds."""
-    found: dict[str, list[float]] = {}
+    """Round trips of small messages, in turns with those of eventfds.
+
+    On two processors, where a wake-up has to reach the other one, and (not with busy-poll) on one.
+    """
+    processors = sorted(os.sched_getaffinity(0))
+    places = {"": (processors[0], processors[-1])}
+    if not busy:
+        places[f", {TOGETHER}"] = (processors[0],)
+    found: dict[str, dict[str, list[float]]] = {place: {} for place in places}
     turns = 5
     count = max(1, settings.pings // turns)
     for turn in range(turns + 1):
-        times = {
-            EVENTFD: _ping(rig, ("echo_eventfd", count), ("ping_eventfd", count)),
-            FIFO: _ping(rig, None, ("ping", FIFO_PORT, PING_SIZE, count, busy)),
-        }
-        if not busy:  # a third process that wants a processor would only be in the way
-            port = rig.ports[0]
-            times[ECHO] = _ping(
-                rig, ("echo", port, PING_SIZE, count), ("ping", port, PING_SIZE, count, busy)
-            )
-        if turn:  # the first warms up
-            for what, seconds in times.items():
-                found.setdefault(what, []).extend(second * 1e6 for second in seconds)
-    beside = Result("latency", EVENTFD, "", 1, 8, "us", found.pop(EVENTFD))
-    for what, samples in found.items():
-        name = f"{what}, busy-poll" if busy else what
-        result = Result("latency", name, RING, 1, PING_SIZE, "us", samples)
-        result.notes["of eventfd"] = result.median / beside.median
-        yield result
-    if not busy:
-        yield beside
+        for place, where in places.items():
+            rig.place(where)
+            for what, seconds in _round_trips(rig, count, busy).items():
+                if turn:  # the first warms up
+                    samples = found[place].setdefault(what, [])
+                    samples.extend(second * 1e6 for second in seconds)
+    for place, kinds in found.items():
+        beside = Result("latency", f"{EVENTFD}{place}", "", 1, 8, "us", kinds.pop(EVENTFD))
+        for what, samples in kinds.items():
+            name = f"{what}, busy-poll" if busy else f"{what}{place}"
+            result = Result("latency", name, rig.ring, 1, PING_SIZE, "us", samples)
+            result.notes["of eventfd"] = result.median / beside.median
+            yield result
+        if not busy:
+            yield beside
+
+
+def _round_trips(rig: Rig, count: int, busy: bool) -> dict[str, Sequence[float]]:
+    times = {
+        EVENTFD: _ping(rig, ("echo_eventfd", count), ("ping_eventfd", count)),
+        FIFO: _ping(rig, None, ("ping", FIFO_PORT, PING_SIZE, count, busy)),
+    }
+    if not busy:  # a third process that wants a processor would only be in the way
+        port = rig.ports[0]
+        times[ECHO] = _ping(
+            rig, ("echo", port, PING_SIZE, count), ("ping", port, PING_SIZE, count, busy)
+        )
+    return times
 
 
 def _ping(rig: Rig, echo: tuple[object, ...] | None, ping: tuple[object, ...]) -> Sequence[float]:
@@ -183,15 +210,22 @@ def _ping(rig: Rig, echo: tuple[object, ...] | None, ping: tuple[object, ...]) -
 
 def latency_steps(settings: Settings) -> Iterator[Step]:
     """With the device asleep between messages, and with device and guest polling."""
-    yield Step("latency", 3, functools.partial(_latency, settings, False))
-    yield Step("latency, busy-poll on both sides", 1, functools.partial(_latency, settings, True))
+    for ring in settings.rings:
+        first = ring == settings.rings[0]
+        for busy in (False, True):
+            count = 1 if busy else 6 if first else 4
+            name = f"latency, {ring} ring{', busy-poll on both sides' if busy else ''}"
+            yield Step(name, count, functools.partial(_latency, settings, ring, busy, first))
 
 
-def _latency(settings: Settings, busy: bool) -> Iterator[Result]:
+def _latency(settings: Settings, ring: str, busy: bool, yardstick: bool) -> Iterator[Result]:
     with running(
         1,
         queue_size=settings.queue_size,
         receive_size=settings.receive_size,
         busy_poll=settings.busy_poll if busy else 0,
+        ring=ring,
     ) as rig:
-        yield from latency(rig, settings, busy=busy)
+        for result in latency(rig, settings, busy=busy):
+            if yardstick or result.ring:
+                yield result

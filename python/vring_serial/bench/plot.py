@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vring_serial.bench.measure import PLAIN
+from vring_serial.bench.measure import PLAIN, TOGETHER
 from vring_serial.bench.results import Report, Result
 from vring_serial.errors import ConfigError, DependencyError, ResourceError
 
@@ -36,7 +36,10 @@ def save_plot(report: Report, path: str) -> None:
     from matplotlib.figure import Figure
 
     transfers = [r for r in report.results if r.group == "transfer" and r.ports == 1]
-    latencies = [r for r in report.results if r.group == "latency"]
+    latencies = [r for r in report.results if r.group == "latency" and TOGETHER not in r.what]
+    rings = {result.ring for result in latencies} - {""}
+    if len(rings) > 1:  # they hardly differ
+        latencies = [result for result in latencies if result.ring != "packed"]
     draw = [(_draw_transfers, transfers), (_draw_latencies, latencies)]
     draw = [(function, results) for function, results in draw if results]
     if not draw:
@@ -114,7 +117,7 @@ def _draw_latencies(axes: Axes, results: list[Result]) -> None:
     axes.set_xlim(low * 0.8, high * 1.3)
     axes.set_xlabel("µs")
     axes.set_ylabel("share of round trips that took no longer")
-    axes.set_title("round trip of 64 bytes", fontsize=10)
+    axes.set_title("round trip of 64 bytes, on two processors", fontsize=10)
 
 
 def _size(size: int) -> str:

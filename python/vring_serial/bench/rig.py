@@ -8,10 +8,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from vring_serial.bench.usage import cpu_seconds
+from vring_serial.bench.usage import cpu_seconds, pin
 from vring_serial.bench.worker import Worker
 from vring_serial.errors import ResourceError
 
@@ -28,30 +28,41 @@ class Rig:
 
     Attributes:
         ports: numbers of the ports that lead to the peer.
+        ring: ``split`` or ``packed``.
         guest, peer: the processes beside the device's.
-        features: what guest and device agreed on.
     """
 
-    def __init__(self, directory: Path, serve_pid: int, ports: list[int]) -> None:
+    def __init__(self, directory: Path, serve_pid: int, ports: list[int], ring: str) -> None:
         self.ports = ports
+        self.ring = ring
         self.directory = directory
         self.serve_pid = serve_pid
         self.guest = Worker("guest_side:GuestSide")
         self.peer = Worker("peer_side:PeerSide")
-        self.features = ""
 
     def boot(self, queue_size: int, receive_size: int) -> None:
         plain = str(self.directory / "plain")
         self.peer.call("connect", {nr: str(self.directory / f"port{nr}") for nr in self.ports})
         self.peer.call("listen_plain", plain)
         self.guest.call("connect_plain", plain)
-        self.features = self.guest.call(
+        self.guest.call(
             "boot",
             str(self.directory / "vhost-user"),
             [FIFO_PORT, *self.ports],
             queue_size,
             receive_size,
+            self.ring == "packed",
         )
+
+    def place(self, processors: Sequence[int]) -> None:
+        """Keep the guest on the first of these processors, device and peer on the last.
+
+        Left alone, the scheduler has two processes that wake each other on one processor for a
+        while and on two for another, and a wake-up costs several times more on two.
+        """
+        pin(self.guest.pid, processors[0])
+        pin(self.peer.pid, processors[-1])
+        pin(self.serve_pid, processors[-1])
 
     def device_cpu_seconds(self) -> float:
         """Processor time that the device's process has used so far."""
@@ -76,16 +87,24 @@ def running(
     queue_size: int = 256,
     receive_size: int = 4096,
     busy_poll: int = 0,
+    ring: str = "split",
 ) -> Iterator[Rig]:
     """Start everything; at the end all of it is gone.
+
+    Args:
+        ports: how many with sockets.
+        queue_size, receive_size: descriptors, and bytes of a receive buffer, of the guest's queues.
+        busy_poll: microseconds for which the device polls.
+        ring: ``split`` or ``packed``.
 
     Raises ResourceError if a part does not start, with what it said.
     """
     with tempfile.TemporaryDirectory(prefix="vring-bench-") as name:
         directory = Path(name)
         numbers = list(range(FIRST_PORT, FIRST_PORT + ports))
-        with serving(directory, numbers, busy_poll) as pid:
-            rig = Rig(directory, pid, numbers)
+        options = ["--packed"] if ring == "packed" else []
+        with serving(directory, numbers, busy_poll, options) as pid:
+            rig = Rig(directory, pid, numbers, ring)
             try:
                 rig.boot(queue_size, receive_size)
                 yield rig
@@ -94,19 +113,23 @@ def running(
 
 
 @contextlib.contextmanager
-def serving(directory: Path, ports: list[int], busy_poll: int = 0) -> Iterator[int]:
+def serving(
+    directory: Path, ports: list[int], busy_poll: int = 0, options: Sequence[str] = ()
+) -> Iterator[int]:
     """`vring serve` in a process of its own; its id.
 
     Args:
         directory: gets the sockets, ``vhost-user`` and ``portN`` for each port.
         ports: numbers of ports that have sockets; beside them is :data:`FIFO_PORT`.
+        busy_poll: microseconds for which it polls.
+        options: further ones of ``vring serve``.
 
     Raises ResourceError if it does not start, with what it said.
     """
     os.mkfifo(directory / "fifo")
     command = [sys.executable, "-m", "vring_serial", "serve", "--log-level", "error"]
     command += ["--vhost-user", f"{directory}/vhost-user", "--busy-poll", str(busy_poll)]
-    command += ["--max-ports", str(ports[-1] + 1)]
+    command += ["--max-ports", str(ports[-1] + 1), *options]
     command += ["--chardev", f"pipe,id=fifo,path={directory}/fifo"]
     command += ["--port", f"chardev=fifo,nr={FIFO_PORT}"]
     for nr in ports:

@@ -113,6 +113,6 @@ def ring_results(samples: int, *, packed: bool) -> Iterator[Result]:
 
 def ring_steps(settings: Settings) -> Iterator[Step]:
     """One step for each kind of ring."""
-    for packed in (False, True):
-        name = f"{'packed' if packed else 'split'} ring, one thread"
-        yield Step(name, 8, functools.partial(ring_results, settings.rounds, packed=packed))
+    for ring in settings.rings:
+        run = functools.partial(ring_results, settings.rounds, packed=ring == "packed")
+        yield Step(f"{ring} ring, one thread", 8, run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 
 
@@ -13,6 +14,13 @@ def cpu_seconds(pid: int) -> float:
         with contextlib.suppress(OSError):  # a thread that has just ended
             total += int((task / "schedstat").read_text().split()[0])
     return total / 1e9
+
+
+def pin(pid: int, processor: int) -> None:
+    """Let a process, with all threads that it has, run on one processor only."""
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(ProcessLookupError):  # a thread that has just ended
+            os.sched_setaffinity(int(task.name), {processor})
 
 
 def wake_ups(pid: int) -> int:

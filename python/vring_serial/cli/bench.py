@@ -19,6 +19,8 @@ LARGEST_SIZE = 16 << 20
 #: More would need more queues than vhost-user can name.
 MOST_PORTS = 125
 GROUPS = ("transfer", "latency", "rings")
+#: Columns of tables that do not go to a terminal.
+WIDTH = 120
 
 
 class BenchGroup(click.Group):
@@ -77,6 +79,10 @@ _OPTIONS: Sequence[Callable[[Any], Any]] = (
         callback=_numbers(1, MOST_PORTS),
         help="How many ports work at the same time.",
         show_default=True,
+    ),
+    click.option(
+        "--ring", type=click.Choice(["split", "packed", "both"]), default="both",
+        help="Which kind of ring.", show_default=True,
     ),
     click.option("--rounds", type=click.IntRange(1, 1000), default=5, show_default=True),
     click.option(
@@ -158,11 +164,12 @@ def _run(
     plot_path: str | None,
     sizes: tuple[int, ...],
     ports: tuple[int, ...],
+    ring: str,
     rounds: int,
     **numbers: Any,
 ) -> None:
     # Numpy, the guest and matplotlib are loaded only when something is measured.
-    from vring_serial.bench.measure import Settings, latency_steps, transfer_steps
+    from vring_serial.bench.measure import RINGS, Settings, latency_steps, transfer_steps
     from vring_serial.bench.plot import check_plot, save_plot
     from vring_serial.bench.results import METHOD, Report, Result, this_machine
     from vring_serial.bench.rings import ring_steps
@@ -174,12 +181,19 @@ def _run(
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     if quick:
         sizes, rounds = _QUICK_SIZES, min(rounds, 3)
-    settings = Settings(sizes=sizes, ports=ports, rounds=rounds, **numbers)
+    settings = Settings(
+        sizes=sizes,
+        ports=ports,
+        rings=RINGS if ring == "both" else (ring,),
+        rounds=rounds,
+        **numbers,
+    )
     makers = {"transfer": transfer_steps, "latency": latency_steps, "rings": ring_steps}
     steps = [step for group in groups for step in makers[group](settings)]
     machine = this_machine()
     results: list[Result] = []
-    console = Console()
+    # In a file nothing has to be left out.
+    console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
