@@ -42,6 +42,8 @@ cdef enum:
     # not tried again for so long (ns), twice as long each time.
     CALM_NS_MIN = 500_000
     CALM_NS_MAX = 64_000_000
+    # A sample that found such a part of the queue full: the driver waits for room, or soon will.
+    CROWDED_PART = 2
     # Samples after which the driver is called although more chains come.
     UNANSWERED_MAX = 4
     # Chains of more segments (indirect, over many region borders) break the ring.
@@ -376,9 +378,12 @@ cdef bint samples(vr_flow* flow) noexcept nogil:
     driver that goes on is not waiting for it, and one that waits sends no more, which is noticed
     by the next sample.
     """
-    cdef uint64_t now = vr_now()
+    cdef uint64_t now
     cdef uint32_t found = flow.found
     flow.found = 0
+    if CROWDED_PART * found >= <uint32_t>(<VirtQueue>flow.queue).size:
+        return False
+    now = vr_now()
     if flow.sampling:
         if found >= SAMPLE_CHAINS:
             flow.samples += 1

@@ -162,9 +162,9 @@ def latency(rig: Rig, settings: Settings, *, busy: bool) -> Iterator[Result]:
     On two processors, where a wake-up has to reach the other one, and (not with busy-poll) on one.
     """
     processors = sorted(os.sched_getaffinity(0))
-    places = {"": (processors[0], processors[-1])}
+    places = {"": [processors[0], processors[-1]]}
     if not busy:
-        places[f", {TOGETHER}"] = (processors[0],)
+        places[f", {TOGETHER}"] = [processors[0]]
     found: dict[str, dict[str, list[float]]] = {place: {} for place in places}
     turns = 5
     count = max(1, settings.pings // turns)
