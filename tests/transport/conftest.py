@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from vring import GuestMemory, Region, RingError, SplitDriver
+from vring import Driver, GuestMemory, PackedDriver, Region, RingError, SplitDriver
 from vring_serial import unix_fds
 from vring_serial.device.virtqueue import RunningQueue
 from vring_serial.errors import LocalProtocolError, ProtocolError
@@ -126,18 +126,24 @@ class EchoDevice:
 
 
 class ScriptedFrontend:
-    """Sends what it is told to over a real socket, with RAM in a memfd and real rings in it."""
+    """Sends what it is told to over a real socket, with RAM in a memfd and real rings in it.
+
+    Attributes:
+        packed: its rings are.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.sock.setblocking(False)
+        self.packed = False
         self.parser = MessageParser(Request, replies=True)
         self.memfd = os.memfd_create("guest", os.MFD_CLOEXEC)
         os.ftruncate(self.memfd, MEMORY_SIZE + 4096)
         # As User-Mode Linux has it: the region does not begin where its file does.
         self.region = MemoryRegion(0, MEMORY_SIZE, USER, 4096)
         self.memory = GuestMemory([Region.map(self.memfd, MEMORY_SIZE, offset=4096, guest_addr=0)])
-        self.drivers: dict[int, SplitDriver] = {}
+        self.drivers: dict[int, Driver] = {}
+        self.places: dict[int, VringAddress] = {}
         self.kicks: dict[int, int] = {}
         self.calls: dict[int, int] = {}
         self.channel: socket.socket | None = None
@@ -229,14 +235,20 @@ class ScriptedFrontend:
         assert await self.acked(Request.SET_MEM_TABLE, table, (self.memfd,)) == 0
 
     def ring(self, index: int, size: int = QUEUE_SIZE, *, base: int = 0) -> VringAddress:
-        """A place for the ring in guest memory, and a driver for it."""
-        descriptors, available, used = SplitDriver.layout(size)
+        """A place for the ring in guest memory, and a driver for it that begins at ``base``."""
+        kind = PackedDriver if self.packed else SplitDriver
+        descriptors, available, used = kind.layout(size)
         start = 0x10000 * (index + 1)
         parts = start, start + descriptors, (start + descriptors + available + 3) & ~3
-        if base == 0:
+        if base == 0 or self.packed:
             self.memory.write(start, bytes(parts[2] + used - start))
-        self.drivers[index] = SplitDriver(self.memory, size, *parts, event_idx=True, index=base)
-        return VringAddress(index, 0, USER + parts[0], USER + parts[2], USER + parts[1])
+        # Drivers of packed rings begin where fresh rings do.
+        first = None if self.packed else base
+        self.drivers[index] = kind(self.memory, size, *parts, event_idx=True, index=first)
+        self.places[index] = VringAddress(
+            index, 0, USER + parts[0], USER + parts[2], USER + parts[1]
+        )
+        return self.places[index]
 
     def eventfds(self, index: int) -> tuple[int, int]:
         """Kick and call."""
@@ -247,17 +259,28 @@ class ScriptedFrontend:
 
     async def set_up(self, index: int, *, enable: bool = True, base: int = 0) -> None:
         """As QEMU does it for one queue; needs REPLY_ACK."""
+        self.ring(index, base=base)
+        await self.configure(index, base)
+        if enable:
+            await self.enable(index)
+
+    async def resume(self, index: int, base: int) -> None:
+        """As :meth:`set_up`, for a ring that there is."""
+        unix_fds.close_all([fds.pop(index) for fds in (self.kicks, self.calls) if index in fds])
+        await self.configure(index, base)
+        await self.enable(index)
+
+    async def configure(self, index: int, base: int) -> None:
+        """All but enabling it."""
         kick, call = self.eventfds(index)
         for kind, payload, fds in (
             (Request.SET_VRING_NUM, VringState(index, QUEUE_SIZE), ()),
             (Request.SET_VRING_BASE, VringState(index, base), ()),
-            (Request.SET_VRING_ADDR, self.ring(index, base=base), ()),
+            (Request.SET_VRING_ADDR, self.places[index], ()),
             (Request.SET_VRING_KICK, VringDescriptor(index), (kick,)),
             (Request.SET_VRING_CALL, VringDescriptor(index), (call,)),
         ):
             assert await self.acked(kind, payload, fds) == 0
-        if enable:
-            await self.enable(index)
 
     async def enable(self, index: int, num: int = 1) -> None:
         assert await self.acked(Request.SET_VRING_ENABLE, VringState(index, num)) == 0

@@ -22,6 +22,7 @@ def make_queue(
     features: int,
     *,
     index: int | None = None,
+    used_index: int | None = None,
     name: str,
 ) -> VirtQueue:
     """The device's side of a ring with the layout and the abilities that were negotiated.
@@ -31,7 +32,8 @@ def make_queue(
         size: descriptors.
         areas: guest addresses of descriptor area, driver area and device area (2.6).
         features: those that the driver accepted.
-        index: ``avail_index`` to go on from, with nothing in flight; None: the ring is fresh.
+        index: ``avail_index`` to go on from; None: the ring is fresh.
+        used_index: likewise; None: the same, for nothing is in flight.
         name: for errors.
 
     Raises:
@@ -47,6 +49,7 @@ def make_queue(
         indirect=bool(features & Feature.INDIRECT_DESC),
         in_order=bool(features & Feature.IN_ORDER),
         index=index,
+        used_index=used_index,
         name=name,
     )
 

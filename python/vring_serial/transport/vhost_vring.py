@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from vring import GuestMemory, PackedDriver, SplitDriver
+from vring import GuestMemory, PackedDriver, SplitDriver, VirtQueue
 from vring.errors import AddressError
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.virtqueue import FRESH_PACKED_INDEX, RunningQueue, make_queue, notify
@@ -29,10 +29,11 @@ class Vring:
         packed: the driver accepted RING_PACKED.
         base: available index to go on from, with the wrap counter in bit 15 if the ring is packed;
             None: it starts anew. While the ring runs the device knows better.
+        used: used index of a packed ring likewise, None: the same as ``base``. That of a split ring
+            is in guest memory.
         address: user addresses; None until SET_VRING_ADDR.
         started: a kick descriptor or a kick has come since the ring was stopped.
         enabled: None until SET_VRING_ENABLE.
-        running: the device has it.
         polled: the frontend does not kick; ``kick`` has to be called now and then.
         called: SET_VRING_CALL has come.
     """
@@ -42,13 +43,14 @@ class Vring:
         self.size = 0
         self.packed = False
         self.base: int | None = None
+        self.used: int | None = None
         self.address: VringAddress | None = None
         self.started = False
         self.enabled: bool | None = None
-        self.running = False
         self.polled = False
         self.called = False
         self._device = device
+        self._queue: VirtQueue | None = None  # while the device has it
         self._kick_fd = -1
         self._kick_ours = False
         # The device keeps the number of the call descriptor while the ring runs, and frontends
@@ -58,6 +60,11 @@ class Vring:
 
     def __repr__(self) -> str:
         return f"queue {self.index}"
+
+    @property
+    def running(self) -> bool:
+        """The device has it."""
+        return self._queue is not None
 
     def set_size(self, size: int) -> None:
         """Raises ProtocolError if it runs, or the size is not one that we offer."""
@@ -71,19 +78,21 @@ class Vring:
     def set_base(self, base: int) -> None:
         """Raises ProtocolError if it runs, or a split ring's index has more than 16 bits.
 
-        A packed ring's base has the used index in its upper half, or nothing: it is the available
-        index, since nothing is in flight in a ring that does not run.
+        A packed ring's base has the used index in its upper half. They differ if buffers are in
+        flight elsewhere, which this device will not complete. Frontends that say nothing there
+        mean that none are.
         """
         self._refuse_while_running()
         if base > 0xFFFF and not self.packed:
             raise ProtocolError(f"{self}: available index {base} has more than 16 bits")
         self.base = base & 0xFFFF
+        self.used = base >> 16 or None
 
     def get_base(self) -> int:
         """What GET_VRING_BASE answers for a ring that does not run."""
         if self.packed:
             base = FRESH_PACKED_INDEX if self.base is None else self.base
-            return base | base << 16
+            return base | (base if self.used is None else self.used) << 16
         return self.base or 0
 
     def set_kick(self, fd: int, *, polled: bool = False) -> None:
@@ -155,18 +164,27 @@ class Vring:
         if self.running or not wanted or not self.size or self.address is None:
             return False
         areas = self._translate(memory, self.address)
-        queue = make_queue(memory, self.size, areas, features, index=self.base, name=repr(self))
+        queue = make_queue(
+            memory,
+            self.size,
+            areas,
+            features,
+            index=self.base,
+            used_index=self._used_index(memory, areas[2]),
+            name=repr(self),
+        )
         if self._call_fd < 0:
             self._call_fd = make_eventfd()
         self._device.start_queue(self.index, RunningQueue(queue, self._kick_fd, self._call_fd))
-        self.running = True
+        self._queue = queue
         return True
 
     def stop(self) -> None:
         """Take the ring back from the device; it stays as it is configured."""
-        if self.running:
-            self.running = False
+        if self._queue is not None:
+            queue, self._queue = self._queue, None
             self.base = self._device.stop_queue(self.index)
+            self.used = queue.used_index if self.packed else None
 
     def end(self) -> None:
         """GET_VRING_BASE: stopped until it is started anew, with new descriptors."""
@@ -181,7 +199,12 @@ class Vring:
         self.end()
         self.set_error(-1)
         self.size = 0
-        self.base = self.address = self.enabled = None
+        self.base = self.used = self.address = self.enabled = None
+
+    def _used_index(self, memory: GuestMemory, device_area: int) -> int | None:
+        if self.packed or self.base is None:
+            return self.used
+        return int.from_bytes(memory.read(device_area + 2, 2), "little")
 
     def _refuse_while_running(self) -> None:
         if self.running:
