@@ -178,3 +178,8 @@ int packed_run(struct ring *r, uint64_t batches, uint64_t chains) {
     }
     return 0;
 }
+
+/* Pieces of memory one after the other. */
+void copy_pieces(uint8_t *to, const uint64_t *from, uint64_t count, uint64_t length) {
+    for (uint64_t i = 0; i < count; i++, to += length) memcpy(to, (const void *)from[i], length);
+}

@@ -172,7 +172,7 @@ def rig(tmp_path_factory):
 @pytest.mark.parametrize("ports", [1, 4], ids=["1-port", "4-ports"])
 @pytest.mark.parametrize("block", [4 << 10, 64 << 10], ids=["4K", "64K"])
 @pytest.mark.parametrize("direction", ["guest_to_host", "host_to_guest"])
-def test_dd(benchmark, capsys, rig, direction, block, ports):
+def test_dd(benchmark, rig, direction, block, ports):
     rates = {device: [] for device in DEVICES}
 
     def turns():
@@ -184,8 +184,3 @@ def test_dd(benchmark, capsys, rig, direction, block, ports):
     for device, rate in median.items():
         benchmark.extra_info[f"{device} MiB/s"] = round(rate)
         benchmark.extra_info[f"{device} / qemu"] = round(rate / median["qemu"], 2)
-    with capsys.disabled():
-        print(f"\n{direction} {block >> 10} KiB, {ports} ports: ", end="")
-        print(", ".join(f"{device} {rate:.0f} MiB/s" for device, rate in median.items()), end="")
-        for device in DEVICES[1:]:
-            print(f", {device}/qemu {median[device] / median['qemu']:.2f}", end="")
