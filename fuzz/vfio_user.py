@@ -18,6 +18,7 @@ import sys
 from contextlib import suppress
 from typing import Any
 
+from vring import MemoryWatch
 from vring_serial import unix_fds
 from vring_serial.chardev.null import NullChardev
 from vring_serial.device.controller import Controller
@@ -218,7 +219,7 @@ async def _next_client_works(pci: PciDevice, rings: RemoteRings) -> None:
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     theirs.setblocking(False)
-    session = Session(ours, pci, rings, name="next", ended=lambda: None)
+    session = Session(ours, pci, rings, name="next", watch=MemoryWatch(), ended=lambda: None)
     with theirs:
         theirs.sendall(request(Command.VERSION, 1, Version()))
         theirs.sendall(request(Command.REGION_READ, 2, RegionRead(0, 7, 4)))
@@ -251,7 +252,7 @@ async def run(data: bytes) -> None:
     ours.setblocking(False)
     theirs.setblocking(False)
     client = Client(theirs)
-    session = Session(ours, pci, rings, name="fuzz", ended=lambda: None)
+    session = Session(ours, pci, rings, name="fuzz", watch=MemoryWatch(), ended=lambda: None)
     if choose.below(8):
         client.send(request(Command.VERSION, 1, Version()))
         shared = (client.memfd,) if choose.below(3) else ()

@@ -14,6 +14,7 @@ try:
     from vring._chains import Batch, Chain
     from vring._core import VirtQueue
     from vring._driver import Driver, need_event
+    from vring._guard import MemoryWatch
     from vring._memory import GuestMemory, Region
     from vring._packed import PackedQueue
     from vring._packed_driver import PackedDriver
@@ -48,6 +49,7 @@ __all__ = [
     "Driver",
     "GuestMemory",
     "Region",
+    "MemoryWatch",
     "need_event",
     "NotificationData",
     "Pump",

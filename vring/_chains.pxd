@@ -52,6 +52,7 @@ cdef enum vr_fault_code:
     FAULT_INDIRECT_SIZE
     FAULT_INDIRECT_ADDRESS
     FAULT_ADDRESS
+    FAULT_MEMORY_LOST
 
 
 # A buffer of no bytes or in several regions (a segment for each), or one that is too much; moves
@@ -193,6 +194,7 @@ cdef class Batch:
     cdef object segment_column(self, str name)
     cdef uint64_t readable_total(self) noexcept nogil
     cdef void gather_to(self, uint8_t* to) noexcept nogil
+    cdef int check_memory(self) except -1
 
 
 @cython.final

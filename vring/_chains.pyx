@@ -14,7 +14,7 @@ from libc.stddef cimport size_t
 
 from vring._memory cimport vr_find
 from vring._wire cimport vr_copy
-from vring.errors import LocalMisuseError
+from vring.errors import LocalMisuseError, MemoryLostError
 
 cdef extern from "Python.h":
     Py_ssize_t Py_REFCNT(PyObject* o)
@@ -338,8 +338,18 @@ cdef class Batch:
     cdef void gather_to(self, uint8_t* to) noexcept nogil:
         copy_out(self.chains + self.start, self.count - self.start, self.segments, to)
 
+    cdef int check_memory(self) except -1:
+        """After reading guest memory. Raises MemoryLostError if it may have been zeros instead."""
+        if self.memory is not None and self.memory.is_lost():
+            raise MemoryLostError(self.owner.name, 0, "guest memory is gone: its file was cut off")
+        return 0
+
     def gather(self):
-        """All device-readable bytes of all chains, joined, as a copy."""
+        """All device-readable bytes of all chains, joined, as a copy.
+
+        Raises:
+            MemoryLostError: guest memory was cut off, and what was copied may be zeros instead.
+        """
         cdef uint64_t total = self.readable_total()
         out = PyBytes_FromStringAndSize(NULL, total)
         cdef uint8_t* to = <uint8_t*>PyBytes_AS_STRING(out)
@@ -348,6 +358,7 @@ cdef class Batch:
                 self.gather_to(to)
         else:
             self.gather_to(to)
+        self.check_memory()
         return out
 
     def gather_into(self, buffer):
@@ -355,6 +366,7 @@ cdef class Batch:
 
         Raises:
             LocalMisuseError: the buffer is smaller than the bytes of the batch.
+            MemoryLostError: guest memory was cut off, and what was copied may be zeros instead.
         """
         cdef uint64_t total = self.readable_total()
         cdef Py_buffer held
@@ -366,6 +378,7 @@ cdef class Batch:
                 self.gather_to(<uint8_t*>held.buf)
         finally:
             PyBuffer_Release(&held)
+        self.check_memory()
         return total
 
     def gather_chain(self, Py_ssize_t i):
@@ -583,6 +596,7 @@ cdef class Chain:
         cdef vr_chain* row = self.row()
         out = PyBytes_FromStringAndSize(NULL, row.readable_bytes)
         copy_out(row, 1, self.batch.segments, <uint8_t*>PyBytes_AS_STRING(out))
+        self.batch.check_memory()
         return out
 
     def write(self, data):

@@ -73,6 +73,9 @@ cdef class VirtQueue:
     cdef void disable_notifications_c(self) noexcept nogil
     # How many chains (packed: 0 or at least 1) can be popped; 0 when the ring is broken.
     cdef uint32_t available_c(self) noexcept nogil
+    # Whether guest memory was cut off (Region.lost); the ring is broken then. What was read of it
+    # before this says no may be used.
+    cdef bint memory_lost(self) noexcept nogil
     # Raises the RingError of a broken queue; with the GIL.
     cdef int raise_broken(self) except -1
 

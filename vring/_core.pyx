@@ -8,14 +8,14 @@ from cpython.object cimport PyObject
 from vring._chains cimport (
     FAULT_ADDRESS, FAULT_AVAIL_INDEX, FAULT_FULL, FAULT_HEAD, FAULT_INDIRECT_ADDRESS,
     FAULT_INDIRECT_FEATURE, FAULT_INDIRECT_NESTED, FAULT_INDIRECT_NEXT, FAULT_INDIRECT_SIZE,
-    FAULT_NEXT, FAULT_NONE, FAULT_ORDER, FAULT_TOO_LONG, FAULT_TOO_MANY_BYTES,
+    FAULT_MEMORY_LOST, FAULT_NEXT, FAULT_NONE, FAULT_ORDER, FAULT_TOO_LONG, FAULT_TOO_MANY_BYTES,
     FAULT_TOO_MANY_SEGMENTS
 )
 from vring._memory cimport VR_HINTS
 from vring._wire cimport QUEUE_SIZE_MAX
 from vring.errors import (
     AddressError, AvailableIndexError, BufferAddressError, ChainError, ChainOrderError,
-    DescriptorFlagsError, HeadError, IndirectError, LocalMisuseError
+    DescriptorFlagsError, HeadError, IndirectError, LocalMisuseError, MemoryLostError
 )
 
 cdef extern from "Python.h":
@@ -40,6 +40,7 @@ _FAULTS = {
     FAULT_INDIRECT_SIZE: (IndirectError, "the length of an indirect table is 0 or not 16 * n"),
     FAULT_INDIRECT_ADDRESS: (IndirectError, "an indirect table outside guest memory"),
     FAULT_ADDRESS: (BufferAddressError, "a buffer outside guest memory"),
+    FAULT_MEMORY_LOST: (MemoryLostError, "guest memory is gone: its file was cut off"),
 }
 
 
@@ -174,6 +175,12 @@ cdef class VirtQueue:
             return self.fail(code, at, address, length)
         return self.fail(code, at, 0, 0)
 
+    cdef bint memory_lost(self) noexcept nogil:
+        if not self._memory.is_lost():
+            return False
+        self.fail(FAULT_MEMORY_LOST, self.popped & 0xFFFF, 0, 0)
+        return True
+
     cdef object make_fault(self):
         kind, cause = _FAULTS[self.fault.code]
         if self.fault.length:
@@ -227,6 +234,10 @@ cdef class VirtQueue:
             if n != VR_TOO_SMALL:
                 break
             batch.grow()
+        if self.memory_lost():
+            if n > 0:
+                self.unpop_c(n)
+            n = VR_BROKEN
         if n < 0:
             self.raise_broken()
         batch.start = 0

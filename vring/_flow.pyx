@@ -12,9 +12,10 @@ from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy
 
 from vring._core cimport VR_TOO_SMALL, VirtQueue
+from vring._guard cimport guard_probe
 from vring._linux cimport (
-    EAGAIN, EINTR, EIO, EPIPE, FIONREAD, IOV_MAX, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, POLLOUT,
-    errno, ioctl, msghdr, poll, pollfd, readv, recv, recvmsg, send, sendmsg, vr_count,
+    EAGAIN, EFAULT, EINTR, EIO, EPIPE, FIONREAD, IOV_MAX, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK,
+    POLLOUT, errno, ioctl, msghdr, poll, pollfd, readv, recv, recvmsg, send, sendmsg, vr_count,
     vr_note, vr_now, write, writev
 )
 from vring._wire cimport vr_copy
@@ -287,6 +288,19 @@ cdef void flow_stop(vr_flow* flow, uint32_t news, int error) noexcept nogil:
     flow.stopped = True
 
 
+cdef bint memory_gone(vr_flow* flow, const vr_strip* refused) noexcept nogil:
+    """Whether guest memory was cut off: then what was read of it is not to be believed, and the
+    flow is stopped. `refused` are segments that a system call did not like, or NULL.
+    """
+    if refused != NULL:
+        guard_probe(refused.at, refused.n)
+    if not (<VirtQueue>flow.queue).memory_lost():
+        return False
+    flow.broken = True
+    flow_stop(flow, NEWS_BROKEN, 0)
+    return True
+
+
 cdef void throttle(vr_flow* flow) noexcept nogil:
     if not flow.throttled_since:
         vr_note(&flow.throttled_since, vr_now())
@@ -329,6 +343,10 @@ cdef int take(vr_flow* flow, vr_tables* tables, uint32_t most) noexcept nogil:
             break
         tables.segments = bigger
         tables.max_segments = size
+    if memory_gone(flow, NULL):
+        if n > 0:
+            (<VirtQueue>flow.queue).unpop_c(n)
+        return -1
     if n < 0:
         flow.broken = True
         flow_stop(flow, NEWS_BROKEN, 0)
@@ -447,9 +465,13 @@ cdef uint64_t put_some(
         segment.iov_len = strip_copy(strip, tables.stage, total)
         staged.at = &segment
         staged.n = 1
+        if memory_gone(flow, NULL):
+            return 0
         done = put(&flow.data, &staged, total)
     else:
         done = put(&flow.data, strip, total)
+    if done == -EFAULT and memory_gone(flow, strip):
+        return 0
     if done < 0:
         put_failed(flow, <int>-done)
         return 0
@@ -509,7 +531,7 @@ cdef uint64_t send_batch(vr_flow* flow, vr_tables* tables, uint32_t n) noexcept 
         if done == asked and asked < total:
             settle(flow, tables, n, skip + done)        # the rest in the next round
             return done
-    if flow.lossy and done < total:
+    if flow.lossy and done < total and not flow.stopped:
         strip_skip(&strip, done)
         absorb(flow, &strip, total - done)
         done = total
@@ -577,6 +599,8 @@ cdef uint64_t receive_batch(vr_flow* flow, vr_tables* tables, uint32_t n) noexce
             call_driver(flow)       # it was the last for now: before looking whether that is so
         return done
     give_back(flow, n)
+    if done == -EFAULT and memory_gone(flow, &strip):
+        return 0
     if done == 0:
         flow_stop(flow, NEWS_EOF, 0)
     elif done == -EAGAIN and flow.data.pollable:

@@ -7,7 +7,7 @@ from vring._wire cimport iovec
 cdef extern from "<errno.h>" nogil:
     int errno
     enum:
-        EPERM, EINTR, EIO, EAGAIN, ENOMEM, EINVAL, EPIPE, ECONNRESET
+        EPERM, EINTR, EIO, EAGAIN, ENOMEM, EFAULT, EINVAL, EPIPE, ECONNRESET
 
 cdef extern from "<limits.h>" nogil:
     enum:
@@ -96,8 +96,9 @@ cdef extern from "<signal.h>" nogil:
     ctypedef struct sigset_t:
         pass
     enum:
-        SIG_SETMASK
+        SIG_SETMASK, SIGBUS, SIGFPE, SIGILL, SIGSEGV
     int sigfillset(sigset_t* signals)
+    int sigdelset(sigset_t* signals, int signal)
     int pthread_sigmask(int how, const sigset_t* signals, sigset_t* before)
 
 cdef extern from "<pthread.h>" nogil:

@@ -58,6 +58,10 @@ cdef class Region:
 cdef class GuestMemory:
     cdef readonly tuple regions
     cdef vr_map map             # valid as long as this object lives
+    cdef uint64_t losses        # of all mappings, when is_lost last looked
+    cdef bint was_lost          # what it found
+    # Whether a region is lost (Region.lost). Costs nothing as long as no mapping at all is.
+    cdef bint is_lost(self) noexcept nogil
     # Host address of a contiguous range, AddressError (NULL) if it is not in one region.
     cdef uint8_t* locate(self, uint64_t address, uint64_t length) except NULL
     cdef int check(self, uint64_t address, uint64_t length) except -1

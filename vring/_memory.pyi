@@ -3,6 +3,8 @@ from typing import final
 
 from typing_extensions import Buffer
 
+from vring._guard import MemoryWatch
+
 MAX_REGIONS: int
 
 __pyx_capi__: dict[str, object]
@@ -20,6 +22,8 @@ class Region:
     def user_addr(self) -> int | None: ...
     @property
     def buffer(self) -> Buffer: ...
+    @property
+    def lost(self) -> bool: ...
     @classmethod
     def map(
         cls,
@@ -30,6 +34,7 @@ class Region:
         guest_addr: int,
         user_addr: int | None = None,
         private: bool = False,
+        watch: MemoryWatch | None = None,
     ) -> Region: ...
 
 @final
@@ -37,6 +42,8 @@ class GuestMemory:
     def __init__(self, regions: Iterable[Region] = ()) -> None: ...
     @property
     def regions(self) -> tuple[Region, ...]: ...
+    @property
+    def lost(self) -> bool: ...
     def with_region(self, region: Region) -> GuestMemory: ...
     def without_region(self, guest_addr: int, size: int) -> GuestMemory: ...
     def user_to_guest(self, user_addr: int, length: int = 1) -> int: ...

@@ -12,6 +12,9 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.errno cimport errno
 from libc.stdlib cimport calloc, free
 
+from vring._guard cimport (
+    MemoryWatch, guard_add, guard_lost, guard_lost_at, guard_losses, guard_remove, vr_guarded
+)
 from vring._wire cimport vr_copy
 from vring.errors import AddressError, LocalMisuseError, MemoryMapError
 
@@ -20,6 +23,16 @@ cdef extern from "<sys/mman.h>" nogil:
     int munmap(void* addr, size_t length)
     int PROT_READ, PROT_WRITE, MAP_SHARED, MAP_PRIVATE
     void* MAP_FAILED
+
+cdef extern from "<sys/vfs.h>" nogil:
+    struct statfs_t "statfs":
+        long f_type
+        long f_bsize
+    int fstatfs(int fd, statfs_t* status)
+
+cdef extern from "<linux/magic.h>" nogil:
+    enum:
+        HUGETLBFS_MAGIC, FUSE_SUPER_MAGIC
 
 #: More than any frontend uses: QEMU has 509 slots for memory, vfio-user allows 65535 maps.
 MAX_REGIONS = 65536
@@ -44,19 +57,41 @@ cdef uint64_t as_address(object value, str what) except? 0:
     return value
 
 
+cdef uint64_t granularity(int fd, what) except 0:
+    """What mappings of the file are whole multiples of, in bytes. Raises MemoryMapError."""
+    cdef statfs_t status
+    if fstatfs(fd, &status):
+        raise MemoryMapError(f"{what}: {os.strerror(errno)}")
+    # As unsigned numbers of 32 bits: not all systems have a long for them.
+    cdef uint32_t kind = <uint32_t>status.f_type
+    if kind == <uint32_t>FUSE_SUPER_MAGIC:
+        # Each access may wait for that process, which may be the peer, and never answer.
+        raise MemoryMapError(f"{what}: its file is on a file system that another process serves")
+    if kind == <uint32_t>HUGETLBFS_MAGIC:
+        return status.f_bsize
+    return os.sysconf("SC_PAGE_SIZE")
+
+
 @cython.final
 cdef class _Mapping:
     """A mapping of a file; unmapped when the last buffer over it is gone."""
 
     cdef void* base
-    cdef size_t length
+    cdef size_t length          # whole pages
     cdef size_t start
+    cdef size_t size
+    cdef vr_guarded* guarded
+    cdef MemoryWatch watch
 
-    def __cinit__(self, int fd, uint64_t size, uint64_t offset, bint private):
-        cdef uint64_t page = os.sysconf("SC_PAGE_SIZE")
+    def __cinit__(
+        self, int fd, uint64_t size, uint64_t offset, bint private, uint64_t page,
+        MemoryWatch watch
+    ):
         self.base = NULL
         self.start = offset % page
-        self.length = size + self.start
+        self.size = size
+        self.length = (size + self.start + page - 1) // page * page
+        self.watch = watch
         cdef void* base = mmap(
             NULL,
             self.length,
@@ -70,14 +105,19 @@ cdef class _Mapping:
                 f"cannot map {size:#x} bytes at offset {offset:#x}: {os.strerror(errno)}"
             )
         self.base = base
+        self.guarded = guard_add(base, self.length, -1 if watch is None else watch.fd)
+        if self.guarded == NULL:
+            raise MemoryError
 
     def __dealloc__(self):
+        if self.guarded != NULL:
+            guard_remove(self.guarded)
         if self.base != NULL:
             munmap(self.base, self.length)
 
     def __getbuffer__(self, Py_buffer* view, int flags):
         PyBuffer_FillInfo(
-            view, self, <char*>self.base + self.start, self.length - self.start, 0, flags
+            view, self, <char*>self.base + self.start, self.size, 0, flags
         )
 
 
@@ -140,16 +180,32 @@ cdef class Region:
         """Length in bytes."""
         return self.table.size
 
+    @property
+    def lost(self):
+        """Whether what was behind the region is gone.
+
+        A peer may cut off the file of a mapped region (`map`) at any time. Once something that is
+        gone is accessed, the whole region has memory of its own instead, of zeros at first, and
+        stays so.
+        """
+        return isinstance(self.buffer, _Mapping) and guard_lost((<_Mapping>self.buffer).guarded)
+
     @classmethod
-    def map(cls, fd, size, *, offset=0, guest_addr, user_addr=None, private=False):
+    def map(
+        cls, fd, size, *, offset=0, guest_addr, user_addr=None, private=False,
+        MemoryWatch watch=None
+    ):
         """Map a file (memfd, shared memory) that a peer sent, readable, writable and shared.
 
         The descriptor is neither kept nor closed. `offset` need not be aligned to a page. With
         `private` it need not be writable, and what is written there changes nothing in the file.
+        Should the file become shorter than it was, see `lost`; `watch` is told.
+
+        The first call installs a handler for SIGBUS, which passes on what is not about regions.
 
         Raises:
-            MemoryMapError: no bytes asked for, the file is shorter than offset + size (touching
-                such a mapping would kill the process), or the system refuses.
+            MemoryMapError: no bytes asked for, the file is shorter than offset + size, it is on
+                FUSE, where each access may block for ever, or the system refuses.
         """
         if size <= 0 or offset < 0 or offset + size > 2**63 - 1:
             raise MemoryMapError(
@@ -159,12 +215,14 @@ cdef class Region:
             length = os.fstat(fd).st_size
         except OSError as error:
             raise MemoryMapError(f"region at {guest_addr:#x}: {error.strerror}") from error
+        page = granularity(fd, f"region at {guest_addr:#x}")
         if length < offset + size:
             raise MemoryMapError(
                 f"region at {guest_addr:#x}: its file has {length:#x} bytes, "
                 f"the region needs {offset:#x} + {size:#x}"
             )
-        return cls(guest_addr, _Mapping(fd, size, offset, private), user_addr=user_addr)
+        mapping = _Mapping(fd, size, offset, private, page, watch)
+        return cls(guest_addr, mapping, user_addr=user_addr)
 
     def __repr__(self):
         user = "" if self.user_addr is None else f", user_addr={self.user_addr:#x}"
@@ -208,6 +266,22 @@ cdef class GuestMemory:
 
     def __dealloc__(self):
         free(<void*>self.map.regions)
+
+    cdef bint is_lost(self) noexcept nogil:
+        # Before looking: what is lost meanwhile is seen next time.
+        cdef uint64_t losses = guard_losses()
+        cdef uint32_t i
+        if losses != self.losses:
+            for i in range(self.map.count):
+                if guard_lost_at(self.map.regions[i].host):
+                    self.was_lost = True
+            self.losses = losses
+        return self.was_lost
+
+    @property
+    def lost(self):
+        """Whether a region is lost; see Region.lost."""
+        return self.is_lost()
 
     def with_region(self, Region region not None):
         """A new table with one region more. Raises MemoryMapError on overlap."""

@@ -19,12 +19,12 @@ from vring._flow cimport (
 from vring._linux cimport (
     EFD_CLOEXEC, EFD_NONBLOCK, ENOMEM, EPERM, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL,
     EPOLL_CTL_MOD, EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP, MSG_DONTWAIT,
-    POLLIN, PR_SET_TIMERSLACK, SIG_SETMASK, close, epoll_create1, epoll_ctl, epoll_event,
-    epoll_wait, errno, eventfd, pollfd, ppoll, prctl, pthread_cond_broadcast,
-    pthread_cond_destroy, pthread_cond_init, pthread_cond_wait, pthread_create, pthread_join,
-    pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
-    pthread_setname_np, pthread_sigmask, read, recv, sigfillset, sigset_t, timespec, vr_count,
-    vr_get_flag, vr_now, vr_set_flag, write
+    POLLIN, PR_SET_TIMERSLACK, SIG_SETMASK, SIGBUS, SIGFPE, SIGILL, SIGSEGV, close,
+    epoll_create1, epoll_ctl, epoll_event, epoll_wait, errno, eventfd, pollfd, ppoll, prctl,
+    pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_init, pthread_cond_wait,
+    pthread_create, pthread_join, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
+    pthread_mutex_unlock, pthread_setname_np, pthread_sigmask, read, recv, sigdelset, sigfillset,
+    sigset_t, timespec, vr_count, vr_get_flag, vr_now, vr_set_flag, write
 )
 
 cdef enum:
@@ -468,11 +468,18 @@ cdef void* reactor_main(void* argument) noexcept nogil:
 
 
 cdef int launch(vr_reactor* reactor) noexcept nogil:
-    """Starts the thread, with all signals blocked: they are for other threads. 0 or errno."""
-    cdef sigset_t all, before
+    """Starts the thread, with all signals blocked but its own faults: they are for other threads.
+
+    0 or errno.
+    """
+    cdef sigset_t others, before
     cdef int error
-    sigfillset(&all)
-    pthread_sigmask(SIG_SETMASK, &all, &before)
+    sigfillset(&others)
+    sigdelset(&others, SIGBUS)
+    sigdelset(&others, SIGFPE)
+    sigdelset(&others, SIGILL)
+    sigdelset(&others, SIGSEGV)
+    pthread_sigmask(SIG_SETMASK, &others, &before)
     error = pthread_create(&reactor.thread, NULL, reactor_main, reactor)
     pthread_sigmask(SIG_SETMASK, &before, NULL)
     if error == 0:

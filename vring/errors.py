@@ -78,6 +78,10 @@ class DescriptorFlagsError(RingError):
     """Descriptor flags that the negotiated features do not allow."""
 
 
+class MemoryLostError(RingError):
+    """The file behind guest memory was cut off while the ring was in use (Region.lost)."""
+
+
 class QueueFullError(LocalMisuseError):
     """The driver's side was asked for more descriptors than are free."""
 

@@ -366,14 +366,14 @@ async def test_connecting_goes_on_after_a_lack_of_descriptors(
     monkeypatch.setattr("vring_serial.transport.door.RETRY_INTERVAL", 0.01)
     caplog.set_level(logging.INFO)
     backend = VhostUserBackend(device, str(path), listen=False)
+    await backend.start()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
     try:
-        await backend.start()
         await asyncio.sleep(0.05)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    await settled(lambda: "no frontend yet: No such file or directory" in caplog.text)
+    await settled(lambda: caplog.text.count("no frontend yet: No such file or directory") == 2)
     await backend.stop()
     assert caplog.text.count("no frontend yet: Too many open files") == 1
 

@@ -6,7 +6,7 @@ import errno
 import os
 from dataclasses import dataclass
 
-from vring import GuestMemory, Region
+from vring import GuestMemory, MemoryWatch, Region
 from vring.errors import VringError
 from vring_serial.errors import ProtocolError
 from vring_serial.proto.vfio_user import VfioUserError
@@ -38,10 +38,12 @@ class DmaTable:
 
     Args:
         most: mappings that there may be at once.
+        watch: tells of lost memory.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, watch: MemoryWatch) -> None:
         self._most = most
+        self._watch: MemoryWatch | None = watch
         self._regions: dict[int, DmaRegion] = {}  # by address
         self._copies: dict[int, Region | None] = {}  # of regions without a descriptor
 
@@ -91,8 +93,14 @@ class DmaTable:
                 )
         if len(self._regions) >= self._most:
             raise VfioUserError("DMA_MAP", f"all {self._most} mappings are taken", errno.ENOSPC)
-        region = _map(asked, fd) if fd >= 0 else None
+        region = self._map(asked, fd) if fd >= 0 else None
         self._regions[asked.address] = DmaRegion(asked.address, asked.size, asked.flags, region)
+
+    def close(self) -> None:
+        """Unmap everything, and let go of the watch. Nothing is mapped after that."""
+        self._regions.clear()
+        self._copies.clear()
+        self._watch = None
 
     def unmap(self, asked: DmaUnmap) -> None:
         """Remove what was mapped exactly so, or everything.
@@ -114,13 +122,16 @@ class DmaTable:
         del self._regions[asked.address]
         self._copies.pop(asked.address, None)
 
-
-def _map(asked: DmaMap, fd: int) -> Region:
-    # What the device must not write is mapped as its own copy: writing changes nothing.
-    private = not asked.flags & DmaFlag.WRITE
-    return Region.map(
-        fd, asked.size, offset=asked.offset, guest_addr=asked.address, private=private
-    )
+    def _map(self, asked: DmaMap, fd: int) -> Region:
+        return Region.map(
+            fd,
+            asked.size,
+            offset=asked.offset,
+            guest_addr=asked.address,
+            # What the device must not write is its own copy: writing changes nothing.
+            private=not asked.flags & DmaFlag.WRITE,
+            watch=self._watch,
+        )
 
 
 def _make_copy(asked: DmaRegion) -> Region | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 import os
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from vring import MemoryWatch
 from vring.errors import VringError
 from vring_serial import unix_fds
 from vring_serial.device.interrupts import NoInterrupts
@@ -48,6 +50,7 @@ from vring_serial.proto.vfio_user_wire import (
     WriteMultiDone,
 )
 from vring_serial.transport.connection import Connection
+from vring_serial.transport.lost_memory import describe_loss
 from vring_serial.transport.vfio_dma import DmaTable
 from vring_serial.transport.vfio_irqs import Interrupts
 from vring_serial.transport.vfio_remote import RemoteMemory
@@ -101,6 +104,7 @@ class Session:
             client's memory would write into what is another guest's.
         rings: between ``pci`` and its device.
         name: for log lines.
+        watch: tells of lost memory; no other session uses it meanwhile.
         ended: called once, when the client has gone or was sent away; not by :meth:`close`.
     """
 
@@ -111,6 +115,7 @@ class Session:
         rings: RemoteRings,
         *,
         name: str,
+        watch: MemoryWatch,
         ended: Callable[[], None],
     ) -> None:
         self._pci = pci
@@ -123,13 +128,16 @@ class Session:
         self._client: Capabilities | None = None
         self._twin: Connection | None = None
         self._twin_parser = MessageParser()
-        self._dma = DmaTable(MAX_DMA_MAPS)
+        self._dma = DmaTable(MAX_DMA_MAPS, watch)
         self._memory_changed = False
         self._beside: list[int] = []  # descriptors that go with the next reply
         self._interrupts = Interrupts(pci.vectors, lambda: pci.intx_level, self._vectors_changed)
         self._bars = {bar.index: bar.size for bar in pci.bars}
         self._handlers = self._handler_table()
         pci.set_irq_sink(self._interrupts, client_masks=True)
+        self._watch = watch
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(watch, self._memory_lost)
         self._connection = Connection(
             sock, read_size=READ_SIZE, max_fds=MAX_FDS, received=self._received, lost=self._lost
         )
@@ -139,12 +147,15 @@ class Session:
         if self._closed:
             return
         self._closed = True
+        self._loop.remove_reader(self._watch)
         self._connection.close()
         if self._twin is not None:
             self._twin.close()
         self._pci.set_irq_sink(NoInterrupts())
         self._pci.set_memory(None)
         self._pci.reset()
+        self._dma.close()
+        del self._watch  # open as long as it is referred to
         if self._rings.client is not None:
             self._rings.client.remote.close()
             self._rings.client = None
@@ -154,7 +165,9 @@ class Session:
     # --- the connection
 
     def _lost(self, error: OSError | None) -> None:
-        if error is not None:
+        if (why := describe_loss(self._dma.mapped)) is not None:
+            log.warning("%s: %s", self._name, why)
+        elif error is not None:
             log.info("%s: connection lost: %s", self._name, error.strerror or error)
         self._end()
 
@@ -335,6 +348,13 @@ class Session:
         self._pci.vectors_changed()
 
     # --- memory
+
+    def _memory_lost(self) -> None:
+        self._watch.clear()
+        why = describe_loss(self._dma.mapped)
+        # The client may have unmapped meanwhile what it cut off.
+        if why is not None:
+            self._send_away(why)
 
     def _dma_map(self, asked: DmaMap, fds: list[int]) -> None:
         self._dma.map(asked, fds[0] if fds else -1)

@@ -7,10 +7,12 @@ import socket
 from collections.abc import Callable
 from functools import partial
 
+from vring import MemoryWatch
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.pci import PciDevice
 from vring_serial.errors import LocalProtocolError
 from vring_serial.transport.door import Door
+from vring_serial.transport.lost_memory import make_watch
 from vring_serial.transport.vfio_rings import RemoteRings
 from vring_serial.transport.vfio_session import Session
 
@@ -57,6 +59,7 @@ class VfioUserServer:
         self._pci: PciDevice | None = self._make_pci()
         self._door = Door(path, name=self._name, peer="client", came=self._serve)
         self._session: Session | None = None
+        self._watch: MemoryWatch | None = None
         self._started = False
 
     async def start(self) -> None:
@@ -68,7 +71,9 @@ class VfioUserServer:
         """
         if self._started:
             raise LocalProtocolError(f"{self._name} is started already")
+        watch = make_watch(self._name)
         self._door.open()
+        self._watch = watch
         self._started = True
         if self._pci is None:
             self._pci = self._make_pci()
@@ -80,13 +85,17 @@ class VfioUserServer:
         if self._session is not None:
             self._session.close()
             self._session = None
+        self._watch = None
         if self._pci is not None:
             self._pci.close()
             self._pci = None
 
     def _serve(self, sock: socket.socket) -> None:
         assert self._pci is not None
-        self._session = Session(sock, self._pci, self._rings, name=self._name, ended=self._ended)
+        assert self._watch is not None
+        self._session = Session(
+            sock, self._pci, self._rings, name=self._name, watch=self._watch, ended=self._ended
+        )
         self._tell("connected")
 
     def _ended(self) -> None:

@@ -8,8 +8,8 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from vring import GuestMemory, Region
-from vring.errors import RingError, VringError
+from vring import GuestMemory, MemoryWatch, Region
+from vring.errors import MemoryLostError, RingError, VringError
 from vring_serial import unix_fds
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.ratelimit import RateLimitedLog
@@ -37,6 +37,7 @@ from vring_serial.proto.vhost_user import (
 )
 from vring_serial.transport.connection import Connection
 from vring_serial.transport.event_fds import check_event_descriptor
+from vring_serial.transport.lost_memory import describe_loss
 from vring_serial.transport.vhost_channel import BackendChannel, CallRelay
 from vring_serial.transport.vhost_vring import Vring
 
@@ -69,6 +70,7 @@ class Session:
         packed: offer packed rings.
         name: for log lines.
         said: what is logged of this session goes there.
+        watch: tells of lost memory; no other session uses it meanwhile.
         ended: called once, when the frontend has gone or was sent away; not by :meth:`close`.
     """
 
@@ -81,6 +83,7 @@ class Session:
         packed: bool,
         name: str,
         said: RateLimitedLog,
+        watch: MemoryWatch,
         ended: Callable[[], None],
     ) -> None:
         self._loop = asyncio.get_running_loop()
@@ -103,6 +106,8 @@ class Session:
         self._calls = CallRelay(self._call_inband)
         self._poll_timer: asyncio.TimerHandle | None = None
         self._handlers = self._handler_table()
+        self._watch = watch
+        self._loop.add_reader(watch, self._memory_lost)
         self._connection = Connection(
             sock, read_size=READ_SIZE, max_fds=MAX_FDS, received=self._received, lost=self._lost
         )
@@ -116,6 +121,8 @@ class Session:
 
     def ring_broken(self, error: RingError) -> None:
         """The driver broke a ring; the device has set NEEDS_RESET."""
+        if isinstance(error, MemoryLostError):
+            return  # the watch tells, and of the cause
         self._said.warning("%s: the guest's driver broke %s", self._name, error)
         for vring in self._vrings:
             if repr(vring) == error.queue and not vring.report_error():
@@ -130,19 +137,23 @@ class Session:
         if self._closed:
             return
         self._closed = True
+        self._loop.remove_reader(self._watch)
         self._connection.close()
         if self._poll_timer is not None:
             self._poll_timer.cancel()
         for vring in self._vrings:
             vring.reset()
         self._memory = GuestMemory()
+        del self._watch  # open as long as it is referred to
         self._calls.close()
         if self._channel is not None:
             self._channel.close()
         unix_fds.close_all(self._parser.take_fds())
 
     def _lost(self, error: OSError | None) -> None:
-        if error is not None:
+        if (loss := describe_loss(self._memory)) is not None:
+            self._said.warning("%s: %s", self._name, loss)
+        elif error is not None:
             why = error.strerror or error
             self._said.log(logging.INFO, "%s: connection lost: %s", self._name, why)
         self._end()
@@ -351,9 +362,27 @@ class Session:
 
     # --- memory ---------------------------------------------------------------------------------
 
+    def _memory_lost(self) -> None:
+        self._watch.clear()
+        why = describe_loss(self._memory)
+        # The frontend may have taken back meanwhile what it cut off.
+        if why is not None:
+            self._send_away(why)
+
+    def _map(self, region: MemoryRegion, fd: int) -> Region:
+        """Raises MemoryMapError if the descriptor cannot be mapped so."""
+        return Region.map(
+            fd,
+            region.size,
+            offset=region.mmap_offset,
+            guest_addr=region.guest_address,
+            user_addr=region.user_address,
+            watch=self._watch,
+        )
+
     def _set_mem_table(self, table: MemoryTable, fds: list[int]) -> None:
         pairs = zip(table.regions, fds, strict=True)
-        self._set_memory(GuestMemory([_map(region, fd) for region, fd in pairs]))
+        self._set_memory(GuestMemory([self._map(region, fd) for region, fd in pairs]))
 
     def _get_max_mem_slots(self, _: Empty, fds: list[int]) -> U64:
         return U64(MAX_MEM_SLOTS)
@@ -361,7 +390,7 @@ class Session:
     def _add_mem_reg(self, added: SingleRegion, fds: list[int]) -> None:
         if len(self._memory.regions) >= MAX_MEM_SLOTS:
             raise ProtocolError(f"all {MAX_MEM_SLOTS} memory slots are taken")
-        self._set_memory(self._memory.with_region(_map(added.region, fds[0])))
+        self._set_memory(self._memory.with_region(self._map(added.region, fds[0])))
 
     def _rem_mem_reg(self, removed: SingleRegion, fds: list[int]) -> None:
         region = removed.region
@@ -477,14 +506,3 @@ class Session:
     def _tell_error_inband(self, vring: Vring) -> None:
         if self._channel is not None and self._has(ProtocolFeature.INBAND_NOTIFICATIONS):
             self._channel.vring_error(vring.index)
-
-
-def _map(region: MemoryRegion, fd: int) -> Region:
-    """Raises MemoryMapError if the descriptor cannot be mapped so."""
-    return Region.map(
-        fd,
-        region.size,
-        offset=region.mmap_offset,
-        guest_addr=region.guest_address,
-        user_addr=region.user_address,
-    )

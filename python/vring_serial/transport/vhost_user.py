@@ -6,12 +6,14 @@ import logging
 import socket
 from collections.abc import Callable
 
+from vring import MemoryWatch
 from vring.errors import RingError
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.ratelimit import RateLimitedLog
 from vring_serial.errors import ConfigError, LocalProtocolError
 from vring_serial.proto.vhost_user import ProtocolFeature
 from vring_serial.transport.door import Door
+from vring_serial.transport.lost_memory import make_watch
 from vring_serial.transport.vhost_session import Session
 
 log = logging.getLogger(__name__)
@@ -76,6 +78,7 @@ class VhostUserBackend:
             self._offered |= ProtocolFeature.INBAND_NOTIFICATIONS
         self._door = Door(path, name=self._name, peer="frontend", listen=listen, came=self._serve)
         self._session: Session | None = None
+        self._watch: MemoryWatch | None = None
         # One for all sessions: a frontend can come as often as it likes.
         self._said = RateLimitedLog(log, burst=60, seconds=20)
         self._started = False
@@ -89,7 +92,9 @@ class VhostUserBackend:
         """
         if self._started:
             raise LocalProtocolError(f"{self._name} is started already")
+        watch = make_watch(self._name)
         self._door.open()
+        self._watch = watch
         self._started = True
         self._device.on_config_change = self._config_changed
         self._device.on_needs_reset = self._ring_broken
@@ -105,8 +110,10 @@ class VhostUserBackend:
         if self._session is not None:
             self._session.close()
             self._session = None
+        self._watch = None
 
     def _serve(self, sock: socket.socket) -> None:
+        assert self._watch is not None
         self._session = Session(
             sock,
             self._device,
@@ -114,6 +121,7 @@ class VhostUserBackend:
             packed=self._packed,
             name=self._name,
             said=self._said,
+            watch=self._watch,
             ended=self._ended,
         )
         self._tell("connected")

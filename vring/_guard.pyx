@@ -1,0 +1,234 @@
+"""Files behind guest memory that become shorter under us (SIGBUS).
+
+A frontend may truncate its memfd at any time, and the next access to what is gone would end the
+process, in whichever thread and language it happens. The handler here puts zeros there instead.
+"""
+
+from __future__ import annotations
+
+import os
+
+cimport cython
+
+cdef extern from *:
+    """
+    #include <errno.h>
+    #include <signal.h>
+    #include <stdint.h>
+    #include <stdlib.h>
+    #include <string.h>
+    #include <sys/mman.h>
+    #include <sys/uio.h>
+    #include <unistd.h>
+
+    enum { VR_SLOTS = 256, VR_PROBE_STEP = 4096 };
+
+    /* Slots are never freed, only used again: the handler may read the table in any thread at any
+       time. It skips a slot that is just changing, as that cannot be the one whose mapping is being
+       accessed. */
+    typedef struct vr_slots {
+        vr_guarded slots[VR_SLOTS];
+        struct vr_slots *next;
+    } vr_slots;
+
+    static vr_slots vr_table;
+    static uint64_t vr_losses;
+    static struct sigaction vr_before;
+    static int vr_installed;
+
+    static vr_guarded *vr_guard_find(uintptr_t address) {
+        vr_slots *some = &vr_table;
+        for (; some; some = __atomic_load_n(&some->next, __ATOMIC_ACQUIRE))
+            for (int i = 0; i < VR_SLOTS; i++) {
+                vr_guarded *slot = &some->slots[i];
+                unsigned version = __atomic_load_n(&slot->version, __ATOMIC_ACQUIRE);
+                uintptr_t base = __atomic_load_n(&slot->base, __ATOMIC_RELAXED);
+                size_t length = __atomic_load_n(&slot->length, __ATOMIC_RELAXED);
+                __atomic_thread_fence(__ATOMIC_ACQUIRE);
+                if (base && address - base < length && !(version & 1) &&
+                    version == __atomic_load_n(&slot->version, __ATOMIC_RELAXED))
+                    return slot;
+            }
+        return NULL;
+    }
+
+    /* Async-signal-safe. The whole mapping is given up, not a page at a time: pages would take a
+       fault and a mapping each, and the system has only so many of those. */
+    static int vr_guard_lose(vr_guarded *slot) {
+        static const uint64_t one = 1;
+        /* First of all: whoever sees a zero finds the mark. */
+        if (!__atomic_exchange_n(&slot->lost, 1, __ATOMIC_SEQ_CST))
+            __atomic_fetch_add(&vr_losses, 1, __ATOMIC_SEQ_CST);
+        if (mmap((void *)slot->base, slot->length, PROT_READ | PROT_WRITE,
+                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) == MAP_FAILED)
+            return 0;
+        if (slot->event_fd >= 0 && write(slot->event_fd, &one, sizeof one) < 0) {
+            /* full: it is readable already */
+        }
+        return 1;
+    }
+
+    /* What the process would have done without us. */
+    static void vr_guard_pass_on(int number, siginfo_t *info, void *context) {
+        int fault = info->si_code == BUS_ADRERR || info->si_code == BUS_ADRALN
+        #ifdef BUS_MCEERR_AR
+            || info->si_code == BUS_MCEERR_AR
+        #endif
+            ;
+        struct sigaction fatal;
+        if (vr_before.sa_flags & SA_SIGINFO) {
+            vr_before.sa_sigaction(number, info, context);
+        } else if (vr_before.sa_handler == SIG_IGN && !fault) {
+            return;
+        } else if (vr_before.sa_handler == SIG_DFL || vr_before.sa_handler == SIG_IGN) {
+            memset(&fatal, 0, sizeof fatal);
+            fatal.sa_handler = SIG_DFL;
+            sigaction(number, &fatal, NULL);
+            if (!fault)
+                raise(number);  /* else the access is made again, and is the last */
+        } else {
+            vr_before.sa_handler(number);
+        }
+    }
+
+    static void vr_on_sigbus(int number, siginfo_t *info, void *context) {
+        int error = errno;
+        vr_guarded *slot = NULL;
+        /* Hardware errors (BUS_MCEERR_*) and signals that somebody sent are not ours. */
+        if (info->si_code == BUS_ADRERR)
+            slot = vr_guard_find((uintptr_t)info->si_addr);
+        if (!slot || !vr_guard_lose(slot))
+            vr_guard_pass_on(number, info, context);
+        errno = error;
+    }
+
+    static int vr_guard_install(void) {
+        struct sigaction ours;
+        if (vr_installed)
+            return 0;
+        memset(&ours, 0, sizeof ours);
+        ours.sa_sigaction = vr_on_sigbus;
+        ours.sa_flags = SA_SIGINFO | SA_ONSTACK;
+        sigemptyset(&ours.sa_mask);
+        /* Known before ours can run. */
+        if (sigaction(SIGBUS, NULL, &vr_before) || sigaction(SIGBUS, &ours, NULL))
+            return -1;
+        vr_installed = 1;
+        return 0;
+    }
+
+    static void vr_guard_set(vr_guarded *slot, uintptr_t base, size_t length, int event_fd) {
+        __atomic_store_n(&slot->version, slot->version + 1, __ATOMIC_RELAXED);
+        __atomic_thread_fence(__ATOMIC_RELEASE);
+        __atomic_store_n(&slot->base, base, __ATOMIC_RELAXED);
+        __atomic_store_n(&slot->length, length, __ATOMIC_RELAXED);
+        __atomic_store_n(&slot->event_fd, event_fd, __ATOMIC_RELAXED);
+        __atomic_store_n(&slot->lost, 0, __ATOMIC_RELAXED);
+        __atomic_store_n(&slot->version, slot->version + 1, __ATOMIC_RELEASE);
+    }
+
+    static vr_guarded *vr_guard_free_slot(void) {
+        for (vr_slots *some = &vr_table;; some = some->next) {
+            for (int i = 0; i < VR_SLOTS; i++)
+                if (!some->slots[i].base)
+                    return &some->slots[i];
+            if (!some->next) {
+                vr_slots *more = calloc(1, sizeof *more);
+                if (!more)
+                    return NULL;
+                __atomic_store_n(&some->next, more, __ATOMIC_RELEASE);
+            }
+        }
+    }
+
+    static int vr_guard_is_lost(const vr_guarded *slot) {
+        return __atomic_load_n(&slot->lost, __ATOMIC_ACQUIRE);
+    }
+
+    static uint64_t vr_guard_count(void) {
+        return __atomic_load_n(&vr_losses, __ATOMIC_ACQUIRE);
+    }
+
+    static int vr_guard_touch(const struct iovec *segment) {
+        const vr_guarded *slot = segment->iov_len ? vr_guard_find((uintptr_t)segment->iov_base) : 0;
+        const volatile char *bytes = segment->iov_base;
+        if (!slot)
+            return 0;
+        for (size_t at = 0; at < segment->iov_len && !vr_guard_is_lost(slot); at += VR_PROBE_STEP)
+            (void)bytes[at];
+        (void)bytes[segment->iov_len - 1];
+        return vr_guard_is_lost(slot);
+    }
+    """
+    int vr_guard_install() nogil
+    vr_guarded* vr_guard_free_slot() nogil
+    void vr_guard_set(vr_guarded* slot, size_t base, size_t length, int event_fd) nogil
+    vr_guarded* vr_guard_find(size_t address) nogil
+    bint vr_guard_is_lost(const vr_guarded* slot) nogil
+    uint64_t vr_guard_count() nogil
+    bint vr_guard_touch(const iovec* segment) nogil
+
+
+cdef vr_guarded* guard_add(void* base, size_t length, int event_fd) noexcept:
+    cdef vr_guarded* slot = vr_guard_free_slot()
+    if slot == NULL or vr_guard_install():
+        return NULL
+    vr_guard_set(slot, <size_t>base, length, event_fd)
+    return slot
+
+
+cdef void guard_remove(vr_guarded* guarded) noexcept:
+    vr_guard_set(guarded, 0, 0, -1)
+
+
+cdef bint guard_lost(const vr_guarded* guarded) noexcept nogil:
+    return vr_guard_is_lost(guarded)
+
+
+cdef uint64_t guard_losses() noexcept nogil:
+    return vr_guard_count()
+
+
+cdef bint guard_lost_at(const void* address) noexcept nogil:
+    cdef const vr_guarded* slot = vr_guard_find(<size_t>address)
+    return slot != NULL and vr_guard_is_lost(slot)
+
+
+cdef bint guard_probe(const iovec* segments, uint64_t n) noexcept nogil:
+    cdef uint64_t i
+    for i in range(n):
+        if vr_guard_touch(&segments[i]):
+            return True
+    return False
+
+
+@cython.final
+cdef class MemoryWatch:
+    """A descriptor that becomes readable when guest memory is lost (see Region.lost).
+
+    Pass it to Region.map, for as many regions as it is to watch, and wait for it in an event loop:
+    ``loop.add_reader(watch, ...)``. It is an eventfd, open as long as the watch or one of its
+    regions lives.
+
+    Raises:
+        OSError: there is no descriptor to be had.
+    """
+
+    def __cinit__(self):
+        self.fd = -1
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def __dealloc__(self):
+        if self.fd >= 0:
+            os.close(self.fd)
+
+    def fileno(self):
+        """The eventfd."""
+        return self.fd
+
+    def clear(self):
+        """Makes it unreadable until more is lost."""
+        try:
+            os.eventfd_read(self.fd)
+        except BlockingIOError:
+            pass
