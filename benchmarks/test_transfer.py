@@ -167,7 +167,11 @@ def peer(path: Path, way: str) -> Iterator[subprocess.Popen[bytes]]:
     """A process that takes or gives all bytes of a round, then stays until told."""
     command = [sys.executable, "-c", PEER, str(path), way, str(UML_BYTES[way])]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        yield process
+        try:
+            yield process
+        except BaseException:
+            process.kill()  # it may wait for bytes that a round which failed will never move
+            raise
         process.stdin.close()
 
 

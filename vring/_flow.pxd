@@ -4,6 +4,7 @@
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from vring._chains cimport vr_chain
+from vring._segments cimport vr_backlog
 from vring._wire cimport iovec
 
 cdef enum vr_fd_kind:
@@ -33,13 +34,6 @@ cdef struct vr_fd:
     int kind                    # of vr_fd_kind
     bint blocking               # the description lacks O_NONBLOCK
     bint pollable               # epoll takes it; if not, it is always ready
-
-cdef struct vr_backlog:
-    # a ring of bytes to write before anything from the queue
-    uint8_t* data               # NULL until there is something to keep
-    size_t capacity
-    size_t head
-    size_t length
 
 cdef struct vr_counters:
     # written by the pump's thread alone, with vr_count
@@ -100,9 +94,6 @@ cdef struct vr_flow:
 
 cdef int tables_init(vr_tables* tables) noexcept nogil
 cdef void tables_free(vr_tables* tables) noexcept nogil
-
-cdef int backlog_init(vr_backlog* backlog, const uint8_t* data, size_t length,
-                      size_t capacity) noexcept nogil
 
 # Does a bounded piece of work; what comes after it.
 cdef int flow_turn(vr_flow* flow, vr_tables* tables) noexcept nogil

@@ -14,7 +14,7 @@ from libc.stdlib cimport free
 from vring._core cimport VirtQueue
 from vring._flow cimport (
     FD_NONE, FD_OTHER, FD_PIPE, FD_SOCKET, FD_TTY, NEWS_BROKEN, NEWS_EOF, NEWS_ERROR,
-    NEWS_OVERFLOW, backlog_init, vr_counters, vr_fd
+    NEWS_OVERFLOW, vr_counters, vr_fd
 )
 from vring._linux cimport (
     F_GETFL, O_NONBLOCK, S_IFCHR, S_IFIFO, S_IFMT, S_IFSOCK, SO_TYPE, SOCK_STREAM, SOL_SOCKET,
@@ -24,6 +24,7 @@ from vring._reactor cimport (
     COMMAND_ATTACH, COMMAND_DETACH, REACTOR_BLOCKING, reactor_command, reactor_next_news,
     reactor_start, reactor_stop, vr_reactor, vr_seat
 )
+from vring._segments cimport backlog_init
 from vring.errors import LocalMisuseError
 
 
