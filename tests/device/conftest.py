@@ -137,6 +137,21 @@ class Guest:
         for index in sorted(self.rings):
             self.start_queue(index)
 
+    def forget(self) -> None:
+        """The driver is unbound, or the guest reboots: rings and what it knew are gone.
+
+        The device, which has been reset, uses none of them.
+        """
+        for ring in self.rings.values():
+            self._buffers += [at for at, length in ring.buffers.values() if length == BUFFER]
+            os.close(ring.kick_fd)
+            os.close(ring.call_fd)
+        self.rings.clear()
+        self._index = 0
+        self.control = ControlDriver(self.controller.max_ports)
+        self.messages.clear()
+        self.received.clear()
+
     def close(self) -> None:
         for index, ring in self.rings.items():
             self.controller.stop_queue(index)
@@ -359,15 +374,8 @@ class RegisterGuest(Guest):
         self.registers.status = self.registers.status | Status.DRIVER_OK
 
     def forget(self) -> None:
-        """The driver is unbound, or the guest reboots: rings and what it knew are gone."""
         self.registers.status = 0
-        for ring in self.rings.values():
-            os.close(ring.kick_fd)
-            os.close(ring.call_fd)
-        self.rings.clear()
-        self.control = ControlDriver(self.controller.max_ports)
-        self.messages.clear()
-        self.received.clear()
+        super().forget()
 
     def close(self) -> None:
         self.machine.model.close()

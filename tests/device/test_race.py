@@ -136,6 +136,21 @@ class Traffic:
             await asyncio.sleep(0)
         self.guest.resume()
 
+    async def device_is_reset(self) -> None:
+        self.controller.reset()
+        # What the device used before is the guest's; all else it takes back and sends anew.
+        data = b"".join(self.guest.collect(RECEIVEQ))
+        assert data == stream(self.received, len(data)), f"guest, at {self.received}"
+        self.received += len(data)
+        self.reclaim()
+        self.sent, self.free = self.completed, list(self.slots)
+        self.busy.clear()
+        self.guest.forget()
+        self.guest.boot()
+        await self.guest.ready(NR)
+        self.guest.open(NR)
+        await self.guest.until(lambda: self.controller.ports[NR].guest_open)
+
     async def memory_map_changes(self) -> None:
         self.guest.pause()
         region = self.guest.memory.regions[0]
@@ -182,6 +197,7 @@ class Traffic:
 
 CHANGE_NAMES = [
     "rings_stop",
+    "device_is_reset",
     "memory_map_changes",
     "guest_closes",
     "peer_leaves",
@@ -197,7 +213,7 @@ async def test_a_thousand_changes_lose_and_double_no_byte(
     chardev = PairChardev()
     controller.add_port(Port(NR, "org.test", chardev))
     await controller.start()
-    guest = make_guest(controller, index=65_000, memory=16 << 20)
+    guest = make_guest(controller, index=65_000, memory=32 << 20)
     guest.boot()
     await guest.ready(NR)
     guest.open(NR)
