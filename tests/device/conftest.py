@@ -27,6 +27,7 @@ from vring_serial.proto.console import (
 )
 from vring_serial.proto.control import ControlDriver, PortAdded, PortRemoved
 
+NOTIFICATION_DATA = int(Feature.NOTIFICATION_DATA)
 GUEST_BASE = 0x10_0000
 BUFFER = 4096
 
@@ -364,8 +365,10 @@ class RegisterGuest(Guest):
         self.registers.reset_queue(index)
 
     def publish(self, index: int) -> None:
-        if self.rings[index].driver.publish():
-            self.registers.notify(index)
+        driver = self.rings[index].driver
+        if driver.publish():
+            data = driver.notification_data(index)
+            self.registers.notify(index, data if self.features & NOTIFICATION_DATA else None)
 
     def start(self, ports: int | None = None) -> None:
         self.features = self.registers.accept(self.features)

@@ -31,7 +31,7 @@ def test_the_identity(machine):
 
 def test_features_by_word(machine):
     driver = machine.driver()
-    modern = DEFAULT_FEATURES | Feature.RING_RESET
+    modern = DEFAULT_FEATURES | Feature.RING_RESET | Feature.NOTIFICATION_DATA
     legacy = DEFAULT_FEATURES & 0xFFFFFFFF | Feature.ANY_LAYOUT
     assert driver.offered() == (modern if machine.kind == "mmio" else legacy)
     for word in (2, 3, 0xFFFFFFFF):

@@ -216,6 +216,64 @@ async def test_one_queue_is_reset_and_the_ports_stay(controller, make_register_g
     await exchange(guest, pipes, 2, 10_000)
 
 
+WITH_DATA = pytest.mark.parametrize("kind", ["pci", "mmio", "pci+packed", "mmio+packed"])
+TRANSMITQ = 5  # of port 1
+
+
+@WITH_DATA
+async def test_notifications_carry_data(controller, make_register_guest, pipes, kind):
+    features = DEFAULT_FEATURES | Feature.NOTIFICATION_DATA
+    guest = make_register_guest(controller, kind, features=features)
+    model = guest.machine.model
+    guest.boot()
+    assert guest.features & Feature.NOTIFICATION_DATA
+    assert model.notification_data(TRANSMITQ) is None
+    await guest.ready(1)
+    guest.open(1)
+    await exchange(guest, pipes, 1, 20_000)
+    driver = guest.rings[TRANSMITQ].driver
+    guest.registers.notify(TRANSMITQ, driver.notification_data(TRANSMITQ))
+    told = model.notification_data(TRANSMITQ)
+    assert (told.queue, told.avail_index) == (TRANSMITQ, driver.avail_index)
+    guest.forget()
+    assert model.notification_data(TRANSMITQ) is None
+
+
+@WITH_DATA
+async def test_notification_data_is_the_drivers_word_alone(
+    controller, make_register_guest, pipes, kind
+):
+    features = DEFAULT_FEATURES | Feature.NOTIFICATION_DATA
+    guest = make_register_guest(controller, kind, features=features)
+    guest.boot()
+    await guest.ready(1)
+    guest.open(1)
+    source = random.Random(7)
+    for turn in range(20):
+        for index in range(4, 6):
+            wrong = source.getrandbits(16) << 16
+            guest.registers.notify(index, wrong | index)
+            guest.registers.notify(index, wrong | 0xFFFF)  # another queue, or none
+        await exchange(guest, pipes, turn, 3000)
+    assert not guest.registers.status & Status.DEVICE_NEEDS_RESET
+    if "pci" in kind:
+        assert guest.machine.model.notification_data(TRANSMITQ).queue in (TRANSMITQ, 0xFFFF)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_notification_data_is_not_negotiated(controller, make_register_guest, kind):
+    guest = make_register_guest(controller, kind)
+    guest.boot()
+    assert not guest.features & Feature.NOTIFICATION_DATA
+    guest.registers.notify(TRANSMITQ)
+    assert guest.machine.model.notification_data(TRANSMITQ) is None
+
+
+async def test_notification_data_need_not_be_offered(make_controller, make_machine):
+    machine = make_machine(make_controller(), "mmio", notification_data=False)
+    assert not machine.driver().offered() & Feature.NOTIFICATION_DATA
+
+
 @pytest.mark.parametrize("kind", WITH_PACKED)
 async def test_nothing_is_heard_of_a_device_after_its_reset(
     controller, make_register_guest, pipes, kind
@@ -246,7 +304,7 @@ async def test_features_are_refused_without_version_1_and_what_is_not_offered(
 ):
     machine = make_machine(make_controller(), kind)
     driver = machine.driver()
-    for bits in (Feature.MULTIPORT, driver.offered() | Feature.NOTIFICATION_DATA):
+    for bits in (Feature.MULTIPORT, driver.offered() | Feature.NOTIF_CONFIG_DATA):
         driver.status = 0
         driver.status = 3
         driver.offered = lambda bits=bits: bits  # a driver that accepts what it likes

@@ -75,9 +75,9 @@ class Emulator:
         self.driver = MmioDriver(mmio.read, mmio.write)
         return mmio
 
-    def boot(self) -> None:
+    def boot(self, features: int = ANY_FEATURE) -> None:
         """A driver for the one port."""
-        self.driver.accept(ANY_FEATURE)
+        self.driver.accept(features)
         for index, queue in ((RECEIVEQ, self.receive), (TRANSMITQ, self.transmit)):
             self.driver.start_queue(index, queue.size, queue.rings, vector=index)
         self.driver.status = self.driver.status | Status.DRIVER_OK
@@ -130,6 +130,21 @@ def test_an_access_serves_the_queue_before_it_returns(emulator, host, kind):
         assert emulator.driver.take_events() == 1
         assert emulator.levels == [True, False]
         emulator.levels.clear()
+    front.close()
+    host.complete(device.stop())
+
+
+@pytest.mark.parametrize("kind", ["pci", "mmio"])
+def test_a_notification_carries_data(emulator, host, kind):
+    device = upper_device()
+    host.complete(device.start())
+    front = getattr(emulator, kind)(host, device)
+    emulator.boot(ANY_FEATURE | int(Feature.NOTIFICATION_DATA))
+    emulator.transmit.send(b"with data", [9])
+    driver = emulator.transmit.driver
+    emulator.driver.notify(TRANSMITQ, driver.notification_data(TRANSMITQ))
+    assert emulator.take() == b"WITH DATA"
+    assert front.notification_data(TRANSMITQ) == (TRANSMITQ, driver.avail_index, False)
     front.close()
     host.complete(device.stop())
 

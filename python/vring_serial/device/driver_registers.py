@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from vring import GuestMemory, RingError
+from vring import GuestMemory, NotificationData, RingError
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.host import Host
 from vring_serial.device.queue_setup import QueueSetup, QueueTable
@@ -40,6 +40,7 @@ class DriverRegisters:
         queue_size: of every queue, unless the driver chooses less; 0: the device's own largest, up
             to QUEUE_SIZE.
         packed: offer packed rings.
+        notification_data: offer NOTIFICATION_DATA.
         host: runs what the device's methods do.
         legacy: the layout is one of legacy drivers alone.
         queue_called: gets the index of a queue whose driver wants to know of used buffers.
@@ -62,6 +63,7 @@ class DriverRegisters:
         *,
         queue_size: int,
         packed: bool,
+        notification_data: bool = True,
         host: Host,
         legacy: bool = False,
         queue_called: Callable[[int], None],
@@ -83,6 +85,7 @@ class DriverRegisters:
         self.driver_feature_select = 0
         self.queue_select = 0
         self._packed = packed
+        self._notification_data = int(Feature.NOTIFICATION_DATA) if notification_data else 0
         self._run = host.run
         self.notifiers = tuple(
             _notifier(self.queues[index], host) for index in range(len(self.queues))
@@ -104,6 +107,7 @@ class DriverRegisters:
     def offered(self) -> int:
         """Feature bits for modern drivers."""
         bits = (int(self.device.device_features) | _REGISTER_FEATURES) & ~_LEGACY_ONLY
+        bits |= self._notification_data
         return bits | _RING_PACKED if self._packed else bits & ~_RING_PACKED
 
     @property
@@ -359,6 +363,14 @@ class DriverRegisters:
             self._notified_by_legacy_driver(self.queues[index])
         self.notifiers[index](value)
 
+    def notification_data(self, index: int) -> NotificationData | None:
+        """What the driver's last notification of a queue carried (2.9): its word, and no more than
+        a hint. None: nothing yet, or NOTIFICATION_DATA is not negotiated."""
+        value = self.queues[index].notified
+        if value is None or not self.has(Feature.NOTIFICATION_DATA):
+            return None
+        return NotificationData.unpack(value)
+
     def _notified_by_legacy_driver(self, queue: QueueSetup) -> None:
         """Legacy drivers use queues before DRIVER_OK (3.1.2)."""
         if queue.enabled and not queue.running and not self.driver_ready:
@@ -390,6 +402,7 @@ def _notifier(queue: QueueSetup, host: Host) -> Callable[[int], None]:
     notified = host.notified
 
     def notify_queue(value: int) -> None:
+        queue.notified = value
         if queue.kick_fd >= 0:
             notify(queue.kick_fd)
         notified()

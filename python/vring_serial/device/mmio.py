@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from vring import GuestMemory
+from vring import GuestMemory, NotificationData
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.driver_registers import DriverRegisters
 from vring_serial.device.host import Host, LoopThread
@@ -33,6 +33,9 @@ class MmioDevice:
         device: any virtio device; it belongs to this object until :meth:`close`.
         version: 2, or 1 for legacy drivers.
         packed: offer packed rings; not with version 1.
+        notification_data: offer NOTIFICATION_DATA, with version 2. Whoever watches QueueNotify for
+            the number of a queue (a KVM ioeventfd) must not: the upper half of what drivers write
+            varies then.
         queue_size: of every queue, unless the driver chooses less; 0: what the device allows, at
             most 256.
         host: brings accesses into the event loop; None: they come in its thread.
@@ -52,6 +55,7 @@ class MmioDevice:
         *,
         version: int = 2,
         packed: bool = False,
+        notification_data: bool = True,
         queue_size: int = 0,
         host: Host | None = None,
     ) -> None:
@@ -68,6 +72,7 @@ class MmioDevice:
             device,
             queue_size=queue_size,
             packed=packed,
+            notification_data=notification_data,
             host=host or LoopThread(),
             legacy=version == 1,
             queue_called=self._queue_called,
@@ -97,6 +102,11 @@ class MmioDevice:
         """An eventfd that notifies the queue, the device's own until :meth:`close`: for those who
         watch QueueNotify (offset 0x50) themselves. OSError if there are no more descriptors."""
         return self._registers.queues.kick_fd(queue)
+
+    def notification_data(self, queue: int) -> NotificationData | None:
+        """What the driver's last notification of a queue carried (2.9): its word, and no more than
+        a hint. None: nothing yet, or NOTIFICATION_DATA is not negotiated."""
+        return self._registers.notification_data(queue)
 
     @property
     def interrupt_level(self) -> bool:

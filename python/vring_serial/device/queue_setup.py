@@ -33,6 +33,7 @@ class QueueSetup:
         vector: of MSI-X, where the layout has that; else NO_VECTOR.
         alignment: of the device area, where legacy drivers lay the queue out.
         running: the device has it.
+        notified: what the driver wrote to notify it last.
     """
 
     __slots__ = (
@@ -46,6 +47,7 @@ class QueueSetup:
         "failed",
         "index",
         "kick_fd",
+        "notified",
         "position",
         "running",
         "size",
@@ -69,6 +71,7 @@ class QueueSetup:
         self.failed = False  # until it is enabled anew
         self.vector = NO_VECTOR
         self.alignment = _LEGACY_ALIGNMENT
+        self.notified: int | None = None
         self.position: int | None = None  # available index to go on from; None: a fresh ring
 
     def place_legacy(self, address: int) -> None:

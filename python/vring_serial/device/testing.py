@@ -53,8 +53,9 @@ class RegisterDriver(Protocol):
         """Reset a queue, or disable it where that is all there is."""
         ...
 
-    def notify(self, index: int) -> None:
-        """The driver has made buffers available."""
+    def notify(self, index: int, data: int | None = None) -> None:
+        """The driver has made buffers available. ``data``: with NOTIFICATION_DATA, what
+        ``vring.Driver.notification_data(index)`` says."""
         ...
 
     def take_events(self) -> int:
@@ -181,10 +182,13 @@ class PciDriver:
         self.write_common(22, index, 2)
         self.write_common(58, 1, 2)
 
-    def notify(self, index: int) -> None:
+    def notify(self, index: int, data: int | None = None) -> None:
         self.write_common(22, index, 2)
-        offset = self.read_common(30, 2) * self._multiplier
-        self._write(self._notify_at + offset, index, 2)
+        offset = self._notify_at + self.read_common(30, 2) * self._multiplier
+        if data is None:
+            self._write(offset, index, 2)
+        else:
+            self._write(offset, data, 4)
 
     def take_events(self) -> int:
         return self._read(self.structures[3][1], 1)
@@ -236,7 +240,7 @@ class LegacyPciDriver:
         self._write(14, index, 2)
         self._write(8, 0, 4)
 
-    def notify(self, index: int) -> None:
+    def notify(self, index: int, data: int | None = None) -> None:
         self._write(16, index, 2)
 
     def take_events(self) -> int:
@@ -314,8 +318,8 @@ class MmioDriver:
         self._write(0x30, index, 4)
         self._write(0x40 if self.version == 1 else 0x44, 0, 4)
 
-    def notify(self, index: int) -> None:
-        self._write(0x50, index, 4)
+    def notify(self, index: int, data: int | None = None) -> None:
+        self._write(0x50, index if data is None else data, 4)
 
     def take_events(self) -> int:
         events = self._read(0x60, 4)
@@ -329,6 +333,7 @@ class MmioDriver:
         self._write(0x100 + offset, value, size)
 
 
-#: What a driver that knows the device and the rings accepts. A number's complement, for that of a
-#: Feature has no bit that is unknown here.
-ANY_FEATURE = (1 << 64) - 1 & ~int(Feature.RING_PACKED | Feature.IN_ORDER)
+_NOT_ANY = int(Feature.RING_PACKED | Feature.IN_ORDER | Feature.NOTIFICATION_DATA)
+#: What a driver that knows the device and the rings accepts, and that notifies without data. A
+#: number's complement, for that of a Feature has no bit that is unknown here.
+ANY_FEATURE = (1 << 64) - 1 & ~_NOT_ANY

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from vring import GuestMemory
+from vring import GuestMemory, NotificationData
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.host import Host
 from vring_serial.device.mmio import MmioDevice
@@ -95,6 +95,10 @@ class InProcessPci:
         }
         self.set_memory(memory)
 
+    def notification_data(self, queue: int) -> NotificationData | None:
+        """What the driver's last notification of a queue carried; see PciDevice."""
+        return self._function.notification_data(queue)
+
     def find(self, address: int, *, io: bool = False) -> tuple[Window, int] | None:
         """What is at a bus address now: the BAR's window, and the offset in it.
 
@@ -161,6 +165,10 @@ class InProcessMmio(Window):
         self._registers.on_interrupt = interrupt
         super().__init__(self._registers.size, self._registers.read, self._registers.write)
         self.set_memory(memory)
+
+    def notification_data(self, queue: int) -> NotificationData | None:
+        """What the driver's last notification of a queue carried; see MmioDevice."""
+        return self._registers.notification_data(queue)
 
     @property
     def interrupt_level(self) -> bool:

@@ -40,11 +40,11 @@ def test_features_are_fixed_by_features_ok(machine, driver):
     assert machine.pci.device.driver_features == accepted
 
 
-def test_the_registers_offer_ring_reset_and_hide_what_is_legacy(make_controller, make_machine):
+def test_the_registers_offer_what_is_theirs_and_hide_what_is_legacy(make_controller, make_machine):
     features = DEFAULT_FEATURES | Feature.ANY_LAYOUT | Feature.NOTIFY_ON_EMPTY
     machine = make_machine(make_controller(features=features), "pci-legacy")
     modern = PciDriver(machine.pci.config_read, machine.pci.config_write, machine.bar)
-    assert modern.offered() == DEFAULT_FEATURES | Feature.RING_RESET
+    assert modern.offered() == DEFAULT_FEATURES | Feature.RING_RESET | Feature.NOTIFICATION_DATA
     assert machine.bar(0)[0](0, 4) == features & 0xFFFFFFFF
 
 

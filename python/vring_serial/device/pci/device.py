@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from vring import GuestMemory
+from vring import GuestMemory, NotificationData
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.driver_registers import DriverRegisters
 from vring_serial.device.host import Host, LoopThread
@@ -56,7 +56,8 @@ class NotifyOffset:
     Attributes:
         queue: its index.
         bar, offset: the place.
-        size: bytes that are written there.
+        size: bytes that are written there; 4 with NOTIFICATION_DATA. Whoever watches the place
+            should take any length and any value.
     """
 
     queue: int
@@ -193,6 +194,11 @@ class PciDevice:
         """An eventfd that notifies the queue, the device's own until :meth:`close`: for those who
         watch its NotifyOffset themselves. Raises OSError if there are no more descriptors."""
         return self._registers.queues.kick_fd(queue)
+
+    def notification_data(self, queue: int) -> NotificationData | None:
+        """What the driver's last notification of a queue carried (2.9): its word, and no more than
+        a hint. None: nothing yet, or NOTIFICATION_DATA is not negotiated."""
+        return self._registers.notification_data(queue)
 
     @property
     def intx_level(self) -> bool:
