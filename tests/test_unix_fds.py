@@ -91,3 +91,14 @@ def test_end_of_stream_is_no_bytes(pair: tuple[socket.socket, socket.socket]) ->
     a, b = pair
     a.close()
     assert unix_fds.receive(b, 10, 8) == unix_fds.Received(b"")
+
+
+def test_close_all_closes_the_others_if_one_fails() -> None:
+    reader, writer = os.pipe()
+    closed = os.dup(reader)
+    os.close(closed)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        unix_fds.close_all([reader, closed, -1, writer])
+    for fd in (reader, writer):
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)

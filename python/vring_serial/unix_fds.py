@@ -58,7 +58,16 @@ def send(sock: socket.socket, data: bytes, fds: Sequence[int] = ()) -> int:
 
 
 def close_all(fds: Iterable[int]) -> None:
-    """Close descriptors that nobody wants; -1 stands for none."""
+    """Close descriptors that nobody wants; -1 stands for none.
+
+    All of them, whatever becomes of one. Raises OSError: the first that closing one brought.
+    """
+    failed: OSError | None = None
     for fd in fds:
-        if fd >= 0:
-            os.close(fd)
+        try:
+            if fd >= 0:
+                os.close(fd)
+        except OSError as error:
+            failed = failed or error
+    if failed is not None:
+        raise failed
