@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 
 import pytest
 
-from vring_serial.agent import HostAgent
+from vring_serial.agent import HOST_CAPABILITIES, AgentRouter, HostAgent
 from vring_serial.guest.agent import GUEST_CAPABILITIES, GuestAgent
 from vring_serial.proto.agent import (
     NEED_DATA,
     AgentConnection,
     AnnounceCapabilities,
+    ChunkPort,
     MessageReceived,
     Side,
 )
@@ -78,28 +80,50 @@ async def file_pair(tmp_path):
         await pair.close()
 
 
-class RawAgent:
-    """The guest's end of a HostAgent's channel, for agents that behave in ways of their own."""
+class RawEnd:
+    """One end of a channel that a test speaks message by message."""
 
-    def __init__(self, reader, writer):
+    def __init__(self, reader, writer, side):
         self.reader = reader
         self.writer = writer
-        self.connection = AgentConnection(Side.GUEST)
+        self.connection = AgentConnection(side)
 
-    def send(self, message):
-        self.writer.write(self.connection.send(message))
+    def send(self, message, port=ChunkPort.CLIENT):
+        self.writer.write(self.connection.send(message, port))
 
-    async def receive(self, kind):
-        """The next message of this class; those before it are dropped."""
+    async def receive(self, kind, port=ChunkPort.CLIENT):
+        """The next message of this class on this port; those before it are dropped."""
         async with asyncio.timeout(5):
             while True:
                 event = self.connection.next_event()
                 if event is NEED_DATA:
                     data = await self.reader.read(65536)
-                    assert data, "the host closed the channel"
+                    assert data, "the other end closed the channel"
                     self.connection.receive_data(data)
-                elif isinstance(event, MessageReceived) and isinstance(event.message, kind):
+                elif (
+                    isinstance(event, MessageReceived)
+                    and isinstance(event.message, kind)
+                    and event.port == port
+                ):
                     return event.message
+
+    async def at_eof(self):
+        """Wait until the other end has closed the channel."""
+        async with asyncio.timeout(5):
+            while await self.reader.read(65536):
+                pass
+
+    async def close(self):
+        self.writer.close()
+        with contextlib.suppress(ConnectionError):
+            await self.writer.wait_closed()
+
+
+class RawAgent(RawEnd):
+    """The guest's end of a channel, for agents that behave in ways of their own."""
+
+    def __init__(self, reader, writer):
+        super().__init__(reader, writer, Side.GUEST)
 
     async def greet(self, capabilities=GUEST_CAPABILITIES):
         """Announce, and wait for both messages of the host: its question and its answer."""
@@ -108,10 +132,20 @@ class RawAgent:
         assert not (await self.receive(AnnounceCapabilities)).request
         self.send(AnnounceCapabilities(False, capabilities))
 
-    async def close(self):
-        self.writer.close()
-        with contextlib.suppress(ConnectionError):
-            await self.writer.wait_closed()
+
+class RawClient(RawEnd):
+    """A client's end of a channel of a router."""
+
+    def __init__(self, reader, writer):
+        super().__init__(reader, writer, Side.HOST)
+
+    async def greet(self, capabilities=HOST_CAPABILITIES):
+        """Announce, and return what the agent can do."""
+        self.send(AnnounceCapabilities(True, capabilities))
+        while True:
+            announced = await self.receive(AnnounceCapabilities)
+            if not announced.request:
+                return announced.capabilities
 
 
 @pytest.fixture
@@ -132,3 +166,92 @@ async def raw_agent():
         await agent.close()
         await host.close()
     await asyncio.sleep(0)
+
+
+class RouterBench:
+    """A router with a guest agent on one side; clients are added on the other."""
+
+    def __init__(self, downloads, **options):
+        self.downloads = downloads
+        self.router_events = []
+        self.router = AgentRouter(on_event=self.router_events.append, **options)
+        self.guest = GuestAgent(downloads=downloads, timeout=5)
+        self.clients = []
+        self.running = None
+        self.writer = None
+
+    async def start_guest(self):
+        ours, theirs = socket.socketpair()
+        reader, self.writer = await asyncio.open_connection(sock=theirs)
+        self.running = asyncio.ensure_future(self.guest.run(reader, self.writer))
+        loop = asyncio.get_running_loop()
+        await loop.create_connection(self.router.protocol_factory, sock=ours)
+        await self.until(lambda: self.router.capabilities is not None)
+
+    async def stop_guest(self):
+        self.running.cancel()
+        await asyncio.gather(self.running, return_exceptions=True)
+        self.writer.close()
+        with contextlib.suppress(ConnectionError):
+            await self.writer.wait_closed()
+        await self.until(lambda: self.router.capabilities is None)
+
+    async def client(self, **options):
+        host = HostAgent(timeout=5, **options)
+        host.events = []
+        host._on_event = host.events.append
+        await self.router.connect(host.protocol_factory)
+        self.clients.append(host)
+        return host
+
+    async def raw_client(self):
+        """A client that the test speaks for."""
+        ours, theirs = socket.socketpair()
+        loop = asyncio.get_running_loop()
+        await loop.create_connection(self.router.client_factory, sock=ours)
+        client = RawClient(*await asyncio.open_connection(sock=theirs))
+        self.clients.append(client)
+        return client
+
+    async def until(self, condition):
+        async with asyncio.timeout(5):
+            while not condition():
+                await asyncio.sleep(0.005)
+
+    async def close(self):
+        for client in self.clients:
+            await client.close()
+        await self.router.close()
+        await self.stop_guest()
+        await self.until(lambda: not self.router.clients)
+
+
+@pytest.fixture
+async def make_bench(tmp_path):
+    benches = []
+
+    async def make(**options):
+        bench = RouterBench(tmp_path / "downloads", **options)
+        benches.append(bench)
+        await bench.start_guest()
+        return bench
+
+    yield make
+    async with asyncio.timeout(10):
+        for bench in benches:
+            await bench.close()
+
+
+@pytest.fixture
+def make_file(tmp_path):
+    def make(name, size):
+        path = tmp_path / name
+        path.write_bytes(os.urandom(size))
+        return path
+
+    return make
+
+
+@pytest.fixture
+def raw_client_type():
+    return RawClient

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-import socket
+import tracemalloc
 
 import pytest
 
 from vring_serial.agent import (
+    HOST_CAPABILITIES,
     AgentGone,
     AgentGoneError,
+    AgentReady,
     AgentRefusedError,
-    AgentRouter,
+    AgentTimeoutError,
     AgentTrouble,
     AgentUnsupportedError,
     ClipboardEmptyError,
     FileRefusedError,
-    HostAgent,
     OtherMessage,
 )
+from vring_serial.agent import replies as replies_module
 from vring_serial.agent import router as router_module
-from vring_serial.guest.agent import GuestAgent
+from vring_serial.agent import router_client as client_module
+from vring_serial.agent.clipboard import pieces_of
 from vring_serial.proto.agent import (
+    AGENT_AWAY,
     AgentFilter,
+    AnnounceCapabilities,
     Capability,
     ClipboardRequest,
     ClipboardType,
@@ -37,6 +41,7 @@ from vring_serial.proto.agent import (
     MouseButton,
     MouseState,
     Reply,
+    ReplyError,
     Selection,
     UnknownMessage,
 )
@@ -44,79 +49,32 @@ from vring_serial.proto.agent import (
 TEXT = ClipboardType.UTF8_TEXT
 
 
-class Bench:
-    """A router with a guest agent on one side; clients are added on the other."""
+class Sink:
+    """Takes a long message."""
 
-    def __init__(self, downloads, **options):
-        self.downloads = downloads
-        self.router_events = []
-        self.router = AgentRouter(on_event=self.router_events.append, **options)
-        self.guest = GuestAgent(downloads=downloads, timeout=5)
-        self.clients = []
-        self.running = None
-        self.writer = None
+    def __init__(self, head, size):
+        self.head = head
+        self.size = size
+        self.data = bytearray()
+        self.complete = None
 
-    async def start_guest(self):
-        ours, theirs = socket.socketpair()
-        reader, self.writer = await asyncio.open_connection(sock=theirs)
-        self.running = asyncio.ensure_future(self.guest.run(reader, self.writer))
-        loop = asyncio.get_running_loop()
-        await loop.create_connection(self.router.protocol_factory, sock=ours)
-        await self.until(lambda: self.router.capabilities is not None)
+    def feed(self, data):
+        self.data += data
 
-    async def stop_guest(self):
-        self.running.cancel()
-        await asyncio.gather(self.running, return_exceptions=True)
-        self.writer.close()
-        with contextlib.suppress(ConnectionError):
-            await self.writer.wait_closed()
-        await self.until(lambda: self.router.capabilities is None)
-
-    async def client(self, **options):
-        host = HostAgent(timeout=5, **options)
-        host.events = []
-        host._on_event = host.events.append
-        await self.router.connect(host.protocol_factory)
-        self.clients.append(host)
-        return host
-
-    async def until(self, condition):
-        async with asyncio.timeout(5):
-            while not condition():
-                await asyncio.sleep(0.005)
-
-    async def close(self):
-        for client in self.clients:
-            await client.close()
-        await self.router.close()
-        await self.stop_guest()
-        await self.until(lambda: not self.router.clients)
+    def end(self, complete):
+        self.complete = complete
 
 
-@pytest.fixture
-async def make_bench(tmp_path):
-    benches = []
-
-    async def make(**options):
-        bench = Bench(tmp_path / "downloads", **options)
-        benches.append(bench)
-        await bench.start_guest()
-        return bench
-
-    yield make
-    async with asyncio.timeout(10):
-        for bench in benches:
-            await bench.close()
+async def zeros(size):
+    piece = bytes(64 << 10)
+    for _ in range(0, size, len(piece)):
+        yield piece
 
 
-@pytest.fixture
-def make_file(tmp_path):
-    def make(name, size):
-        path = tmp_path / name
-        path.write_bytes(os.urandom(size))
-        return path
-
-    return make
+async def endless(size):
+    async for piece in zeros(size):
+        yield piece
+    await asyncio.Event().wait()
 
 
 async def test_every_client_sees_capabilities_and_its_own_replies(make_bench):
@@ -257,14 +215,60 @@ async def test_an_agent_that_goes_and_comes_back(make_bench):
     bench = await make_bench()
     first = await bench.client()
     await first.wait_ready()
+    await first.set_clipboard("first's")
     await bench.stop_guest()
-    await bench.until(lambda: any(isinstance(e, AgentGone) for e in first.events))
+    await bench.until(lambda: AgentGone("", closed=False) in first.events)
+    assert first.capabilities is None
+    with pytest.raises(AgentGoneError):
+        await first.set_monitors([Monitor(1, 1)])
     waiting = await bench.client()
+    with pytest.raises(AgentTimeoutError, match="has none at the moment"):
+        await waiting.wait_ready(0.1)
     await bench.start_guest()
-    await waiting.wait_ready()
-    await waiting.set_clipboard("after")
+    for client in (first, waiting):
+        await client.wait_ready()
+        await client.set_monitors([Monitor(800, 600)])
+    # What was owned before is offered to the new agent.
     await bench.until(lambda: bench.guest._clipboard.remote_types)
+    assert await bench.guest.get_clipboard() == b"first's"
+    await waiting.set_clipboard("after")
+    await first.wait_clipboard()
     assert await bench.guest.get_clipboard() == b"after"
+    assert [type(e) for e in first.events if isinstance(e, AgentGone | AgentReady)] == [
+        AgentReady,
+        AgentGone,
+        AgentReady,
+    ]
+
+
+async def test_an_agent_that_goes_ends_what_was_under_way(make_bench, make_file):
+    bench = await make_bench()
+    first, second = await bench.client(), await bench.client()
+    await first.wait_ready()
+    bench.guest.set_clipboard("guest's")
+    await second.wait_clipboard()
+    started = asyncio.Event()
+    sending = asyncio.ensure_future(
+        first.send_file(
+            make_file("long", 64 << 20), on_progress=lambda sent, _: sent and started.set()
+        )
+    )
+    await started.wait()
+    await bench.stop_guest()
+    with pytest.raises(AgentGoneError):
+        await sending
+    await bench.until(lambda: not second.clipboard_types())
+    assert not bench.router._transfers
+    # One that has heard of no agent is answered all the same.
+    raw = await bench.raw_client()
+    raw.send(AnnounceCapabilities(True, HOST_CAPABILITIES))
+    assert list((await raw.receive(AnnounceCapabilities)).capabilities)[-1] == AGENT_AWAY
+    raw.send(FileXferStart(7, b"[vdagent-file-xfer]\nname=z\nsize=9\n"))
+    assert await raw.receive(FileXferStatus) == FileXferStatus(
+        7, FileXferResult.VDAGENT_NOT_CONNECTED
+    )
+    raw.send(MonitorsConfig((Monitor(1, 1),)))
+    assert (await raw.receive(Reply)).error == ReplyError.ERROR
 
 
 async def test_what_the_filter_forbids(make_bench, make_file):
@@ -299,6 +303,103 @@ async def test_unknown_messages_pass_both_ways(make_bench):
     )
 
 
+async def test_long_unknown_messages_pass_both_ways(make_bench):
+    """Longer than anything is kept: a piece at a time."""
+    bench = await make_bench()
+    data = os.urandom(1 << 20) * 5
+    sinks = []
+
+    def take(head, size):
+        sinks.append(Sink(head, size))
+        return sinks[-1]
+
+    sender = await bench.client()
+    takers = [await bench.client(on_body=take) for _ in range(2)]
+    for client in (sender, *takers):
+        await client.wait_ready()
+    bench.guest.link_body = lambda link, port, head, size: take(head, size)
+    await sender.send_body(UnknownMessage(77, opaque=5), len(data), pieces_of(data))
+    await bench.until(lambda: sinks and sinks[0].complete)
+    (sink,) = sinks
+    assert (sink.head, sink.size) == (UnknownMessage(77, opaque=5), len(data))
+    assert sink.data == data
+    sinks.clear()
+    await bench.guest._link.send_body(UnknownMessage(78), len(data), pieces_of(data))
+    await bench.until(lambda: len(sinks) == 2 and all(sink.complete for sink in sinks))
+    assert all(sink.data == data and sink.head == UnknownMessage(78) for sink in sinks)
+    await sender.set_monitors([Monitor(1, 1)])
+    assert not [e for e in bench.router_events if isinstance(e, AgentTrouble)]
+
+
+async def test_a_long_message_waits_for_who_reads_it(make_bench):
+    bench = await make_bench()
+    slow = await bench.client(on_body=lambda head, size: Sink(head, size))
+    await slow.wait_ready()
+    slow._link.hold_reading()
+    size = 64 << 20
+    tracemalloc.start()
+    sending = asyncio.ensure_future(
+        bench.guest._link.send_body(UnknownMessage(78), size, zeros(size))
+    )
+    await asyncio.sleep(0.3)
+    assert not sending.done()
+    assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    tracemalloc.stop()
+    slow._link.release_reading()
+    await sending
+
+
+async def test_a_message_that_breaks_off_is_not_passed_as_whole(make_bench):
+    bench = await make_bench()
+    first, second = await bench.client(), await bench.client()
+    await second.wait_ready()
+    sinks = []
+    bench.guest.link_body = lambda link, port, head, size: (
+        sinks.append(Sink(head, size)) or sinks[-1]
+    )
+    sending = asyncio.ensure_future(first.send_body(UnknownMessage(77), 4 << 20, endless(1 << 20)))
+    await bench.until(lambda: sinks and len(sinks[0].data) > 0)
+    first._link.fail(ConnectionResetError("killed"))
+    await bench.until(lambda: sinks[0].complete is False)
+    await second.set_monitors([Monitor(1, 1)])
+    sending.cancel()
+    await asyncio.gather(sending, return_exceptions=True)
+
+
+async def test_an_answer_to_one_is_not_taken_by_another(make_bench, monkeypatch):
+    """spice-vdagentd 0.22.1 says nothing to the monitors that a SPICE client sends."""
+    monkeypatch.setattr(replies_module, "REPLY_WAIT", 0.3)
+    bench = await make_bench()
+    silent, other = await bench.raw_client(), await bench.client()
+    await silent.greet()
+    await other.wait_ready()
+    took = bench.guest._took_monitors
+
+    def took_monitors(link, port, message):
+        if message.monitors[0].width != 13:
+            took(link, port, message)
+
+    bench.guest._took_monitors = took_monitors
+    silent.send(MonitorsConfig((Monitor(13, 13),)))
+    await bench.until(lambda: len(bench.router._replies[1, MessageType.MONITORS_CONFIG]))
+    await other.set_monitors([Monitor(800, 600)])
+    with pytest.raises(AgentRefusedError):
+        await other.set_monitors([Monitor(0, 0)])
+    silent.send(MonitorsConfig((Monitor(640, 480),)))
+    assert (await silent.receive(Reply)).error == ReplyError.SUCCESS
+
+
+async def test_an_older_client_gets_older_statuses(make_bench, make_file):
+    bench = await make_bench()
+    bench.guest._files._directory = None  # it refuses with DISABLED
+    old, new = await bench.raw_client(), await bench.raw_client()
+    await old.greet(HOST_CAPABILITIES.without(Capability.FILE_XFER_DETAILED_ERRORS))
+    await new.greet()
+    for client, result in ((old, FileXferResult.ERROR), (new, FileXferResult.DISABLED)):
+        client.send(FileXferStart(1, b"[vdagent-file-xfer]\nname=z\nsize=9\n"))
+        assert (await client.receive(FileXferStatus)).result == result
+
+
 async def test_the_servers_own_messages_and_their_answers_do_not_reach_clients(make_bench):
     bench = await make_bench()
     client = await bench.client()
@@ -323,7 +424,7 @@ async def test_too_many_clients_are_turned_away(make_bench, monkeypatch):
 
 
 async def test_a_client_that_does_not_read_is_given_up(make_bench, monkeypatch):
-    monkeypatch.setattr(router_module, "CLIENT_STALL", 0.1)
+    monkeypatch.setattr(client_module, "CLIENT_STALL", 0.1)
     bench = await make_bench()
     slow = await bench.client()
     await slow.wait_ready()
@@ -351,7 +452,7 @@ async def test_a_message_is_forwarded_that_comes_when_the_queue_has_just_been_em
         sent.append(message)
         if len(sent) < 50:
             # Runs right behind this turn of the task, before any callback of its end.
-            asyncio.get_running_loop().call_soon(client._forward, message)
+            asyncio.get_running_loop().call_soon(client._forward, message.message)
 
     bench.router.to_agent = to_agent
     client._forward(UnknownMessage(99))

@@ -12,7 +12,7 @@ from vring_serial.cli.spice_end import SpiceEnds
 from vring_serial.config import domain_xml
 from vring_serial.config.build import make_controller
 from vring_serial.config.qemu_options import parse
-from vring_serial.errors import ConfigError, DependencyError
+from vring_serial.errors import DependencyError
 from vring_serial.spice import library
 
 DOMAIN = b"""<domain><devices><graphics type='spice' autoport='yes'/>
@@ -71,14 +71,15 @@ async def test_a_domain_is_served_without_it(no_library, capfd):
     await ends.stop()
 
 
-def test_the_agent_is_either_shared_or_the_servers():
+def test_the_agent_may_be_shared_with_the_server():
     text = "port=5930,disable-ticketing=on"
     topology = parse(["spicevmc,id=a"], ["chardev=a"], spice=text)
-    with pytest.raises(ConfigError, match="give --spice or --agent-socket"):
-        SpiceEnds(topology, agent_shared=True)
-    # A domain's server is not missed by an agent that is shared.
-    domain = DOMAIN.replace(b"spiceport", b"pty")
-    assert "spicevmc" not in SpiceEnds(domain_xml.parse(domain), agent_shared=True).makers
+    alone, sharing = SpiceEnds(topology), SpiceEnds(topology, agent_shared=True)
+    assert "spicevmc" in alone.makers
+    assert alone.agent_device() is None
+    # The port's end is then the router's, and the server is a client of that.
+    assert "spicevmc" not in sharing.makers
+    assert sharing.agent_device() is not None
 
 
 async def test_a_domain_without_ports_for_it_needs_no_server(no_library):

@@ -14,12 +14,12 @@ import contextlib
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
+from vring_serial.agent.body import BodyReader
 from vring_serial.agent.errors import (
     AgentError,
     AgentGoneError,
-    AgentTimeoutError,
     AgentUnsupportedError,
     ClipboardEmptyError,
     ClipboardTooLargeError,
@@ -42,6 +42,9 @@ from vring_serial.proto.agent.constants import PIECE_MAX
 ANY_SIZE = -1
 REQUESTS_MAX = 64
 """Requests that may wait for their answer; the other end waits for each, so more are nonsense."""
+STORED_MAX = 4 << 20
+"""Bytes of clipboard data that are all there before they are forwarded. Who owns longer ones and
+goes away in their middle leaves a message that cannot be completed."""
 _SERIAL_MASK = 0xFFFFFFFF
 
 
@@ -73,40 +76,43 @@ class ForwardedSource:
     type: int
     timeout: float
 
+    def asked(self) -> contextlib.AbstractAsyncContextManager[Answer]:
+        """Ask the owner; entered when its answer begins. Raises as ClipboardChannel.open."""
+        return self.owner.asked(self.selection, self.type, self.timeout)
+
+
+class Answer(Protocol):
+    """Clipboard data that arrive; ``size`` is how many bytes."""
+
+    size: int
+
+    def pieces(self, timeout: float) -> AsyncGenerator[Buffer]:
+        """As :meth:`BodyReader.pieces`."""
+
 
 Source: TypeAlias = bytes | StreamSource | ForwardedSource
 Offer: TypeAlias = Mapping[int, Source]
 
 
-async def _pieces(data: bytes) -> AsyncIterator[Buffer]:
+async def pieces_of(data: bytes) -> AsyncGenerator[Buffer]:
+    """Data that are all there, in pieces."""
     view = memoryview(data)
     for start in range(0, len(data), PIECE_MAX):
         yield view[start : start + PIECE_MAX]
 
 
-class ClipboardReader:
-    """The answer to one request; a sink while it arrives and an async iterator for who asked.
-
-    At most one piece more than ``HOLD_AT`` bytes wait in memory: the link is not read while the
-    consumer lags behind.
+class ClipboardReader(BodyReader):
+    """The answer to one request.
 
     Attributes:
         size: bytes of the whole answer, once it has begun.
     """
 
-    HOLD_AT = 1 << 20
-
     def __init__(self, link: AgentLink, most: int) -> None:
+        super().__init__(link, "clipboard data")
         self.size = 0
-        self._link = link
         self._most = most
-        self._waiting: list[Buffer] = []
-        self._bytes = 0
-        self._held = False
         self._begun = False
-        self._done = False
-        self._error: AgentError | None = None
-        self._changed = asyncio.Event()
 
     def begin(self, kind: int, size: int) -> None:
         """The answer is of this type and ``size`` bytes long."""
@@ -118,63 +124,12 @@ class ClipboardReader:
             self.fail(ClipboardEmptyError("the clipboard has no data of that type"))
         self._changed.set()
 
-    def feed(self, data: Buffer) -> None:
-        if self._error is not None:
-            return
-        self._waiting.append(data)
-        self._bytes += len(data)
-        self._changed.set()
-        if self._bytes > self.HOLD_AT and not self._held:
-            self._held = True
-            self._link.hold_reading()
-
-    def end(self, complete: bool) -> None:
-        if not complete:
-            self.fail(AgentGoneError("the agent channel closed in the middle of the clipboard"))
-        self._done = True
-        self._changed.set()
-
-    def fail(self, error: AgentError) -> None:
-        """Let whoever waits for the answer have this error instead."""
-        self._error = self._error or error
-        self.discard()
-        self._changed.set()
-
-    def discard(self) -> None:
-        """The consumer wants no more."""
-        self._waiting.clear()
-        self._bytes = 0
-        if self._held:
-            self._held = False
-            self._link.release_reading()
-
     async def begun(self, timeout: float) -> None:
         """Wait for the beginning of the answer. Raises the error that it came to, or a time-out."""
         while not self._begun and self._error is None:
             await self._change(timeout)
         if self._error is not None:
             raise self._error
-
-    async def pieces(self, timeout: float) -> AsyncGenerator[Buffer]:
-        """The data as they come. Raises the error that ended them, or AgentTimeoutError."""
-        while self._error is None:
-            if self._waiting:
-                data = b"".join(self._waiting) if len(self._waiting) > 1 else self._waiting[0]
-                self.discard()
-                yield data
-            elif self._done:
-                return
-            else:
-                await self._change(timeout)
-        raise self._error
-
-    async def _change(self, timeout: float) -> None:
-        self._changed.clear()
-        try:
-            async with asyncio.timeout(timeout):
-                await self._changed.wait()
-        except TimeoutError:
-            raise AgentTimeoutError(f"no clipboard data came within {timeout:g} s") from None
 
 
 class ClipboardChannel:
@@ -337,7 +292,9 @@ class ClipboardChannel:
     def took(
         self, message: ClipboardGrab | ClipboardRelease | ClipboardRequest | Clipboard
     ) -> None:
-        """Any whole message about a clipboard arrived."""
+        """Any whole message about a clipboard arrived; outside of a session it means nothing."""
+        if self._link is None:
+            return
         match message:
             case ClipboardGrab():
                 self.took_grab(message)
@@ -406,7 +363,7 @@ class ClipboardChannel:
             if source is None:
                 await link.send(Clipboard(request.selection, ClipboardType.NONE))
             elif isinstance(source, bytes):
-                await self._send_data(link, request, len(source), _pieces(source))
+                await self._send_data(link, request, len(source), pieces_of(source))
             elif isinstance(source, StreamSource):
                 await self._send_data(link, request, source.size, source.open())
             else:
@@ -417,13 +374,14 @@ class ClipboardChannel:
     async def _forward(
         self, link: AgentLink, request: ClipboardRequest, source: ForwardedSource
     ) -> None:
-        asked = source.owner.asked(source.selection, source.type, source.timeout)
         begun = False
         try:
-            async with asked as reader:
+            async with source.asked() as answer:
+                pieces = answer.pieces(source.timeout)
+                if answer.size <= STORED_MAX:
+                    pieces = pieces_of(b"".join([piece async for piece in pieces]))
                 begun = True
-                pieces = reader.pieces(source.timeout)
-                await self._send_data(link, request, reader.size, pieces)
+                await self._send_data(link, request, answer.size, pieces)
         except AgentError:
             if begun:
                 raise

@@ -20,9 +20,15 @@ class AgentReady:
 
 @dataclass(frozen=True, slots=True)
 class AgentGone:
-    """The channel closed; ``reason`` says why, or is empty for an orderly end."""
+    """There is no agent any more.
+
+    Attributes:
+        reason: why, or empty for an orderly end.
+        closed: the channel closed. If not, it is shared, and AgentReady tells of the next agent.
+    """
 
     reason: str = ""
+    closed: bool = True
 
 
 @dataclass(frozen=True, slots=True)

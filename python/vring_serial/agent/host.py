@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -37,6 +37,7 @@ from vring_serial.agent.files import FROM_GUEST, FileSender, Progress
 from vring_serial.agent.link import AgentLink, BodySink
 from vring_serial.agent.receiver import FileReceiver
 from vring_serial.proto.agent import (
+    AGENT_AWAY,
     FILES_FROM_GUEST,
     AgentProtocolError,
     AnnounceCapabilities,
@@ -110,6 +111,9 @@ class HostAgent:
         max_clipboard: bytes of clipboard data to take from the guest, or -1 for any size.
         timeout: seconds to wait for an answer, where a method is not given its own.
         on_event: called with every event, in the event loop's thread.
+        on_body: called with the head of a message of an unknown type that is too long to be an
+            event, and with the bytes of its payload; returns what takes these, or None. Without it
+            such messages are discarded.
 
     Attributes:
         capabilities: what the agent announced, or None while there is none.
@@ -122,14 +126,17 @@ class HostAgent:
         max_clipboard: int = CLIPBOARD_MAX,
         timeout: float = 10.0,
         on_event: Callable[[AgentEvent], None] | None = None,
+        on_body: Callable[[UnknownMessage, int], BodySink | None] | None = None,
     ) -> None:
         self.capabilities: Capabilities | None = None
+        self._on_body = on_body
         self._announced = capabilities
         self._timeout = timeout
         self._on_event = on_event
         self._streams: set[EventStream] = set()
         self._link: AgentLink | None = None
         self._asked = False
+        self._away = False
         self._ready = asyncio.Event()
         self._replies: dict[int, deque[asyncio.Future[int]]] = {}
         self._files = FileSender()
@@ -175,6 +182,8 @@ class HostAgent:
                 await self._ready.wait()
         except TimeoutError:
             how = "nobody opened the channel" if self._link is None else "it is open but silent"
+            if self._away:
+                how = "who shares the channel has none at the moment"
             raise AgentTimeoutError(f"no SPICE agent within {seconds:g} s: {how}") from None
         assert self.capabilities is not None
         return self.capabilities
@@ -347,6 +356,18 @@ class HostAgent:
             raise AgentGoneError("no agent is connected")
         await self._link.send(message)
 
+    async def send_body(
+        self, head: StreamedMessage, size: int, source: AsyncIterable[Buffer]
+    ) -> None:
+        """Send a message whose payload of ``size`` bytes comes piece by piece.
+
+        Raises AgentGoneError, AgentError if it has other than ``size`` bytes, and what the source
+        raises; the agent's session then begins anew.
+        """
+        if self._link is None:
+            raise AgentGoneError("no agent is connected")
+        await self._link.send_body(head, size, source)
+
     # --- how it is done
 
     def _has(self, capability: int) -> bool:
@@ -421,6 +442,7 @@ class HostAgent:
             if self._link is not None:
                 self._link.fail(AgentError("another connection took over the agent channel"))
             self._link = link
+            self._away = False
             self.capabilities = None
             self._ready.clear()
         self._begin_session(link)
@@ -429,6 +451,10 @@ class HostAgent:
         if link is not self._link:
             return
         self._link = None
+        self._agent_left()
+        self._emit(AgentGone(str(reason) if reason else ""))
+
+    def _agent_left(self) -> None:
         self.capabilities = None
         self._ready.clear()
         self._clipboard.end_session()
@@ -437,7 +463,6 @@ class HostAgent:
             self._file_ends.put_nowait(AgentGoneError("the agent went away with files missing"))
             self._receiver.cancel_all()
         self._fail_replies("the agent went away")
-        self._emit(AgentGone(str(reason) if reason else ""))
 
     def link_message(
         self, link: AgentLink, port: int, message: TypedMessage | UnknownMessage
@@ -470,12 +495,23 @@ class HostAgent:
             return self._clipboard.took_head(head, size)
         if link is self._link and isinstance(head, FileXferData) and self._receiver is not None:
             return self._receiver.body(head.id)
+        if link is self._link and isinstance(head, UnknownMessage) and self._on_body is not None:
+            return self._on_body(head, size)
         return None
 
     def link_trouble(self, link: AgentLink, error: AgentProtocolError) -> None:
         self._emit(AgentTrouble(error))
 
     def _took_capabilities(self, link: AgentLink, message: AnnounceCapabilities) -> None:
+        if AGENT_AWAY in message.capabilities:
+            was_there = self.capabilities is not None
+            self._asked = False
+            self._away = True
+            self._agent_left()
+            if was_there:
+                self._emit(AgentGone("", closed=False))
+            return
+        self._away = False
         before, self.capabilities = self.capabilities, message.capabilities
         if message.request and not self._asked:
             # An agent that asks after it had answered us has started anew on the same channel.

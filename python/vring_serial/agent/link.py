@@ -86,9 +86,9 @@ class AgentLink(asyncio.Protocol):
         self._owner = owner
         self._transport: asyncio.Transport | None = None
         self._sinks: dict[int, BodySink | None] = {}
-        self._queue: deque[tuple[Message, ChunkPort]] = deque()
-        self._turn = asyncio.Lock()
-        self._streaming = False
+        self._queues: dict[int, deque[Message]] = {port: deque() for port in ChunkPort}
+        self._turns = {port: asyncio.Lock() for port in ChunkPort}
+        self._streaming: set[int] = set()
         self._paused = False
         self._resumed: asyncio.Future[None] | None = None
         self._readers_waiting = 0
@@ -108,7 +108,8 @@ class AgentLink(asyncio.Protocol):
             reason = AgentGoneError("the agent channel closed in the middle of a message")
         for port in list(self._sinks):
             self._end_sink(port, complete=False)
-        self._queue.clear()
+        for queue in self._queues.values():
+            queue.clear()
         self._wake()
         self._owner.link_down(self, reason)
 
@@ -168,58 +169,64 @@ class AgentLink(asyncio.Protocol):
         """Send a short message as soon as its turn comes; nothing happens on a closed link."""
         if not self.is_open:
             return
-        if not self._streaming and not self._paused and not self._queue:
+        queue = self._queues[port]
+        if port not in self._streaming and not self._paused and not queue:
             self._write(self.connection.send(message, port))
-        elif len(self._queue) < QUEUE_MAX:
-            self._queue.append((message, port))
+        elif len(queue) < QUEUE_MAX:
+            queue.append(message)
         else:
             self.fail(AgentError(f"the other end left {QUEUE_MAX} messages unread"))
 
     async def send(self, message: Message, port: ChunkPort = ChunkPort.CLIENT) -> None:
         """Send a message when the peer takes it. Raises AgentGoneError if the link closes first."""
-        async with self._turn:
+        async with self._turns[port]:
             await self._writable()
             self._write(self.connection.send(message, port))
 
     async def send_body(
-        self, head: StreamedMessage, size: int, source: AsyncIterable[Buffer]
+        self,
+        head: StreamedMessage,
+        size: int,
+        source: AsyncIterable[Buffer],
+        port: ChunkPort = ChunkPort.CLIENT,
     ) -> None:
         """Send a message whose payload of ``size`` bytes comes from ``source`` piece by piece.
 
-        If the source fails, ends early or the task is cancelled, the message cannot be completed
-        truthfully: the host then says that its client disconnected, which makes the agent drop the
-        half message, and reports the link as up again; the guest closes the link.
+        Messages for the other port go between the pieces. If the source fails, ends early or the
+        task is cancelled, the message cannot be completed truthfully: the host then says that its
+        client disconnected, which makes the agent drop the half message, and reports the link as up
+        again; the guest closes the link, and so does the host if it was a message of the server's.
         Raises AgentGoneError, AgentError if the source has more or fewer bytes than ``size``, and
         whatever the source raises.
         """
-        async with self._turn:
+        async with self._turns[port]:
             await self._writable()
-            self._streaming = True
-            self._write(self.connection.start_body(head, size))
+            self._streaming.add(port)
+            self._write(self.connection.start_body(head, size, port))
             try:
                 async for piece in source:
                     await self._writable()
-                    if len(piece) > self.connection.body_left():
+                    if len(piece) > self.connection.body_left(port):
                         raise AgentError(f"the source has more than the {size} bytes announced")
-                    self._write(self.connection.send_body(piece))
-                if self.connection.body_left():
+                    self._write(self.connection.send_body(piece, port))
+                if self.connection.body_left(port):
                     raise AgentError(f"the source has fewer than the {size} bytes announced")
             except BaseException:
-                if self.connection.body_left():
-                    self._drop_body()
+                if self.connection.body_left(port):
+                    self._drop_body(port)
                 raise
             finally:
-                self._streaming = False
+                self._streaming.discard(port)
                 self._flush()
 
-    def _drop_body(self) -> None:
+    def _drop_body(self, port: ChunkPort) -> None:
         if not self.is_open:
             return
-        if self.connection.side is Side.GUEST:
+        if self.connection.side is Side.GUEST or self.connection.body_left(ChunkPort.SERVER):
             self.fail(AgentError("a message could not be completed"))
             return
-        self._queue.clear()
-        self._streaming = False
+        self._queues[port].clear()
+        self._streaming.discard(port)
         self._write(self.connection.send(ClientDisconnected(), ChunkPort.SERVER))
         self._owner.link_up(self)
 
@@ -228,9 +235,10 @@ class AgentLink(asyncio.Protocol):
             self._transport.write(data)
 
     def _flush(self) -> None:
-        while self._queue and not self._paused and not self._streaming and self.is_open:
-            message, port = self._queue.popleft()
-            self._write(self.connection.send(message, port))
+        for port in ChunkPort:
+            queue = self._queues[port]
+            while queue and not self._paused and port not in self._streaming and self.is_open:
+                self._write(self.connection.send(queue.popleft(), port))
 
     async def _writable(self) -> None:
         while self._paused and self._transport is not None:

@@ -4,22 +4,28 @@ The agent has one channel and believes in one client. The router is that client,
 client of its own it is an agent:
 
     agent ══ AgentLink(HOST) ── router ──┬── AgentLink(GUEST) ══ client (a HostAgent, `vring agent`)
-                                         └── AgentLink(GUEST) ══ client
+                                         ├── AgentLink(GUEST) ══ client
+                                         └── AgentLink(GUEST) ══ SPICE server ══ its own client
 
 Every client sees the agent's capabilities. A clipboard belongs to whoever grabbed it last, and all
 others can paste from there. Transfers get numbers of the router's own, so that two clients may use
 the same one, and a client that leaves ends its own transfers only. Answers go to who asked. What
-the filter forbids passes in neither direction.
+the filter forbids passes in neither direction. What a client says on the server's chunk port
+reaches the agent there, except that its client left: that concerns nobody else.
+
+When the agent goes, clients keep their channel and are told so: AGENT_AWAY is announced, and the
+agent's capabilities again once it is back. A SPICE server is disconnected and connected instead,
+which is how it knows that.
 """
 
 from __future__ import annotations
 
 import asyncio
 import socket
-from collections import deque
 from collections.abc import Callable
 
-from vring_serial.agent.clipboard import ANY_SIZE, ClipboardChannel, ForwardedSource
+from vring_serial.agent.body import FanOut
+from vring_serial.agent.clipboard import ANY_SIZE, ClipboardChannel, ForwardedSource, Offer
 from vring_serial.agent.errors import AgentError, AgentGoneError
 from vring_serial.agent.events import (
     AgentEvent,
@@ -30,14 +36,19 @@ from vring_serial.agent.events import (
     ClipboardReleased,
     OtherMessage,
 )
+from vring_serial.agent.files import FROM_GUEST
+from vring_serial.agent.guest_files import GuestFileList, GuestFiles
 from vring_serial.agent.host import HOST_CAPABILITIES
 from vring_serial.agent.link import AgentLink, BodySink
+from vring_serial.agent.relay import DataPieces, Passing
+from vring_serial.agent.replies import Replies
+from vring_serial.agent.router_client import ANSWER_TIMEOUT, RouterClient
 from vring_serial.proto.agent import (
+    AGENT_AWAY,
     FILES_FROM_GUEST,
     AgentFilter,
     AgentProtocolError,
     AnnounceCapabilities,
-    Buffer,
     Capabilities,
     Capability,
     ChunkPort,
@@ -45,11 +56,11 @@ from vring_serial.proto.agent import (
     ClipboardGrab,
     ClipboardRelease,
     ClipboardRequest,
+    ClipboardType,
     FileXferData,
     FileXferResult,
     FileXferStart,
     FileXferStatus,
-    MaxClipboard,
     Message,
     MessageType,
     Reply,
@@ -59,30 +70,26 @@ from vring_serial.proto.agent import (
     TypedMessage,
     UnknownMessage,
 )
-from vring_serial.proto.agent.constants import FILE_DATA_MAX
 
 CLIENTS_MAX = 64
 """Clients at once; more are turned away."""
 CLIENT_TRANSFERS_MAX = 128
 """Transfers of one client at once, as many as a Linux agent takes."""
-CLIENT_QUEUE_BYTES = 512 << 10
-"""Bytes of a client that may wait for the agent before the client is no longer read."""
-CLIENT_STALL = 30.0
-"""Seconds for which a client may leave what it is sent unread, as in the SPICE server."""
-ANSWER_TIMEOUT = 30.0
-"""Seconds for the owner of a clipboard to answer another end's request."""
 REPLIES_MAX = 256
 """REPLYs of the agent that may be outstanding."""
+SERVER_RETRY = 1.0
+"""Seconds until a SPICE server that dropped the agent gets it again."""
 
-_ID_MAX = 0xFFFFFFFF
 _ANSWERED = (MessageType.MONITORS_CONFIG, MessageType.DISPLAY_CONFIG)
+_LAYOUT = (Capability.CLIPBOARD_SELECTION, Capability.CLIPBOARD_GRAB_SERIAL)
 
 
 class AgentRouter:
     """Shares one agent between clients.
 
     Connect the agent's side with ``ProtocolEnd(router.protocol_factory)`` or any asyncio transport,
-    and clients with ``loop.create_unix_server(router.client_factory, path)`` or :meth:`connect`.
+    and clients with ``loop.create_unix_server(router.client_factory, path)``, :meth:`connect` or
+    :meth:`connect_server`.
 
     Args:
         filter: what is allowed; by default everything.
@@ -92,6 +99,7 @@ class AgentRouter:
     Attributes:
         capabilities: what the agent announced, after the filter, or None while there is none.
         clients: those that are connected.
+        guest_files: the transfers that the guest began.
     """
 
     def __init__(
@@ -104,13 +112,20 @@ class AgentRouter:
         self.filter = filter
         self.capabilities: Capabilities | None = None
         self.clients: list[RouterClient] = []
+        self.guest_files = GuestFiles(self._post_status)
         self._announced = filter.rewrite(capabilities)
         self._on_event = on_event
         self._link: AgentLink | None = None
         self._asked = False
-        self._replies: dict[int, deque[RouterClient]] = {kind: deque() for kind in _ANSWERED}
+        self._away = Capabilities.of(AGENT_AWAY)
+        self._replies: dict[tuple[int, int], Replies[RouterClient | None]] = {
+            (port, kind): Replies() for port in ChunkPort for kind in _ANSWERED
+        }
         self._transfers: dict[int, tuple[RouterClient, int]] = {}
         self._last_id = 0
+        self._servers: list[asyncio.Task[None]] = []
+        self._agent_there = asyncio.Event()
+        self._closed = False
         self.clipboard = ClipboardChannel(
             Side.HOST,
             on_grab=lambda selection, types: self.grabbed(self.clipboard, selection, types),
@@ -129,10 +144,15 @@ class AgentRouter:
 
     async def connect(self, client_factory: Callable[[], asyncio.Protocol]) -> None:
         """Connect a client of this process, such as ``HostAgent().protocol_factory``."""
-        ours, theirs = socket.socketpair()
-        loop = asyncio.get_running_loop()
-        await loop.create_connection(self.client_factory, sock=ours)
-        await loop.create_connection(client_factory, sock=theirs)
+        await self._connect(RouterClient(self), client_factory)
+
+    def connect_server(self, device: asyncio.Protocol, closed: asyncio.Event) -> None:
+        """Have a SPICE server as a client: connected while the agent is there, and only then.
+
+        ``device`` is its side of one connection after another, and sets ``closed`` when it has lost
+        one, as SpiceServer.agent_device does.
+        """
+        self._servers.append(asyncio.ensure_future(self._keep_connected(device, closed)))
 
     async def send(self, message: Message) -> None:
         """Send a message of the server's own, such as MouseState or GraphicsDeviceInfo.
@@ -141,10 +161,19 @@ class AgentRouter:
         """
         if self._link is None:
             raise AgentGoneError("no agent is connected")
-        await self._link.send(message, ChunkPort.SERVER)
+        replies = self._replies.get((ChunkPort.SERVER, message.type_number))
+        link = self._link
+        if replies is None:
+            await link.send(message, ChunkPort.SERVER)
+        else:
+            await replies.ask(None, lambda: link.send(message, ChunkPort.SERVER))
 
     async def close(self) -> None:
         """Close all connections and end what runs on them."""
+        self._closed = True
+        for task in self._servers:
+            task.cancel()
+        await asyncio.gather(*self._servers, return_exceptions=True)
         if self._link is not None:
             self._link.close()
         for client in list(self.clients):
@@ -152,7 +181,32 @@ class AgentRouter:
             await client.close()
         await self.clipboard.close()
 
+    # --- SPICE servers
+
+    async def _keep_connected(self, device: asyncio.Protocol, closed: asyncio.Event) -> None:
+        while True:
+            await self._agent_there.wait()
+            link = self._link
+            client = RouterClient(self, is_server=True)
+            closed.clear()
+            await self._connect(client, lambda: device)
+            await client.gone.wait()
+            await closed.wait()
+            if self._link is link:
+                await asyncio.sleep(SERVER_RETRY)
+
+    async def _connect(self, client: RouterClient, factory: Callable[[], asyncio.Protocol]) -> None:
+        ours, theirs = socket.socketpair()
+        loop = asyncio.get_running_loop()
+        await loop.create_connection(lambda: client.link, sock=ours)
+        await loop.create_connection(factory, sock=theirs)
+
     # --- for the clients
+
+    @property
+    def agent_link(self) -> AgentLink | None:
+        """The connection to the agent, if there is one."""
+        return self._link
 
     def emit(self, event: AgentEvent) -> None:
         """Tell an event."""
@@ -161,46 +215,56 @@ class AgentRouter:
 
     def client_came(self, client: RouterClient) -> bool:
         """Whether the client is admitted; it is told of the agent if there is one."""
-        if len(self.clients) >= CLIENTS_MAX:
+        if len(self.clients) >= CLIENTS_MAX or (client.is_server and self._link is None):
             return False
         self.clients.append(client)
-        if self.capabilities is not None:
-            client.announce(self.capabilities, request=True)
+        self.introduce(client, request=True)
         return True
+
+    def introduce(self, client: RouterClient, *, request: bool) -> None:
+        """Tell a client what the agent can do, or that there is none."""
+        if self.capabilities is not None:
+            client.announce(self.capabilities, request=request)
+        elif not client.is_server:
+            client.announce(self._away, request=False)
 
     def client_left(self, client: RouterClient) -> None:
         """Forget the client; what it had begun is ended, what others do is not touched."""
         self.clients.remove(client)
+        self.session_ended(client)
+
+    def session_ended(self, client: RouterClient) -> None:
+        """End what the client had begun."""
         for number, (owner, _) in list(self._transfers.items()):
             if owner is client:
-                del self._transfers[number]
-                if self._link is not None:
-                    self._link.post(FileXferStatus(number, FileXferResult.CANCELLED))
+                self._end_transfer(number)
+                self._post_status(FileXferStatus(number, FileXferResult.CANCELLED))
+        self.guest_files.client_left(client)
 
-    async def to_agent(self, client: RouterClient, message: TypedMessage | UnknownMessage) -> None:
+    def _post_status(self, status: FileXferStatus) -> None:
+        if self._link is not None:
+            self._link.post(status)
+
+    async def to_agent(self, client: RouterClient, passing: Passing) -> None:
         """Send a client's message to the agent, when the agent takes it."""
-        link = self._link
-        if link is None or self.capabilities is None:
+        message = passing.message
+        if self._link is None or self.capabilities is None:
+            client.refuse(message, passing.port)
+            passing.drop()
             return
         if isinstance(message, (FileXferStart, FileXferData, FileXferStatus)):
             renumbered = self._renumber(client, message)
             if renumbered is None:
                 return
-            message = renumbered
-        waiting = self._replies.get(message.type_number)
-        if waiting is not None and Capability.REPLY in self.capabilities:
-            if len(waiting) >= REPLIES_MAX:
-                client.link.post(Reply(message.type_number, ReplyError.ERROR))
-                return
+            passing = Passing(renumbered)
+        replies = self._replies.get((passing.port, message.type_number))
+        link = self._link
+        if replies is None or Capability.REPLY not in self.capabilities:
+            await passing.send(link, ANSWER_TIMEOUT)
+        elif len(replies) < REPLIES_MAX:
+            await replies.ask(client, lambda: passing.send(link, ANSWER_TIMEOUT))
         else:
-            waiting = None
-        try:
-            await link.send(message)
-        except AgentGoneError:
-            return
-        if waiting is not None:
-            # Only now, for who leaves while the message waits for its turn has asked nothing.
-            waiting.append(client)
+            client.refuse(message, passing.port)
 
     def _renumber(
         self, client: RouterClient, message: FileXferStart | FileXferData | FileXferStatus
@@ -211,11 +275,13 @@ class AgentRouter:
             if number is not None or len(client.transfers) >= CLIENT_TRANSFERS_MAX:
                 client.link.post(FileXferStatus(message.id, FileXferResult.ERROR))
                 return None
-            self._last_id = number = self._last_id % _ID_MAX + 1
+            self._last_id = number = self._last_id % (FROM_GUEST - 1) + 1
             client.transfers[message.id] = number
             self._transfers[number] = (client, message.id)
             return FileXferStart(number, message.info)
         if number is None:
+            if isinstance(message, FileXferStatus):
+                self.guest_files.from_client(client, message)
             return None
         if isinstance(message, FileXferData):
             return FileXferData(number, message.data)
@@ -230,12 +296,33 @@ class AgentRouter:
 
     def grabbed(self, owner: ClipboardChannel, selection: int, types: tuple[int, ...]) -> None:
         """One end owns a clipboard: offer it to all others on its behalf."""
-        offer = {kind: ForwardedSource(owner, selection, kind, ANSWER_TIMEOUT) for kind in types}
-        for channel in self._channels():
-            if channel is not owner:
-                channel.offer(selection, offer)
+        if owner is not self.clipboard:
+            self.clipboard.offer(selection, self._offer(owner, selection, types, None))
+        for client in self.clients:
+            if client.clipboard is not owner:
+                client.clipboard.offer(selection, self._offer(owner, selection, types, client))
         if owner is self.clipboard:
             self.emit(ClipboardGrabbed(selection, types))
+
+    def _offer(
+        self,
+        owner: ClipboardChannel,
+        selection: int,
+        types: tuple[int, ...],
+        client: RouterClient | None,
+    ) -> Offer:
+        """What one end owns, for another, which is the agent if it is no client."""
+        offer = {kind: ForwardedSource(owner, selection, kind, ANSWER_TIMEOUT) for kind in types}
+        if owner is self.clipboard and client is not None and ClipboardType.FILE_LIST in offer:
+            offer[ClipboardType.FILE_LIST] = GuestFileList(
+                owner,
+                selection,
+                ClipboardType.FILE_LIST,
+                ANSWER_TIMEOUT,
+                self.guest_files,
+                client,
+            )
+        return offer
 
     def released(self, owner: ClipboardChannel, selection: int) -> None:
         """One end gave up a clipboard, or left with it."""
@@ -248,22 +335,22 @@ class AgentRouter:
     def _channels(self) -> list[ClipboardChannel]:
         return [self.clipboard, *(client.clipboard for client in self.clients)]
 
-    def offer_all(self, channel: ClipboardChannel) -> None:
+    def offer_all(self, client: RouterClient) -> None:
         """Tell a newcomer who owns what."""
         for owner in self._channels():
-            if owner is not channel:
+            if owner is not client.clipboard:
                 for selection, types in owner.remote_types.items():
-                    channel.offer(
-                        selection,
-                        {k: ForwardedSource(owner, selection, k, ANSWER_TIMEOUT) for k in types},
-                    )
+                    client.clipboard.offer(selection, self._offer(owner, selection, types, client))
 
     # --- LinkOwner, the agent's side
 
     def link_up(self, link: AgentLink) -> None:
-        if self._link is not None and self._link is not link:
-            self._link.fail(AgentError("another connection took over the agent channel"))
-        self._link = link
+        if self._link is not link:
+            if self._link is not None:
+                self._link.fail(AgentError("another connection took over the agent channel"))
+                self._agent_left()
+            self._link = link
+            self._agent_there.set()
         self._begin_session(link)
 
     def _begin_session(self, link: AgentLink) -> None:
@@ -274,53 +361,89 @@ class AgentRouter:
 
     def _forget(self) -> None:
         """The agent knows no transfer and owes no reply any more."""
-        for waiting in self._replies.values():
-            waiting.clear()
+        for (port, kind), replies in self._replies.items():
+            for client in replies.clear():
+                if client is not None:
+                    client.link.post(Reply(kind, ReplyError.ERROR), ChunkPort(port))
         for number in list(self._transfers):
             client, theirs = self._transfers[number]
             self._end_transfer(number)
             client.link.post(FileXferStatus(theirs, FileXferResult.CANCELLED))
+        self.guest_files.guest_left()
 
     def link_down(self, link: AgentLink, reason: Exception | None) -> None:
         if link is not self._link:
             return
         self._link = None
+        self._agent_there.clear()
+        self._agent_left()
+        self.emit(AgentGone(str(reason) if reason else ""))
+
+    def _agent_left(self) -> None:
+        """Tell all clients, each in its way."""
+        if self.capabilities is not None:
+            # The layout of messages that are on their way stays.
+            kept = [number for number in _LAYOUT if number in self.capabilities]
+            self._away = Capabilities.of(AGENT_AWAY, *kept)
         self.capabilities = None
+        for client in list(self.clients):
+            if client.is_server or self._closed:
+                client.link.close()
+            else:
+                client.announce(self._away, request=False)
         self.clipboard.end_session()
         self._forget()
-        self.emit(AgentGone(str(reason) if reason else ""))
-        for client in list(self.clients):
-            client.link.close()
 
     def link_message(
         self, link: AgentLink, port: int, message: TypedMessage | UnknownMessage
     ) -> None:
         if link is not self._link or not self.filter.passes(message.type_number):
             return
+        if isinstance(message, Reply) and (port, message.to) in self._replies:
+            self._took_reply(ChunkPort(port), message)
+            return
         if port == ChunkPort.SERVER:
-            self.emit(OtherMessage(message))  # an answer to a message of our own, not a client's
+            self._pass_to_servers(link, message)
             return
         match message:
             case AnnounceCapabilities():
                 self._took_capabilities(link, message)
             case ClipboardGrab() | ClipboardRelease() | ClipboardRequest() | Clipboard():
                 self.clipboard.took(message)
+            case FileXferStart() | FileXferData():
+                self.guest_files.from_guest(message)
             case FileXferStatus():
                 self._took_status(message)
-            case Reply() if message.to in self._replies:
-                if self._replies[message.to]:
-                    self._replies[message.to].popleft().link.post(message)
             case _:
                 for client in self.clients:
-                    client.link.post(message)
+                    client.relay.put(link, Passing(message))
+
+    def _took_reply(self, port: ChunkPort, message: Reply) -> None:
+        client = self._replies[port, message.to].answered()
+        if client is not None:
+            client.link.post(message, port)
+        elif port == ChunkPort.SERVER:
+            self.emit(OtherMessage(message))
+
+    def _pass_to_servers(self, link: AgentLink, message: TypedMessage | UnknownMessage) -> None:
+        for client in self.clients:
+            if client.is_server:
+                client.relay.put(link, Passing(message, ChunkPort.SERVER))
+        self.emit(OtherMessage(message))
 
     def link_body(
         self, link: AgentLink, port: int, head: StreamedMessage, size: int
     ) -> BodySink | None:
-        is_client_data = link is self._link and port == ChunkPort.CLIENT
-        if is_client_data and isinstance(head, Clipboard) and self.filter.copy_paste:
+        if link is not self._link or not self.filter.passes(head.type_number):
+            return None
+        if isinstance(head, UnknownMessage):
+            takers = [c for c in self.clients if c.is_server or port == ChunkPort.CLIENT]
+            return FanOut([c.relay.put_body(link, ChunkPort(port), head, size) for c in takers])
+        if port == ChunkPort.SERVER:
+            return None
+        if isinstance(head, Clipboard):
             return self.clipboard.took_head(head, size)
-        return None
+        return DataPieces(head.id, self.guest_files.from_guest)
 
     def link_trouble(self, link: AgentLink, error: AgentProtocolError) -> None:
         self.emit(AgentTrouble(error))
@@ -333,8 +456,13 @@ class AgentRouter:
         else:
             self._asked = False
         before = self.capabilities
-        # Files from the guest would go to whoever asked, which a transfer does not say.
-        self.capabilities = self.filter.rewrite(message.capabilities).without(FILES_FROM_GUEST)
+        self.capabilities = self.filter.rewrite(message.capabilities).without(AGENT_AWAY)
+        if not self.filter.file_xfer:
+            self.capabilities = self.capabilities.without(FILES_FROM_GUEST)
+        elif FILES_FROM_GUEST in self.capabilities and FILES_FROM_GUEST not in self._announced:
+            # No other agent is told of a capability that is ours alone.
+            self._announced = self._announced.with_(FILES_FROM_GUEST)
+            link.post(AnnounceCapabilities(False, self._announced))
         self.clipboard.announce()
         if self.capabilities != before or message.request:
             self.emit(AgentReady(self.capabilities))
@@ -342,153 +470,9 @@ class AgentRouter:
                 client.announce(self.capabilities, request=True)
 
     def _took_status(self, status: FileXferStatus) -> None:
-        if status.id not in self._transfers:
+        if self.guest_files.from_guest(status) or status.id not in self._transfers:
             return
         client, theirs = self._transfers[status.id]
         if status.result != FileXferResult.CAN_SEND_DATA:
             self._end_transfer(status.id)
-        client.link.post(FileXferStatus(theirs, status.result, status.detail))
-
-
-class RouterClient:
-    """One client of a router.
-
-    Attributes:
-        link: the connection, on which we are the agent.
-        capabilities: what the client announced, or None.
-        transfers: the client's numbers of transfers, and the router's for each.
-    """
-
-    def __init__(self, router: AgentRouter) -> None:
-        self.link = AgentLink(Side.GUEST, self, stall_timeout=CLIENT_STALL)
-        self.capabilities: Capabilities | None = None
-        self.transfers: dict[int, int] = {}
-        self._router = router
-        self._admitted = False
-        self._queue: deque[TypedMessage | UnknownMessage] = deque()
-        self._queued = 0
-        self._held = False
-        self._forwarding: asyncio.Task[None] | None = None
-        self.clipboard = ClipboardChannel(
-            Side.GUEST,
-            on_grab=lambda selection, types: router.grabbed(self.clipboard, selection, types),
-            on_release=lambda selection: router.released(self.clipboard, selection),
-            on_trouble=lambda error: router.emit(AgentTrouble(error)),
-            most=ANY_SIZE,
-        )
-
-    async def close(self) -> None:
-        """End what runs for this client."""
-        await self.clipboard.close()
-        if (forwarding := self._forwarding) is not None:
-            forwarding.cancel()
-            await asyncio.gather(forwarding, return_exceptions=True)
-            self._forwarding = None  # a task that never ran has not said so
-
-    def announce(self, capabilities: Capabilities, *, request: bool) -> None:
-        """Tell the client what the agent can do."""
-        self.link.post(AnnounceCapabilities(request, capabilities))
-
-    # --- LinkOwner
-
-    def link_up(self, link: AgentLink) -> None:
-        self.clipboard.begin_session(link)
-        self._admitted = self._router.client_came(self)
-        if not self._admitted:
-            link.fail(AgentError(f"the agent has {CLIENTS_MAX} clients already"))
-
-    def link_down(self, link: AgentLink, reason: Exception | None) -> None:
-        self.clipboard.end_session()
-        self.clipboard.stop_answering()
-        self._queue.clear()
-        if self._forwarding is not None:
-            # It may wait for an agent that does not read, and clients come and go meanwhile.
-            self._forwarding.cancel()
-        if self._admitted:
-            self._router.client_left(self)
-
-    def link_message(
-        self, link: AgentLink, port: int, message: TypedMessage | UnknownMessage
-    ) -> None:
-        if not self._admitted or not self._router.filter.passes(message.type_number):
-            return
-        match message:
-            case AnnounceCapabilities():
-                self._took_capabilities(message)
-            case ClipboardGrab() | ClipboardRelease() | ClipboardRequest() | Clipboard():
-                self.clipboard.took(message)
-            case MaxClipboard():
-                self.clipboard.remote_most = max(message.max, ANY_SIZE)
-            case _:
-                self._forward(message)
-
-    def link_body(
-        self, link: AgentLink, port: int, head: StreamedMessage, size: int
-    ) -> BodySink | None:
-        if not self._router.filter.passes(head.type_number):
-            return None
-        if isinstance(head, Clipboard):
-            return self.clipboard.took_head(head, size)
-        if isinstance(head, FileXferData):
-            return _DataPieces(head.id, self._forward)
-        return None
-
-    def link_trouble(self, link: AgentLink, error: AgentProtocolError) -> None:
-        self._router.emit(AgentTrouble(error))
-
-    def _took_capabilities(self, message: AnnounceCapabilities) -> None:
-        self.capabilities = message.capabilities
-        if message.request:
-            self.clipboard.begin_session(self.link)
-            if self._router.capabilities is not None:
-                self.announce(self._router.capabilities, request=False)
-        if not self.clipboard.announced:
-            self._router.offer_all(self.clipboard)
-            self.clipboard.announce()
-
-    # --- on the way to the agent
-
-    def _forward(self, message: TypedMessage | UnknownMessage) -> None:
-        """Queue a message; the client is not read while too much of it waits."""
-        self._queue.append(message)
-        self._queued += _cost(message)
-        if self._queued > CLIENT_QUEUE_BYTES and not self._held:
-            self._held = True
-            self.link.hold_reading()
-        if self._forwarding is None:
-            self._forwarding = asyncio.ensure_future(self._forward_all())
-
-    async def _forward_all(self) -> None:
-        try:
-            while self._queue:
-                message = self._queue.popleft()
-                await self._router.to_agent(self, message)
-                self._queued -= _cost(message)
-                if self._held and self._queued <= CLIENT_QUEUE_BYTES // 2:
-                    self._held = False
-                    self.link.release_reading()
-        finally:
-            # Here and not in a callback of the task: a message queued between the two would wait.
-            self._forwarding = None
-
-
-def _cost(message: TypedMessage | UnknownMessage) -> int:
-    """About how many bytes a queued message keeps."""
-    text = len(message.info) if isinstance(message, FileXferStart) else 0
-    return 256 + text + len(message.payload)
-
-
-class _DataPieces:
-    """Turns a FILE_XFER_DATA message that is too long to keep into several shorter ones."""
-
-    def __init__(self, number: int, forward: Callable[[FileXferData], None]) -> None:
-        self._number = number
-        self._forward = forward
-
-    def feed(self, data: Buffer) -> None:
-        view = memoryview(data)
-        for start in range(0, len(view), FILE_DATA_MAX):
-            self._forward(FileXferData(self._number, view[start : start + FILE_DATA_MAX]))
-
-    def end(self, complete: bool) -> None:
-        """Every piece has been handed on already."""
+        client.status(FileXferStatus(theirs, status.result, status.detail))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from vring_serial.agent.events import (
     AgentEvent,
@@ -25,6 +26,9 @@ from vring_serial.config.topology import PortConfig
 from vring_serial.device.ratelimit import RateLimitedLog
 from vring_serial.errors import ConfigError
 from vring_serial.unix_socket import UnixListener
+
+if TYPE_CHECKING:
+    from vring_serial.spice.device import AgentDevice
 
 log = logging.getLogger(__name__)
 
@@ -51,17 +55,25 @@ class AgentEnds:
         self._routers.append(router)
         return router.protocol_factory
 
+    def share_with_server(self, device: AgentDevice) -> None:
+        """Have the SPICE server as a client of the only spicevmc port. Raises as ``start``."""
+        self._the_router().connect_server(device, device.closed)
+
     def start(self) -> None:
         """Take clients. Raises ConfigError unless there is one agent, ResourceError on the path."""
         if self._path is None:
             return
+        router = self._the_router()
+        self._listener = UnixListener(self._path)
+        self._accepting = asyncio.create_task(self._accept(self._listener, router))
+
+    def _the_router(self) -> AgentRouter:
         if len(self._routers) != 1:
             raise ConfigError(
                 f"it is for one spicevmc port, and there are {len(self._routers)}",
                 f"--agent-socket {self._path}",
             )
-        self._listener = UnixListener(self._path)
-        self._accepting = asyncio.create_task(self._accept(self._listener, self._routers[0]))
+        return self._routers[0]
 
     async def _accept(self, listener: UnixListener, router: AgentRouter) -> None:
         loop = asyncio.get_running_loop()

@@ -16,6 +16,7 @@ from vring_serial.errors import ConfigError, DependencyError, ResourceError
 
 if TYPE_CHECKING:
     from vring_serial.spice.core import ClientEvent
+    from vring_serial.spice.device import AgentDevice
     from vring_serial.spice.server import SpiceServer
 
 KINDS = ("spicevmc", "spiceport")
@@ -29,11 +30,9 @@ class SpiceEnds:
 
     Args:
         topology: what is to be served.
-        agent_shared: the agent belongs to ``--agent-socket``; a server of the domain XML is then
-            left its spiceports.
+        agent_shared: the agent belongs to ``--agent-socket``, and the server is a client of that.
 
     Raises:
-        ConfigError: an option asks for the server, and the agent is shared.
         DependencyError: an option asks for the server, and the library is not installed.
     """
 
@@ -41,14 +40,8 @@ class SpiceEnds:
         self._config = topology.spice
         self._server: SpiceServer | None = None
         self._agent_shared = agent_shared
-        if self._config is not None and self._config.explicit and agent_shared:
-            raise ConfigError(
-                "the SPICE server has the agent for itself: give --spice or --agent-socket",
-                self._config.where,
-            )
-        kinds = ("spiceport",) if agent_shared else KINDS
         used = any(
-            port.chardev.kind in kinds
+            port.chardev.kind in KINDS
             for controller in topology.controllers
             for port in controller.ports
         )
@@ -79,6 +72,12 @@ class SpiceEnds:
         if not self._agent_shared:
             makers["spicevmc"] = lambda port: server.agent_chardev(port.chardev.id)
         return makers
+
+    def agent_device(self) -> AgentDevice | None:
+        """The server's end of the agent that it shares; None if it shares none."""
+        if self._server is None or not self._agent_shared:
+            return None
+        return self._server.agent_device()
 
     async def start(self) -> None:
         """Start the server, if there is one. Raises as SpiceServer.start, naming the place."""

@@ -34,9 +34,13 @@ class CharDevice(asyncio.Protocol):
         server: the server, which has been started when a connection is made.
         subtype: ``vdagent`` or ``port``.
         name: the channel's name, for a port.
+
+    Attributes:
+        closed: set when a connection has been lost.
     """
 
     def __init__(self, server: SpiceServer, subtype: str, name: str = "") -> None:
+        self.closed = asyncio.Event()
         self._server = server
         self._library = server.library
         self._transport: asyncio.Transport | None = None
@@ -145,6 +149,7 @@ class CharDevice(asyncio.Protocol):
         self._when_read = self._closed
         if not self._input or not self._attached:
             self._finish_reading()
+        self.closed.set()
 
     def _finish_reading(self) -> None:
         """The guest's side is closed, and all that it sent was read, or never will be."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vring_serial.errors import ConfigError, LocalProtocolError, ResourceError
 from vring_serial.spice.core import ClientEvent, CoreInterface
-from vring_serial.spice.device import AgentChardev, PortChardev
+from vring_serial.spice.device import AgentChardev, AgentDevice, PortChardev
 from vring_serial.spice.library import load
 from vring_serial.spice.listener import Listener, bind
 from vring_serial.spice.options import SpiceOptions
@@ -74,6 +74,10 @@ class SpiceServer:
     def agent_chardev(self, id: str) -> AgentChardev:
         """The host end of the agent channel; a server has one agent."""
         return AgentChardev(id, self)
+
+    def agent_device(self) -> AgentDevice:
+        """The server's end of an agent channel that it shares, for AgentRouter.connect_server."""
+        return AgentDevice(self)
 
     def port_chardev(self, id: str, name: str) -> PortChardev:
         """The host end of a port channel that clients know as ``name``."""

@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from vring_serial.agent import AgentError
+from vring_serial.agent import AgentError, AgentRouter
+from vring_serial.chardev import Chardev
+from vring_serial.chardev.protocol import ProtocolChardev
 from vring_serial.device.controller import Controller
 from vring_serial.device.port import Port
 from vring_serial.guest import EmbeddedGuest
@@ -280,13 +282,24 @@ class UmlSide:
 class Bench:
     """Server, device and guest.
 
+    Args:
+        directory: for sockets and files.
+        shared: the server is one of the clients of a router, as with ``--agent-socket``.
+        options: of the server.
+
     Attributes:
         guest: the guest's side.
-        port: where clients connect.
+        port: where SPICE clients connect.
+        socket: where others connect, if the agent is shared.
     """
 
-    def __init__(self, directory: Path, **options: object) -> None:
+    def __init__(self, directory: Path, *, shared: bool = False, **options: object) -> None:
         self.directory = directory
+        self.socket = directory / "agent.sock"
+        self.router: AgentRouter | None = None
+        self._others: asyncio.Server | None = None
+        if shared:
+            self.router = AgentRouter()
         usual: dict[str, object] = {"autoport": True, "addr": "127.0.0.1", "password": PASSWORD}
         if options.get("disable_ticketing"):
             del usual["password"]
@@ -302,11 +315,20 @@ class Bench:
 
     async def start(self, kind: type[EmbeddedSide] | type[UmlSide] = EmbeddedSide) -> None:
         await self.server.start()
-        self.controller.add_port(Port(1, AGENT_PORT, self.server.agent_chardev("agent")))
+        self.controller.add_port(Port(1, AGENT_PORT, await self._agent_end()))
         await self.controller.start()
         await self.backend.start()
         self.guest = kind(self.directory)
         await self.guest.start()
+
+    async def _agent_end(self) -> Chardev:
+        if self.router is None:
+            return self.server.agent_chardev("agent")
+        device = self.server.agent_device()
+        self.router.connect_server(device, device.closed)
+        loop = asyncio.get_running_loop()
+        self._others = await loop.create_unix_server(self.router.client_factory, str(self.socket))
+        return ProtocolChardev("agent", self.router.protocol_factory)
 
     async def connect(self, **properties: object) -> Client:
         """A client that connects, with these properties of its session instead of the usual."""
@@ -328,11 +350,16 @@ class Bench:
         await self.backend.stop()
         await self.controller.stop()
         await self.server.stop()
+        if self.router is not None:
+            await self.router.close()
+        if self._others is not None:
+            self._others.close()
+            await self._others.wait_closed()
 
 
 @contextlib.asynccontextmanager
 async def running(
-    directory: Path, kind: type[EmbeddedSide] | type[UmlSide] = EmbeddedSide, **options: object
+    directory: Path, kind: type[EmbeddedSide] | type[UmlSide] = EmbeddedSide, **options: Any
 ) -> AsyncIterator[Bench]:
     """A bench that has started, and is closed at the end."""
     bench = Bench(directory, **options)
@@ -356,7 +383,7 @@ def bench_with(tmp_path: Path) -> Callable[..., contextlib.AbstractAsyncContextM
     return lambda **options: running(tmp_path, **options)
 
 
-@pytest.fixture(scope="module", params=["embedded", "uml"])
+@pytest.fixture(scope="module", params=["embedded", "uml", "shared"])
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -365,8 +392,8 @@ def kind(request: pytest.FixtureRequest) -> str:
 async def shared_bench(kind: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Bench]:
     """One guest of each kind for the tests of a module, since booting one takes a while."""
     directory = tmp_path_factory.mktemp("spice")
-    side = EmbeddedSide if kind == "embedded" else UmlSide
-    async with running(directory, side) as bench:
+    side = UmlSide if "uml" in kind else EmbeddedSide
+    async with running(directory, side, shared="shared" in kind) as bench:
         yield bench
     shutil.rmtree(directory)
 

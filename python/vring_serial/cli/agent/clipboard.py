@@ -204,7 +204,7 @@ async def _taken(events: AsyncIterator[object], selection: int) -> None:
         match event:
             case ClipboardGrabbed(taken, _) if taken == selection:
                 return
-            case AgentGone(reason):
+            case AgentGone(reason, closed=True):
                 raise AgentGoneError(f"the agent went away{f': {reason}' if reason else ''}")
 
 
@@ -235,7 +235,7 @@ def watch_command(channel: Channel, selection: str, as_json: bool) -> None:
                         await _tell(agent, which, types, as_json)
                     case ClipboardReleased(changed) if changed == which:
                         await _tell(agent, which, (), as_json)
-                    case AgentGone(reason):
+                    case AgentGone(reason, closed=True):
                         raise AgentGoneError(f"the agent went away{f': {reason}' * bool(reason)}")
 
     channel.run(work)

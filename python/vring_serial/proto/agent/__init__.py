@@ -22,6 +22,7 @@ from .connection import (
     Side,
 )
 from .constants import (
+    AGENT_AWAY,
     FILES_FROM_GUEST,
     Capability,
     ChunkPort,
@@ -76,6 +77,7 @@ __all__ = [
     "ChunkPort",
     "Capabilities",
     "Capability",
+    "AGENT_AWAY",
     "FILES_FROM_GUEST",
     "Layout",
     "capability_name",

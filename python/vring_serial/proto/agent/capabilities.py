@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from .constants import FILES_FROM_GUEST, Capability
+from .constants import AGENT_AWAY, FILES_FROM_GUEST, Capability
+
+_OURS = {FILES_FROM_GUEST: "FILES_FROM_GUEST", AGENT_AWAY: "AGENT_AWAY"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +66,8 @@ class Capabilities:
 
 def capability_name(number: int) -> str:
     """Name of a capability without its prefix, or ``CAP_n`` if vd_agent.h has none."""
-    if number == FILES_FROM_GUEST:
-        return "FILES_FROM_GUEST"
+    if number in _OURS:
+        return _OURS[number]
     try:
         return Capability(number).name
     except ValueError:

@@ -99,6 +99,9 @@ FILES_FROM_GUEST: Final = 63
 """A capability of ours, with a number far from those of vd_agent.h. Where both ends have it, the
 agent follows its answer to a request for FILE_LIST with a transfer of each file to the host."""
 
+AGENT_AWAY: Final = 62
+"""Another of ours, from who shares an agent: there is none at the moment, but the channel stays."""
+
 
 class Selection(enum.IntEnum):
     """VD_AGENT_CLIPBOARD_SELECTION_*: which of X11's clipboards."""

@@ -1,0 +1,99 @@
+"""The payload of one long message on its way from a link to whoever consumes it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+
+from vring_serial.agent.errors import AgentError, AgentGoneError, AgentTimeoutError
+from vring_serial.agent.link import AgentLink, BodySink
+from vring_serial.proto.agent import Buffer
+
+
+class BodyReader:
+    """A sink while the payload arrives, and an async iterator for who wants it.
+
+    At most one piece more than ``HOLD_AT`` bytes wait in memory: the link is not read while the
+    consumer lags behind.
+
+    Args:
+        link: where the payload comes from.
+        what: it, for messages.
+    """
+
+    HOLD_AT = 1 << 20
+
+    def __init__(self, link: AgentLink, what: str) -> None:
+        self._link = link
+        self._what = what
+        self._waiting: list[Buffer] = []
+        self._bytes = 0
+        self._held = False
+        self._done = False
+        self._error: AgentError | None = None
+        self._changed = asyncio.Event()
+
+    def feed(self, data: Buffer) -> None:
+        if self._error is not None:
+            return
+        self._waiting.append(data)
+        self._bytes += len(data)
+        self._changed.set()
+        if self._bytes > self.HOLD_AT and not self._held:
+            self._held = True
+            self._link.hold_reading()
+
+    def end(self, complete: bool) -> None:
+        if not complete:
+            self.fail(AgentGoneError(f"the agent channel closed in the middle of {self._what}"))
+        self._done = True
+        self._changed.set()
+
+    def fail(self, error: AgentError) -> None:
+        """Let whoever waits for the payload have this error instead."""
+        self._error = self._error or error
+        self._discard()
+        self._changed.set()
+
+    def _discard(self) -> None:
+        self._waiting.clear()
+        self._bytes = 0
+        if self._held:
+            self._held = False
+            self._link.release_reading()
+
+    async def pieces(self, timeout: float) -> AsyncGenerator[Buffer]:
+        """The data as they come. Raises the error that ended them, or AgentTimeoutError."""
+        while self._error is None:
+            if self._waiting:
+                data = b"".join(self._waiting) if len(self._waiting) > 1 else self._waiting[0]
+                self._discard()
+                yield data
+            elif self._done:
+                return
+            else:
+                await self._change(timeout)
+        raise self._error
+
+    async def _change(self, timeout: float) -> None:
+        self._changed.clear()
+        try:
+            async with asyncio.timeout(timeout):
+                await self._changed.wait()
+        except TimeoutError:
+            raise AgentTimeoutError(f"no {self._what} came within {timeout:g} s") from None
+
+
+class FanOut:
+    """Gives one payload to several sinks."""
+
+    def __init__(self, sinks: Sequence[BodySink]) -> None:
+        self._sinks = sinks
+
+    def feed(self, data: Buffer) -> None:
+        for sink in self._sinks:
+            sink.feed(data)
+
+    def end(self, complete: bool) -> None:
+        for sink in self._sinks:
+            sink.end(complete)
