@@ -1,8 +1,5 @@
 """Random ring memory and random calls: no input may crash, hang, or touch memory outside the guest.
 
-    python fuzz/ring.py --seconds 60            # coverage-guided where atheris is installed
-    python fuzz/ring.py crash-file              # one input again
-
 The invariant: whatever bytes the rings hold and in whatever order the device calls its queue,
 every call returns or raises a VringError, every segment lies in guest memory, and a chain has no
 more segments and bytes than the specification allows. Under `make sanitize` the extensions are
@@ -12,10 +9,7 @@ error.
 
 from __future__ import annotations
 
-import argparse
 import sys
-import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -136,47 +130,7 @@ def one_input(data: bytes) -> None:
             pass
 
 
-def random_inputs(seconds: float, seed: int) -> int:
-    """Without atheris: random inputs until the time is over; how many."""
-    random = np.random.default_rng(seed)
-    end = time.monotonic() + seconds
-    count = 0
-    while time.monotonic() < end:
-        data = random.bytes(int(random.integers(16, 600)))
-        try:
-            one_input(data)
-        except BaseException:
-            Path("crash-ring").write_bytes(data)
-            print("the input is in crash-ring", file=sys.stderr)
-            raise
-        count += 1
-    return count
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Fuzz the device's side of the rings.")
-    parser.add_argument("inputs", nargs="*", type=Path, help="play these instead")
-    parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--seed", type=int, default=int(time.time()))
-    parser.add_argument("--random", action="store_true", help="not atheris, even if installed")
-    args = parser.parse_args()
-    for path in args.inputs:
-        one_input(path.read_bytes())
-    if args.inputs:
-        return 0
-    try:
-        if args.random:
-            raise ImportError
-        import atheris
-    except ImportError:
-        count = random_inputs(args.seconds, args.seed)
-        print(f"{count} random inputs, seed {args.seed}: none broke the rings")
-        return 0
-    atheris.instrument_func(one_input)
-    atheris.Setup([sys.argv[0], f"-max_total_time={int(args.seconds)}"], one_input)
-    atheris.Fuzz()
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    from runner import run
+
+    sys.exit(run(one_input, "rings"))
