@@ -16,6 +16,10 @@ BATCH_BYTES = 256 * 1024
 TURN_BATCHES = 4
 
 
+def _serve_nothing() -> bool:
+    return False
+
+
 class ServedQueue:
     """Calls ``serve`` when the driver kicks, and again in the next turn while there is more to do.
 
@@ -68,6 +72,9 @@ class ServedQueue:
         """Watch and serve no more. Chains in flight are the caller's to complete or give back."""
         if not self._stopped:
             self._stopped = True
+            # Who serves mostly holds this object, and the cycle would keep the guest's memory
+            # mapped until it is collected.
+            self._serve = _serve_nothing
             self._cancel_turn()
             self._loop.remove_reader(self.running.kick_fd)
 

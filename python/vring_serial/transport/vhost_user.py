@@ -10,7 +10,7 @@ from vring import MemoryWatch
 from vring.errors import RingError
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.ratelimit import RateLimitedLog
-from vring_serial.errors import ConfigError, LocalProtocolError
+from vring_serial.errors import ConfigError, LocalProtocolError, ResourceError
 from vring_serial.proto.vhost_user import ProtocolFeature
 from vring_serial.transport.door import Door
 from vring_serial.transport.lost_memory import make_watch
@@ -92,9 +92,12 @@ class VhostUserBackend:
         """
         if self._started:
             raise LocalProtocolError(f"{self._name} is started already")
-        watch = make_watch(self._name)
-        self._door.open()
-        self._watch = watch
+        self._watch = make_watch(self._name)
+        try:
+            self._door.open()  # a frontend that listens already comes at once
+        except ResourceError:
+            self._watch = None
+            raise
         self._started = True
         self._device.on_config_change = self._config_changed
         self._device.on_needs_reset = self._ring_broken
