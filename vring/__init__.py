@@ -16,6 +16,7 @@ try:
     from vring._driver import Driver, need_event
     from vring._guard import MemoryWatch
     from vring._memory import GuestMemory, Region
+    from vring._notify import drain, notify
     from vring._packed import PackedQueue
     from vring._packed_driver import PackedDriver
     from vring._pump import Flow, FlowCounters, FlowEvent, Pump
@@ -52,6 +53,8 @@ __all__ = [
     "MemoryWatch",
     "need_event",
     "NotificationData",
+    "notify",
+    "drain",
     "Pump",
     "Flow",
     "FlowEvent",

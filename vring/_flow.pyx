@@ -14,9 +14,9 @@ from vring._core cimport VR_TOO_SMALL, VirtQueue
 from vring._guard cimport guard_probe
 from vring._linux cimport (
     EAGAIN, EFAULT, EINTR, EIO, EPIPE, FIONREAD, IOV_MAX, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK,
-    POLLOUT, errno, ioctl, msghdr, poll, pollfd, readv, recv, recvmsg, send, sendmsg, vr_count,
-    vr_note, vr_now, write, writev
+    errno, ioctl, msghdr, readv, recv, recvmsg, sendmsg, vr_count, vr_note, vr_now, writev
 )
+from vring._notify cimport notify_c, notify_eventfd
 from vring._segments cimport (
     backlog_add, backlog_drop, backlog_segments, strip_copy, strip_cut, strip_mend, strip_skip,
     vr_strip
@@ -54,7 +54,6 @@ cdef enum:
     # A longer rest of a half-written chain is cut off when the flow ends, and counted as dropped.
     RESIDUE_MAX = 64 << 20
 
-cdef uint64_t ONE = 1
 
 # --- tables
 
@@ -157,20 +156,15 @@ cdef ssize_t unread(const vr_fd* fd) noexcept nogil:
 
 
 cdef void call_driver(vr_flow* flow) noexcept nogil:
-    """Eight bytes to the call descriptor, if due. One that is full has told the driver already."""
-    cdef pollfd room
+    """Eight bytes to the call descriptor, if due."""
     if not flow.call_due or flow.call.kind == FD_NONE:
         return
     flow.call_due = False
     vr_count(&flow.counters.calls, 1)
-    if flow.call.kind == FD_SOCKET:
-        send(flow.call.number, &ONE, sizeof(ONE), MSG_DONTWAIT | MSG_NOSIGNAL)
-        return
-    if flow.call.blocking:
-        room = pollfd(fd=flow.call.number, events=POLLOUT, revents=0)
-        if poll(&room, 1, 0) != 1 or not room.revents & POLLOUT:
-            return
-    write(flow.call.number, &ONE, sizeof(ONE))
+    if flow.call.kind == FD_OTHER:
+        notify_eventfd(flow.call.number)
+    else:
+        notify_c(flow.call.number)
 
 
 # --- what both directions share

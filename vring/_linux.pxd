@@ -8,6 +8,7 @@ cdef extern from "<errno.h>" nogil:
     int errno
     enum:
         EPERM, EINTR, EIO, EAGAIN, ENOMEM, EFAULT, EINVAL, EPIPE, ECONNRESET
+        ENOTSOCK, EOPNOTSUPP
 
 cdef extern from "<limits.h>" nogil:
     enum:

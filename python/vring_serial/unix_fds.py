@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import errno
 import os
 import socket
 from collections.abc import Iterable, Sequence
@@ -33,7 +34,9 @@ def receive(sock: socket.socket, size: int, max_fds: int) -> Received:
         OSError: the connection is broken.
     """
     room = socket.CMSG_SPACE(max_fds * array.array("i").itemsize)
-    data, ancillary, flags, _ = sock.recvmsg(size, room, socket.MSG_CMSG_CLOEXEC)
+    # Not blocking by itself: who sent us the socket may have another opinion of it.
+    how = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
+    data, ancillary, flags, _ = sock.recvmsg(size, room, how)
     fds = array.array("i")
     for level, kind, content in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
@@ -54,13 +57,17 @@ def send(sock: socket.socket, data: bytes, fds: Sequence[int] = ()) -> int:
         OSError: the connection is broken.
     """
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-    return sock.sendmsg([data], rights, socket.MSG_NOSIGNAL)
+    return sock.sendmsg([data], rights, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
 
 
 def close_all(fds: Iterable[int]) -> None:
     """Close descriptors that nobody wants; -1 stands for none.
 
-    All of them, whatever becomes of one. Raises OSError: the first that closing one brought.
+    All of them, whatever becomes of one. What a peer's file says when it is closed is of no use
+    to anybody (a file system of the peer's own may say anything).
+
+    Raises:
+        OSError: one was not open (EBADF): a mistake of the caller's.
     """
     failed: OSError | None = None
     for fd in fds:
@@ -68,6 +75,7 @@ def close_all(fds: Iterable[int]) -> None:
             if fd >= 0:
                 os.close(fd)
         except OSError as error:
-            failed = failed or error
+            if error.errno == errno.EBADF:
+                failed = failed or error
     if failed is not None:
         raise failed

@@ -145,37 +145,37 @@ REFUSED: dict[str, tuple[Request, Payload | None, list[str], str]] = {
         Request.SET_VRING_KICK,
         VringDescriptor(1),
         ["empty"],
-        "not an eventfd, a pipe or a socket",
+        "its descriptor is not an eventfd",
     ),
     "kick-is-a-directory": (
         Request.SET_VRING_KICK,
         VringDescriptor(1),
         ["directory"],
-        "not an eventfd, a pipe or a socket",
+        "its descriptor is not an eventfd",
     ),
-    "kick-is-not-readable": (
+    "kick-is-a-pipe": (
         Request.SET_VRING_KICK,
         VringDescriptor(1),
-        ["pipe-write"],
-        "its descriptor is not readable",
+        ["pipe-read"],
+        "its descriptor is not an eventfd",
     ),
-    "call-is-not-writable": (
+    "call-is-a-pipe": (
         Request.SET_VRING_CALL,
         VringDescriptor(1),
-        ["pipe-read"],
-        "its descriptor is not writable",
+        ["pipe-write"],
+        "its descriptor is not an eventfd or a unix socket",
     ),
     "call-is-a-file": (
         Request.SET_VRING_CALL,
         VringDescriptor(1),
         ["empty"],
-        "not an eventfd, a pipe or a socket",
+        "not an eventfd or a unix socket",
     ),
     "err-is-a-file": (
         Request.SET_VRING_ERR,
         VringDescriptor(1),
         ["empty"],
-        "not an eventfd, a pipe or a socket",
+        "not an eventfd or a unix socket",
     ),
     "channel-without-descriptor": (
         Request.SET_BACKEND_REQ_FD,

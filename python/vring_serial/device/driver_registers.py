@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from vring import GuestMemory, NotificationData, RingError
+from vring import GuestMemory, NotificationData, RingError, notify
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.host import Host
 from vring_serial.device.queue_setup import QueueSetup, QueueTable
 from vring_serial.device.ratelimit import RateLimitedLog
-from vring_serial.device.virtqueue import notify
 from vring_serial.errors import ConfigError, ProtocolError
 from vring_serial.proto.console import Feature, Status
 

@@ -10,10 +10,10 @@ import asyncio
 import os
 from collections.abc import Callable
 
-from vring import GuestMemory
+from vring import GuestMemory, drain, notify
 from vring.errors import AddressError, VringError
 from vring_serial.device.base import VirtioDevice
-from vring_serial.device.virtqueue import RunningQueue, make_queue, notify
+from vring_serial.device.virtqueue import RunningQueue, make_queue
 from vring_serial.errors import VringSerialError
 from vring_serial.proto.console import Feature
 
@@ -226,7 +226,7 @@ class QueueTable:
             queue.direct = True
             if waiting >= 0:
                 # Calls that came before, and that nobody has seen yet.
-                if _read_event(waiting):
+                if drain(waiting):
                     notify(queue.call_fd)
                 os.close(waiting)
             return
@@ -287,24 +287,16 @@ class QueueTable:
             asyncio.get_running_loop().remove_reader(queue.call_fd)
 
     def _call_waits(self, queue: QueueSetup) -> None:
-        if _read_event(queue.call_fd):
+        if drain(queue.call_fd):
             self._called(queue.index)
 
     def _drain(self, queue: QueueSetup) -> None:
         """Forget kicks and calls: they were about a ring that is no more."""
         if queue.kick_fd >= 0:
-            _read_event(queue.kick_fd)
+            drain(queue.kick_fd)
         if queue.call_fd >= 0 and not queue.direct:
-            _read_event(queue.call_fd)
+            drain(queue.call_fd)
 
 
 def _eventfd() -> int:
     return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-
-
-def _read_event(fd: int) -> bool:
-    """Whether the eventfd counted anything; it counts from zero then."""
-    try:
-        return os.eventfd_read(fd) > 0
-    except BlockingIOError:
-        return False

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable
 
-from vring import Batch, RingError
+from vring import Batch, RingError, drain
 from vring_serial.device.virtqueue import RunningQueue
 
 #: At most so many chains, and, as far as one chain allows, so many bytes in one batch.
@@ -84,13 +83,7 @@ class ServedQueue:
             self._turn = None
 
     def _kicked(self) -> None:
-        try:
-            gone = not os.read(self.running.kick_fd, 8)
-        except BlockingIOError:
-            return
-        except OSError:
-            gone = True
-        if gone:
+        if drain(self.running.kick_fd) is False:
             # Not an eventfd, or broken: it would stay readable for ever.
             self._loop.remove_reader(self.running.kick_fd)
         self.run()

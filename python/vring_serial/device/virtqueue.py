@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from dataclasses import dataclass
 
-from vring import GuestMemory, PackedQueue, SplitQueue, VirtQueue
+from vring import GuestMemory, PackedQueue, SplitQueue, VirtQueue, notify
 from vring_serial.proto.console import Feature
 
 #: ``avail_index`` of a packed ring that is fresh: the wrap counter stands at 1.
 FRESH_PACKED_INDEX = 0x8000
-
-_ONE = (1).to_bytes(8, sys.byteorder)
 
 
 def make_queue(
@@ -57,19 +53,6 @@ def make_queue(
 def is_fresh(queue: VirtQueue) -> bool:
     """Whether the ring stands where it does before its first buffer."""
     return queue.avail_index == (FRESH_PACKED_INDEX if isinstance(queue, PackedQueue) else 0)
-
-
-def notify(fd: int) -> None:
-    """Write the 8 bytes of a kick or call to a non-blocking eventfd, pipe or socket.
-
-    One that is full has told already. One that is broken is the peer's own doing, and that the peer
-    has gone is noticed elsewhere.
-    """
-    # os.eventfd_write and contextlib.suppress cost half as much again each.
-    try:
-        os.write(fd, _ONE)
-    except OSError:
-        return
 
 
 @dataclass(frozen=True, slots=True)

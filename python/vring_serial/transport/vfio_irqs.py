@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from vring_serial.device.virtqueue import notify
+from vring import drain, notify
 from vring_serial.errors import ProtocolError
 from vring_serial.proto.vfio_user_wire import (
     IRQ_SET_ACTION,
@@ -170,13 +170,7 @@ class Interrupts:
             loop.add_reader(fd, self._unmask_event)
 
     def _unmask_event(self) -> None:
-        try:
-            gone = not os.read(self._unmask_fd, 8)
-        except BlockingIOError:
-            return
-        except OSError:
-            gone = True
-        if gone:
+        if drain(self._unmask_fd) is False:
             self._watch_unmask(-1)
             return
         self._lines[IrqIndex.INTX][0].masked = False

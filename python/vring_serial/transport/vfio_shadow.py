@@ -9,14 +9,13 @@ memory, then the used ring, and when the client has said that this is done, the 
 from __future__ import annotations
 
 import asyncio
-import os
 import struct
 from collections.abc import Callable
 from contextlib import suppress
 
-from vring import GuestMemory, SplitQueue, need_event
+from vring import GuestMemory, SplitQueue, drain, need_event, notify
 from vring.errors import AddressError
-from vring_serial.device.virtqueue import RunningQueue, notify
+from vring_serial.device.virtqueue import RunningQueue
 from vring_serial.errors import ProtocolError
 from vring_serial.transport.event_fds import make_eventfd
 from vring_serial.transport.vfio_remote import RemoteMemory
@@ -99,7 +98,7 @@ class ShadowRing:
     # --- from the driver to the device
 
     def _driver_kicks(self) -> None:
-        _drain(self._outer.kick_fd)
+        drain(self._outer.kick_fd)
         self._kicked.set()
 
     async def _fetch_all(self) -> None:
@@ -194,7 +193,7 @@ class ShadowRing:
     # --- from the device to the driver
 
     def _device_calls(self) -> None:
-        _drain(self.queue.call_fd)
+        drain(self.queue.call_fd)
         if self._store() and self._telling is None:
             self._telling = self._loop.create_task(self._tell())
 
@@ -255,8 +254,3 @@ class ShadowRing:
 
     def _get(self, address: int) -> int:
         return int.from_bytes(self._memory.read(address, 2), "little")
-
-
-def _drain(fd: int) -> None:
-    with suppress(BlockingIOError):
-        os.eventfd_read(fd)

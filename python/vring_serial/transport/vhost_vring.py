@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 
-from vring import GuestMemory, PackedDriver, SplitDriver, VirtQueue
+from vring import GuestMemory, PackedDriver, SplitDriver, VirtQueue, notify
 from vring.errors import AddressError
 from vring_serial.device.base import VirtioDevice
-from vring_serial.device.virtqueue import FRESH_PACKED_INDEX, RunningQueue, make_queue, notify
+from vring_serial.device.virtqueue import FRESH_PACKED_INDEX, RunningQueue, make_queue
 from vring_serial.errors import ProtocolError
 from vring_serial.proto.vhost_user import VringAddress
 from vring_serial.transport.event_fds import make_eventfd

@@ -1,0 +1,84 @@
+"""Frontends that make their kick and call descriptors block under the server."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from vring_serial.errors import ProtocolError
+from vring_serial.proto.vhost_user import Request, VringDescriptor
+from vring_serial.transport.event_fds import check_event_descriptor
+from vring_serial.transport.vhost_user import VhostUserBackend
+
+FULL = 2**64 - 2
+
+
+@pytest.fixture(autouse=True)
+def time_limit() -> Iterator[None]:
+    """A call that blocks ends the test run: nothing else could."""
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+
+
+async def test_a_call_that_cannot_be_written(
+    backend: VhostUserBackend, connect: Callable[[], Any]
+) -> None:
+    frontend = connect()
+    await frontend.negotiate(await frontend.number(Request.GET_PROTOCOL_FEATURES))
+    await frontend.set_up(0)
+    os.set_blocking(frontend.calls[0], True)
+    os.eventfd_write(frontend.calls[0], FULL)
+    for _ in range(10):
+        assert await frontend.echo(0, b"served all the same")
+    # and one that is full when it comes, and is told what its predecessor was
+    assert (
+        await frontend.acked(Request.SET_VRING_CALL, VringDescriptor(0), (frontend.calls[0],)) == 0
+    )
+    assert await frontend.echo(0, b"served all the same")
+
+
+async def test_an_error_descriptor_that_cannot_be_written(
+    backend: VhostUserBackend, connect: Callable[[], Any]
+) -> None:
+    frontend = connect()
+    await frontend.negotiate(await frontend.number(Request.GET_PROTOCOL_FEATURES))
+    await frontend.set_up(0)
+    blocked = os.eventfd(FULL & 0xFFFFFFFF)
+    os.eventfd_write(blocked, FULL - (FULL & 0xFFFFFFFF))
+    try:
+        descriptor = VringDescriptor(0)
+        assert await frontend.acked(Request.SET_VRING_ERR, descriptor, (blocked,)) == 0
+        frontend.memory.write(0x10000 + 16 * 64 + 2, (999).to_bytes(2, "little"))  # available index
+        frontend.kick(0)
+        assert await frontend.acked(Request.SET_OWNER) == 0
+    finally:
+        os.close(blocked)
+
+
+def test_what_could_hold_us_up_is_refused() -> None:
+    """A pipe's and a stream's reader can hold their locks while it is made to wait."""
+    eventfd = os.eventfd(0)
+    reader, writer = os.pipe()
+    a, b = socket.socketpair()
+    tcp = socket.socket()
+    try:
+        for writable in (False, True):
+            check_event_descriptor(eventfd, writable=writable)
+            for bad in (reader, writer, tcp.fileno()):
+                with pytest.raises(ProtocolError, match="not an eventfd"):
+                    check_event_descriptor(bad, writable=writable)
+        check_event_descriptor(a.fileno(), writable=True)
+        with pytest.raises(ProtocolError, match="not an eventfd"):
+            check_event_descriptor(a.fileno(), writable=False)
+        assert a.send(b"still open") == 10
+    finally:
+        for sock in (a, b, tcp):
+            sock.close()
+        for fd in (eventfd, reader, writer):
+            os.close(fd)

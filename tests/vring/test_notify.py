@@ -1,0 +1,173 @@
+"""Kicks and calls to descriptors whose other owner wants them to block."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from vring import Pump, drain, notify
+from vring.testing import GuestQueue
+
+FULL = 2**64 - 2
+QUEUE, SLOT = 64, 2048
+
+
+@pytest.fixture(autouse=True)
+def time_limit() -> Iterator[None]:
+    """A call that blocks ends the test run: nothing else could."""
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+
+
+@pytest.fixture
+def eventfd() -> Iterator[int]:
+    """Blocking, as a hostile peer has it."""
+    fd = os.eventfd(0)
+    yield fd
+    os.close(fd)
+
+
+def test_an_eventfd_counts(eventfd: int) -> None:
+    for _ in range(1000):  # more than there is room for in what the kernel tells of them
+        notify(eventfd)
+    assert os.eventfd_read(eventfd) == 1000
+
+
+def test_a_full_eventfd_does_not_block(eventfd: int) -> None:
+    os.eventfd_write(eventfd, FULL)
+    for _ in range(10):
+        notify(eventfd)
+    assert os.eventfd_read(eventfd) >= FULL
+    notify(eventfd)
+    assert os.eventfd_read(eventfd) == 1
+
+
+def test_while_the_peer_fills_it_again_and_again(eventfd: int) -> None:
+    """Between any check and a write after it."""
+    done = False
+
+    def fill() -> None:
+        while not done:
+            os.eventfd_write(eventfd, FULL)
+            os.eventfd_read(eventfd)
+
+    # It may end up waiting for room itself.
+    peer = threading.Thread(target=fill, daemon=True)
+    peer.start()
+    until = time.monotonic() + 1
+    while time.monotonic() < until:
+        notify(eventfd)
+    done = True
+    while peer.is_alive():
+        drain(eventfd)
+        peer.join(0.01)
+
+
+def test_in_many_threads(eventfd: int) -> None:
+    threads = [
+        threading.Thread(target=lambda: [notify(eventfd) for _ in range(20_000)]) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert os.eventfd_read(eventfd) == 80_000
+
+
+def test_in_a_child_of_fork(eventfd: int) -> None:
+    notify(eventfd)
+    child = os.fork()
+    if child == 0:
+        notify(eventfd)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    notify(eventfd)
+    assert os.eventfd_read(eventfd) == 3
+
+
+def test_sockets_and_pipes() -> None:
+    a, b = socket.socketpair()
+    with a, b:
+        notify(a.fileno())
+        assert b.recv(100) == (1).to_bytes(8, "little")
+        a.setblocking(False)
+        try:
+            while True:
+                a.send(bytes(4096))
+        except BlockingIOError:
+            a.setblocking(True)
+        notify(a.fileno())
+        b.close()
+        notify(a.fileno())
+    reader, writer = os.pipe()
+    notify(writer)
+    assert drain(reader) is True
+    os.close(writer)
+    assert drain(reader) is False
+    os.close(reader)
+    notify(-1)
+
+
+def test_an_empty_eventfd_is_not_waited_for(eventfd: int) -> None:
+    assert drain(eventfd) is None
+    os.eventfd_write(eventfd, 3)
+    assert drain(eventfd) is True
+    assert drain(eventfd) is None
+    assert drain(-1) is False
+
+
+@pytest.mark.parametrize("incoming", [False, True])
+def test_the_pump_goes_on_while_a_call_cannot_be_written(incoming: bool) -> None:
+    """All flows share its thread: those of the guest that blocks, and everybody else's."""
+    data = np.zeros(GuestQueue.bytes_needed(QUEUE, SLOT), np.uint8)
+    guest = GuestQueue(data, QUEUE, SLOT, writable=incoming)
+    kick_fd, call_fd = os.eventfd(0), os.eventfd(0)
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    theirs.settimeout(10)
+    events: list[object] = []
+    arguments = {
+        "kick_fd": kick_fd,
+        "call_fd": call_fd,
+        "on_event": lambda *event: events.append(event),
+    }
+    with ours, theirs, Pump() as pump:
+        if incoming:
+            flow = pump.host_to_guest(guest.device_queue(), read_fd=ours.fileno(), **arguments)
+        else:
+            flow = pump.guest_to_host(guest.device_queue(), write_fd=ours.fileno(), **arguments)
+        # Only now: what was found before says nothing.
+        os.set_blocking(call_fd, True)
+        os.eventfd_write(call_fd, FULL)
+        for turn in range(20):
+            if incoming:
+                guest.offer()
+                os.eventfd_write(kick_fd, 1)
+                theirs.sendall(b"%d" % turn)
+                until = time.monotonic() + 10
+                received = b""
+                while not received:
+                    assert time.monotonic() < until
+                    received = guest.receive()
+                assert received == b"%d" % turn
+            else:
+                guest.send(b"%2d" % turn, [2])
+                os.eventfd_write(kick_fd, 1)
+                assert theirs.recv(100) == b"%2d" % turn
+                time.sleep(0.002)
+                guest.collect()
+        assert flow.counters.calls > 1
+        flow.detach()
+    assert select.select([call_fd], [], [], 0)[0]
+    os.close(kick_fd)
+    os.close(call_fd)
+    assert events == []
