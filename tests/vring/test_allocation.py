@@ -51,7 +51,7 @@ def iteration(queue: Any) -> None:
 @pytest.mark.parametrize("work", [batches, singles, iteration])
 def test_a_million_chains_allocate_nothing(packed: bool, work: Callable[[Any], None]) -> None:
     queue, refill = refilled(packed)
-    rounds = 4000 if work is batches else 200
+    rounds = 1_000_000 // SIZE + 1
     for _ in range(3):
         refill()
         work(queue)

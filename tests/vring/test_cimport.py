@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -53,10 +54,21 @@ def kinds():
     return SplitQueue, PackedQueue
 """
 
+#: docs/rings.md shows the least there is to it, as a function for C alone.
+(EXAMPLE,) = re.findall(
+    r"```cython\n(.*?)```",
+    (Path(__file__).parents[2] / "docs" / "rings.md").read_text(),
+    re.DOTALL,
+)
+EXAMPLE += """
+def call(VirtQueue queue):
+    return drain(queue)
+"""
+
 USE = """
 import sys
 sys.path[:0] = [{build!r}, {here!r}]
-import foreign, vring
+import example, foreign, vring
 from ring_bench import DATA, Ring
 
 assert foreign.kinds() == (vring.SplitQueue, vring.PackedQueue)
@@ -69,6 +81,9 @@ for packed in (False, True):
     heads, lengths = ring.driver.get_used()
     assert set(lengths.tolist()) == {{5}} and len(heads) == 120
     assert foreign.holds(ring.memory, DATA) and not foreign.holds(ring.memory, 1)
+    ring.chain(7)
+    assert example.call(ring.queue) == 1 and example.call(ring.queue) == 0
+    assert len(ring.driver.get_used()[0]) == 1
     ring.driver.add([(1, 1)], [])
     ring.driver.publish()
     try:
@@ -83,10 +98,11 @@ for packed in (False, True):
 def test_a_foreign_extension(tmp_path: Path) -> None:
     pytest.importorskip("Cython")
     (tmp_path / "foreign.pyx").write_text(FOREIGN)
+    (tmp_path / "example.pyx").write_text(EXAMPLE)
     (tmp_path / "setup.py").write_text(
         "from Cython.Build import cythonize\n"
         "from setuptools import setup\n"
-        f"setup(ext_modules=cythonize('foreign.pyx', include_path=[{vring.get_include()!r}]))\n"
+        f"setup(ext_modules=cythonize('*.pyx', include_path=[{vring.get_include()!r}]))\n"
     )
     build = subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
