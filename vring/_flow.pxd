@@ -77,7 +77,7 @@ cdef struct vr_flow:
     uint64_t emptied            # ns; when the queue was last empty
     uint64_t calm_until         # ns; until then, no sampling
     uint64_t calm_ns            # how long that was
-    uint32_t samples            # since sampling began
+    uint32_t sampled            # chains since sampling began
     bint warm                   # there were many of them the last time
     uint32_t offered            # incoming: most buffers the driver had available at once
     uint64_t room               # bytes to try at once: what the descriptor took lately, and more

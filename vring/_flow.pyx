@@ -35,12 +35,13 @@ cdef enum:
     # The kernel takes longer over a segment than a copy of so few bytes does.
     SMALL = 512
     # Sampling begins after so many chains that came in batches, or with less than SAMPLE_NS between
-    # them, and goes on while each sample has so many.
+    # them, and goes on while each sample has so many. Of several processes in the guest that take
+    # turns, one may wait so long (ns) for the next: that is no end of its stream.
     STREAK = 16
     SAMPLE_CHAINS = 3
-    # A stream of so many samples is believed at once when it goes on later, as that of one of
-    # several processes does which take turns.
-    SAMPLES_MIN = 2
+    TURN_NS = 8_000_000
+    # A stream that had so many chains sampled is believed at once when it goes on later.
+    SAMPLED_MIN = 5
     # After fewer, the last of them with chains in it whose sender waits for something, sampling is
     # not tried again for so long (ns), twice as long each time.
     CALM_NS_MIN = 500_000
@@ -292,23 +293,24 @@ cdef bint samples(vr_flow* flow) noexcept nogil:
     now = vr_now()
     if flow.sampling:
         if found >= SAMPLE_CHAINS:
-            flow.samples += 1
+            flow.sampled += found
             return True
         flow.sampling = False
-        flow.warm = flow.samples >= SAMPLES_MIN
+        flow.warm = flow.sampled >= SAMPLED_MIN
         if flow.warm:
             flow.calm_ns = 0
         elif found:
             flow.calm_ns = min(max(2 * flow.calm_ns, <uint64_t>CALM_NS_MIN), <uint64_t>CALM_NS_MAX)
             flow.calm_until = now + flow.calm_ns
-    if found < SAMPLE_CHAINS and now >= flow.emptied + SAMPLE_NS:
+    if found >= SAMPLE_CHAINS or now < flow.emptied + SAMPLE_NS:
+        flow.streak += found
+    elif now >= flow.emptied + TURN_NS:
         flow.streak = 0
-    flow.streak += found
     flow.emptied = now
     if now >= flow.calm_until and (flow.streak >= STREAK or (flow.warm and found)):
         flow.sampling = True
         flow.warm = False
-        flow.streak = flow.samples = 0
+        flow.streak = flow.sampled = 0
     return flow.sampling
 
 
