@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import sys
 
 import pytest
 
 from vring_serial.chardev.protocol import ProtocolChardev
-from vring_serial.cli.spice_end import SpiceEnds
+from vring_serial.cli.spice_end import SpiceEnds, _ClientLog
 from vring_serial.config import domain_xml
 from vring_serial.config.build import make_controller
 from vring_serial.config.qemu_options import parse
 from vring_serial.errors import DependencyError
 from vring_serial.spice import library
+from vring_serial.spice.core import ClientEvent
 
 DOMAIN = b"""<domain><devices><graphics type='spice' autoport='yes'/>
 <channel type='spicevmc'><target type='virtio'/></channel>
@@ -89,3 +91,14 @@ async def test_a_domain_without_ports_for_it_needs_no_server(no_library):
     )
     ends = SpiceEnds(topology)
     assert ends.makers.keys() == {"spiceport"}
+
+
+def test_clients_that_come_and_go_in_a_loop_are_counted(caplog):
+    with caplog.at_level(logging.INFO, "vring_serial.cli"):
+        on_client = _ClientLog()
+        for number in range(500):
+            on_client(ClientEvent("127.0.0.1:7", True, connected=not number % 2))
+    assert 2 <= len(caplog.records) <= 20
+    first = caplog.records[0]
+    assert first.getMessage() == "SPICE: client 127.0.0.1:7 connected with TLS"
+    assert (first.event, first.fields["tls"]) == ("spice_client_connected", True)

@@ -85,6 +85,8 @@ async def _start(topology: Topology, settings: Settings, stack: contextlib.Async
         for controller, socket in zip(controllers, settings.sockets, strict=True)
     ]
     agents.start()
+    if (device := spice.agent_device()) is not None:
+        agents.share_with_server(device)
     for config, controller in zip(topology.controllers, controllers, strict=True):
         stack.push_async_callback(controller.stop)
         await controller.start()

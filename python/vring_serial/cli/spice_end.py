@@ -12,12 +12,15 @@ from vring_serial.chardev.protocol import ProtocolChardev, SpiceportOptions
 from vring_serial.cli.logs import emit
 from vring_serial.config.build import ChardevMakers
 from vring_serial.config.topology import PortConfig, SpiceConfig, Topology
+from vring_serial.device.ratelimit import RateLimitedLog
 from vring_serial.errors import ConfigError, DependencyError, ResourceError
 
 if TYPE_CHECKING:
     from vring_serial.spice.core import ClientEvent
     from vring_serial.spice.device import AgentDevice
     from vring_serial.spice.server import SpiceServer
+
+log = logging.getLogger("vring_serial.cli")
 
 KINDS = ("spicevmc", "spiceport")
 
@@ -52,7 +55,7 @@ class SpiceEnds:
         from vring_serial.spice.server import SpiceServer
 
         try:
-            return SpiceServer(config.options, name=name, on_client=_log_client)
+            return SpiceServer(config.options, name=name, on_client=_ClientLog())
         except DependencyError as error:
             if config.explicit:
                 raise
@@ -112,8 +115,16 @@ def _nothing(port: PortConfig) -> Chardev:
     )
 
 
-def _log_client(event: ClientEvent) -> None:
-    how = " with TLS" if event.tls else ""
-    what = "connected" if event.connected else "disconnected"
-    text = f"SPICE: client {event.address} {what}{how if event.connected else ''}"
-    emit(logging.INFO, f"spice_client_{what}", text, address=event.address, tls=event.tls)
+class _ClientLog:
+    """Logs who comes and goes; a client that does so in a loop is counted instead."""
+
+    def __init__(self) -> None:
+        self._log = RateLimitedLog(log)
+
+    def __call__(self, event: ClientEvent) -> None:
+        how = " with TLS" if event.tls else ""
+        what = "connected" if event.connected else "disconnected"
+        text = f"SPICE: client {event.address} {what}{how if event.connected else ''}"
+        fields = {"address": event.address, "tls": event.tls}
+        extra = {"event": f"spice_client_{what}", "fields": fields}
+        self._log.log(logging.INFO, "%s", text, extra=extra)

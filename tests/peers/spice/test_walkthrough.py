@@ -88,3 +88,47 @@ async def test_a_domain_brings_its_server(tmp_path, client_process, unused_port)
             server.kill()
             await server.wait()
     assert not [line for line in log if "Traceback" in line or "warning" in line]
+
+
+async def test_a_client_and_the_command_share_the_agent(tmp_path, client_process, unused_port):
+    vring = [sys.executable, "-m", "vring_serial"]
+    server = await asyncio.create_subprocess_exec(
+        *vring, "serve", "--vhost-user", "v", "--chardev", "spicevmc,id=agent",
+        "--port", "chardev=agent", "--agent-socket", "a",
+        "--spice", f"port={unused_port},addr=127.0.0.1,disable-ticketing=on",
+        cwd=tmp_path, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        async with asyncio.timeout(50):
+            while "serving" not in (line := (await server.stderr.readline()).decode()):
+                assert line
+            guest = await asyncio.create_subprocess_exec(
+                *vring, "guest", "--vhost-user", "v", "--agent", "--log-level", "error",
+                cwd=tmp_path,
+            )  # fmt: skip
+            client_process.do("connect", {"host": "127.0.0.1", "port": str(unused_port)})
+            await client_process.wait_negotiated()
+            client_process.do("grab", 0, "the client's")
+            assert await client_process.wait("grabbed", 1) == [[1]]
+            command = await asyncio.create_subprocess_exec(
+                *vring, "agent", "--socket", "a", "clipboard", "get",
+                cwd=tmp_path, stdout=asyncio.subprocess.PIPE,
+            )  # fmt: skip
+            assert await command.communicate() == (b"the client's", None)
+            command = await asyncio.create_subprocess_exec(
+                *vring, "agent", "--socket", "a", "clipboard", "set", "the command's",
+                "--paste-once", cwd=tmp_path,
+            )  # fmt: skip
+            await client_process.wait("grabbed", 0)
+            assert await client_process.receive(0) == b"the command's"
+            assert await command.wait() == 0
+            server.terminate()
+            rest = (await server.stderr.read()).decode()
+            await guest.wait()
+            assert await server.wait() == 0
+    finally:
+        if server.returncode is None:
+            server.kill()
+            await server.wait()
+    assert "Traceback" not in rest
+    assert "warning" not in rest
