@@ -34,6 +34,8 @@ async def test_bytes_both_ways(bench_type, tmp_path, options, times):
         guest = await bench.boot(files={"payload": payload.data}, **options)
         interrupts = await guest.run("grep virtio0 /proc/interrupts")
         assert ("MSIX" in interrupts) == ("append" not in options)
+        features = await guest.run("cat /sys/bus/virtio/devices/virtio0/features")
+        assert features.strip()[38] == "1", "NOTIFICATION_DATA: each kick carries it"
         await guest.run("until [ -c /dev/vport0p1 ]; do sleep 0.05; done")
         async with connections(bench.connect, "org.example.data1") as [stream]:
             exchange = Exchange(stream, "/dev/vport0p1", payload, times)
