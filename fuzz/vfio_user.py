@@ -24,6 +24,7 @@ from vring_serial.chardev.null import NullChardev
 from vring_serial.device.controller import Controller
 from vring_serial.device.pci import PciDevice
 from vring_serial.device.port import Port
+from vring_serial.device.ratelimit import RateLimitedLog
 from vring_serial.proto.payload import Payload
 from vring_serial.proto.vfio_user import MessageParser, reply, request
 from vring_serial.proto.vfio_user_version import Version
@@ -45,6 +46,7 @@ from vring_serial.proto.vfio_user_wire import (
 from vring_serial.transport.vfio_rings import RemoteRings
 from vring_serial.transport.vfio_session import Session
 
+_SAID = RateLimitedLog(logging.getLogger(__name__))
 MEMORY = 1 << 20
 #: Messages of one input.
 MESSAGES = 60
@@ -219,7 +221,9 @@ async def _next_client_works(pci: PciDevice, rings: RemoteRings) -> None:
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     theirs.setblocking(False)
-    session = Session(ours, pci, rings, name="next", watch=MemoryWatch(), ended=lambda: None)
+    session = Session(
+        ours, pci, rings, name="next", said=_SAID, watch=MemoryWatch(), ended=lambda: None
+    )
     with theirs:
         theirs.sendall(request(Command.VERSION, 1, Version()))
         theirs.sendall(request(Command.REGION_READ, 2, RegionRead(0, 7, 4)))
@@ -252,7 +256,9 @@ async def run(data: bytes) -> None:
     ours.setblocking(False)
     theirs.setblocking(False)
     client = Client(theirs)
-    session = Session(ours, pci, rings, name="fuzz", watch=MemoryWatch(), ended=lambda: None)
+    session = Session(
+        ours, pci, rings, name="fuzz", said=_SAID, watch=MemoryWatch(), ended=lambda: None
+    )
     if choose.below(8):
         client.send(request(Command.VERSION, 1, Version()))
         shared = (client.memfd,) if choose.below(3) else ()

@@ -567,3 +567,16 @@ async def test_garbage_in_the_rings_harms_no_one_else(make_controller, make_gues
     guest.write(1, b"at last")
     await guest.until(lambda: controller.ports[1]._transport.get_protocol().data == b"at last")
     assert failures == []
+
+
+def test_a_guest_that_opens_and_closes_in_a_loop_fills_no_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    controller = Controller()
+    for _ in range(1000):
+        controller.emit(ev.PortOpened(Side.GUEST, 1))
+        controller.emit(ev.PortClosed(Side.GUEST, 1))
+    assert len(caplog.records) == 20
+    controller.emit(ev.PortOpened(Side.GUEST, 2))
+    assert len(caplog.records) == 21  # other ports are heard

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import resource
 import socket
@@ -267,3 +268,25 @@ async def test_no_descriptor_left_to_connect_with(scripted) -> None:
             await Frontend(scripted.path).connect()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+async def test_a_backend_that_dies_while_it_is_sent_to_is_told_once(tmp_path, caplog) -> None:
+    """Nobody waits for the answer yet; its future must not be found unretrieved later."""
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    frontend = Frontend(str(tmp_path / "backend"), timeout=5)
+    frontend.attach(ours)
+    try:
+        while True:
+            ours.send(bytes(65536))
+    except BlockingIOError:
+        pass
+    asking = asyncio.ensure_future(frontend.ask(vu.Request.GET_FEATURES, vu.U64))
+    await asyncio.sleep(0.01)
+    theirs.close()
+    with pytest.raises(BackendClosedError):
+        await asking
+    del asking
+    gc.collect()
+    await asyncio.sleep(0)
+    assert "never retrieved" not in caplog.text

@@ -97,6 +97,8 @@ class Controller:
         # What a guest can cause as often as it likes: more than 511 ports say as they start.
         self._refused = RateLimitedLog(log)
         self._said = RateLimitedLog(log, burst=2000)
+        # By port: a guest can open and close one in a loop.
+        self._said_of_ports: dict[int, RateLimitedLog] = {}
 
     # --- for those who build it
 
@@ -340,6 +342,8 @@ class Controller:
             self._refused.warning("%s: %s", where, event)
         elif isinstance(event, (ev.QueueBroken, ev.OutputDropped)):
             self._said.log(logging.WARNING, "%s: %s", where, event)
+        elif isinstance(event, (ev.PortOpened, ev.PortClosed)):
+            self._said_of(event.nr).log(logging.INFO, "%s: %s", where, event)
         else:
             self._said.log(logging.INFO, "%s: %s", where, event)
         if self.on_event is not None:
@@ -347,6 +351,11 @@ class Controller:
                 self.on_event(event)
             except Exception:
                 log.exception("%s: on_event failed", self.name)
+
+    def _said_of(self, nr: int) -> RateLimitedLog:
+        if nr not in self._said_of_ports:
+            self._said_of_ports[nr] = RateLimitedLog(log, burst=20, seconds=10)
+        return self._said_of_ports[nr]
 
     # --- internals
 

@@ -119,6 +119,8 @@ class Frontend:
                 channel.close()
         if self._waiting is not None and not self._waiting[1].done():
             self._waiting[1].set_exception(error)
+            # Who waits may still be sending, and is told there.
+            self._waiting[1].exception()
         return True
 
     # --- requests

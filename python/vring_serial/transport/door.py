@@ -13,8 +13,10 @@ log = logging.getLogger(__name__)
 
 #: Seconds between two attempts to connect.
 RETRY_INTERVAL = 0.5
-#: Seconds without accepting after the system refused a descriptor for a connection.
+#: Seconds without accepting after the system refused a descriptor for a connection; twice as long
+#: each time, up to the most.
 ACCEPT_PAUSE = 1.0
+ACCEPT_PAUSE_MOST = 8.0
 
 
 class Door:
@@ -47,6 +49,7 @@ class Door:
         self._listener: UnixListener | None = None
         self._retry: asyncio.TimerHandle | None = None
         self._last_failure = ""
+        self._accept_pause = 0.0  # that was last made; 0 after a success
         self._open = False
 
     def open(self) -> None:
@@ -98,10 +101,13 @@ class Door:
         except (BlockingIOError, ConnectionAbortedError):
             return
         except OSError as error:
-            log.warning("%s: cannot accept a %s: %s", self._name, self._peer, error.strerror)
+            if not self._accept_pause:  # said once, until one is accepted
+                log.warning("%s: cannot accept a %s: %s", self._name, self._peer, error.strerror)
+            self._accept_pause = min(2 * self._accept_pause, ACCEPT_PAUSE_MOST) or ACCEPT_PAUSE
             loop.remove_reader(listener.socket)
-            self._retry = loop.call_later(ACCEPT_PAUSE, self._next)
+            self._retry = loop.call_later(self._accept_pause, self._next)
             return
+        self._accept_pause = 0.0
         loop.remove_reader(listener.socket)
         sock.setblocking(False)
         self._came(sock)

@@ -56,8 +56,6 @@ from vring_serial.transport.vfio_irqs import Interrupts
 from vring_serial.transport.vfio_remote import RemoteMemory
 from vring_serial.transport.vfio_rings import ClientMemory, RemoteRings
 
-log = logging.getLogger(__name__)
-
 #: Regions that a client may map; each with a descriptor is a mapping of this process.
 MAX_DMA_MAPS = 4096
 #: Bytes read in one turn of the loop.
@@ -104,6 +102,7 @@ class Session:
             client's memory would write into what is another guest's.
         rings: between ``pci`` and its device.
         name: for log lines.
+        said: what is logged of this session goes there.
         watch: tells of lost memory; no other session uses it meanwhile.
         ended: called once, when the client has gone or was sent away; not by :meth:`close`.
     """
@@ -115,6 +114,7 @@ class Session:
         rings: RemoteRings,
         *,
         name: str,
+        said: RateLimitedLog,
         watch: MemoryWatch,
         ended: Callable[[], None],
     ) -> None:
@@ -124,7 +124,7 @@ class Session:
         self._ended = ended
         self._closed = False
         self._parser = MessageParser()
-        self._refused = RateLimitedLog(log)
+        self._said = said
         self._client: Capabilities | None = None
         self._twin: Connection | None = None
         self._twin_parser = MessageParser()
@@ -166,13 +166,14 @@ class Session:
 
     def _lost(self, error: OSError | None) -> None:
         if (why := describe_loss(self._dma.mapped)) is not None:
-            log.warning("%s: %s", self._name, why)
+            self._said.warning("%s: %s", self._name, why)
         elif error is not None:
-            log.info("%s: connection lost: %s", self._name, error.strerror or error)
+            lost = error.strerror or error
+            self._said.log(logging.INFO, "%s: connection lost: %s", self._name, lost)
         self._end()
 
     def _send_away(self, why: str) -> None:
-        log.warning("%s: %s; connection closed", self._name, why)
+        self._said.warning("%s: %s; connection closed", self._name, why)
         self._end()
 
     def _end(self) -> None:
@@ -239,7 +240,7 @@ class Session:
         return handler(payload, fds)
 
     def _refuse(self, message: Message, error: VfioUserError) -> None:
-        self._refused.warning("%s: refused %s", self._name, error)
+        self._said.warning("%s: refused %s", self._name, error)
         if not message.no_reply:
             self._connection.send(error_reply(message.command, message.message_id, error.errno))
 
@@ -278,7 +279,7 @@ class Session:
             agreed = replace(agreed, twin_fd_index=0)
         remote = RemoteMemory(send, agreed.max_data_xfer_size)
         self._rings.client = ClientMemory(self._dma, remote)
-        log.info("%s: %s", self._name, agreed)
+        self._said.log(logging.INFO, "%s: %s", self._name, agreed)
         return Version(MAJOR, MINOR, agreed if proposed is not None else None)
 
     def _open_twin(self) -> Connection:

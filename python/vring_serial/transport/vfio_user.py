@@ -10,6 +10,7 @@ from functools import partial
 from vring import MemoryWatch
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.pci import PciDevice
+from vring_serial.device.ratelimit import RateLimitedLog
 from vring_serial.errors import LocalProtocolError
 from vring_serial.transport.door import Door
 from vring_serial.transport.lost_memory import make_watch
@@ -60,6 +61,8 @@ class VfioUserServer:
         self._door = Door(path, name=self._name, peer="client", came=self._serve)
         self._session: Session | None = None
         self._watch: MemoryWatch | None = None
+        # One for all sessions: a client can come as often as it likes.
+        self._said = RateLimitedLog(log, burst=60, seconds=20)
         self._started = False
 
     async def start(self) -> None:
@@ -94,7 +97,13 @@ class VfioUserServer:
         assert self._pci is not None
         assert self._watch is not None
         self._session = Session(
-            sock, self._pci, self._rings, name=self._name, watch=self._watch, ended=self._ended
+            sock,
+            self._pci,
+            self._rings,
+            name=self._name,
+            said=self._said,
+            watch=self._watch,
+            ended=self._ended,
         )
         self._tell("connected")
 
@@ -105,6 +114,7 @@ class VfioUserServer:
 
     def _tell(self, what: str) -> None:
         fields = {"socket": self._path, "state": what}
-        log.info("%s: client %s", self._name, what, extra={"event": "client", "fields": fields})
+        extra = {"event": "client", "fields": fields}
+        self._said.log(logging.INFO, "%s: client %s", self._name, what, extra=extra)
         if self.on_client is not None:
             self.on_client(what)
