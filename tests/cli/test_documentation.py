@@ -12,7 +12,7 @@ from vring_serial.config.load import load_topology
 from vring_serial.config.qemu_options import QemuOptions
 
 ROOT = Path(__file__).parents[2]
-PAGES = ["README.md", "docs/configuration.md", "docs/spice.md"]
+PAGES = ["README.md", "docs/configuration.md", "docs/spice.md", "docs/qemu.md"]
 
 
 def commands() -> list[str]:
