@@ -105,7 +105,8 @@ async def drain(server: Server) -> None:
     guest = await server.guest()
     reader, _ = await (await guest.wait_port(nr=2)).open()
     async with asyncio.timeout(TIMEOUT):
-        await swallow(reader)
+        while await reader.read(1 << 16):
+            pass
     await guest.stop()
 
 
@@ -150,7 +151,8 @@ async def open_port(
 @pytest.mark.parametrize("direction", ["out", "in", "both"])
 @pytest.mark.parametrize("size", [100, 32768])
 async def test_under_traffic_of_the_pump(server: Server, direction: str, size: int) -> None:
-    for count in range(1, 8, 2):
+    gone = 0
+    for _ in range(4):
         guest = await server.guest()
         host = await server.host()
         reader, writer = await open_port(guest, 2)
@@ -161,13 +163,16 @@ async def test_under_traffic_of_the_pump(server: Server, direction: str, size: i
             jobs.append(asyncio.ensure_future(flood(host[1], b"h" * size)))
         await asyncio.sleep(0.05)
         cut_off(guest)
-        await server.logged("frontend gone", count)  # each second one drains
+        gone += 1
+        await server.logged("frontend gone", gone)
         for job in jobs:
             job.cancel()
         await asyncio.gather(*jobs, return_exceptions=True)
         await guest.stop()
         host[1].close()
-        await drain(server)
+        if direction != "out":
+            await drain(server)
+            gone += 1
     # Not each time: the guest's own driver may see zeros and give up before the server does.
     await server.logged("is gone: the file was cut off")
     await all_bytes_right(server)
