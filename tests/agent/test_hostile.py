@@ -13,8 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vring_serial.agent import HOST_CAPABILITIES, AgentRouter, HostAgent
+from vring_serial.agent.router_client import RouterClient
 from vring_serial.guest.agent import GuestAgent
 from vring_serial.proto.agent import (
+    AGENT_AWAY,
     FILES_FROM_GUEST,
     AgentConnection,
     AnnounceCapabilities,
@@ -50,7 +52,14 @@ messages = st.one_of(
     st.builds(
         AnnounceCapabilities,
         st.booleans(),
-        st.sampled_from([HOST_CAPABILITIES, HOST_CAPABILITIES.with_(63), Capabilities((0,))]),
+        st.sampled_from(
+            [
+                HOST_CAPABILITIES,
+                HOST_CAPABILITIES.with_(FILES_FROM_GUEST),
+                HOST_CAPABILITIES.with_(AGENT_AWAY),
+                Capabilities((0,)),
+            ]
+        ),
     ),
     st.builds(ClipboardGrab, selection, st.lists(small, max_size=3).map(tuple), small),
     st.builds(ClipboardRequest, selection, small),
@@ -162,16 +171,20 @@ def test_guest(tmp_path, messages):
 
 
 @few
-@given(sent, sent)
-def test_router(tmp_path, from_agent, from_client):
+@given(sent, sent, sent)
+def test_router(tmp_path, from_agent, from_client, from_server):
     async def run():
         router = AgentRouter()
         await asyncio.gather(
             exchange(router.protocol_factory, encode(Side.GUEST, from_agent)),
             exchange(router.client_factory, encode(Side.HOST, from_client)),
+            exchange(
+                lambda: RouterClient(router, is_server=True).link, encode(Side.HOST, from_server)
+            ),
         )
         await router.close()
         assert not router.clients
         assert not router._transfers
+        assert not router.guest_files._open
 
     run_without_failures(run())

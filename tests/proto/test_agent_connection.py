@@ -209,6 +209,17 @@ def test_impossible_sizes_cost_one_message(kind, size):
     assert found[1:] == [MessageReceived(1, Reply(1, 1))]
 
 
+@pytest.mark.parametrize("words", [0, 65, 1_000_000])
+def test_capabilities_of_no_word_or_a_million(words):
+    body = struct.pack("<I", 1) + bytes(4 * words)
+    wire = ChunkEncoder(0).encode(1, b"", header(6, len(body)) + body)
+    host = AgentConnection(Side.HOST)
+    found = events(host, wire + AgentConnection(Side.GUEST).send(Reply(1, 1)))
+    assert isinstance(found[0], MessageError)
+    assert found[1:] == [MessageReceived(1, Reply(1, 1))]
+    assert host.remote is None
+
+
 def test_layout_follows_the_announcements():
     host, guest = AgentConnection(Side.HOST), AgentConnection(Side.GUEST)
     grab = ClipboardGrab(1, (1,), 5)

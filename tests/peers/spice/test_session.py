@@ -56,8 +56,10 @@ async def test_release_both_ways(bench):
     await client.wait("released", 0)
 
 
-@pytest.mark.parametrize(("number", "name"), SELECTIONS[:2])
+@pytest.mark.parametrize(("number", "name"), SELECTIONS)
 async def test_a_mebibyte_both_ways(bench, number, name):
+    if name not in bench.guest.selections:
+        pytest.skip("the real agent knows two selections; test_a_short_text shows what it answers")
     client = await connected(bench)
     text = "".join(chr(32 + i * i % 95) for i in range(4096)) * (MEBIBYTE // 4096)
     client.do("grab", number, text)
