@@ -7,6 +7,7 @@ import base64
 import logging
 import os
 import socket
+import struct
 import subprocess
 
 import pytest
@@ -242,10 +243,27 @@ async def test_a_port_is_open_for_the_guest_while_a_client_is_there(tmp_path, cl
 
 
 async def test_webdav_has_a_channel_of_its_own(tmp_path, client_process):
+    """The client serves a folder over it, in frames of a connection's number, a size and data."""
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    data = os.urandom(300_000)
+    (shared / "file").write_bytes(data)
     async with asyncio.timeout(50), PortBench(tmp_path, "org.spice-space.webdav.0") as bench:
-        client_process.do("connect", bench.properties)
+        client_process.do("connect", {**bench.properties, "shared-dir": str(shared)})
         await client_process.wait("channel-event", "WebdavChannel", "opened")
         await bench.until_host(True)
-        _, writer = await bench.port.open()
+        reader, writer = await bench.port.open()
+        request = b"GET /file HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+        writer.write(struct.pack("<qH", 7, len(request)) + request)
+        answer = bytearray()
+        while True:
+            number, size = struct.unpack("<qH", await reader.readexactly(10))
+            assert number == 7
+            if not size:
+                break
+            answer += await reader.readexactly(size)
+        head, _, body = bytes(answer).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200")
+        assert body == data
         writer.close()
         await writer.wait_closed()
