@@ -15,6 +15,9 @@ _found: list[tuple[str, str, dict[str, Any]]] = []
 
 @pytest.fixture(autouse=True)
 def _collect(request: pytest.FixtureRequest) -> Iterator[None]:
+    if "benchmark" not in request.fixturenames:
+        yield
+        return
     notes = request.getfixturevalue("benchmark").extra_info
     yield
     if notes:
