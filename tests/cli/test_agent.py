@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -14,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from vring_serial.agent import AgentRouter
+from vring_serial.guest.agent import GuestAgent
 
 VRING = (sys.executable, "-m", "vring_serial")
 DOMAIN = """\
@@ -262,3 +266,38 @@ def test_agent_socket_needs_one_spicevmc_port(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert result.returncode == 2
     assert "for one spicevmc port, and there are 0" in result.stderr
+
+
+@pytest.mark.parametrize("shared", [False, True])
+async def test_files_that_were_copied_in_the_guest(tmp_path, shared):
+    """On the channel itself, and on one that is shared."""
+    (tmp_path / "copied").write_bytes(os.urandom(3_000_000))
+    guest = GuestAgent()
+    guest.copy_files([tmp_path / "copied"])
+    router = AgentRouter()
+    loop = asyncio.get_running_loop()
+    path = str(tmp_path / "agent.sock")
+    if shared:
+        ours, theirs = socket.socketpair()
+        await loop.create_connection(router.protocol_factory, sock=ours)
+        await loop.create_connection(guest.protocol_factory, sock=theirs)
+    factory = router.client_factory if shared else guest.protocol_factory
+    server = await loop.create_unix_server(factory, path)
+
+    async def files(*options):
+        process = await asyncio.create_subprocess_exec(
+            *VRING, "agent", "--socket", path, "clipboard", "get", "--type", "files", *options,
+            stdout=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        async with asyncio.timeout(30):
+            output, _ = await process.communicate()
+        assert process.returncode == 0
+        return output.decode().splitlines()
+
+    assert await files() == [str(tmp_path / "copied")]
+    assert await files("--output", str(tmp_path / "in")) == [str(tmp_path / "in" / "copied")]
+    assert (tmp_path / "in" / "copied").read_bytes() == (tmp_path / "copied").read_bytes()
+    await router.close()
+    await guest.close()
+    server.close()
+    await server.wait_closed()

@@ -8,10 +8,11 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from vring_serial.agent import HostAgent
+from vring_serial.agent import HOST_CAPABILITIES, HostAgent
 from vring_serial.cli import STATUS_INTERRUPTED
 from vring_serial.cli.signals import finished_before, stop_on_signals
 from vring_serial.errors import ConfigError, ResourceError
+from vring_serial.proto.agent import Capabilities
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +37,12 @@ class Channel:
             raise ResourceError(f"--socket {self.address}: {error.strerror or error}") from None
 
     @contextlib.asynccontextmanager
-    async def agent(self) -> AsyncIterator[HostAgent]:
-        """The agent, once it has announced itself. Raises AgentTimeoutError if it does not."""
-        agent = HostAgent(timeout=self.timeout)
+    async def agent(self, capabilities: Capabilities) -> AsyncIterator[HostAgent]:
+        """The agent, once it has announced itself; ``capabilities`` are ours.
+
+        Raises AgentTimeoutError if it does not.
+        """
+        agent = HostAgent(timeout=self.timeout, capabilities=capabilities)
         await self.open(agent.protocol_factory)
         try:
             await agent.wait_ready()
@@ -46,11 +50,16 @@ class Channel:
         finally:
             await agent.close()
 
-    def run(self, work: Callable[[HostAgent], Coroutine[Any, Any, None]]) -> None:
+    def run(
+        self,
+        work: Callable[[HostAgent], Coroutine[Any, Any, None]],
+        *,
+        capabilities: Capabilities = HOST_CAPABILITIES,
+    ) -> None:
         """Do ``work`` on the agent. The first SIGINT or SIGTERM cancels it and ends the command."""
 
         async def on_agent() -> None:
-            async with self.agent() as agent:
+            async with self.agent(capabilities) as agent:
                 await work(agent)
 
         run_until_signal(on_agent())

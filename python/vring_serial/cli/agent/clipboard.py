@@ -14,6 +14,7 @@ from typing import BinaryIO
 import click
 
 from vring_serial.agent import (
+    HOST_CAPABILITIES,
     AgentError,
     AgentGone,
     AgentGoneError,
@@ -24,7 +25,7 @@ from vring_serial.agent import (
 )
 from vring_serial.cli.agent.channel import Channel
 from vring_serial.errors import ConfigError, ResourceError
-from vring_serial.proto.agent import Buffer, ClipboardType, Selection
+from vring_serial.proto.agent import FILES_FROM_GUEST, Buffer, ClipboardType, Selection
 from vring_serial.proto.agent.filelist import FileList
 
 TYPES = {
@@ -100,7 +101,12 @@ def get_command(channel: Channel, selection: str, kind: str, output: str | None)
                     async for piece in stream:
                         file.write(piece)
 
-    channel.run(work)
+    copied = kind == "files" and output is not None
+    channel.run(
+        work,
+        # An agent sends files to whoever asks for their list and says so.
+        capabilities=HOST_CAPABILITIES.with_(FILES_FROM_GUEST) if copied else HOST_CAPABILITIES,
+    )
 
 
 async def _settle(agent: HostAgent, selection: int) -> None:
