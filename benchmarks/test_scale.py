@@ -67,18 +67,18 @@ def rest(pid: int) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("ports", [1, 126, 510])
+@pytest.mark.parametrize("ports", [1, 126])
 def test_ports_of_one_device(benchmark, tmp_path: Path, ports: int) -> None:
-    """vhost-user can name 127 ports; the others wait for a transport that can."""
+    """vhost-user can name 127 ports, of which libvirt leaves port 0 to consoles."""
     with serving(tmp_path, 1, ports) as pid:
         before = private_bytes(pid)
         guest = EmbeddedGuest(
-            str(tmp_path / "0"), memory=512 << 20, max_ports=min(ports + 1, 127), queue_size=64
+            str(tmp_path / "0"), memory=512 << 20, max_ports=ports + 1, queue_size=64
         )
 
         async def use() -> dict[str, float]:
             await guest.start()
-            for nr in range(1, min(ports, 126) + 1):
+            for nr in range(1, ports + 1):
                 await (await guest.wait_port(nr=nr)).take_rings()
             found = {"KiB with a guest": (private_bytes(pid) - before) >> 10}
             found |= await asyncio.to_thread(rest, pid)
