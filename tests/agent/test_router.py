@@ -30,6 +30,8 @@ from vring_serial.proto.agent import (
     AgentFilter,
     AnnounceCapabilities,
     Capability,
+    Clipboard,
+    ClipboardGrab,
     ClipboardRequest,
     ClipboardType,
     FileXferResult,
@@ -481,3 +483,28 @@ async def test_clients_that_left_leave_nothing_running(make_bench):
     await asyncio.sleep(0)
     assert len(asyncio.all_tasks()) == before
     link.resume_writing()
+
+
+async def test_an_owner_that_leaves_in_the_middle_of_its_clipboard(make_bench, make_file):
+    """Nothing of it is on its way to the agent yet, whose other clients notice nothing."""
+    bench = await make_bench()
+    owner, other = await bench.raw_client(), await bench.client()
+    await other.wait_ready()
+    await owner.greet()
+    owner.send(ClipboardGrab(0, (TEXT,)))
+    await bench.until(lambda: bench.guest._clipboard.remote_types)
+    pasting = asyncio.ensure_future(bench.guest.get_clipboard())
+    await owner.receive(ClipboardRequest)
+    owner.writer.write(owner.connection.start_body(Clipboard(0, TEXT), 1 << 20))
+    owner.writer.write(owner.connection.send_body(bytes(1 << 19)))
+    left = []
+    bench.guest._client_left = lambda: left.append(True)
+    sending = asyncio.ensure_future(other.send_file(make_file("whole", 16 << 20)))
+    await asyncio.sleep(0.02)
+    await owner.close()
+    with pytest.raises(ClipboardEmptyError):
+        await pasting
+    await sending
+    assert (bench.downloads / "whole").stat().st_size == 16 << 20
+    assert not left
+    del bench.guest._client_left
