@@ -99,6 +99,11 @@ def driver(args: argparse.Namespace, pages: mmap.mmap, kick: int, call: int) -> 
             raise SystemExit(f"driver: {done} of {args.messages} messages in {args.seconds} s")
 
 
+def turn(args: argparse.Namespace) -> int:
+    """How many messages take the available index around once."""
+    return int(args.size) if args.layout == "packed" else 65536
+
+
 def run(args: argparse.Namespace) -> int:
     """Runs both sides; 0 if every message arrived once, whole and in order."""
     pages = mmap.mmap(-1, SLOTS + args.size * SLOT)
@@ -118,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
     os.close(kick)
     os.close(call)
     elapsed = time.monotonic() - start
-    wraps = args.messages / (args.size if args.layout == "packed" else 65536)
+    wraps = args.messages / turn(args)
     print(
         f"{args.layout}, event_idx {args.event_idx}: {args.messages} messages, {wraps:.0f} wraps, "
         f"{elapsed:.1f} s, {args.messages / elapsed / 1e6:.2f} M/s"
@@ -132,13 +137,13 @@ def main() -> int:
     parser.add_argument("--event-idx", action="store_true")
     parser.add_argument("--size", type=int, default=256, help="descriptors, at most 1024")
     parser.add_argument("--messages", type=int, default=1_000_000)
-    parser.add_argument("--wraps", type=int, help="so many turns of the ring instead of --messages")
+    parser.add_argument("--wraps", type=int, help="so often around the index instead of --messages")
     parser.add_argument("--seconds", type=float, default=3600, help="give up after this")
     args = parser.parse_args()
     if not 1 <= args.size <= 1024:
         parser.error("--size must be 1 to 1024")
     if args.wraps:
-        args.messages = args.wraps * args.size
+        args.messages = args.wraps * turn(args)
     return run(args)
 
 
