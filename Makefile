@@ -71,7 +71,7 @@ fuzz: build ## each fuzzer for FUZZ_SECONDS, and two processes on one ring for H
 
 SANITIZED := build/sanitize
 SANITIZERS = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	ASAN_OPTIONS=detect_leaks=0:handle_sigbus=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	PYTHONMALLOC=malloc PYTHONPATH=$(SANITIZED)
 sanitize: build ## the ring's tests and fuzzing under AddressSanitizer and UBSan (in build/sanitize)
 	VRING_SANITIZE=address,undefined $(BIN)/python setup.py -q build --build-lib $(SANITIZED) \
