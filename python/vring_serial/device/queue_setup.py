@@ -47,6 +47,7 @@ class QueueSetup:
         "failed",
         "index",
         "kick_fd",
+        "kick_shared",
         "notified",
         "position",
         "running",
@@ -58,6 +59,7 @@ class QueueSetup:
         self.index = index
         self.running = False
         self.kick_fd = -1
+        self.kick_shared = False  # others have it, and may make it blocking
         # The device keeps this number while the queue runs; what it stands for is exchanged.
         self.call_fd = -1
         self.direct = False  # call_fd is someone else's event, not one of ours that is watched
@@ -202,7 +204,10 @@ class QueueTable:
 
         Raises OSError if there are no more descriptors.
         """
-        queue = self._queues[index]
+        self._queues[index].kick_shared = True
+        return self._kick_fd(self._queues[index])
+
+    def _kick_fd(self, queue: QueueSetup) -> int:
         if queue.kick_fd < 0:
             queue.kick_fd = _eventfd()
         return queue.kick_fd
@@ -268,7 +273,7 @@ class QueueTable:
         ring = make_queue(memory, queue.size, areas, self.features, index=queue.position, name=name)
         if queue.call_fd < 0:
             queue.call_fd = _eventfd()
-        running = RunningQueue(ring, self.kick_fd(queue.index), queue.call_fd)
+        running = RunningQueue(ring, self._kick_fd(queue), queue.call_fd)
         self._watch(queue)
         try:
             self._device.start_queue(queue.index, running)
