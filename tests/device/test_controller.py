@@ -580,3 +580,20 @@ def test_a_guest_that_opens_and_closes_in_a_loop_fills_no_log(
     assert len(caplog.records) == 20
     controller.emit(ev.PortOpened(Side.GUEST, 2))
     assert len(caplog.records) == 21  # other ports are heard
+
+
+def test_a_guest_that_starts_breaks_and_resets_in_a_loop_fills_no_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    controller = Controller()
+    broken = ev.QueueBroken(3, RingError("queue 3", 0, "garbage"))
+    for _ in range(1000):
+        controller.emit(ev.FeaturesNegotiated(1 << 32))
+        controller.emit(ev.DriverReady())
+        controller.emit(broken)
+        controller.emit(ev.DeviceReset())
+        controller.emit(ev.PortReady(1))
+    # Each kind by itself: what broke is not lost among resets.
+    assert len(caplog.records) == 100
+    assert sum(record.levelno == logging.WARNING for record in caplog.records) == 20

@@ -97,8 +97,8 @@ class Controller:
         # What a guest can cause as often as it likes: more than 511 ports say as they start.
         self._refused = RateLimitedLog(log)
         self._said = RateLimitedLog(log, burst=2000)
-        # By port: a guest can open and close one in a loop.
-        self._said_of_ports: dict[int, RateLimitedLog] = {}
+        # By port and by kind: a guest can open and close one, or start, break and reset in a loop.
+        self._said_of_each: dict[int | type[DeviceEvent], RateLimitedLog] = {}
 
     # --- for those who build it
 
@@ -340,10 +340,14 @@ class Controller:
         where = f"{self.name}: {port.label}" if port else f"{self.name}"
         if isinstance(event, ev.MessageRefused):
             self._refused.warning("%s: %s", where, event)
-        elif isinstance(event, (ev.QueueBroken, ev.OutputDropped)):
+        elif isinstance(event, ev.QueueBroken):
+            self._said_of(type(event)).log(logging.WARNING, "%s: %s", where, event)
+        elif isinstance(event, ev.OutputDropped):
             self._said.log(logging.WARNING, "%s: %s", where, event)
-        elif isinstance(event, (ev.PortOpened, ev.PortClosed)):
+        elif isinstance(event, (ev.PortOpened, ev.PortClosed, ev.PortReady)):
             self._said_of(event.nr).log(logging.INFO, "%s: %s", where, event)
+        elif isinstance(event, (ev.FeaturesNegotiated, ev.DriverReady, ev.DeviceReset)):
+            self._said_of(type(event)).log(logging.INFO, "%s: %s", where, event)
         else:
             self._said.log(logging.INFO, "%s: %s", where, event)
         if self.on_event is not None:
@@ -352,10 +356,10 @@ class Controller:
             except Exception:
                 log.exception("%s: on_event failed", self.name)
 
-    def _said_of(self, nr: int) -> RateLimitedLog:
-        if nr not in self._said_of_ports:
-            self._said_of_ports[nr] = RateLimitedLog(log, burst=20, seconds=10)
-        return self._said_of_ports[nr]
+    def _said_of(self, what: int | type[DeviceEvent]) -> RateLimitedLog:
+        if what not in self._said_of_each:
+            self._said_of_each[what] = RateLimitedLog(log, burst=20, seconds=10)
+        return self._said_of_each[what]
 
     # --- internals
 
