@@ -10,8 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vring_serial.cli import logs
+from vring_serial.agent.events import AgentGone, AgentReady
+from vring_serial.chardev.protocol import SpicevmcOptions
+from vring_serial.cli import agent_end, logs
+from vring_serial.config.topology import ChardevConfig, PortConfig
 from vring_serial.device.events import MessageRefused, PortOpened, Side
+from vring_serial.proto.agent import Capabilities
 
 
 @pytest.fixture(autouse=True)
@@ -129,3 +133,18 @@ def test_a_closed_stderr_does_not_stop_the_service(monkeypatch: pytest.MonkeyPat
     logs.configure("info", as_json=False)
     stream.close()
     logs.emit(logging.INFO, "x", "into the void")
+
+
+def test_an_agent_that_comes_and_goes_in_a_loop_fills_no_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "vring_serial")
+    port = PortConfig(1, "com.redhat.spice.0", ChardevConfig("spicevmc", "a", SpicevmcOptions()))
+    on_event = agent_end._logger_of(port)
+    for _ in range(1000):
+        on_event(AgentReady(Capabilities.of(0)))
+        on_event(AgentGone("bad chunk"))
+    assert len(caplog.records) == 20
+    line = json.loads(logs.JsonFormatter().format(caplog.records[1]))
+    assert (line["event"], line["nr"], line["reason"]) == ("agent_gone", 1, "bad chunk")
+    assert line["message"] == "agent of port 1: gone: bad chunk"

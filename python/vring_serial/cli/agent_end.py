@@ -100,16 +100,21 @@ class AgentEnds:
 def _logger_of(port: PortConfig) -> Callable[[AgentEvent], None]:
     name = f"agent of port {port.nr}"
     trouble = RateLimitedLog(log)
+    # A guest can open and close its port in a loop, and say what it can do each time.
+    life = RateLimitedLog(log, burst=20, seconds=10)
+
+    def tell(event: str, text: str, **fields: object) -> None:
+        extra = {"event": event, "fields": {"nr": port.nr, **fields}}
+        life.log(logging.INFO, "%s: %s", name, text, extra=extra)
 
     def on_event(event: AgentEvent) -> None:
         match event:
             case AgentReady(capabilities):
                 names = capabilities.names()
-                text = f"{name}: ready, with {' '.join(names) or 'no capabilities'}"
-                emit(logging.INFO, "agent_ready", text, nr=port.nr, capabilities=names)
+                text = f"ready, with {' '.join(names) or 'no capabilities'}"
+                tell("agent_ready", text, capabilities=names)
             case AgentGone(reason):
-                text = f"{name}: gone{f': {reason}' if reason else ''}"
-                emit(logging.INFO, "agent_gone", text, nr=port.nr, reason=reason)
+                tell("agent_gone", f"gone{f': {reason}' if reason else ''}", reason=reason)
             case ClipboardGrabbed(selection, types):
                 text = f"{name}: the guest owns clipboard {selection}, types {types}"
                 emit(logging.DEBUG, "clipboard_grabbed", text, nr=port.nr, selection=selection)
