@@ -24,7 +24,6 @@ from vring_serial.chardev.null import NullChardev
 from vring_serial.device.controller import Controller
 from vring_serial.device.pci import PciDevice
 from vring_serial.device.port import Port
-from vring_serial.device.ratelimit import RateLimitedLog
 from vring_serial.proto.payload import Payload
 from vring_serial.proto.vfio_user import MessageParser, reply, request
 from vring_serial.proto.vfio_user_version import Version
@@ -43,6 +42,7 @@ from vring_serial.proto.vfio_user_wire import (
     RegionWrite,
     WriteMulti,
 )
+from vring_serial.ratelimit import RateLimitedLog
 from vring_serial.transport.vfio_rings import RemoteRings
 from vring_serial.transport.vfio_session import Session
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
 import os
 import re
 import resource
@@ -387,6 +388,24 @@ async def test_many_clients_in_a_row(tmp_path: Path) -> None:
         chardev.peer_gone()
     await chardev.stop()
     assert guest.events == ["opened", "closed"] * 5
+
+
+async def test_peers_that_come_and_go_in_a_loop_fill_no_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "vring_serial.chardev.socket")
+    chardev = unix_server(tmp_path / "s")
+    guest = Guest(chardev)
+    await chardev.start()
+    async with asyncio.timeout(10):
+        for turn in range(1, 51):
+            sock = await unix_client(tmp_path / "s")
+            await guest.opened()
+            sock.close()
+            await guest.until(lambda turn=turn: guest.events == ["opened", "closed"] * turn)
+    await chardev.stop()
+    about_peers = [line for line in caplog.messages if ": peer " in line]
+    assert len(about_peers) == 20
 
 
 STEPS = st.lists(

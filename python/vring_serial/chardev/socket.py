@@ -12,6 +12,7 @@ from vring_serial.chardev.endpoint import Address, Listener, TcpAddress, UnixAdd
 from vring_serial.chardev.hangup import HangupWatch, LastWords
 from vring_serial.chardev.options import Options, check_path, check_range
 from vring_serial.errors import ConfigError
+from vring_serial.ratelimit import RateLimitedLog
 from vring_serial.unix_socket import SocketPathError
 
 log = logging.getLogger(__name__)
@@ -138,6 +139,8 @@ class SocketChardev(Chardev):
         self.options = options
         self._address = options.address
         self._started = False
+        # A peer can come and go in a loop.
+        self._said = RateLimitedLog(log, burst=20, seconds=10)
         self._listener = Listener()
         self._pause: asyncio.TimerHandle | None = None
         self._first_peer: asyncio.Future[None] | None = None
@@ -198,7 +201,8 @@ class SocketChardev(Chardev):
             return
         if self._last_words.remain(self._peer.fileno(), reason):
             return
-        log.info("chardev %s: peer left%s", self.id, f": {reason.strerror}" if reason else "")
+        why = f": {reason.strerror}" if reason else ""
+        self._said.log(logging.INFO, "chardev %s: peer left%s", self.id, why)
         self._disconnect()
         if not self._started:
             return
@@ -282,7 +286,8 @@ class SocketChardev(Chardev):
         assert self._watch is not None  # there from start to stop
         self._peer = sock
         self._watch.watch(sock.fileno())
-        log.info("chardev %s: peer connected to %s", self.id, self.description)
+        text = "chardev %s: peer connected to %s"
+        self._said.log(logging.INFO, text, self.id, self.description)
         self._open_end(DescriptorEnd(read_fd=sock.fileno(), write_fd=sock.fileno()))
         if self._first_peer is not None and not self._first_peer.done():
             self._first_peer.set_result(None)

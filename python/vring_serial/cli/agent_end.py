@@ -23,8 +23,8 @@ from vring_serial.agent.router import AgentRouter
 from vring_serial.cli.logs import emit
 from vring_serial.config.build import ProtocolFactory
 from vring_serial.config.topology import PortConfig
-from vring_serial.device.ratelimit import RateLimitedLog
 from vring_serial.errors import ConfigError
+from vring_serial.ratelimit import RateLimitedLog
 from vring_serial.unix_socket import UnixListener
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from vring_serial.chardev.protocol import ProtocolChardev, SpiceportOptions
 from vring_serial.cli.logs import emit
 from vring_serial.config.build import ChardevMakers
 from vring_serial.config.topology import PortConfig, SpiceConfig, Topology
-from vring_serial.device.ratelimit import RateLimitedLog
 from vring_serial.errors import ConfigError, DependencyError, ResourceError
+from vring_serial.ratelimit import RateLimitedLog
 
 if TYPE_CHECKING:
     from vring_serial.spice.core import ClientEvent

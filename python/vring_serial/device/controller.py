@@ -12,7 +12,6 @@ from vring_serial.device import events as ev
 from vring_serial.device.control_queues import ControlQueues
 from vring_serial.device.events import DeviceEvent, Side
 from vring_serial.device.port import Port
-from vring_serial.device.ratelimit import RateLimitedLog
 from vring_serial.device.served import Discarder
 from vring_serial.device.virtqueue import RunningQueue, is_fresh
 from vring_serial.errors import LocalProtocolError, ProtocolError
@@ -27,6 +26,7 @@ from vring_serial.proto.console import (
     queue_count,
     queues_of_port,
 )
+from vring_serial.ratelimit import RateLimitedLog
 
 log = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from vring import GuestMemory, NotificationData, RingError, notify
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.host import Host
 from vring_serial.device.queue_setup import QueueSetup, QueueTable
-from vring_serial.device.ratelimit import RateLimitedLog
 from vring_serial.errors import ConfigError, ProtocolError
 from vring_serial.proto.console import Feature, Status
+from vring_serial.ratelimit import RateLimitedLog
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from vring_serial.device.ratelimit import RateLimitedLog
 from vring_serial.errors import DependencyError
+from vring_serial.ratelimit import RateLimitedLog
 
 log = logging.getLogger("vring_serial.spice")
 

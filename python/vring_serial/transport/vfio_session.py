@@ -16,7 +16,6 @@ from vring.errors import VringError
 from vring_serial import unix_fds
 from vring_serial.device.interrupts import NoInterrupts
 from vring_serial.device.pci import PciDevice
-from vring_serial.device.ratelimit import RateLimitedLog
 from vring_serial.errors import ProtocolError
 from vring_serial.proto.payload import Empty, Payload
 from vring_serial.proto.vfio_user import (
@@ -49,6 +48,7 @@ from vring_serial.proto.vfio_user_wire import (
     WriteMulti,
     WriteMultiDone,
 )
+from vring_serial.ratelimit import RateLimitedLog
 from vring_serial.transport.connection import Connection
 from vring_serial.transport.lost_memory import describe_loss
 from vring_serial.transport.vfio_dma import DmaTable

@@ -10,8 +10,8 @@ from functools import partial
 from vring import MemoryWatch
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.pci import PciDevice
-from vring_serial.device.ratelimit import RateLimitedLog
 from vring_serial.errors import LocalProtocolError
+from vring_serial.ratelimit import RateLimitedLog
 from vring_serial.transport.door import Door
 from vring_serial.transport.lost_memory import make_watch
 from vring_serial.transport.vfio_rings import RemoteRings

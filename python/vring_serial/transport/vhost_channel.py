@@ -10,7 +10,6 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from vring_serial import unix_fds
-from vring_serial.device.ratelimit import RateLimitedLog
 from vring_serial.errors import ProtocolError
 from vring_serial.proto.vhost_user import (
     U64,
@@ -21,6 +20,7 @@ from vring_serial.proto.vhost_user import (
     VringState,
     request,
 )
+from vring_serial.ratelimit import RateLimitedLog
 from vring_serial.transport.event_fds import make_eventfd
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,6 @@ from vring import GuestMemory, MemoryWatch, Region
 from vring.errors import MemoryLostError, RingError, VringError
 from vring_serial import unix_fds
 from vring_serial.device.base import VirtioDevice
-from vring_serial.device.ratelimit import RateLimitedLog
 from vring_serial.errors import ProtocolError
 from vring_serial.proto.console import Feature, Status
 from vring_serial.proto.vhost_user import (
@@ -35,6 +34,7 @@ from vring_serial.proto.vhost_user import (
     VringState,
     reply,
 )
+from vring_serial.ratelimit import RateLimitedLog
 from vring_serial.transport.connection import Connection
 from vring_serial.transport.event_fds import check_event_descriptor
 from vring_serial.transport.lost_memory import describe_loss

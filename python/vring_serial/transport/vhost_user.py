@@ -9,9 +9,9 @@ from collections.abc import Callable
 from vring import MemoryWatch
 from vring.errors import RingError
 from vring_serial.device.base import VirtioDevice
-from vring_serial.device.ratelimit import RateLimitedLog
 from vring_serial.errors import ConfigError, LocalProtocolError, ResourceError
 from vring_serial.proto.vhost_user import ProtocolFeature
+from vring_serial.ratelimit import RateLimitedLog
 from vring_serial.transport.door import Door
 from vring_serial.transport.lost_memory import make_watch
 from vring_serial.transport.vhost_session import Session

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import logging
 
-from vring_serial.device.ratelimit import RateLimitedLog
+from vring_serial.ratelimit import RateLimitedLog
 
 log = logging.getLogger("test.ratelimit")
 
