@@ -88,6 +88,8 @@ class ShadowRing:
         self._loop.remove_reader(self._outer.kick_fd)
         self._loop.remove_reader(self.queue.call_fd)
         self._fetching.cancel()
+        # Its traceback refers to this object: a cycle would keep the memory until it is collected.
+        del self._fetching
         self._store()
         owed = self._owed or self._told != self._stored or self._telling is not None
         if self._telling is not None:
