@@ -169,6 +169,8 @@ cdef class Driver:
         self.num_free = self.size
         self.restart()
 
+    # --- what a layout implements
+
     cdef uint16_t put_one(self, uint64_t address, uint32_t length, uint32_t flags) noexcept nogil:
         return 0
 

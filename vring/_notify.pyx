@@ -110,11 +110,13 @@ cdef void notify_eventfd(int fd) noexcept nogil:
         write_if_room(fd)
 
 
-cdef void notify_c(int fd) noexcept nogil:
-    cdef int error = vr_aio_signal(fd)
-    if error == 0:
-        return
-    if send(fd, &ONE, sizeof(ONE), MSG_DONTWAIT | MSG_NOSIGNAL) < 0 and errno == ENOTSOCK:
+cdef bint notify_socket(int fd) noexcept nogil:
+    return send(fd, &ONE, sizeof(ONE), MSG_DONTWAIT | MSG_NOSIGNAL) >= 0 or errno != ENOTSOCK
+
+
+cdef void notify_any(int fd) noexcept nogil:
+    """Eight bytes to an eventfd, a socket or a pipe."""
+    if vr_aio_signal(fd) and not notify_socket(fd):
         write_if_room(fd)
 
 
@@ -125,7 +127,7 @@ def notify(int fd):
     has gone is noticed elsewhere.
     """
     with nogil:
-        notify_c(fd)
+        notify_any(fd)
 
 
 def drain(int fd):

@@ -82,14 +82,20 @@ def test_reset_connection(make_rig: Callable) -> None:
         rig.flow.detach()
 
 
-def test_writer_waits_with_its_error_for_what_the_peer_left(make_rig: Callable, sockets) -> None:
-    """Whoever hears of an error closes the descriptor: what the peer sent must be out first."""
+def left_with_last_words(make_rig: Callable, sockets):
+    """Both directions of a socket whose peer said goodbye and left, and heard nothing any more."""
     out, into = make_rig(writable=False), make_rig(writable=True)
     out.write_to(sockets[0].fileno())
     into.read_from(sockets[0].fileno())
     sockets[1].sendall(b"goodbye")
     sockets[1].close()
     out.send(b"too late")
+    return out, into
+
+
+def test_writer_waits_with_its_error_for_what_the_peer_left(make_rig: Callable, sockets) -> None:
+    """Whoever hears of an error closes the descriptor: what the peer sent must be out first."""
+    out, into = left_with_last_words(make_rig, sockets)
     time.sleep(0.05)
     out.pump.dispatch()
     assert out.events == into.events == []
@@ -100,12 +106,7 @@ def test_writer_waits_with_its_error_for_what_the_peer_left(make_rig: Callable, 
 
 
 def test_error_held_back_is_told_when_the_reader_is_detached(make_rig: Callable, sockets) -> None:
-    out, into = make_rig(writable=False), make_rig(writable=True)
-    out.write_to(sockets[0].fileno())
-    into.read_from(sockets[0].fileno())
-    sockets[1].sendall(b"goodbye")
-    sockets[1].close()
-    out.send(b"too late")
+    out, into = left_with_last_words(make_rig, sockets)
     time.sleep(0.02)
     into.flow.detach()
     assert out.wait_event() == (FlowEvent.PEER_ERROR, errno.EPIPE)

@@ -7,8 +7,8 @@ import logging
 import os
 import socket
 from collections.abc import Callable
-from contextlib import suppress
 
+from vring import drain
 from vring_serial import unix_fds
 from vring_serial.errors import ProtocolError
 from vring_serial.proto.vhost_user import (
@@ -158,8 +158,7 @@ class CallRelay:
         self._fds.clear()
 
     def _readable(self, index: int, fd: int) -> None:
-        with suppress(BlockingIOError):
-            os.read(fd, 8)
+        if drain(fd):
             self._called(index)
 
 

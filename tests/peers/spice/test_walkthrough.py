@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import re
 import sys
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parents[3]
+VRING = (sys.executable, "-m", "vring_serial")
 
 DOMAIN = """<domain><name>guest</name><devices>
 <graphics type='spice' port='{port}' autoport='no' passwd='hush'>
@@ -15,6 +17,21 @@ DOMAIN = """<domain><name>guest</name><devices>
 </graphics>
 <channel type='spicevmc'><target type='virtio'/></channel>
 </devices></domain>"""
+
+
+@asynccontextmanager
+async def serving(directory, *options):
+    """A ``vring serve`` on the socket ``v``, killed unless the test has ended it."""
+    server = await asyncio.create_subprocess_exec(
+        *VRING, "serve", "--vhost-user", "v", *options,
+        cwd=directory, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        yield server
+    finally:
+        if server.returncode is None:
+            server.kill()
+            await server.wait()
 
 
 def commands():
@@ -48,11 +65,6 @@ async def test_the_walkthrough(tmp_path):
 
 async def test_a_domain_brings_its_server(tmp_path, client_process, unused_port):
     (tmp_path / "domain.xml").write_text(DOMAIN.format(port=unused_port))
-    vring = [sys.executable, "-m", "vring_serial"]
-    server = await asyncio.create_subprocess_exec(
-        *vring, "serve", "--vhost-user", "v", "--domain", "domain.xml",
-        cwd=tmp_path, stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
     log = []
 
     async def logged(text):
@@ -62,11 +74,11 @@ async def test_a_domain_brings_its_server(tmp_path, client_process, unused_port)
                 assert line, "".join(log)
                 log.append(line)
 
-    try:
+    async with serving(tmp_path, "--domain", "domain.xml") as server:
         await logged(f"SPICE: clients connect to 127.0.0.1:{unused_port}")
         await logged("serving")
         guest = await asyncio.create_subprocess_exec(
-            *vring, "guest", "--vhost-user", "v", "--agent", "--log-level", "error", cwd=tmp_path
+            *VRING, "guest", "--vhost-user", "v", "--agent", "--log-level", "error", cwd=tmp_path
         )
         client_process.do(
             "connect", {"host": "127.0.0.1", "port": str(unused_port), "password": "hush"}
@@ -83,27 +95,20 @@ async def test_a_domain_brings_its_server(tmp_path, client_process, unused_port)
         await logged("stopped")
         await guest.wait()
         assert await server.wait() == 0
-    finally:
-        if server.returncode is None:
-            server.kill()
-            await server.wait()
     assert not [line for line in log if "Traceback" in line or "warning" in line]
 
 
 async def test_a_client_and_the_command_share_the_agent(tmp_path, client_process, unused_port):
-    vring = [sys.executable, "-m", "vring_serial"]
-    server = await asyncio.create_subprocess_exec(
-        *vring, "serve", "--vhost-user", "v", "--chardev", "spicevmc,id=agent",
-        "--port", "chardev=agent", "--agent-socket", "a",
-        "--spice", f"port={unused_port},addr=127.0.0.1,disable-ticketing=on",
-        cwd=tmp_path, stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
-    try:
+    options = (
+        *("--chardev", "spicevmc,id=agent", "--port", "chardev=agent", "--agent-socket", "a"),
+        *("--spice", f"port={unused_port},addr=127.0.0.1,disable-ticketing=on"),
+    )
+    async with serving(tmp_path, *options) as server:
         async with asyncio.timeout(50):
             while "serving" not in (line := (await server.stderr.readline()).decode()):
                 assert line
             guest = await asyncio.create_subprocess_exec(
-                *vring, "guest", "--vhost-user", "v", "--agent", "--log-level", "error",
+                *VRING, "guest", "--vhost-user", "v", "--agent", "--log-level", "error",
                 cwd=tmp_path,
             )  # fmt: skip
             client_process.do("connect", {"host": "127.0.0.1", "port": str(unused_port)})
@@ -111,12 +116,12 @@ async def test_a_client_and_the_command_share_the_agent(tmp_path, client_process
             client_process.do("grab", 0, "the client's")
             assert await client_process.wait("grabbed", 1) == [[1]]
             command = await asyncio.create_subprocess_exec(
-                *vring, "agent", "--socket", "a", "clipboard", "get",
+                *VRING, "agent", "--socket", "a", "clipboard", "get",
                 cwd=tmp_path, stdout=asyncio.subprocess.PIPE,
             )  # fmt: skip
             assert await command.communicate() == (b"the client's", None)
             command = await asyncio.create_subprocess_exec(
-                *vring, "agent", "--socket", "a", "clipboard", "set", "the command's",
+                *VRING, "agent", "--socket", "a", "clipboard", "set", "the command's",
                 "--paste-once", cwd=tmp_path,
             )  # fmt: skip
             await client_process.wait("grabbed", 0)
@@ -126,9 +131,5 @@ async def test_a_client_and_the_command_share_the_agent(tmp_path, client_process
             rest = (await server.stderr.read()).decode()
             await guest.wait()
             assert await server.wait() == 0
-    finally:
-        if server.returncode is None:
-            server.kill()
-            await server.wait()
     assert "Traceback" not in rest
     assert "warning" not in rest
