@@ -20,7 +20,7 @@ from vring_serial.cli import vring
 from vring_serial.guest.guest import EmbeddedGuest
 from vring_serial.proto import vfio_user
 from vring_serial.proto.vfio_user_version import Version
-from vring_serial.proto.vfio_user_wire import RegionIndex, RegionRead
+from vring_serial.proto.vfio_user_wire import IrqIndex, IrqInfo, RegionIndex, RegionRead
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TIMEOUT = 20.0
@@ -372,6 +372,23 @@ async def test_a_pci_function_over_vfio_user(serve: Serve, tmp_path: Path) -> No
         await writer.wait_closed()
 
 
+@pytest.mark.parametrize(("option", "vectors"), [((), 65), (("--vectors", "3"), 3)])
+async def test_the_size_of_the_msix_table(
+    serve: Serve, tmp_path: Path, option: tuple[str, ...], vectors: int
+) -> None:
+    async with serve("--vfio-user", "v", *option, *NULL_PORT) as server:
+        reader, writer = await asyncio.open_unix_connection(tmp_path / "v")
+        writer.write(vfio_user.request(vfio_user.Command.VERSION, 1, Version()))
+        asked = vfio_user.request(vfio_user.Command.DEVICE_GET_IRQ_INFO, 2, IrqInfo(IrqIndex.MSIX))
+        writer.write(asked)
+        async with asyncio.timeout(10):
+            answers = await reader.readexactly(16 + 4 + 16 + 16)
+        assert int.from_bytes(answers[-4:], "little") == vectors
+        assert await server.stop() == 0
+        writer.close()
+        await writer.wait_closed()
+
+
 # --- what cannot be served
 
 
@@ -394,6 +411,16 @@ MISSING_SOCKET = (
             ("--vhost-user", "v", "--transitional", *NULL_PORT),
             2,
             "vring serve: --transitional is for --vfio-user. (see vring serve --help)",
+        ),
+        (
+            ("--vhost-user", "v", "--vectors", "0", *NULL_PORT),
+            2,
+            "vring serve: --vectors is for --vfio-user. (see vring serve --help)",
+        ),
+        (
+            ("--vfio-user", "v", "--vectors", "2049", *NULL_PORT),
+            2,
+            "vring: --vfio-user v: 2049 MSI-X vectors, at most 2048 are possible",
         ),
         (
             ("--vfio-user", "v", "--connect", *NULL_PORT),

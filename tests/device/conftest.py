@@ -407,9 +407,12 @@ async def make_register_guest() -> AsyncIterator[Callable[..., RegisterGuest]]:
     """Makes guests that use registers, and closes their devices at the end."""
     guests: list[RegisterGuest] = []
 
-    def make(controller: Controller, kind: str = "pci", **options: int) -> RegisterGuest:
+    def make(
+        controller: Controller, kind: str = "pci", vectors: int | None = None, **options: int
+    ) -> RegisterGuest:
         kind, _, packed = kind.partition("+")
-        machine = Machine(controller, kind, queue_size=64, packed=bool(packed))
+        table = {} if vectors is None else {"vectors": vectors}
+        machine = Machine(controller, kind, queue_size=64, packed=bool(packed), **table)
         if packed:
             options["features"] = options.get("features", DEFAULT_FEATURES) | Feature.RING_PACKED
         guests.append(RegisterGuest(controller, machine, **options))

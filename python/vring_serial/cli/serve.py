@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import click
 
@@ -37,6 +37,13 @@ from vring_serial.errors import ConfigError
     "--transitional",
     is_flag=True,
     help="With --vfio-user: a PCI function for drivers of before virtio 1.0 too.",
+)
+@click.option(
+    "--vectors",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="With --vfio-user: MSI-X vectors of a controller that does not say how many it has "
+    "(one for each queue and one more); 0: INTx alone.",
 )
 @click.option(
     "--connect", is_flag=True, help="Connect to frontends that listen, instead of listening."
@@ -110,6 +117,7 @@ def serve_command(
     vfio_sockets: tuple[str, ...],
     packed: bool,
     transitional: bool,
+    vectors: int | None,
     connect: bool,
     domain: str | None,
     chardevs: tuple[str, ...],
@@ -139,7 +147,9 @@ def serve_command(
       vring serve --vfio-user /run/vring.sock --chardev socket,id=c,path=/run/c.sock,server=on \\
           --port chardev=c,nr=1,name=org.example.data
     """
-    _check_protocol(sockets, vfio_sockets, connect, inband_notifications, transitional)
+    of_vhost = {"--connect": connect, "--inband-notifications": inband_notifications}
+    of_vfio = {"--transitional": transitional, "--vectors": vectors is not None}
+    _check_protocol(sockets, vfio_sockets, of_vhost, of_vfio)
     if domain is None and not (ports or consoles or chardevs):
         raise click.UsageError("Nothing to serve: give --domain, or --chardev and --port.")
     logs.configure(log_level, as_json=json_log)
@@ -165,6 +175,7 @@ def serve_command(
         vfio_user=bool(vfio_sockets),
         transitional=transitional,
         packed=packed,
+        vectors=vectors,
     )
     asyncio.run(serve(topology, settings))
 
@@ -172,17 +183,15 @@ def serve_command(
 def _check_protocol(
     sockets: Sequence[str],
     vfio_sockets: Sequence[str],
-    connect: bool,
-    inband_notifications: bool,
-    transitional: bool,
+    of_vhost: Mapping[str, bool],
+    of_vfio: Mapping[str, bool],
 ) -> None:
     """One protocol for all controllers, and only its own options. Raises UsageError."""
     if not sockets and not vfio_sockets:
         raise click.UsageError("Missing option '--vhost-user' or '--vfio-user'.")
     if sockets and vfio_sockets:
         raise click.UsageError("Give either --vhost-user or --vfio-user, and not both.")
-    of_vhost = (("--connect", connect), ("--inband-notifications", inband_notifications))
-    for option, given in (("--transitional", transitional),) if sockets else of_vhost:
+    for option, given in (of_vfio if sockets else of_vhost).items():
         if given:
             other = "--vfio-user" if sockets else "--vhost-user"
             raise click.UsageError(f"{option} is for {other}.")

@@ -38,6 +38,8 @@ class Settings:
         vfio_user: speak vfio-user on the sockets, not vhost-user.
         transitional: be there for drivers of before virtio 1.0 too (vfio-user).
         packed: offer packed rings.
+        vectors: entries of the MSI-X table of controllers that do not say how many they have
+            (vfio-user); None: see PciDevice.
     """
 
     sockets: tuple[str, ...]
@@ -49,6 +51,7 @@ class Settings:
     vfio_user: bool = False
     transitional: bool = False
     packed: bool = False
+    vectors: int | None = None
 
 
 async def serve(topology: Topology, settings: Settings) -> None:
@@ -81,8 +84,10 @@ async def _start(topology: Topology, settings: Settings, stack: contextlib.Async
         for config in topology.controllers
     ]
     backends = [
-        _make_backend(controller, socket, settings)
-        for controller, socket in zip(controllers, settings.sockets, strict=True)
+        _make_backend(config, controller, socket, settings)
+        for config, controller, socket in zip(
+            topology.controllers, controllers, settings.sockets, strict=True
+        )
     ]
     agents.start()
     if (device := spice.agent_device()) is not None:
@@ -107,12 +112,16 @@ async def _start(topology: Topology, settings: Settings, stack: contextlib.Async
 
 
 def _make_backend(
-    controller: Controller, socket: str, settings: Settings
+    config: ControllerConfig, controller: Controller, socket: str, settings: Settings
 ) -> VhostUserBackend | VfioUserServer:
     try:
         if settings.vfio_user:
             return VfioUserServer(
-                controller, socket, transitional=settings.transitional, packed=settings.packed
+                controller,
+                socket,
+                transitional=settings.transitional,
+                packed=settings.packed,
+                vectors=settings.vectors if config.vectors is None else config.vectors,
             )
         return VhostUserBackend(
             controller,

@@ -96,12 +96,14 @@ class ControllerConfig:
         max_ports: number of ports, port 0 included; a port's number is below it.
         address: where the guest sees it, or None if that is the frontend's affair.
         ports: by number, ascending.
+        vectors: entries of its MSI-X table, 0 for INTx alone; None if nothing is said about it.
     """
 
     index: int
     max_ports: int
     address: PciAddress | None
     ports: tuple[PortConfig, ...]
+    vectors: int | None = None
 
     @property
     def name(self) -> str:

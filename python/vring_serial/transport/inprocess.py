@@ -74,7 +74,7 @@ class InProcessPci:
         transitional: bool = False,
         packed: bool = False,
         queue_size: int = 0,
-        vectors: int = 0,
+        vectors: int | None = None,
     ) -> None:
         self._function = PciDevice(
             device,

@@ -33,6 +33,7 @@ class VfioUserServer:
         transitional: drivers of before virtio 1.0 may use the device too.
         packed: offer packed rings.
         queue_size: of every queue, unless the driver chooses less; 0: see PciDevice.
+        vectors: entries of the MSI-X table; None: see PciDevice.
 
     Attributes:
         on_client: called with "connected" and "gone".
@@ -49,13 +50,19 @@ class VfioUserServer:
         transitional: bool = False,
         packed: bool = False,
         queue_size: int = 0,
+        vectors: int | None = None,
     ) -> None:
         self.on_client: Callable[[str], None] | None = None
         self._path = path
         self._name = f"vfio-user {path}"
         self._rings = RemoteRings(controller)
         self._make_pci = partial(
-            PciDevice, self._rings, transitional=transitional, packed=packed, queue_size=queue_size
+            PciDevice,
+            self._rings,
+            transitional=transitional,
+            packed=packed,
+            queue_size=queue_size,
+            vectors=vectors,
         )
         self._pci: PciDevice | None = self._make_pci()
         self._door = Door(path, name=self._name, peer="client", came=self._serve)

@@ -7,6 +7,7 @@ import struct
 
 import pytest
 
+from vring_serial.device.testing import PciDriver
 from vring_serial.proto.console import Status
 
 MSIX_BAR = 1
@@ -109,6 +110,35 @@ async def test_masked_vectors_stay_pending_until_unmasked(guest, enable_msix):
     assert machine.vectors == [3, 3]
     enable_msix(machine, guest.registers)
     assert machine.vectors == [3, 3, 3]
+
+
+@pytest.mark.parametrize("vectors", [1, 2, 3, 2048])
+def test_the_table_has_the_size_that_was_asked_for(make_controller, make_machine, vectors):
+    machine = make_machine(make_controller(), vectors=vectors)
+    driver = machine.driver()
+    assert machine.pci.vectors == vectors
+    assert machine.pci.config_read(driver.msix_capability + 2, 2) & 0x7FF == vectors - 1
+    for vector, expected in ((vectors - 1, vectors - 1), (vectors, NO_VECTOR)):
+        driver.write_common(16, vector, 2)
+        assert driver.read_common(16, 2) == expected
+
+
+@pytest.mark.parametrize("kind", ["pci", "pci-legacy"])
+async def test_without_a_table_the_function_has_intx_alone(
+    make_controller, make_register_guest, kind
+):
+    guest = make_register_guest(make_controller(max_ports=1), kind, vectors=0)
+    machine = guest.machine
+    assert MSIX_BAR not in [bar.index for bar in machine.pci.bars]
+    assert machine.pci.config_read(0x10 + 4 * MSIX_BAR, 4) == 0
+    modern = PciDriver(machine.pci.config_read, machine.pci.config_write, machine.bar)
+    assert modern.msix_capability == 0
+    modern.write_common(16, 0, 2)
+    assert modern.read_common(16, 2) == NO_VECTOR
+    guest.boot()
+    await guest.until(lambda: machine.levels == [True])
+    machine.pci.reset()
+    assert machine.levels == [True, False]
 
 
 async def test_without_a_vector_there_is_no_interrupt(guest):

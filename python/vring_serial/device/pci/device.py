@@ -81,7 +81,8 @@ class PciDevice:
         packed: offer packed rings.
         queue_size: of every queue, unless the driver chooses less; 0: what the device allows, at
             most 256.
-        vectors: entries of the MSI-X table; 0: one for each queue and one for the configuration.
+        vectors: entries of the MSI-X table; 0: the function has INTx alone; None: one for each
+            queue and one for the configuration, at most 256.
         host: brings accesses into the event loop; None: they come in its thread.
 
     Attributes:
@@ -99,11 +100,12 @@ class PciDevice:
         transitional: bool = False,
         packed: bool = False,
         queue_size: int = 0,
-        vectors: int = 0,
+        vectors: int | None = None,
         host: Host | None = None,
     ) -> None:
-        vectors = vectors or min(device.num_queues + 1, _DEFAULT_VECTORS_MAX)
-        if not 0 < vectors <= MAX_VECTORS:
+        if vectors is None:
+            vectors = min(device.num_queues + 1, _DEFAULT_VECTORS_MAX)
+        if not 0 <= vectors <= MAX_VECTORS:
             raise ConfigError(f"{vectors} MSI-X vectors, at most {MAX_VECTORS} are possible")
         if transitional and device.device_id not in _TRANSITIONAL_IDS:
             raise ConfigError(f"no transitional device of virtio type {device.device_id}")
@@ -124,10 +126,14 @@ class PciDevice:
         )
         self._msix = Msix(vectors)
         self._config = ConfigSpace()
+        self._msix_at = 0
         self._interrupts = PciInterrupts(self._msix, self._registers, host)
-        self._banks = {at.VIRTIO_BAR: self._virtio_bank(), at.MSIX_BAR: self._msix_bank()}
+        self._banks = {at.VIRTIO_BAR: self._virtio_bank()}
         self._legacy: LegacyRegisters | None = None
-        bars = [self._layout.msix_bar, self._layout.virtio_bar]
+        bars = [self._layout.virtio_bar]
+        if vectors:
+            self._banks[at.MSIX_BAR] = self._msix_bank()
+            bars.insert(0, self._layout.msix_bar)
         if transitional:
             self._legacy = LegacyRegisters(
                 self._registers, self._interrupts, self._interrupts.read_isr
@@ -284,11 +290,12 @@ class PciDevice:
             config.add_bar(bar)
         config.on_write(Register.COMMAND, 2, self._command_written)
         config.on_read(Register.STATUS, 1, self._status_read)
-        control = (_MSIX_ENABLE | _MSIX_FUNCTION_MASK).to_bytes(2, "little")
-        self._msix_at = config.add_capability(
-            self._layout.msix_capability(), bytes(_MSIX_CONTROL) + control
-        )
-        config.on_write(self._msix_at + _MSIX_CONTROL, 2, self._msix_written)
+        if self.vectors:
+            control = (_MSIX_ENABLE | _MSIX_FUNCTION_MASK).to_bytes(2, "little")
+            self._msix_at = config.add_capability(
+                self._layout.msix_capability(), bytes(_MSIX_CONTROL) + control
+            )
+            config.on_write(self._msix_at + _MSIX_CONTROL, 2, self._msix_written)
         for capability in self._layout.virtio_capabilities():
             config.add_capability(capability)
         self._add_window()
@@ -311,7 +318,7 @@ class PciDevice:
         self._config.data[Register.STATUS] = status | pending
 
     def _msix_written(self) -> None:
-        control = self._config.word(self._msix_at + _MSIX_CONTROL)
+        control = self._config.word(self._msix_at + _MSIX_CONTROL) if self.vectors else 0
         self._interrupts.set_msix(bool(control & _MSIX_ENABLE), bool(control & _MSIX_FUNCTION_MASK))
         if self._legacy is not None:
             self._banks[at.LEGACY_BAR] = self._legacy.banks[self._msix.enabled]
