@@ -8,6 +8,7 @@ import os
 import re
 import struct
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ FEATURES = 1 << 32 | 1 << 29 | 1 << 28
 BIT_30 = 1 << 30
 USER = 0x7F12_3456_0000
 MEMORY_SIZE = 1 << 20
+QUEUE_SIZE = 64
 OFFERED = int(PROTOCOL_FEATURES)
 WITHOUT_REPLY_ACK = int(PROTOCOL_FEATURES & ~ProtocolFeature.REPLY_ACK)
 
@@ -484,6 +486,77 @@ async def test_a_driver_that_broke_a_ring_starts_anew(
     assert await frontend.acked(Request.SET_FEATURES, U64(FEATURES | BIT_30)) == 0
     await frontend.set_up(0)
     assert await frontend.echo(0, b"works again")
+
+
+#: What a frontend goes on with after a reset, for the next driver or for another device's memory.
+AFTER_A_RESET: dict[str, tuple[Request, Payload | None, bool]] = {
+    "table": (Request.SET_MEM_TABLE, MemoryTable((replace(REGION, mmap_offset=4096),)), True),
+    "features": (Request.SET_FEATURES, U64(FEATURES | BIT_30), False),
+    "features-without-bit-30": (Request.SET_FEATURES, U64(FEATURES), False),
+    "region": (Request.ADD_MEM_REG, SingleRegion(region()), True),
+    "no-region": (Request.REM_MEM_REG, SingleRegion(region()), False),
+    "enable": (Request.SET_VRING_ENABLE, VringState(0, 1), False),
+    "status": (Request.SET_STATUS, U64(0xF), False),
+}
+
+
+@pytest.mark.parametrize("reset", ["status 0", "RESET_DEVICE"])
+@pytest.mark.parametrize("name", AFTER_A_RESET)
+async def test_nothing_but_a_new_set_up_runs_a_ring_after_a_reset(
+    frontend: Any, device: Any, reset: str, name: str
+) -> None:
+    await frontend.negotiate(OFFERED)
+    assert await frontend.acked(Request.ADD_MEM_REG, SingleRegion(region()), (frontend.memfd,)) == 0
+    await frontend.set_up(0)
+    assert await frontend.echo(0, b"before")
+    message = (Request.SET_STATUS, U64(0)) if reset == "status 0" else (Request.RESET_DEVICE,)
+    assert await frontend.acked(*message) == 0
+    # Memory that is the guest's now; by chance it looks like a buffer that waits.
+    frontend.put(0, b"the guest's own", 1)
+    if name == "region":
+        gone = SingleRegion(region())
+        assert await frontend.acked(Request.REM_MEM_REG, gone) == 0
+    before = frontend.memory.read(0, MEMORY_SIZE)
+    kind, payload, with_memory = AFTER_A_RESET[name]
+    assert await frontend.acked(kind, payload, (frontend.memfd,) if with_memory else ()) == 0
+    frontend.kick(0)
+    await asyncio.sleep(0)
+    assert not device.running
+    assert frontend.memory.read(0, MEMORY_SIZE) == before
+    # The next driver's queue has another size.
+    assert await frontend.acked(Request.SET_VRING_NUM, VringState(0, 2 * QUEUE_SIZE)) == 0
+    await frontend.set_up(0)
+    assert await frontend.echo(0, b"anew")
+
+
+async def test_a_paused_guest_goes_on_where_it_stood(frontend: Any, device: Any) -> None:
+    """Pausing writes status 0 as well, and positions may be asked for before or after it."""
+    await frontend.negotiate(OFFERED)
+    for index in (0, 1):
+        await frontend.set_up(index)
+        assert await frontend.echo(index, b"before")
+    assert await frontend.base(0) == 1
+    assert await frontend.acked(Request.SET_STATUS, U64(0)) == 0
+    assert await frontend.base(1) == 1
+    for index in (0, 1):
+        await frontend.resume(index, 1)
+        assert await frontend.echo(index, b"after")
+    assert ("reset",) not in device.told
+
+
+async def test_status_0_leaves_the_descriptor_for_errors(frontend: Any, device: Any) -> None:
+    """Frontends give it once, when they come."""
+    await frontend.negotiate(OFFERED)
+    error = os.eventfd(0, os.EFD_NONBLOCK)
+    assert await frontend.acked(Request.SET_VRING_ERR, VringDescriptor(0), (error,)) == 0
+    assert await frontend.acked(Request.SET_STATUS, U64(0)) == 0
+    await frontend.set_up(0)
+    frontend.memory.write(0x10000 + 16 * 64 + 2, struct.pack("<H", 65))
+    frontend.kick(0)
+    while device.status & 64 == 0:
+        await asyncio.sleep(0)
+    assert os.eventfd_read(error) == 1
+    os.close(error)
 
 
 async def test_writes_to_the_configuration_space(frontend: Any, device: Any) -> None:

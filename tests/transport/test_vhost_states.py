@@ -42,7 +42,7 @@ class ModelRing:
 
 #: Methods of Play; "up" is there so that many queues come to run.
 NAMES = ["up", "num", "base", "addr", "kick", "nofd", "call", "enable", "disable", "get"]
-NAMES += ["table", "reset", "echo", "config", "bad"]
+NAMES += ["table", "status", "reset", "echo", "config", "bad"]
 STEPS = st.lists(st.tuples(st.sampled_from(NAMES), st.integers(0, 2)), max_size=30)
 
 
@@ -79,8 +79,9 @@ class Play:
 
     async def addr(self, index: int, ring: ModelRing) -> None:
         if not ring.placed:
-            self.address = self.frontend.ring(index)
-            await self.acked(True, Request.SET_VRING_ADDR, self.address)
+            there = index in self.frontend.drivers
+            address = self.frontend.places[index] if there else self.frontend.ring(index)
+            await self.acked(True, Request.SET_VRING_ADDR, address)
             ring.placed = True
 
     async def kick(self, index: int, ring: ModelRing) -> None:
@@ -115,6 +116,11 @@ class Play:
     async def table(self, index: int, ring: ModelRing) -> None:
         table = MemoryTable((self.frontend.region,))
         await self.acked(True, Request.SET_MEM_TABLE, table, (self.frontend.memfd,))
+
+    async def status(self, index: int, ring: ModelRing) -> None:
+        """Queues are ended; where they stand stays, as GET_VRING_BASE and "up" find."""
+        await self.acked(True, Request.SET_STATUS, U64(0))
+        self.model[:] = [ModelRing() for _ in self.model]
 
     async def reset(self, index: int, ring: ModelRing) -> None:
         await self.acked(True, Request.RESET_DEVICE)

@@ -345,7 +345,9 @@ class Session:
         # its ports. The device itself notices a new driver, by its rings and its first words.
         self._paused = status.value == 0
         if self._paused:
-            self._stop_all()
+            # Either way the frontend sets rings up again; until then their memory is the guest's.
+            for vring in self._vrings:
+                vring.forget_driver()
             self._forget_broken_driver()
         else:
             self._device.set_status(status.value)

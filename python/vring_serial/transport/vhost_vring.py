@@ -194,12 +194,20 @@ class Vring:
         self._kick_fd = self._call_fd = -1
         self._kick_ours = False
 
+    def forget_driver(self) -> None:
+        """The driver has reset the device: the ring runs no more until it is set up anew.
+
+        Where it stood stays, for a paused VM looks like this too and goes on there.
+        """
+        self.end()
+        self.size = 0
+        self.address = self.enabled = None
+
     def reset(self) -> None:
         """As if no message had ever named this queue; closes all descriptors."""
-        self.end()
+        self.forget_driver()
         self.set_error(-1)
-        self.size = 0
-        self.base = self.used = self.address = self.enabled = None
+        self.base = self.used = None
 
     def _used_index(self, memory: GuestMemory, device_area: int) -> int | None:
         if self.packed or self.base is None:
