@@ -23,11 +23,11 @@ cdef enum:
     SAMPLE_NS = 250_000
 
 cdef enum:
-    # news for the flow's owner
-    NEWS_EOF = 1
-    NEWS_ERROR = 2
-    NEWS_BROKEN = 4
-    NEWS_OVERFLOW = 8
+    # news for the flow's owner, in the order in which it is told
+    NEWS_OVERFLOW = 1
+    NEWS_EOF = 2
+    NEWS_ERROR = 4
+    NEWS_BROKEN = 8
 
 cdef struct vr_fd:
     int number

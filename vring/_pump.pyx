@@ -13,8 +13,8 @@ from libc.stdlib cimport free
 
 from vring._core cimport VirtQueue
 from vring._flow cimport (
-    FD_NONE, FD_OTHER, FD_PIPE, FD_SOCKET, FD_TTY, NEWS_BROKEN, NEWS_EOF, NEWS_ERROR,
-    NEWS_OVERFLOW, vr_counters, vr_fd
+    FD_NONE, FD_OTHER, FD_PIPE, FD_SOCKET, FD_TTY, NEWS_EOF, NEWS_ERROR, NEWS_OVERFLOW,
+    vr_counters, vr_fd
 )
 from vring._linux cimport (
     F_GETFL, O_NONBLOCK, S_IFCHR, S_IFIFO, S_IFMT, S_IFSOCK, SO_TYPE, SOCK_STREAM, SOL_SOCKET,
@@ -154,14 +154,14 @@ cdef class Flow:
         )
 
     cdef int tell(self, uint32_t news, int error) except -1:
-        """Calls on_event. It may detach: nothing is told after that."""
-        if news & NEWS_OVERFLOW and self.pump is not None:
+        """Calls on_event with one kind of news."""
+        if news == NEWS_OVERFLOW:
             self.on_event(FlowEvent.OVERFLOW, vr_counted(&self.seat.flow.counters.dropped))
-        if news & NEWS_EOF and self.pump is not None:
+        elif news == NEWS_EOF:
             self.on_event(FlowEvent.PEER_EOF, None)
-        if news & NEWS_ERROR and self.pump is not None:
+        elif news == NEWS_ERROR:
             self.on_event(FlowEvent.PEER_ERROR, error)
-        if news & NEWS_BROKEN and self.pump is not None:
+        else:
             self.on_event(FlowEvent.RING_BROKEN, self.queue.broken)
         return 0
 

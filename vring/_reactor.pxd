@@ -84,5 +84,5 @@ cdef int reactor_start(vr_reactor* reactor, uint64_t busy_ns) noexcept nogil
 cdef void reactor_stop(vr_reactor* reactor) noexcept nogil
 # Asks the thread for something and waits for its answer: 0, errno or REACTOR_BLOCKING.
 cdef int reactor_command(vr_reactor* reactor, int operation, vr_seat* seat) noexcept nogil
-# The next seat with news, which is taken off the list; NULL if there is none.
+# The next seat with news and one kind of it, which is taken off the list; NULL if there is none.
 cdef vr_seat* reactor_next_news(vr_reactor* reactor, uint32_t* news, int* error) noexcept nogil

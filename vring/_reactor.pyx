@@ -212,12 +212,14 @@ cdef vr_seat* reactor_next_news(
     pthread_mutex_lock(&reactor.lock)
     seat = reactor.news
     if seat != NULL:
-        reactor.news = seat.news_next
-        if reactor.news == NULL:
-            reactor.news_last = NULL
-        news[0] = seat.news
+        # One kind at a time, the lowest: the others stay in the list, whatever becomes of this one.
+        news[0] = seat.news & (~seat.news + 1)
         error[0] = seat.error
-        seat.news = 0
+        seat.news ^= news[0]
+        if seat.news == 0:
+            reactor.news = seat.news_next
+            if reactor.news == NULL:
+                reactor.news_last = NULL
     pthread_mutex_unlock(&reactor.lock)
     return seat
 

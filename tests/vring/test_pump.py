@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+import select
 import socket
 import struct
 import time
@@ -318,6 +319,38 @@ def test_exception_in_the_callback_delays_nothing_else(make_rig: Callable, socke
             pump.dispatch()
     pump.dispatch()
     assert len(told) == 2
+
+
+def test_exception_in_the_callback_delays_the_flows_other_news(
+    make_rig: Callable, sockets, pump, wait_until
+) -> None:
+    """One flow with three things to tell, each of which raises."""
+    rig = make_rig(writable=False)
+    told = []
+
+    def on_event(event: FlowEvent, detail: object) -> None:
+        told.append(event)
+        raise KeyError(event)
+
+    flow = rig.write_to(sockets[0].fileno(), on_event=on_event, lossy=True, backlog=0)
+    while not flow.counters.dropped:
+        rig.send(bytes(4096))
+        rig.wait_used(1)
+    sockets[1].close()
+    rig.send(bytes(16))
+    rig.wait_used(1)
+    rig.guest.memory.write(rig.queue.rings[1] + 2, b"\xff\xff")  # more available than there is
+    rig.kick()
+    wait_until(lambda: rig.queue.broken)
+    expected = [FlowEvent.OVERFLOW, FlowEvent.PEER_ERROR, FlowEvent.RING_BROKEN]
+    while len(told) < len(expected):
+        assert select.select([pump.event_fd], [], [], 5)[0], told
+        with pytest.raises(KeyError):
+            pump.dispatch()
+    assert told == expected
+    flow.detach()
+    pump.dispatch()
+    assert told == expected
 
 
 def test_unclosed_pump_warns_and_ends(port_rig: type, sockets) -> None:
