@@ -15,7 +15,7 @@ from libc.stdlib cimport calloc, free
 from vring._guard cimport (
     MemoryWatch, guard_add, guard_lost, guard_lost_at, guard_losses, guard_remove, vr_guarded
 )
-from vring._wire cimport vr_copy
+from vring._wire cimport vr_copy, vr_fence, vr_load16_acquire, vr_store16_release
 from vring.errors import AddressError, LocalMisuseError, MemoryMapError
 
 cdef extern from "<sys/mman.h>" nogil:
@@ -328,6 +328,37 @@ cdef class GuestMemory:
         self.locate(guest_addr, length)
         offset = guest_addr - region.guest
         return memoryview(self.regions[region - self.map.regions])[offset:offset + length]
+
+    cdef uint8_t* locate16(self, object guest_addr) except NULL:
+        _check_range(guest_addr, 2)
+        cdef uint8_t* at = self.locate(guest_addr, 2)
+        if <size_t>at & 1:
+            raise AddressError(guest_addr, 2, "not aligned to 2 bytes")
+        return at
+
+    def load16(self, guest_addr):
+        """A little-endian number of 16 bits that another thread or process may be changing.
+
+        One load, never half of an old value and half of a new one, as `read` may give; whatever is
+        read after it is at least as new (acquire). For indices and flags of rings.
+
+        Raises:
+            AddressError: the two bytes are not in one region, or not aligned.
+        """
+        return vr_load16_acquire(self.locate16(guest_addr))
+
+    def store16(self, guest_addr, uint16_t value):
+        """Stores a little-endian number of 16 bits for another thread or process to load.
+
+        One store. What was written before is visible before it (release), and it is itself
+        visible before anything is read afterwards (a full fence): after publishing an event index
+        one may look at the index again.
+
+        Raises:
+            AddressError: the two bytes are not in one region, or not aligned.
+        """
+        vr_store16_release(self.locate16(guest_addr), value)
+        vr_fence()
 
     cdef int check(self, uint64_t address, uint64_t length) except -1:
         """Raises AddressError unless all bytes are in memory (adjacent regions count as one)."""

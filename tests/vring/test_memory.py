@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import mmap
 import os
+import subprocess
+import sys
 import weakref
 
 import numpy as np
@@ -144,3 +146,65 @@ def test_translation_over_many_regions() -> None:
         mem.read(999 * 0x3000 + 0x1000, 1)
     with pytest.raises(AddressError):
         GuestMemory().read(0, 1)
+
+
+# --- numbers that somebody else changes meanwhile
+
+#: Sets the two bytes of a file to 0x00FF and 0xFF00 in turns, each in one store, until it is ended.
+TOGGLE = """
+import mmap, sys
+number = memoryview(mmap.mmap(int(sys.argv[1]), 2)).cast("H")
+number[0] = 0xFF00
+print(flush=True)
+while True:
+    number[0] = 0x00FF
+    number[0] = 0xFF00
+"""
+#: Reads, and how often the number must have been seen to change meanwhile.
+LOADS, CHANGES = 200_000, 1000
+
+
+def test_a_number_that_changes_is_never_seen_torn() -> None:
+    """`read` shows 0x0000 and 0xFFFF too: it copies two bytes one by one."""
+    fd = os.memfd_create("guest")
+    os.truncate(fd, 2)
+    mem = GuestMemory([Region.map(fd, 2, guest_addr=0x1000)])
+    seen = set()
+    last = changes = loads = 0
+    with subprocess.Popen(
+        [sys.executable, "-S", "-c", TOGGLE, str(fd)], pass_fds=[fd], stdout=subprocess.PIPE
+    ) as toggler:
+        try:
+            assert toggler.stdout is not None
+            assert toggler.stdout.readline() == b"\n"
+            while loads < LOADS or changes < CHANGES:
+                value = mem.load16(0x1000)
+                seen.add(value)
+                changes += value != last
+                last = value
+                loads += 1
+        finally:
+            toggler.kill()
+            os.close(fd)
+    assert seen == {0x00FF, 0xFF00}
+
+
+def test_numbers_of_16_bits() -> None:
+    mem = memory((0x1000, 0x1000), (0x2000, 0x10))
+    mem.store16(0x1FFE, 0x1234)
+    assert mem.read(0x1FFE, 2) == b"\x34\x12"
+    assert mem.load16(0x1FFE) == 0x1234
+    mem.store16(0x2000, 0xFFFF)
+    assert mem.load16(0x2000) == 0xFFFF
+    for address in (0xFFF, 0x1FFF, 0x2001, 0x200F, 0x2010, 2**64 - 1, -2, 2**64):
+        with pytest.raises(AddressError):
+            mem.load16(address)
+        with pytest.raises(AddressError):
+            mem.store16(address, 1)
+    for value in (-1, 1 << 16):
+        with pytest.raises(OverflowError):
+            mem.store16(0x1000, value)
+    odd = GuestMemory([Region(0x1000, np.zeros(9, np.uint8)[1:])])
+    with pytest.raises(AddressError, match="not aligned to 2 bytes"):
+        odd.load16(0x1000)
+    assert odd.load16(0x1001) == 0

@@ -4,6 +4,11 @@ The device works on a *copy* of guest memory at the same guest addresses. When t
 what it made available is fetched into the copy: ring entries, descriptors, and what they say that
 the device may read. When the device has used buffers, what it wrote is stored in the guest's
 memory, then the used ring, and when the client has said that this is done, the driver is told.
+
+The device may be the pump's thread. Indices and event indices of the copy, which both sides use at
+the same time, are single accesses in order (``GuestMemory.load16``, ``store16``). Of the guest's
+ring, the index is read before what it makes available, in an access of its own: a client that
+copied both at once could give a new index with an entry of the last round.
 """
 
 from __future__ import annotations
@@ -23,6 +28,7 @@ from vring_serial.unix_fds import close_all
 
 _DESCRIPTOR = struct.Struct("<QIHH")
 _USED = struct.Struct("<II")
+_U16 = struct.Struct("<H")
 _NEXT, _WRITE, _INDIRECT = 1, 2, 4
 _NO_INTERRUPT = 1
 #: Bytes that are asked for, or stored, at once.
@@ -72,9 +78,14 @@ class ShadowRing:
         self._kicked.set()
         self._telling: asyncio.Task[None] | None = None
         # The copy begins with nothing available: flags, index, and the event for the first use.
-        self._put(self._available, 0, self._fetched)
-        self._put(self._used, 0, self._stored)
-        self._put(self._available + 4 + 2 * self._size, self._stored)
+        memory = self._memory
+        self._available_event = self._used + 4 + 8 * self._size
+        self._used_event = self._available + 4 + 2 * self._size
+        memory.store16(self._available, 0)
+        memory.store16(self._available + 2, self._fetched)
+        memory.store16(self._used, 0)
+        memory.store16(self._used + 2, self._stored)
+        memory.store16(self._used_event, self._stored)
         self.queue = RunningQueue(queue, make_eventfd(), make_eventfd())
         self._loop.add_reader(running.kick_fd, self._driver_kicks)
         self._loop.add_reader(self.queue.call_fd, self._device_calls)
@@ -120,25 +131,29 @@ class ShadowRing:
 
     async def _fetch(self) -> bool:
         """Bring what the driver made available; whether there was anything."""
-        ring = await self._remote.read(self._available, 4 + 2 * self._size)
-        (index,) = struct.unpack_from("<H", ring, 2)
+        index = await self._read16(self._available + 2)
         count = index - self._fetched & 0xFFFF
         if not count:
             return False
         if count <= self._size:
+            entries = await self._remote.read(self._available + 4, 2 * self._size)
             table = await self._remote.read(self._descriptors, 16 * self._size)
             self._memory.write(self._descriptors, table)
-            self._memory.write(self._available + 4, ring[4:])
+            self._memory.write(self._available + 4, entries)
             for position in range(self._fetched, self._fetched + count):
-                (head,) = struct.unpack_from("<H", ring, 4 + 2 * (position % self._size))
+                (head,) = _U16.unpack_from(entries, 2 * (position % self._size))
                 await self._fetch_chain(head, table)
         # An index that cannot be is the device's to find, and to tell.
         self._fetched = index
-        self._put(self._available + 2, index)
+        self._memory.store16(self._available + 2, index)
         notify(self.queue.kick_fd)
         if self._event_idx:
-            self._remote.write(self._used + 4 + 8 * self._size, struct.pack("<H", index))
+            self._remote.write(self._available_event, _U16.pack(index))
         return True
+
+    async def _read16(self, address: int) -> int:
+        """A number of the guest's ring."""
+        return int.from_bytes(await self._remote.read(address, 2), "little")
 
     async def _fetch_chain(self, head: int, table: bytes) -> None:
         """Bring what the device may read; what is wrong with the chain is the device's to find."""
@@ -203,10 +218,10 @@ class ShadowRing:
         """Send what the device used; whether there was anything."""
         any_stored = False
         while True:
-            index = self._get(self._used + 2)
+            index = self._memory.load16(self._used + 2)
             count = index - self._stored & 0xFFFF
             # Asked before the index is looked at again: the device tells of what comes later.
-            self._put(self._available + 4 + 2 * self._size, index)
+            self._memory.store16(self._used_event, index)
             if not count or count > self._size:
                 return any_stored
             any_stored = True
@@ -216,7 +231,7 @@ class ShadowRing:
                 head, written = _USED.unpack(entry)
                 self._store_chain(head, written)
                 self._remote.write(at, entry)
-            self._remote.write(self._used + 2, struct.pack("<H", index))
+            self._remote.write(self._used + 2, _U16.pack(index))
             self._stored = index
 
     def _store_chain(self, head: int, written: int) -> None:
@@ -243,16 +258,5 @@ class ShadowRing:
     async def _wanted(self, now: int, before: int) -> bool:
         # Reads come after the writes before them.
         if self._event_idx:
-            event = await self._remote.read(self._available + 4 + 2 * self._size, 2)
-            return need_event(int.from_bytes(event, "little"), now, before)
-        flags = await self._remote.read(self._available, 2)
-        return not int.from_bytes(flags, "little") & _NO_INTERRUPT
-
-    # --- the copy
-
-    def _put(self, address: int, *values: int) -> None:
-        for at, value in enumerate(values):
-            self._memory.write(address + 2 * at, struct.pack("<H", value))
-
-    def _get(self, address: int) -> int:
-        return int.from_bytes(self._memory.read(address, 2), "little")
+            return need_event(await self._read16(self._used_event), now, before)
+        return not await self._read16(self._available) & _NO_INTERRUPT

@@ -212,7 +212,7 @@ class Vring:
     def _used_index(self, memory: GuestMemory, device_area: int) -> int | None:
         if self.packed or self.base is None:
             return self.used
-        return int.from_bytes(memory.read(device_area + 2, 2), "little")
+        return memory.load16(device_area + 2)
 
     def _refuse_while_running(self) -> None:
         if self.running:

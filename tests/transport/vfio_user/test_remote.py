@@ -70,6 +70,33 @@ def test_the_index_comes_after_what_it_makes_visible(remote: Any) -> None:
     assert writes[-1] == (writes[entry][0] - 2, 2)
 
 
+def test_an_index_is_not_believed_with_entries_that_may_be_older(remote: Any, device: Any) -> None:
+    """A client's copy of index and entries at once may have the index alone of a new chain."""
+    driver = remote.start_driver(0)
+    available = 0x10000 + 16 * 64
+    for turn in range(64):
+        echo(remote, driver, b"round 1", slot=turn % 8)
+    honest = remote.dma
+    before = remote.memory.read(available, 4 + 2 * 64)
+
+    def torn(message: Any) -> bytes:
+        asked = message.decode()
+        start, end = asked.address, asked.address + asked.count
+        if message.name != "DMA_READ" or start > available + 2 or end <= available + 4:
+            return honest(message)
+        data = bytearray(before)
+        data[2:4] = remote.memory.read(available + 2, 2)
+        part = bytes(data[start - available : end - available])
+        answer = DmaAccess(asked.address, asked.count, part)
+        return reply(message.command, message.message_id, answer)
+
+    remote.dma = torn
+    # In the first round slot 0 of the ring had the first buffers; now it has others.
+    remote.drivers[0].add([(BUFFERS + 0x9000, 7)], [(BUFFERS + 0x9800, 7)])
+    echo(remote, driver, b"round 2", slot=10)
+    assert device.echoed[-1] == b"round 2"
+
+
 def test_buffers_that_are_shared_are_not_copied(client: Any, device: Any) -> None:
     """The rings are the client's alone; the second half, where buffers are, is shared."""
     client.negotiate()
