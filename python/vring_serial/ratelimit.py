@@ -38,6 +38,7 @@ class RateLimitedLog:
         message: str,
         *args: object,
         extra: Mapping[str, object] | None = None,
+        exc_info: BaseException | None = None,
     ) -> None:
         """Log, or count."""
         now = self._clock()
@@ -48,4 +49,4 @@ class RateLimitedLog:
             self._count = 0
         self._count += 1
         if self._count <= self._burst:
-            self._log.log(level, message, *args, extra=extra)
+            self._log.log(level, message, *args, extra=extra, exc_info=exc_info)

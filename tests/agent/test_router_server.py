@@ -219,3 +219,33 @@ async def test_a_server_that_drops_the_agent_gets_it_again(served, monkeypatch):
     again = await server(1)
     assert (await again.receive(AnnounceCapabilities)).request
     assert len(bench.router.clients) == 1
+
+
+async def test_a_server_that_no_descriptor_is_left_for_comes_later(
+    make_bench, out_of_descriptors, monkeypatch, caplog
+):
+    monkeypatch.setattr(router_module, "SERVER_RETRY", 0.01)
+    bench = await make_bench()
+    device = Device()
+    with out_of_descriptors():
+        bench.router.connect_server(device, device.closed)
+        await bench.until(lambda: "cannot be connected to the agent" in caplog.text)
+        await asyncio.sleep(0.05)
+    await bench.until(lambda: device.live == 1)
+    assert caplog.text.count("cannot be connected to the agent: Too many open files") == 1
+
+
+async def test_a_callback_that_raises_costs_nobody_the_agent(make_bench, caplog):
+    bench = await make_bench()
+    told = []
+
+    def on_event(event):
+        told.append(event)
+        raise ValueError("oops")
+
+    bench.router._on_event = on_event
+    bench.router.emit(OtherMessage(MouseState(0, 0, MouseButton(0), 0)))
+    client = await bench.client()
+    await client.wait_ready()
+    assert told
+    assert "on_event failed" in caplog.text

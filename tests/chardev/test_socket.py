@@ -8,7 +8,6 @@ import errno
 import logging
 import os
 import re
-import resource
 import socket
 import subprocess
 import sys
@@ -480,28 +479,6 @@ def read_what_is_there(guest: Guest) -> bytes:
         if not more:
             guest.chardev.peer_gone()
     return data
-
-
-async def test_out_of_descriptors_at_a_clients_arrival(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr("vring_serial.chardev.socket.ACCEPT_PAUSE_SECONDS", 0.05)
-    chardev = unix_server(tmp_path / "s")
-    guest = Guest(chardev)
-    await chardev.start()
-    sock = await unix_client(tmp_path / "s")
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
-    try:
-        async with asyncio.timeout(5):
-            while "Too many open files" not in caplog.text:
-                await asyncio.sleep(0.01)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    await guest.opened()
-    sock.close()
-    await guest.closed()
-    await chardev.stop()
 
 
 # Waiting for the first client

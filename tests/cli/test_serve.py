@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import signal
 import socket
-import sys
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+from tests.cli.conftest import NULL_PORT, TIMEOUT, Serve, close, connect, guest_of
 from vring_serial.cli import vring
 from vring_serial.guest.guest import EmbeddedGuest
 from vring_serial.proto import vfio_user
@@ -23,112 +20,11 @@ from vring_serial.proto.vfio_user_version import Version
 from vring_serial.proto.vfio_user_wire import IrqIndex, IrqInfo, RegionIndex, RegionRead
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-TIMEOUT = 20.0
 
 #: What spice-vdagentd sends first: ANNOUNCE_CAPABILITIES, request 1 (recorded).
 AGENT_HELLO = bytes.fromhex(
     "010000001c000000 0100000006000000 0000000000000000 08000000 01000000 e78d0300"
 )
-NULL_PORT = ("--chardev", "null,id=n", "--port", "chardev=n")
-
-
-class Server:
-    """A running ``vring serve``.
-
-    Attributes:
-        lines: what it has logged so far.
-    """
-
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self.lines: list[str] = []
-        self._process = process
-        self._more = asyncio.Condition()
-        self._reading = asyncio.create_task(self._read())
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    async def _read(self) -> None:
-        assert self._process.stderr is not None
-        async for line in self._process.stderr:
-            async with self._more:
-                self.lines.append(line.decode().rstrip("\n"))
-                self._more.notify_all()
-
-    async def logged(self, text: str, count: int = 1) -> str:
-        """Wait for the ``count``-th line that contains ``text``."""
-
-        def found() -> list[str]:
-            return [line for line in self.lines if text in line]
-
-        try:
-            async with asyncio.timeout(TIMEOUT), self._more:
-                await self._more.wait_for(lambda: len(found()) >= count)
-        except TimeoutError:
-            log = "\n".join(self.lines)
-            raise AssertionError(f"{text!r} was not logged {count} times:\n{log}") from None
-        return found()[count - 1]
-
-    async def exit_status(self) -> int:
-        """Wait for the end."""
-        async with asyncio.timeout(TIMEOUT):
-            status = await self._process.wait()
-            await self._reading
-        return status
-
-    async def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
-        """Send a signal and wait for the end."""
-        self._process.send_signal(number)
-        return await self.exit_status()
-
-    async def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
-        await self._process.wait()
-        await self._reading
-
-
-Serve = Callable[..., AbstractAsyncContextManager[Server]]
-
-
-@pytest.fixture
-def serve(tmp_path: Path) -> Serve:
-    """``async with serve(*arguments) as server``: in ``tmp_path``, on the socket ``v`` there."""
-
-    @contextlib.asynccontextmanager
-    async def run(*arguments: str, ready: str = "serving;") -> AsyncIterator[Server]:
-        if not {"--vhost-user", "--vfio-user"} & set(arguments):
-            arguments = ("--vhost-user", "v", *arguments)
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "vring_serial", "serve", *arguments),
-            cwd=tmp_path,
-            stdin=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.PIPE,
-        )
-        server = Server(process)
-        try:
-            if ready:
-                await server.logged(ready)
-            yield server
-        finally:
-            await server.kill()
-
-    return run
-
-
-def guest_of(path: Path) -> EmbeddedGuest:
-    return EmbeddedGuest(str(path), memory=32 << 20)
-
-
-async def connect(path: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    async with asyncio.timeout(TIMEOUT):
-        return await asyncio.open_unix_connection(str(path))
-
-
-async def close(writer: asyncio.StreamWriter) -> None:
-    writer.close()
-    await writer.wait_closed()
 
 
 # --- the main job

@@ -21,6 +21,7 @@ which is how it knows that.
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from collections.abc import Callable
 
@@ -43,6 +44,7 @@ from vring_serial.agent.link import AgentLink, BodySink
 from vring_serial.agent.relay import DataPieces, Passing
 from vring_serial.agent.replies import Replies
 from vring_serial.agent.router_client import ANSWER_TIMEOUT, RouterClient
+from vring_serial.callbacks import tell
 from vring_serial.proto.agent import (
     AGENT_AWAY,
     FILES_FROM_GUEST,
@@ -71,6 +73,8 @@ from vring_serial.proto.agent import (
     UnknownMessage,
 )
 
+log = logging.getLogger(__name__)
+
 CLIENTS_MAX = 64
 """Clients at once; more are turned away."""
 CLIENT_TRANSFERS_MAX = 128
@@ -78,7 +82,7 @@ CLIENT_TRANSFERS_MAX = 128
 REPLIES_MAX = 256
 """REPLYs of the agent that may be outstanding."""
 SERVER_RETRY = 1.0
-"""Seconds until a SPICE server that dropped the agent gets it again."""
+"""Seconds until a SPICE server that dropped the agent, or could not be connected, gets it again."""
 
 _ANSWERED = (MessageType.MONITORS_CONFIG, MessageType.DISPLAY_CONFIG)
 _LAYOUT = (Capability.CLIPBOARD_SELECTION, Capability.CLIPBOARD_GRAB_SERIAL)
@@ -184,22 +188,37 @@ class AgentRouter:
     # --- SPICE servers
 
     async def _keep_connected(self, device: asyncio.Protocol, closed: asyncio.Event) -> None:
+        failed = ""
         while True:
             await self._agent_there.wait()
             link = self._link
             client = RouterClient(self, is_server=True)
             closed.clear()
-            await self._connect(client, lambda: device)
+            try:
+                await self._connect(client, lambda: device)
+            except OSError as error:  # no descriptor is left, most likely
+                if (why := error.strerror or str(error)) != failed:
+                    failed = why
+                    log.warning("the SPICE server cannot be connected to the agent: %s", why)
+                await asyncio.sleep(SERVER_RETRY)
+                continue
+            failed = ""
             await client.gone.wait()
             await closed.wait()
             if self._link is link:
                 await asyncio.sleep(SERVER_RETRY)
 
     async def _connect(self, client: RouterClient, factory: Callable[[], asyncio.Protocol]) -> None:
-        ours, theirs = socket.socketpair()
         loop = asyncio.get_running_loop()
-        await loop.create_connection(lambda: client.link, sock=ours)
-        await loop.create_connection(factory, sock=theirs)
+        ours, theirs = socket.socketpair()
+        try:
+            await loop.create_connection(lambda: client.link, sock=ours)
+            await loop.create_connection(factory, sock=theirs)
+        except BaseException:
+            client.link.close()
+            ours.close()
+            theirs.close()
+            raise
 
     # --- for the clients
 
@@ -210,8 +229,7 @@ class AgentRouter:
 
     def emit(self, event: AgentEvent) -> None:
         """Tell an event."""
-        if self._on_event is not None:
-            self._on_event(event)
+        tell(log, "on_event", self._on_event, event)
 
     def client_came(self, client: RouterClient) -> bool:
         """Whether the client is admitted; it is told of the agent if there is one."""

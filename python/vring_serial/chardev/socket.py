@@ -7,6 +7,8 @@ import logging
 import socket
 from dataclasses import dataclass
 
+from vring_serial import accept
+from vring_serial.accept import Acceptor
 from vring_serial.chardev.base import Chardev, DescriptorEnd
 from vring_serial.chardev.endpoint import Address, Listener, TcpAddress, UnixAddress, connect
 from vring_serial.chardev.hangup import HangupWatch, LastWords
@@ -16,9 +18,6 @@ from vring_serial.ratelimit import RateLimitedLog
 from vring_serial.unix_socket import SocketPathError
 
 log = logging.getLogger(__name__)
-
-# After running out of descriptors, which accepting again at once would not cure.
-ACCEPT_PAUSE_SECONDS = 1.0
 
 _TCP_ONLY = ("to", "ipv4", "ipv6", "nodelay")
 
@@ -142,7 +141,7 @@ class SocketChardev(Chardev):
         # A peer can come and go in a loop.
         self._said = RateLimitedLog(log, burst=20, seconds=10)
         self._listener = Listener()
-        self._pause: asyncio.TimerHandle | None = None
+        self._acceptor: Acceptor | None = None
         self._first_peer: asyncio.Future[None] | None = None
         self._task: asyncio.Task[None] | None = None
         self._peer: socket.socket | None = None
@@ -189,7 +188,9 @@ class SocketChardev(Chardev):
         if task is not None and not task.done():
             task.cancel()
             await asyncio.wait([task])
-        self._stop_accepting()
+        if self._acceptor is not None:
+            self._acceptor.close()
+            self._acceptor = None
         self._disconnect()
         self._listener.close()
         if self._watch is not None:
@@ -206,8 +207,8 @@ class SocketChardev(Chardev):
         self._disconnect()
         if not self._started:
             return
-        if self.options.server:
-            self._accept_next()
+        if self._acceptor is not None:
+            self._acceptor.resume()
         elif self.options.reconnect_delay:
             self._task = asyncio.create_task(self._keep_connecting(self.options.reconnect_delay))
 
@@ -229,7 +230,13 @@ class SocketChardev(Chardev):
             await self._listener.listen(self._address)
         except (OSError, SocketPathError) as error:
             raise self._error(self._doing, _why(error)) from error
-        self._accept_next()
+        self._acceptor = Acceptor(
+            self._connected,
+            name=f"chardev {self.id} at {self.description}",
+            peer="client",
+            one_at_a_time=True,
+        )
+        self._acceptor.open(self._listener.sockets)
         if self.options.waits:
             log.info("chardev %s: waiting for a client at %s", self.id, self.description)
             self._first_peer = asyncio.get_running_loop().create_future()
@@ -240,7 +247,7 @@ class SocketChardev(Chardev):
         while True:
             await asyncio.sleep(delay)
             try:
-                sock = await connect(self._address)
+                self._connected(await connect(self._address))
             except (OSError, SocketPathError) as error:
                 delay = self.options.reconnect_delay
                 message = str(self._error(self._doing, _why(error)))
@@ -248,47 +255,22 @@ class SocketChardev(Chardev):
                     log.warning("%s; trying again every %g s", message, delay)
                 told = message
             else:
-                self._connected(sock)
                 return
 
-    def _accept_next(self) -> None:
-        self._pause = None
-        loop = asyncio.get_running_loop()
-        for sock in self._listener.sockets:
-            loop.add_reader(sock.fileno(), self._accept, sock)
-
-    def _stop_accepting(self) -> None:
-        if self._pause is not None:
-            self._pause.cancel()
-            self._pause = None
-        loop = asyncio.get_running_loop()
-        for sock in self._listener.sockets:
-            loop.remove_reader(sock.fileno())
-
-    def _accept(self, listener: socket.socket) -> None:
-        try:
-            sock, _ = listener.accept()
-        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-            return
-        except OSError as error:
-            log.warning("%s", self._error(f"accept a client at {self.description}", error))
-            self._stop_accepting()
-            loop = asyncio.get_running_loop()
-            self._pause = loop.call_later(ACCEPT_PAUSE_SECONDS, self._accept_next)
-            return
-        self._stop_accepting()
-        self._connected(sock)
-
     def _connected(self, sock: socket.socket) -> None:
-        sock.setblocking(False)
-        if self.options.nodelay:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        assert self._watch is not None  # there from start to stop
         self._peer = sock
-        self._watch.watch(sock.fileno())
-        text = "chardev %s: peer connected to %s"
-        self._said.log(logging.INFO, text, self.id, self.description)
-        self._open_end(DescriptorEnd(read_fd=sock.fileno(), write_fd=sock.fileno()))
+        try:
+            sock.setblocking(False)
+            if self.options.nodelay:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            assert self._watch is not None  # there from start to stop
+            self._watch.watch(sock.fileno())
+            text = "chardev %s: peer connected to %s"
+            self._said.log(logging.INFO, text, self.id, self.description)
+            self._open_end(DescriptorEnd(read_fd=sock.fileno(), write_fd=sock.fileno()))
+        except BaseException:
+            self._disconnect()
+            raise
         if self._first_peer is not None and not self._first_peer.done():
             self._first_peer.set_result(None)
 
@@ -303,6 +285,7 @@ class SocketChardev(Chardev):
         finally:
             self._watch.unwatch(peer.fileno())
             peer.close()
+            accept.descriptor_freed()
 
 
 def _why(error: OSError | SocketPathError) -> OSError | str:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from vring_serial.accept import Acceptor
 from vring_serial.agent.events import (
     AgentEvent,
     AgentGone,
@@ -32,9 +34,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Seconds without accepting after the system refused a descriptor for a client.
-ACCEPT_PAUSE = 1.0
-
 
 class AgentEnds:
     """The agent ends of one server; each lives as long as the server, across connections.
@@ -47,7 +46,8 @@ class AgentEnds:
         self._path = path
         self._routers: list[AgentRouter] = []
         self._listener: UnixListener | None = None
-        self._accepting: asyncio.Task[None] | None = None
+        self._acceptor: Acceptor | None = None
+        self._connecting: set[asyncio.Future[None]] = set()
 
     def factory(self, port: PortConfig) -> ProtocolFactory:
         """The end of one spicevmc port."""
@@ -65,7 +65,13 @@ class AgentEnds:
             return
         router = self._the_router()
         self._listener = UnixListener(self._path)
-        self._accepting = asyncio.create_task(self._accept(self._listener, router))
+        self._acceptor = Acceptor(
+            lambda client: self._accepted(client, router),
+            name=f"--agent-socket {self._path}",
+            peer="client",
+            yields=True,
+        )
+        self._acceptor.open([self._listener.socket])
 
     def _the_router(self) -> AgentRouter:
         if len(self._routers) != 1:
@@ -75,22 +81,26 @@ class AgentEnds:
             )
         return self._routers[0]
 
-    async def _accept(self, listener: UnixListener, router: AgentRouter) -> None:
+    def _accepted(self, client: socket.socket, router: AgentRouter) -> None:
+        connecting = asyncio.ensure_future(self._connect(client, router))
+        self._connecting.add(connecting)
+        connecting.add_done_callback(self._connecting.discard)
+
+    async def _connect(self, client: socket.socket, router: AgentRouter) -> None:
         loop = asyncio.get_running_loop()
-        while True:
-            try:
-                client, _ = await loop.sock_accept(listener.socket)
-                await loop.connect_accepted_socket(router.client_factory, client)
-            except OSError as error:
-                # Too many open files, most likely: those who wait are served when one has left.
-                log.warning("--agent-socket %s: %s", self._path, error.strerror)
-                await asyncio.sleep(ACCEPT_PAUSE)
+        try:
+            await loop.connect_accepted_socket(router.client_factory, client)
+        except OSError as error:
+            log.warning("--agent-socket %s: %s", self._path, error.strerror)
 
     async def close(self) -> None:
         """Close all, and remove the socket."""
-        if self._accepting is not None:
-            self._accepting.cancel()
-            await asyncio.gather(self._accepting, return_exceptions=True)
+        if self._acceptor is not None:
+            self._acceptor.close()
+            self._acceptor = None
+        for connecting in self._connecting:
+            connecting.cancel()
+        await asyncio.gather(*self._connecting, return_exceptions=True)
         if self._listener is not None:
             self._listener.close()
         for router in self._routers:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import ipaddress
 import logging
+import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from vring_serial.accept import Acceptor
+from vring_serial.callbacks import tell
+from vring_serial.spice.admission import Admission
 from vring_serial.spice.library import Library, callback_failed
 
 log = logging.getLogger("vring_serial.spice")
@@ -53,6 +58,19 @@ class _Watch:
     func: Any
     opaque: Any
     mask: int = 0
+    listening: _Listening | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Listening:
+    """What the library listens on itself; the descriptor stays its own."""
+
+    socket: socket.socket
+    acceptor: Acceptor
+
+    def close(self) -> None:
+        self.acceptor.close()
+        self.socket.detach()
 
 
 class CoreInterface:
@@ -64,6 +82,9 @@ class CoreInterface:
     Args:
         library: the loaded library.
         on_client: told about clients.
+
+    Attributes:
+        admission: the connections that have not authenticated.
     """
 
     def __init__(self, library: Library, on_client: Callable[[ClientEvent], None]) -> None:
@@ -73,6 +94,9 @@ class CoreInterface:
         self._timers: dict[int, _Timer] = {}
         self._watches: dict[int, _Watch] = {}
         self._number = 0
+        self.admission = Admission()
+        self._accepting = False
+        self._turn_of = -1  # the descriptor whose watch is being called
         self.struct = self._make_struct()
 
     def _make_struct(self) -> Any:
@@ -96,16 +120,30 @@ class CoreInterface:
             setattr(struct, name, callback)
         return struct
 
+    @contextlib.contextmanager
+    def accepting(self) -> Iterator[None]:
+        """Whatever the library begins to watch meanwhile is a new connection."""
+        self._accepting = True
+        try:
+            yield
+        finally:
+            self._accepting = False
+
     def close(self) -> list[int]:
-        """Forget whatever the library left behind; returns descriptors that it still watched."""
+        """Forget whatever the library left behind; returns descriptors that it did not close.
+
+        Those are of connections that had not authenticated.
+        """
         for timer in self._timers.values():
             _cancel(timer)
         self._timers.clear()
         for watch in self._watches.values():
             self._set_mask(watch, 0)
-        left = [watch.fd for watch in self._watches.values()]
+            if watch.listening is not None:
+                watch.listening.close()
+        watched = {watch.fd for watch in self._watches.values()}
         self._watches.clear()
-        return left
+        return [fd for fd in self.admission.close() if fd in watched]
 
     def _next(self) -> int:
         self._number += 1
@@ -138,6 +176,13 @@ class CoreInterface:
     def _watch_add(self, fd: int, mask: int, func: Any, opaque: Any) -> Any:
         number = self._next()
         watch = self._watches[number] = _Watch(fd, func, opaque)
+        if self._accepting:
+            self.admission.came(fd)
+        elif _is_listening(fd):
+            # For TLS the library listens, and accepts, itself.
+            take = functools.partial(self._accept, watch)
+            acceptor = Acceptor(name="SPICE with TLS", peer="client", yields=True, take=take)
+            watch.listening = _Listening(socket.socket(fileno=fd), acceptor)
         self._set_mask(watch, mask)
         return self._ffi.cast("SpiceWatch *", number)
 
@@ -146,27 +191,57 @@ class CoreInterface:
 
     def _watch_remove(self, pointer: Any) -> None:
         if pointer != self._ffi.NULL:
-            self._set_mask(self._watches.pop(self._key(pointer)), 0)
+            watch = self._watches.pop(self._key(pointer))
+            self._set_mask(watch, 0)
+            if watch.listening is not None:
+                watch.listening.close()
+            self._loop.call_soon(self._forget, watch.fd)
 
     def _set_mask(self, watch: _Watch, mask: int) -> None:
         """The library has one watch for a descriptor at a time."""
         changed = watch.mask ^ mask
         watch.mask = mask
+        if watch.listening is not None:
+            if mask & _EVENT_READ:
+                watch.listening.acceptor.open([watch.listening.socket])
+            else:
+                watch.listening.acceptor.close()
+            return
         if changed & _EVENT_READ:
             if mask & _EVENT_READ:
-                self._loop.add_reader(watch.fd, watch.func, watch.fd, _EVENT_READ, watch.opaque)
+                self._loop.add_reader(watch.fd, self._ready, watch, _EVENT_READ)
             else:
                 self._loop.remove_reader(watch.fd)
         if changed & _EVENT_WRITE:
             if mask & _EVENT_WRITE:
-                self._loop.add_writer(watch.fd, watch.func, watch.fd, _EVENT_WRITE, watch.opaque)
+                self._loop.add_writer(watch.fd, self._ready, watch, _EVENT_WRITE)
             else:
                 self._loop.remove_writer(watch.fd)
+
+    def _ready(self, watch: _Watch, event: int) -> None:
+        self._turn_of = watch.fd
+        try:
+            watch.func(watch.fd, event, watch.opaque)
+        finally:
+            self._turn_of = -1
+
+    def _accept(self, watch: _Watch, listening: socket.socket) -> None:
+        # The library logs a failure and would be called again at once, for ever.
+        os.close(os.dup(listening.fileno()))
+        with self.accepting():
+            watch.func(watch.fd, _EVENT_READ, watch.opaque)
+
+    def _forget(self, fd: int) -> None:
+        """A watch was removed: if it was not for another one, the connection is closed."""
+        if all(watch.fd != fd for watch in self._watches.values()):
+            self.admission.left(fd)
 
     # --- clients
 
     def _channel_event(self, event: int, info: Any) -> None:
-        """A client is there while its main channel is."""
+        """A channel has authenticated, or is gone; a client is there while its main channel is."""
+        if event == _CHANNEL_INITIALIZED:
+            self.admission.admitted(self._turn_of)
         if info.type != _CHANNEL_MAIN or event not in (
             _CHANNEL_INITIALIZED,
             _CHANNEL_DISCONNECTED,
@@ -179,7 +254,8 @@ class CoreInterface:
             with contextlib.suppress(ValueError):
                 address = _format_address(bytes(raw))
         connected = event == _CHANNEL_INITIALIZED
-        self._on_client(ClientEvent(address, bool(info.flags & _FLAG_TLS), connected))
+        tls = bool(info.flags & _FLAG_TLS)
+        tell(log, "on_client", self._on_client, ClientEvent(address, tls, connected))
 
 
 def _cancel(timer: _Timer) -> None:
@@ -191,6 +267,16 @@ def _cancel(timer: _Timer) -> None:
 def _fire(timer: _Timer) -> None:
     timer.handle = None
     timer.func(timer.opaque)
+
+
+def _is_listening(fd: int) -> bool:
+    sock = socket.socket(fileno=fd)
+    try:
+        return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+    except OSError:
+        return False
+    finally:
+        sock.detach()
 
 
 def _format_address(raw: bytes) -> str:

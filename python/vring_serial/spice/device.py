@@ -125,7 +125,12 @@ class CharDevice(asyncio.Protocol):
         self._finish_reading()
         self._transport = transport
         self._writable = True
-        self._opened()
+        try:
+            self._opened()
+        except ResourceError as error:
+            log.warning("%s", error)
+            transport.abort()
+            return
         self._wake()
 
     def data_received(self, data: bytes) -> None:

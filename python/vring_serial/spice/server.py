@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import os
 import socket
 import ssl
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from vring_serial.accept import Acceptor
 from vring_serial.errors import ConfigError, LocalProtocolError, ResourceError
 from vring_serial.spice.core import ClientEvent, CoreInterface
 from vring_serial.spice.device import AgentChardev, AgentDevice, PortChardev
@@ -19,11 +18,6 @@ from vring_serial.spice.options import SpiceOptions
 
 if TYPE_CHECKING:
     from vring_serial.spice.device import CharDevice
-
-log = logging.getLogger("vring_serial.spice")
-
-#: Seconds until clients are accepted again after that failed.
-ACCEPT_RETRY = 1.0
 
 _ADDR_IPV4_ONLY = 1 << 0
 _ADDR_IPV6_ONLY = 1 << 1
@@ -69,7 +63,7 @@ class SpiceServer:
         self._on_client = on_client or (lambda event: None)
         self._core: CoreInterface | None = None
         self._listener: Listener | None = None
-        self._accepted: set[int] = set()  # descriptors that the library was given
+        self._acceptor: Acceptor | None = None
 
     def agent_chardev(self, id: str) -> AgentChardev:
         """The host end of the agent channel; a server has one agent."""
@@ -102,19 +96,18 @@ class SpiceServer:
         except BaseException:
             await self.stop()
             raise
-        loop = asyncio.get_running_loop()
-        for sock in self._listener.sockets:
-            loop.add_reader(sock.fileno(), self._accept, sock)
+        self._acceptor = Acceptor(self._accepted, name="SPICE", peer="client", yields=True)
+        self._acceptor.open(self._listener.sockets)
         self.addresses = list(self._listener.addresses)
         if self._options.tls_port:
             self.addresses.append(f"{self._options.addr or '*'}:{self._options.tls_port} (TLS)")
 
     async def stop(self) -> None:
         """Disconnect clients and forget the server. Safe twice, and after a failed start."""
+        if self._acceptor is not None:
+            self._acceptor.close()
+            self._acceptor = None
         if self._listener is not None:
-            loop = asyncio.get_running_loop()
-            for sock in self._listener.sockets:
-                loop.remove_reader(sock.fileno())
             self._listener.close()
             self._listener = None
         for device in list(self.devices):
@@ -124,10 +117,9 @@ class SpiceServer:
             self.library.lib.spice_server_destroy(handle)
         if self._core is not None:
             # The library knows nothing any more of clients that had not proved themselves yet.
-            for fd in self._accepted.intersection(self._core.close()):
+            for fd in self._core.close():
                 os.close(fd)
             self._core = None
-        self._accepted.clear()
 
     def _init(self, password: bytes | None) -> None:
         options, ffi, lib = self._options, self.library.ffi, self.library.lib
@@ -203,28 +195,9 @@ class SpiceServer:
         for sock in bind(options, options.tls_port):
             sock.close()  # the library binds it, and would not say what is wrong
 
-    def _accept(self, listening: socket.socket) -> None:
-        try:
-            client, _ = listening.accept()
-        except (BlockingIOError, ConnectionAbortedError, InterruptedError):
-            return
-        except OSError as error:
-            log.warning("SPICE: cannot accept a client: %s", error.strerror)
-            self._pause_listening(listening)
-            return
+    def _accepted(self, client: socket.socket) -> None:
+        assert self._core is not None
         fd = client.detach()
-        self._accepted.add(fd)
-        if self.library.lib.spice_server_add_client(self.handle, fd, 0) != 0:
-            self._accepted.discard(fd)
-            os.close(fd)
-
-    def _pause_listening(self, listening: socket.socket) -> None:
-        """The process has no descriptors left, say: try again later, as asyncio does."""
-
-        def resume() -> None:
-            if self._listener is not None and listening in self._listener.sockets:
-                loop.add_reader(listening.fileno(), self._accept, listening)
-
-        loop = asyncio.get_running_loop()
-        loop.remove_reader(listening.fileno())
-        loop.call_later(ACCEPT_RETRY, resume)
+        with self._core.accepting():
+            if self.library.lib.spice_server_add_client(self.handle, fd, 0) != 0:
+                os.close(fd)

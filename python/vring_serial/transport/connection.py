@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
 
 from vring_serial import unix_fds
 from vring_serial.unix_fds import Received
+
+log = logging.getLogger(__name__)
 
 #: Bytes of unread answers from which on the peer is not listened to.
 MAX_UNREAD = 64 * 1024
@@ -94,6 +97,12 @@ class Connection:
         self._handling = True
         try:
             self._received(received)
+        except Exception:
+            # Of ours, or of the system's: the peer would wait for an answer for ever.
+            log.exception("a message could not be handled; its connection is closed")
+            if not self.closed:
+                self._fail(None)
+            return
         finally:
             self._handling = False
         if not self.closed:

@@ -7,16 +7,16 @@ import logging
 import socket
 from collections.abc import Callable
 
+from vring_serial import accept
+from vring_serial.accept import Acceptor
 from vring_serial.unix_socket import UnixListener, encode_path
 
 log = logging.getLogger(__name__)
 
 #: Seconds between two attempts to connect.
 RETRY_INTERVAL = 0.5
-#: Seconds without accepting after the system refused a descriptor for a connection; twice as long
-#: each time, up to the most.
-ACCEPT_PAUSE = 1.0
-ACCEPT_PAUSE_MOST = 8.0
+#: Descriptors that a peer needs beside two for every queue: its socket, its memory, logs.
+OTHER_DESCRIPTORS = 16
 
 
 class Door:
@@ -29,7 +29,8 @@ class Door:
         listen: make the socket and wait for peers; False: connect to a peer that listens, trying
             again until it does, and again when it has gone.
         came: gets each peer's connected, non-blocking socket, which it owns. The next peer comes
-            after :meth:`gone`.
+            after :meth:`gone`, or when ``came`` raised.
+        descriptors: that a peer will need; other listeners leave so many unused.
     """
 
     def __init__(
@@ -40,16 +41,18 @@ class Door:
         peer: str,
         listen: bool = True,
         came: Callable[[socket.socket], None],
+        descriptors: int = 0,
     ) -> None:
         self._path = path
         self._name = name
         self._peer = peer
         self._listens = listen
         self._came = came
+        self._descriptors = descriptors
         self._listener: UnixListener | None = None
+        self._acceptor: Acceptor | None = None
         self._retry: asyncio.TimerHandle | None = None
         self._last_failure = ""
-        self._accept_pause = 0.0  # that was last made; 0 after a success
         self._open = False
 
     def open(self) -> None:
@@ -61,17 +64,24 @@ class Door:
         if self._listens:
             self._listener = UnixListener(self._path)
             log.info("%s: waiting for a %s", self._name, self._peer)
+            self._acceptor = Acceptor(
+                self._came, name=self._name, peer=self._peer, one_at_a_time=True
+            )
+            self._acceptor.open([self._listener.socket])
         else:
             encode_path(self._path)
         self._open = True
-        self._next()
+        accept.reserve(self, self._descriptors)
+        if not self._listens:
+            self._connect()
 
     def gone(self) -> None:
         """The peer has gone: wait for the next one."""
+        accept.descriptor_freed()
         if not self._open:
             return
-        if self._listens:
-            self._next()
+        if self._acceptor is not None:
+            self._acceptor.resume()
         else:
             # Not at once: a peer that closes every connection would keep the loop busy.
             self._connect_later("the last one has gone")
@@ -79,38 +89,16 @@ class Door:
     def close(self) -> None:
         """Let nobody in, and remove the socket that was made. Safe to call twice."""
         self._open = False
+        accept.reserve(self, 0)
         if self._retry is not None:
             self._retry.cancel()
             self._retry = None
+        if self._acceptor is not None:
+            self._acceptor.close()
+            self._acceptor = None
         if self._listener is not None:
-            asyncio.get_running_loop().remove_reader(self._listener.socket)
             self._listener.close()
             self._listener = None
-
-    def _next(self) -> None:
-        if self._listener is not None:
-            loop = asyncio.get_running_loop()
-            loop.add_reader(self._listener.socket, self._accept, self._listener)
-        else:
-            self._connect()
-
-    def _accept(self, listener: UnixListener) -> None:
-        loop = asyncio.get_running_loop()
-        try:
-            sock, _ = listener.socket.accept()
-        except (BlockingIOError, ConnectionAbortedError):
-            return
-        except OSError as error:
-            if not self._accept_pause:  # said once, until one is accepted
-                log.warning("%s: cannot accept a %s: %s", self._name, self._peer, error.strerror)
-            self._accept_pause = min(2 * self._accept_pause, ACCEPT_PAUSE_MOST) or ACCEPT_PAUSE
-            loop.remove_reader(listener.socket)
-            self._retry = loop.call_later(self._accept_pause, self._next)
-            return
-        self._accept_pause = 0.0
-        loop.remove_reader(listener.socket)
-        sock.setblocking(False)
-        self._came(sock)
 
     def _connect(self) -> None:
         try:
@@ -125,8 +113,13 @@ class Door:
             sock.close()
             self._connect_later(error.strerror or str(error))
             return
+        try:
+            self._came(sock)
+        except Exception as error:
+            sock.close()
+            self._connect_later(f"{type(error).__name__}: {error}")
+            return
         self._last_failure = ""
-        self._came(sock)
 
     def _connect_later(self, why: str) -> None:
         if why != self._last_failure:

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from functools import partial
 
 from vring import MemoryWatch
+from vring_serial.callbacks import tell
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.pci import PciDevice
 from vring_serial.errors import LocalProtocolError
 from vring_serial.ratelimit import RateLimitedLog
-from vring_serial.transport.door import Door
+from vring_serial.transport.door import OTHER_DESCRIPTORS, Door
 from vring_serial.transport.lost_memory import make_watch
 from vring_serial.transport.vfio_rings import RemoteRings
 from vring_serial.transport.vfio_session import Session
@@ -65,7 +66,13 @@ class VfioUserServer:
             vectors=vectors,
         )
         self._pci: PciDevice | None = self._make_pci()
-        self._door = Door(path, name=self._name, peer="client", came=self._serve)
+        self._door = Door(
+            path,
+            name=self._name,
+            peer="client",
+            came=self._serve,
+            descriptors=2 * controller.num_queues + OTHER_DESCRIPTORS,
+        )
         self._session: Session | None = None
         self._watch: MemoryWatch | None = None
         # One for all sessions: a client can come as often as it likes.
@@ -116,12 +123,11 @@ class VfioUserServer:
 
     def _ended(self) -> None:
         self._session = None
-        self._tell("gone")
         self._door.gone()
+        self._tell("gone")
 
     def _tell(self, what: str) -> None:
         fields = {"socket": self._path, "state": what}
         extra = {"event": "client", "fields": fields}
         self._said.log(logging.INFO, "%s: client %s", self._name, what, extra=extra)
-        if self.on_client is not None:
-            self.on_client(what)
+        tell(log, f"{self._name}: on_client", self.on_client, what)

@@ -8,11 +8,12 @@ from collections.abc import Callable
 
 from vring import MemoryWatch
 from vring.errors import RingError
+from vring_serial.callbacks import tell
 from vring_serial.device.base import VirtioDevice
 from vring_serial.errors import ConfigError, LocalProtocolError, ResourceError
 from vring_serial.proto.vhost_user import ProtocolFeature
 from vring_serial.ratelimit import RateLimitedLog
-from vring_serial.transport.door import Door
+from vring_serial.transport.door import OTHER_DESCRIPTORS, Door
 from vring_serial.transport.lost_memory import make_watch
 from vring_serial.transport.vhost_session import Session
 
@@ -76,7 +77,14 @@ class VhostUserBackend:
         self._packed = packed
         if inband_notifications:
             self._offered |= ProtocolFeature.INBAND_NOTIFICATIONS
-        self._door = Door(path, name=self._name, peer="frontend", listen=listen, came=self._serve)
+        self._door = Door(
+            path,
+            name=self._name,
+            peer="frontend",
+            listen=listen,
+            came=self._serve,
+            descriptors=2 * controller.num_queues + OTHER_DESCRIPTORS,
+        )
         self._session: Session | None = None
         self._watch: MemoryWatch | None = None
         # One for all sessions: a frontend can come as often as it likes.
@@ -131,15 +139,14 @@ class VhostUserBackend:
 
     def _ended(self) -> None:
         self._session = None
-        self._tell("gone")
         self._door.gone()
+        self._tell("gone")
 
     def _tell(self, what: str) -> None:
         fields = {"socket": self._path, "state": what}
         extra = {"event": "frontend", "fields": fields}
         self._said.log(logging.INFO, "%s: frontend %s", self._name, what, extra=extra)
-        if self.on_frontend is not None:
-            self.on_frontend(what)
+        tell(log, f"{self._name}: on_frontend", self.on_frontend, what)
 
     def _config_changed(self) -> None:
         if self._session is not None:

@@ -1,0 +1,314 @@
+"""Listeners of a process that has no descriptors left: all of them, through the one piece."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import resource
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from pathlib import Path
+
+import pytest
+
+from vring_serial import accept
+from vring_serial.accept import Acceptor
+from vring_serial.chardev.base import End
+from vring_serial.chardev.protocol import SpicevmcOptions
+from vring_serial.chardev.socket import SocketChardev, SocketOptions
+from vring_serial.cli.agent_end import AgentEnds
+from vring_serial.config.topology import ChardevConfig, PortConfig
+from vring_serial.spice import SpiceOptions
+from vring_serial.transport.door import Door
+from vring_serial.unix_socket import UnixListener
+
+DEADLINE = 20.0
+Limited = Callable[[], AbstractContextManager[None]]
+
+
+class User:
+    """A chardev's user."""
+
+    def __init__(self) -> None:
+        self.opened = asyncio.Event()
+
+    def end_opened(self, end: End) -> None:
+        self.opened.set()
+
+    def end_closed(self) -> None:
+        pass
+
+    def end_resized(self, cols: int, rows: int) -> None:
+        pass
+
+
+@contextlib.asynccontextmanager
+async def a_door(path: Path) -> AsyncIterator[asyncio.Event]:
+    came = asyncio.Event()
+    door = Door(str(path), name="test", peer="client", came=lambda sock: (sock.close(), came.set()))
+    door.open()
+    yield came
+    door.close()
+
+
+@contextlib.asynccontextmanager
+async def a_chardev(path: Path) -> AsyncIterator[asyncio.Event]:
+    chardev = SocketChardev("a", SocketOptions(path=str(path), server=True, wait=False))
+    user = User()
+    chardev.attach(user)
+    await chardev.start()
+    yield user.opened
+    await chardev.stop()
+
+
+@contextlib.asynccontextmanager
+async def an_agent_socket(path: Path) -> AsyncIterator[asyncio.Event]:
+    agents = AgentEnds(str(path))
+    agents.factory(PortConfig(1, "x", ChardevConfig("spicevmc", "a", SpicevmcOptions())))
+    agents.start()
+    came = asyncio.Event()
+    (router,) = agents._routers
+    admit = router.client_came
+    router.client_came = lambda client: (came.set(), admit(client))[1]
+    yield came
+    await agents.close()
+
+
+@contextlib.asynccontextmanager
+async def a_spice_server(path: Path) -> AsyncIterator[asyncio.Event]:
+    from vring_serial.spice.server import SpiceServer
+
+    server = SpiceServer(SpiceOptions(unix=True, addr=str(path), disable_ticketing=True))
+    await server.start()
+    came = asyncio.Event()
+    assert server._core is not None
+    admission = server._core.admission
+    know = admission.came
+    admission.came = lambda fd: (came.set(), know(fd))[1]
+    yield came
+    await server.stop()
+
+
+LISTENERS = [
+    pytest.param(a_door, id="door"),
+    pytest.param(a_chardev, id="chardev"),
+    pytest.param(an_agent_socket, id="agent-socket"),
+    pytest.param(a_spice_server, id="spice", marks=pytest.mark.peer("libspice-server.so.1")),
+]
+Listening = Callable[[Path], AbstractAsyncContextManager[asyncio.Event]]
+
+
+async def until_logged(caplog: pytest.LogCaptureFixture, text: str) -> None:
+    async with asyncio.timeout(DEADLINE):
+        while text not in caplog.text:
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("listening", LISTENERS)
+async def test_it_is_said_once_and_tried_ever_less_often(
+    listening: Listening,
+    tmp_path: Path,
+    out_of_descriptors: Limited,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(accept, "PAUSE", 0.005)
+    monkeypatch.setattr(accept, "PAUSE_MOST", 0.05)
+    caplog.set_level(logging.INFO, "vring_serial")
+    pauses: list[float] = []
+    put_off = Acceptor._put_off
+
+    def counted(acceptor: Acceptor, error: Exception) -> None:
+        put_off(acceptor, error)
+        pauses.append(acceptor._pause)
+
+    monkeypatch.setattr(Acceptor, "_put_off", counted)
+    path = tmp_path / "s"
+    async with listening(path) as came:
+        with socket.socket(socket.AF_UNIX) as client:
+            with out_of_descriptors():
+                client.connect(str(path))
+                async with asyncio.timeout(DEADLINE):
+                    while len(pauses) < 8:
+                        await asyncio.sleep(0.005)
+            assert not came.is_set()
+            async with asyncio.timeout(DEADLINE):
+                await came.wait()
+    assert pauses[:4] == [0.005, 0.01, 0.02, 0.04]
+    assert set(pauses[4:]) == {0.05}
+    lines = [r.getMessage() for r in caplog.records if "cannot accept" in r.getMessage()]
+    assert len(lines) == 1
+    assert "cannot accept a client: Too many open files" in lines[0]
+    assert "accepts a client again" in caplog.text
+
+
+@pytest.mark.parametrize("listening", LISTENERS)
+async def test_when_a_peer_leaves_those_who_wait_come_in_at_once(
+    listening: Listening,
+    tmp_path: Path,
+    out_of_descriptors: Limited,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(accept, "PAUSE", 3600.0)
+    other = SocketChardev("other", SocketOptions(path=str(tmp_path / "o"), server=True, wait=False))
+    user = User()
+    other.attach(user)
+    await other.start()
+    path = tmp_path / "s"
+    async with listening(path) as came, asyncio.timeout(DEADLINE):
+        with socket.socket(socket.AF_UNIX) as client:
+            with socket.socket(socket.AF_UNIX) as first:
+                first.connect(str(tmp_path / "o"))
+                await user.opened.wait()
+                with out_of_descriptors():
+                    client.connect(str(path))
+                    await until_logged(caplog, "cannot accept")
+            await came.wait()
+    await other.stop()
+
+
+@pytest.mark.peer("libspice-server.so.1")
+async def test_a_leaving_spice_client_lets_others_in(
+    tmp_path: Path,
+    out_of_descriptors: Limited,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(accept, "PAUSE", 3600.0)
+    path = tmp_path / "s"
+    async with (
+        a_spice_server(path) as spice,
+        a_door(tmp_path / "d") as came,
+        asyncio.timeout(DEADLINE),
+    ):
+        with socket.socket(socket.AF_UNIX) as client:
+            with socket.socket(socket.AF_UNIX) as first:
+                first.connect(str(path))
+                await spice.wait()
+                with out_of_descriptors():
+                    client.connect(str(tmp_path / "d"))
+                    await until_logged(caplog, "cannot accept")
+            await came.wait()
+
+
+async def test_who_admits_anybody_leaves_what_frontends_need(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(accept, "PAUSE", 3600.0)
+    clients: list[socket.socket] = []
+    frontends: list[socket.socket] = []
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    door = Door(
+        str(tmp_path / "d"), name="d", peer="frontend", came=frontends.append, descriptors=40
+    )
+    door.open()
+    listener = UnixListener(str(tmp_path / "s"), backlog=100)
+    acceptor = Acceptor(clients.append, name="s", peer="client", yields=True)
+    acceptor.open([listener.socket])
+    outside = [socket.socket(socket.AF_UNIX) for _ in range(60)]
+    free = os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + 60, limits[1]))
+    try:
+        async with asyncio.timeout(DEADLINE):
+            for sock in outside[:-1]:
+                sock.connect(str(tmp_path / "s"))
+            await until_logged(caplog, "kept for frontends")
+            outside[-1].connect(str(tmp_path / "d"))
+            while not frontends:
+                await asyncio.sleep(0.01)
+        assert len(clients) == 20
+        theirs = [os.dup(0) for _ in range(39)]
+        for fd in theirs:
+            os.close(fd)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        acceptor.close()
+        listener.close()
+        door.close()
+        for sock in (*outside, *clients, *frontends):
+            sock.close()
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), ValueError("oops")], ids=type
+)
+async def test_a_door_whose_session_does_not_start_opens_again(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+) -> None:
+    monkeypatch.setattr(accept, "PAUSE", 0.01)
+    came = asyncio.Event()
+
+    def serve(sock: socket.socket) -> None:
+        if not came.is_set():
+            came.set()
+            raise error
+        sock.send(b"served")
+        sock.close()
+
+    door = Door(str(tmp_path / "d"), name="test", peer="frontend", came=serve)
+    door.open()
+    async with asyncio.timeout(DEADLINE):
+        reader, writer = await asyncio.open_unix_connection(tmp_path / "d")
+        assert await reader.read() == b""
+        writer.close()
+        reader, writer = await asyncio.open_unix_connection(tmp_path / "d")
+        assert await reader.read() == b"served"
+        writer.close()
+    door.close()
+    assert "test: cannot accept a frontend: " in caplog.text
+    await asyncio.gather(writer.wait_closed(), return_exceptions=True)
+
+
+async def test_a_door_that_connects_goes_on_after_a_session_that_does_not_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vring_serial.transport.door.RETRY_INTERVAL", 0.01)
+    calls: list[socket.socket] = []
+
+    def serve(sock: socket.socket) -> None:
+        calls.append(sock)
+        if len(calls) < 3:
+            raise OSError(errno.EMFILE, "Too many open files")
+
+    listener = UnixListener(str(tmp_path / "d"))
+    door = Door(str(tmp_path / "d"), name="test", peer="frontend", listen=False, came=serve)
+    door.open()
+    async with asyncio.timeout(DEADLINE):
+        while len(calls) < 3:
+            await asyncio.sleep(0.01)
+    assert [sock.fileno() < 0 for sock in calls] == [True, True, False]
+    calls[2].close()
+    door.close()
+    listener.close()
+
+
+async def test_one_connection_that_is_lost_is_no_reason_to_pause(tmp_path: Path) -> None:
+    lost = [errno.ECONNABORTED, errno.EPROTO, errno.ENETDOWN]
+    taken: list[socket.socket] = []
+    done = asyncio.Event()
+
+    def take(listening: socket.socket) -> None:
+        if lost:
+            raise OSError(lost.pop(), "lost")
+        taken.append(listening.accept()[0])
+        done.set()
+
+    listener = UnixListener(str(tmp_path / "s"))
+    acceptor = Acceptor(name="s", peer="client", take=take)
+    acceptor.open([listener.socket])
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(tmp_path / "s"))
+        async with asyncio.timeout(DEADLINE):
+            await done.wait()
+    acceptor.close()
+    listener.close()
+    taken[0].close()
