@@ -20,6 +20,8 @@ cdef class Driver:
     cdef uint32_t youngest          # and where the next goes
     cdef uint32_t flying            # chains in flight
 
+    cdef object check_number(self, object value, uint64_t most, str what)
+    cdef object check_numbers(self, object values, object kind, uint64_t most, str what)
     cdef list check_buffers(self, object readable, object writable, bint indirect_at)
     cdef void note(self, uint16_t head, uint32_t descriptors, uint32_t writable) noexcept nogil
     cdef uint8_t* locate(self, uint64_t address, uint64_t length, uint64_t align) except NULL

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from cpython.number cimport PyNumber_Index
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
-from vring._wire cimport DESC_F_WRITE, QUEUE_SIZE_MAX, vr_need_event
+from vring._wire cimport DESC_F_WRITE, QUEUE_SIZE_MAX, UINT32_MAX, UINT64_MAX, vr_need_event
 from vring.errors import LocalMisuseError, QueueFullError, UsedRingError
 
 
@@ -39,6 +40,7 @@ cdef class Driver:
         self, GuestMemory memory not None, size, desc, avail, used, *, event_idx=False,
         indirect=False, in_order=False, index=None, name="driver"
     ):
+        size = PyNumber_Index(size)
         if not 1 <= size <= QUEUE_SIZE_MAX:
             raise LocalMisuseError(f"{name}: size {size} is not 1 to 32768")
         self.memory = memory
@@ -74,12 +76,26 @@ cdef class Driver:
         return host
 
     cdef list check_buffers(self, object readable, object writable, bint indirect_at):
-        """All buffers of a chain as (address, length, flags), if there is room for it."""
-        buffers = [(address, length, 0) for address, length in readable]
-        buffers += [(address, length, DESC_F_WRITE) for address, length in writable]
+        """All buffers of a chain as (address, length, flags), if there is room for it.
+
+        The numbers are plain ints that fit a descriptor: writing them runs no code of the caller's
+        and cannot fail half-way. What the caller's code did meanwhile is looked at afterwards.
+        """
+        cdef list buffers = []
+        for side, flags in ((readable, 0), (writable, DESC_F_WRITE)):
+            for address, length in side:
+                if len(buffers) == <Py_ssize_t>self.size:
+                    raise LocalMisuseError(
+                        f"{self.name}: a chain of more buffers than the queue's size {self.size}"
+                    )
+                buffers.append((
+                    self.check_number(address, UINT64_MAX, "address of a buffer"),
+                    self.check_number(length, UINT32_MAX, "length of a buffer"),
+                    flags,
+                ))
         n = len(buffers)
-        if not 1 <= n <= self.size:
-            raise LocalMisuseError(f"{self.name}: a chain of {n} buffers, queue size {self.size}")
+        if n == 0:
+            raise LocalMisuseError(f"{self.name}: a chain of no buffers")
         if indirect_at and not self.indirect:
             raise LocalMisuseError(f"{self.name}: INDIRECT_DESC is not negotiated")
         needed = 1 if indirect_at else n
@@ -88,6 +104,24 @@ cdef class Driver:
                 f"{self.name}: {self.num_free} free descriptors, {needed} needed"
             )
         return buffers
+
+    cdef object check_number(self, object value, uint64_t most, str what):
+        """The value as a plain int of 0 to `most`."""
+        value = PyNumber_Index(value)
+        if not 0 <= value <= most:
+            raise LocalMisuseError(f"{self.name}: {what}: {value} is not 0 to {most}")
+        return value
+
+    cdef object check_numbers(self, object values, object kind, uint64_t most, str what):
+        """The values as an array of `kind`, none of them changed by that."""
+        if isinstance(values, np.ndarray) and values.dtype == kind:
+            return np.ascontiguousarray(values)
+        values = np.asarray(values)
+        if values.size == 0:
+            return np.empty(0, kind)
+        if values.dtype.kind not in "iu" or int(values.min()) < 0 or int(values.max()) > most:
+            raise LocalMisuseError(f"{self.name}: {what}: not all are integers of 0 to {most}")
+        return np.ascontiguousarray(values, kind)
 
     cdef void note(self, uint16_t head, uint32_t descriptors, uint32_t writable) noexcept nogil:
         """A chain is in flight from now on."""
@@ -129,19 +163,26 @@ cdef class Driver:
         lengths = np.empty(self.flying, np.uint32)
         cdef uint32_t[::1] head_rows = heads
         cdef uint32_t[::1] length_rows = lengths
-        while i < most and self.next_element(&head, &length):
-            n = self.batch_size(head)
-            while n > 1:
-                # IN_ORDER (2.7.9): skipped buffers have been used completely.
-                head_rows[i] = self.order[self.oldest]
-                length_rows[i] = self.writable[head_rows[i]]
-                self.take_back(<uint16_t>head_rows[i])
+        try:
+            while i < most and self.next_element(&head, &length):
+                n = self.batch_size(head)
+                if n > <uint32_t>head_rows.shape[0] - i:
+                    raise LocalMisuseError(f"{self.name}: used while it took chains back")
+                while n > 1:
+                    # IN_ORDER (2.7.9): skipped buffers have been used completely.
+                    head_rows[i] = self.order[self.oldest]
+                    length_rows[i] = self.writable[head_rows[i]]
+                    self.take_back(<uint16_t>head_rows[i])
+                    i += 1
+                    n -= 1
+                head_rows[i] = head
+                length_rows[i] = length
+                self.take_back(<uint16_t>head)
                 i += 1
-                n -= 1
-            head_rows[i] = head
-            length_rows[i] = length
-            self.take_back(<uint16_t>head)
-            i += 1
+        except UsedRingError:
+            if i == 0:
+                raise
+            # What is sound comes first; the next call meets the other again.
         return heads[:i], lengths[:i]
 
     def get_used(self, Py_ssize_t limit=0):
@@ -155,7 +196,8 @@ cdef class Driver:
             arrays.
 
         Raises:
-            RingError: the device used a chain that is not in flight, or its index jumped.
+            RingError: the device used a chain that is not in flight, or its index jumped. Chains
+                that it used before are returned first; the next call raises.
         """
         return self.collect(limit)
 
@@ -188,7 +230,11 @@ cdef class Driver:
 
         Raises:
             QueueFullError: not enough free descriptors.
-            LocalMisuseError: no buffer, more than the queue's size, or indirect not negotiated.
+            LocalMisuseError: no buffer, more than the queue's size, a number that a descriptor
+                cannot hold, or indirect not negotiated.
+            AddressError: `indirect_at` is not in one region of memory.
+
+        Where it raises, nothing has been taken or written.
         """
         raise NotImplementedError
 
@@ -199,13 +245,20 @@ cdef class Driver:
             addresses: guest addresses (uint64 array or sequence).
             lengths: bytes of each (uint32 array or sequence).
             writable: whether all are device-writable (else all device-readable).
+
+        Raises:
+            LocalMisuseError: not as many lengths as addresses, or one that does not fit.
         """
-        cdef const uint64_t[::1] at = np.ascontiguousarray(addresses, np.uint64)
-        cdef const uint32_t[::1] length = np.ascontiguousarray(lengths, np.uint32)
+        cdef uint32_t flags = DESC_F_WRITE if writable else 0
+        cdef const uint64_t[::1] at = self.check_numbers(
+            addresses, np.uint64, UINT64_MAX, "addresses"
+        )
+        cdef const uint32_t[::1] length = self.check_numbers(
+            lengths, np.uint32, UINT32_MAX, "lengths"
+        )
         if at.shape[0] != length.shape[0]:
             raise LocalMisuseError(f"{at.shape[0]} addresses, {length.shape[0]} lengths")
         cdef uint32_t n = min(<uint64_t>at.shape[0], self.num_free), i
-        cdef uint32_t flags = DESC_F_WRITE if writable else 0
         with nogil:
             for i in range(n):
                 self.note(

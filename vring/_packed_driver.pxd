@@ -26,4 +26,5 @@ cdef class PackedDriver(Driver):
         self, uint64_t address, uint32_t length, uint32_t flags, uint16_t id
     ) noexcept nogil
     cdef bint is_used(self, uint32_t slot, bint wrap) noexcept nogil
+    cdef bint used_so_far(self, uint32_t wanted) noexcept nogil
     cdef void advance(self, uint32_t slots) noexcept nogil

@@ -8,8 +8,8 @@ from libc.string cimport memset
 
 from vring._wire cimport (
     DESC_F_AVAIL, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_USED, DESC_SIZE, EVENT_DESC, EVENT_DISABLE,
-    EVENT_ENABLE, vr_fence, vr_load16, vr_load16_acquire, vr_load32, vr_need_event, vr_read_packed,
-    vr_store16_release, vr_store32, vr_write_desc
+    EVENT_ENABLE, UINT64_MAX, vr_fence, vr_load16, vr_load16_acquire, vr_load32, vr_need_event,
+    vr_read_packed, vr_store16_release, vr_store32, vr_write_desc
 )
 from vring.errors import LocalMisuseError
 
@@ -27,10 +27,10 @@ cdef class PackedDriver(Driver):
         return DESC_SIZE * size, 4, 4
 
     def __cinit__(self, memory, size, desc, avail, used, *, index=None, **features):
-        index = WRAP if index is None else index
-        if not 0 <= index <= 0xFFFF or index & ~WRAP >= size:
-            raise LocalMisuseError(f"{self.name}: index {index:#x} is not in a ring of {size}")
-        self.ring = self.locate(desc, DESC_SIZE * size, 16)
+        index = self.check_number(WRAP if index is None else index, 0xFFFF, "index")
+        if index & ~WRAP >= self.size:
+            raise LocalMisuseError(f"{self.name}: index {index:#x} is not in a ring of {self.size}")
+        self.ring = self.locate(desc, DESC_SIZE * self.size, 16)
         self.driver_event = self.locate(avail, 4, 4)
         self.device_event = self.locate(used, 4, 4)
         self.ids = <uint16_t*>calloc(self.size, sizeof(uint16_t))
@@ -78,7 +78,9 @@ cdef class PackedDriver(Driver):
             self.wrap = not self.wrap
 
     def add(self, readable, writable, *, indirect_at=None):
-        buffers = self.check_buffers(readable, writable, indirect_at is not None)
+        if indirect_at is not None:
+            indirect_at = self.check_number(indirect_at, UINT64_MAX, "indirect_at")
+        cdef list buffers = self.check_buffers(readable, writable, indirect_at is not None)
         cdef uint32_t n = len(buffers), i
         cdef uint8_t* table = NULL
         cdef uint16_t id = self.ids[self.free_ids - 1]
@@ -151,6 +153,36 @@ cdef class PackedDriver(Driver):
             self.next_used -= self.size
             self.used_wrap = not self.used_wrap
 
+    cdef bint used_so_far(self, uint32_t wanted) noexcept nogil:
+        """Whether so many of the descriptors in flight are used.
+
+        Goes from used element to used element: into the other slots of its chain, or with IN_ORDER
+        of its batch, the device writes nothing (2.8.7, 2.7.9).
+        """
+        cdef uint32_t slot = self.next_used, slots = 0, chains = 0, at = self.oldest
+        cdef uint16_t head, each
+        cdef bint wrap = self.used_wrap
+        while slots < wanted:
+            if chains == self.flying or not self.is_used(slot, wrap):
+                return False
+            head = vr_load16(self.ring + <size_t>slot * DESC_SIZE + 12)
+            if head >= self.size or self.descriptors[head] == 0:
+                return True         # get_used tells what is wrong
+            while True:
+                if chains == self.flying:
+                    return True     # as above
+                each = self.order[at] if self.in_order else head
+                at = at + 1 if at + 1 < self.size else 0
+                chains += 1
+                slots += self.descriptors[each]
+                slot += self.descriptors[each]
+                if slot >= self.size:
+                    slot -= self.size
+                    wrap = not wrap
+                if each == head:
+                    break
+        return True
+
     def enable_notifications(self, uint16_t after=1):
         """Asks the device to notify of used chains.
 
@@ -160,6 +192,9 @@ cdef class PackedDriver(Driver):
 
         Returns:
             True if they are used already: no notification may come for those.
+
+        Raises:
+            LocalMisuseError: `after` is not 1 to the queue's size.
         """
         cdef uint32_t at = self.next_used, event = EVENT_ENABLE << 16
         cdef bint wrap = self.used_wrap
@@ -173,7 +208,7 @@ cdef class PackedDriver(Driver):
             event = EVENT_DESC << 16 | at | (WRAP if wrap else 0)
         vr_store32(self.driver_event, event)
         vr_fence()
-        return self.flying != 0 and self.is_used(at, wrap)
+        return self.used_so_far(after if self.event_idx else 1)
 
     def disable_notifications(self):
         """Tells the device that notifications are not needed; it may still send some."""

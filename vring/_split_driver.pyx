@@ -7,9 +7,9 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
 from vring._wire cimport (
-    AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, DESC_F_NEXT, DESC_SIZE, USED_F_NO_NOTIFY, vr_fence,
-    vr_load16, vr_load16_acquire, vr_load32, vr_need_event, vr_store16, vr_store16_release,
-    vr_write_desc
+    AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, DESC_F_NEXT, DESC_SIZE, UINT64_MAX, USED_F_NO_NOTIFY,
+    vr_fence, vr_load16, vr_load16_acquire, vr_load32, vr_need_event, vr_store16,
+    vr_store16_release, vr_write_desc
 )
 from vring.errors import LocalMisuseError, UsedRingError
 
@@ -25,11 +25,9 @@ cdef class SplitDriver(Driver):
 
     def __cinit__(self, memory, size, desc, avail, used, *, index=None, **features):
         if self.size & (self.size - 1):
-            raise LocalMisuseError(f"{self.name}: size {size} is not a power of two")
-        index = 0 if index is None else index
-        if not 0 <= index <= 0xFFFF:
-            raise LocalMisuseError(f"{self.name}: index {index} is not of 16 bits")
-        desc_bytes, avail_bytes, used_bytes = SplitDriver.layout(size)
+            raise LocalMisuseError(f"{self.name}: size {self.size} is not a power of two")
+        index = self.check_number(0 if index is None else index, 0xFFFF, "index")
+        desc_bytes, avail_bytes, used_bytes = SplitDriver.layout(self.size)
         self.desc = self.locate(desc, desc_bytes, 16)
         self.avail = self.locate(avail, avail_bytes, 2)
         self.used = self.locate(used, used_bytes, 4)
@@ -79,7 +77,9 @@ cdef class SplitDriver(Driver):
         self.free_head = head
 
     def add(self, readable, writable, *, indirect_at=None):
-        buffers = self.check_buffers(readable, writable, indirect_at is not None)
+        if indirect_at is not None:
+            indirect_at = self.check_number(indirect_at, UINT64_MAX, "indirect_at")
+        cdef list buffers = self.check_buffers(readable, writable, indirect_at is not None)
         cdef uint32_t n = len(buffers), i
         cdef uint8_t* table = NULL
         cdef uint16_t head = self.free_head, at, after
@@ -159,7 +159,12 @@ cdef class SplitDriver(Driver):
 
         Returns:
             True if so many are used already: no notification may come for those.
+
+        Raises:
+            LocalMisuseError: `after` is not 1 to the queue's size.
         """
+        if not 1 <= after <= self.size:
+            raise LocalMisuseError(f"{self.name}: after {after} of {self.size} descriptors")
         if self.event_idx:
             vr_store16(
                 self.avail + 4 + 2 * <size_t>self.size, <uint16_t>(self.next_used + after - 1)

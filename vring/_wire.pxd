@@ -7,6 +7,10 @@
 
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 
+cdef extern from "<stdint.h>" nogil:
+    const uint32_t UINT32_MAX
+    const uint64_t UINT64_MAX
+
 cdef extern from "<sys/uio.h>" nogil:
     struct iovec:
         void* iov_base

@@ -96,9 +96,9 @@ class GuestQueue:
             LocalMisuseError: more buffers than are free.
         """
         n = len(lengths)
-        run = self._twice[self._next : self._next + n]
-        if n > self.size or self.driver.add_many(run, lengths, self.writable) != n:
+        if n > self.driver.num_free:
             raise LocalMisuseError(f"{n} buffers do not fit the queue")
+        self.driver.add_many(self._twice[self._next : self._next + n], lengths, self.writable)
         self._next = (self._next + n) % self.size
         return self.driver.publish()
 
