@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from cpython.long cimport PyLong_CheckExact
 from cpython.number cimport PyNumber_Index
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
-from vring._wire cimport DESC_F_WRITE, QUEUE_SIZE_MAX, UINT32_MAX, UINT64_MAX, vr_need_event
+from vring._wire cimport (
+    DESC_F_WRITE, DESC_SIZE, QUEUE_SIZE_MAX, UINT32_MAX, UINT64_MAX, vr_need_event
+)
 from vring.errors import LocalMisuseError, QueueFullError, UsedRingError
 
 
@@ -66,6 +69,7 @@ cdef class Driver:
         free(self.descriptors)
         free(self.writable)
         free(self.order)
+        free(self.scratch)
 
     cdef uint8_t* locate(self, uint64_t address, uint64_t length, uint64_t align) except NULL:
         cdef uint8_t* host = self.memory.locate(address, length)
@@ -75,42 +79,33 @@ cdef class Driver:
             )
         return host
 
-    cdef list check_buffers(self, object readable, object writable, bint indirect_at):
-        """All buffers of a chain as (address, length, flags), if there is room for it.
+    cdef uint32_t read_buffers(
+        self, object pairs, vr_buffer* buffers, uint32_t n, uint32_t flags
+    ) except? 0:
+        """Writes (address, length) pairs behind n other buffers; how many there are then."""
+        for address, length in pairs:
+            if n == self.size:
+                raise LocalMisuseError(
+                    f"{self.name}: a chain of more buffers than the queue's size {self.size}"
+                )
+            buffers[n].address = self.check_number(address, UINT64_MAX, "address of a buffer")
+            buffers[n].length = self.check_number(length, UINT32_MAX, "length of a buffer")
+            buffers[n].flags = flags
+            n += 1
+        return n
 
-        The numbers are plain ints that fit a descriptor: writing them runs no code of the caller's
-        and cannot fail half-way. What the caller's code did meanwhile is looked at afterwards.
-        """
-        cdef list buffers = []
-        for side, flags in ((readable, 0), (writable, DESC_F_WRITE)):
-            for address, length in side:
-                if len(buffers) == <Py_ssize_t>self.size:
-                    raise LocalMisuseError(
-                        f"{self.name}: a chain of more buffers than the queue's size {self.size}"
-                    )
-                buffers.append((
-                    self.check_number(address, UINT64_MAX, "address of a buffer"),
-                    self.check_number(length, UINT32_MAX, "length of a buffer"),
-                    flags,
-                ))
-        n = len(buffers)
-        if n == 0:
-            raise LocalMisuseError(f"{self.name}: a chain of no buffers")
-        if indirect_at and not self.indirect:
-            raise LocalMisuseError(f"{self.name}: INDIRECT_DESC is not negotiated")
-        needed = 1 if indirect_at else n
-        if needed > self.num_free:
-            raise QueueFullError(
-                f"{self.name}: {self.num_free} free descriptors, {needed} needed"
-            )
-        return buffers
-
-    cdef object check_number(self, object value, uint64_t most, str what):
-        """The value as a plain int of 0 to `most`."""
-        value = PyNumber_Index(value)
-        if not 0 <= value <= most:
-            raise LocalMisuseError(f"{self.name}: {what}: {value} is not 0 to {most}")
-        return value
+    cdef uint64_t check_number(self, object value, uint64_t most, str what) except? 0:
+        """A number from outside, converted once, of 0 to `most`."""
+        cdef uint64_t number
+        if not PyLong_CheckExact(value):
+            value = PyNumber_Index(value)
+        try:
+            number = value
+            if number <= most:
+                return number
+        except OverflowError:
+            pass
+        raise LocalMisuseError(f"{self.name}: {what}: {value} is not 0 to {most}")
 
     cdef object check_numbers(self, object values, object kind, uint64_t most, str what):
         """The values as an array of `kind`, none of them changed by that."""
@@ -216,6 +211,13 @@ cdef class Driver:
     cdef uint16_t put_one(self, uint64_t address, uint32_t length, uint32_t flags) noexcept nogil:
         return 0
 
+    cdef uint16_t put_chain(
+        self, const vr_buffer* buffers, uint32_t n, uint64_t table_at, uint8_t* table
+    ) noexcept nogil:
+        return 0
+
+    # --- common to both
+
     def add(self, readable, writable, *, indirect_at=None):
         """Adds a chain; the device sees it after ``publish``.
 
@@ -236,7 +238,45 @@ cdef class Driver:
 
         Where it raises, nothing has been taken or written.
         """
-        raise NotImplementedError
+        cdef vr_buffer* buffers = self.scratch
+        cdef uint64_t table_at = 0, total = 0
+        cdef uint8_t* table = NULL
+        cdef uint32_t n, i, needed
+        cdef uint16_t head
+        # What the numbers' code may add meanwhile has a scratch of its own.
+        self.scratch = NULL
+        if buffers == NULL:
+            buffers = <vr_buffer*>calloc(self.size, sizeof(vr_buffer))
+            if buffers == NULL:
+                raise MemoryError
+        try:
+            if indirect_at is not None:
+                table_at = self.check_number(indirect_at, UINT64_MAX, "indirect_at")
+            n = self.read_buffers(readable, buffers, 0, 0)
+            n = self.read_buffers(writable, buffers, n, DESC_F_WRITE)
+            # No code of the caller's runs from here on.
+            if n == 0:
+                raise LocalMisuseError(f"{self.name}: a chain of no buffers")
+            if indirect_at is not None:
+                if not self.indirect:
+                    raise LocalMisuseError(f"{self.name}: INDIRECT_DESC is not negotiated")
+                table = self.memory.locate(table_at, n * DESC_SIZE)
+            needed = 1 if table != NULL else n
+            if needed > self.num_free:
+                raise QueueFullError(
+                    f"{self.name}: {self.num_free} free descriptors, {needed} needed"
+                )
+            for i in range(n):
+                if buffers[i].flags:
+                    total += buffers[i].length
+            head = self.put_chain(buffers, n, table_at, table)
+            self.note(head, needed, <uint32_t>min(total, <uint64_t>UINT32_MAX))
+            return head
+        finally:
+            if self.scratch == NULL:
+                self.scratch = buffers
+            else:
+                free(buffers)
 
     def add_many(self, addresses, lengths, writable):
         """Adds one-descriptor chains until all are added or no descriptor is free; how many.

@@ -6,9 +6,10 @@ cimport cython
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
+from vring._driver cimport vr_buffer
 from vring._wire cimport (
     DESC_F_AVAIL, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_USED, DESC_SIZE, EVENT_DESC, EVENT_DISABLE,
-    EVENT_ENABLE, UINT64_MAX, vr_fence, vr_load16, vr_load16_acquire, vr_load32, vr_need_event,
+    EVENT_ENABLE, vr_fence, vr_load16, vr_load16_acquire, vr_load32, vr_need_event,
     vr_read_packed, vr_store16_release, vr_store32, vr_write_desc
 )
 from vring.errors import LocalMisuseError
@@ -77,28 +78,26 @@ cdef class PackedDriver(Driver):
             self.next_slot -= self.size
             self.wrap = not self.wrap
 
-    def add(self, readable, writable, *, indirect_at=None):
-        if indirect_at is not None:
-            indirect_at = self.check_number(indirect_at, UINT64_MAX, "indirect_at")
-        cdef list buffers = self.check_buffers(readable, writable, indirect_at is not None)
-        cdef uint32_t n = len(buffers), i
-        cdef uint8_t* table = NULL
-        cdef uint16_t id = self.ids[self.free_ids - 1]
-        if indirect_at is not None:
-            table = self.memory.locate(indirect_at, n * DESC_SIZE)
+    cdef uint16_t put_chain(
+        self, const vr_buffer* buffers, uint32_t n, uint64_t table_at, uint8_t* table
+    ) noexcept nogil:
+        cdef uint32_t i, flags
+        cdef uint16_t id
         self.free_ids -= 1
-        total = 0
+        id = self.ids[self.free_ids]
         for i in range(n):
-            address, length, flags = buffers[i]
-            if flags:
-                total += length
+            flags = buffers[i].flags
             if table != NULL:
-                vr_write_desc(table + i * DESC_SIZE, address, length, 0, flags)
+                vr_write_desc(
+                    table + i * DESC_SIZE, buffers[i].address, buffers[i].length, 0,
+                    <uint16_t>flags
+                )
             else:
-                self.put(address, length, flags | (DESC_F_NEXT if i + 1 < n else 0), id)
+                if i + 1 < n:
+                    flags |= DESC_F_NEXT
+                self.put(buffers[i].address, buffers[i].length, flags, id)
         if table != NULL:
-            self.put(indirect_at, n * DESC_SIZE, DESC_F_INDIRECT, id)
-        self.note(id, 1 if table != NULL else n, min(total, 0xFFFFFFFF))
+            self.put(table_at, n * DESC_SIZE, DESC_F_INDIRECT, id)
         return id
 
     cdef uint16_t put_one(self, uint64_t address, uint32_t length, uint32_t flags) noexcept nogil:

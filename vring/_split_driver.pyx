@@ -6,10 +6,11 @@ cimport cython
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
+from vring._driver cimport vr_buffer
 from vring._wire cimport (
-    AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, DESC_F_NEXT, DESC_SIZE, UINT64_MAX, USED_F_NO_NOTIFY,
-    vr_fence, vr_load16, vr_load16_acquire, vr_load32, vr_need_event, vr_store16,
-    vr_store16_release, vr_write_desc
+    AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, DESC_F_NEXT, DESC_SIZE, USED_F_NO_NOTIFY, vr_fence,
+    vr_load16, vr_load16_acquire, vr_load32, vr_need_event, vr_store16, vr_store16_release,
+    vr_write_desc
 )
 from vring.errors import LocalMisuseError, UsedRingError
 
@@ -76,35 +77,28 @@ cdef class SplitDriver(Driver):
         self.next[at] = self.free_head
         self.free_head = head
 
-    def add(self, readable, writable, *, indirect_at=None):
-        if indirect_at is not None:
-            indirect_at = self.check_number(indirect_at, UINT64_MAX, "indirect_at")
-        cdef list buffers = self.check_buffers(readable, writable, indirect_at is not None)
-        cdef uint32_t n = len(buffers), i
-        cdef uint8_t* table = NULL
-        cdef uint16_t head = self.free_head, at, after
-        if indirect_at is not None:
-            table = self.memory.locate(indirect_at, n * DESC_SIZE)
+    cdef uint16_t put_chain(
+        self, const vr_buffer* buffers, uint32_t n, uint64_t table_at, uint8_t* table
+    ) noexcept nogil:
+        cdef uint16_t head = self.free_head, at, after, flags
+        cdef uint32_t i
+        if table != NULL:
             self.take()
             vr_write_desc(
-                self.desc + head * DESC_SIZE, indirect_at, n * DESC_SIZE, DESC_F_INDIRECT, 0
+                self.desc + head * DESC_SIZE, table_at, n * DESC_SIZE, DESC_F_INDIRECT, 0
             )
-        total = 0
         for i in range(n):
-            address, length, flags = buffers[i]
-            if flags:
-                total += length
             at = <uint16_t>i if table != NULL else self.take()
             after = <uint16_t>(i + 1) if table != NULL else self.next[at]
+            flags = <uint16_t>buffers[i].flags
             if i + 1 < n:
                 flags |= DESC_F_NEXT
             else:
                 after = 0
             vr_write_desc(
-                (table if table != NULL else self.desc) + at * DESC_SIZE, address, length, flags,
-                after
+                (table if table != NULL else self.desc) + at * DESC_SIZE, buffers[i].address,
+                buffers[i].length, flags, after
             )
-        self.note(head, 1 if table != NULL else n, min(total, 0xFFFFFFFF))
         self.offer(head)
         return head
 
