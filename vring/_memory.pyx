@@ -12,6 +12,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.errno cimport errno
 from libc.stdlib cimport calloc, free
 
+from vring._files cimport mapping_page
 from vring._guard cimport (
     MemoryWatch, guard_add, guard_lost, guard_lost_at, guard_losses, guard_remove, vr_guarded
 )
@@ -23,16 +24,6 @@ cdef extern from "<sys/mman.h>" nogil:
     int munmap(void* addr, size_t length)
     int PROT_READ, PROT_WRITE, MAP_SHARED, MAP_PRIVATE
     void* MAP_FAILED
-
-cdef extern from "<sys/vfs.h>" nogil:
-    struct statfs_t "statfs":
-        long f_type
-        long f_bsize
-    int fstatfs(int fd, statfs_t* status)
-
-cdef extern from "<linux/magic.h>" nogil:
-    enum:
-        HUGETLBFS_MAGIC, FUSE_SUPER_MAGIC
 
 #: More than any frontend uses: QEMU has 509 slots for memory, vfio-user allows 65535 maps.
 MAX_REGIONS = 65536
@@ -55,21 +46,6 @@ cdef uint64_t as_address(object value, str what) except? 0:
     if not isinstance(value, int) or not 0 <= value <= ADDRESS_MAX:
         raise MemoryMapError(f"{what}: {value!r} is not an address of 64 bits")
     return value
-
-
-cdef uint64_t granularity(int fd, what) except 0:
-    """What mappings of the file are whole multiples of, in bytes. Raises MemoryMapError."""
-    cdef statfs_t status
-    if fstatfs(fd, &status):
-        raise MemoryMapError(f"{what}: {os.strerror(errno)}")
-    # As unsigned numbers of 32 bits: not all systems have a long for them.
-    cdef uint32_t kind = <uint32_t>status.f_type
-    if kind == <uint32_t>FUSE_SUPER_MAGIC:
-        # Each access may wait for that process, which may be the peer, and never answer.
-        raise MemoryMapError(f"{what}: its file is on a file system that another process serves")
-    if kind == <uint32_t>HUGETLBFS_MAGIC:
-        return status.f_bsize
-    return os.sysconf("SC_PAGE_SIZE")
 
 
 @cython.final
@@ -205,17 +181,17 @@ cdef class Region:
 
         Raises:
             MemoryMapError: no bytes asked for, the file is shorter than offset + size, it is on
-                FUSE, where each access may block for ever, or the system refuses.
+                no local file system, so that an access may block for ever, or the system refuses.
         """
         if size <= 0 or offset < 0 or offset + size > 2**63 - 1:
             raise MemoryMapError(
                 f"region at {guest_addr:#x}: cannot map {size:#x} bytes at offset {offset:#x}"
             )
+        page = mapping_page(fd, f"region at {guest_addr:#x}")
         try:
             length = os.fstat(fd).st_size
         except OSError as error:
             raise MemoryMapError(f"region at {guest_addr:#x}: {error.strerror}") from error
-        page = granularity(fd, f"region at {guest_addr:#x}")
         if length < offset + size:
             raise MemoryMapError(
                 f"region at {guest_addr:#x}: its file has {length:#x} bytes, "
