@@ -8,7 +8,7 @@ import pytest
 
 from vring_serial.errors import ResourceError
 from vring_serial.spice import SpiceOptions
-from vring_serial.spice.listener import Listener
+from vring_serial.spice.listener import Listener, is_local
 
 
 def options(**values):
@@ -73,3 +73,29 @@ def test_a_unix_socket(tmp_path):
 def test_only_tls_binds_nothing_here():
     listener = Listener(options(tls_port=1))
     assert listener.sockets == []
+
+
+@pytest.mark.parametrize(
+    ("family", "address", "local"),
+    [
+        (socket.AF_INET, "127.0.0.1", True),
+        (socket.AF_INET, "127.3.2.1", True),
+        (socket.AF_INET, "0.0.0.0", False),
+        (socket.AF_INET6, "::1", True),
+        (socket.AF_INET6, "::", False),
+        (socket.AF_INET6, "::ffff:127.0.0.1", True),
+        (socket.AF_INET6, "::ffff:0.0.0.0", False),
+    ],
+)
+def test_who_can_reach_a_socket(family, address, local):
+    with socket.socket(family) as sock:
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        sock.bind((address, 0))
+        assert is_local(sock) is local
+
+
+def test_this_machine_alone_reaches_a_unix_socket(tmp_path):
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(tmp_path / "s"))
+        assert is_local(sock)

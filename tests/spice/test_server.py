@@ -209,3 +209,25 @@ async def test_watches(core):
 )
 def test_addresses(address, text):
     assert _format_address(address) == text
+
+
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [
+        ({"addr": "0.0.0.0"}, True),
+        ({"addr": ""}, True),
+        ({}, False),
+        ({"addr": "localhost"}, False),
+        ({"addr": "0.0.0.0", "disable_ticketing": False, "password": "hush"}, False),
+        ({"addr": "0.0.0.0", "disable_ticketing": False, "password": ""}, False),
+        ({"addr": "spice.sock", "unix": True, "autoport": False}, False),
+    ],
+)
+async def test_a_server_that_is_open_to_the_network_says_so(
+    options, warned, caplog, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    server = local(**options)
+    await server.start()
+    await server.stop()
+    assert ("no password is needed at" in caplog.text) is warned

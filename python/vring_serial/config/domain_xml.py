@@ -22,6 +22,7 @@ from vring_serial.config.unserved import UNSERVED
 from vring_serial.config.words import shorten
 from vring_serial.config.xml_node import Node
 from vring_serial.errors import ConfigError, ResourceError
+from vring_serial.unix_socket import MAX_PATH
 
 #: libvirt's own bound for XML in one message.
 MAX_XML_BYTES = 4 << 20
@@ -40,6 +41,8 @@ _KINDS = {
 _UNSERVED_TYPES = ("dbus", "dev", "nmdm", "qemu-vdagent", "udp", "vc")
 _CHANNEL_TARGETS = ("guestfwd", "virtio", "xen")
 _CONSOLE_TARGETS = ("lxc", "openvz", "sclp", "sclplm", "serial", "uml", "virtio", "xen")
+#: Characters of a domain's name that libvirt puts into the names of files.
+_SHORT_NAME = 20
 _ADDRESS_TYPES = ("ccw", "pci", "virtio-mmio")
 
 #: What gets its PCI slot before our controllers do, if it has none: devices, types of controllers,
@@ -94,9 +97,9 @@ def read(draft: Draft, data: bytes, *, file: str, channel_directory: str = "") -
     draft.name = _read_name(root) or draft.name
     draft.pci = _read_pci(root)
     _read_controllers(draft, root)
-    for node in _devices(root, "graphics"):
-        if node.get("type") == "spice":
-            draft.spice = read_graphics(node)
+    graphics = list(_devices(root, "graphics"))
+    spice_path = _own_path(channel_directory, draft.name, "spice.sock")
+    draft.read_spice = lambda: read_graphics(graphics, spice_path, draft.warnings)
     channels = _Channels(draft, channel_directory)
     for node in _devices(root, "console", "channel", "serial", "parallel"):
         channels.read(node)
@@ -276,10 +279,22 @@ class _Channels:
         if source is None or not path:
             if node.tag == "console":
                 node.fail("a unix console needs a <source> with a path")
-            file = f"{self._draft.name}.{name}".replace("/", "_")
-            path = os.path.join(self._channel_directory, file)
+            path = _own_path(self._channel_directory, self._draft.name, name)
             return _make(node, "socket", path=path, server=True, wait=False)
         return _make(source, "socket", path=path, **_stream(source))
+
+
+def _own_path(directory: str, domain: str, name: str) -> str:
+    """Where a socket goes that the domain gives no path.
+
+    One that would be too long has libvirt's short form of the domain's name, its first 20
+    characters.
+    """
+    for stem in (domain, domain[:_SHORT_NAME]):
+        path = os.path.join(directory, f"{stem}.{name}".replace("/", "_"))
+        if len(path.encode(errors="surrogateescape")) <= MAX_PATH:
+            break
+    return path
 
 
 def _make(node: Node, kind: str, **values: object) -> Options:

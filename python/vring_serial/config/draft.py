@@ -8,7 +8,7 @@ numbers, names, paths and PCI addresses to what has none, and refuses what canno
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from vring_serial.chardev.protocol import SpiceportOptions
@@ -28,6 +28,8 @@ from vring_serial.config.topology import (
 from vring_serial.errors import ConfigError
 from vring_serial.unix_socket import MAX_PATH
 
+#: Host ends that are the SPICE server's.
+_SPICE_KINDS = {"spicevmc", "spiceport"}
 #: More controllers than any machine has slots for.
 MAX_CONTROLLER_INDEX = 255
 
@@ -92,7 +94,9 @@ class Draft:
         max_ports: for controllers that do not say how many ports they have.
         pci: the addresses that are taken, or None if no controller is to get one.
         warnings: lines for the topology.
-        spice: the SPICE server; what is set last counts.
+        spice: the SPICE server that an option asks for.
+        read_spice: reads the domain's SPICE server; called if a host end needs one and no option
+            asks for another.
     """
 
     def __init__(self, *, max_ports: int = 0) -> None:
@@ -102,6 +106,7 @@ class Draft:
         self.pci: PciSlots | None = None
         self.warnings: list[str] = []
         self.spice: SpiceConfig | None = None
+        self.read_spice: Callable[[], SpiceConfig | None] | None = None
         self._controllers: dict[int, DraftController] = {}
         self._ports: list[DraftPort] = []
         self._chardev_ids: dict[str, str] = {}
@@ -170,6 +175,9 @@ class Draft:
             for index in sorted(self._controllers)
         )
         _check_host_ends(port.chardev for controller in controllers for port in controller.ports)
+        kinds = {port.chardev.kind for port in self._ports}
+        if self.spice is None and self.read_spice is not None and kinds & _SPICE_KINDS:
+            self.spice = self.read_spice()
         self._check_spice_ports()
         return Topology(controllers, tuple(self.warnings), self.name, self.spice)
 

@@ -30,6 +30,9 @@ UNSERVED_KEYS = {
     *("delay", "fd", "logappend", "logfile", "mux"),
     *("telnet", "tls-authz", "tls-creds", "tn3270", "websocket"),
 }
+#: Keys whose empty value means something: every address, no name. Elsewhere it is a mistake, such
+#: as a variable of the shell that is not set, and not the same as a key that is left out.
+_MAY_BE_EMPTY = {"addr", "host", "name"}
 #: QEMU's older names of kinds.
 _ALIASES = {"memory": "ringbuf"}
 #: As QEMU requires of every id.
@@ -51,7 +54,7 @@ class QemuOptions:
     ports: Sequence[str] = ()
     consoles: Sequence[str] = ()
     max_ports: int | None = None
-    spice: str | None = None
+    spice: str | None = dataclasses.field(default=None, repr=False)
 
 
 def parse(
@@ -125,13 +128,11 @@ def _split_items(text: str) -> list[str]:
     return items
 
 
-def _split_option(
-    flag: str, text: str, repeated: Collection[str] = ()
-) -> tuple[list[tuple[str, str | None]], str]:
+def _split_option(flag: str, text: str) -> tuple[list[tuple[str, str | None]], str]:
     """The pairs of ``text`` and how messages name the option."""
     where = f"{flag} {shorten(text)[1:-1]}"
     try:
-        return split(text, repeated=repeated), where
+        return split(text), where
     except ConfigError as error:
         raise ConfigError(error.why, where) from None
 
@@ -178,14 +179,26 @@ def _take_kind(pairs: list[tuple[str, str | None]], where: str) -> str:
 
 
 def _parse_spice(text: str) -> SpiceConfig:
-    repeated = [key for key, field in SpiceOptions.keys().items() if field.default == ()]
-    pairs, where = _split_option("--spice", text, repeated)
-    if re.search(r"password=", text):
-        where = "--spice"  # nothing secret goes into messages
-    for key, _ in pairs:
+    """Messages never repeat the text: a password may be in every part of it that is mistyped."""
+    where, fields = "--spice", SpiceOptions.keys()
+    known = {*fields, *(f"no{key}" for key in fields), *UNSERVED_SPICE_KEYS, ""}
+    for number, item in enumerate(_split_items(text), 1):
+        key = item.partition("=")[0]
+        if key not in known:
+            raise ConfigError(
+                f"item {number} does not begin with a key (a comma in a value is written ,,); "
+                f"{suggest(key, fields)}",
+                where,
+            )
         if why := UNSERVED_SPICE_KEYS.get(key):
             raise ConfigError(f"QEMU's {key} is not served: {why}", where)
-    return SpiceConfig(_make_options("--spice", SpiceOptions, pairs, where), where, explicit=True)
+    repeated = [key for key, field in fields.items() if field.default == ()]
+    try:
+        pairs = split(text, repeated=repeated)
+    except ConfigError as error:
+        raise ConfigError(error.why, where) from None
+    options = _make_options("--spice", SpiceOptions, pairs, where, quote=False)
+    return SpiceConfig(options, where, explicit=True)
 
 
 def _make_options(
@@ -194,8 +207,15 @@ def _make_options(
     pairs: list[tuple[str, str | None]],
     where: str,
     other_keys: Sequence[str] = (),
+    *,
+    quote: bool = True,
 ) -> Any:
-    """An instance of ``wanted``; ``other_keys`` are known as well, and not in ``pairs``."""
+    """An instance of ``wanted``.
+
+    Args:
+        other_keys: known as well, and not in ``pairs``.
+        quote: whether messages may repeat values.
+    """
     fields = wanted.keys()
     types = typing.get_type_hints(wanted)
     arguments: dict[str, object] = {}
@@ -207,7 +227,7 @@ def _make_options(
                 f"{noun} has no {shorten(key)}; {suggest(key, [*fields, *other_keys])}", where
             )
         name = fields[key].name
-        converted = _convert(types[name], key, value, where)
+        converted = _convert(types[name], key, value, where, quote)
         if typing.get_origin(types[name]) is tuple:
             earlier = arguments.get(name, ())
             assert isinstance(earlier, tuple)
@@ -221,23 +241,28 @@ def _make_options(
         raise ConfigError(error.why, f"{where}: {error.where}" if error.where else where) from None
 
 
-def _convert(type_: object, key: str, value: str | None, where: str) -> object:
+def _convert(type_: object, key: str, value: str | None, where: str, quote: bool) -> object:
     """The value of ``key`` as its field's type has it; a key alone is a boolean that is on."""
     members = typing.get_args(type_) or (type_,)
     if bool in members:
-        return _read_value(parse_bool, key, "on" if value is None else value, where)
+        return _read_value(parse_bool, key, "on" if value is None else value, where, quote)
     if value is None:
         raise ConfigError(f"{key} needs a value: {key}=…", where)
     if int in members:
-        return _read_value(parse_size if key == "size" else parse_int, key, value, where)
+        return _read_value(parse_size if key == "size" else parse_int, key, value, where, quote)
+    if not value and key not in _MAY_BE_EMPTY:
+        raise ConfigError(f"{key} is empty", where)
     return value
 
 
-def _read_value(parser: Callable[[str], object], key: str, value: str, where: str) -> object:
+def _read_value(
+    parser: Callable[[str], object], key: str, value: str, where: str, quote: bool = True
+) -> object:
     try:
         return parser(value)
     except ValueError as error:
-        raise ConfigError(f"{key}: {error}", where) from None
+        why = str(error) if quote else str(error).replace(shorten(value), "the value")
+        raise ConfigError(f"{key}: {why}", where) from None
 
 
 def _parse_port(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import os
 import socket
 from contextlib import ExitStack
@@ -41,9 +42,9 @@ class Listener:
                 self.sockets.append(listener.socket)
                 self.addresses.append(f"unix:{options.addr}")
             elif options.autoport:
-                self._bind_first_free(options)
+                self._keep(bind_first_free(options, options.port, but=options.tls_port))
             elif options.port:
-                self._bind(options, options.port)
+                self._keep(bind(options, options.port))
         except BaseException:
             self.close()
             raise
@@ -53,24 +54,30 @@ class Listener:
         self._stack.close()
         self.sockets.clear()
 
-    def _bind_first_free(self, options: SpiceOptions) -> None:
-        first = options.port or FIRST_PORT
-        last = min(first + PORTS_TRIED - 1, 65535)
-        for port in range(first, last + 1):
-            if port == options.tls_port:
-                continue
-            try:
-                self._bind(options, port)
-            except _InUseError:
-                continue
-            return
-        raise ResourceError(f"SPICE: no TCP port from {first} to {last} is free")
-
-    def _bind(self, options: SpiceOptions, port: int) -> None:
-        for sock in bind(options, port):
+    def _keep(self, bound: list[socket.socket]) -> None:
+        for sock in bound:
             self._stack.enter_context(sock)
             self.sockets.append(sock)
             self.addresses.append(_address_text(sock))
+
+
+def bind_first_free(options: SpiceOptions, first: int, *, but: int = 0) -> list[socket.socket]:
+    """As :func:`bind`, on the first port that is free.
+
+    Args:
+        first: where to begin; 0 for FIRST_PORT.
+        but: a port that is not taken, free or not.
+    """
+    first = first or FIRST_PORT
+    last = min(first + PORTS_TRIED - 1, 65535)
+    for port in range(first, last + 1):
+        if port == but:
+            continue
+        try:
+            return bind(options, port)
+        except _InUseError:
+            continue
+    raise ResourceError(f"SPICE: no TCP port from {first} to {last} is free")
 
 
 def bind(options: SpiceOptions, port: int) -> list[socket.socket]:
@@ -138,6 +145,15 @@ def _listen(
         sock.close()
         raise
     return sock
+
+
+def is_local(sock: socket.socket) -> bool:
+    """Whether this machine alone can reach a listening socket: a unix socket, or on loopback."""
+    if sock.family == socket.AF_UNIX:
+        return True
+    address = ipaddress.ip_address(sock.getsockname()[0].partition("%")[0])
+    mapped = getattr(address, "ipv4_mapped", None)
+    return (mapped or address).is_loopback
 
 
 def _address_text(sock: socket.socket) -> str:

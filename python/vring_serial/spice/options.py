@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import time
 
 from vring_serial.chardev.options import Options, check_path, check_range
 from vring_serial.errors import ConfigError, ResourceError
@@ -12,6 +13,8 @@ from vring_serial.unix_socket import MAX_PATH
 #: The longest password in bytes: the library takes SPICE_MAX_PASSWORD_LENGTH, which is 60, and cuts
 #: the last of them off.
 MAX_PASSWORD = 59
+#: The longest time that the library takes for a password's life, in seconds: an int, and room.
+MAX_LIFETIME = 2**30
 #: Where the library keeps an address and the paths of certificates, less the NUL.
 MAX_ADDRESS = 255
 #: Channels that may be told to use TLS or not; ``default`` is all that are not named.
@@ -47,11 +50,14 @@ class SpiceOptions(Options):
         port: TCP port without TLS; 0 for none.
         autoport: take the first free TCP port from ``port``, or from 5900 if that is 0.
         tls_port: TCP port with TLS; 0 for none.
+        tls_autoport: take the first free TCP port from ``tls_port``, or from 5900 if that is 0.
         addr: address to listen on, or the socket's path with ``unix``; empty for every address.
         ipv4, ipv6: listen on addresses of that family alone.
         unix: listen on a unix socket.
-        password: what clients have to know; at most MAX_PASSWORD bytes.
+        password: what clients have to know; at most MAX_PASSWORD bytes. An empty password lets
+            nobody in, as in libvirt; None is no password at all.
         password_file: a file that holds it, and at most a newline after it.
+        password_valid_to: when the password expires, in seconds since 1970; 0 for never.
         disable_ticketing: let clients in without a password.
         disable_copy_paste: keep clipboards from passing.
         disable_agent_file_xfer: keep files from passing.
@@ -67,12 +73,14 @@ class SpiceOptions(Options):
     port: int = 0
     autoport: bool = False
     tls_port: int = 0
+    tls_autoport: bool = False
     addr: str = ""
     ipv4: bool = False
     ipv6: bool = False
     unix: bool = False
-    password: str = dataclasses.field(default="", repr=False)
+    password: str | None = dataclasses.field(default=None, repr=False)
     password_file: str = ""
+    password_valid_to: int = 0
     disable_ticketing: bool = False
     disable_copy_paste: bool = False
     disable_agent_file_xfer: bool = False
@@ -107,13 +115,14 @@ class SpiceOptions(Options):
                 ("port", self.port),
                 ("autoport", self.autoport),
                 ("tls-port", self.tls_port),
+                ("tls-autoport", self.tls_autoport),
             ):
                 if given:
                     raise ConfigError("a unix socket has no port", key)
         else:
             if len(self.addr.encode(errors="surrogateescape")) > MAX_ADDRESS:
                 raise ConfigError(f"longer than {MAX_ADDRESS} bytes", "addr")
-            if not (self.port or self.tls_port or self.autoport):
+            if not (self.port or self.autoport or self.has_tls):
                 raise ConfigError("needs port=, tls-port=, autoport=on, or unix=on,addr=PATH")
             if self.port and self.port == self.tls_port:
                 raise ConfigError(f"{self.port} is the port without TLS already", "tls-port")
@@ -122,7 +131,7 @@ class SpiceOptions(Options):
         given = [
             key
             for key, value in (
-                ("password", self.password),
+                ("password", self.password is not None),
                 ("password-file", self.password_file),
                 ("disable-ticketing", self.disable_ticketing),
             )
@@ -138,6 +147,9 @@ class SpiceOptions(Options):
             check_password("password", self.password.encode(errors="surrogateescape"))
         if self.password_file:
             check_path("password-file", self.password_file)
+        check_range("password-valid-to", self.password_valid_to, 0, 2**63 - 1)
+        if self.password_valid_to and self.disable_ticketing:
+            raise ConfigError("there is no password that could expire", "password-valid-to")
 
     def _check_tls(self) -> None:
         for key in ("x509-dir", "x509-key-file", "x509-cert-file", "x509-cacert-file"):
@@ -146,7 +158,7 @@ class SpiceOptions(Options):
                 check_path(key, value)
         if self.x509_dh_key_file:
             check_path("x509-dh-key-file", self.x509_dh_key_file)
-        if self.tls_channel and not self.tls_port:
+        if self.tls_channel and not self.has_tls:
             raise ConfigError("needs tls-port=", "tls-channel")
         for key, names in (
             ("tls-channel", self.tls_channel),
@@ -154,10 +166,15 @@ class SpiceOptions(Options):
         ):
             for name in names:
                 if name not in CHANNELS:
-                    raise ConfigError(f"there is no channel {name!r}: {', '.join(CHANNELS)}", key)
+                    raise ConfigError(f"no such channel; known: {', '.join(CHANNELS)}", key)
         both = sorted(set(self.tls_channel) & set(self.plaintext_channel))
         if both:
             raise ConfigError(f"{both[0]} is a tls-channel already", "plaintext-channel")
+
+    @property
+    def has_tls(self) -> bool:
+        """Whether the server listens with TLS."""
+        return self.tls_autoport or self.tls_port != 0
 
     @property
     def key_file(self) -> str:
@@ -175,7 +192,7 @@ class SpiceOptions(Options):
         return self.x509_cacert_file or os.path.join(self.x509_dir, "ca-cert.pem")
 
     def read_password(self) -> bytes | None:
-        """What clients have to know, or None if they need no password.
+        """What clients have to know; None if they need no password, empty if nobody may come in.
 
         Raises:
             ResourceError: the file cannot be read.
@@ -184,6 +201,7 @@ class SpiceOptions(Options):
         if self.disable_ticketing:
             return None
         if not self.password_file:
+            assert self.password is not None
             return self.password.encode(errors="surrogateescape")
         try:
             with open(self.password_file, "rb") as file:
@@ -195,6 +213,15 @@ class SpiceOptions(Options):
         password = text.removesuffix(b"\n").removesuffix(b"\r")
         check_password(f"password-file {self.password_file}", password)
         return password
+
+    def password_lifetime(self) -> int:
+        """Seconds until the password expires, as the library takes them: 0 for never.
+
+        It is negative if the password has expired already.
+        """
+        if not self.password_valid_to:
+            return 0
+        return min(self.password_valid_to - int(time.time()), MAX_LIFETIME) or -1
 
 
 def check_password(where: str, password: bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import ssl
@@ -13,11 +14,13 @@ from vring_serial.errors import ConfigError, LocalProtocolError, ResourceError
 from vring_serial.spice.core import ClientEvent, CoreInterface
 from vring_serial.spice.device import AgentChardev, AgentDevice, PortChardev
 from vring_serial.spice.library import load
-from vring_serial.spice.listener import Listener, bind
+from vring_serial.spice.listener import Listener, bind, bind_first_free, is_local
 from vring_serial.spice.options import SpiceOptions
 
 if TYPE_CHECKING:
     from vring_serial.spice.device import CharDevice
+
+log = logging.getLogger("vring_serial.spice")
 
 _ADDR_IPV4_ONLY = 1 << 0
 _ADDR_IPV6_ONLY = 1 << 1
@@ -64,6 +67,7 @@ class SpiceServer:
         self._core: CoreInterface | None = None
         self._listener: Listener | None = None
         self._acceptor: Acceptor | None = None
+        self._tls_port = 0
 
     def agent_chardev(self, id: str) -> AgentChardev:
         """The host end of the agent channel; a server has one agent."""
@@ -88,10 +92,11 @@ class SpiceServer:
         if self.handle is not None:
             raise LocalProtocolError("the SPICE server runs already")
         password = self._options.read_password()
-        if self._options.tls_port:
-            self._check_tls()
         self._listener = Listener(self._options)
         try:
+            reachable = not all(map(is_local, self._listener.sockets))
+            if self._options.has_tls:
+                reachable |= self._check_tls()
             self._init(password)
         except BaseException:
             await self.stop()
@@ -99,8 +104,14 @@ class SpiceServer:
         self._acceptor = Acceptor(self._accepted, name="SPICE", peer="client", yields=True)
         self._acceptor.open(self._listener.sockets)
         self.addresses = list(self._listener.addresses)
-        if self._options.tls_port:
-            self.addresses.append(f"{self._options.addr or '*'}:{self._options.tls_port} (TLS)")
+        if self._options.has_tls:
+            self.addresses.append(f"{self._options.addr or '*'}:{self._tls_port} (TLS)")
+        if password is None and reachable:
+            log.warning(
+                "SPICE: no password is needed at %s: whoever reaches it over the network reaches "
+                "the guest's clipboard and files",
+                ", ".join(self.addresses),
+            )
 
     async def stop(self) -> None:
         """Disconnect clients and forget the server. Safe twice, and after a failed start."""
@@ -128,12 +139,16 @@ class SpiceServer:
         lib.spice_server_set_name(handle, self._name.encode(errors="replace"))
         if password is None:
             lib.spice_server_set_noauth(handle)
-        elif lib.spice_server_set_ticket(handle, password, 0, 0, 0) != 0:
-            raise ResourceError("the SPICE server refused the password")
+        else:
+            lifetime = options.password_lifetime()
+            # The library lets nobody in while it has no ticket, which is not the same as noauth.
+            ticket = password if password and lifetime >= 0 else ffi.NULL
+            if lib.spice_server_set_ticket(handle, ticket, max(lifetime, 0), 0, 0) != 0:
+                raise ResourceError("the SPICE server refused the password")
         lib.spice_server_set_agent_mouse(handle, options.agent_mouse)
         lib.spice_server_set_agent_copypaste(handle, not options.disable_copy_paste)
         lib.spice_server_set_agent_file_xfer(handle, not options.disable_agent_file_xfer)
-        if options.tls_port:
+        if options.has_tls:
             self._set_tls()
         for names, security in (
             (options.tls_channel, _SECURITY_SSL),
@@ -155,13 +170,17 @@ class SpiceServer:
         optional = (options.x509_key_password, options.x509_dh_key_file, options.tls_ciphers)
         lib.spice_server_set_tls(
             self.handle,
-            options.tls_port,
+            self._tls_port,
             *map(os.fsencode, (options.cacert_file, options.cert_file, options.key_file)),
             *(os.fsencode(text) if text else ffi.NULL for text in optional),
         )
 
-    def _check_tls(self) -> None:
-        """What the library would refuse with less of an explanation, or with none."""
+    def _check_tls(self) -> bool:
+        """Check what the library would refuse with less of an explanation, and choose the port.
+
+        Returns:
+            Whether other machines can reach the port.
+        """
         options = self._options
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         for key, path, load_file in (
@@ -192,8 +211,15 @@ class SpiceServer:
                 raise ConfigError(
                     f"{options.tls_ciphers!r} names no cipher", "tls-ciphers"
                 ) from None
-        for sock in bind(options, options.tls_port):
+        if options.tls_autoport:
+            bound = bind_first_free(options, options.tls_port, but=options.port)
+        else:
+            bound = bind(options, options.tls_port)
+        self._tls_port = bound[0].getsockname()[1]
+        reachable = not all(map(is_local, bound))
+        for sock in bound:
             sock.close()  # the library binds it, and would not say what is wrong
+        return reachable
 
     def _accepted(self, client: socket.socket) -> None:
         assert self._core is not None

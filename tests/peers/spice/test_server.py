@@ -39,9 +39,22 @@ async def test_no_password_is_needed_where_ticketing_is_disabled(bench_with):
         await client.wait_agent()
 
 
+@pytest.mark.parametrize(
+    "options", [{"password": ""}, {"password_valid_to": 1}], ids=["empty", "expired"]
+)
+@pytest.mark.parametrize("offered", ["", "hush"])
+async def test_nobody_gets_in_past_a_password_that_is_empty_or_has_expired(
+    bench_with, options, offered
+):
+    async with bench_with(**options) as bench:
+        stranger = await bench.connect(password=offered)
+        event = await stranger.wait("channel-event", "MainChannel")
+        assert event[0].startswith("error")
+
+
 async def test_a_password_from_a_file(bench_with, tmp_path):
     (tmp_path / "password").write_text("x" * 59 + "\n")
-    async with bench_with(password="", password_file=str(tmp_path / "password")) as bench:
+    async with bench_with(password=None, password_file=str(tmp_path / "password")) as bench:
         client = await bench.connect(password="x" * 59)
         await client.wait_agent()
 
@@ -106,6 +119,19 @@ async def test_tls(bench_with, tmp_path, unused_port):
         await client.wait_agent()
         stranger = await bench.connect(**tls)
         await stranger.wait("channel-event", "MainChannel", "error-tls")
+
+
+async def test_tls_on_a_port_that_is_chosen(bench_with, tmp_path):
+    make_certificates(tmp_path)
+    async with bench_with(
+        autoport=False, addr="localhost", ipv4=True, tls_autoport=True, x509_dir=str(tmp_path),
+        tls_channel=("default",),
+    ) as bench:  # fmt: skip
+        (address,) = bench.server.addresses
+        port = address.removeprefix("localhost:").removesuffix(" (TLS)")
+        ca_file = {"ca-file": str(tmp_path / "ca-cert.pem")}
+        client = await bench.connect(host="localhost", port=None, **{"tls-port": port}, **ca_file)
+        await client.wait_agent()
 
 
 async def test_certificates_and_ports_that_do_not_do(tmp_path, unused_port):
