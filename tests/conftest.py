@@ -69,8 +69,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def logging_as_it_was() -> Iterator[None]:
     """Commands that run in the test process configure logging; the next test must not notice."""
     loggers = [logging.getLogger(name) for name in (None, "vring", "vring_serial")]
+    unraisable = sys.unraisablehook
     before = [(logger, logger.level, list(logger.handlers)) for logger in loggers]
     yield
+    sys.unraisablehook = unraisable
     for logger, level, handlers in before:
         logger.setLevel(level)
         logger.handlers[:] = handlers

@@ -17,7 +17,7 @@ import pytest
 
 from vring_serial import accept
 from vring_serial.accept import Acceptor
-from vring_serial.chardev.base import End
+from vring_serial.chardev.base import DescriptorEnd, End
 from vring_serial.chardev.protocol import SpicevmcOptions
 from vring_serial.chardev.socket import SocketChardev, SocketOptions
 from vring_serial.cli.agent_end import AgentEnds
@@ -38,6 +38,9 @@ class User:
 
     def end_opened(self, end: End) -> None:
         self.opened.set()
+
+    def end_replaced(self, end: DescriptorEnd) -> None:
+        pass
 
     def end_closed(self) -> None:
         pass

@@ -126,6 +126,16 @@ class Guest:
             self.protocol.connection_made(self.transport)
         self._wake()
 
+    def end_replaced(self, end: DescriptorEnd) -> None:
+        assert isinstance(self.end, DescriptorEnd)
+        for fd in (self.end.read_fd, self.end.write_fd):
+            if fd >= 0:
+                os.fstat(fd)  # still open, as promised
+        assert self.chardev.end is end
+        self.end = end
+        self.events.append("replaced")
+        self._wake()
+
     def end_closed(self) -> None:
         assert self.end is not None, "an end was closed that was not open"
         assert self.chardev.end is self.end

@@ -41,6 +41,75 @@ async def test_append_or_empty_first(tmp_path: Path, append: bool, left: bytes) 
     assert path.read_bytes() == left
 
 
+async def test_a_file_that_is_not_empty_is_not_emptied_without_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "out"
+    for content, append, told in ((b"old", False, 1), (b"", False, 0), (b"old", True, 0)):
+        caplog.clear()
+        path.write_bytes(content)
+        chardev = FileChardev("dut", FileOptions(path=str(path), append=append))
+        Guest(chardev)
+        await chardev.start()
+        await chardev.stop()
+        assert len(caplog.records) == told
+        assert path.read_bytes() == (content if append else b"")
+    path.write_bytes(b"old")
+    chardev = FileChardev("dut", FileOptions(path=str(path)))
+    await chardev.start()
+    await chardev.stop()
+    assert f"chardev dut: {path} is emptied of 3 bytes; append=on keeps them" in caplog.text
+
+
+async def test_no_hole_after_a_truncation(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    chardev = FileChardev("dut", FileOptions(path=str(path)))
+    guest = Guest(chardev)
+    await chardev.start()
+    await guest.write(b"before")
+    os.truncate(path, 0)
+    await guest.write(b"after")
+    assert path.read_bytes() == b"after"
+    await chardev.stop()
+
+
+async def test_after_a_rename_it_goes_on_in_a_new_file(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    (tmp_path / "in").write_bytes(b"input")
+    options = FileOptions(path=str(path), input_path=str(tmp_path / "in"))
+    chardev = FileChardev("dut", options)
+    guest = Guest(chardev)
+    await chardev.start()
+    await guest.write(b"before")
+    path.rename(tmp_path / "old")
+    chardev.reopen()
+    await guest.write(b"after")
+    assert (tmp_path / "old").read_bytes() == b"before"
+    assert path.read_bytes() == b"after"
+    assert await guest.read(5) == b"input"
+    assert guest.events == ["opened", "replaced"]
+    chardev.reopen()  # without a rename: the same file
+    await guest.write(b" all")
+    assert path.read_bytes() == b"after all"
+    await chardev.stop()
+    chardev.reopen()  # does nothing
+    assert chardev.end is None
+
+
+async def test_a_new_file_that_cannot_be_opened_leaves_the_old(tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    path = tmp_path / "d" / "out"
+    chardev = FileChardev("dut", FileOptions(path=str(path)))
+    guest = Guest(chardev)
+    await chardev.start()
+    (tmp_path / "d").rename(tmp_path / "e")
+    with pytest.raises(ResourceError, match="No such file or directory"):
+        chardev.reopen()
+    await guest.write(b"goes on")
+    assert (tmp_path / "e" / "out").read_bytes() == b"goes on"
+    await chardev.stop()
+
+
 async def test_the_file_stays_after_stop(tmp_path: Path) -> None:
     chardev = FileChardev("dut", FileOptions(path=str(tmp_path / "out")))
     await chardev.start()

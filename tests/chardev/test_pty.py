@@ -176,6 +176,35 @@ async def test_links_that_a_killed_process_left(tmp_path: Path) -> None:
         await chardev.stop()
 
 
+async def test_a_link_of_a_killed_process_whose_terminal_is_somebody_elses_now(
+    tmp_path: Path,
+) -> None:
+    link = tmp_path / "console"
+    theirs, slave = os.openpty()
+    link.symlink_to(os.ttyname(slave))
+    chardev = PtyChardev("dut", PtyOptions(path=str(link)))
+    await chardev.start()
+    assert os.readlink(link) == chardev.path != os.ttyname(slave)
+    await chardev.stop()
+    assert not link.is_symlink()
+    os.close(slave)
+    os.close(theirs)
+
+
+async def test_a_link_of_a_process_that_lives_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = tmp_path / "console"
+    first = PtyChardev("first", PtyOptions(path=str(link)))
+    await first.start()
+    monkeypatch.chdir(tmp_path)
+    for path in (str(link), "console", f"{tmp_path}/./console"):
+        with pytest.raises(ResourceError, match="it exists already"):
+            await PtyChardev("dut", PtyOptions(path=path)).start()
+    assert os.readlink(link) == first.path
+    await first.stop()
+
+
 @pytest.mark.parametrize("what", ["file", "link"])
 async def test_what_exists_is_kept(tmp_path: Path, what: str) -> None:
     link = tmp_path / "console"

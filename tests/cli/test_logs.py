@@ -45,17 +45,24 @@ def as_json(made: logging.LogRecord) -> dict[str, object]:
     return parsed
 
 
+def printed(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The lines on standard error, when all are there."""
+    logging.getLogger().handlers[0].flush()
+    return capsys.readouterr().err.splitlines()
+
+
 def test_text(capsys: pytest.CaptureFixture[str]) -> None:
     logs.configure("info", as_json=False)
     logs.emit(logging.INFO, "serving", "100 % serving", pid=1)
-    (line,) = capsys.readouterr().err.splitlines()
+    (line,) = printed(capsys)
     assert line.endswith(" info    100 % serving")
 
 
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     logs.configure("info", as_json=True)
     logs.emit(logging.WARNING, "serving", "serving", pid=1)
-    parsed = json.loads(capsys.readouterr().err)
+    (line,) = printed(capsys)
+    parsed = json.loads(line)
     assert parsed.pop("time").endswith("Z")
     assert parsed == {
         "level": "warning",
@@ -94,14 +101,14 @@ def test_levels(capsys: pytest.CaptureFixture[str], level: str, shown: str) -> N
     logs.configure(level, as_json=False)
     for letter in ("DEBUG", "INFO", "WARNING", "ERROR"):
         logs.emit(getattr(logging, letter), "x", letter[0])
-    assert "".join(line[-1] for line in capsys.readouterr().err.splitlines()) == shown
+    assert "".join(line[-1] for line in printed(capsys)) == shown
 
 
 def test_others_are_heard_from_warnings_on(capsys: pytest.CaptureFixture[str]) -> None:
     logs.configure("debug", as_json=False)
     logging.getLogger("asyncio").info("Using selector")
     logging.getLogger("asyncio").warning("slow callback")
-    (line,) = capsys.readouterr().err.splitlines()
+    (line,) = printed(capsys)
     assert line.endswith("warning slow callback")
 
 
@@ -113,7 +120,7 @@ def test_exceptions(capsys: pytest.CaptureFixture[str], as_json: bool) -> None:
         raise OSError(5, "I/O error")
     except OSError:
         logging.getLogger("vring_serial.x").exception("it broke")
-    (line,) = capsys.readouterr().err.splitlines()
+    (line,) = printed(capsys)
     if as_json:
         assert "Traceback" in json.loads(line)["exception"]
     else:
@@ -133,6 +140,7 @@ def test_a_closed_stderr_does_not_stop_the_service(monkeypatch: pytest.MonkeyPat
     logs.configure("info", as_json=False)
     stream.close()
     logs.emit(logging.INFO, "x", "into the void")
+    logging.getLogger().handlers[0].flush()
 
 
 def test_an_agent_that_comes_and_goes_in_a_loop_fills_no_log(

@@ -63,6 +63,12 @@ class ChardevUser(Protocol):
     def end_opened(self, end: End) -> None:
         """The host end is connected. Follows ``start`` at once for chardevs that need no peer."""
 
+    def end_replaced(self, end: DescriptorEnd) -> None:
+        """The open end has other descriptors, and the same peer: nobody need be told.
+
+        On return the user must not touch the descriptors of before any more.
+        """
+
     def end_closed(self) -> None:
         """The end is going away. On return the user must not touch its descriptors any more."""
 
@@ -117,6 +123,13 @@ class Chardev(abc.ABC):
     def guest_opened(self, is_open: bool) -> None:  # noqa: B027 - most chardevs do not care
         """The guest opened or closed its side of the port."""
 
+    def reopen(self) -> None:  # noqa: B027 - most chardevs have nothing of the kind
+        """Open anew what may have been renamed meanwhile, as a log is for its rotation.
+
+        Raises:
+            ResourceError: that is impossible; all goes on as before.
+        """
+
     @property
     def description(self) -> str:
         """One short phrase for logs and tables, such as ``unix:/run/agent.sock (server)``."""
@@ -126,6 +139,11 @@ class Chardev(abc.ABC):
         self.end = end
         if self._user is not None:
             self._user.end_opened(end)
+
+    def _replace_end(self, end: DescriptorEnd) -> None:
+        self.end = end
+        if self._user is not None:
+            self._user.end_replaced(end)
 
     def _close_end(self) -> None:
         if self.end is not None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 from dataclasses import dataclass
 
+from vring_serial.chardev.base import DescriptorEnd
 from vring_serial.chardev.options import Options, check_path
 from vring_serial.chardev.streams import StreamChardev
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +39,7 @@ class FileChardev(StreamChardev):
 
     A write error (a full disk) is logged, and writing tried again after a second and then less and
     less often; until it works the host end is closed, so the guest's writers wait and lose nothing.
+    After a rename, :meth:`reopen` goes on in a new file at the path.
     """
 
     retry_seconds = 1.0
@@ -47,12 +52,40 @@ class FileChardev(StreamChardev):
         # The input first: if it is missing, the output must not have been emptied.
         if self.options.input_path:
             self._input = self._open_input(self.options.input_path)
-        keep = os.O_APPEND if self.options.append else os.O_TRUNC
-        flags = os.O_WRONLY | os.O_CREAT | os.O_NOCTTY | os.O_NONBLOCK | keep
+        self._output = self._open_output()
+        if not self.options.append:
+            self._empty(self._output)
+
+    def reopen(self) -> None:
+        if self._output < 0:
+            return
+        old, self._output = self._output, self._open_output()
         try:
-            self._output = os.open(self.options.path, flags, 0o666)
+            if self.end is not None:
+                self._replace_end(DescriptorEnd(self._input, self._output))
+        finally:
+            os.close(old)
+
+    def _open_output(self) -> int:
+        # Always at the end: whoever truncates the file under us finds no hole in it afterwards.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NOCTTY | os.O_NONBLOCK | os.O_APPEND
+        try:
+            return os.open(self.options.path, flags, 0o666)
         except OSError as error:
             raise self._error(f"write to {self.options.path}", error) from error
+
+    def _empty(self, fd: int) -> None:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or not status.st_size:
+            return
+        log.warning(
+            "chardev %s: %s is emptied of %d bytes; append=on keeps them",
+            *(self.id, self.options.path, status.st_size),
+        )
+        try:
+            os.ftruncate(fd, 0)
+        except OSError as error:
+            raise self._error(f"empty {self.options.path}", error) from error
 
     def _open_input(self, path: str) -> int:
         try:

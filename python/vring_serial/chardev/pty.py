@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import hashlib
 import os
+import re
 import select
+import socket
 from dataclasses import dataclass
 
 from vring_serial.chardev.base import Chardev, DescriptorEnd
@@ -48,6 +52,7 @@ class PtyChardev(Chardev):
         self._master = -1
         self._timer: asyncio.TimerHandle | None = None
         self._size: tuple[int, int] | None = None
+        self._claim: socket.socket | None = None  # of the link
 
     async def start(self) -> None:
         if self._master >= 0:
@@ -97,16 +102,28 @@ class PtyChardev(Chardev):
         if not link:
             return
         try:
-            # What a killed process left names a terminal that is gone, or that is ours by now.
-            if os.path.islink(link) and (
-                not os.path.exists(link) or os.readlink(link) == self.path
-            ):
+            self._claim = _claim(link)
+            if self._is_left_over(link):
                 os.unlink(link)
             os.symlink(self.path, link)
         except FileExistsError:
             raise self._error(f"make the link {link}", "it exists already") from None
         except OSError as error:
             raise self._error(f"make the link {link}", error) from error
+
+    def _is_left_over(self, link: str) -> bool:
+        """Whether it is a link that a killed process left.
+
+        It names a terminal that is gone, that is ours by now, or somebody else's: then it is ours
+        if we could have made it, and nobody who lives claims it.
+        """
+        if not os.path.islink(link):
+            return False
+        target = os.readlink(link)
+        if not os.path.exists(link) or target == self.path:
+            return True
+        ours = os.lstat(link).st_uid == os.geteuid() and re.fullmatch(r"/dev/pts/[0-9]+", target)
+        return bool(ours) and self._claim is not None
 
     def _poll(self) -> None:
         self._timer = asyncio.get_running_loop().call_later(POLL_SECONDS, self._poll)
@@ -144,7 +161,30 @@ class PtyChardev(Chardev):
         with contextlib.suppress(OSError):
             if self.options.path and os.readlink(self.options.path) == self.path:
                 os.unlink(self.options.path)
+        if self._claim is not None:
+            self._claim.close()
+            self._claim = None
         os.close(self._master)
         self._master = -1
         self.path = ""
         self._size = None
+
+
+def _claim(link: str) -> socket.socket | None:
+    """What other processes of ours see that the link is ours by, and that ends with this process.
+
+    An address in the abstract namespace, made of the link's directory and name. None if a process
+    that lives has it.
+    """
+    directory, name = os.path.split(link)
+    status = os.stat(directory or ".")
+    digest = hashlib.sha256(os.fsencode(f"{status.st_dev}:{status.st_ino}:{name}")).hexdigest()
+    claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        claim.bind(f"\0vring-pty-{digest}")
+    except OSError as error:
+        claim.close()
+        if error.errno != errno.EADDRINUSE:
+            raise
+        return None
+    return claim

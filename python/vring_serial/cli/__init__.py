@@ -85,7 +85,7 @@ class CommandGroup(click.Group):
             status = STATUS_INTERRUPTED
         except Exception as error:
             if debug:
-                traceback.print_exc()
+                _say(traceback.format_exc().rstrip())
             status = _report(error)
         sys.exit(status if isinstance(status, int) else 0)
 
@@ -113,7 +113,7 @@ def _show(error: click.ClickException) -> None:
         error.show()
         return
     text = " ".join(error.format_message().split())
-    click.echo(f"{context.command_path}: {text} (see {context.command_path} --help)", err=True)
+    _say(f"{context.command_path}: {text} (see {context.command_path} --help)")
 
 
 def _report(error: Exception) -> int:
@@ -124,8 +124,17 @@ def _report(error: Exception) -> int:
     text = " ".join(str(error).split()) or type(error).__name__
     if not expected:
         text = f"internal error: {type(error).__name__}: {text} (vring --debug shows where)"
-    click.echo(f"vring: {text}", err=True)
+    _say(f"vring: {text}")
     return STATUS_USAGE if isinstance(error, ConfigError) else STATUS_ERROR
+
+
+def _say(text: str) -> None:
+    """Print on standard error; behind the log's lines, if the command logs."""
+    logs = sys.modules.get(f"{__name__}.logs")
+    if logs is None:
+        click.echo(text, err=True)
+    else:
+        logs.say(text)
 
 
 def _is_vring_error(error: Exception) -> bool:

@@ -11,27 +11,164 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import enum
+import fcntl
 import json
 import logging
+import os
 import re
+import stat
 import sys
+from collections.abc import Callable
 from typing import Any
+
+import click
+
+from vring_serial.cli.log_writer import LineWriter, write_to
+from vring_serial.errors import ResourceError
 
 LEVELS = ("debug", "info", "warning", "error")
 
+#: The longest that the end of the process, or an error message, waits for a reader.
+FLUSH_SECONDS = 1.0
+
 _logger = logging.getLogger("vring_serial.cli")
+_handler: LineHandler | None = None
 
 
-def configure(level: str, *, as_json: bool) -> None:
-    """Send our records from ``level`` on, and warnings of others, to standard error."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter() if as_json else TextFormatter())
+class LineHandler(logging.Handler):
+    """Writes records as lines to standard error or a file; whoever logs never waits for that.
+
+    Attributes:
+        stream: that is written to; None for a file.
+
+    Args:
+        formatter: of the records.
+        path: the file, which is appended to; None for standard error.
+
+    Raises:
+        ResourceError: the file cannot be opened.
+    """
+
+    def __init__(self, formatter: logging.Formatter, path: str | None = None) -> None:
+        super().__init__()
+        self.setFormatter(formatter)
+        self.stream = None if path else sys.stderr
+        self._path = path
+        self._fd = -1
+        self._encoding = "utf-8"
+        self._writer = LineWriter(self._open(), self._dropped)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = self.format(record)
+        except Exception:
+            self.handleError(record)
+        else:
+            self.put(line)
+
+    def put(self, text: str) -> None:
+        """Write lines that are no records."""
+        self._writer.put(f"{text}\n".encode(self._encoding, "backslashreplace"))
+
+    def flush(self) -> None:
+        """Wait until all is written, but not for a reader that has stopped."""
+        self._writer.flush(FLUSH_SECONDS)
+
+    def close(self) -> None:
+        self._writer.close()
+        super().close()
+
+    def reopen(self) -> None:
+        """Go on in a file at the same path. Raises ResourceError, and goes on in the old one."""
+        if self._path is not None:
+            new = _open_log(self._path)
+            os.dup2(new, self._fd, inheritable=False)
+            os.close(new)
+
+    def _open(self) -> Callable[[bytes], int]:
+        if self._path is not None:
+            self._fd = _open_log(self._path)
+            return write_to(self._fd)
+        stream = self.stream
+        if stream is None:
+            return len
+        self._encoding = stream.encoding or self._encoding
+        try:
+            fd = stream.fileno()
+        except (OSError, ValueError):  # what stands in for it has no descriptor
+            return lambda data: stream.write(data.decode(self._encoding)) and len(data)
+        # Whoever truncates the file that it is redirected to finds no hole in it afterwards.
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_APPEND)
+        return write_to(fd)
+
+    def _dropped(self, count: int) -> bytes:
+        text = f"{count} lines of the log were dropped: they were not taken"
+        extra = {"event": "log_dropped", "fields": {"count": count}}
+        record = _logger.makeRecord(
+            _logger.name, logging.WARNING, "", 0, "%s", (text,), None, extra=extra
+        )
+        return f"{self.format(record)}\n".encode(self._encoding, "backslashreplace")
+
+
+def configure(level: str, *, as_json: bool, path: str | None = None) -> None:
+    """Send our records from ``level`` on, and warnings of others, to standard error or a file.
+
+    Raises:
+        ResourceError: the file cannot be opened.
+    """
+    global _handler
+    handler = LineHandler(JsonFormatter() if as_json else TextFormatter(), path)
+    if _handler is not None:
+        _handler.close()
+    _handler = handler
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("vring_serial").setLevel(level.upper())
     # Who reads our standard error may leave; that is no reason for tracebacks, or to stop serving.
     logging.raiseExceptions = False
+    # What Python prints by itself would wait for that reader.
+    logging.captureWarnings(True)
+    sys.unraisablehook = _unraisable
+
+
+def reopen() -> None:
+    """Open the log file anew, if there is one: the old one has another name by now.
+
+    Raises:
+        ResourceError: it cannot be opened; the old one is written to.
+    """
+    if _handler is not None:
+        _handler.reopen()
+
+
+def say(text: str) -> None:
+    """Print on standard error, behind the lines of the log, whose reader may have stopped.
+
+    To a log in a file it is added.
+    """
+    if _handler is not None and _handler.stream in (None, sys.stderr):
+        _handler.put(text)
+        _handler.flush()
+    if _handler is None or _handler.stream is not sys.stderr:
+        click.echo(text, err=True)
+
+
+def _open_log(path: str) -> int:
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        return os.open(path, flags, 0o666)
+    except OSError as error:
+        raise ResourceError(f"--log-file {path}: {error.strerror}") from None
+
+
+def _unraisable(args: sys.UnraisableHookArgs) -> None:
+    error = args.exc_value
+    if error is not None:
+        what = args.err_msg or "Exception ignored"
+        info = (args.exc_type, error, args.exc_traceback)
+        _logger.error("%s in %r", what, args.object, exc_info=info)
 
 
 def emit(level: int, event: str, message: str, **fields: object) -> None:

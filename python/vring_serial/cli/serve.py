@@ -111,6 +111,11 @@ from vring_serial.errors import ConfigError
     show_default=True,
     help="The least that is logged, to standard error.",
 )
+@click.option(
+    "--log-file",
+    metavar="FILE",
+    help="Append the log to this file, which SIGHUP opens anew, instead of standard error.",
+)
 @click.option("--json-log", is_flag=True, help="Log one JSON object per line.")
 def serve_command(
     sockets: tuple[str, ...],
@@ -131,6 +136,7 @@ def serve_command(
     pid_file: str | None,
     agent_socket: str | None,
     log_level: str,
+    log_file: str | None,
     json_log: bool,
 ) -> None:
     """Serve virtio-serial devices over vhost-user or vfio-user until SIGINT or SIGTERM.
@@ -152,7 +158,7 @@ def serve_command(
     _check_protocol(sockets, vfio_sockets, of_vhost, of_vfio)
     if domain is None and not (ports or consoles or chardevs):
         raise click.UsageError("Nothing to serve: give --domain, or --chardev and --port.")
-    logs.configure(log_level, as_json=json_log)
+    logs.configure(log_level, as_json=json_log, path=log_file)
     if channel_directory is None:
         channel_directory = os.path.dirname((sockets or vfio_sockets)[0])
     options = QemuOptions(chardevs, ports, consoles, max_ports, spice)

@@ -6,14 +6,14 @@ import asyncio
 import contextlib
 import logging
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from vring import Pump
+from vring_serial.cli import logs
 from vring_serial.cli.agent_end import AgentEnds
 from vring_serial.cli.logs import emit
+from vring_serial.cli.pidfile import pid_file
 from vring_serial.cli.signals import finished_before, stop_on_signals
 from vring_serial.cli.spice_end import SpiceEnds
 from vring_serial.config.build import make_controller
@@ -61,25 +61,45 @@ async def serve(topology: Topology, settings: Settings) -> None:
         ConfigError: a host end or a device cannot be as it was asked for.
         ResourceError: a socket, file or terminal cannot be opened.
     """
-    stop = stop_on_signals()
+    controllers: list[Controller] = []
+    stop = stop_on_signals(lambda: _reload(controllers))
     async with contextlib.AsyncExitStack() as stack:
-        stack.enter_context(_pid_file(settings.pid_file))
-        if await finished_before(stop, _start(topology, settings, stack)):
+        stack.enter_context(pid_file(settings.pid_file))
+        if await finished_before(stop, _start(topology, settings, controllers, stack)):
             emit(logging.INFO, "serving", "serving; SIGINT or SIGTERM stops", pid=os.getpid())
             await stop.wait()
         emit(logging.INFO, "stopping", "stopping")
     emit(logging.INFO, "stopped", "stopped")
 
 
-async def _start(topology: Topology, settings: Settings, stack: contextlib.AsyncExitStack) -> None:
-    """Start everything, host ends first; ``stack`` stops it in the opposite order."""
+def _reload(controllers: list[Controller]) -> None:
+    """Open anew the files that a rotation of logs has renamed."""
+    reopens = [port.chardev.reopen for c in controllers for port in c.ports.values()]
+    for reopen in (logs.reopen, *reopens):
+        try:
+            reopen()
+        except ResourceError as error:
+            emit(logging.WARNING, "reload", f"SIGHUP: {error}")
+    emit(logging.INFO, "reload", "SIGHUP: files were opened anew")
+
+
+async def _start(
+    topology: Topology,
+    settings: Settings,
+    controllers: list[Controller],
+    stack: contextlib.AsyncExitStack,
+) -> None:
+    """Start everything, host ends first; ``stack`` stops it in the opposite order.
+
+    ``controllers`` gets all of them.
+    """
     pump = stack.enter_context(_running_pump(settings.busy_poll))
     agents = AgentEnds(settings.agent_socket)
     stack.push_async_callback(agents.close)
     spice = SpiceEnds(topology, agent_shared=settings.agent_socket is not None)
     stack.push_async_callback(spice.stop)
     await spice.start()
-    controllers = [
+    controllers += [
         make_controller(config, pump, {"spicevmc": agents.factory}, spice.makers)
         for config in topology.controllers
     ]
@@ -163,43 +183,3 @@ def _running_pump(busy_poll: int) -> Iterator[Pump]:
     finally:
         loop.remove_reader(pump.event_fd)
         pump.close()
-
-
-@contextlib.contextmanager
-def _pid_file(path: str | None) -> Iterator[None]:
-    """A file with our process id, there while we serve; that of a process that is gone is replaced.
-
-    Raises ResourceError if the file exists otherwise, or cannot be made.
-    """
-    if path is None:
-        yield
-        return
-    try:
-        _remove_stale_pid_file(path)
-        with open(path, "x", encoding="ascii") as file:
-            file.write(f"{os.getpid()}\n")
-    except OSError as error:
-        raise ResourceError(f"--pid-file {path}: {error.strerror}") from None
-    try:
-        yield
-    finally:
-        Path(path).unlink(missing_ok=True)
-
-
-def _remove_stale_pid_file(path: str) -> None:
-    """Raises ResourceError if the file is of a process that lives, or is no pid file at all."""
-    try:
-        with open(path, encoding="ascii", errors="replace") as file:
-            text = file.read(32)
-    except FileNotFoundError:
-        return
-    if not re.fullmatch(r"[1-9][0-9]{0,8}\n", text, re.ASCII):
-        raise ResourceError(f"--pid-file {path}: exists and holds no process id")
-    try:
-        os.kill(int(text), 0)
-    except ProcessLookupError:
-        os.unlink(path)
-        return
-    except PermissionError:
-        pass  # it is another user's, and it lives
-    raise ResourceError(f"--pid-file {path}: exists, process {int(text)} is running")

@@ -3,24 +3,56 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import signal
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 
 
-def stop_on_signals() -> asyncio.Event:
-    """An event that SIGINT or SIGTERM sets; after the first, both do what they do by default."""
+def stop_on_signals(reload: Callable[[], None] | None = None) -> asyncio.Event:
+    """An event that SIGINT, SIGTERM or the terminal's hang-up sets.
+
+    After the first, SIGINT and SIGTERM do what they do by default, and SIGHUP nothing: a terminal
+    and its shell may both send it.
+
+    Args:
+        reload: called at a SIGHUP that is not the terminal's hang-up.
+    """
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
+    # Whoever started us with nohup wants us to outlive the terminal.
+    nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    unbound = nohup or not _has_terminal()
 
     def first_signal() -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.remove_signal_handler(number)
-            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         stop.set()
+
+    def hangup() -> None:
+        if reload is not None and (unbound or _has_terminal()):
+            reload()
+        else:
+            first_signal()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, first_signal)
+    if reload is not None or not nohup:
+        loop.add_signal_handler(signal.SIGHUP, hangup)
     return stop
+
+
+def _has_terminal() -> bool:
+    """Whether the process has a controlling terminal, which one that hung up is no more."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK))
+    except OSError as error:
+        # Of no descriptor left nothing follows.
+        return error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+    return True
 
 
 async def finished_before(stop: asyncio.Event, work: Coroutine[None, None, None]) -> bool:

@@ -205,6 +205,13 @@ class Port:
             self._update()
             self._deliver_late()
 
+    def end_replaced(self, end: DescriptorEnd) -> None:
+        self._stop_transmit()
+        self._stop_receive()
+        self._stop_residue_writer()
+        self._end = end
+        self._update()
+
     def end_closed(self) -> None:
         self._end = None
         if self._transport is not None:

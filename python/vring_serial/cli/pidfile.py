@@ -1,0 +1,85 @@
+"""A file with the process id, locked as QEMU locks its own, there while we serve."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import stat
+from collections.abc import Iterator
+
+from vring_serial.errors import ResourceError
+
+
+@contextlib.contextmanager
+def pid_file(path: str | None) -> Iterator[None]:
+    """Have the file until the end of the block; it is ours by its lock, whatever number is in it.
+
+    A file that nobody has locked is what a process left that was killed: its number may be ours, or
+    somebody else's, by now.
+
+    Raises:
+        ResourceError: the file is another process's, no pid file at all, or cannot be made.
+    """
+    if path is None:
+        yield
+        return
+    try:
+        fd = _take(path)
+    except OSError as error:
+        raise ResourceError(f"--pid-file {path}: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        # Before the lock goes: afterwards it may be somebody else's.
+        with contextlib.suppress(OSError):
+            if _is_at(fd, path):
+                os.unlink(path)
+        os.close(fd)
+
+
+def _take(path: str) -> int:
+    """A descriptor of the locked file, with our process id in it."""
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY, 0o644)
+        try:
+            _lock(fd, path, _content(fd, path))
+            # Its owner may have removed it between the two; then it is nobody's.
+            if _is_at(fd, path):
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, b"%d\n" % os.getpid(), 0)
+                return fd
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
+def _content(fd: int, path: str) -> str:
+    """The process id in the file, or nothing. Raises ResourceError if it holds anything else."""
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        raise ResourceError(f"--pid-file {path}: exists and is no regular file")
+    text = os.pread(fd, 32, 0)
+    if text and not re.fullmatch(rb"[1-9][0-9]{0,9}\n?", text):
+        raise ResourceError(f"--pid-file {path}: exists and holds no process id")
+    return text.decode().rstrip()
+
+
+def _lock(fd: int, path: str, owner: str) -> None:
+    """The lock that QEMU takes (a write lock of fcntl on the whole file). Raises ResourceError."""
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise
+        who = f"process {owner} is running" if owner else "another process has it"
+        raise ResourceError(f"--pid-file {path}: exists, {who}") from None
+
+
+def _is_at(fd: int, path: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except FileNotFoundError:
+        return False
