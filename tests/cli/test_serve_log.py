@@ -33,7 +33,8 @@ async def started(
 ) -> AsyncIterator[asyncio.subprocess.Process]:
     """``vring serve`` whose standard error is a descriptor of the test's."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "vring_serial", "serve", "--vhost-user", "v", *arguments),
+        *(sys.executable, "-m", "vring_serial", "serve", *arguments),
+        *("--vhost-user", str(directory / "v")),
         cwd=directory,
         stdin=stdin,
         stderr=stderr,
@@ -50,6 +51,15 @@ async def started(
 async def there(path: Path) -> None:
     async with asyncio.timeout(TIMEOUT):
         while not path.exists():
+            await asyncio.sleep(0.01)
+
+
+async def listening(path: Path) -> None:
+    """Wait until a server listens there; __SO_ACCEPTCON is what tells that it does."""
+    async with asyncio.timeout(TIMEOUT):
+        while " 00010000 0001 01 " not in "".join(
+            line for line in Path("/proc/net/unix").read_text().splitlines() if str(path) in line
+        ):
             await asyncio.sleep(0.01)
 
 
@@ -83,7 +93,7 @@ async def test_a_reader_that_stops_stops_nothing(tmp_path: Path, kind: str) -> N
         reading, writing = (sock.detach() for sock in pair)
     fill(writing)
     async with started(tmp_path, *NULL_PORT, stderr=writing) as process:
-        await there(tmp_path / "v")
+        await listening(tmp_path / "v")
         for _ in range(3):
             async with asyncio.timeout(TIMEOUT), guest_of(tmp_path / "v") as guest:
                 await open_and_close(guest, 5)
@@ -99,7 +109,7 @@ async def test_a_reader_that_comes_back_gets_what_waited(tmp_path: Path) -> None
     reading, writing = os.pipe()
     fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
     async with started(tmp_path, *NULL_PORT, stderr=writing) as process:
-        await there(tmp_path / "v")
+        await listening(tmp_path / "v")
         fill(writing)
         os.close(writing)
         async with asyncio.timeout(TIMEOUT), guest_of(tmp_path / "v") as guest:
@@ -129,7 +139,7 @@ async def test_sighup_opens_files_anew(serve: Serve, tmp_path: Path) -> None:
     async with started(
         tmp_path, *FILE_PORT, "--log-file", "log", stderr=asyncio.subprocess.DEVNULL
     ) as process:
-        await there(tmp_path / "v")
+        await listening(tmp_path / "v")
         async with asyncio.timeout(TIMEOUT), guest_of(tmp_path / "v") as guest:
             port = await guest.wait_port(nr=1)
             await port.wait_host()
@@ -187,7 +197,7 @@ async def test_truncation_leaves_no_hole(tmp_path: Path) -> None:
     log = os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT)
     async with started(tmp_path, *FILE_PORT, stderr=log) as process:
         os.close(log)
-        await there(tmp_path / "v")
+        await listening(tmp_path / "v")
         async with asyncio.timeout(TIMEOUT), guest_of(tmp_path / "v") as guest:
             port = await guest.wait_port(nr=1)
             await port.wait_host()
