@@ -44,6 +44,7 @@ from vring_serial.proto.vfio_user_wire import (
     WriteMulti,
 )
 from vring_serial.ratelimit import RateLimitedLog
+from vring_serial.transport.closer import Closer
 from vring_serial.transport.vfio_rings import RemoteRings
 from vring_serial.transport.vfio_session import Session
 
@@ -223,7 +224,14 @@ async def _next_client_works(pci: PciDevice, rings: RemoteRings) -> None:
     ours.setblocking(False)
     theirs.setblocking(False)
     session = Session(
-        ours, pci, rings, name="next", said=_SAID, watch=MemoryWatch(), ended=lambda: None
+        ours,
+        pci,
+        rings,
+        name="next",
+        said=_SAID,
+        watch=MemoryWatch(),
+        closer=Closer(),
+        ended=lambda: None,
     )
     with theirs:
         theirs.sendall(request(Command.VERSION, 1, Version()))
@@ -257,8 +265,16 @@ async def run(data: bytes) -> None:
     ours.setblocking(False)
     theirs.setblocking(False)
     client = Client(theirs)
+    closer = Closer()
     session = Session(
-        ours, pci, rings, name="fuzz", said=_SAID, watch=MemoryWatch(), ended=lambda: None
+        ours,
+        pci,
+        rings,
+        name="fuzz",
+        said=_SAID,
+        watch=MemoryWatch(),
+        closer=closer,
+        ended=lambda: None,
     )
     if choose.below(8):
         client.send(request(Command.VERSION, 1, Version()))
@@ -280,6 +296,10 @@ async def run(data: bytes) -> None:
     session.close()
     await _next_client_works(pci, rings)
     pci.close()
+    for _ in range(1000):
+        if not closer.waiting:
+            break
+        await asyncio.sleep(0.001)
     await asyncio.sleep(0)
     left = len(os.listdir("/proc/self/fd")) - before
     if left > 0:

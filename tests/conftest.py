@@ -128,6 +128,11 @@ class HostileFiles:
             self._control = ours.dup()
         self.pid = self._server.pid
 
+    @property
+    def gone(self) -> bool:
+        """Whether the server has gone, after which all that is asked fails at once."""
+        return self._server.poll() is not None
+
     def end(self) -> None:
         """Whatever waits for it fails from then on."""
         self._control.close()

@@ -13,6 +13,15 @@ import pytest
 from vring_serial.unix_socket import MAX_PATH, SocketPathError, UnixListener, encode_path
 
 
+def can_refuse_descriptors() -> bool:
+    """Linux 6.16 and later."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            return probe.getsockopt(socket.SOL_SOCKET, 83) == 1
+        except OSError:
+            return False
+
+
 def test_it_listens_and_is_removed(tmp_path: Path) -> None:
     path = tmp_path / "s"
     listener = UnixListener(str(path))
@@ -23,6 +32,20 @@ def test_it_listens_and_is_removed(tmp_path: Path) -> None:
     listener.close()
     listener.close()
     assert not path.exists()
+
+
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_descriptors_come_only_where_they_are_wanted(tmp_path: Path, descriptors: bool) -> None:
+    listener = UnixListener(str(tmp_path / "s"), descriptors=descriptors)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(tmp_path / "s"))
+        if descriptors:
+            assert socket.send_fds(client, [b"x"], [0]) == 1
+        elif can_refuse_descriptors():
+            with pytest.raises(PermissionError):
+                socket.send_fds(client, [b"x"], [0])
+            assert client.send(b"x") == 1
+    listener.close()
 
 
 def test_a_stale_socket_is_replaced(tmp_path: Path) -> None:

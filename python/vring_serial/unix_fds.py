@@ -9,6 +9,9 @@ import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+#: Descriptors that the kernel lets one message have.
+_SCM_MAX_FD = 253
+
 
 @dataclass(frozen=True, slots=True)
 class Received:
@@ -17,8 +20,8 @@ class Received:
     Attributes:
         data: the bytes; b"" means that the peer has gone.
         fds: descriptors that came with the last of them, close-on-exec, owned by the caller.
-        truncated: the peer sent more descriptors than there was room for, or this process may not
-            open as many; the kernel has closed those that are missing.
+        truncated: the peer sent more descriptors than it may, or this process may not open as many
+            and the kernel has closed those that are missing.
     """
 
     data: bytes
@@ -27,13 +30,16 @@ class Received:
 
 
 def receive(sock: socket.socket, size: int, max_fds: int) -> Received:
-    """Read up to ``size`` bytes and ``max_fds`` descriptors.
+    """Read up to ``size`` bytes, with the descriptors that came with them.
+
+    Descriptors beyond ``max_fds`` are among those that are returned: the kernel would close what it
+    had no room for, in this thread, and that may take for ever.
 
     Raises:
         BlockingIOError: a non-blocking socket has nothing.
         OSError: the connection is broken.
     """
-    room = socket.CMSG_SPACE(max_fds * array.array("i").itemsize)
+    room = socket.CMSG_SPACE(_SCM_MAX_FD * array.array("i").itemsize)
     # Not blocking by itself: who sent us the socket may have another opinion of it.
     how = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
     data, ancillary, flags, _ = sock.recvmsg(size, room, how)
@@ -41,7 +47,8 @@ def receive(sock: socket.socket, size: int, max_fds: int) -> Received:
     for level, kind, content in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
-    return Received(data, tuple(fds), bool(flags & socket.MSG_CTRUNC))
+    truncated = bool(flags & socket.MSG_CTRUNC) or len(fds) > max_fds
+    return Received(data, tuple(fds), truncated)
 
 
 def send(sock: socket.socket, data: bytes, fds: Sequence[int] = ()) -> int:

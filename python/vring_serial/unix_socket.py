@@ -11,6 +11,7 @@ from contextlib import suppress
 from vring_serial.errors import ResourceError
 
 MAX_PATH = 107  # bytes: sun_path without its NUL
+_SO_PASSRIGHTS = 83
 
 
 class SocketPathError(ResourceError):
@@ -41,6 +42,16 @@ def encode_path(path: str) -> bytes:
     return name
 
 
+def refuse_descriptors(sock: socket.socket) -> None:
+    """Let nobody send descriptors to a unix socket, or to those that a listening one accepts.
+
+    The kernel would close them in the thread that reads the bytes beside them, which the sender
+    can make last for ever. Linux before 6.16 cannot refuse them.
+    """
+    with suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
+
+
 class UnixListener:
     """A non-blocking listening stream socket at a path.
 
@@ -50,17 +61,20 @@ class UnixListener:
     Args:
         path: where; at most 107 bytes.
         backlog: connections that may wait.
+        descriptors: peers may send descriptors, which whoever accepts them must receive.
 
     Raises:
         SocketPathError: the path exists, is in use, is too long, or cannot be created.
     """
 
-    def __init__(self, path: str, backlog: int = 16) -> None:
+    def __init__(self, path: str, backlog: int = 16, *, descriptors: bool = False) -> None:
         self.path = path
         self._identity: tuple[int, int] | None = None
         name = encode_path(path)
         try:
             self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            if not descriptors:
+                refuse_descriptors(self.socket)
             try:
                 self._bind(name)
                 self._identity = _identity(path)

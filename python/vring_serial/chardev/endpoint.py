@@ -13,7 +13,7 @@ import socket
 from dataclasses import dataclass
 from typing import Any
 
-from vring_serial.unix_socket import MAX_PATH, UnixListener, encode_path
+from vring_serial.unix_socket import MAX_PATH, UnixListener, encode_path, refuse_descriptors
 
 BACKLOG = 8  # clients that wait while one is served
 RETRY_SECONDS = 0.05  # while a unix server's backlog is full
@@ -170,6 +170,7 @@ async def connect(address: Address) -> socket.socket:
 async def _connect_unix(address: UnixAddress) -> socket.socket:
     name = address.encode()
     sock = socket.socket(socket.AF_UNIX, _NONBLOCKING)
+    refuse_descriptors(sock)
     try:
         # A full backlog is "again" at once and not "in progress": others are waiting their turn.
         while (error := sock.connect_ex(name)) == errno.EAGAIN:  # noqa: ASYNC110
@@ -201,7 +202,9 @@ async def _connect_tcp(family: int, where: tuple[Any, ...]) -> socket.socket:
 def _listening(family: int, where: tuple[Any, ...] | bytes) -> socket.socket:
     sock = socket.socket(family, _NONBLOCKING)
     try:
-        if family != socket.AF_UNIX:
+        if family == socket.AF_UNIX:
+            refuse_descriptors(sock)
+        else:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)

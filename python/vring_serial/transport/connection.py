@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from vring_serial import unix_fds
+from vring_serial.transport.closer import Closer
 from vring_serial.unix_fds import Received
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ class Connection:
         sock: connected and non-blocking; taken over.
         read_size: bytes read in one turn of the loop.
         max_fds: descriptors taken with one read.
+        closer: closes the socket, and what came to it unasked.
         received: gets what came, and owns its descriptors; may close the connection.
         lost: called once when the peer has gone, or the socket failed; not by :meth:`close`.
     """
@@ -38,6 +40,7 @@ class Connection:
         *,
         read_size: int,
         max_fds: int,
+        closer: Closer,
         received: Callable[[Received], None],
         lost: Callable[[OSError | None], None],
     ) -> None:
@@ -45,6 +48,7 @@ class Connection:
         self._sock = sock
         self._read_size = read_size
         self._max_fds = max_fds
+        self._closer = closer
         self._received = received
         self._lost = lost
         # Bytes, and descriptors (owned by us) that go with the first of them.
@@ -77,7 +81,7 @@ class Connection:
             return
         self._loop.remove_reader(self._sock)
         self._loop.remove_writer(self._sock)
-        self._sock.close()
+        self._closer.close_socket(self._sock)
         for _, fds in self._unsent:
             unix_fds.close_all(fds)
         self._unsent.clear()
@@ -91,7 +95,7 @@ class Connection:
             self._fail(error)
             return
         if not received.data:
-            unix_fds.close_all(received.fds)
+            self._closer.close(received.fds)
             self._fail(None)
             return
         self._handling = True

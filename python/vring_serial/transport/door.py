@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from vring_serial import accept
 from vring_serial.accept import Acceptor
+from vring_serial.transport.closer import Closer
 from vring_serial.unix_socket import UnixListener, encode_path
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,10 @@ class Door:
         came: gets each peer's connected, non-blocking socket, which it owns. The next peer comes
             after :meth:`gone`, or when ``came`` raised.
         descriptors: that a peer will need; other listeners leave so many unused.
+
+    Attributes:
+        closer: closes the descriptors of the peers. While there are too many that it cannot close,
+            no peer comes.
     """
 
     def __init__(
@@ -43,6 +48,7 @@ class Door:
         came: Callable[[socket.socket], None],
         descriptors: int = 0,
     ) -> None:
+        self.closer = Closer()
         self._path = path
         self._name = name
         self._peer = peer
@@ -62,7 +68,7 @@ class Door:
             SocketPathError: the socket exists or cannot be made.
         """
         if self._listens:
-            self._listener = UnixListener(self._path)
+            self._listener = UnixListener(self._path, descriptors=True)
             log.info("%s: waiting for a %s", self._name, self._peer)
             self._acceptor = Acceptor(
                 self._came, name=self._name, peer=self._peer, one_at_a_time=True
@@ -78,9 +84,15 @@ class Door:
     def gone(self) -> None:
         """The peer has gone: wait for the next one."""
         accept.descriptor_freed()
+        self._next()
+
+    def _next(self) -> None:
         if not self._open:
             return
-        if self._acceptor is not None:
+        if self.closer.full:
+            self._later(self._next, "descriptors that the last one sent cannot be closed")
+        elif self._acceptor is not None:
+            self._last_failure = ""
             self._acceptor.resume()
         else:
             # Not at once: a peer that closes every connection would keep the loop busy.
@@ -122,8 +134,11 @@ class Door:
         self._last_failure = ""
 
     def _connect_later(self, why: str) -> None:
+        self._later(self._connect, why)
+
+    def _later(self, what: Callable[[], None], why: str) -> None:
         if why != self._last_failure:
             log.info("%s: no %s yet: %s", self._name, self._peer, why)
             self._last_failure = why
         loop = asyncio.get_running_loop()
-        self._retry = loop.call_later(RETRY_INTERVAL, self._connect)
+        self._retry = loop.call_later(RETRY_INTERVAL, what)

@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import os
 import socket
-import stat
 
 from vring_serial.errors import ProtocolError
+
+#: What :func:`describe` says of an eventfd.
+EVENTFD = "anon_inode:[eventfd]"
 
 
 def make_eventfd() -> int:
     """A non-blocking eventfd that counts nothing yet."""
     return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+
+def describe(fd: int) -> str:
+    """A path, or what the kernel calls that which has none; "" if ``fd`` is not open.
+
+    Does not ask a file system, as fstat does: it may be the peer's, and never answer.
+    """
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except FileNotFoundError:
+        return ""
 
 
 def check_event_descriptor(fd: int, *, writable: bool) -> None:
@@ -24,12 +37,12 @@ def check_event_descriptor(fd: int, *, writable: bool) -> None:
     Raises:
         ProtocolError: it is no eventfd, or, if it is to be written to, unix socket.
     """
-    kind = stat.S_IFMT(os.fstat(fd).st_mode)
-    if kind == 0 and os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[eventfd]":
+    what = describe(fd)
+    if what == EVENTFD:
         return
     if not writable:
         raise ProtocolError("its descriptor is not an eventfd")
-    if kind == stat.S_IFSOCK:
+    if what.startswith("socket:"):
         with socket.socket(fileno=os.dup(fd)) as sock:
             if sock.family == socket.AF_UNIX:
                 return

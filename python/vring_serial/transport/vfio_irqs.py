@@ -19,8 +19,8 @@ from vring_serial.proto.vfio_user_wire import (
     IrqSet,
     IrqSetFlag,
 )
+from vring_serial.transport.closer import Closer
 from vring_serial.transport.event_fds import check_event_descriptor
-from vring_serial.unix_fds import close_all
 
 _FLAGS: dict[int, int] = {
     IrqIndex.INTX: IrqFlag.EVENTFD | IrqFlag.MASKABLE | IrqFlag.AUTOMASKED,
@@ -52,11 +52,17 @@ class Interrupts:
         vectors: of MSI-X.
         intx_level: whether the device asserts INTA#.
         vectors_changed: called when vectors have other descriptors than before.
+        closer: closes descriptors.
     """
 
     def __init__(
-        self, vectors: int, intx_level: Callable[[], bool], vectors_changed: Callable[[], None]
+        self,
+        vectors: int,
+        intx_level: Callable[[], bool],
+        vectors_changed: Callable[[], None],
+        closer: Closer,
     ) -> None:
+        self._close_all = closer.close
         self._intx_level = intx_level
         self._vectors_changed = vectors_changed
         self._lines: dict[int, list[_Line]] = {index: [] for index in IrqIndex}
@@ -120,7 +126,7 @@ class Interrupts:
         """Close all descriptors; nobody is told anything. Safe to call twice."""
         self._watch_unmask(-1)
         for lines in self._lines.values():
-            _replace(lines, [-1] * len(lines))
+            self._replace(lines, [-1] * len(lines))
 
     # --- internals
 
@@ -138,10 +144,10 @@ class Interrupts:
                 raise ProtocolError(f"{len(fds)} descriptors for {irqs.count} interrupts")
             for fd in fds:
                 check_event_descriptor(fd, writable=True)
-            _replace(_chosen(irqs, lines), fds or [-1] * irqs.count)
+            self._replace(_chosen(irqs, lines), fds or [-1] * irqs.count)
             fds.clear()
         elif irqs.count == 0 and kind == IrqSetFlag.DATA_NONE:
-            _replace(lines, [-1] * len(lines))
+            self._replace(lines, [-1] * len(lines))
         else:
             for line in _chosen(irqs, lines):
                 if line.open_fd >= 0:
@@ -176,6 +182,12 @@ class Interrupts:
         self._lines[IrqIndex.INTX][0].masked = False
         self._tell_level()
 
+    def _replace(self, lines: list[_Line], fds: list[int]) -> None:
+        self._close_all(line.fd for line in lines)
+        for line, fd in zip(lines, fds, strict=True):
+            line.fd = fd
+            line.masked = False
+
     def _tell_level(self) -> None:
         with suppress(OSError):
             self.set_intx(self._intx_level())
@@ -187,10 +199,3 @@ def _chosen(irqs: IrqSet, lines: list[_Line]) -> list[_Line]:
     if irqs.flags & IrqSetFlag.DATA_BOOL:
         return [line for line, wanted in zip(lines, irqs.data, strict=True) if wanted]
     return lines
-
-
-def _replace(lines: list[_Line], fds: list[int]) -> None:
-    close_all(line.fd for line in lines)
-    for line, fd in zip(lines, fds, strict=True):
-        line.fd = fd
-        line.masked = False

@@ -49,12 +49,14 @@ from vring_serial.proto.vfio_user_wire import (
     WriteMultiDone,
 )
 from vring_serial.ratelimit import RateLimitedLog
+from vring_serial.transport.closer import Closer
 from vring_serial.transport.connection import Connection
 from vring_serial.transport.lost_memory import describe_loss
 from vring_serial.transport.vfio_dma import DmaTable
 from vring_serial.transport.vfio_irqs import Interrupts
 from vring_serial.transport.vfio_remote import RemoteMemory
 from vring_serial.transport.vfio_rings import ClientMemory, RemoteRings
+from vring_serial.unix_socket import refuse_descriptors
 
 #: Regions that a client may map; each with a descriptor is a mapping of this process.
 MAX_DMA_MAPS = 4096
@@ -104,6 +106,7 @@ class Session:
         name: for log lines.
         said: what is logged of this session goes there.
         watch: tells of lost memory; no other session uses it meanwhile.
+        closer: closes the client's descriptors.
         ended: called once, when the client has gone or was sent away; not by :meth:`close`.
     """
 
@@ -116,6 +119,7 @@ class Session:
         name: str,
         said: RateLimitedLog,
         watch: MemoryWatch,
+        closer: Closer,
         ended: Callable[[], None],
     ) -> None:
         self._pci = pci
@@ -131,15 +135,23 @@ class Session:
         self._dma = DmaTable(MAX_DMA_MAPS, watch)
         self._memory_changed = False
         self._beside: list[int] = []  # descriptors that go with the next reply
-        self._interrupts = Interrupts(pci.vectors, lambda: pci.intx_level, self._vectors_changed)
+        self._interrupts = Interrupts(
+            pci.vectors, lambda: pci.intx_level, self._vectors_changed, closer
+        )
         self._bars = {bar.index: bar.size for bar in pci.bars}
         self._handlers = self._handler_table()
         pci.set_irq_sink(self._interrupts, client_masks=True)
         self._watch = watch
+        self._closer = closer
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(watch, self._memory_lost)
         self._connection = Connection(
-            sock, read_size=READ_SIZE, max_fds=MAX_FDS, received=self._received, lost=self._lost
+            sock,
+            read_size=READ_SIZE,
+            max_fds=MAX_FDS,
+            closer=closer,
+            received=self._received,
+            lost=self._lost,
         )
 
     def close(self) -> None:
@@ -160,7 +172,7 @@ class Session:
             self._rings.client.remote.close()
             self._rings.client = None
         self._interrupts.close()
-        unix_fds.close_all(self._parser.take_fds())
+        self._closer.close(self._parser.take_fds())
 
     # --- the connection
 
@@ -190,6 +202,8 @@ class Session:
                 self._handle(message)
                 if self._closed:
                     return
+                if self._closer.full:
+                    raise FatalError("the descriptors that it sent cannot be closed")
             self._use_memory()
         except (FatalError, VfioUserError) as error:
             self._send_away(str(error))
@@ -216,11 +230,12 @@ class Session:
                 self._connection.send(data, self._beside)
                 self._beside = []
         finally:
-            unix_fds.close_all([*fds, *self._beside])
+            self._closer.close(fds)
+            unix_fds.close_all(self._beside)
             self._beside = []
 
     def _handle_reply(self, message: Message) -> None:
-        unix_fds.close_all(message.fds)
+        self._closer.close(message.fds)
         try:
             if self._rings.client is None:
                 raise ProtocolError("a reply that nobody asked for")
@@ -287,11 +302,18 @@ class Session:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self._beside.append(theirs.detach())
         ours.setblocking(False)
+        refuse_descriptors(ours)
         return Connection(
-            ours, read_size=READ_SIZE, max_fds=0, received=self._twin_received, lost=self._lost
+            ours,
+            read_size=READ_SIZE,
+            max_fds=0,
+            closer=self._closer,
+            received=self._twin_received,
+            lost=self._lost,
         )
 
     def _twin_received(self, received: unix_fds.Received) -> None:
+        self._closer.close(received.fds)
         self._twin_parser.receive_data(received.data)
         try:
             while (message := self._twin_parser.next_message()) is not None:

@@ -117,6 +117,7 @@ class VfioUserServer:
             name=self._name,
             said=self._said,
             watch=self._watch,
+            closer=self._door.closer,
             ended=self._ended,
         )
         self._tell("connected")

@@ -21,6 +21,7 @@ from vring_serial.proto.vhost_user import (
     request,
 )
 from vring_serial.ratelimit import RateLimitedLog
+from vring_serial.transport.closer import Closer
 from vring_serial.transport.event_fds import make_eventfd
 
 log = logging.getLogger(__name__)
@@ -32,18 +33,20 @@ class BackendChannel:
     """Sends requests, each kind and queue at most once in waiting, and reads the acknowledgements.
 
     Args:
-        fd: what SET_BACKEND_REQ_FD brought; taken over, also on failure.
+        fd: what SET_BACKEND_REQ_FD brought; taken over, but not on failure.
         acks: REPLY_ACK is negotiated: one request at a time, each acknowledged.
         name: for log lines.
+        closer: closes ``fd``.
 
     Raises:
         ProtocolError: ``fd`` is not a connected unix stream socket.
     """
 
-    def __init__(self, fd: int, *, acks: bool, name: str) -> None:
+    def __init__(self, fd: int, *, acks: bool, name: str, closer: Closer) -> None:
         self._loop = asyncio.get_running_loop()
         self._acks = acks
         self._name = name
+        self._closer = closer
         self._parser = MessageParser(BackendRequest, replies=True)
         # A dict for its order: what is asked twice before it could be sent is sent once.
         self._waiting: dict[tuple[BackendRequest, Payload], None] = {}
@@ -75,7 +78,7 @@ class BackendChannel:
         if not self.closed:
             self._loop.remove_reader(self._sock)
             self._loop.remove_writer(self._sock)
-            self._sock.close()
+            self._closer.close_socket(self._sock)
 
     def _ask(self, kind: BackendRequest, payload: Payload) -> None:
         if not self.closed:
@@ -102,6 +105,7 @@ class BackendChannel:
     def _readable(self) -> None:
         try:
             received = unix_fds.receive(self._sock, _READ_SIZE, 0)
+            self._closer.close(received.fds)
             if not received.data:
                 # As a rule the frontend itself is going.
                 log.debug("%s: the frontend closed its backend channel", self._name)
@@ -166,10 +170,9 @@ def _stream_socket(fd: int) -> socket.socket:
     try:
         sock = socket.socket(fileno=fd)
     except OSError:
-        os.close(fd)
         raise ProtocolError("its descriptor is not a socket") from None
     if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
-        sock.close()
+        sock.detach()
         raise ProtocolError("its descriptor is not a unix stream socket")
     sock.setblocking(False)
     return sock

@@ -35,6 +35,7 @@ from vring_serial.proto.vhost_user import (
     reply,
 )
 from vring_serial.ratelimit import RateLimitedLog
+from vring_serial.transport.closer import Closer
 from vring_serial.transport.connection import Connection
 from vring_serial.transport.event_fds import check_event_descriptor
 from vring_serial.transport.lost_memory import describe_loss
@@ -71,6 +72,7 @@ class Session:
         name: for log lines.
         said: what is logged of this session goes there.
         watch: tells of lost memory; no other session uses it meanwhile.
+        closer: closes the frontend's descriptors.
         ended: called once, when the frontend has gone or was sent away; not by :meth:`close`.
     """
 
@@ -84,6 +86,7 @@ class Session:
         name: str,
         said: RateLimitedLog,
         watch: MemoryWatch,
+        closer: Closer,
         ended: Callable[[], None],
     ) -> None:
         self._loop = asyncio.get_running_loop()
@@ -107,9 +110,15 @@ class Session:
         self._poll_timer: asyncio.TimerHandle | None = None
         self._handlers = self._handler_table()
         self._watch = watch
+        self._closer = closer
         self._loop.add_reader(watch, self._memory_lost)
         self._connection = Connection(
-            sock, read_size=READ_SIZE, max_fds=MAX_FDS, received=self._received, lost=self._lost
+            sock,
+            read_size=READ_SIZE,
+            max_fds=MAX_FDS,
+            closer=closer,
+            received=self._received,
+            lost=self._lost,
         )
 
     # --- what the device tells ------------------------------------------------------------------
@@ -148,7 +157,7 @@ class Session:
         self._calls.close()
         if self._channel is not None:
             self._channel.close()
-        unix_fds.close_all(self._parser.take_fds())
+        self._closer.close(self._parser.take_fds())
 
     def _lost(self, error: OSError | None) -> None:
         if (loss := describe_loss(self._memory)) is not None:
@@ -179,6 +188,8 @@ class Session:
                 self._handle(message)
                 if self._closed:
                     return
+                if self._closer.full:
+                    raise FatalError("the descriptors that it sent cannot be closed")
         except (FatalError, VhostUserError) as error:
             self._send_away(str(error))
 
@@ -195,7 +206,7 @@ class Session:
             self._refuse(message, VhostUserError(message.name, str(error)))
             return
         finally:
-            unix_fds.close_all(fds)
+            self._closer.close(fds)
         if answer is not None:
             self._connection.send(reply(message.kind, answer))
         elif self._wants_acknowledgement(message):
@@ -321,7 +332,8 @@ class Session:
         if self._channel is not None:
             self._channel.close()
         acks = self._has(ProtocolFeature.REPLY_ACK)
-        self._channel = BackendChannel(fds.pop(), acks=acks, name=self._name)
+        self._channel = BackendChannel(fds[0], acks=acks, name=self._name, closer=self._closer)
+        fds.clear()
 
     # --- the device -----------------------------------------------------------------------------
 

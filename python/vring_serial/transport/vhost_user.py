@@ -133,6 +133,7 @@ class VhostUserBackend:
             name=self._name,
             said=self._said,
             watch=self._watch,
+            closer=self._door.closer,
             ended=self._ended,
         )
         self._tell("connected")

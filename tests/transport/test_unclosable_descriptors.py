@@ -1,0 +1,162 @@
+"""Peers that send descriptors which take for ever: to look at, to map, and to close."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from vring_serial import unix_fds
+from vring_serial.proto.vhost_user import (
+    MAX_FDS,
+    U64,
+    MemoryRegion,
+    MemoryTable,
+    Payload,
+    Request,
+    SingleRegion,
+    VringDescriptor,
+)
+from vring_serial.transport import closer
+from vring_serial.transport.closer import Closer
+from vring_serial.transport.vhost_user import PROTOCOL_FEATURES, VhostUserBackend
+
+OFFERED = int(PROTOCOL_FEATURES)
+
+
+@pytest.fixture(autouse=True)
+def time_limit() -> Iterator[None]:
+    """A close that blocks ends the test run: nothing else could."""
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+
+
+@pytest.fixture
+def lingering() -> Iterator[Callable[[], int]]:
+    """Makes TCP connections whose last close takes ten minutes; the caller closes them."""
+    peers: list[socket.socket] = []
+
+    def make() -> int:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            sock = socket.create_connection(listener.getsockname())
+            peers.append(listener.accept()[0])
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 600))
+        sock.setblocking(False)
+        try:
+            while True:
+                sock.send(bytes(1 << 16))
+        except BlockingIOError:
+            return sock.detach()
+
+    yield make
+    for peer in peers:
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        peer.close()  # with a reset, which ends the lingering
+
+
+async def closed(closer: Closer) -> None:
+    async with asyncio.timeout(10):
+        while closer.waiting:
+            await asyncio.sleep(0.001)
+
+
+REGION = MemoryRegion(4 << 20, 4096, 4 << 20, 0)
+
+MESSAGES: dict[str, tuple[Request, Payload | None]] = {
+    "kick": (Request.SET_VRING_KICK, VringDescriptor(1)),
+    "call": (Request.SET_VRING_CALL, VringDescriptor(1)),
+    "error": (Request.SET_VRING_ERR, VringDescriptor(1)),
+    "channel": (Request.SET_BACKEND_REQ_FD, None),
+    "table": (Request.SET_MEM_TABLE, MemoryTable((REGION,))),
+    "region": (Request.ADD_MEM_REG, SingleRegion(REGION)),
+    "log": (Request.SET_LOG_FD, None),
+    "features": (Request.SET_FEATURES, U64(1)),
+}
+
+
+@pytest.mark.parametrize("which", ["fuse", "overlay"])
+async def test_a_file_that_does_not_answer_holds_nobody_up(
+    backend: VhostUserBackend, connect: Callable[[], Any], hostile_files: Any, which: str
+) -> None:
+    frontend = connect()
+    await frontend.negotiate(OFFERED)
+    await frontend.set_up(0)
+    for kind, payload in MESSAGES.values():
+        assert await frontend.acked(kind, payload, (getattr(hostile_files, which),)) != 0
+        assert await frontend.echo(0, b"served all the same")
+    assert not hostile_files.gone
+    assert backend._door.closer.waiting == len(MESSAGES)
+    # All of them are closed once the file system lets them.
+    hostile_files.end()
+    await closed(backend._door.closer)
+
+
+async def test_peers_wait_while_too_much_cannot_be_closed(
+    backend: VhostUserBackend,
+    connect: Callable[[], Any],
+    hostile_files: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(closer, "MOST", 4)
+    frontend = connect()
+    await frontend.negotiate(OFFERED)
+    frontend.send(Request.SET_LOG_FD, None, (hostile_files.fuse,) * 5, need_reply=True)
+    assert await frontend.is_sent_away()
+    following = connect()
+    following.send(Request.GET_FEATURES)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(1):
+            await following.receive()
+    assert not hostile_files.gone
+    hostile_files.end()
+    assert (await following.receive()).name == "GET_FEATURES"
+    lines = [record.getMessage() for record in caplog.records]
+    assert sum("descriptors that it sent cannot" in line for line in lines) == 1
+    assert sum("descriptors that the last one sent cannot" in line for line in lines) == 1
+
+
+@pytest.mark.parametrize("count", [1, MAX_FDS + 1])
+async def test_a_connection_that_lingers_in_a_message(
+    backend: VhostUserBackend,
+    connect: Callable[[], Any],
+    lingering: Callable[[], int],
+    count: int,
+) -> None:
+    """What a message has too many of the kernel would close in the thread that reads it."""
+    frontend = connect()
+    await frontend.negotiate(OFFERED)
+    fds = tuple(lingering() for _ in range(count))
+    frontend.send(Request.SET_LOG_FD, None, fds, need_reply=True)
+    unix_fds.close_all(fds)
+    if count > MAX_FDS:
+        assert await frontend.is_sent_away()
+    else:
+        assert (await frontend.receive()).decode_reply(U64).value != 0
+    assert backend._door.closer.waiting
+    following = connect() if count > MAX_FDS else frontend
+    assert await following.number(Request.GET_QUEUE_NUM) == 4
+
+
+async def test_a_connection_that_lingers_in_a_socket_that_is_closed(
+    backend: VhostUserBackend, connect: Callable[[], Any], lingering: Callable[[], int]
+) -> None:
+    """Nobody has read it: it goes with the socket that it was sent to."""
+    frontend = connect()
+    await frontend.negotiate(OFFERED)
+    await frontend.open_channel()
+    for sock in (frontend.channel, frontend.sock):
+        fd = lingering()
+        unix_fds.send(sock, b"x", [fd])
+        os.close(fd)
+    await backend.stop()
+    assert backend._door.closer.waiting
