@@ -63,6 +63,7 @@ cdef struct vr_flow:
     bint incoming               # host to guest
     bint lossy
     bint ready                  # the descriptor may take or have bytes
+    bint doubtful               # not ready because it took a part; it may have room again already
     bint hangup                 # the peer is gone; unread bytes may be left
     bint failed                 # lossy: the descriptor is dead, bytes are dropped
     bint stopped                # no more turns: end of file, error or broken ring

@@ -3,6 +3,9 @@
 Nothing stays in flight between turns. What a descriptor did not take is given back to the queue and
 popped again later; of a chain that it took in part, only the number of bytes is remembered. So
 a thousand idle or throttled flows share one set of tables, and stopping one needs no clean-up.
+
+An outgoing flow with something left to write (a backlog, a half-written chain) waits for nothing
+but its descriptor: after a turn it is ready, and gets another turn, or an event for room is due.
 """
 
 from __future__ import annotations
@@ -366,8 +369,13 @@ cdef uint64_t put_some(
         put_failed(flow, <int>-done)
         return 0
     vr_count(&flow.counters.bytes, done)
-    if <uint64_t>done < total and flow.data.kind in (FD_SOCKET, FD_PIPE):
-        put_failed(flow, EAGAIN)        # they take less only when they are full
+    if done == 0 and total:
+        put_failed(flow, EAGAIN)
+    elif <uint64_t>done < total and flow.data.pollable:
+        # It was full, or the segments after were no memory any more. Whatever it was may be over
+        # by now, without an event: its state is to be asked for. A file just goes on.
+        put_failed(flow, EAGAIN)
+        flow.doubtful = True
     return done
 
 
@@ -445,6 +453,8 @@ cdef int turn_out(vr_flow* flow, vr_tables* tables) noexcept nogil:
         if n < 0:
             return TURN_WAIT
         if n == 0:
+            if flow.backlog.length and flow.ready:
+                return TURN_MORE
             # A console's driver does wait, for each chain.
             if not flow.lossy and not flow.busy_ns and samples(flow):
                 return TURN_LATER

@@ -35,8 +35,11 @@ cdef uint64_t ONE = 1
 
 # --- watches
 
-cdef int watch_update(vr_reactor* reactor, vr_watch* watch) noexcept nogil:
-    """Registers what the users want, if that changed; 0 or errno."""
+cdef int watch_update(vr_reactor* reactor, vr_watch* watch, bint anew) noexcept nogil:
+    """Registers what the users want, if that changed; 0 or errno.
+
+    `anew`: in any case, for an event that tells of the state as it is.
+    """
     cdef epoll_event event
     cdef vr_user* user = watch.users
     cdef uint32_t events = EPOLLET
@@ -44,7 +47,7 @@ cdef int watch_update(vr_reactor* reactor, vr_watch* watch) noexcept nogil:
     while user != NULL:
         events |= user.events
         user = user.next
-    if not watch.pollable or events == watch.events:
+    if not watch.pollable or (events == watch.events and not anew):
         return 0
     event.events = events
     event.data.ptr = watch
@@ -93,7 +96,7 @@ cdef void unwatch(vr_reactor* reactor, vr_user* user) noexcept nogil:
         link = &link[0].next
     link[0] = user.next
     if watch.users != NULL:
-        watch_update(reactor, watch)
+        watch_update(reactor, watch, False)
         return
     if watch.pollable and watch.events:
         epoll_ctl(reactor.epoll_fd, EPOLL_CTL_DEL, watch.fd, NULL)
@@ -116,7 +119,7 @@ cdef int start_watching(
         return ENOMEM
     user.next = user.watch.users
     user.watch.users = user
-    error = watch_update(reactor, user.watch)
+    error = watch_update(reactor, user.watch, False)
     if error:
         unwatch(reactor, user)
     return error
@@ -265,10 +268,13 @@ cdef void after_turn(vr_reactor* reactor, vr_seat* seat) noexcept nogil:
     if seat.flow.stopped or seat.flow.failed:
         if not hold and not seat.held_back:
             leave_descriptor(reactor, seat)
-    elif not seat.flow.incoming and not seat.flow.ready and not seat.data.events:
+    elif not seat.flow.incoming and not seat.flow.ready and (
+        seat.flow.doubtful or not seat.data.events
+    ):
         seat.data.events = EPOLLOUT
         if seat.data.watch != NULL:
-            watch_update(reactor, seat.data.watch)
+            watch_update(reactor, seat.data.watch, seat.flow.doubtful)
+        seat.flow.doubtful = False
 
 
 cdef void run_turns(vr_reactor* reactor) noexcept nogil:
@@ -332,7 +338,7 @@ cdef void may_write(vr_reactor* reactor, vr_seat* seat, uint32_t events) noexcep
     elif seat.data.events:
         # Nobody waits for room any more. Disarming only now spares a system call each time.
         seat.data.events = 0
-        watch_update(reactor, seat.data.watch)
+        watch_update(reactor, seat.data.watch, False)
 
 
 cdef void look_at(vr_reactor* reactor, vr_watch* watch, uint32_t events) noexcept nogil:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
+import select
 import signal
 import sys
+import tty
+
+import pytest
 
 from vring_serial.guest.uml import UmlGuest
 
@@ -58,3 +63,53 @@ async def test_options_as_in_the_readme(tmp_path):
         if process.returncode is None:
             process.kill()
         await process.wait()
+
+
+@pytest.mark.parametrize("kind", ["pty", "stdio"])
+async def test_all_of_a_long_console_output_reaches_a_terminal(tmp_path, kind):
+    """Much more than a terminal takes at once, for a reader that is there all the time."""
+    text = "".join(random.Random(3).choices("abcdefghijklmnop", k=100_000))
+    master, slave = os.openpty()
+    tty.setraw(slave)
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "vring_serial", "serve", "--vhost-user", "vring.sock"),
+        *("--chardev", f"{kind},id=con", "--console", "chardev=con"),
+        cwd=tmp_path,
+        stdin=slave,
+        stdout=slave,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    guest = UmlGuest([tmp_path / "vring.sock"])
+    (guest.share / "text").write_text(text)
+
+    def read_all():
+        received = b""
+        while len(received) < len(text):
+            assert select.select([terminal], [], [], 20)[0], f"{len(received)} bytes, and no more"
+            received += os.read(terminal, 65536)
+        return received.decode()
+
+    terminal = master
+    try:
+        async with asyncio.timeout(90):
+            if kind == "pty":
+                console = await read_until(process.stderr, "console 0")
+                path = console.rpartition("pty:")[2]
+                terminal = os.open(path, os.O_RDWR | os.O_NOCTTY)
+            await read_until(process.stderr, "serving;")
+            await guest.start()
+            await read_until(process.stderr, "port 0: opened by the guest")
+            reading = asyncio.create_task(asyncio.to_thread(read_all))
+            await guest.run("cat /mnt/text > /dev/hvc0")
+            assert await reading == text
+            process.send_signal(signal.SIGTERM)
+            log = await process.stderr.read()
+            assert await process.wait() == 0
+            assert b"dropped" not in log
+    finally:
+        await guest.stop()
+        if process.returncode is None:
+            process.kill()
+            await process.communicate()
+        for fd in {master, slave, terminal}:
+            os.close(fd)
