@@ -19,7 +19,7 @@ from vring._linux cimport (
     EAGAIN, EFAULT, EINTR, EIO, EPIPE, FIONREAD, IOV_MAX, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK,
     errno, ioctl, msghdr, readv, recv, recvmsg, sendmsg, vr_count, vr_note, vr_now, writev
 )
-from vring._notify cimport notify_eventfd, notify_socket
+from vring._notify cimport notify_any
 from vring._segments cimport (
     backlog_add, backlog_drop, backlog_segments, strip_copy, strip_cut, strip_mend, strip_skip,
     vr_strip
@@ -165,10 +165,10 @@ cdef void call_driver(vr_flow* flow) noexcept nogil:
         return
     flow.call_due = False
     vr_count(&flow.counters.calls, 1)
-    if flow.call.kind == FD_SOCKET:
-        notify_socket(flow.call.number)
-    else:
-        notify_eventfd(flow.call.number)
+    # Its owner may have exchanged what the number stands for; the kind says what to try first.
+    flow.call.kind = (
+        FD_SOCKET if notify_any(flow.call.number, flow.call.kind == FD_SOCKET) else FD_OTHER
+    )
 
 
 # --- what both directions share

@@ -8,7 +8,7 @@ cdef extern from "<errno.h>" nogil:
     int errno
     enum:
         EPERM, EINTR, EIO, EAGAIN, ENOMEM, EFAULT, EINVAL, EPIPE, ECONNRESET
-        ENOTSOCK, EOPNOTSUPP
+        ENOSYS, ENOTSOCK, EOPNOTSUPP
 
 cdef extern from "<limits.h>" nogil:
     enum:
@@ -44,7 +44,7 @@ cdef extern from "<sys/ioctl.h>" nogil:
 
 cdef extern from "<fcntl.h>" nogil:
     enum:
-        F_GETFL, O_NONBLOCK
+        F_DUPFD_CLOEXEC, F_GETFL, O_NONBLOCK
     int fcntl(int fd, int command, ...)
 
 cdef extern from "<sys/stat.h>" nogil:

@@ -3,6 +3,10 @@
 A peer's eventfd is shared with the peer: it can clear O_NONBLOCK and fill the counter at any time,
 between any check and the write after it, and the write would then wait for ever. Signalling by the
 completion of an asynchronous read never waits; and the read need not succeed.
+
+What a number stands for may be exchanged between any two system calls (a frontend sends another
+call descriptor while its ring runs). So each kind is tried with a call that refuses the others and
+waits for none, and nothing is ever written to what is neither an eventfd nor a socket.
 """
 
 from __future__ import annotations
@@ -12,7 +16,8 @@ import os
 from libc.stdint cimport uint64_t
 
 from vring._linux cimport (
-    EOPNOTSUPP, ENOTSOCK, MSG_DONTWAIT, MSG_NOSIGNAL, POLLOUT, errno, poll, pollfd, send, write
+    EINVAL, ENOSYS, ENOTSOCK, EOPNOTSUPP, F_DUPFD_CLOEXEC, MSG_DONTWAIT, MSG_NOSIGNAL, POLLOUT,
+    S_IFMT, close, errno, fcntl, fstat, poll, pollfd, send, stat_t, write
 )
 
 cdef extern from *:
@@ -21,6 +26,7 @@ cdef extern from *:
     #include <linux/aio_abi.h>
     #include <stdint.h>
     #include <string.h>
+    #include <sys/eventfd.h>
     #include <sys/syscall.h>
     #include <unistd.h>
 
@@ -35,17 +41,41 @@ cdef extern from *:
     static int vr_aio_owner;            /* a context is not its process's child's */
     static int vr_aio_missing;
 
+    /* An asynchronous read that fails at once, told to `event`, in the context. */
+    static int vr_aio_submit(aio_context_t context, int event) {
+        struct iocb operation, *operations[1] = {&operation};
+        memset(&operation, 0, sizeof operation);
+        operation.aio_lio_opcode = IOCB_CMD_PREAD;
+        operation.aio_fildes = event;       /* an eventfd gives no less than 8 bytes, */
+        operation.aio_nbytes = 0;           /* so this fails at once */
+        operation.aio_flags = IOCB_FLAG_RESFD;
+        operation.aio_resfd = event;
+        return syscall(SYS_io_submit, context, 1L, operations) == 1;
+    }
+
+    /* Whether it is as we need it: kernels before 5.8 do not read eventfds so. */
+    static int vr_aio_suits(aio_context_t context) {
+        const struct vr_aio_ring *ring = (const struct vr_aio_ring *)context;
+        int event, suits;
+        if (ring->magic != (unsigned)VR_AIO_MAGIC || ring->incompatible)
+            return 0;
+        event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+        suits = event < 0 || vr_aio_submit(context, event);
+        if (event >= 0)
+            close(event);
+        return suits;
+    }
+
     static aio_context_t vr_aio_context(void) {
         aio_context_t made = 0, none = 0, now = __atomic_load_n(&vr_aio, __ATOMIC_ACQUIRE);
-        const struct vr_aio_ring *ring;
         if (now || __atomic_load_n(&vr_aio_missing, __ATOMIC_RELAXED))
             return now;
         if (syscall(SYS_io_setup, VR_AIO_EVENTS, &made)) {
-            __atomic_store_n(&vr_aio_missing, 1, __ATOMIC_RELAXED);
+            /* EAGAIN: the system has as many contexts as it may; that can change. */
+            __atomic_store_n(&vr_aio_missing, errno != EAGAIN, __ATOMIC_RELAXED);
             return 0;
         }
-        ring = (const struct vr_aio_ring *)made;
-        if (ring->magic != (unsigned)VR_AIO_MAGIC || ring->incompatible) {
+        if (!vr_aio_suits(made)) {
             syscall(SYS_io_destroy, made);
             __atomic_store_n(&vr_aio_missing, 1, __ATOMIC_RELAXED);
             return 0;
@@ -61,19 +91,12 @@ cdef extern from *:
 
     /* 0, or errno: EINVAL if it is no eventfd, ENOSYS if there is no way. */
     static int vr_aio_signal(int fd) {
-        struct iocb operation, *operations[1] = {&operation};
-        for (int attempt = 0; attempt < 2; attempt++) {
+        for (int attempt = 0; attempt < 4; attempt++) {
             aio_context_t context = vr_aio_context();
             struct vr_aio_ring *ring = (struct vr_aio_ring *)context;
             if (!context)
                 return ENOSYS;
-            memset(&operation, 0, sizeof operation);
-            operation.aio_lio_opcode = IOCB_CMD_PREAD;
-            operation.aio_fildes = fd;          /* an eventfd gives no less than 8 bytes, */
-            operation.aio_nbytes = 0;           /* so this fails at once */
-            operation.aio_flags = IOCB_FLAG_RESFD;
-            operation.aio_resfd = fd;
-            if (syscall(SYS_io_submit, context, 1L, operations) == 1) {
+            if (vr_aio_submit(context, fd)) {
                 /* What completed is not looked at; threads may undo each other's step here, and
                    the next one makes it good. */
                 __atomic_store_n(&ring->head, __atomic_load_n(&ring->tail, __ATOMIC_ACQUIRE),
@@ -97,37 +120,48 @@ cdef uint64_t ONE = 1
 
 
 cdef void write_if_room(int fd) noexcept nogil:
-    """For descriptors of our own, and where there is no better way: a peer that fills its eventfd
+    """To an eventfd, where the kernel has no way that never waits: a peer that fills its eventfd
     in between, and made it blocking, stops us.
     """
-    cdef pollfd room = pollfd(fd=fd, events=POLLOUT, revents=0)
-    if poll(&room, 1, 0) == 1 and room.revents & POLLOUT:
-        write(fd, &ONE, sizeof(ONE))
-
-
-cdef void notify_eventfd(int fd) noexcept nogil:
-    if vr_aio_signal(fd):
-        write_if_room(fd)
+    cdef int own = fcntl(fd, F_DUPFD_CLOEXEC, 0)    # what it is may not change meanwhile
+    cdef pollfd room = pollfd(fd=own, events=POLLOUT, revents=0)
+    cdef stat_t status
+    if own < 0:
+        return
+    # Pipes, files and terminals have a type, and are not written to.
+    if fstat(own, &status) == 0 and status.st_mode & S_IFMT == 0:
+        if poll(&room, 1, 0) == 1 and room.revents & POLLOUT:
+            write(own, &ONE, sizeof(ONE))
+    close(own)
 
 
 cdef bint notify_socket(int fd) noexcept nogil:
+    """False if it is none."""
     return send(fd, &ONE, sizeof(ONE), MSG_DONTWAIT | MSG_NOSIGNAL) >= 0 or errno != ENOTSOCK
 
 
-cdef void notify_any(int fd) noexcept nogil:
-    """Eight bytes to an eventfd, a socket or a pipe."""
-    if vr_aio_signal(fd) and not notify_socket(fd):
-        write_if_room(fd)
+cdef bint notify_any(int fd, bint is_socket) noexcept nogil:
+    cdef int error
+    for _ in range(2):              # what it was meanwhile, it may be no more
+        if is_socket and notify_socket(fd):
+            return True
+        error = vr_aio_signal(fd)
+        if error != EINVAL:
+            if error == ENOSYS and not notify_socket(fd):
+                write_if_room(fd)
+            return False
+        is_socket = True
+    return False
 
 
 def notify(int fd):
-    """Write the 8 bytes of a kick or call to an eventfd, a socket or a pipe; never waits.
+    """Write the 8 bytes of a kick or call to an eventfd or a socket; never waits.
 
-    One that is full has told already. One that is broken is the peer's own doing, and that the peer
-    has gone is noticed elsewhere.
+    One that is full has told already. One that is broken, or is something else, is the peer's own
+    doing; that the peer has gone is noticed elsewhere.
     """
     with nogil:
-        notify_any(fd)
+        notify_any(fd, False)
 
 
 def drain(int fd):

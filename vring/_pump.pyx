@@ -87,8 +87,9 @@ cdef int describe_data(vr_fd* fd, object number, str what) except -1:
 
 
 cdef int describe_notifier(vr_fd* fd, object number, str what) except -1:
-    # A file could block whoever writes to it, and some file systems whoever polls it.
-    if describe(fd, number, what) not in (0, S_IFSOCK, S_IFIFO):
+    # A file could block whoever writes to it, some file systems whoever polls it, and a pipe
+    # whoever reads it: another process that has it can make it blocking at any time.
+    if describe(fd, number, what) not in (0, S_IFSOCK):
         raise LocalMisuseError(f"{what} {number} is neither an eventfd nor a socket")
     return 0
 
@@ -249,9 +250,11 @@ cdef class Pump:
         Args:
             queue: a VirtQueue with no chain in flight.
             write_fd: where the bytes go; -1: nowhere, they are discarded.
-            kick_fd: eventfd (or socket, or pipe) that becomes readable when the driver kicks. It is
-                polled, and read only if it is no eventfd.
+            kick_fd: eventfd or socket that becomes readable when the driver kicks. It is polled,
+                and read only if it is a socket.
             call_fd: eventfd or socket to write 8 bytes to when the driver wants to know; -1: none.
+                What the number stands for may be exchanged meanwhile (dup2), also for the other
+                kind.
             on_event: called by `dispatch` with a FlowEvent and its detail.
             lossy: for consoles: always take what the driver offers. What the descriptor does not
                 take goes to a backlog, then is dropped and counted. After a PEER_ERROR all is.

@@ -13,7 +13,7 @@ from libc.string cimport memset
 
 from vring._core cimport VirtQueue
 from vring._flow cimport (
-    FD_OTHER, FD_PIPE, FD_SOCKET, NEWS_ERROR, SAMPLE_NS, TURN_LATER, TURN_MORE, flow_finish,
+    FD_PIPE, FD_SOCKET, NEWS_ERROR, SAMPLE_NS, TURN_LATER, TURN_MORE, flow_finish,
     flow_turn, tables_free, tables_init
 )
 from vring._linux cimport (
@@ -304,14 +304,12 @@ cdef void run_turns(vr_reactor* reactor) noexcept nogil:
 # --- what epoll says
 
 cdef void kicked(vr_reactor* reactor, vr_seat* seat, uint32_t events) noexcept nogil:
-    cdef uint8_t[64] sink
+    cdef uint8_t[4096] sink     # as much as makes room for the next kick, whoever filled the socket
     if not events & EPOLLIN:
         return
     vr_count(&seat.flow.counters.kicks, 1)
     if seat.flow.kick.kind == FD_SOCKET:
         recv(seat.flow.kick.number, sink, sizeof(sink), MSG_DONTWAIT)
-    elif seat.flow.kick.kind != FD_OTHER and not seat.flow.kick.blocking:
-        read(seat.flow.kick.number, sink, sizeof(sink))
     # Otherwise the flow looks at its queue anyway before it next waits for a kick.
     if seat.flow.listening:
         want_turn(reactor, seat)

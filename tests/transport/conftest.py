@@ -5,13 +5,22 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from vring import Driver, GuestMemory, PackedDriver, Region, RingError, SplitDriver
+from vring import (
+    Driver,
+    Flow,
+    GuestMemory,
+    PackedDriver,
+    Pump,
+    Region,
+    RingError,
+    SplitDriver,
+)
 from vring_serial import unix_fds
 from vring_serial.device.virtqueue import RunningQueue
 from vring_serial.errors import LocalProtocolError, ProtocolError
@@ -123,6 +132,41 @@ class EchoDevice:
             asyncio.get_running_loop().remove_reader(running.kick_fd)
             if self.on_needs_reset is not None:
                 self.on_needs_reset(error)
+
+
+class PumpedDevice(EchoDevice):
+    """Takes what drivers write, in the pump's thread."""
+
+    name = "pumped"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pump = Pump()
+        self._flows: dict[int, Flow] = {}
+
+    def start_queue(self, index: int, queue: RunningQueue) -> None:
+        self._flows[index] = self.pump.guest_to_host(
+            queue.queue,
+            write_fd=-1,
+            kick_fd=queue.kick_fd,
+            call_fd=queue.call_fd,
+            on_event=lambda event, detail: None,
+            lossy=True,  # a console's driver is called for each chain
+        )
+
+    def stop_queue(self, index: int) -> int:
+        flow = self._flows.pop(index)
+        flow.detach()
+        return flow.queue.avail_index
+
+    def reset(self) -> None:
+        for index in list(self._flows):
+            self.stop_queue(index)
+        self.status = 0
+
+    def close(self) -> None:
+        self.reset()
+        self.pump.close()
 
 
 class ScriptedFrontend:
@@ -343,6 +387,13 @@ class ScriptedFrontend:
 @pytest.fixture
 def device() -> EchoDevice:
     return EchoDevice()
+
+
+@pytest.fixture
+def pumped() -> Iterator[PumpedDevice]:
+    device = PumpedDevice()
+    yield device
+    device.close()
 
 
 @pytest.fixture

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -59,6 +62,76 @@ async def test_an_error_descriptor_that_cannot_be_written(
         assert await frontend.acked(Request.SET_OWNER) == 0
     finally:
         os.close(blocked)
+
+
+@pytest.fixture
+async def pumped_frontend(
+    pumped: Any, path: Path, frontend_at: Callable[[Path], Any]
+) -> AsyncIterator[Any]:
+    backend = VhostUserBackend(pumped, str(path))
+    await backend.start()
+    frontend = frontend_at(path)
+    await frontend.negotiate(await frontend.number(Request.GET_PROTOCOL_FEATURES))
+    await frontend.set_up(0)
+    yield frontend
+    frontend.close()
+    await backend.stop()
+
+
+async def set_call(frontend: Any, call: Any) -> None:
+    assert await frontend.acked(Request.SET_VRING_CALL, VringDescriptor(0), (call.fd,)) == 0
+
+
+def send_chain(frontend: Any) -> None:
+    if frontend.put(0, b"x"):
+        frontend.kick(0)
+
+
+async def wait_all_used(driver: Any) -> None:
+    async with asyncio.timeout(5):
+        while driver.num_free < driver.size:
+            driver.get_used()
+            await asyncio.sleep(0)
+
+
+async def test_calls_of_another_kind_than_before(
+    pumped_frontend: Any, make_call: Callable[[str], Any], call_kinds: Sequence[str]
+) -> None:
+    """Whatever it was when the ring began to run, a driver that sleeps on it is woken."""
+    frontend = pumped_frontend
+    for before, after in itertools.permutations(call_kinds, 2):
+        await frontend.enable(0, 0)
+        await set_call(frontend, make_call(before))
+        await frontend.enable(0)
+        call = make_call(after)
+        await set_call(frontend, call)
+        call.wait()  # for what its predecessor was told
+        for _ in range(3):
+            send_chain(frontend)
+            await asyncio.to_thread(call.wait)
+            await wait_all_used(frontend.drivers[0])
+
+
+async def test_kinds_of_calls_are_exchanged_under_traffic(
+    pumped_frontend: Any, make_call: Callable[[str], Any], call_kinds: Sequence[str]
+) -> None:
+    """By a frontend that fills them."""
+    frontend = pumped_frontend
+    calls = [make_call(kind) for kind in call_kinds]
+    for turn in range(40):
+        for call in calls:
+            await set_call(frontend, call)
+            for _ in range(4):
+                send_chain(frontend)
+                call.fill()
+                send_chain(frontend)
+                await wait_all_used(frontend.drivers[0])
+            call.empty()
+            send_chain(frontend)
+            await asyncio.to_thread(call.wait)
+            if call is calls[turn % len(calls)]:
+                await frontend.enable(0, 0)
+                await frontend.enable(0)
 
 
 def test_what_could_hold_us_up_is_refused() -> None:

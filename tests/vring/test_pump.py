@@ -413,7 +413,9 @@ def test_arguments(make_rig: Callable, sockets, tmp_path, pump: Pump) -> None:
         for wrong, why in [
             ({"kick_fd": -1}, "kick_fd -1"),
             ({"kick_fd": file}, "neither an eventfd nor a socket"),
+            ({"kick_fd": read_end}, "neither an eventfd nor a socket"),
             ({"call_fd": file}, "neither an eventfd nor a socket"),
+            ({"call_fd": write_end}, "neither an eventfd nor a socket"),
             ({"call_fd": 999_999}, "call_fd 999999: Bad file descriptor"),
             ({"write_fd": 999_999}, "write_fd 999999: Bad file descriptor"),
             ({"write_fd": write_end}, "is blocking"),

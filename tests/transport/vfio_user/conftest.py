@@ -364,17 +364,23 @@ def server(device: Any, make_server: Callable[..., Server]) -> Server:
 
 
 @pytest.fixture
-def connect(server: Server) -> Iterator[Callable[[], Client]]:
-    """Makes clients, which are closed at the end."""
+def new_client() -> Iterator[Callable[[Server], Client]]:
+    """Makes clients of any server, which are closed at the end."""
     made: list[Client] = []
 
-    def make() -> Client:
+    def make(server: Server) -> Client:
         made.append(Client(server.path))
         return made[-1]
 
     yield make
     for client in made:
         client.close()
+
+
+@pytest.fixture
+def connect(server: Server, new_client: Callable[[Server], Client]) -> Callable[[], Client]:
+    """Makes clients."""
+    return lambda: new_client(server)
 
 
 @pytest.fixture
