@@ -75,14 +75,31 @@ async def test_both_directions_at_once(pair_with_files, tmp_path):
         assert (pair.downloads / file.name).read_bytes() == file.read_bytes()
 
 
-async def test_a_file_that_cannot_be_read_is_missed_and_the_others_come(pair_with_files, tmp_path):
+async def test_all_files_come_or_none(pair_with_files, tmp_path):
+    """Two of four cannot be read; what is there already under their names is not touched."""
     pair, files = pair_with_files
     pair.guest.copy_files([files[0], tmp_path / "missing", tmp_path, files[1]])
     await pair.host.wait_clipboard()
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / files[0].name).write_text("mine")
     with pytest.raises(FileTransferError, match="2 of 4 files did not come"):
         await pair.host.get_files(tmp_path / "in")
-    names = sorted(p.name for p in (tmp_path / "in").iterdir())
-    assert names == [files[0].name, files[1].name]
+    assert [p.name for p in (tmp_path / "in").iterdir()] == [files[0].name]
+    assert (tmp_path / "in" / files[0].name).read_text() == "mine"
+
+
+async def test_a_cancelled_copy_leaves_no_file(pair_with_files, tmp_path):
+    pair, files = pair_with_files
+    pair.guest.copy_files([*files, tmp_path / "missing"] * 20)
+    await pair.host.wait_clipboard()
+    getting = asyncio.ensure_future(pair.host.get_files(tmp_path / "in"))
+    await pair.until(lambda: len(list((tmp_path / "in").glob("*"))) > 3)
+    getting.cancel()
+    await asyncio.gather(getting, return_exceptions=True)
+    assert not list((tmp_path / "in").iterdir())
+    pair.guest.copy_files(files)
+    await pair.until(lambda: pair.host.clipboard_types())
+    assert len(await pair.host.get_files(tmp_path / "again")) == len(files)
 
 
 async def test_the_channel_closes(pair_with_files, tmp_path):

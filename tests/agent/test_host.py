@@ -25,6 +25,7 @@ from vring_serial.agent import (
     StreamSource,
 )
 from vring_serial.agent import host as host_module
+from vring_serial.agent import link as link_module
 from vring_serial.guest.agent import GUEST_CAPABILITIES, HostLeft
 from vring_serial.proto.agent import (
     AnnounceCapabilities,
@@ -358,7 +359,8 @@ async def test_lost_framing_resets_the_channel(raw_agent, garbage):
     await host.wait_ready()
 
 
-async def test_an_agent_that_asks_and_never_reads_is_given_up(raw_agent):
+async def test_an_agent_that_asks_and_never_reads_is_given_up(raw_agent, monkeypatch):
+    monkeypatch.setattr(link_module, "CROWDED_TIMEOUT", 0.2)
     events = []
     host = HostAgent(on_event=events.append)
     agent = await raw_agent(host)

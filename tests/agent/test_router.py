@@ -139,6 +139,7 @@ async def test_a_large_clipboard_between_clients(make_bench):
 
 async def test_an_owner_that_does_not_answer_costs_an_empty_answer(make_bench, monkeypatch):
     monkeypatch.setattr(router_module, "ANSWER_TIMEOUT", 0.05)
+    monkeypatch.setattr(replies_module, "REPLY_WAIT", 0.05)
     bench = await make_bench()
     first, second = await bench.client(), await bench.client()
     await first.wait_ready()
@@ -333,39 +334,50 @@ async def test_long_unknown_messages_pass_both_ways(make_bench):
     assert not [e for e in bench.router_events if isinstance(e, AgentTrouble)]
 
 
-async def test_a_long_message_waits_for_who_reads_it(make_bench):
+async def test_a_long_message_waits_whole_and_not_in_memory_for_who_does_not_read(make_bench):
     bench = await make_bench()
-    slow = await bench.client(on_body=lambda head, size: Sink(head, size))
+    sinks = []
+    slow = await bench.client(on_body=lambda head, size: sinks.append(Sink(head, size)) or sinks[0])
+    other = await bench.client()
     await slow.wait_ready()
+    await other.wait_ready()
     slow._link.hold_reading()
     size = 64 << 20
     tracemalloc.start()
-    sending = asyncio.ensure_future(
-        bench.guest._link.send_body(UnknownMessage(78), size, zeros(size))
-    )
-    await asyncio.sleep(0.3)
-    assert not sending.done()
+    await bench.guest._link.send_body(UnknownMessage(78), size, zeros(size))
+    await other.set_monitors([Monitor(800, 600)])
     assert tracemalloc.get_traced_memory()[1] < 8 << 20
     tracemalloc.stop()
+    assert not sinks
     slow._link.release_reading()
-    await sending
+    await bench.until(lambda: sinks and sinks[0].complete)
+    assert len(sinks[0].data) == size
+    await bench.until(lambda: bench.router._room.used == 0)
 
 
-async def test_a_message_that_breaks_off_is_not_passed_as_whole(make_bench):
+async def test_a_message_that_breaks_off_is_not_passed_on(make_bench):
+    """Nor does it take the agent's session along."""
     bench = await make_bench()
     first, second = await bench.client(), await bench.client()
     await second.wait_ready()
-    sinks = []
-    bench.guest.link_body = lambda link, port, head, size: (
-        sinks.append(Sink(head, size)) or sinks[-1]
-    )
-    sending = asyncio.ensure_future(first.send_body(UnknownMessage(77), 4 << 20, endless(1 << 20)))
-    await bench.until(lambda: sinks and len(sinks[0].data) > 0)
+    sinks, left = [], []
+    bench.guest.link_body = lambda link, port, head, size: sinks.append(Sink(head, size))
+    bench.guest._client_left = lambda: left.append(True)
+    sending = asyncio.ensure_future(first.send_body(UnknownMessage(77), 4 << 20, endless(3 << 20)))
+    await bench.until(lambda: bench.router._room.used >= 2 << 20)
     first._link.fail(ConnectionResetError("killed"))
-    await bench.until(lambda: sinks[0].complete is False)
+    await bench.until(lambda: bench.router._room.used == 0)
     await second.set_monitors([Monitor(1, 1)])
+    assert not sinks
+    assert not left
+    del bench.guest._client_left
+    assert any("left in the middle" in str(e.error) for e in troubles(bench))
     sending.cancel()
     await asyncio.gather(sending, return_exceptions=True)
+
+
+def troubles(bench):
+    return [event for event in bench.router_events if isinstance(event, AgentTrouble)]
 
 
 async def test_an_answer_to_one_is_not_taken_by_another(make_bench, monkeypatch):

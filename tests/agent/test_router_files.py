@@ -91,7 +91,7 @@ async def test_a_file_that_cannot_be_read_is_missed(bench, tmp_path):
     await client.wait_clipboard()
     with pytest.raises(FileTransferError, match="1 of 3 files did not come"):
         await client.get_files(tmp_path / "in")
-    assert (tmp_path / "in" / bench.files[2].name).read_bytes() == bench.files[2].read_bytes()
+    assert not list((tmp_path / "in").iterdir())  # those that came are removed again
     bench.guest.copy_files(bench.files)
     await bench.until(lambda: ClipboardType.FILE_LIST in client.clipboard_types())
     assert same(await client.get_files(tmp_path / "next"), bench.files)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable
 
 from vring_serial.agent.errors import AgentError, AgentGoneError, AgentTimeoutError
-from vring_serial.agent.link import AgentLink, BodySink
+from vring_serial.agent.link import AgentLink
+from vring_serial.agent.outbox import held_bytes, kept
 from vring_serial.proto.agent import Buffer
 
 
@@ -19,12 +20,15 @@ class BodyReader:
     Args:
         link: where the payload comes from.
         what: it, for messages.
+        on_end: called once, when all of it has come or nobody wants the rest.
     """
 
     HOLD_AT = 1 << 20
 
-    def __init__(self, link: AgentLink, what: str) -> None:
-        self._link = link
+    def __init__(
+        self, link: AgentLink, what: str, on_end: Callable[[], None] = lambda: None
+    ) -> None:
+        self.link = link
         self._what = what
         self._waiting: list[Buffer] = []
         self._bytes = 0
@@ -32,35 +36,48 @@ class BodyReader:
         self._done = False
         self._error: AgentError | None = None
         self._changed = asyncio.Event()
+        self._on_end = on_end
+
+    @property
+    def failed(self) -> bool:
+        """Whether nobody wants the payload any more."""
+        return self._error is not None
 
     def feed(self, data: Buffer) -> None:
         if self._error is not None:
             return
+        data = kept(data)
         self._waiting.append(data)
-        self._bytes += len(data)
+        self._bytes += held_bytes(data)
         self._changed.set()
         if self._bytes > self.HOLD_AT and not self._held:
             self._held = True
-            self._link.hold_reading()
+            self.link.hold_reading()
 
     def end(self, complete: bool) -> None:
         if not complete:
             self.fail(AgentGoneError(f"the agent channel closed in the middle of {self._what}"))
         self._done = True
         self._changed.set()
+        self._tell_end()
 
     def fail(self, error: AgentError) -> None:
         """Let whoever waits for the payload have this error instead."""
         self._error = self._error or error
         self._discard()
         self._changed.set()
+        self._tell_end()
+
+    def _tell_end(self) -> None:
+        on_end, self._on_end = self._on_end, lambda: None
+        on_end()
 
     def _discard(self) -> None:
         self._waiting.clear()
         self._bytes = 0
         if self._held:
             self._held = False
-            self._link.release_reading()
+            self.link.release_reading()
 
     async def pieces(self, timeout: float) -> AsyncGenerator[Buffer]:
         """The data as they come. Raises the error that ended them, or AgentTimeoutError."""
@@ -82,18 +99,3 @@ class BodyReader:
                 await self._changed.wait()
         except TimeoutError:
             raise AgentTimeoutError(f"no {self._what} came within {timeout:g} s") from None
-
-
-class FanOut:
-    """Gives one payload to several sinks."""
-
-    def __init__(self, sinks: Sequence[BodySink]) -> None:
-        self._sinks = sinks
-
-    def feed(self, data: Buffer) -> None:
-        for sink in self._sinks:
-            sink.feed(data)
-
-    def end(self, complete: bool) -> None:
-        for sink in self._sinks:
-            sink.end(complete)

@@ -25,6 +25,8 @@ from vring_serial.agent.errors import (
     ClipboardTooLargeError,
 )
 from vring_serial.agent.link import AgentLink, BodySink
+from vring_serial.agent.replies import Replies
+from vring_serial.agent.spool import Spool, SpoolRoom
 from vring_serial.proto.agent import (
     Buffer,
     Capabilities,
@@ -34,6 +36,7 @@ from vring_serial.proto.agent import (
     ClipboardRelease,
     ClipboardRequest,
     ClipboardType,
+    Message,
     Selection,
     Side,
 )
@@ -41,10 +44,8 @@ from vring_serial.proto.agent.constants import PIECE_MAX
 
 ANY_SIZE = -1
 REQUESTS_MAX = 64
-"""Requests that may wait for their answer; the other end waits for each, so more are nonsense."""
-STORED_MAX = 4 << 20
-"""Bytes of clipboard data that are all there before they are forwarded. Who owns longer ones and
-goes away in their middle leaves a message that cannot be completed."""
+"""Requests for one clipboard that may wait for their answer; the other end waits for each, so more
+are nonsense."""
 _SERIAL_MASK = 0xFFFFFFFF
 
 
@@ -69,12 +70,14 @@ class ForwardedSource:
         owner: the channel to that end.
         selection, type: what to ask it for.
         timeout: seconds without an answer after which there is none.
+        room: where the answer is kept until it is whole.
     """
 
     owner: ClipboardChannel
     selection: int
     type: int
     timeout: float
+    room: SpoolRoom
 
     def asked(self) -> contextlib.AbstractAsyncContextManager[Answer]:
         """Ask the owner; entered when its answer begins. Raises as ClipboardChannel.open."""
@@ -105,11 +108,13 @@ class ClipboardReader(BodyReader):
     """The answer to one request.
 
     Attributes:
+        kind: the type that was asked for.
         size: bytes of the whole answer, once it has begun.
     """
 
-    def __init__(self, link: AgentLink, most: int) -> None:
-        super().__init__(link, "clipboard data")
+    def __init__(self, link: AgentLink, kind: int, most: int, on_end: Callable[[], None]) -> None:
+        super().__init__(link, "clipboard data", on_end)
+        self.kind = kind
         self.size = 0
         self._most = most
         self._begun = False
@@ -139,7 +144,7 @@ class ClipboardChannel:
         side: which end we are; it decides who wins when grabs cross.
         on_grab: called with (selection, types) when the other end takes a clipboard.
         on_release: called with the selection when it gives one up.
-        on_trouble: called with what a StreamSource raised; the other end got no answer then.
+        on_trouble: called with why a request of the other end got no answer, or an empty one.
         most: bytes of clipboard data that we take, or ANY_SIZE.
 
     Attributes:
@@ -166,10 +171,11 @@ class ClipboardChannel:
         self.announced = False
         self._offers: dict[int, Offer] = {}
         self._serials = dict.fromkeys(Selection, 0)
-        self._readers: dict[int, ClipboardReader] = {}
+        self._told: set[int] = set()
+        self._owed: dict[int, Replies[ClipboardReader]] = {kind: Replies() for kind in Selection}
         self._turns = {selection: asyncio.Lock() for selection in Selection}
-        self._requests: deque[ClipboardRequest] = deque()
-        self._answering: asyncio.Task[None] | None = None
+        self._requests: dict[int, deque[ClipboardRequest]] = {kind: deque() for kind in Selection}
+        self._answering: dict[int, asyncio.Task[None]] = {}
         self.remote_types: dict[int, tuple[int, ...]] = {}
         self.remote_most = ANY_SIZE
 
@@ -185,23 +191,25 @@ class ClipboardChannel:
         self._serials = dict.fromkeys(Selection, 0)
         for selection in list(self.remote_types):
             self.took_release(ClipboardRelease(selection))
-        for reader in self._readers.values():
-            reader.fail(AgentGoneError("the other end went away before it sent the clipboard"))
-        self._readers.clear()
-        self._requests.clear()
+        self._told.clear()
+        for owed in self._owed.values():
+            for reader in owed.clear():
+                reader.fail(AgentGoneError("the other end went away before it sent the clipboard"))
+        for requests in self._requests.values():
+            requests.clear()
 
     async def close(self) -> None:
-        """End the session and the task that answers requests."""
+        """End the session and the tasks that answer requests."""
         self.end_session()
-        answering = self._answering
+        answering = list(self._answering.values())
         self.stop_answering()
-        if answering is not None:
-            await asyncio.gather(answering, return_exceptions=True)
+        await asyncio.gather(*answering, return_exceptions=True)
 
     def stop_answering(self) -> None:
         """The link is gone for good: nobody waits for the answers under way."""
-        if self._answering is not None:
-            self._answering.cancel()
+        for task in self._answering.values():
+            task.cancel()
+        self._answering.clear()  # a task that never ran would not say so
 
     # --- what we own
 
@@ -209,27 +217,46 @@ class ClipboardChannel:
         """Own a clipboard; one that is offered too early is announced by :meth:`announce`."""
         self._offers[selection] = dict(offer)
         self.remote_types.pop(selection, None)
-        if self._link is not None and self.announced:
-            self._grab(self._link, selection)
+        waiting = self._owed[selection].next
+        if waiting is not None:
+            waiting.fail(ClipboardEmptyError("the clipboard has another owner now"))
+        self._tell(selection)
 
     def announce(self) -> None:
         """Capabilities are known: tell the other end what we own, once a session."""
         if self._link is not None and not self.announced:
             self.announced = True
             for selection in self._offers:
-                self._grab(self._link, selection)
-
-    def _grab(self, link: AgentLink, selection: int) -> None:
-        if selection != Selection.CLIPBOARD and not link.connection.layout.selections:
-            return
-        serial = self._serials[Selection(selection)]
-        self._serials[Selection(selection)] = serial + 1 & _SERIAL_MASK
-        link.post(ClipboardGrab(selection, tuple(self._offers[selection]), serial))
+                self._tell(selection)
 
     def release(self, selection: int) -> None:
         """Give up a clipboard that we own."""
-        if self._offers.pop(selection, None) is not None and self._link is not None:
-            self._link.post(ClipboardRelease(selection))
+        if self._offers.pop(selection, None) is not None:
+            self._tell(selection)
+
+    def _tell(self, selection: int) -> None:
+        """Tell the other end whose the clipboard is, as it is when the message's turn comes.
+
+        Only the last of many changes is told, so a serial is counted when it is sent.
+        """
+        link = self._link
+        if link is not None and self.announced:
+            link.post_latest(("clipboard", selection), lambda: self._state(link, selection))
+
+    def _state(self, link: AgentLink, selection: int) -> Message | None:
+        if link is not self._link or not self.announced:
+            return None
+        if selection not in self._offers:
+            if selection not in self._told:
+                return None
+            self._told.discard(selection)
+            return ClipboardRelease(selection)
+        if selection != Selection.CLIPBOARD and not link.connection.layout.selections:
+            return None
+        serial = self._serials[Selection(selection)]
+        self._serials[Selection(selection)] = serial + 1 & _SERIAL_MASK
+        self._told.add(selection)
+        return ClipboardGrab(selection, tuple(self._offers[selection]), serial)
 
     def owned(self, selection: int) -> Offer:
         """What we have on this clipboard; empty if we do not own it."""
@@ -263,29 +290,35 @@ class ClipboardChannel:
         self, selection: int, kind: int, timeout: float
     ) -> AsyncGenerator[ClipboardReader]:
         """Ask, and wait until the answer begins and its size is known. Raises as ``open``."""
-        async with self._turns[Selection(selection)]:
-            reader = self._ask(selection, kind)
-            try:
-                await reader.begun(timeout)
-                yield reader
-            finally:
-                reader.fail(AgentError("nobody wants these clipboard data any more"))
-                if self._readers.get(selection) is reader:
-                    del self._readers[selection]
+        await self._turns[Selection(selection)].acquire()
+        with contextlib.ExitStack() as stack:
+            # The turn is over as soon as all has come, however slowly it is taken from here.
+            release = contextlib.ExitStack()
+            release.callback(self._turns[Selection(selection)].release)
+            stack.callback(release.close)
+            link = self._owner_link(selection, kind)
+            reader = ClipboardReader(link, kind, self._most, release.close)
+            stack.callback(reader.fail, AgentError("nobody wants these clipboard data any more"))
 
-    def _ask(self, selection: int, kind: int) -> ClipboardReader:
-        link = self._link
-        if link is None:
+            async def request() -> None:
+                if self._owner_link(selection, kind) is not link:
+                    raise AgentGoneError("the other end started anew")
+                link.post(ClipboardRequest(selection, kind))
+
+            await self._owed[selection].ask(reader, request)
+            await reader.begun(timeout)
+            yield reader
+
+    def _owner_link(self, selection: int, kind: int) -> AgentLink:
+        """The link to the other end, which has this type. Raises as ``open`` if it has not."""
+        if self._link is None:
             raise AgentGoneError("the agent channel is closed")
         types = self.remote_types.get(selection)
         if types is None:
             raise ClipboardEmptyError("the other end owns no such clipboard")
         if kind not in types:
             raise ClipboardEmptyError(f"the clipboard has only the types {types}")
-        reader = ClipboardReader(link, self._most)
-        self._readers[selection] = reader
-        link.post(ClipboardRequest(selection, kind))
-        return reader
+        return self._link
 
     # --- messages from the other end
 
@@ -316,6 +349,7 @@ class ClipboardChannel:
             elif self._side is Side.HOST or message.serial != expected - 1 & _SERIAL_MASK:
                 return
         self._offers.pop(selection, None)
+        self._told.discard(selection)
         self.remote_types[selection] = message.types
         self._on_grab(selection, message.types)
 
@@ -332,30 +366,42 @@ class ClipboardChannel:
             sink.end(complete=True)
 
     def took_head(self, head: Clipboard, size: int) -> BodySink | None:
-        """An answer begins; None if nobody asked."""
-        reader = self._readers.pop(head.selection, None)
-        if reader is not None:
-            reader.begin(head.type, size)
+        """An answer begins; None if nobody asked, or whoever did has stopped waiting."""
+        owed = self._owed[head.selection]
+        reader = owed.next
+        if reader is None or head.type not in (reader.kind, ClipboardType.NONE):
+            return None
+        owed.answered()
+        if reader.failed:
+            return None
+        reader.begin(head.type, size)
         return reader
 
     def took_request(self, message: ClipboardRequest) -> None:
-        """A REQUEST arrived: it is answered in its turn, with type NONE if we have no such data."""
-        if len(self._requests) >= REQUESTS_MAX:
-            return
-        self._requests.append(message)
-        if self._answering is None:
-            self._answering = asyncio.ensure_future(self._answer_all())
+        """A REQUEST arrived: it is answered in its turn, with type NONE if we have no such data.
 
-    async def _answer_all(self) -> None:
+        A clipboard whose owner is slow to answer does not delay the others.
+        """
+        selection = message.selection
+        requests = self._requests[selection]
+        if len(requests) >= REQUESTS_MAX:
+            return
+        requests.append(message)
+        if selection not in self._answering:
+            self._answering[selection] = asyncio.ensure_future(self._answer_all(selection))
+
+    async def _answer_all(self, selection: int) -> None:
+        requests = self._requests[selection]
         try:
-            while self._requests and self._link is not None:
+            while requests and self._link is not None:
                 try:
-                    await self._answer(self._link, self._requests.popleft())
+                    await self._answer(self._link, requests.popleft())
                 except Exception as error:
                     self._on_trouble(error)
         finally:
             # Here and not in a callback of the task: a request that came between would wait.
-            self._answering = None
+            if self._answering.get(selection) is asyncio.current_task():
+                del self._answering[selection]
 
     async def _answer(self, link: AgentLink, request: ClipboardRequest) -> None:
         source = self.owned(request.selection).get(request.type)
@@ -374,18 +420,25 @@ class ClipboardChannel:
     async def _forward(
         self, link: AgentLink, request: ClipboardRequest, source: ForwardedSource
     ) -> None:
-        begun = False
+        spool: Spool | None = None
         try:
-            async with source.asked() as answer:
-                pieces = answer.pieces(source.timeout)
-                if answer.size <= STORED_MAX:
-                    pieces = pieces_of(b"".join([piece async for piece in pieces]))
-                begun = True
-                await self._send_data(link, request, answer.size, pieces)
-        except AgentError:
-            if begun:
-                raise
-            await link.send(Clipboard(request.selection, ClipboardType.NONE))
+            try:
+                async with source.asked() as answer:
+                    spool = Spool(source.room, answer.size, "clipboard data")
+                    async for piece in answer.pieces(source.timeout):
+                        spool.feed(piece)
+                        if spool.error is not None:
+                            raise spool.error
+            except AgentError as error:
+                if not isinstance(error, ClipboardEmptyError):
+                    what = f"clipboard {request.selection} could not be pasted"
+                    self._on_trouble(AgentError(f"{what}: {error}"))
+                await link.send(Clipboard(request.selection, ClipboardType.NONE))
+                return
+            await self._send_data(link, request, spool.size, spool.pieces())
+        finally:
+            if spool is not None:
+                spool.close()
 
     async def _send_data(
         self, link: AgentLink, request: ClipboardRequest, size: int, data: AsyncIterator[Buffer]

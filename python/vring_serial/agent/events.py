@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TypeAlias
 
+from vring_serial.agent.outbox import kept, message_cost
 from vring_serial.proto.agent import AgentProtocolError, Capabilities, TypedMessage, UnknownMessage
 
 
@@ -69,15 +70,32 @@ AgentEvent: TypeAlias = (
 
 EVENTS_MAX = 1024
 """Events that are kept for an iterator that does not take them."""
+EVENTS_BYTES = 4 << 20
+"""Bytes of the messages in them."""
+
+
+def _to_keep(event: AgentEvent) -> tuple[AgentEvent, int]:
+    """An event that keeps nothing but itself in memory, and about how many bytes that is."""
+    if not isinstance(event, OtherMessage):
+        return event, 0
+    message = event.message
+    if isinstance(message, UnknownMessage):
+        message = replace(message, data=kept(message.data))
+    return OtherMessage(message), message_cost(message)
 
 
 class EventStream:
-    """Events as an asynchronous iterator, for as long as its ``with`` block runs."""
+    """Events as an asynchronous iterator, for as long as its ``with`` block runs.
+
+    It ends, after what it still has, when the agent is closed.
+    """
 
     def __init__(self, streams: set[EventStream]) -> None:
         self._streams = streams
-        self._events: deque[AgentEvent] = deque(maxlen=EVENTS_MAX)
-        self._some = asyncio.Event()
+        self._events: deque[tuple[AgentEvent, int]] = deque()
+        self._bytes = 0
+        self._ended = False
+        self._changed = asyncio.Event()
 
     def __enter__(self) -> EventStream:
         self._streams.add(self)
@@ -93,14 +111,30 @@ class EventStream:
 
     def put(self, event: AgentEvent) -> None:
         """Add an event (for who tells them)."""
-        self._events.append(event)
-        self._some.set()
+        event, size = _to_keep(event)
+        self._events.append((event, size))
+        self._bytes += size
+        while len(self._events) > EVENTS_MAX or self._bytes > EVENTS_BYTES:
+            self._take()
+        self._changed.set()
+
+    def end(self) -> None:
+        """No more will come (for who tells them)."""
+        self._ended = True
+        self._changed.set()
+
+    def _take(self) -> AgentEvent:
+        event, size = self._events.popleft()
+        self._bytes -= size
+        return event
 
     def __aiter__(self) -> EventStream:
         return self
 
     async def __anext__(self) -> AgentEvent:
         while not self._events:
-            self._some.clear()
-            await self._some.wait()
-        return self._events.popleft()
+            if self._ended:
+                raise StopAsyncIteration
+            self._changed.clear()
+            await self._changed.wait()
+        return self._take()

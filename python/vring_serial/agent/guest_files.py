@@ -1,4 +1,4 @@
-"""Whose the files are that the guest sends (FILES_FROM_GUEST), where several clients may ask.
+"""Decides which client receives the files that the guest sends (FILES_FROM_GUEST).
 
 A transfer from the guest does not say who asked for it. So one client asks at a time, and the turn
 is its own until all files on the list that it was given have come, or have not.
@@ -24,11 +24,13 @@ from vring_serial.proto.agent import (
     FileXferStatus,
     MessageError,
 )
+from vring_serial.proto.agent.filelist import PATHS_MAX
 
 LIST_BYTES_MAX = 4 << 20
 """Longest list of files."""
 IDLE = 30.0
-"""Seconds without anything of a file before the turn passes on."""
+"""Seconds without progress of a file before the turn passes on. What ends, admits or is a part of a
+transfer is progress; to admit one again is not."""
 
 
 class FilesClient(Protocol):
@@ -46,6 +48,7 @@ class FilesClient(Protocol):
 class _Turn:
     client: FilesClient | None
     expected: int | None = None  # files; None until the list is there
+    started: int = 0
     ended: int = 0
     timer: asyncio.TimerHandle | None = None
 
@@ -61,7 +64,7 @@ class GuestFiles:
         self._to_guest = to_guest
         self._free = asyncio.Lock()
         self._turn: _Turn | None = None
-        self._open: set[int] = set()
+        self._open: dict[int, bool] = {}  # and whether the client has admitted it
 
     # --- the list
 
@@ -112,25 +115,37 @@ class GuestFiles:
         turn = self._turn
         if isinstance(message, FileXferStart):
             client = turn.client if turn is not None else None
-            if client is None or not client.takes_files or message.id < FROM_GUEST:
+            if client is None or not client.takes_files or not self._may_start(turn, message.id):
                 self._to_guest(FileXferStatus(message.id, FileXferResult.CANCELLED))
                 if turn is not None:
                     self._count(turn, 1)
                 return True
-            self._open.add(message.id)
+            self._open[message.id] = False
         elif message.id not in self._open:
             return False
         assert turn is not None
         if turn.client is not None:
             turn.client.file_from_guest(message)
-        self._after(turn, message)
+        if not isinstance(message, FileXferData) or len(message.data):
+            self._after(turn, message)
         return True
+
+    def _may_start(self, turn: _Turn | None, number: int) -> bool:
+        """Count a transfer of this turn; no more are passed on than the list can have."""
+        if turn is None or number < FROM_GUEST or number in self._open:
+            return False
+        turn.started += 1
+        return turn.started <= (PATHS_MAX if turn.expected is None else turn.expected)
 
     def from_client(self, client: FilesClient, status: FileXferStatus) -> bool:
         """Pass on a client's status; returns whether it was of a transfer from the guest to it."""
         turn = self._turn
         if turn is None or turn.client is not client or status.id not in self._open:
             return False
+        if status.result == FileXferResult.CAN_SEND_DATA:
+            if self._open[status.id]:
+                return True
+            self._open[status.id] = True
         self._to_guest(status)
         self._after(turn, status)
         return True
@@ -140,7 +155,7 @@ class GuestFiles:
             isinstance(message, FileXferStatus) and message.result != FileXferResult.CAN_SEND_DATA
         )
         if ended:
-            self._open.discard(message.id)
+            del self._open[message.id]
         self._count(turn, ended)
 
     def client_left(self, client: FilesClient) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Sequence
 from pathlib import Path
-from typing import TypeAlias
 
+from vring_serial.agent.arrivals import Arrivals
 from vring_serial.agent.clipboard import (
     ClipboardChannel,
     Offer,
@@ -21,7 +20,6 @@ from vring_serial.agent.errors import (
     AgentTimeoutError,
     AgentUnsupportedError,
     ClipboardEmptyError,
-    FileTransferError,
 )
 from vring_serial.agent.events import (
     AgentEvent,
@@ -36,8 +34,10 @@ from vring_serial.agent.events import (
 from vring_serial.agent.files import FROM_GUEST, FileSender, Progress
 from vring_serial.agent.link import AgentLink, BodySink
 from vring_serial.agent.receiver import FileReceiver
+from vring_serial.agent.replies import Replies, ReplyCall
 from vring_serial.proto.agent import (
     AGENT_AWAY,
+    AGENT_FULL,
     FILES_FROM_GUEST,
     AgentProtocolError,
     AnnounceCapabilities,
@@ -82,8 +82,6 @@ rest of the first one, and then never gives another."""
 PHYSICAL_SIZE_WAIT = 2.0
 """Seconds before monitors with physical sizes are sent again without: spice-vdagentd 0.22.1 neither
 understands nor answers the former."""
-
-FileEnds: TypeAlias = "asyncio.Queue[Path | AgentGoneError | None]"
 
 HOST_CAPABILITIES = Capabilities.of(
     Capability.MOUSE_STATE,
@@ -137,11 +135,14 @@ class HostAgent:
         self._link: AgentLink | None = None
         self._asked = False
         self._away = False
-        self._ready = asyncio.Event()
-        self._replies: dict[int, deque[asyncio.Future[int]]] = {}
+        self._turned_away = False
+        self._last_end: str | None = None
+        self._closed = False
+        self._changed = asyncio.Event()
+        self._replies: dict[int, Replies[ReplyCall]] = {}
         self._files = FileSender()
         self._receiver: FileReceiver | None = None
-        self._file_ends: FileEnds | None = None
+        self._arrivals: Arrivals | None = None
         self._fetching = asyncio.Lock()
         self._clipboard = ClipboardChannel(
             Side.HOST,
@@ -150,16 +151,25 @@ class HostAgent:
             on_trouble=lambda error: self._emit(AgentTrouble(error)),
             most=max_clipboard,
         )
-        self._grabbed = asyncio.Event()
 
     def protocol_factory(self) -> asyncio.Protocol:
         """A protocol for one connection of the channel."""
         return AgentLink(Side.HOST, self)
 
     async def close(self) -> None:
-        """Close the channel, and end what still runs on it."""
-        if self._link is not None:
-            self._link.close()
+        """Close the channel for good, and end all that waits for something on it.
+
+        Methods that wait raise AgentGoneError, and iterations over events end.
+        """
+        self._closed = True
+        link, self._link = self._link, None
+        if link is not None:
+            link.close()
+            self._agent_left()
+            self._emit(AgentGone())
+        for stream in self._streams:
+            stream.end()
+        self._notify()
         await self._clipboard.close()
 
     # --- what one can do
@@ -167,34 +177,55 @@ class HostAgent:
     def events(self) -> EventStream:
         """Events from now on, to iterate over inside ``with``; any number at once.
 
-        An iterator that lags EVENTS_MAX events behind loses the oldest.
+        An iterator that lags EVENTS_MAX events or EVENTS_BYTES behind loses the oldest. It ends
+        when the agent is closed.
         """
-        return EventStream(self._streams)
+        stream = EventStream(self._streams)
+        if self._closed:
+            stream.end()
+        return stream
 
     async def wait_ready(self, timeout: float | None = None) -> Capabilities:
         """Wait until an agent has announced itself, and return its capabilities.
 
-        Raises AgentTimeoutError, which says how far it got.
+        Raises AgentTimeoutError, which says how far it got, and AgentGoneError if the agent is
+        closed or who shares it takes no more clients.
         """
         seconds = self._timeout if timeout is None else timeout
         try:
             async with asyncio.timeout(seconds):
-                await self._ready.wait()
+                while self.capabilities is None:
+                    self._check_open()
+                    await self._changed.wait()
+                return self.capabilities
         except TimeoutError:
-            how = "nobody opened the channel" if self._link is None else "it is open but silent"
-            if self._away:
-                how = "who shares the channel has none at the moment"
-            raise AgentTimeoutError(f"no SPICE agent within {seconds:g} s: {how}") from None
-        assert self.capabilities is not None
-        return self.capabilities
+            raise AgentTimeoutError(
+                f"no SPICE agent within {seconds:g} s: {self._how_far()}"
+            ) from None
+
+    def _how_far(self) -> str:
+        if self._away:
+            return "who shares the channel has none at the moment"
+        if self._link is not None:
+            return "it is open but silent"
+        if self._last_end is None:
+            return "nobody opened the channel"
+        return f"the channel was closed at its other end{self._last_end}"
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise AgentGoneError("the agent was closed")
+        if self._turned_away:
+            raise AgentGoneError("who shares the agent takes no more clients")
 
     async def set_monitors(
         self, monitors: Sequence[Monitor], *, timeout: float | None = None
     ) -> None:
         """Ask the guest for these monitors, and wait for its REPLY.
 
-        Positions count unless all of several monitors have none. Raises AgentRefusedError if the
-        agent could not, AgentUnsupportedError, AgentTimeoutError, AgentGoneError.
+        Positions count unless all of several monitors have none. While the agent has not answered
+        the monitors before, these wait for up to REPLY_WAIT seconds more. Raises AgentRefusedError
+        if the agent could not, AgentUnsupportedError, AgentTimeoutError, AgentGoneError.
         """
         link = self._need(Capability.MONITORS_CONFIG)
         flags = MonitorsFlag.USE_POS
@@ -202,11 +233,12 @@ class HostAgent:
             flags = MonitorsFlag(0)
         seconds = self._timeout if timeout is None else timeout
         config = MonitorsConfig(tuple(monitors), flags)
+        call = ReplyCall()
         if any(m.width_mm or m.height_mm for m in monitors):
             sized = MonitorsConfig(config.monitors, flags | MonitorsFlag.PHYSICAL_SIZE)
             with contextlib.suppress(AgentTimeoutError):
-                return await self._call(link, sized, min(seconds, PHYSICAL_SIZE_WAIT))
-        return await self._call(link, config, seconds)
+                return await self._ask(link, call, sized, min(seconds, PHYSICAL_SIZE_WAIT))
+        return await self._ask(link, call, config, seconds)
 
     async def set_clipboard(
         self, content: str | bytes | Offer, selection: int = Selection.CLIPBOARD
@@ -282,12 +314,16 @@ class HostAgent:
     async def wait_clipboard(
         self, selection: int = Selection.CLIPBOARD, *, timeout: float | None = None
     ) -> tuple[int, ...]:
-        """Wait until the guest owns a clipboard, and return its types. Raises AgentTimeoutError."""
+        """Wait until the guest owns a clipboard, and return its types.
+
+        Raises AgentTimeoutError, and AgentGoneError as :meth:`wait_ready`.
+        """
         seconds = self._timeout if timeout is None else timeout
         try:
             async with asyncio.timeout(seconds):
                 while not self.clipboard_types(selection):
-                    await self._grabbed.wait()
+                    self._check_open()
+                    await self._changed.wait()
         except TimeoutError:
             raise AgentTimeoutError(
                 f"nothing in the guest took the clipboard within {seconds:g} s"
@@ -327,7 +363,8 @@ class HostAgent:
 
         Only agents that announce FILES_FROM_GUEST send files, among them the embedded guest's.
         Names are made safe, and no file that exists is overwritten; ``timeout`` is for each file.
-        Raises FileTransferError if not all of them came, besides what get_clipboard_data raises.
+        Raises FileTransferError if not all of them came, besides what get_clipboard_data raises;
+        then, and if it is cancelled, those that came are removed again.
         """
         link = self._need()
         if not (self._has(FILES_FROM_GUEST) and FILES_FROM_GUEST in self._announced):
@@ -336,19 +373,20 @@ class HostAgent:
             )
         seconds = self._timeout if timeout is None else timeout
         async with self._fetching:
-            ended: FileEnds = asyncio.Queue()
-            self._file_ends = ended
-            self._receiver = FileReceiver(directory, link.post, ended.put_nowait)
+            self._arrivals = arrivals = Arrivals()
+            self._receiver = FileReceiver(directory, link.post, arrivals.ended)
             self._receiver.detailed = True
             try:
                 data = await self.get_clipboard_data(
                     ClipboardType.FILE_LIST, selection, timeout=timeout
                 )
-                count = len(FileList.unpack(data).paths)
-                return await _all_files(ended, count, seconds)
+                return await arrivals.all(len(FileList.unpack(data).paths), seconds)
+            except BaseException:
+                arrivals.remove()
+                raise
             finally:
                 self._receiver.cancel_all()
-                self._receiver = self._file_ends = None
+                self._receiver = self._arrivals = None
 
     async def send(self, message: Message) -> None:
         """Send any message as it is. Raises AgentGoneError."""
@@ -392,25 +430,30 @@ class HostAgent:
         assert self.capabilities is not None
         need_clipboard(self.capabilities, selection)
 
-    async def _call(self, link: AgentLink, message: Message, timeout: float) -> None:
-        """Send a message that the agent answers with REPLY, and wait for that if it sends any."""
-        await link.send(message)
+    async def _ask(
+        self, link: AgentLink, call: ReplyCall, message: Message, timeout: float
+    ) -> None:
+        """Send a message that the agent answers with REPLY, and wait for that if it sends any.
+
+        An answer to an earlier message of the same call counts for this one as well.
+        """
         if not self._has(Capability.REPLY):
+            await link.send(message)
             return
         kind = message.type_number
-        waiting = self._replies.setdefault(kind, deque())
-        reply: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        waiting.append(reply)
-        try:
+
+        async def send() -> None:
             async with asyncio.timeout(timeout):
-                error = await reply
+                await link.send(message)
+
+        try:
+            await self._replies.setdefault(kind, Replies()).ask(call, send)
+            async with asyncio.timeout(timeout):
+                error = await asyncio.shield(call.reply)
         except TimeoutError:
             raise AgentTimeoutError(
                 f"the agent did not answer {message_name(kind)} within {timeout:g} s"
             ) from None
-        finally:
-            if reply in waiting:
-                waiting.remove(reply)
         if error != ReplyError.SUCCESS:
             raise AgentRefusedError(f"the agent failed to do {message_name(kind)} (error {error})")
 
@@ -429,38 +472,42 @@ class HostAgent:
         link.post(AnnounceCapabilities(True, self._announced))
 
     def _fail_replies(self, why: str) -> None:
-        for waiting in self._replies.values():
-            for reply in waiting:
-                if not reply.done():
-                    reply.set_exception(AgentGoneError(f"{why} before it answered"))
-            waiting.clear()
+        for replies in self._replies.values():
+            for call in replies.clear():
+                call.fail(AgentGoneError(f"{why} before it answered"))
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     # --- LinkOwner
 
     def link_up(self, link: AgentLink) -> None:
+        if self._closed:
+            link.close()
+            return
         if self._link is not link:
             if self._link is not None:
                 self._link.fail(AgentError("another connection took over the agent channel"))
             self._link = link
-            self._away = False
+            self._away = self._turned_away = False
             self.capabilities = None
-            self._ready.clear()
         self._begin_session(link)
 
     def link_down(self, link: AgentLink, reason: Exception | None) -> None:
         if link is not self._link:
             return
         self._link = None
+        self._last_end = f": {reason}" if reason else ""
         self._agent_left()
         self._emit(AgentGone(str(reason) if reason else ""))
 
     def _agent_left(self) -> None:
         self.capabilities = None
-        self._ready.clear()
         self._clipboard.end_session()
         self._files.end_session("the agent went away")
-        if self._receiver is not None and self._file_ends is not None:
-            self._file_ends.put_nowait(AgentGoneError("the agent went away with files missing"))
+        if self._receiver is not None and self._arrivals is not None:
+            self._arrivals.agent_left()
             self._receiver.cancel_all()
         self._fail_replies("the agent went away")
 
@@ -507,7 +554,11 @@ class HostAgent:
             was_there = self.capabilities is not None
             self._asked = False
             self._away = True
+            self._turned_away = AGENT_FULL in message.capabilities
             self._agent_left()
+            if self._turned_away:
+                link.close()
+            self._notify()
             if was_there:
                 self._emit(AgentGone("", closed=False))
             return
@@ -520,14 +571,13 @@ class HostAgent:
             link.post(AnnounceCapabilities(False, self._announced))
         else:
             self._asked = False
-        self._ready.set()
+        self._notify()
         if not self._clipboard.announced or before != message.capabilities:
             self._emit(AgentReady(message.capabilities))
         self._clipboard.announce()
 
     def _took_grab(self, selection: int, types: tuple[int, ...]) -> None:
-        self._grabbed.set()  # wakes those who wait now
-        self._grabbed.clear()
+        self._notify()
         self._emit(ClipboardGrabbed(selection, types))
 
     def _took_status(self, status: FileXferStatus) -> None:
@@ -541,30 +591,9 @@ class HostAgent:
             self._emit(AgentTrouble(error))
 
     def _took_reply(self, message: Reply) -> None:
-        waiting = self._replies.get(message.to)
-        if waiting:
-            reply = waiting.popleft()
-            if not reply.done():
-                reply.set_result(message.error)
-        else:
+        replies = self._replies.get(message.to)
+        call = replies.answered() if replies is not None else None
+        if call is None:
             self._emit(OtherMessage(message))
-
-
-async def _all_files(ended: FileEnds, count: int, timeout: float) -> list[Path]:
-    """Wait for the ends of ``count`` transfers."""
-    files = []
-    for number in range(count):
-        try:
-            async with asyncio.timeout(timeout):
-                path = await ended.get()
-        except TimeoutError:
-            raise AgentTimeoutError(
-                f"file {number + 1} of {count} did not come from the guest within {timeout:g} s"
-            ) from None
-        if isinstance(path, AgentGoneError):
-            raise path
-        if path is not None:
-            files.append(path)
-    if len(files) < count:
-        raise FileTransferError(f"{count - len(files)} of {count} files did not come")
-    return files
+        elif not call.reply.done():
+            call.reply.set_result(message.error)

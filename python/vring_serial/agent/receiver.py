@@ -41,12 +41,15 @@ _GLIB_INVALID_FILENAME = 10
 def safe_name(name: str) -> str:
     """A file name for what a sender calls ``name``: its last component without control characters.
 
-    Returns "" if nothing is left that could be a name.
+    A name that would be hidden, or look like an option, begins with ``_`` instead, as browsers have
+    it. Returns "" if nothing is left that could be a name.
     """
     last = name.replace("\\", "/").rsplit("/", 1)[-1]
     cleaned = "".join(c for c in last if c.isprintable()).strip()
     if cleaned in ("", ".", ".."):
         return ""
+    if cleaned[0] in ".-":
+        cleaned = "_" + cleaned[1:]
     stem, dot, suffix = cleaned.rpartition(".")
     if not stem or len(suffix.encode()) > 16:
         stem, dot, suffix = cleaned, "", ""

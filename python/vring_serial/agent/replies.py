@@ -1,4 +1,7 @@
-"""To whom the agent's REPLYs belong, which do not say it themselves."""
+"""Matches each answer of the other end to whoever asked, since the answers carry no id.
+
+It serves REPLYs, at a host's end and in the router, and clipboard data.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,21 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
+from vring_serial.agent.errors import AgentGoneError
+
 Asker = TypeVar("Asker")
 
 REPLY_WAIT = 2.0
-"""Seconds for a REPLY, before those of others may be asked for. An agent answers at once or not at
-all: spice-vdagentd 0.22.1 says nothing to monitors that it does not understand."""
+"""Seconds for an answer, before the next may be asked for. An agent answers at once or not at all:
+spice-vdagentd 0.22.1 says nothing to monitors that it does not understand."""
 
 
 class Replies(Generic[Asker]):
-    """Who has asked for a REPLY to messages of one type, in order.
+    """Who has asked for an answer to messages of one kind, in order.
 
-    One asker after another: a REPLY would else be taken for the answer to an earlier message that
-    the agent has no answer to.
+    One asker after another: an answer would else be taken for that to an earlier message which the
+    other end has not answered. An asker that stops waiting is still owed its answer, until
+    REPLY_WAIT is over.
     """
 
     def __init__(self) -> None:
@@ -32,7 +38,7 @@ class Replies(Generic[Asker]):
         return len(self._owed)
 
     async def ask(self, asker: Asker, send: Callable[[], Awaitable[None]]) -> None:
-        """Send a message once the agent owes nobody else a REPLY, or has been silent for too long.
+        """Send a message once nobody else is owed an answer, or the other end is silent too long.
 
         Raises what ``send`` raises; who fails or leaves before it is done has asked nothing.
         """
@@ -40,6 +46,11 @@ class Replies(Generic[Asker]):
             await self._turn(asker)
             await send()
             self._owed.append((asker, time.monotonic()))
+
+    @property
+    def next(self) -> Asker | None:
+        """Who is owed the next answer."""
+        return self._owed[0][0] if self._owed else None
 
     async def _turn(self, asker: Asker) -> None:
         while True:
@@ -56,13 +67,30 @@ class Replies(Generic[Asker]):
             self._owed.popleft()
 
     def answered(self) -> Asker | None:
-        """A REPLY came; returns whose it is."""
+        """An answer came; returns whose it is."""
         self._changed.set()
         return self._owed.popleft()[0] if self._owed else None
 
     def clear(self) -> list[Asker]:
-        """The agent owes nothing any more; returns those that it leaves without an answer."""
+        """Nothing is owed any more; returns those that are left without an answer."""
         self._changed.set()
         left = [asker for asker, _ in self._owed]
         self._owed.clear()
         return left
+
+
+class ReplyCall:
+    """An asker that waits for one REPLY, or has stopped waiting for it.
+
+    Attributes:
+        reply: the error number that it says.
+    """
+
+    def __init__(self) -> None:
+        self.reply: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    def fail(self, error: AgentGoneError) -> None:
+        """There will be none."""
+        if not self.reply.done():
+            self.reply.set_exception(error)
+            self.reply.exception()  # it may be that nobody is waiting at this moment

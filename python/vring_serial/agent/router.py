@@ -13,6 +13,10 @@ the same one, and a client that leaves ends its own transfers only. Answers go t
 the filter forbids passes in neither direction. What a client says on the server's chunk port
 reaches the agent there, except that its client left: that concerns nobody else.
 
+No end waits for the slowest of the others: what is long is received whole before it is passed on,
+of states only the last is told, and a client that keeps the agent's channel from being read is
+given up (decision 13).
+
 When the agent goes, clients keep their channel and are told so: AGENT_AWAY is announced, and the
 agent's capabilities again once it is back. A SPICE server is disconnected and connected instead,
 which is how it knows that.
@@ -24,8 +28,8 @@ import asyncio
 import logging
 import socket
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from vring_serial.agent.body import FanOut
 from vring_serial.agent.clipboard import ANY_SIZE, ClipboardChannel, ForwardedSource, Offer
 from vring_serial.agent.errors import AgentError, AgentGoneError
 from vring_serial.agent.events import (
@@ -44,9 +48,11 @@ from vring_serial.agent.link import AgentLink, BodySink
 from vring_serial.agent.relay import DataPieces, Passing
 from vring_serial.agent.replies import Replies
 from vring_serial.agent.router_client import ANSWER_TIMEOUT, RouterClient
+from vring_serial.agent.spool import Spool, SpoolRoom
 from vring_serial.callbacks import tell
 from vring_serial.proto.agent import (
     AGENT_AWAY,
+    AGENT_FULL,
     FILES_FROM_GUEST,
     AgentFilter,
     AgentProtocolError,
@@ -88,6 +94,16 @@ _ANSWERED = (MessageType.MONITORS_CONFIG, MessageType.DISPLAY_CONFIG)
 _LAYOUT = (Capability.CLIPBOARD_SELECTION, Capability.CLIPBOARD_GRAB_SERIAL)
 
 
+@dataclass(slots=True)
+class _Transfer:
+    """A file from a client to the agent: whose, the client's number, and how far it has come."""
+
+    client: RouterClient
+    number: int
+    is_offered: bool = False
+    is_admitted: bool = False
+
+
 class AgentRouter:
     """Shares one agent between clients.
 
@@ -103,6 +119,7 @@ class AgentRouter:
     Attributes:
         capabilities: what the agent announced, after the filter, or None while there is none.
         clients: those that are connected.
+        turned_away: those that found no room, while they are told so.
         guest_files: the transfers that the guest began.
     """
 
@@ -116,6 +133,7 @@ class AgentRouter:
         self.filter = filter
         self.capabilities: Capabilities | None = None
         self.clients: list[RouterClient] = []
+        self.turned_away: set[RouterClient] = set()
         self.guest_files = GuestFiles(self._post_status)
         self._announced = filter.rewrite(capabilities)
         self._on_event = on_event
@@ -125,7 +143,8 @@ class AgentRouter:
         self._replies: dict[tuple[int, int], Replies[RouterClient | None]] = {
             (port, kind): Replies() for port in ChunkPort for kind in _ANSWERED
         }
-        self._transfers: dict[int, tuple[RouterClient, int]] = {}
+        self._transfers: dict[int, _Transfer] = {}
+        self._room = SpoolRoom()
         self._last_id = 0
         self._servers: list[asyncio.Task[None]] = []
         self._agent_there = asyncio.Event()
@@ -140,7 +159,7 @@ class AgentRouter:
 
     def protocol_factory(self) -> asyncio.Protocol:
         """A protocol for one connection to the agent; a new one replaces the one before."""
-        return AgentLink(Side.HOST, self)
+        return AgentLink(Side.HOST, self, is_patient=True)
 
     def client_factory(self) -> asyncio.Protocol:
         """A protocol for one connection of a client, to which the router is the agent."""
@@ -183,6 +202,8 @@ class AgentRouter:
         for client in list(self.clients):
             client.link.close()
             await client.close()
+        for client in list(self.turned_away):
+            client.link.close()
         await self.clipboard.close()
 
     # --- SPICE servers
@@ -233,11 +254,34 @@ class AgentRouter:
 
     def client_came(self, client: RouterClient) -> bool:
         """Whether the client is admitted; it is told of the agent if there is one."""
-        if len(self.clients) >= CLIENTS_MAX or (client.is_server and self._link is None):
+        if client.is_server and self._link is None:
+            return False
+        if len(self.clients) >= CLIENTS_MAX and not self._make_room():
             return False
         self.clients.append(client)
         self.introduce(client, request=True)
         return True
+
+    def may_linger(self, client: RouterClient) -> bool:
+        """Whether a client that found no room may stay until it has read that."""
+        if len(self.turned_away) >= CLIENTS_MAX:
+            return False
+        self.turned_away.add(client)
+        return True
+
+    def _make_room(self) -> bool:
+        """End the oldest client that hung up or never sent a message; return whether one did."""
+        for client in self.clients:
+            if client.link.has_hung_up:
+                why = "it hung up"
+            elif not client.has_spoken and not client.is_server:
+                why = "it said nothing, and others came"
+            else:
+                continue
+            client.link.fail(AgentError(why))
+            self.client_left(client)
+            return True
+        return False
 
     def introduce(self, client: RouterClient, *, request: bool) -> None:
         """Tell a client what the agent can do, or that there is none."""
@@ -248,55 +292,98 @@ class AgentRouter:
 
     def client_left(self, client: RouterClient) -> None:
         """Forget the client; what it had begun is ended, what others do is not touched."""
-        self.clients.remove(client)
-        self.session_ended(client)
+        if client in self.clients:
+            self.clients.remove(client)
+            self.session_ended(client)
 
     def session_ended(self, client: RouterClient) -> None:
         """End what the client had begun."""
-        for number, (owner, _) in list(self._transfers.items()):
-            if owner is client:
+        for number, transfer in list(self._transfers.items()):
+            if transfer.client is client:
                 self._end_transfer(number)
-                self._post_status(FileXferStatus(number, FileXferResult.CANCELLED))
+                if transfer.is_offered:
+                    self._post_status(FileXferStatus(number, FileXferResult.CANCELLED))
         self.guest_files.client_left(client)
 
     def _post_status(self, status: FileXferStatus) -> None:
         if self._link is not None:
             self._link.post(status)
 
+    def spool(
+        self,
+        head: UnknownMessage,
+        size: int,
+        port: ChunkPort,
+        take: Callable[[Passing], None],
+        *,
+        idle: float | None,
+    ) -> BodySink | None:
+        """Keep a long message that arrives; ``take`` gets it when it is whole."""
+
+        def ended(error: AgentError | None) -> None:
+            if error is None:
+                take(Passing(head, port, spool))
+            else:
+                self.emit(AgentTrouble(error))
+                spool.close()
+
+        try:
+            what = f"a message of type {head.type}"
+            spool = Spool(self._room, size, what, ended, idle=idle)
+        except AgentError as error:
+            self.emit(AgentTrouble(error))
+            return None
+        return spool
+
     async def to_agent(self, client: RouterClient, passing: Passing) -> None:
         """Send a client's message to the agent, when the agent takes it."""
         message = passing.message
         if self._link is None or self.capabilities is None:
             client.refuse(message, passing.port)
-            passing.drop()
             return
-        if isinstance(message, (FileXferStart, FileXferData, FileXferStatus)):
+        link = self._link
+        if isinstance(message, FileXferStart):
+            await self._start_transfer(link, client, message)
+            return
+        if isinstance(message, (FileXferData, FileXferStatus)):
             renumbered = self._renumber(client, message)
             if renumbered is None:
                 return
             passing = Passing(renumbered)
         replies = self._replies.get((passing.port, message.type_number))
-        link = self._link
         if replies is None or Capability.REPLY not in self.capabilities:
-            await passing.send(link, ANSWER_TIMEOUT)
+            await passing.send(link)
         elif len(replies) < REPLIES_MAX:
-            await replies.ask(client, lambda: passing.send(link, ANSWER_TIMEOUT))
+            await replies.ask(client, lambda: passing.send(link))
         else:
             client.refuse(message, passing.port)
 
+    async def _start_transfer(
+        self, link: AgentLink, client: RouterClient, message: FileXferStart
+    ) -> None:
+        """Offer a client's file to the agent under a number of our own.
+
+        The agent is told of the end only of those transfers that it knows.
+        """
+        if message.id in client.transfers or len(client.transfers) >= CLIENT_TRANSFERS_MAX:
+            client.link.post(FileXferStatus(message.id, FileXferResult.ERROR))
+            return
+        self._last_id = number = self._last_id % (FROM_GUEST - 1) + 1
+        client.transfers[message.id] = number
+        self._transfers[number] = transfer = _Transfer(client, message.id)
+        try:
+            await link.send(FileXferStart(number, message.info))
+        except BaseException:
+            if self._transfers.get(number) is transfer:
+                self._end_transfer(number)
+            raise
+        transfer.is_offered = True
+
     def _renumber(
-        self, client: RouterClient, message: FileXferStart | FileXferData | FileXferStatus
-    ) -> FileXferStart | FileXferData | FileXferStatus | None:
+        self, client: RouterClient, message: FileXferData | FileXferStatus
+    ) -> FileXferData | FileXferStatus | None:
         """The message with the router's number for the transfer; None if there is none."""
         number = client.transfers.get(message.id)
-        if isinstance(message, FileXferStart):
-            if number is not None or len(client.transfers) >= CLIENT_TRANSFERS_MAX:
-                client.link.post(FileXferStatus(message.id, FileXferResult.ERROR))
-                return None
-            self._last_id = number = self._last_id % (FROM_GUEST - 1) + 1
-            client.transfers[message.id] = number
-            self._transfers[number] = (client, message.id)
-            return FileXferStart(number, message.info)
         if number is None:
             if isinstance(message, FileXferStatus):
                 self.guest_files.from_client(client, message)
@@ -307,8 +394,8 @@ class AgentRouter:
         return FileXferStatus(number, message.result, message.detail)
 
     def _end_transfer(self, number: int) -> None:
-        client, theirs = self._transfers.pop(number)
-        del client.transfers[theirs]
+        transfer = self._transfers.pop(number)
+        del transfer.client.transfers[transfer.number]
 
     # --- clipboards
 
@@ -330,13 +417,17 @@ class AgentRouter:
         client: RouterClient | None,
     ) -> Offer:
         """What one end owns, for another, which is the agent if it is no client."""
-        offer = {kind: ForwardedSource(owner, selection, kind, ANSWER_TIMEOUT) for kind in types}
+        offer: dict[int, ForwardedSource] = {
+            kind: ForwardedSource(owner, selection, kind, ANSWER_TIMEOUT, self._room)
+            for kind in types
+        }
         if owner is self.clipboard and client is not None and ClipboardType.FILE_LIST in offer:
             offer[ClipboardType.FILE_LIST] = GuestFileList(
                 owner,
                 selection,
                 ClipboardType.FILE_LIST,
                 ANSWER_TIMEOUT,
+                self._room,
                 self.guest_files,
                 client,
             )
@@ -384,9 +475,9 @@ class AgentRouter:
                 if client is not None:
                     client.link.post(Reply(kind, ReplyError.ERROR), ChunkPort(port))
         for number in list(self._transfers):
-            client, theirs = self._transfers[number]
+            transfer = self._transfers[number]
             self._end_transfer(number)
-            client.link.post(FileXferStatus(theirs, FileXferResult.CANCELLED))
+            transfer.client.link.post(FileXferStatus(transfer.number, FileXferResult.CANCELLED))
         self.guest_files.guest_left()
 
     def link_down(self, link: AgentLink, reason: Exception | None) -> None:
@@ -436,6 +527,16 @@ class AgentRouter:
                 for client in self.clients:
                     client.relay.put(link, Passing(message))
 
+    def _pass_to_clients(self, passing: Passing) -> None:
+        """A long message from the agent is whole."""
+        assert passing.body is not None
+        if self._link is not None:
+            for client in list(self.clients):
+                if client.is_server or passing.port == ChunkPort.CLIENT:
+                    shared = Passing(passing.message, passing.port, passing.body.share())
+                    client.relay.put(self._link, shared)
+        passing.close()
+
     def _took_reply(self, port: ChunkPort, message: Reply) -> None:
         client = self._replies[port, message.to].answered()
         if client is not None:
@@ -455,8 +556,7 @@ class AgentRouter:
         if link is not self._link or not self.filter.passes(head.type_number):
             return None
         if isinstance(head, UnknownMessage):
-            takers = [c for c in self.clients if c.is_server or port == ChunkPort.CLIENT]
-            return FanOut([c.relay.put_body(link, ChunkPort(port), head, size) for c in takers])
+            return self.spool(head, size, ChunkPort(port), self._pass_to_clients, idle=None)
         if port == ChunkPort.SERVER:
             return None
         if isinstance(head, Clipboard):
@@ -474,7 +574,9 @@ class AgentRouter:
         else:
             self._asked = False
         before = self.capabilities
-        self.capabilities = self.filter.rewrite(message.capabilities).without(AGENT_AWAY)
+        self.capabilities = self.filter.rewrite(message.capabilities).without(
+            AGENT_AWAY, AGENT_FULL
+        )
         if not self.filter.file_xfer:
             self.capabilities = self.capabilities.without(FILES_FROM_GUEST)
         elif FILES_FROM_GUEST in self.capabilities and FILES_FROM_GUEST not in self._announced:
@@ -490,7 +592,10 @@ class AgentRouter:
     def _took_status(self, status: FileXferStatus) -> None:
         if self.guest_files.from_guest(status) or status.id not in self._transfers:
             return
-        client, theirs = self._transfers[status.id]
+        transfer = self._transfers[status.id]
         if status.result != FileXferResult.CAN_SEND_DATA:
             self._end_transfer(status.id)
-        client.status(FileXferStatus(theirs, status.result, status.detail))
+        elif transfer.is_admitted:
+            return  # it has been told
+        transfer.is_admitted = True
+        transfer.client.status(FileXferStatus(transfer.number, status.result, status.detail))

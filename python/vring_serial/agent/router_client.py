@@ -11,6 +11,8 @@ from vring_serial.agent.events import AgentTrouble
 from vring_serial.agent.link import AgentLink, BodySink
 from vring_serial.agent.relay import DataPieces, Passing, Relay
 from vring_serial.proto.agent import (
+    AGENT_AWAY,
+    AGENT_FULL,
     FILES_FROM_GUEST,
     AgentProtocolError,
     AnnounceCapabilities,
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
 
 CLIENT_STALL = 30.0
 """Seconds for which a client may leave what it is sent unread, as in the SPICE server."""
+TURNED_AWAY_WAIT = 1.0
+"""Seconds for which a client that finds no room may read that it is so."""
 ANSWER_TIMEOUT = 30.0
 """Seconds for the owner of a clipboard to answer another end's request, and for the next part of a
 long message."""
@@ -59,6 +63,7 @@ class RouterClient:
         link: the connection, on which we are the agent.
         capabilities: what the client announced, or None.
         transfers: the client's numbers of transfers, and the router's for each.
+        has_spoken: a whole message came from it.
         relay: messages from the agent that may be many or long.
         gone: set when the connection has ended.
     """
@@ -69,14 +74,21 @@ class RouterClient:
         self.is_server = is_server
         self.capabilities: Capabilities | None = None
         self.transfers: dict[int, int] = {}
+        self.has_spoken = False
         self.gone = asyncio.Event()
         self._router = router
         self._admitted = False
+        self._last_told = Capabilities()
 
         def trouble(error: BaseException) -> None:
             router.emit(AgentTrouble(error))
 
-        self.relay = Relay(lambda passing: passing.send(self.link, ANSWER_TIMEOUT), trouble)
+        self.relay = Relay(
+            lambda passing: passing.send(self.link),
+            trouble,
+            taker=self.link,
+            is_shared=lambda: len(router.clients) > 1,
+        )
         self._forwarding = Relay(lambda passing: router.to_agent(self, passing), trouble)
         self.clipboard = ClipboardChannel(
             Side.GUEST,
@@ -95,10 +107,16 @@ class RouterClient:
     # --- what the router tells it
 
     def announce(self, capabilities: Capabilities, *, request: bool) -> None:
-        """Tell the client what the agent can do; to ask it for the same begins its session anew."""
+        """Tell the client what the agent can do; to ask it for the same begins its session anew.
+
+        Only the last of many announcements is sent.
+        """
         if request:
             self.clipboard.begin_session(self.link)
-        self.link.post(AnnounceCapabilities(request, capabilities))
+        self._last_told = capabilities
+        self.link.post_latest(
+            ("announce", request), lambda: AnnounceCapabilities(request, self._last_told)
+        )
 
     def status(self, status: FileXferStatus) -> None:
         """Tell how a transfer goes on, in the words that the client knows."""
@@ -132,7 +150,15 @@ class RouterClient:
         self.clipboard.begin_session(link)
         self._admitted = self._router.client_came(self)
         if not self._admitted:
-            link.fail(AgentError("the agent takes no more clients"))
+            self._turn_away()
+
+    def _turn_away(self) -> None:
+        """Say why, and leave the client a moment to read it: what it writes to a socket that is
+        closed would take that from it.
+        """
+        self.link.post(AnnounceCapabilities(False, Capabilities.of(AGENT_AWAY, AGENT_FULL)))
+        wait = TURNED_AWAY_WAIT if self._router.may_linger(self) else 0
+        asyncio.get_running_loop().call_later(wait, self.link.close)
 
     def link_down(self, link: AgentLink, reason: Exception | None) -> None:
         self.clipboard.end_session()
@@ -140,15 +166,26 @@ class RouterClient:
         # They may wait for an end that does not read, and clients come and go meanwhile.
         self._forwarding.stop()
         self.relay.stop()
+        self._router.turned_away.discard(self)
         if self._admitted:
+            if reason is not None:
+                self._router.emit(AgentTrouble(AgentError(f"a client was lost: {reason}")))
             self._router.client_left(self)
         self.gone.set()
 
     def link_message(
         self, link: AgentLink, port: int, message: TypedMessage | UnknownMessage
     ) -> None:
-        if not self._admitted or not self._router.filter.passes(message.type_number):
+        if not self._admitted:
             return
+        self.has_spoken = True
+        if self._router.filter.passes(message.type_number):
+            self._took(port, message)
+        agent = self._router.agent_link
+        if agent is not None:
+            agent.hold_while_crowded(link)
+
+    def _took(self, port: int, message: TypedMessage | UnknownMessage) -> None:
         if isinstance(message, ClientDisconnected):
             self._session_ended()
             return
@@ -170,11 +207,17 @@ class RouterClient:
     ) -> BodySink | None:
         if not self._admitted or not self._router.filter.passes(head.type_number):
             return None
+        self.has_spoken = True
         if isinstance(head, UnknownMessage):
-            return self._forwarding.put_body(link, ChunkPort(port), head, size)
+            return self._router.spool(
+                head, size, ChunkPort(port), self._take_long, idle=ANSWER_TIMEOUT
+            )
         if isinstance(head, Clipboard):
             return self.clipboard.took_head(head, size)
         return DataPieces(head.id, self._forward)
+
+    def _take_long(self, passing: Passing) -> None:
+        self._forwarding.put(self.link, passing)
 
     def link_trouble(self, link: AgentLink, error: AgentProtocolError) -> None:
         self._router.emit(AgentTrouble(error))

@@ -31,6 +31,9 @@ class StreamTransport(asyncio.Transport):
             self._link.pause_writing()
             self._draining = asyncio.ensure_future(self._drain())
 
+    def get_write_buffer_size(self) -> int:
+        return self._writer.transport.get_write_buffer_size()
+
     async def _drain(self) -> None:
         try:
             await self._writer.drain()

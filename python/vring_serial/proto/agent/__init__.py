@@ -23,6 +23,7 @@ from .connection import (
 )
 from .constants import (
     AGENT_AWAY,
+    AGENT_FULL,
     FILES_FROM_GUEST,
     Capability,
     ChunkPort,
@@ -78,6 +79,7 @@ __all__ = [
     "Capabilities",
     "Capability",
     "AGENT_AWAY",
+    "AGENT_FULL",
     "FILES_FROM_GUEST",
     "Layout",
     "capability_name",

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from .constants import AGENT_AWAY, FILES_FROM_GUEST, Capability
+from .constants import AGENT_AWAY, AGENT_FULL, FILES_FROM_GUEST, Capability
 
-_OURS = {FILES_FROM_GUEST: "FILES_FROM_GUEST", AGENT_AWAY: "AGENT_AWAY"}
+_OURS = {
+    FILES_FROM_GUEST: "FILES_FROM_GUEST",
+    AGENT_AWAY: "AGENT_AWAY",
+    AGENT_FULL: "AGENT_FULL",
+}
 
 
 @dataclass(frozen=True, slots=True)

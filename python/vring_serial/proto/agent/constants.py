@@ -102,6 +102,9 @@ agent follows its answer to a request for FILE_LIST with a transfer of each file
 AGENT_AWAY: Final = 62
 """Another of ours, from who shares an agent: there is none at the moment, but the channel stays."""
 
+AGENT_FULL: Final = 61
+"""With AGENT_AWAY: who shares an agent takes no more clients, and closes the channel."""
+
 
 class Selection(enum.IntEnum):
     """VD_AGENT_CLIPBOARD_SELECTION_*: which of X11's clipboards."""
