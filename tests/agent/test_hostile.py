@@ -184,7 +184,7 @@ def test_router(tmp_path, from_agent, from_client, from_server):
         )
         await router.close()
         assert not router.clients
-        assert not router._transfers
+        assert not router._transfers.open
         assert not router.guest_files._open
 
     run_without_failures(run())

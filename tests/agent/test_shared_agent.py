@@ -156,8 +156,8 @@ async def left_behind(bench, count):
         for number in range(128):
             client.send(FileXferStart(number, FileInfo("x", 1).pack()))
         clients.append(client)
-    await bench.until(lambda: len(bench.router._transfers) == count * 128)
-    await bench.until(lambda: all(t.is_offered for t in bench.router._transfers.values()))
+    await bench.until(lambda: len(bench.router._transfers.open) == count * 128)
+    await bench.until(lambda: all(t.is_offered for t in bench.router._transfers.open.values()))
     bench.router._link.pause_writing()
     for client in clients:
         await client.close()
@@ -187,7 +187,7 @@ async def test_clients_that_come_and_go_with_files_are_not_heard_of_by_a_paused_
     for _ in range(20):
         client = await greeted(bench)
         client.send(FileXferStart(1, FileInfo("x", 1).pack()))
-        await bench.until(lambda: bench.router._transfers)
+        await bench.until(lambda: bench.router._transfers.open)
         await client.close()
         await bench.until(lambda: not bench.router.clients)
     assert len(bench.router._link._queues[1]) == 128

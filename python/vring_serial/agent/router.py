@@ -28,7 +28,6 @@ import asyncio
 import logging
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from vring_serial.agent.clipboard import ANY_SIZE, ClipboardChannel, ForwardedSource, Offer
 from vring_serial.agent.errors import AgentError, AgentGoneError
@@ -41,7 +40,6 @@ from vring_serial.agent.events import (
     ClipboardReleased,
     OtherMessage,
 )
-from vring_serial.agent.files import FROM_GUEST
 from vring_serial.agent.guest_files import GuestFileList, GuestFiles
 from vring_serial.agent.host import HOST_CAPABILITIES
 from vring_serial.agent.link import AgentLink, BodySink
@@ -49,6 +47,7 @@ from vring_serial.agent.relay import DataPieces, Passing
 from vring_serial.agent.replies import Replies
 from vring_serial.agent.router_client import ANSWER_TIMEOUT, RouterClient
 from vring_serial.agent.spool import Spool, SpoolRoom
+from vring_serial.agent.transfers import ClientTransfers
 from vring_serial.callbacks import tell
 from vring_serial.proto.agent import (
     AGENT_AWAY,
@@ -66,7 +65,6 @@ from vring_serial.proto.agent import (
     ClipboardRequest,
     ClipboardType,
     FileXferData,
-    FileXferResult,
     FileXferStart,
     FileXferStatus,
     Message,
@@ -83,8 +81,6 @@ log = logging.getLogger(__name__)
 
 CLIENTS_MAX = 64
 """Clients at once; more are turned away."""
-CLIENT_TRANSFERS_MAX = 128
-"""Transfers of one client at once, as many as a Linux agent takes."""
 REPLIES_MAX = 256
 """REPLYs of the agent that may be outstanding."""
 SERVER_RETRY = 1.0
@@ -92,16 +88,6 @@ SERVER_RETRY = 1.0
 
 _ANSWERED = (MessageType.MONITORS_CONFIG, MessageType.DISPLAY_CONFIG)
 _LAYOUT = (Capability.CLIPBOARD_SELECTION, Capability.CLIPBOARD_GRAB_SERIAL)
-
-
-@dataclass(slots=True)
-class _Transfer:
-    """A file from a client to the agent: whose, the client's number, and how far it has come."""
-
-    client: RouterClient
-    number: int
-    is_offered: bool = False
-    is_admitted: bool = False
 
 
 class AgentRouter:
@@ -143,9 +129,8 @@ class AgentRouter:
         self._replies: dict[tuple[int, int], Replies[RouterClient | None]] = {
             (port, kind): Replies() for port in ChunkPort for kind in _ANSWERED
         }
-        self._transfers: dict[int, _Transfer] = {}
+        self._transfers = ClientTransfers(self._post_status)
         self._room = SpoolRoom()
-        self._last_id = 0
         self._servers: list[asyncio.Task[None]] = []
         self._agent_there = asyncio.Event()
         self._closed = False
@@ -298,11 +283,7 @@ class AgentRouter:
 
     def session_ended(self, client: RouterClient) -> None:
         """End what the client had begun."""
-        for number, transfer in list(self._transfers.items()):
-            if transfer.client is client:
-                self._end_transfer(number)
-                if transfer.is_offered:
-                    self._post_status(FileXferStatus(number, FileXferResult.CANCELLED))
+        self._transfers.client_left(client)
         self.guest_files.client_left(client)
 
     def _post_status(self, status: FileXferStatus) -> None:
@@ -343,11 +324,13 @@ class AgentRouter:
             return
         link = self._link
         if isinstance(message, FileXferStart):
-            await self._start_transfer(link, client, message)
+            await self._transfers.start(link, client, message)
             return
         if isinstance(message, (FileXferData, FileXferStatus)):
-            renumbered = self._renumber(client, message)
+            renumbered = self._transfers.renumber(client, message)
             if renumbered is None:
+                if isinstance(message, FileXferStatus):
+                    self.guest_files.from_client(client, message)
                 return
             passing = Passing(renumbered)
         replies = self._replies.get((passing.port, message.type_number))
@@ -357,45 +340,6 @@ class AgentRouter:
             await replies.ask(client, lambda: passing.send(link))
         else:
             client.refuse(message, passing.port)
-
-    async def _start_transfer(
-        self, link: AgentLink, client: RouterClient, message: FileXferStart
-    ) -> None:
-        """Offer a client's file to the agent under a number of our own.
-
-        The agent is told of the end only of those transfers that it knows.
-        """
-        if message.id in client.transfers or len(client.transfers) >= CLIENT_TRANSFERS_MAX:
-            client.link.post(FileXferStatus(message.id, FileXferResult.ERROR))
-            return
-        self._last_id = number = self._last_id % (FROM_GUEST - 1) + 1
-        client.transfers[message.id] = number
-        self._transfers[number] = transfer = _Transfer(client, message.id)
-        try:
-            await link.send(FileXferStart(number, message.info))
-        except BaseException:
-            if self._transfers.get(number) is transfer:
-                self._end_transfer(number)
-            raise
-        transfer.is_offered = True
-
-    def _renumber(
-        self, client: RouterClient, message: FileXferData | FileXferStatus
-    ) -> FileXferData | FileXferStatus | None:
-        """The message with the router's number for the transfer; None if there is none."""
-        number = client.transfers.get(message.id)
-        if number is None:
-            if isinstance(message, FileXferStatus):
-                self.guest_files.from_client(client, message)
-            return None
-        if isinstance(message, FileXferData):
-            return FileXferData(number, message.data)
-        self._end_transfer(number)
-        return FileXferStatus(number, message.result, message.detail)
-
-    def _end_transfer(self, number: int) -> None:
-        transfer = self._transfers.pop(number)
-        del transfer.client.transfers[transfer.number]
 
     # --- clipboards
 
@@ -474,10 +418,7 @@ class AgentRouter:
             for client in replies.clear():
                 if client is not None:
                     client.link.post(Reply(kind, ReplyError.ERROR), ChunkPort(port))
-        for number in list(self._transfers):
-            transfer = self._transfers[number]
-            self._end_transfer(number)
-            transfer.client.link.post(FileXferStatus(transfer.number, FileXferResult.CANCELLED))
+        self._transfers.agent_left()
         self.guest_files.guest_left()
 
     def link_down(self, link: AgentLink, reason: Exception | None) -> None:
@@ -590,12 +531,5 @@ class AgentRouter:
                 client.announce(self.capabilities, request=True)
 
     def _took_status(self, status: FileXferStatus) -> None:
-        if self.guest_files.from_guest(status) or status.id not in self._transfers:
-            return
-        transfer = self._transfers[status.id]
-        if status.result != FileXferResult.CAN_SEND_DATA:
-            self._end_transfer(status.id)
-        elif transfer.is_admitted:
-            return  # it has been told
-        transfer.is_admitted = True
-        transfer.client.status(FileXferStatus(transfer.number, status.result, status.detail))
+        if not self.guest_files.from_guest(status):
+            self._transfers.took_status(status)
