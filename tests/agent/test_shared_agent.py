@@ -288,19 +288,19 @@ async def test_a_client_that_is_alone_may_read_as_slowly_as_it_likes(
 
 
 async def test_a_client_that_takes_enough_is_not_given_up(make_bench, make_file, monkeypatch):
-    monkeypatch.setattr(relay_module, "HOLD_SECONDS", 0.05)
+    monkeypatch.setattr(relay_module, "HOLD_SECONDS", 1.0)
     monkeypatch.setattr(relay_module, "HOLD_BYTES", 1)
     bench = await make_bench()
-    bench.guest.copy_files([make_file("long", 4 * MIB)])
+    bench.guest.copy_files([make_file("long", 8 * MIB)])
     slow = await greeted(bench, capabilities=HOST_CAPABILITIES.with_(FILES_FROM_GUEST))
     (other,) = await ready(bench, 1)
     slow.send(ClipboardRequest(0, ClipboardType.FILE_LIST))
     start = await slow.receive(FileXferStart)
     slow.send(FileXferStatus(start.id, FileXferResult.CAN_SEND_DATA))
     got = 0
-    while got < 4 * MIB:
+    while got < 8 * MIB:
         got += len((await slow.receive(FileXferData)).data)
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.02)
     await other.set_monitors([Monitor(800, 600)])
     assert not reasons(bench)
 
