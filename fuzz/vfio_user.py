@@ -231,6 +231,7 @@ async def _next_client_works(pci: PciDevice, rings: RemoteRings) -> None:
         said=_SAID,
         watch=MemoryWatch(),
         closer=Closer(),
+        greeted=lambda: None,
         ended=lambda: None,
     )
     with theirs:
@@ -274,6 +275,7 @@ async def run(data: bytes) -> None:
         said=_SAID,
         watch=MemoryWatch(),
         closer=closer,
+        greeted=lambda: None,
         ended=lambda: None,
     )
     if choose.below(8):

@@ -52,7 +52,13 @@ class User:
 @contextlib.asynccontextmanager
 async def a_door(path: Path) -> AsyncIterator[asyncio.Event]:
     came = asyncio.Event()
-    door = Door(str(path), name="test", peer="client", came=lambda sock: (sock.close(), came.set()))
+    door = Door(
+        str(path),
+        name="test",
+        peer="client",
+        silent=lambda: None,
+        came=lambda sock: (sock.close(), came.set()),
+    )
     door.open()
     yield came
     door.close()
@@ -207,7 +213,12 @@ async def test_who_admits_anybody_leaves_what_frontends_need(
     frontends: list[socket.socket] = []
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     door = Door(
-        str(tmp_path / "d"), name="d", peer="frontend", came=frontends.append, descriptors=40
+        str(tmp_path / "d"),
+        name="d",
+        peer="frontend",
+        silent=lambda: None,
+        came=frontends.append,
+        descriptors=40,
     )
     door.open()
     listener = UnixListener(str(tmp_path / "s"), backlog=100)
@@ -257,7 +268,7 @@ async def test_a_door_whose_session_does_not_start_opens_again(
         sock.send(b"served")
         sock.close()
 
-    door = Door(str(tmp_path / "d"), name="test", peer="frontend", came=serve)
+    door = Door(str(tmp_path / "d"), name="test", peer="frontend", silent=lambda: None, came=serve)
     door.open()
     async with asyncio.timeout(DEADLINE):
         reader, writer = await asyncio.open_unix_connection(tmp_path / "d")
@@ -283,7 +294,14 @@ async def test_a_door_that_connects_goes_on_after_a_session_that_does_not_start(
             raise OSError(errno.EMFILE, "Too many open files")
 
     listener = UnixListener(str(tmp_path / "d"))
-    door = Door(str(tmp_path / "d"), name="test", peer="frontend", listen=False, came=serve)
+    door = Door(
+        str(tmp_path / "d"),
+        name="test",
+        peer="frontend",
+        silent=lambda: None,
+        listen=False,
+        came=serve,
+    )
     door.open()
     async with asyncio.timeout(DEADLINE):
         while len(calls) < 3:

@@ -16,6 +16,8 @@ log = logging.getLogger(__name__)
 
 #: Seconds between two attempts to connect.
 RETRY_INTERVAL = 0.5
+#: Seconds that a peer has for its first words while another one waits.
+HANDSHAKE_SECONDS = 10.0
 #: Descriptors that a peer needs beside two for every queue: its socket, its memory, logs.
 OTHER_DESCRIPTORS = 16
 
@@ -31,6 +33,10 @@ class Door:
             again until it does, and again when it has gone.
         came: gets each peer's connected, non-blocking socket, which it owns. The next peer comes
             after :meth:`gone`, or when ``came`` raised.
+        silent: called when a peer has not brought :meth:`greeted` about in HANDSHAKE_SECONDS and
+            another one waits; it sends the first one away. One who only waits for its user (a
+            chardev of QEMU's that has no device yet) stays as long as nobody else comes. Where the
+            peer listens nobody else can come.
         descriptors: that a peer will need; other listeners leave so many unused.
 
     Attributes:
@@ -46,6 +52,7 @@ class Door:
         peer: str,
         listen: bool = True,
         came: Callable[[socket.socket], None],
+        silent: Callable[[], None],
         descriptors: int = 0,
     ) -> None:
         self.closer = Closer()
@@ -54,6 +61,8 @@ class Door:
         self._peer = peer
         self._listens = listen
         self._came = came
+        self._silent = silent
+        self._patience: asyncio.TimerHandle | None = None
         self._descriptors = descriptors
         self._listener: UnixListener | None = None
         self._acceptor: Acceptor | None = None
@@ -71,7 +80,7 @@ class Door:
             self._listener = UnixListener(self._path, descriptors=True)
             log.info("%s: waiting for a %s", self._name, self._peer)
             self._acceptor = Acceptor(
-                self._came, name=self._name, peer=self._peer, one_at_a_time=True
+                self._accepted, name=self._name, peer=self._peer, one_at_a_time=True
             )
             self._acceptor.open([self._listener.socket])
         else:
@@ -81,8 +90,17 @@ class Door:
         if not self._listens:
             self._connect()
 
+    def greeted(self) -> None:
+        """The peer has said its first words: the others wait until it has gone."""
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
+            if self._listener is not None:
+                asyncio.get_running_loop().remove_reader(self._listener.socket)
+
     def gone(self) -> None:
         """The peer has gone: wait for the next one."""
+        self.greeted()
         accept.descriptor_freed()
         self._next()
 
@@ -101,6 +119,7 @@ class Door:
     def close(self) -> None:
         """Let nobody in, and remove the socket that was made. Safe to call twice."""
         self._open = False
+        self.greeted()
         accept.reserve(self, 0)
         if self._retry is not None:
             self._retry.cancel()
@@ -111,6 +130,24 @@ class Door:
         if self._listener is not None:
             self._listener.close()
             self._listener = None
+
+    def _accepted(self, sock: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        self._patience = loop.call_later(HANDSHAKE_SECONDS, self._watch_for_another)
+        try:
+            self._came(sock)
+        except BaseException:
+            self.greeted()
+            raise
+
+    def _watch_for_another(self) -> None:
+        assert self._listener is not None
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._listener.socket, self._another_waits, self._listener.socket)
+
+    def _another_waits(self, listening: socket.socket) -> None:
+        asyncio.get_running_loop().remove_reader(listening)
+        self._silent()
 
     def _connect(self) -> None:
         try:

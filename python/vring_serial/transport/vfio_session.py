@@ -107,6 +107,7 @@ class Session:
         said: what is logged of this session goes there.
         watch: tells of lost memory; no other session uses it meanwhile.
         closer: closes the client's descriptors.
+        greeted: called when the client has said its first words; may be called again.
         ended: called once, when the client has gone or was sent away; not by :meth:`close`.
     """
 
@@ -120,11 +121,13 @@ class Session:
         said: RateLimitedLog,
         watch: MemoryWatch,
         closer: Closer,
+        greeted: Callable[[], None],
         ended: Callable[[], None],
     ) -> None:
         self._pci = pci
         self._rings = rings
         self._name = name
+        self._greeted = greeted
         self._ended = ended
         self._closed = False
         self._parser = MessageParser()
@@ -184,7 +187,8 @@ class Session:
             self._said.log(logging.INFO, "%s: connection lost: %s", self._name, lost)
         self._end()
 
-    def _send_away(self, why: str) -> None:
+    def send_away(self, why: str) -> None:
+        """End the session, for the reason given."""
         self._said.warning("%s: %s; connection closed", self._name, why)
         self._end()
 
@@ -195,7 +199,7 @@ class Session:
     def _received(self, received: unix_fds.Received) -> None:
         self._parser.receive_data(received.data, received.fds)
         if received.truncated:
-            self._send_away(f"more than {MAX_FDS} descriptors in one message, or no room for them")
+            self.send_away(f"more than {MAX_FDS} descriptors in one message, or no room for them")
             return
         try:
             while (message := self._parser.next_message()) is not None:
@@ -206,7 +210,7 @@ class Session:
                     raise FatalError("the descriptors that it sent cannot be closed")
             self._use_memory()
         except (FatalError, VfioUserError) as error:
-            self._send_away(str(error))
+            self.send_away(str(error))
 
     def _handle(self, message: Message) -> None:
         if message.is_reply:
@@ -295,6 +299,7 @@ class Session:
         remote = RemoteMemory(send, agreed.max_data_xfer_size)
         self._rings.client = ClientMemory(self._dma, remote)
         self._said.log(logging.INFO, "%s: %s", self._name, agreed)
+        self._greeted()
         return Version(MAJOR, MINOR, agreed if proposed is not None else None)
 
     def _open_twin(self) -> Connection:
@@ -323,7 +328,7 @@ class Session:
                 if self._closed:
                     return
         except (FatalError, VfioUserError) as error:
-            self._send_away(str(error))
+            self.send_away(str(error))
 
     def _get_info(self, _: DeviceInfo, fds: list[int]) -> DeviceInfo:
         return DeviceInfo(DeviceFlag.PCI | DeviceFlag.RESET, NUM_REGIONS, len(IrqIndex))
@@ -377,7 +382,7 @@ class Session:
         why = describe_loss(self._dma.mapped)
         # The client may have unmapped meanwhile what it cut off.
         if why is not None:
-            self._send_away(why)
+            self.send_away(why)
 
     def _dma_map(self, asked: DmaMap, fds: list[int]) -> None:
         self._dma.map(asked, fds[0] if fds else -1)

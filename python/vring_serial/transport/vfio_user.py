@@ -13,7 +13,7 @@ from vring_serial.device.base import VirtioDevice
 from vring_serial.device.pci import PciDevice
 from vring_serial.errors import LocalProtocolError
 from vring_serial.ratelimit import RateLimitedLog
-from vring_serial.transport.door import OTHER_DESCRIPTORS, Door
+from vring_serial.transport.door import HANDSHAKE_SECONDS, OTHER_DESCRIPTORS, Door
 from vring_serial.transport.lost_memory import make_watch
 from vring_serial.transport.vfio_rings import RemoteRings
 from vring_serial.transport.vfio_session import Session
@@ -71,6 +71,7 @@ class VfioUserServer:
             name=self._name,
             peer="client",
             came=self._serve,
+            silent=self._silent,
             descriptors=2 * controller.num_queues + OTHER_DESCRIPTORS,
         )
         self._session: Session | None = None
@@ -118,9 +119,16 @@ class VfioUserServer:
             said=self._said,
             watch=self._watch,
             closer=self._door.closer,
+            greeted=self._door.greeted,
             ended=self._ended,
         )
         self._tell("connected")
+
+    def _silent(self) -> None:
+        if self._session is not None:
+            self._session.send_away(
+                f"no first words in {HANDSHAKE_SECONDS:g} s, and another one waits"
+            )
 
     def _ended(self) -> None:
         self._session = None

@@ -51,6 +51,8 @@ READ_SIZE = 4096
 
 _PROTOCOL_FEATURES_BIT = 1 << F_PROTOCOL_FEATURES
 _INBAND_NEEDS = ProtocolFeature.BACKEND_REQ | ProtocolFeature.REPLY_ACK
+#: A frontend that has sent one of them is there to stay: the others are sent by all who ask.
+_GREETINGS = (Request.SET_OWNER, Request.SET_FEATURES, Request.SET_PROTOCOL_FEATURES)
 
 #: A handler gets the payload and the descriptors; those that it leaves in the list are closed.
 Handler = Callable[[Any, list[int]], Payload | None]
@@ -73,6 +75,7 @@ class Session:
         said: what is logged of this session goes there.
         watch: tells of lost memory; no other session uses it meanwhile.
         closer: closes the frontend's descriptors.
+        greeted: called when the frontend has said its first words; may be called again.
         ended: called once, when the frontend has gone or was sent away; not by :meth:`close`.
     """
 
@@ -87,12 +90,14 @@ class Session:
         said: RateLimitedLog,
         watch: MemoryWatch,
         closer: Closer,
+        greeted: Callable[[], None],
         ended: Callable[[], None],
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._device = device
         self._offered = offered
         self._name = name
+        self._greeted = greeted
         self._ended = ended
         self._parser = MessageParser(Request)
         self._said = said
@@ -167,7 +172,8 @@ class Session:
             self._said.log(logging.INFO, "%s: connection lost: %s", self._name, why)
         self._end()
 
-    def _send_away(self, why: str) -> None:
+    def send_away(self, why: str) -> None:
+        """End the session, for the reason given."""
         self._said.warning("%s: %s; connection closed", self._name, why)
         self._end()
 
@@ -178,7 +184,7 @@ class Session:
     def _received(self, received: unix_fds.Received) -> None:
         self._parser.receive_data(received.data, received.fds)
         if received.truncated:
-            self._send_away(f"more than {MAX_FDS} descriptors in one message, or no room for them")
+            self.send_away(f"more than {MAX_FDS} descriptors in one message, or no room for them")
             return
         self._handle_messages()
 
@@ -191,7 +197,7 @@ class Session:
                 if self._closer.full:
                     raise FatalError("the descriptors that it sent cannot be closed")
         except (FatalError, VhostUserError) as error:
-            self._send_away(str(error))
+            self.send_away(str(error))
 
     def _handle(self, message: Message) -> None:
         fds = list(message.fds)
@@ -217,7 +223,10 @@ class Session:
         handler = self._handlers.get(message.kind)
         if handler is None:
             raise ProtocolError("not supported")
-        return handler(payload, fds)
+        answer = handler(payload, fds)
+        if message.kind in _GREETINGS:
+            self._greeted()
+        return answer
 
     def _refuse(self, message: Message, error: VhostUserError) -> None:
         if message.kind == Request.GET_CONFIG:
@@ -381,7 +390,7 @@ class Session:
         why = describe_loss(self._memory)
         # The frontend may have taken back meanwhile what it cut off.
         if why is not None:
-            self._send_away(why)
+            self.send_away(why)
 
     def _map(self, region: MemoryRegion, fd: int) -> Region:
         """Raises MemoryMapError if the descriptor cannot be mapped so."""

@@ -1,0 +1,46 @@
+"""A client that connects and says nothing keeps nobody out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from vring_serial.proto.vfio_user_version import Version
+from vring_serial.proto.vfio_user_wire import Command
+from vring_serial.transport import door
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(door, "HANDSHAKE_SECONDS", 0.2)
+
+
+@pytest.mark.parametrize("words", [b"", b"\1\0\1\0\x60\0"], ids=["nothing", "a broken message"])
+def test_the_next_one_gets_in(
+    connect: Callable[[], Any], words: bytes, log: Callable[[], list[str]]
+) -> None:
+    first = connect()
+    first.send_bytes(words)
+    second = connect()
+    driver = second.boot(0)
+    assert second.echo(driver, 0, b"served")
+    assert first.is_sent_away()
+    (line,) = log()
+    assert "no first words in" in line
+
+
+def test_one_who_has_said_its_version_stays(connect: Callable[[], Any]) -> None:
+    first = connect()
+    first.negotiate()
+    second = connect()
+    second.send(Command.VERSION, Version())
+    second.sock.settimeout(0.6)
+    with pytest.raises(TimeoutError):
+        second.receive()
+    driver = first.driver()
+    assert driver.status == 0
+    first.close()
+    second.sock.settimeout(5)
+    assert second.receive().is_reply
