@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import struct
 import time
@@ -39,6 +40,12 @@ UNMASK = IrqSetFlag.ACTION_UNMASK
 TRIGGER = IrqSetFlag.ACTION_TRIGGER
 MSIX, INTX = IrqIndex.MSIX, IrqIndex.INTX
 SIZE = 1 << 20
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_garbage() -> None:
+    """What earlier tests left to the collector is not counted."""
+    gc.collect()
 
 
 def open_count() -> int:
