@@ -147,6 +147,31 @@ async def test_a_connection_that_lingers_in_a_message(
     assert await following.number(Request.GET_QUEUE_NUM) == 4
 
 
+@pytest.mark.parametrize("how", ["call", "error", "base", "status", "gone"])
+async def test_a_connection_that_lingers_in_a_call_socket(
+    backend: VhostUserBackend, connect: Callable[[], Any], lingering: Callable[[], int], how: str
+) -> None:
+    frontend = connect()
+    await frontend.negotiate(OFFERED)
+    await frontend.set_up(0)
+    kind = Request.SET_VRING_ERR if how == "error" else Request.SET_VRING_CALL
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert await frontend.acked(kind, VringDescriptor(0), (theirs.fileno(),)) == 0
+        fd = lingering()
+        unix_fds.send(ours, b"x", [fd])
+        os.close(fd)
+    if how in ("call", "error"):
+        assert await frontend.acked(kind, VringDescriptor(0), (frontend.calls[0],)) == 0
+    elif how == "base":
+        await frontend.base(0)
+    elif how == "status":
+        assert await frontend.acked(Request.SET_STATUS, U64(0)) == 0
+    else:
+        await backend.stop()
+    assert backend._door.closer.waiting == 1
+
+
 async def test_a_connection_that_lingers_in_a_socket_that_is_closed(
     backend: VhostUserBackend, connect: Callable[[], Any], lingering: Callable[[], int]
 ) -> None:

@@ -40,6 +40,20 @@ def starts(device: Any) -> list[tuple[object, ...]]:
 # --- enabling -------------------------------------------------------------------------------------
 
 
+async def test_the_size_may_come_last(frontend: Any, device: Any) -> None:
+    await frontend.negotiate(OFFERED)
+    kick, _ = frontend.eventfds(0)
+    for kind, payload, fds in (
+        (Request.SET_VRING_ADDR, frontend.ring(0), ()),
+        (Request.SET_VRING_KICK, VringDescriptor(0), (kick,)),
+        (Request.SET_VRING_ENABLE, VringState(0, 1), ()),
+    ):
+        assert await frontend.acked(kind, payload, fds) == 0
+    assert not device.running
+    assert await frontend.acked(Request.SET_VRING_NUM, VringState(0, 64)) == 0
+    assert await frontend.echo(0, b"runs")
+
+
 async def test_what_is_available_before_enabling_is_served_without_a_kick(
     frontend: Any, device: Any
 ) -> None:

@@ -126,7 +126,7 @@ class Interrupts:
         """Close all descriptors; nobody is told anything. Safe to call twice."""
         self._watch_unmask(-1)
         for lines in self._lines.values():
-            self._replace(lines, [-1] * len(lines))
+            self._close_all(_replace(lines, [-1] * len(lines)))
 
     # --- internals
 
@@ -144,10 +144,10 @@ class Interrupts:
                 raise ProtocolError(f"{len(fds)} descriptors for {irqs.count} interrupts")
             for fd in fds:
                 check_event_descriptor(fd, writable=True)
-            self._replace(_chosen(irqs, lines), fds or [-1] * irqs.count)
+            old = _replace(_chosen(irqs, lines), fds or [-1] * irqs.count)
             fds.clear()
         elif irqs.count == 0 and kind == IrqSetFlag.DATA_NONE:
-            self._replace(lines, [-1] * len(lines))
+            old = _replace(lines, [-1] * len(lines))
         else:
             for line in _chosen(irqs, lines):
                 if line.open_fd >= 0:
@@ -157,6 +157,7 @@ class Interrupts:
             self._vectors_changed()
         else:
             self._tell_level()
+        self._close_all(old)  # at last: nothing else refers to them
 
     def _set_unmask_event(self, action: int, fds: list[int]) -> None:
         """The client gives, or takes away, an event that unmasks INTx without a message."""
@@ -182,12 +183,6 @@ class Interrupts:
         self._lines[IrqIndex.INTX][0].masked = False
         self._tell_level()
 
-    def _replace(self, lines: list[_Line], fds: list[int]) -> None:
-        self._close_all(line.fd for line in lines)
-        for line, fd in zip(lines, fds, strict=True):
-            line.fd = fd
-            line.masked = False
-
     def _tell_level(self) -> None:
         with suppress(OSError):
             self.set_intx(self._intx_level())
@@ -199,3 +194,12 @@ def _chosen(irqs: IrqSet, lines: list[_Line]) -> list[_Line]:
     if irqs.flags & IrqSetFlag.DATA_BOOL:
         return [line for line, wanted in zip(lines, irqs.data, strict=True) if wanted]
     return lines
+
+
+def _replace(lines: list[_Line], fds: list[int]) -> list[int]:
+    """Give them other descriptors, unmasked. Returns the old ones."""
+    old = [line.fd for line in lines]
+    for line, fd in zip(lines, fds, strict=True):
+        line.fd = fd
+        line.masked = False
+    return old

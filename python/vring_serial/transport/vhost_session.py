@@ -109,7 +109,7 @@ class Session:
             self._features_offered |= Feature.RING_PACKED
         self._features = 0
         self._memory = GuestMemory()
-        self._vrings = [Vring(index, device) for index in range(device.num_queues)]
+        self._vrings = [Vring(index, device, closer) for index in range(device.num_queues)]
         self._channel: BackendChannel | None = None
         self._calls = CallRelay(self._call_inband)
         self._poll_timer: asyncio.TimerHandle | None = None
@@ -433,7 +433,9 @@ class Session:
         return self._vrings[index]
 
     def _set_vring_num(self, state: VringState, fds: list[int]) -> None:
-        self._vring(state.index).set_size(state.num)
+        vring = self._vring(state.index)
+        vring.set_size(state.num)
+        self._run(vring)
 
     def _set_vring_base(self, state: VringState, fds: list[int]) -> None:
         self._vring(state.index).set_base(state.num)

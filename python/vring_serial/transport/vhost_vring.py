@@ -10,8 +10,8 @@ from vring_serial.device.base import VirtioDevice
 from vring_serial.device.virtqueue import FRESH_PACKED_INDEX, RunningQueue, make_queue
 from vring_serial.errors import ProtocolError
 from vring_serial.proto.vhost_user import VringAddress
+from vring_serial.transport.closer import Closer
 from vring_serial.transport.event_fds import make_eventfd
-from vring_serial.unix_fds import close_all
 
 _SPLIT_AREAS = ("descriptor table", "available ring", "used ring")
 _PACKED_AREAS = ("descriptor ring", "driver event suppression", "device event suppression")
@@ -38,7 +38,8 @@ class Vring:
         called: SET_VRING_CALL has come.
     """
 
-    def __init__(self, index: int, device: VirtioDevice) -> None:
+    def __init__(self, index: int, device: VirtioDevice, closer: Closer) -> None:
+        self._close = closer.close
         self.index = index
         self.size = 0
         self.packed = False
@@ -98,7 +99,7 @@ class Vring:
     def set_kick(self, fd: int, *, polled: bool = False) -> None:
         """Take ``fd`` over, or with -1 make one of our own; start the ring. It must not run."""
         new = make_eventfd() if fd < 0 else fd
-        close_all([self._kick_fd])
+        self._close([self._kick_fd])
         self._kick_ours = fd < 0
         self._kick_fd = new
         self.polled = polled
@@ -111,15 +112,19 @@ class Vring:
         if self._call_fd < 0:
             self._call_fd = new
             return
-        os.dup2(new, self._call_fd, inheritable=False)
-        os.close(new)
+        try:
+            old = os.dup(self._call_fd)  # dup2 would wait for what closing it takes
+            os.dup2(new, self._call_fd, inheritable=False)
+        finally:
+            os.close(new)
+        self._close([old])
         if self.running:
             # What the old descriptor was told may never have been read.
             notify(self._call_fd)
 
     def set_error(self, fd: int) -> None:
         """Take ``fd`` over; -1 for none."""
-        close_all([self._error_fd])
+        self._close([self._error_fd])
         self._error_fd = fd
 
     def kick(self) -> bool:
@@ -190,7 +195,7 @@ class Vring:
         """GET_VRING_BASE: stopped until it is started anew, with new descriptors."""
         self.stop()
         self.started = self.polled = self.called = False
-        close_all([self._kick_fd, self._call_fd])
+        self._close([self._kick_fd, self._call_fd])
         self._kick_fd = self._call_fd = -1
         self._kick_ours = False
 
