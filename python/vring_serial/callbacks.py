@@ -6,19 +6,24 @@ import logging
 from collections.abc import Callable
 from typing import TypeVarTuple
 
+from vring_serial.ratelimit import RateLimitedLog
+
 Arguments = TypeVarTuple("Arguments")
 
 
 def tell(
-    log: logging.Logger,
+    said: RateLimitedLog,
     what: str,
     function: Callable[[*Arguments], object] | None,
     *args: *Arguments,
 ) -> None:
-    """Call ``function``, if there is one; log what it raises, as ``what``. Change state before."""
+    """Call ``function``, if there is one; log what it raises, as ``what``.
+
+    Our own state is changed before: the function may look at it, or change it again.
+    """
     if function is None:
         return
     try:
         function(*args)
-    except Exception:
-        log.exception("%s failed", what)
+    except Exception as error:
+        said.log(logging.ERROR, "%s failed", what, exc_info=error)

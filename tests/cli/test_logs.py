@@ -5,6 +5,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -156,3 +157,38 @@ def test_an_agent_that_comes_and_goes_in_a_loop_fills_no_log(
     line = json.loads(logs.JsonFormatter().format(caplog.records[1]))
     assert (line["event"], line["nr"], line["reason"]) == ("agent_gone", 1, "bad chunk")
     assert line["message"] == "agent of port 1: gone: bad chunk"
+
+
+def test_an_agent_of_many_capabilities_has_them_cut(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "vring_serial")
+    port = PortConfig(1, "com.redhat.spice.0", ChardevConfig("spicevmc", "a", SpicevmcOptions()))
+    agent_end._logger_of(port)(AgentReady(Capabilities.of(*range(2048))))
+    (one,) = caplog.records
+    assert one.getMessage().endswith(" (2008 more)")
+    assert len(one.getMessage()) < 1500
+    assert len(json.loads(logs.JsonFormatter().format(one))["capabilities"]) == 41
+
+
+def test_what_peers_can_cause_has_one_budget_and_the_service_is_heard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs, "BURST_BYTES", 10_000)
+    monkeypatch.setattr(logs, "RESUME_BYTES", 1000)
+    path = tmp_path / "log"
+    logs.configure("info", as_json=True, path=str(path))
+    handler = logging.getLogger().handlers[0]
+    assert isinstance(handler, logs.LineHandler)
+    for number in range(10_000):
+        logging.getLogger(f"vring_serial.kind{number % 7}").warning("%s", "x" * 50)
+    logs.emit(logging.INFO, "stopping", "stopping")
+    handler.flush()
+    lines = path.read_text().splitlines()
+    assert 9_000 < sum(map(len, lines[:-1])) < 11_000
+    assert json.loads(lines[-1])["event"] == "stopping"
+    # As much is saved up as is needed to go on, and what is missing is told.
+    handler._budget._saved = logs.RESUME_BYTES
+    logging.getLogger("vring_serial.kind").warning("again")
+    handler.flush()
+    told, again = map(json.loads, path.read_text().splitlines()[-2:])
+    assert again["message"] == "again"
+    assert (told["event"], told["count"]) == ("log_left_out", 10_000 - len(lines) + 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import random
@@ -597,3 +598,33 @@ def test_a_guest_that_starts_breaks_and_resets_in_a_loop_fills_no_log(
     # Each kind by itself: what broke is not lost among resets.
     assert len(caplog.records) == 100
     assert sum(record.levelno == logging.WARNING for record in caplog.records) == 20
+
+
+def test_all_ports_that_open_and_close_in_loops_share_one_budget(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    controller = Controller(max_ports=511)
+    for _ in range(20):
+        for nr in range(511):
+            controller.emit(ev.PortOpened(Side.GUEST, nr))
+            controller.emit(ev.PortClosed(Side.GUEST, nr))
+    assert len(caplog.records) < 4100  # of 10220 that each port by itself may log in 10 s
+
+
+def test_emergency_writes_in_a_loop_fill_no_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    controller = Controller()
+    for _ in range(5000):
+        controller.write_config(ConsoleConfig.EMERG_WR, b"x\0\0\0")
+    assert len(caplog.records) == 20
+
+
+async def test_a_port_whose_peer_breaks_in_a_loop_fills_no_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    port = python_port(1)
+    for _ in range(1000):
+        port._peer_gone(errno.EPIPE)
+    assert len(caplog.records) == 10

@@ -150,3 +150,21 @@ async def test_it_has_to_be_negotiated(frontend: Any, caplog: pytest.LogCaptureF
         fds = (theirs.fileno(),)
         assert await frontend.acked(Request.SET_BACKEND_REQ_FD, None, fds) != 0
     assert "SET_BACKEND_REQ_FD: BACKEND_REQ was not negotiated" in caplog.text
+
+
+async def test_channels_of_garbage_in_a_loop_fill_no_log(
+    frontend: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    await frontend.negotiate(OFFERED)
+    for _ in range(200):
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            await frontend.acked(Request.SET_BACKEND_REQ_FD, None, (theirs.fileno(),))
+            ours.send(b"garbage that is no message of the protocol")
+            async with asyncio.timeout(5):
+                with contextlib.suppress(ConnectionError):
+                    while await asyncio.to_thread(ours.recv, 1):
+                        pass
+    assert any("backend channel" in record.getMessage() for record in caplog.records)
+    assert len(caplog.records) <= 70

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Sequence
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from vring_serial.agent.files import FROM_GUEST, FileSender, Progress
 from vring_serial.agent.link import AgentLink, BodySink
 from vring_serial.agent.receiver import FileReceiver
 from vring_serial.agent.replies import Replies, ReplyCall
+from vring_serial.callbacks import tell
 from vring_serial.proto.agent import (
     AGENT_AWAY,
     AGENT_FULL,
@@ -68,6 +70,9 @@ from vring_serial.proto.agent import (
     capability_name,
     message_name,
 )
+from vring_serial.ratelimit import RateLimitedLog
+
+log = logging.getLogger(__name__)
 
 CLIPBOARD_MAX = 100 << 20
 """Bytes of clipboard data that a HostAgent takes unless told otherwise, as spice-gtk does."""
@@ -131,6 +136,7 @@ class HostAgent:
         self._announced = capabilities
         self._timeout = timeout
         self._on_event = on_event
+        self._said = RateLimitedLog(log)
         self._streams: set[EventStream] = set()
         self._link: AgentLink | None = None
         self._asked = False
@@ -458,10 +464,9 @@ class HostAgent:
             raise AgentRefusedError(f"the agent failed to do {message_name(kind)} (error {error})")
 
     def _emit(self, event: AgentEvent) -> None:
-        if self._on_event is not None:
-            self._on_event(event)
         for stream in self._streams:
             stream.put(event)
+        tell(self._said, "on_event", self._on_event, event)
 
     def _begin_session(self, link: AgentLink) -> None:
         """Both sides start anew, because we ask the agent for its capabilities."""

@@ -76,6 +76,7 @@ from vring_serial.proto.agent import (
     TypedMessage,
     UnknownMessage,
 )
+from vring_serial.ratelimit import RateLimitedLog
 
 log = logging.getLogger(__name__)
 
@@ -134,6 +135,7 @@ class AgentRouter:
         self._servers: list[asyncio.Task[None]] = []
         self._agent_there = asyncio.Event()
         self._closed = False
+        self._said = RateLimitedLog(log)
         self.clipboard = ClipboardChannel(
             Side.HOST,
             on_grab=lambda selection, types: self.grabbed(self.clipboard, selection, types),
@@ -205,7 +207,7 @@ class AgentRouter:
             except OSError as error:  # no descriptor is left, most likely
                 if (why := error.strerror or str(error)) != failed:
                     failed = why
-                    log.warning("the SPICE server cannot be connected to the agent: %s", why)
+                    self._said.warning("the SPICE server cannot be connected to the agent: %s", why)
                 await asyncio.sleep(SERVER_RETRY)
                 continue
             failed = ""
@@ -235,7 +237,7 @@ class AgentRouter:
 
     def emit(self, event: AgentEvent) -> None:
         """Tell an event."""
-        tell(log, "on_event", self._on_event, event)
+        tell(self._said, "on_event", self._on_event, event)
 
     def client_came(self, client: RouterClient) -> bool:
         """Whether the client is admitted; it is told of the agent if there is one."""

@@ -252,7 +252,7 @@ class SocketChardev(Chardev):
                 delay = self.options.reconnect_delay
                 message = str(self._error(self._doing, _why(error)))
                 if message != told:
-                    log.warning("%s; trying again every %g s", message, delay)
+                    self._said.warning("%s; trying again every %g s", message, delay)
                 told = message
             else:
                 return

@@ -26,7 +26,7 @@ from vring_serial.cli.logs import emit
 from vring_serial.config.build import ProtocolFactory
 from vring_serial.config.topology import PortConfig
 from vring_serial.errors import ConfigError
-from vring_serial.ratelimit import RateLimitedLog
+from vring_serial.ratelimit import RateLimitedLog, cut
 from vring_serial.unix_socket import UnixListener
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def _logger_of(port: PortConfig) -> Callable[[AgentEvent], None]:
     def on_event(event: AgentEvent) -> None:
         match event:
             case AgentReady(capabilities):
-                names = capabilities.names()
+                names = cut(capabilities.names())  # a guest may have 2048 of its own
                 text = f"ready, with {' '.join(names) or 'no capabilities'}"
                 tell("agent_ready", text, capabilities=names)
             case AgentGone(reason):

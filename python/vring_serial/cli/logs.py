@@ -25,11 +25,17 @@ import click
 
 from vring_serial.cli.log_writer import LineWriter, write_to
 from vring_serial.errors import ResourceError
+from vring_serial.ratelimit import LogBudget
 
 LEVELS = ("debug", "info", "warning", "error")
 
 #: The longest that the end of the process, or an error message, waits for a reader.
 FLUSH_SECONDS = 1.0
+#: What a virtual machine and its peers can have logged in all: at once, and in a second for ever,
+#: which is 44 MB a day. Once it is exceeded, so much is saved up before the log goes on.
+BURST_BYTES = 2 << 20
+BYTES_PER_SECOND = 512.0
+RESUME_BYTES = 16 << 10
 
 _logger = logging.getLogger("vring_serial.cli")
 _handler: LineHandler | None = None
@@ -56,6 +62,7 @@ class LineHandler(logging.Handler):
         self._path = path
         self._fd = -1
         self._encoding = "utf-8"
+        self._budget = LogBudget(burst=BURST_BYTES, rate=BYTES_PER_SECOND, resume=RESUME_BYTES)
         self._writer = LineWriter(self._open(), self._dropped)
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -64,6 +71,12 @@ class LineHandler(logging.Handler):
         except Exception:
             self.handleError(record)
         else:
+            if not getattr(record, "exempt", False):
+                if not self._budget.admits(len(line)):
+                    return
+                if left_out := self._budget.take_left_out():
+                    text = f"{left_out} lines were left out: the log has had too many"
+                    self.put(self._own_line("log_left_out", left_out, text))
             self.put(line)
 
     def put(self, text: str) -> None:
@@ -104,11 +117,15 @@ class LineHandler(logging.Handler):
 
     def _dropped(self, count: int) -> bytes:
         text = f"{count} lines of the log were dropped: they were not taken"
-        extra = {"event": "log_dropped", "fields": {"count": count}}
+        line = self._own_line("log_dropped", count, text)
+        return f"{line}\n".encode(self._encoding, "backslashreplace")
+
+    def _own_line(self, event: str, count: int, text: str) -> str:
+        extra = {"event": event, "fields": {"count": count}}
         record = _logger.makeRecord(
             _logger.name, logging.WARNING, "", 0, "%s", (text,), None, extra=extra
         )
-        return f"{self.format(record)}\n".encode(self._encoding, "backslashreplace")
+        return self.format(record)
 
 
 def configure(level: str, *, as_json: bool, path: str | None = None) -> None:
@@ -173,7 +190,10 @@ def _unraisable(args: sys.UnraisableHookArgs) -> None:
 
 def emit(level: int, event: str, message: str, **fields: object) -> None:
     """Log ``message``; ``event`` and ``fields`` are for JSON."""
-    _logger.log(level, "%s", message, extra={"event": event, "fields": fields})
+    # What a guest can cause is not above DEBUG here; the rest is always said.
+    exempt = level > logging.DEBUG
+    extra = {"event": event, "fields": fields, "exempt": exempt}
+    _logger.log(level, "%s", message, extra=extra)
 
 
 class TextFormatter(logging.Formatter):

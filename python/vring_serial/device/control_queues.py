@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 from vring import Chain, RingError
@@ -9,6 +10,9 @@ from vring_serial.device.served import ServedQueue
 from vring_serial.device.virtqueue import RunningQueue
 from vring_serial.proto.console import CONTROL_RECEIVEQ, CONTROL_TRANSMITQ
 from vring_serial.proto.control import ControlDevice, DeviceSideEvent, Refused
+from vring_serial.ratelimit import RateLimitedLog
+
+log = logging.getLogger(__name__)
 
 #: A longer message is refused unread; those of drivers have 8 bytes.
 MESSAGE_MAX = 4096
@@ -40,6 +44,7 @@ class ControlQueues:
         self._receive: ServedQueue | None = None
         self._transmit: ServedQueue | None = None
         self._acting: Chain | None = None
+        self._failed = RateLimitedLog(log)
 
     def start(self, index: int, running: RunningQueue) -> None:
         """Serve control queue ``index``. Raises OSError if its kick cannot be watched."""
@@ -85,7 +90,14 @@ class ControlQueues:
                         continue
                     return False
                 self._acting = chain
-                self._on_events(self._receive_message(chain))
+                try:
+                    self._on_events(self._receive_message(chain))
+                except RingError:
+                    raise
+                except Exception as error:
+                    # Linux spins until its message is completed: it is, whatever came of it.
+                    text = "control queue: a message could not be acted upon"
+                    self._failed.log(logging.ERROR, text, exc_info=error)
                 if self._acting is not chain:
                     return False
                 self._acting = None

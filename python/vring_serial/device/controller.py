@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from vring import Pump, RingError
+from vring_serial.callbacks import tell
 from vring_serial.device import events as ev
 from vring_serial.device.control_queues import ControlQueues
 from vring_serial.device.events import DeviceEvent, Side
@@ -26,7 +27,7 @@ from vring_serial.proto.console import (
     queue_count,
     queues_of_port,
 )
-from vring_serial.ratelimit import RateLimitedLog
+from vring_serial.ratelimit import LogBudget, RateLimitedLog
 
 log = logging.getLogger(__name__)
 
@@ -94,9 +95,12 @@ class Controller:
         self._stopped_at: dict[int, int] = {}  # available index by queue index
         self._size_told = (0, 0)  # of the console, in the configuration space
         self._discarder: Discarder | None = None  # of single-port mode without a port 0
-        # What a guest can cause as often as it likes: more than 511 ports say as they start.
-        self._refused = RateLimitedLog(log)
-        self._said = RateLimitedLog(log, burst=2000)
+        # What a guest can cause as often as it likes: more than 511 ports say as they start. A
+        # budget for each kind, and one for all of them.
+        self._budget = LogBudget(burst=4000, rate=2, resume=100)
+        self._refused = RateLimitedLog(log, budget=self._budget)
+        self._failed = RateLimitedLog(log, budget=self._budget)
+        self._said = RateLimitedLog(log, burst=2000, budget=self._budget)
         # By port and by kind: a guest can open and close one, or start, break and reset in a loop.
         self._said_of_each: dict[int | type[DeviceEvent], RateLimitedLog] = {}
 
@@ -346,19 +350,19 @@ class Controller:
             self._said.log(logging.WARNING, "%s: %s", where, event)
         elif isinstance(event, (ev.PortOpened, ev.PortClosed, ev.PortReady)):
             self._said_of(event.nr).log(logging.INFO, "%s: %s", where, event)
-        elif isinstance(event, (ev.FeaturesNegotiated, ev.DriverReady, ev.DeviceReset)):
+        elif isinstance(
+            event, (ev.FeaturesNegotiated, ev.DriverReady, ev.DeviceReset, ev.EmergencyWrite)
+        ):
             self._said_of(type(event)).log(logging.INFO, "%s: %s", where, event)
         else:
             self._said.log(logging.INFO, "%s: %s", where, event)
-        if self.on_event is not None:
-            try:
-                self.on_event(event)
-            except Exception:
-                log.exception("%s: on_event failed", self.name)
+        tell(self._failed, f"{self.name}: on_event", self.on_event, event)
 
     def _said_of(self, what: int | type[DeviceEvent]) -> RateLimitedLog:
         if what not in self._said_of_each:
-            self._said_of_each[what] = RateLimitedLog(log, burst=20, seconds=10)
+            self._said_of_each[what] = RateLimitedLog(
+                log, burst=20, seconds=10, budget=self._budget
+            )
         return self._said_of_each[what]
 
     # --- internals
@@ -375,8 +379,8 @@ class Controller:
             return
         self._size_told = size
         self.config_generation += 1
-        if self.driver_features & Feature.SIZE and self.on_config_change is not None:
-            self.on_config_change()
+        if self.driver_features & Feature.SIZE:
+            tell(self._failed, f"{self.name}: on_config_change", self.on_config_change)
 
     def _console_size(self) -> tuple[int, int]:
         port = self._console()
@@ -454,5 +458,4 @@ class Controller:
     def _queue_broken(self, index: int, error: RingError) -> None:
         self._status |= Status.DEVICE_NEEDS_RESET
         self.emit(ev.QueueBroken(index, error))
-        if self.on_needs_reset is not None:
-            self.on_needs_reset(error)
+        tell(self._failed, f"{self.name}: on_needs_reset", self.on_needs_reset, error)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 
 from vring import GuestMemory, NotificationData
+from vring_serial.callbacks import tell
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.driver_registers import DriverRegisters
 from vring_serial.device.host import Host, LoopThread
 from vring_serial.device.interrupts import Event, EventStatus
 from vring_serial.device.register_bank import RegisterBank
 from vring_serial.errors import ConfigError
+from vring_serial.ratelimit import RateLimitedLog
+
+log = logging.getLogger(__name__)
 
 _MAGIC = 0x74726976
 _VENDOR_ID = 0x1AF4
@@ -66,6 +71,7 @@ class MmioDevice:
         self.device = device
         self.version = version
         self.on_interrupt: Callable[[bool], None] | None = None
+        self._said = RateLimitedLog(log)
         self.size = 1 << (max(_CONFIG + device.config_size, _SIZE_MIN) - 1).bit_length()
         self._events = EventStatus(self._level_changed)
         self._registers = DriverRegisters(
@@ -207,5 +213,4 @@ class MmioDevice:
         self._events.take()
 
     def _level_changed(self, level: bool) -> None:
-        if self.on_interrupt is not None:
-            self.on_interrupt(level)
+        tell(self._said, f"{self.device.name}: on_interrupt", self.on_interrupt, level)

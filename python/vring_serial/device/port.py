@@ -9,6 +9,7 @@ import os
 from typing import Protocol
 
 from vring import Flow, FlowEvent, Pump, RingError
+from vring_serial.callbacks import tell
 from vring_serial.chardev.base import Chardev, DescriptorEnd, End, ProtocolEnd
 from vring_serial.device.events import DeviceEvent, OutputDropped
 from vring_serial.device.port_transport import PortTransport
@@ -16,6 +17,7 @@ from vring_serial.device.residue import ResidueWriter
 from vring_serial.device.served import Discarder
 from vring_serial.device.virtqueue import RunningQueue
 from vring_serial.proto.control import PortState
+from vring_serial.ratelimit import RateLimitedLog
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +104,7 @@ class Port:
         self._session_over = False  # the protocol left, and the guest still has the port open
         self._residue = b""  # taken from the guest, accepted by no host end yet
         self._residue_writer: ResidueWriter | None = None
+        self._said = RateLimitedLog(log)  # a peer can come and break in a loop
         self._delivered = 0  # bytes of the next chain that a protocol has got already
 
     def __repr__(self) -> str:
@@ -167,7 +170,8 @@ class Port:
                 self._end_session(closed)
         self._update()
         if self.guest_open != was_open:
-            self.chardev.guest_opened(self.guest_open)
+            what = f"{self.label}: guest_opened"
+            tell(self._said, what, self.chardev.guest_opened, self.guest_open)
 
     def start_queue(self, is_transmit: bool, running: RunningQueue) -> None:
         """A queue of the port runs. Raises OSError if its kick cannot be watched."""
@@ -361,7 +365,7 @@ class Port:
     def _peer_gone(self, errno: int | None) -> None:
         reason = OSError(errno, os.strerror(errno)) if errno else None
         if reason is not None:
-            log.info("%s: %s: %s", self.label, self.chardev.description, reason.strerror)
+            self._say_failed(reason)
         self._update()
         self.chardev.peer_gone(reason)
 
@@ -388,7 +392,7 @@ class Port:
         self._stop_residue_writer()
         if error is not None:
             self._write_failed = True
-            log.info("%s: %s: %s", self.label, self.chardev.description, error.strerror)
+            self._say_failed(error)
             self._update()
             self.chardev.peer_gone(error)
 
@@ -458,6 +462,10 @@ class Port:
             self._update()
 
     # --- both
+
+    def _say_failed(self, error: OSError) -> None:
+        text = f"{self.label}: {self.chardev.description}: {error.strerror}"
+        self._said.log(logging.INFO, "%s", text)
 
     def _queue_broken(self, is_transmit: bool, error: RingError) -> None:
         self._broken.add(is_transmit)

@@ -227,8 +227,8 @@ class PortTransport(asyncio.Transport):
 
     def _tell_lost(self, error: Exception | None, eof: bool) -> None:
         if eof and isinstance(self._protocol, asyncio.Protocol):
-            self._protocol.eof_received()
-        self._protocol.connection_lost(error)
+            self._call(self._protocol.eof_received)
+        self._call(self._protocol.connection_lost, error)
 
     def _call(self, function: Callable[..., object], *args: object) -> None:
         """Call the protocol; what it raises ends its connection, and nothing else."""

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from functools import partial
 
 from vring import RingError
+from vring_serial.callbacks import tell
 from vring_serial.device.served import ServedQueue
 from vring_serial.device.virtqueue import RunningQueue
 from vring_serial.errors import LocalProtocolError, ProtocolError
 from vring_serial.proto.console import Feature, Status
+from vring_serial.ratelimit import RateLimitedLog
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +55,7 @@ class QueueDevice(abc.ABC):
         self.on_needs_reset: Callable[[RingError], None] | None = None
         self._config = config
         self._status = 0
+        self._said = RateLimitedLog(log)
         self._served: dict[int, ServedQueue] = {}
 
     # --- what a device does
@@ -73,8 +76,7 @@ class QueueDevice(abc.ABC):
         if config != self._config:
             self._config = config
             self.config_generation += 1
-            if self.on_config_change is not None:
-                self.on_config_change()
+            tell(self._said, f"{self.name}: on_config_change", self.on_config_change)
 
     # --- for transports: see VirtioDevice
 
@@ -125,7 +127,6 @@ class QueueDevice(abc.ABC):
         self.driver_features = 0
 
     def _broken(self, index: int, error: RingError) -> None:
-        log.warning("%s: queue %d is broken: %s", self.name, index, error)
+        self._said.warning("%s: queue %d is broken: %s", self.name, index, error)
         self._status |= int(Status.DEVICE_NEEDS_RESET)
-        if self.on_needs_reset is not None:
-            self.on_needs_reset(error)
+        tell(self._said, f"{self.name}: on_needs_reset", self.on_needs_reset, error)

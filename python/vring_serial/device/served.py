@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 
 from vring import Batch, RingError, drain
 from vring_serial.device.virtqueue import RunningQueue
+from vring_serial.ratelimit import RateLimitedLog
 
 #: At most so many chains, and, as far as one chain allows, so many bytes in one batch.
 BATCH_CHAINS = 64
@@ -19,13 +21,18 @@ def _serve_nothing() -> bool:
     return False
 
 
+# One for all: a guest can have it happen as often as it likes.
+_said = RateLimitedLog(logging.getLogger(__name__))
+
+
 class ServedQueue:
     """Calls ``serve`` when the driver kicks, and again in the next turn while there is more to do.
 
     Args:
         running: the queue. Its ``kick_fd`` is watched until :meth:`stop`.
         serve: does bounded work; returns whether there is more. Before it returns False it has
-            asked the driver for a kick, or told it that none is needed.
+            asked the driver for a kick, or told it that none is needed. Whatever else than a
+            RingError it raises breaks the queue as well.
         on_broken: called, after the queue was stopped, with what ``serve`` met.
 
     Raises:
@@ -61,6 +68,13 @@ class ServedQueue:
         except RingError as error:
             self.stop()
             self._on_broken(error)
+            return
+        except Exception as error:
+            # Its driver may wait for a kick that was never asked for: nothing goes on here.
+            self.stop()
+            text = f"serving it failed: {type(error).__name__}: {error}"
+            _said.log(logging.ERROR, "%s", f"queue {self.queue.name}: {text}", exc_info=error)
+            self._on_broken(RingError(self.queue.name, 0, text))
             return
         finally:
             self._inside = False

@@ -22,6 +22,7 @@ from vring_serial.agent.files import FROM_GUEST, FileSender
 from vring_serial.agent.link import AgentLink, BodySink
 from vring_serial.agent.receiver import FileReceiver
 from vring_serial.agent.streams import run_on_streams
+from vring_serial.callbacks import tell
 from vring_serial.proto.agent import (
     FILES_FROM_GUEST,
     AgentProtocolError,
@@ -56,6 +57,7 @@ from vring_serial.proto.agent import (
     TypedMessage,
     UnknownMessage,
 )
+from vring_serial.ratelimit import RateLimitedLog
 
 log = logging.getLogger(__name__)
 
@@ -142,6 +144,7 @@ class GuestAgent:
         self._announced = capabilities
         self._timeout = timeout
         self._on_event = on_event
+        self._said = RateLimitedLog(log)
         self._link: AgentLink | None = None
         self._files = FileReceiver(downloads, self._send_status)
         self._sender = FileSender(FROM_GUEST)
@@ -291,8 +294,7 @@ class GuestAgent:
     # --- how it is done
 
     def _emit(self, event: GuestAgentEvent) -> None:
-        if self._on_event is not None:
-            self._on_event(event)
+        tell(self._said, "on_event", self._on_event, event)
 
     def _took_capabilities(self, link: AgentLink, message: AnnounceCapabilities) -> None:
         if message.request:

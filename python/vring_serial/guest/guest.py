@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+from vring_serial.callbacks import tell
 from vring_serial.errors import ConfigError
 from vring_serial.guest.driver import ConsoleDriver
 from vring_serial.guest.errors import (
@@ -32,6 +33,7 @@ from vring_serial.proto.console import (
     queue_count,
 )
 from vring_serial.proto.control import DriverSideEvent
+from vring_serial.ratelimit import RateLimitedLog
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +103,7 @@ class EmbeddedGuest:
         self.features = Feature(0)
         self.config = ConsoleConfig()
         self.on_event: Callable[[GuestEvent], None] | None = None
+        self._said = RateLimitedLog(log)
         self._memory = memory
         self._queue_size = queue_size
         self._max_ports = max_ports
@@ -273,14 +276,13 @@ class EmbeddedGuest:
         self._lost = error
         if self._driver is not None:
             self._driver.stop(error)
-            if self.on_event is not None:
-                self.on_event(Lost(error))
         self._notify()
+        if self._driver is not None:
+            tell(self._said, "on_event", self.on_event, Lost(error))
 
     def _driver_event(self, event: DriverSideEvent) -> None:
         self._notify()
-        if self.on_event is not None:
-            self.on_event(event)
+        tell(self._said, "on_event", self.on_event, event)
 
     def _config_changed(self) -> None:
         """However often the backend says so, one look at a time."""

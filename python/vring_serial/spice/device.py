@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from vring_serial.chardev.protocol import ProtocolChardev
 from vring_serial.errors import ResourceError
+from vring_serial.ratelimit import RateLimitedLog
 from vring_serial.spice.library import callback_failed
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class CharDevice(asyncio.Protocol):
         self._taken = 0  # of them it has read this many
         self._when_read: Callable[[], None] | None = None
         self._waking = False
+        self._said = RateLimitedLog(log)  # a guest can open and break its port in a loop
         self._make_structs(subtype, name)
 
     def _make_structs(self, subtype: str, name: str) -> None:
@@ -128,7 +130,7 @@ class CharDevice(asyncio.Protocol):
         try:
             self._opened()
         except ResourceError as error:
-            log.warning("%s", error)
+            self._said.warning("%s", error)
             transport.abort()
             return
         self._wake()
@@ -221,7 +223,7 @@ class AgentDevice(CharDevice):
     def _state(self, instance: Any, connected: int) -> None:
         """The server drops an agent that breaks the protocol; the guest may open it anew."""
         if not connected and self._attached:
-            log.warning("the SPICE server dropped the agent, which broke its protocol")
+            self._said.warning("the SPICE server dropped the agent, which broke its protocol")
             self._attached = False
             self._server.devices.discard(self)
             self._when_read = None

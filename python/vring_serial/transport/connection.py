@@ -9,10 +9,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from vring_serial import unix_fds
+from vring_serial.ratelimit import RateLimitedLog
 from vring_serial.transport.closer import Closer
 from vring_serial.unix_fds import Received
 
-log = logging.getLogger(__name__)
+# One for all: a frontend can come as often as it likes.
+_said = RateLimitedLog(logging.getLogger(__name__))
 
 #: Bytes of unread answers from which on the peer is not listened to.
 MAX_UNREAD = 64 * 1024
@@ -101,9 +103,10 @@ class Connection:
         self._handling = True
         try:
             self._received(received)
-        except Exception:
+        except Exception as error:
             # Of ours, or of the system's: the peer would wait for an answer for ever.
-            log.exception("a message could not be handled; its connection is closed")
+            text = "a message could not be handled; its connection is closed"
+            _said.log(logging.ERROR, text, exc_info=error)
             if not self.closed:
                 self._fail(None)
             return

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from vring_serial import accept
 from vring_serial.accept import Acceptor
+from vring_serial.ratelimit import RateLimitedLog
 from vring_serial.transport.closer import Closer
 from vring_serial.unix_socket import UnixListener, encode_path
 
@@ -68,6 +69,7 @@ class Door:
         self._acceptor: Acceptor | None = None
         self._retry: asyncio.TimerHandle | None = None
         self._last_failure = ""
+        self._said = RateLimitedLog(log, burst=20, seconds=60)
         self._open = False
 
     def open(self) -> None:
@@ -175,7 +177,7 @@ class Door:
 
     def _later(self, what: Callable[[], None], why: str) -> None:
         if why != self._last_failure:
-            log.info("%s: no %s yet: %s", self._name, self._peer, why)
+            self._said.log(logging.INFO, "%s: no %s yet: %s", self._name, self._peer, why)
             self._last_failure = why
         loop = asyncio.get_running_loop()
         self._retry = loop.call_later(RETRY_INTERVAL, what)

@@ -5,14 +5,19 @@ docs/embedding.md shows how.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 from vring import GuestMemory, NotificationData
+from vring_serial.callbacks import tell
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.host import Host
 from vring_serial.device.mmio import MmioDevice
 from vring_serial.device.pci import Bar, PciDevice
+from vring_serial.ratelimit import RateLimitedLog
 from vring_serial.transport.inprocess_hosts import LoopHost, PolledHost
+
+log = logging.getLogger(__name__)
 
 __all__ = ["InProcessPci", "InProcessMmio", "Window", "PolledHost", "LoopHost"]
 
@@ -201,11 +206,15 @@ class _Callbacks:
     ) -> None:
         self._function = function
         self._msi = msi
-        self.set_intx = intx
+        self._intx = intx
+        self._said = RateLimitedLog(log)
 
     def raise_msix(self, vector: int) -> bool:
-        self._msi(*self._function.msix_message(vector))
+        tell(self._said, "msi", self._msi, *self._function.msix_message(vector))
         return True
+
+    def set_intx(self, level: bool) -> None:
+        tell(self._said, "intx", self._intx, level)
 
     def msix_descriptor(self, vector: int) -> int:
         return -1

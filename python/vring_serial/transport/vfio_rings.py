@@ -10,6 +10,7 @@ from vring import RingError
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.virtqueue import RunningQueue
 from vring_serial.proto.console import Status
+from vring_serial.ratelimit import RateLimitedLog
 from vring_serial.transport.vfio_dma import DmaTable
 from vring_serial.transport.vfio_remote import RemoteMemory
 from vring_serial.transport.vfio_shadow import ShadowRing
@@ -41,6 +42,7 @@ class RemoteRings:
         self.client: ClientMemory | None = None
         self._device = device
         self._shadows: dict[int, ShadowRing] = {}
+        self._said = RateLimitedLog(log)
         self._owed: set[int] = set()  # queues whose drivers are to be interrupted
 
     # --- queues
@@ -85,7 +87,7 @@ class RemoteRings:
     def _failed(self, index: int, error: Exception) -> None:
         if index not in self._shadows or isinstance(error, ConnectionError):
             return
-        log.warning("%s: queue %d: %s", self._device.name, index, error)
+        self._said.warning("%s: queue %d: %s", self._device.name, index, error)
         self._device.set_status(self._device.status | Status.DEVICE_NEEDS_RESET)
         if self._device.on_needs_reset is not None:
             self._device.on_needs_reset(RingError(f"queue {index}", 0, str(error)))

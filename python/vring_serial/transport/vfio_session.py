@@ -193,8 +193,10 @@ class Session:
         self._end()
 
     def _end(self) -> None:
-        self.close()
-        self._ended()
+        try:
+            self.close()
+        finally:  # whatever the device says to that, the next one may come
+            self._ended()
 
     def _received(self, received: unix_fds.Received) -> None:
         self._parser.receive_data(received.data, received.fds)

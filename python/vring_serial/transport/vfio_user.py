@@ -139,4 +139,4 @@ class VfioUserServer:
         fields = {"socket": self._path, "state": what}
         extra = {"event": "client", "fields": fields}
         self._said.log(logging.INFO, "%s: client %s", self._name, what, extra=extra)
-        tell(log, f"{self._name}: on_client", self.on_client, what)
+        tell(self._said, f"{self._name}: on_client", self.on_client, what)

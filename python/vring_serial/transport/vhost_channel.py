@@ -37,12 +37,15 @@ class BackendChannel:
         acks: REPLY_ACK is negotiated: one request at a time, each acknowledged.
         name: for log lines.
         closer: closes ``fd``.
+        said: where they go; one for all channels, of which a frontend can make any number.
 
     Raises:
         ProtocolError: ``fd`` is not a connected unix stream socket.
     """
 
-    def __init__(self, fd: int, *, acks: bool, name: str, closer: Closer) -> None:
+    def __init__(
+        self, fd: int, *, acks: bool, name: str, said: RateLimitedLog, closer: Closer
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._acks = acks
         self._name = name
@@ -51,7 +54,7 @@ class BackendChannel:
         # A dict for its order: what is asked twice before it could be sent is sent once.
         self._waiting: dict[tuple[BackendRequest, Payload], None] = {}
         self._unacknowledged = False
-        self._refused = RateLimitedLog(log)
+        self._said = said
         self._rest = b""
         self._sock = _stream_socket(fd)
         self._loop.add_reader(self._sock, self._readable)
@@ -126,12 +129,10 @@ class BackendChannel:
             raise ProtocolError(f"reply to {name}, which was not asked")
         self._unacknowledged = False
         if status:
-            self._refused.warning(
-                "%s: the frontend refused %s: status %d", self._name, name, status
-            )
+            self._said.warning("%s: the frontend refused %s: status %d", self._name, name, status)
 
     def _fail(self, why: str) -> None:
-        log.info("%s: backend channel: %s", self._name, why)
+        self._said.log(logging.INFO, "%s: backend channel: %s", self._name, why)
         self.close()
 
 

@@ -178,8 +178,10 @@ class Session:
         self._end()
 
     def _end(self) -> None:
-        self.close()
-        self._ended()
+        try:
+            self.close()
+        finally:  # whatever the device says to that, the next one may come
+            self._ended()
 
     def _received(self, received: unix_fds.Received) -> None:
         self._parser.receive_data(received.data, received.fds)
@@ -341,7 +343,9 @@ class Session:
         if self._channel is not None:
             self._channel.close()
         acks = self._has(ProtocolFeature.REPLY_ACK)
-        self._channel = BackendChannel(fds[0], acks=acks, name=self._name, closer=self._closer)
+        self._channel = BackendChannel(
+            fds[0], acks=acks, name=self._name, said=self._said, closer=self._closer
+        )
         fds.clear()
 
     # --- the device -----------------------------------------------------------------------------

@@ -155,7 +155,7 @@ class VhostUserBackend:
         fields = {"socket": self._path, "state": what}
         extra = {"event": "frontend", "fields": fields}
         self._said.log(logging.INFO, "%s: frontend %s", self._name, what, extra=extra)
-        tell(log, f"{self._name}: on_frontend", self.on_frontend, what)
+        tell(self._said, f"{self._name}: on_frontend", self.on_frontend, what)
 
     def _config_changed(self) -> None:
         if self._session is not None:

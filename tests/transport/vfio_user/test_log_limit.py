@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import socket
-from typing import Any
+from typing import Any, cast
+
+from vring_serial.device.controller import Controller
+from vring_serial.proto.vfio_user import VfioUserError
+from vring_serial.transport.vfio_rings import RemoteRings
+from vring_serial.transport.vfio_shadow import ShadowRing
 
 
 def test_one_limit_for_all_clients(server: Any, caplog: Any) -> None:
@@ -15,3 +20,12 @@ def test_one_limit_for_all_clients(server: Any, caplog: Any) -> None:
             assert sock.recv(1) == b""
         server.wait_for(*["connected", "gone"] * count)
     assert len(caplog.records) <= 70
+
+
+def test_rings_that_fail_in_a_loop(caplog: Any) -> None:
+    """A client maps rings that only it can access, and answers nothing, or nonsense."""
+    rings = RemoteRings(Controller())
+    rings._shadows[0] = cast(ShadowRing, None)
+    for _ in range(1000):
+        rings._failed(0, VfioUserError("reply to DMA_READ", "3 bytes"))
+    assert len(caplog.records) == 10
