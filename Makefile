@@ -85,7 +85,7 @@ wheel: $(VENV)/tools ## a wheel in dist/
 
 # Interpreters that `make wheel-check` builds for and tests on.
 PYTHONS ?= $(PYTHON)
-wheel-check: ## a wheel for each of PYTHONS, past auditwheel and tested with no compiler
+wheel-check: ## an sdist, from it a wheel for each of PYTHONS, past auditwheel and tested with no compiler
 	scripts/check-wheel $(PYTHONS)
 
 peers: ## Debian packages of the real peers: User-Mode Linux, the SPICE agent, an X server

@@ -51,6 +51,10 @@ extensions = [
     for source in sorted(Path("vring").glob("*.pyx"))
 ]
 
+if not extensions:
+    # A wheel without them would be pure Python, install anywhere and import nowhere.
+    raise SystemExit("setup.py: vring/ holds no .pyx file: this is not a whole source tree")
+
 modules = cythonize(
     extensions, build_dir="build/cython", compiler_directives=directives, nthreads=JOBS
 )
