@@ -167,6 +167,8 @@ def serve_command(
     _check_sockets(topology, option, sockets or vfio_sockets)
     for warning in topology.warnings:
         logs.emit(logging.WARNING, "configuration", warning)
+    if sockets:
+        _warn_of_pci_wishes(topology)
 
     # Only now, so that a mistake is told without loading what it takes to serve.
     from vring_serial.cli.server import Settings, serve
@@ -184,6 +186,18 @@ def serve_command(
         vectors=vectors,
     )
     asyncio.run(serve(topology, settings))
+
+
+def _warn_of_pci_wishes(topology: Topology) -> None:
+    """Over vhost-user the PCI function is the frontend's, and so is what a domain says of it."""
+    names = ", ".join(
+        controller.name
+        for controller in topology.controllers
+        if controller.transitional or controller.vectors is not None
+    )
+    if names:
+        warning = f"model= and vectors= are the frontend's to know over vhost-user: {names}"
+        logs.emit(logging.WARNING, "configuration", warning)
 
 
 def _check_protocol(

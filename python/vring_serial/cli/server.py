@@ -134,13 +134,15 @@ async def _start(
 def _make_backend(
     config: ControllerConfig, controller: Controller, socket: str, settings: Settings
 ) -> VhostUserBackend | VfioUserServer:
+    packed = settings.packed if config.packed is None else config.packed
     try:
         if settings.vfio_user:
+            transitional = config.transitional
             return VfioUserServer(
                 controller,
                 socket,
-                transitional=settings.transitional,
-                packed=settings.packed,
+                transitional=settings.transitional if transitional is None else transitional,
+                packed=packed,
                 vectors=settings.vectors if config.vectors is None else config.vectors,
             )
         return VhostUserBackend(
@@ -148,7 +150,7 @@ def _make_backend(
             socket,
             listen=not settings.connect,
             inband_notifications=settings.inband_notifications,
-            packed=settings.packed,
+            packed=packed,
         )
     except ConfigError as error:
         option = "--vfio-user" if settings.vfio_user else "--vhost-user"

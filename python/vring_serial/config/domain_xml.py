@@ -14,10 +14,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vring_serial.chardev import Options, options_type
-from vring_serial.config.draft import Draft, DraftController, DraftPort
+from vring_serial.config.domain_pci import devices, pci_address, read_pci
+from vring_serial.config.draft import (
+    MAX_CONTROLLER_INDEX,
+    Draft,
+    DraftController,
+    DraftPort,
+    place_of,
+)
 from vring_serial.config.graphics import read_graphics
-from vring_serial.config.pci import PciSlots
-from vring_serial.config.topology import ChardevConfig, PciAddress, Topology
+from vring_serial.config.topology import ChardevConfig, Topology
 from vring_serial.config.unserved import UNSERVED
 from vring_serial.config.words import shorten
 from vring_serial.config.xml_node import Node
@@ -43,13 +49,13 @@ _CHANNEL_TARGETS = ("guestfwd", "virtio", "xen")
 _CONSOLE_TARGETS = ("lxc", "openvz", "sclp", "sclplm", "serial", "uml", "virtio", "xen")
 #: Characters of a domain's name that libvirt puts into the names of files.
 _SHORT_NAME = 20
+#: Models of a controller, and whether they are for drivers of before virtio 1.0 too.
+_MODELS = {"virtio": None, "virtio-non-transitional": False, "virtio-transitional": True}
+#: Where libvirt puts the socket of a channel that it gives a path to itself.
+_LIBVIRTS_PATH = re.compile(
+    r".*/libvirt/qemu/(?:(?:lib|run)/)?channel/(?:target/)?[^/]+(?:/[^/]+)?"
+)
 _ADDRESS_TYPES = ("ccw", "pci", "virtio-mmio")
-
-#: What gets its PCI slot before our controllers do, if it has none: devices, types of controllers,
-#: and models of controllers that are part of the chipset or share a slot.
-_EARLIER_DEVICES = ("filesystem", "interface", "sound")
-_EARLIER_CONTROLLERS = ("sata", "scsi", "usb")
-_WITHOUT_SLOT = (None, "none", "piix3-uhci", "ich9-uhci1", "ich9-uhci2", "ich9-uhci3")
 
 
 def load(path: str, *, channel_directory: str = "") -> Topology:
@@ -95,20 +101,16 @@ def read(draft: Draft, data: bytes, *, file: str, channel_directory: str = "") -
         root.fail("the root of a domain is <domain>")
     draft.where = file
     draft.name = _read_name(root) or draft.name
-    draft.pci = _read_pci(root)
-    _read_controllers(draft, root)
-    graphics = list(_devices(root, "graphics"))
+    draft.pci = read_pci(root)
+    unserved: list[str] = []
+    _read_controllers(draft, root, unserved)
+    graphics = list(devices(root, "graphics"))
     spice_path = _own_path(channel_directory, draft.name, "spice.sock")
     draft.read_spice = lambda: read_graphics(graphics, spice_path, draft.warnings)
-    channels = _Channels(draft, channel_directory)
-    for node in _devices(root, "console", "channel", "serial", "parallel"):
+    channels = _Channels(draft, channel_directory, unserved)
+    for node in devices(root, "console", "channel", "serial", "parallel"):
         channels.read(node)
     draft.warnings.extend(f"{file}: {warning}" for warning in channels.warnings())
-
-
-def _devices(root: Node, *tags: str) -> Iterator[Node]:
-    for devices in root.children("devices"):
-        yield from devices.children(*tags)
 
 
 def _read_name(root: Node) -> str:
@@ -120,69 +122,33 @@ def _read_name(root: Node) -> str:
     return node.text
 
 
-# --- controllers and PCI
+# --- controllers
 
 
-def _read_pci(root: Node) -> PciSlots | None:
-    """What slots the machine has, and which of them others have; None for one without PCI."""
-    os_ = root.child("os")
-    type_ = os_.child("type") if os_ is not None else None
-    machine = (type_.get("machine") or "") if type_ is not None else ""
-    if re.match(r"s390|microvm", machine):
-        return None
-    bridges = (
-        node.number("index")
-        for node in _devices(root, "controller")
-        if node.get("type") == "pci" and node.get("model") != "pcie-root-port"
-    )
-    slots = PciSlots(
-        express=re.search(r"q35|^virt(-|$)", machine) is not None,
-        bridges=(index for index in bridges if index is not None),
-    )
-    for node in _devices(root):
-        if node.tag == "controller" and node.get("type") == "virtio-serial":
-            continue
-        address = node.child("address")
-        if address is None:
-            slots.waiting += _waits_for_slot(node)
-        elif address.get("type") == "pci" and (given := _pci_address(address)) is not None:
-            slots.note(given, node.where)
-    return slots
+def _read_controllers(draft: Draft, root: Node, unserved: list[str]) -> None:
+    """Those with an index first, then the others, each with the first index that is free.
+
+    Their order in libvirt's list, by which they get PCI addresses, is settled before that.
+    """
+    nodes = [n for n in devices(root, "controller") if n.get("type") == "virtio-serial"]
+    for node in nodes[MAX_CONTROLLER_INDEX + 1 :]:
+        node.fail(f"more than {MAX_CONTROLLER_INDEX + 1} controllers")
+    given = [node.number("index") for node in nodes]
+    order: list[int] = []  # positions in nodes
+    for position, index in enumerate(given):
+        order.insert(place_of(index, [given[other] for other in order]), position)
+    indices = [index for index in given if index is not None]
+    for position in sorted(range(len(nodes)), key=lambda position: given[position] is None):
+        index = given[position]
+        if index is None:
+            index = next(i for i in range(len(indices) + 1) if i not in indices)
+            indices.append(index)
+        controller = DraftController(index, nodes[position].where, rank=order.index(position))
+        _read_controller(controller, nodes[position], unserved)
+        draft.add_controller(controller)
 
 
-def _waits_for_slot(node: Node) -> bool:
-    if node.tag == "controller":
-        return node.get("type") in _EARLIER_CONTROLLERS and node.get("model") not in _WITHOUT_SLOT
-    return node.tag in _EARLIER_DEVICES
-
-
-def _pci_address(node: Node) -> PciAddress | None:
-    """The address, or None if it is all zero, which leaves the choice open as libvirt has it."""
-    parts = {name: node.number(name) or 0 for name in ("domain", "bus", "slot", "function")}
-    try:
-        address = PciAddress(**parts)
-    except ValueError as error:
-        node.fail(str(error))
-    return address if address != PciAddress() else None
-
-
-def _read_controllers(draft: Draft, root: Node) -> None:
-    """Those with an index first, then the others, each with the first index that is free."""
-    nodes = [n for n in _devices(root, "controller") if n.get("type") == "virtio-serial"]
-    taken: set[int] = set()
-    for node in nodes:
-        if (index := node.number("index")) is not None:
-            taken.add(index)
-            _read_controller(draft, node, index)
-    for node in nodes:
-        if node.number("index") is None:
-            index = next(i for i in range(len(taken) + 1) if i not in taken)
-            taken.add(index)
-            _read_controller(draft, node, index)
-
-
-def _read_controller(draft: Draft, node: Node, index: int) -> None:
-    controller = DraftController(index, node.where)
+def _read_controller(controller: DraftController, node: Node, unserved: list[str]) -> None:
     ports = node.number("ports")
     if ports is not None:
         if ports == 0:
@@ -192,8 +158,16 @@ def _read_controller(draft: Draft, node: Node, index: int) -> None:
     if address is not None:
         controller.pci = address.word("type", _ADDRESS_TYPES) == "pci"
         if controller.pci:
-            controller.address = _pci_address(address)
-    draft.add_controller(controller)
+            controller.address = pci_address(address)
+    controller.transitional = _MODELS[node.word("model", _MODELS, "virtio")]
+    controller.vectors = node.number("vectors")
+    driver = node.child("driver")
+    if driver is not None:
+        if driver.get("packed") is not None:
+            controller.packed = driver.flag("packed")
+        for name in driver.attributes():
+            if name != "packed" and driver.get(name) not in ("no", "off"):
+                unserved.append(f"<driver {name}=> in line {driver.line}")
 
 
 # --- channels and consoles
@@ -202,18 +176,18 @@ def _read_controller(draft: Draft, node: Node, index: int) -> None:
 class _Channels:
     """Reads character devices one after another; keeps account of those that are not ours."""
 
-    def __init__(self, draft: Draft, channel_directory: str) -> None:
+    def __init__(self, draft: Draft, channel_directory: str, unserved: list[str]) -> None:
         self._draft = draft
         self._channel_directory = channel_directory
         self._counts = {"channel": 0, "console": 0}
         self._foreign: list[str] = []
-        self._with_log: list[str] = []
+        self._unserved = unserved
 
     def warnings(self) -> Iterator[str]:
         if self._foreign:
             yield f"not virtio-serial, left to the emulator: {', '.join(self._foreign)}"
-        if self._with_log:
-            yield f"<log> is not served, no log is written: {', '.join(self._with_log)}"
+        if self._unserved:
+            yield f"not served, without effect: {', '.join(self._unserved)}"
 
     def read(self, node: Node) -> None:
         if node.tag not in self._counts:
@@ -226,8 +200,10 @@ class _Channels:
         if kind != "virtio":
             self._foreign.append(f"<{node.tag}> with target {kind} in line {node.line}")
             return
-        if node.child("log") is not None:
-            self._with_log.append(f"<{node.tag}> in line {node.line}")
+        source = node.child("source")
+        for part in (node.child("log"), source.child("seclabel") if source is not None else None):
+            if part is not None:
+                self._unserved.append(f"<{part.tag}> in line {part.line}")
         name = (target.get("name") or "") if target is not None else ""
         alias = node.child("alias")
         id = (alias.get("name") if alias is not None else None) or f"{node.tag}{number}"
@@ -326,12 +302,19 @@ def _tcp(node: Node, source: Node) -> Options:
 
 def _stream(source: Node) -> dict[str, object]:
     """Which side connects, and how often, of a stream socket."""
-    if source.word("mode", ("bind", "connect"), "connect") == "bind":
-        return {"server": True, "wait": False}
+    libvirts = _LIBVIRTS_PATH.fullmatch(source.get("path") or "") is not None
+    mode = source.word("mode", ("bind", "connect"), "bind" if libvirts else "connect")
     reconnect = source.child("reconnect")
+    if mode == "bind":
+        if reconnect is not None and reconnect.get("enabled") is not None:
+            reconnect.fail("goes with mode='connect' only, and this socket listens")
+        return {"server": True, "wait": False}
     if reconnect is None or not reconnect.flag("enabled"):
         return {}
-    return {"reconnect": reconnect.number("timeout") or 1}
+    timeout = reconnect.number("timeout")
+    if not timeout:
+        reconnect.fail("timeout is missing" if timeout is None else "timeout cannot be 0")
+    return {"reconnect": timeout}
 
 
 def _read_port_address(node: Node, port: DraftPort) -> None:
@@ -339,8 +322,8 @@ def _read_port_address(node: Node, port: DraftPort) -> None:
     address = node.child("address")
     if address is None:
         return
-    address.word("type", ("virtio-serial",))
-    if bus := address.number("bus"):
-        address.fail(f"there is no bus {bus}: a controller has bus 0 alone")
+    if address.word("type", ("ccw", "virtio-serial")) == "ccw":
+        return  # a device of its own on s390 in the XML of old; here it is a port all the same
+    address.number("bus")  # as in libvirt it says nothing: a controller has one bus
     port.controller = address.number("controller") or 0
     port.nr = address.number("port") or None

@@ -8,11 +8,11 @@ numbers, names, paths and PCI addresses to what has none, and refuses what canno
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from vring_serial.chardev.protocol import SpiceportOptions
-from vring_serial.config.pci import PciSlots
+from vring_serial.config.pci import PciSlots, Plug
 from vring_serial.config.topology import (
     DEFAULT_MAX_PORTS,
     LARGEST_MAX_PORTS,
@@ -41,14 +41,20 @@ class DraftController:
     Attributes:
         max_ports: 0 if still to be chosen.
         address: None if still to be chosen.
-        pci: whether it is to have a PCI address at all.
+        pci: whether it is to have a PCI address at all; None if nothing is said.
+        rank: its place in libvirt's list of them; None for one that nobody declares.
+        transitional, packed, vectors: as ControllerConfig has them.
     """
 
     index: int
     where: str
     max_ports: int = 0
     address: PciAddress | None = None
-    pci: bool = True
+    pci: bool | None = None
+    rank: int | None = None
+    transitional: bool | None = None
+    packed: bool | None = None
+    vectors: int | None = None
 
 
 @dataclass(slots=True)
@@ -171,8 +177,11 @@ class Draft:
                     PortConfig(nr, port.name, port.chardev, port.console)
                     for nr, port in sorted(numbers[index].owners.items())
                 ),
+                transitional=controller.transitional,
+                packed=controller.packed,
+                vectors=controller.vectors,
             )
-            for index in sorted(self._controllers)
+            for index, controller in sorted(self._controllers.items())
         )
         _check_host_ends(port.chardev for controller in controllers for port in controller.ports)
         kinds = {port.chardev.kind for port in self._ports}
@@ -251,19 +260,44 @@ class Draft:
     def _assign_addresses(self) -> dict[int, PciAddress]:
         """PCI addresses by controller index, given or chosen; none without a machine.
 
-        Where no slot is free the emulator has to add a bus, and the address is its affair.
+        Where there is no room left the address is the emulator's affair.
         """
         addresses: dict[int, PciAddress] = {}
         if self.pci is None:
             return addresses
-        on_pci = [c for _, c in sorted(self._controllers.items()) if c.pci]
+        default = self.pci.ours_by_default
+        on_pci = [c for c in self._in_libvirts_order() if (default if c.pci is None else c.pci)]
         for controller in on_pci:
             if controller.address is not None:
                 self.pci.take(controller.address, controller.where)
                 addresses[controller.index] = controller.address
-        missing = (c.index for c in on_pci if c.address is None)
-        addresses.update(zip(missing, self.pci.assign_free(), strict=False))
+        missing = [c for c in on_pci if c.address is None]
+        plugs = [Plug.CONVENTIONAL if c.transitional else Plug.EXPRESS for c in missing]
+        for controller, address in zip(missing, self.pci.assign(plugs), strict=True):
+            if address is not None:
+                addresses[controller.index] = address
         return addresses
+
+    def _in_libvirts_order(self) -> list[DraftController]:
+        controllers = sorted(self._controllers.values(), key=lambda c: c.index)
+        ordered = sorted((c for c in controllers if c.rank is not None), key=lambda c: c.rank or 0)
+        for controller in controllers:
+            if controller.rank is None:
+                place = place_of(controller.index, [other.index for other in ordered])
+                ordered.insert(place, controller)
+        return ordered
+
+
+def place_of(index: int | None, others: Sequence[int | None]) -> int:
+    """Where libvirt puts a controller into the list of those of its type that it has already.
+
+    Before the first with a larger index; to the end if there is none, or if it has no index yet.
+    """
+    if index is not None:
+        for place, other in enumerate(others):
+            if other is not None and other > index:
+                return place
+    return len(others)
 
 
 def check_unix_path(path: str, where: str) -> None:

@@ -1,44 +1,115 @@
-"""PCI addresses of a domain: which are taken, and which one libvirt would choose next.
+"""PCI addresses of a domain: which are taken, and which ones libvirt would choose.
 
-On a machine with one conventional bus (pc) that is the first free slot of bus 0, from 3 on: the
-host bridge, the chipset's own functions and the first display have 0 to 2. On a PCI Express machine
-(q35, virt) every device gets a root port, so it is slot 0 of the first free bus from 1 on.
+libvirt goes through the devices twice, in an order of its own. The first time it adds a bus where
+none has room for a device: a root port of PCI Express, or a bridge to conventional PCI. The second
+time it gives all addresses anew, beginning with those of the bridges that it has just added. So a
+device that comes after ours can move ours, and both passes have to be played through.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
 
 from vring_serial.config.topology import PciAddress
 from vring_serial.errors import ConfigError
 
-_FIRST_SLOT = 3
-_LAST_SLOT = 31
 _LAST_BUS = 255
 
 
-class PciSlots:
-    """Who has which address.
+class Plug(Enum):
+    """What a device needs of a bus."""
 
-    Args:
-        express: a PCI Express machine.
-        bridges: on such a machine, buses that no root port makes; nothing is put there.
+    CONVENTIONAL = auto()
+    EXPRESS = auto()
+    BRIDGE = auto()
+    TO_CONVENTIONAL = auto()
+    UPSTREAM = auto()
+
+
+_CONVENTIONAL_BUS = (frozenset({Plug.CONVENTIONAL, Plug.BRIDGE}), range(1, 32))
+_EXPRESS_PORT = (frozenset({Plug.EXPRESS, Plug.TO_CONVENTIONAL, Plug.UPSTREAM}), range(1))
+#: What libvirt puts by itself on the bus of a controller of this model, and into which slots.
+_BUSES = {
+    "pci-root": _CONVENTIONAL_BUS,
+    "pci-bridge": _CONVENTIONAL_BUS,
+    "pcie-to-pci-bridge": _CONVENTIONAL_BUS,
+    "dmi-to-pci-bridge": (frozenset({Plug.BRIDGE}), range(32)),
+    "pcie-root-port": _EXPRESS_PORT,
+    "pcie-switch-downstream-port": _EXPRESS_PORT,
+}
+#: What the controllers themselves need, as far as it is a slot that ours could have had.
+_PLUGS = {
+    "pci-bridge": Plug.BRIDGE,
+    "pcie-to-pci-bridge": Plug.TO_CONVENTIONAL,
+    "pcie-switch-upstream-port": Plug.UPSTREAM,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PciMachine:
+    """What a kind of machine has.
 
     Attributes:
-        waiting: devices of others that have no address either and get theirs before ours.
+        root: the model of its bus 0, ``pci-root`` or ``pcie-root``.
+        multi_root: it grows by further roots, not by bridges (pseries).
+        chipset: addresses that are its own.
+        video_slot: where on bus 0 the first display goes; None if it has no such place.
     """
 
-    def __init__(self, *, express: bool = False, bridges: Iterable[int] = ()) -> None:
-        self.waiting = 0
-        self._express = express
-        self._bridges = frozenset(bridges)
-        self._owners: dict[PciAddress, str] = {}
-        self._slots: set[tuple[int, int, int]] = set()
+    root: str = "pci-root"
+    multi_root: bool = False
+    chipset: tuple[PciAddress, ...] = ()
+    video_slot: int | None = None
+
+    @property
+    def express(self) -> bool:
+        return self.root == "pcie-root"
+
+
+PC = PciMachine(chipset=tuple(PciAddress(slot=1, function=f) for f in (0, 1, 2, 3)), video_slot=2)
+Q35 = PciMachine(
+    "pcie-root", chipset=tuple(PciAddress(slot=0x1F, function=f) for f in (0, 2, 3)), video_slot=1
+)
+VIRT = PciMachine("pcie-root")
+PSERIES = PciMachine(multi_root=True)
+CONVENTIONAL = PciMachine()
+
+
+class PciSlots:
+    """Who has which address, and who waits for one.
+
+    Args:
+        machine: what the machine has.
+
+    Attributes:
+        video: there is a first display without an address.
+        before, after: what devices of others without an address need, in libvirt's order: those
+            that get theirs before our controllers do, and those that get theirs later.
+        ours_by_default: controllers of ours of which nothing is said are on PCI.
+    """
+
+    def __init__(self, machine: PciMachine = PC) -> None:
+        self.machine = machine
+        self.video = False
+        self.before: list[Plug] = []
+        self.after: list[Plug] = []
+        self.ours_by_default = True
+        self._models: dict[int, str] = {0: machine.root}
+        self._fixed: set[int] = set()
+        self._owners = dict.fromkeys(machine.chipset, "the chipset")
+
+    def add_bus(self, index: int, model: str, *, fixed: bool) -> None:
+        """A bus that the domain has; ``fixed`` if its controller has an address."""
+        if 0 < index <= _LAST_BUS:
+            self._models[index] = model
+            if fixed:
+                self._fixed.add(index)
 
     def note(self, address: PciAddress, where: str) -> None:
         """Somebody else's device has this address; whether it may is not ours to judge."""
         self._owners.setdefault(address, where)
-        self._slots.add((address.domain, address.bus, address.slot))
 
     def take(self, address: PciAddress, where: str) -> None:
         """Give ``address`` to one of our controllers. Raises ConfigError if it is taken."""
@@ -46,21 +117,131 @@ class PciSlots:
             raise ConfigError(f"PCI address {address} is taken already ({other})", where)
         self.note(address, where)
 
-    def assign_free(self) -> Iterator[PciAddress]:
-        """Addresses for ours that have none, until no slot is free: past those in ``waiting``."""
-        for address in self._candidates():
-            if (address.domain, address.bus, address.slot) in self._slots:
-                continue
-            if self.waiting:
-                self.waiting -= 1
-            else:
-                yield address
+    def has(self, slot: int) -> bool:
+        """Whether a slot of bus 0 is in use."""
+        return any((a.domain, a.bus, a.slot) == (0, 0, slot) for a in self._owners)
 
-    def _candidates(self) -> Iterator[PciAddress]:
-        if self._express:
-            for bus in range(1, _LAST_BUS + 1):
-                if bus not in self._bridges:
-                    yield PciAddress(bus=bus)
+    def assign(self, ours: Sequence[Plug]) -> list[PciAddress | None]:
+        """Addresses for ours that have none; None where there is no room left."""
+        growing = _Buses(self.machine, self._models, self._owners, grows=True)
+        self._place_video(growing)
+        if not self.machine.express and growing.has_room:
+            growing.place(Plug.CONVENTIONAL)  # libvirt keeps room for a bridge that may come
+        self._place_all(growing, self._models, ours)
+        settled = _Buses(self.machine, growing.models, self._owners, grows=False)
+        self._place_video(settled)
+        return self._place_all(settled, growing.models, ours)
+
+    def _place_video(self, buses: _Buses) -> None:
+        slot = self.machine.video_slot
+        if self.video and slot is not None and not buses.take(slot):
+            buses.place(Plug.CONVENTIONAL)
+
+    def _place_all(
+        self, buses: _Buses, models: Mapping[int, str], ours: Sequence[Plug]
+    ) -> list[PciAddress | None]:
+        for index, model in sorted(models.items()):
+            if index and index not in self._fixed and model in _PLUGS:
+                bridge = buses.place(_PLUGS[model])
+                if bridge is None or bridge.bus >= index:
+                    return [None] * len(ours)  # libvirt refuses a bridge that is behind itself
+        for plug in self.before:
+            buses.place(plug)
+        placed = [buses.place(plug) for plug in ours]
+        for plug in self.after:
+            buses.place(plug)
+        return placed
+
+
+@dataclass(slots=True)
+class _Bus:
+    takes: frozenset[Plug]
+    slots: range
+    used: set[int] = field(default_factory=set)
+
+    def free_slot(self) -> int | None:
+        return next((slot for slot in self.slots if slot not in self.used), None)
+
+
+class _Buses:
+    """The buses of one of libvirt's two passes; see the module.
+
+    Args:
+        models: of the buses that there are, by number; numbers left out get the usual model.
+        taken: addresses that are in use.
+        grows: buses are added where there is no room.
+
+    Attributes:
+        models: of all buses, those included that were added.
+    """
+
+    def __init__(
+        self,
+        machine: PciMachine,
+        models: Mapping[int, str],
+        taken: Iterable[PciAddress],
+        *,
+        grows: bool,
+    ) -> None:
+        self.models: dict[int, str] = {}
+        self._machine = machine
+        self._grows = grows
+        self._buses: list[_Bus] = []
+        self._first: dict[Plug, int] = dict.fromkeys(Plug, 0)  # buses before it have no room
+        taken = [address for address in taken if address.domain == 0]
+        usual = "pcie-root-port" if machine.express else "pci-bridge"
+        if machine.multi_root:
+            usual = "pci-root"
+        for number in range(1 + max([*models, *(address.bus for address in taken)])):
+            self._add(models.get(number, usual))
+        for address in taken:
+            self._buses[address.bus].used.add(address.slot)
+
+    @property
+    def has_room(self) -> bool:
+        return any(bus.free_slot() is not None for bus in self._buses)
+
+    def take(self, slot: int) -> bool:
+        """Take this slot of bus 0 unless it is in use."""
+        used = self._buses[0].used
+        if slot in used:
+            return False
+        used.add(slot)
+        return True
+
+    def place(self, plug: Plug) -> PciAddress | None:
+        """The first slot that suits, which is in use from now on; None if there is no room."""
+        if plug is Plug.EXPRESS and not self._machine.express:
+            plug = Plug.CONVENTIONAL
+        while True:
+            for number in range(self._first[plug], len(self._buses)):
+                bus = self._buses[number]
+                if plug in bus.takes and (slot := bus.free_slot()) is not None:
+                    bus.used.add(slot)
+                    self._first[plug] = number
+                    return PciAddress(bus=number, slot=slot)
+            self._first[plug] = len(self._buses)
+            if not self._grow(plug):
+                return None
+
+    def _grow(self, plug: Plug) -> bool:
+        if not self._grows or len(self._buses) >= _LAST_BUS:
+            return False
+        if plug not in _CONVENTIONAL_BUS[0]:
+            self._add("pcie-root-port")
+        elif self._machine.multi_root:
+            self._add("pci-root")
+        elif any(Plug.BRIDGE in bus.takes for bus in self._buses):
+            self._add("pci-bridge")
         else:
-            for slot in range(_FIRST_SLOT, _LAST_SLOT + 1):
-                yield PciAddress(slot=slot)
+            # The first conventional bus of such a machine brings the port along that its bridge
+            # will need, and nothing else is put there in this pass.
+            self._add("pcie-root-port").takes = frozenset({Plug.TO_CONVENTIONAL})
+            self._add("pcie-to-pci-bridge")
+        return True
+
+    def _add(self, model: str) -> _Bus:
+        bus = _Bus(*_BUSES.get(model, (frozenset(), range(0))))
+        self.models[len(self._buses)] = model
+        self._buses.append(bus)
+        return bus

@@ -97,6 +97,8 @@ class ControllerConfig:
         address: where the guest sees it, or None if that is the frontend's affair.
         ports: by number, ascending.
         vectors: entries of its MSI-X table, 0 for INTx alone; None if nothing is said about it.
+        transitional: whether it is there for drivers of before virtio 1.0; None as above.
+        packed: whether it offers packed rings; None as above.
     """
 
     index: int
@@ -104,6 +106,8 @@ class ControllerConfig:
     address: PciAddress | None
     ports: tuple[PortConfig, ...]
     vectors: int | None = None
+    transitional: bool | None = None
+    packed: bool | None = None
 
     @property
     def name(self) -> str:

@@ -77,6 +77,10 @@ class Node:
         value = self._element.get(attribute)
         return None if value is None else str(value)
 
+    def attributes(self) -> list[str]:
+        """The names of its attributes, in the document's order."""
+        return [str(name) for name in self._element.attrib]
+
     def text_of(self, attribute: str) -> str:
         """The value of an attribute that has to be there and to hold something."""
         value = self.get(attribute)
