@@ -35,6 +35,9 @@ cdef class VirtQueue:
     cdef uint64_t pushed
     cdef uint32_t epoch                     # how often reset
     cdef bint notification_due
+    # Who alone may use the queue now, else NULL: the Flow of a pump. Python's methods refuse then;
+    # the *_c methods do not look.
+    cdef void* holder
     cdef tuple _rings                       # their guest addresses
     cdef Batch _spare_batch
     cdef Batch _older_batch
@@ -92,6 +95,7 @@ cdef class VirtQueue:
     cdef int fill(self, Batch batch, uint32_t limit, uint64_t max_bytes) except -1
     cdef Batch take_batch(self)
     cdef Chain take_chain(self)
+    cdef int check_free(self) except -1
     cdef int check_mine(self, Batch batch) except -1
     cdef int check_order(self, uint64_t first) except -1
     cdef Chain pop_one(self)

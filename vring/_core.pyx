@@ -47,7 +47,8 @@ _FAULTS = {
 cdef class VirtQueue:
     """The device's side of a virtqueue, of either layout: made as SplitQueue or PackedQueue.
 
-    One thread at a time may use a queue; objects it gave out count as using it.
+    One thread at a time may use a queue; objects it gave out count as using it. While a pump's flow
+    has it, methods that look at the ring or change it raise LocalMisuseError.
 
     Args:
         memory: the guest's memory; the queue keeps it alive.
@@ -227,6 +228,7 @@ cdef class VirtQueue:
     cdef int fill(self, Batch batch, uint32_t limit, uint64_t max_bytes) except -1:
         """Pops into a batch; the number of chains."""
         cdef int n
+        self.check_free()
         while True:
             n = self.pop_within(
                 batch.chains, limit, batch.segments, batch.max_segments, max_bytes
@@ -319,7 +321,13 @@ cdef class VirtQueue:
         batch.count = batch.start
         batch.finish(0)
 
+    cdef int check_free(self) except -1:
+        if self.holder != NULL:
+            raise LocalMisuseError(f"{self.name}: a pump's flow has it until it is detached")
+        return 0
+
     cdef int check_mine(self, Batch batch) except -1:
+        self.check_free()
         if batch.owner is not self:
             if batch.owner is None and batch.count == batch.start:
                 if batch.count == 0:
@@ -403,14 +411,17 @@ cdef class VirtQueue:
         Returns:
             True if chains are available already: no kick may come for those, so go on popping.
         """
+        self.check_free()
         return self.enable_notifications_c()
 
     def disable_notifications(self):
         """Tells the driver that kicks are not needed; it may still send some."""
+        self.check_free()
         self.disable_notifications_c()
 
     def available(self):
         """How many chains can be popped now (packed: 1 stands for at least one)."""
+        self.check_free()
         return self.available_c()
 
     @property
@@ -428,6 +439,7 @@ cdef class VirtQueue:
         Chains in flight are forgotten: the driver takes all its buffers back, and completing one
         raises LocalMisuseError.
         """
+        self.check_free()
         self.epoch += 1
         self.popped = self.pushed = 0
         self.fault.code = FAULT_NONE
@@ -461,6 +473,7 @@ cdef class VirtQueue:
 
     @memory.setter
     def memory(self, GuestMemory memory not None):
+        self.check_free()
         self.locate_rings(memory)
         self._memory = memory
         self.map = memory.map

@@ -51,7 +51,7 @@ cdef extern from "<sys/stat.h>" nogil:
     struct stat_t "stat":
         uint32_t st_mode
     enum:
-        S_IFMT, S_IFSOCK, S_IFIFO, S_IFCHR
+        S_IFMT, S_IFSOCK, S_IFIFO, S_IFCHR, S_IFREG
     int fstat(int fd, stat_t* status)
 
 cdef extern from "<poll.h>" nogil:
@@ -121,6 +121,26 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_cond_destroy(pthread_cond_t* condition)
     int pthread_cond_wait(pthread_cond_t* condition, pthread_mutex_t* lock)
     int pthread_cond_broadcast(pthread_cond_t* condition)
+
+cdef extern from *:
+    """
+    #include <linux/kcmp.h>
+    #include <sys/stat.h>
+    #include <sys/syscall.h>
+    #include <unistd.h>
+
+    /* Whether two descriptors are one open file, as far as can be found out. */
+    static int vr_same_file(int a, int b) {
+        struct stat one, two;
+        long order = syscall(SYS_kcmp, getpid(), getpid(), KCMP_FILE, a, b);
+        if (order >= 0)
+            return order == 0;
+        /* No such call, or not for us. Eventfds and the like share one inode. */
+        return !fstat(a, &one) && !fstat(b, &two) && one.st_dev == two.st_dev &&
+               one.st_ino == two.st_ino && one.st_mode & S_IFMT && !S_ISCHR(one.st_mode);
+    }
+    """
+    bint vr_same_file(int a, int b) nogil
 
 cdef extern from *:
     """

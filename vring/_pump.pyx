@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import enum
 import os
+import threading
 import warnings
 from typing import NamedTuple
 
+cimport cython
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free
@@ -21,8 +23,8 @@ from vring._linux cimport (
     errno, fcntl, fstat, getpid, getsockopt, isatty, read, stat_t, vr_counted, vr_now, write
 )
 from vring._reactor cimport (
-    COMMAND_ATTACH, COMMAND_DETACH, REACTOR_BLOCKING, reactor_command, reactor_next_news,
-    reactor_start, reactor_stop, vr_reactor, vr_seat
+    COMMAND_ATTACH, COMMAND_DETACH, REACTOR_BLOCKING, REACTOR_ENDED, reactor_abandon,
+    reactor_command, reactor_next_news, reactor_start, reactor_stop, vr_reactor, vr_seat
 )
 from vring._segments cimport backlog_init
 from vring.errors import LocalMisuseError
@@ -94,18 +96,22 @@ cdef int describe_notifier(vr_fd* fd, object number, str what) except -1:
     return 0
 
 
+@cython.final
 cdef class Flow:
     """One direction of a port at work, from Pump.guest_to_host or Pump.host_to_guest.
 
-    The flow keeps its queue alive and uses it alone until `detach` has returned; the descriptors
-    are the caller's, who keeps them open as long.
+    The flow keeps its queue alive and uses it alone until `detach` has returned: no other flow can
+    have it, and methods of the queue that look at the ring or change it raise LocalMisuseError. The
+    descriptors are the caller's, who keeps them open as long; what the pump watches are duplicates
+    of its own.
+
+    Any thread may call any method. A child of fork has no part in the flow.
     """
 
     cdef vr_seat seat
-    cdef Pump pump                  # while attached
+    cdef Pump pump                  # until it is detached
     cdef readonly VirtQueue queue
     cdef object on_event
-    cdef bytes residue
 
     def __init__(self):
         raise TypeError("flows are made by a Pump")
@@ -123,22 +129,25 @@ cdef class Flow:
 
         Returns:
             The rest of that chain, or what a lossy flow's backlog holds: bytes for the `residue` of
-            the flow that follows. Empty otherwise, and when called again. Of more than 64 MiB the
-            end is cut off and counted as dropped.
+            the flow that follows. Empty otherwise, when called again, and in a child of fork. Of
+            more than 64 MiB the end is cut off and counted as dropped.
         """
         cdef Pump pump = self.pump
+        cdef bytes residue = b""
         if pump is not None:
-            # first of all: of two callers, one does it
-            self.pump = None
             pump.end(self)
-        residue = self.residue
-        self.residue = b""
+        if self.seat.flow.residue != NULL:
+            residue = PyBytes_FromStringAndSize(
+                <char*>self.seat.flow.residue, self.seat.flow.residue_length
+            )
+            free(self.seat.flow.residue)
+            self.seat.flow.residue = NULL
         return residue
 
     @property
     def attached(self):
-        """False after detach, and after the pump was closed."""
-        return self.pump is not None
+        """False after detach, after the pump was closed, and in a child of fork."""
+        return self.pump is not None and self.pump.is_ours()
 
     @property
     def counters(self):
@@ -167,11 +176,15 @@ cdef class Flow:
         return 0
 
 
+@cython.final
 cdef class Pump:
     """A thread that serves any number of flows, fairly and without the GIL.
 
     Descriptors must be non-blocking (regular files and /dev/null cannot be and need not); reads and
     writes of one descriptor may be two flows. While nothing moves, the thread sleeps.
+
+    Any thread may call any method. A child of fork has no part in its parent's pump: there, it is
+    closed, whatever is called.
 
     Args:
         busy_poll_us: how long (microseconds) to go on polling after work before sleeping. It saves
@@ -183,7 +196,9 @@ cdef class Pump:
 
     cdef vr_reactor reactor
     cdef set flows
-    cdef bint running
+    cdef bint running               # the thread does, or did before the fork
+    cdef bint closing               # no more flows
+    cdef object close_lock
     cdef int pid
     cdef readonly uint32_t busy_poll_us
 
@@ -192,6 +207,7 @@ cdef class Pump:
             raise LocalMisuseError(f"busy_poll_us {busy_poll_us} is not 0 to 1000000")
         self.busy_poll_us = busy_poll_us
         self.flows = set()
+        self.close_lock = threading.Lock()
         cdef int error = reactor_start(&self.reactor, 1000 * <uint64_t>self.busy_poll_us)
         if error:
             raise OSError(error, os.strerror(error))
@@ -202,14 +218,19 @@ cdef class Pump:
         pass
 
     def __del__(self):
-        if self.running:
-            self.close()        # first: the warning may be made an error
+        cdef bint unclosed = self.running and self.is_ours()
+        self.close()            # first: the warning may be made an error
+        if unclosed:
             warnings.warn(f"unclosed pump {self!r}", ResourceWarning, source=self)
+
+    cdef bint is_ours(self) noexcept:
+        """Whether this process has the thread."""
+        return getpid() == self.pid
 
     @property
     def event_fd(self):
         """Readable while events wait for `dispatch`; -1 when closed."""
-        return self.reactor.event_fd
+        return self.reactor.event_fd if self.is_ours() else -1
 
     def dispatch(self):
         """Delivers the events that wait: on_event(event, detail) of their flows, in this thread.
@@ -222,7 +243,7 @@ cdef class Pump:
         cdef uint64_t signals
         cdef int error
         cdef Flow flow
-        if not self.running:
+        if not self.running or not self.is_ours():
             return
         read(self.reactor.event_fd, &signals, sizeof(signals))
         try:
@@ -248,7 +269,7 @@ cdef class Pump:
         alone.
 
         Args:
-            queue: a VirtQueue with no chain in flight.
+            queue: a VirtQueue with no chain in flight, that no other flow has.
             write_fd: where the bytes go; -1: nowhere, they are discarded.
             kick_fd: eventfd or socket that becomes readable when the driver kicks. It is polled,
                 and read only if it is a socket.
@@ -262,8 +283,8 @@ cdef class Pump:
             residue: bytes to write before those of the queue; copied.
 
         Raises:
-            LocalMisuseError: a descriptor that cannot serve, or the pump is closed.
-            OSError: the descriptor cannot be watched (out of memory or of watches).
+            LocalMisuseError: a queue or a descriptor that cannot serve, or the pump is closed.
+            OSError: the descriptor cannot be watched (out of memory, descriptors or watches).
         """
         cdef Flow flow = self.make(queue, kick_fd, call_fd, on_event)
         describe_data(&flow.seat.flow.data, write_fd, "write_fd")
@@ -289,8 +310,8 @@ cdef class Pump:
             read_fd: where the bytes come from.
 
         Raises:
-            LocalMisuseError: a descriptor that cannot serve, or the pump is closed.
-            OSError: the descriptor cannot be watched (out of memory or of watches).
+            LocalMisuseError: a queue or a descriptor that cannot serve, or the pump is closed.
+            OSError: the descriptor cannot be watched (out of memory, descriptors or watches).
         """
         cdef Flow flow = self.make(queue, kick_fd, call_fd, on_event)
         if read_fd < 0:
@@ -301,17 +322,19 @@ cdef class Pump:
 
     def close(self):
         """Detaches all flows (each keeps its residue for `detach`) and ends the thread."""
-        if not self.running:
+        self.closing = True
+        if not self.is_ours():
+            if self.running:
+                self.running = False
+                reactor_abandon(&self.reactor)
             return
-        if getpid() != self.pid:
-            self.running = False        # a child of fork: the thread stayed with the parent
-            return
-        for flow in list(self.flows):
-            (<Flow>flow).residue = (<Flow>flow).detach()
-        if self.running:
-            self.running = False
-            with nogil:
-                reactor_stop(&self.reactor)
+        with self.close_lock:       # of two callers, both return when it is done
+            while self.flows:
+                self.end(next(iter(self.flows)))
+            if self.running:
+                self.running = False
+                with nogil:
+                    reactor_stop(&self.reactor)
 
     def __enter__(self):
         return self
@@ -320,10 +343,6 @@ cdef class Pump:
         self.close()
 
     cdef Flow make(self, VirtQueue queue, object kick_fd, object call_fd, object on_event):
-        if not self.running:
-            raise LocalMisuseError("the pump is closed")
-        if queue.in_flight:
-            raise LocalMisuseError(f"{queue.name}: {queue.in_flight} chains are in flight")
         if not callable(on_event):
             raise TypeError("on_event is not callable")
         cdef Flow flow = Flow.__new__(Flow)
@@ -333,37 +352,47 @@ cdef class Pump:
         describe_notifier(&flow.seat.flow.call, call_fd, "call_fd")
         flow.queue = queue
         flow.on_event = on_event
-        flow.residue = b""
         flow.seat.flow.queue = <void*>queue
         flow.seat.flow.owner = <void*>flow
         return flow
 
     cdef Flow begin(self, Flow flow, str what):
         cdef vr_seat* seat = &flow.seat
+        cdef VirtQueue queue = flow.queue
         cdef int error
-        # before the thread can have news, which go to attached flows only
+        if self.closing or not self.is_ours():
+            raise LocalMisuseError("the pump is closed")
+        queue.check_free()
+        if queue.in_flight:
+            raise LocalMisuseError(f"{queue.name}: {queue.in_flight} chains are in flight")
+        # Before the thread can have news, which go to attached flows only; and all of it before
+        # another thread runs, which may close the pump.
         flow.pump = self
+        queue.holder = <void*>flow
         self.flows.add(flow)
         with nogil:
             error = reactor_command(&self.reactor, COMMAND_ATTACH, seat)
         if error:
-            flow.pump = None
-            self.flows.discard(flow)
+            self.forget(flow)
         if error == REACTOR_BLOCKING:
             raise LocalMisuseError(f"{what} is blocking: set O_NONBLOCK")
+        if error == REACTOR_ENDED:
+            raise LocalMisuseError("the pump was closed meanwhile")
         if error:
             raise OSError(error, f"{what} or its kick_fd cannot be watched: {os.strerror(error)}")
         return flow
 
     cdef int end(self, Flow flow) except -1:
+        """Detaches a flow; who comes second waits as long as who came first."""
         cdef vr_seat* seat = &flow.seat
-        with nogil:
-            reactor_command(&self.reactor, COMMAND_DETACH, seat)
-        self.flows.discard(flow)
-        if seat.flow.residue != NULL:
-            flow.residue = PyBytes_FromStringAndSize(
-                <char*>seat.flow.residue, seat.flow.residue_length
-            )
-            free(seat.flow.residue)
-            seat.flow.residue = NULL
+        if self.is_ours():
+            with nogil:
+                reactor_command(&self.reactor, COMMAND_DETACH, seat)
+        self.forget(flow)
         return 0
+
+    cdef void forget(self, Flow flow) noexcept:
+        flow.pump = None
+        self.flows.discard(flow)
+        if flow.queue.holder == <void*>flow:
+            flow.queue.holder = NULL

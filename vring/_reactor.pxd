@@ -9,13 +9,16 @@ cdef enum:
     COMMAND_ATTACH
     COMMAND_DETACH
     COMMAND_STOP
-    # answer to COMMAND_ATTACH besides errno: the descriptor could block the thread
+    # answers to COMMAND_ATTACH besides errno: the descriptor could block the thread
     REACTOR_BLOCKING = -1
+    # the flow was detached, or the thread told to end, before it was attached
+    REACTOR_ENDED = -2
 
 cdef struct vr_watch:
     # one descriptor in epoll, for all its users: a socket may be read and written by two flows,
     # and queues may share a kick descriptor
-    int fd
+    int fd                      # its owner's number
+    int own                     # a duplicate, whatever becomes of that
     uint32_t events             # registered
     bint pollable
     vr_user* users
@@ -36,6 +39,8 @@ cdef struct vr_seat:
     vr_seat* behind
     vr_seat* ahead
     bint held_back              # its error waits until the other direction has ended
+    bint attached
+    bint detached               # for good
     # under the lock
     uint32_t news               # not yet delivered
     int error
@@ -64,6 +69,8 @@ cdef struct vr_reactor:
     # under the lock
     vr_command* commands        # oldest first
     vr_command* commands_last
+    uint32_t waiting            # who gave one and is not gone yet
+    bint ending                 # takes no more
     vr_seat* news
     vr_seat* news_last
     # atomic: whether there are commands
@@ -72,7 +79,7 @@ cdef struct vr_reactor:
     vr_line now
     vr_line later               # those whose turn comes at later_at
     uint64_t later_at           # ns
-    vr_watch** watches          # by descriptor number
+    vr_watch** watches          # by their owners' numbers; those that were reused meanwhile are not
     uint32_t watches_size
     vr_tables tables
     uint64_t busy_ns
@@ -82,7 +89,10 @@ cdef struct vr_reactor:
 cdef int reactor_start(vr_reactor* reactor, uint64_t busy_ns) noexcept nogil
 # Without flows; joins the thread and closes everything.
 cdef void reactor_stop(vr_reactor* reactor) noexcept nogil
-# Asks the thread for something and waits for its answer: 0, errno or REACTOR_BLOCKING.
+# In a child of fork, where the thread is not: closes descriptors and does nothing to the parent.
+cdef void reactor_abandon(vr_reactor* reactor) noexcept nogil
+# Asks the thread for something and waits for its answer: 0, errno, REACTOR_BLOCKING or
+# REACTOR_ENDED. From any thread. Detaching what is not attached keeps it from being attached.
 cdef int reactor_command(vr_reactor* reactor, int operation, vr_seat* seat) noexcept nogil
 # The next seat with news and one kind of it, which is taken off the list; NULL if there is none.
 cdef vr_seat* reactor_next_news(vr_reactor* reactor, uint32_t* news, int* error) noexcept nogil

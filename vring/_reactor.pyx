@@ -13,18 +13,19 @@ from libc.string cimport memset
 
 from vring._core cimport VirtQueue
 from vring._flow cimport (
-    FD_PIPE, FD_SOCKET, NEWS_ERROR, SAMPLE_NS, TURN_LATER, TURN_MORE, flow_finish,
-    flow_turn, tables_free, tables_init
+    FD_PIPE, FD_SOCKET, NEWS_ERROR, SAMPLE_NS, TURN_LATER, TURN_MORE, flow_finish, flow_turn,
+    tables_free, tables_init, vr_fd
 )
 from vring._linux cimport (
-    EFD_CLOEXEC, EFD_NONBLOCK, ENOMEM, EPERM, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL,
-    EPOLL_CTL_MOD, EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP, MSG_DONTWAIT,
-    POLLIN, PR_SET_TIMERSLACK, SIG_SETMASK, SIGBUS, SIGFPE, SIGILL, SIGSEGV, close,
-    epoll_create1, epoll_ctl, epoll_event, epoll_wait, errno, eventfd, pollfd, ppoll, prctl,
-    pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_init, pthread_cond_wait,
-    pthread_create, pthread_join, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
-    pthread_mutex_unlock, pthread_setname_np, pthread_sigmask, read, recv, sigdelset, sigfillset,
-    sigset_t, timespec, vr_count, vr_get_flag, vr_now, vr_set_flag, write
+    EFD_CLOEXEC, EFD_NONBLOCK, ENOMEM, EPERM, EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT,
+    EPOLLRDHUP, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, F_DUPFD_CLOEXEC,
+    MSG_DONTWAIT, POLLIN, PR_SET_TIMERSLACK, SIGBUS, SIGFPE, SIGILL, SIGSEGV, SIG_SETMASK, S_IFMT,
+    S_IFREG, close, epoll_create1, epoll_ctl, epoll_event, epoll_wait, errno, eventfd, fcntl,
+    fstat, pollfd, ppoll, prctl, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_init,
+    pthread_cond_wait, pthread_create, pthread_join, pthread_mutex_destroy, pthread_mutex_init,
+    pthread_mutex_lock, pthread_mutex_unlock, pthread_setname_np, pthread_sigmask, read, recv,
+    sigdelset, sigfillset, sigset_t, stat_t, timespec, vr_count, vr_get_flag, vr_now, vr_same_file,
+    vr_set_flag, write
 )
 
 cdef enum:
@@ -51,7 +52,7 @@ cdef int watch_update(vr_reactor* reactor, vr_watch* watch, bint anew) noexcept 
         return 0
     event.events = events
     event.data.ptr = watch
-    if epoll_ctl(reactor.epoll_fd, operation, watch.fd, &event):
+    if epoll_ctl(reactor.epoll_fd, operation, watch.own, &event):
         if errno != EPERM:
             return errno
         watch.pollable = False      # a regular file or the like, which is always ready
@@ -59,29 +60,46 @@ cdef int watch_update(vr_reactor* reactor, vr_watch* watch, bint anew) noexcept 
     return 0
 
 
-cdef vr_watch* watch_of(vr_reactor* reactor, int fd) noexcept nogil:
-    """The watch of a descriptor, new if need be; NULL without memory."""
+cdef int watch_of(vr_reactor* reactor, int fd, vr_watch** found) noexcept nogil:
+    """The watch of a descriptor, new if need be; 0 or errno.
+
+    A watch has a duplicate, which nobody else can close: else epoll would go on telling of a file
+    whose number was closed, or stands for another file, as long as anybody has it open.
+    """
     cdef uint32_t size = reactor.watches_size
     cdef vr_watch** bigger
     cdef vr_watch* watch
+    cdef int error
     if <uint32_t>fd >= size:
         while <uint32_t>fd >= size:
             size *= 2
         bigger = <vr_watch**>realloc(reactor.watches, size * sizeof(vr_watch*))
         if bigger == NULL:
-            return NULL
+            return ENOMEM
         memset(bigger + reactor.watches_size, 0,
                (size - reactor.watches_size) * sizeof(vr_watch*))
         reactor.watches = bigger
         reactor.watches_size = size
     watch = reactor.watches[fd]
+    if watch != NULL and vr_same_file(watch.own, fd):
+        found[0] = watch
+        return 0
+    watch = <vr_watch*>calloc(1, sizeof(vr_watch))
     if watch == NULL:
-        watch = <vr_watch*>calloc(1, sizeof(vr_watch))
-        if watch != NULL:
-            watch.fd = fd
-            watch.pollable = True
-            reactor.watches[fd] = watch
-    return watch
+        return ENOMEM
+    watch.fd = fd
+    watch.own = fcntl(fd, F_DUPFD_CLOEXEC, 0)
+    watch.pollable = True
+    if watch.own < 0:
+        error = errno
+        free(watch)
+        return error
+    found[0] = reactor.watches[fd] = watch
+    return 0
+
+
+cdef vr_fd* descriptor_of(vr_user* user) noexcept nogil:
+    return &user.seat.flow.kick if user.is_kick else &user.seat.flow.data
 
 
 cdef void unwatch(vr_reactor* reactor, vr_user* user) noexcept nogil:
@@ -91,6 +109,7 @@ cdef void unwatch(vr_reactor* reactor, vr_user* user) noexcept nogil:
     if watch == NULL:
         return
     user.watch = NULL
+    descriptor_of(user).number = -1
     link = &watch.users
     while link[0] != user:
         link = &link[0].next
@@ -98,25 +117,38 @@ cdef void unwatch(vr_reactor* reactor, vr_user* user) noexcept nogil:
     if watch.users != NULL:
         watch_update(reactor, watch, False)
         return
+    if reactor.watches[watch.fd] == watch:
+        reactor.watches[watch.fd] = NULL
     if watch.pollable and watch.events:
-        epoll_ctl(reactor.epoll_fd, EPOLL_CTL_DEL, watch.fd, NULL)
-    reactor.watches[watch.fd] = NULL
+        epoll_ctl(reactor.epoll_fd, EPOLL_CTL_DEL, watch.own, NULL)
+    close(watch.own)
     free(watch)
 
 
 cdef int start_watching(
-    vr_reactor* reactor, vr_user* user, vr_seat* seat, int fd, uint32_t events
+    vr_reactor* reactor, vr_user* user, vr_seat* seat, uint32_t events
 ) noexcept nogil:
-    """0 or errno. A descriptor of -1 is never ready and not watched."""
+    """0 or errno. A descriptor of -1 is never ready and not watched.
+
+    Nor is a file: it is always ready, and closing a duplicate could mean to wait for its disk.
+    """
+    cdef vr_fd* fd
+    cdef stat_t status
     cdef int error
     user.watch = NULL
     user.seat = seat
     user.events = events
-    if fd < 0:
+    fd = descriptor_of(user)
+    if fd.number < 0:
         return 0
-    user.watch = watch_of(reactor, fd)
-    if user.watch == NULL:
-        return ENOMEM
+    if fstat(fd.number, &status):
+        return errno
+    if status.st_mode & S_IFMT == S_IFREG:
+        return 0
+    error = watch_of(reactor, fd.number, &user.watch)
+    if error:
+        return error
+    fd.number = user.watch.own
     user.next = user.watch.users
     user.watch.users = user
     error = watch_update(reactor, user.watch, False)
@@ -355,14 +387,16 @@ cdef void look_at(vr_reactor* reactor, vr_watch* watch, uint32_t events) noexcep
 # --- commands
 
 cdef int attach(vr_reactor* reactor, vr_seat* seat) noexcept nogil:
-    """0, errno or REACTOR_BLOCKING."""
+    """0, errno, REACTOR_BLOCKING or REACTOR_ENDED."""
     cdef uint32_t events = <uint32_t>EPOLLIN | EPOLLRDHUP if seat.flow.incoming else 0
     cdef int error
+    if seat.detached:
+        return REACTOR_ENDED
     seat.kick.is_kick = True
-    error = start_watching(reactor, &seat.kick, seat, seat.flow.kick.number, EPOLLIN)
+    error = start_watching(reactor, &seat.kick, seat, EPOLLIN)
     if error:
         return error
-    error = start_watching(reactor, &seat.data, seat, seat.flow.data.number, events)
+    error = start_watching(reactor, &seat.data, seat, events)
     if error == 0 and seat.data.watch != NULL:
         seat.flow.data.pollable = seat.data.watch.pollable
         if seat.flow.data.pollable and seat.flow.data.blocking and (
@@ -373,6 +407,7 @@ cdef int attach(vr_reactor* reactor, vr_seat* seat) noexcept nogil:
         unwatch(reactor, &seat.data)
         unwatch(reactor, &seat.kick)
         return error
+    seat.attached = True
     seat.flow.ready = True
     seat.flow.room = -1
     seat.flow.busy_ns = reactor.busy_ns
@@ -382,6 +417,10 @@ cdef int attach(vr_reactor* reactor, vr_seat* seat) noexcept nogil:
 
 
 cdef void detach(vr_reactor* reactor, vr_seat* seat) noexcept nogil:
+    seat.detached = True
+    if not seat.attached:
+        return
+    seat.attached = False
     leave_line(seat)
     unwatch(reactor, &seat.kick)
     leave_descriptor(reactor, seat)
@@ -423,6 +462,11 @@ cdef int reactor_command(vr_reactor* reactor, int operation, vr_seat* seat) noex
     command.operation = operation
     command.seat = seat
     pthread_mutex_lock(&reactor.lock)
+    if reactor.ending:
+        pthread_mutex_unlock(&reactor.lock)
+        return REACTOR_ENDED
+    reactor.ending = operation == COMMAND_STOP
+    reactor.waiting += 1
     if reactor.commands_last != NULL:
         reactor.commands_last.next = &command
     else:
@@ -432,6 +476,9 @@ cdef int reactor_command(vr_reactor* reactor, int operation, vr_seat* seat) noex
     write(reactor.wake_fd, &ONE, sizeof(ONE))
     while not command.answered:
         pthread_cond_wait(&reactor.answered, &reactor.lock)
+    reactor.waiting -= 1
+    if reactor.ending:
+        pthread_cond_broadcast(&reactor.answered)
     pthread_mutex_unlock(&reactor.lock)
     return command.answer
 
@@ -515,13 +562,17 @@ cdef void close_descriptor(int* fd) noexcept nogil:
     fd[0] = -1
 
 
-cdef void release(vr_reactor* reactor) noexcept nogil:
+cdef void close_descriptors(vr_reactor* reactor) noexcept nogil:
     close_descriptor(&reactor.epoll_fd)
     close_descriptor(&reactor.wake_fd)
     close_descriptor(&reactor.event_fd)
     tables_free(&reactor.tables)
     free(reactor.watches)
     reactor.watches = NULL
+
+
+cdef void release(vr_reactor* reactor) noexcept nogil:
+    close_descriptors(reactor)
     pthread_mutex_destroy(&reactor.lock)
     pthread_cond_destroy(&reactor.answered)
 
@@ -548,4 +599,19 @@ cdef int reactor_start(vr_reactor* reactor, uint64_t busy_ns) noexcept nogil:
 cdef void reactor_stop(vr_reactor* reactor) noexcept nogil:
     reactor_command(reactor, COMMAND_STOP, NULL)
     pthread_join(reactor.thread, NULL)
+    pthread_mutex_lock(&reactor.lock)
+    while reactor.waiting:
+        pthread_cond_wait(&reactor.answered, &reactor.lock)     # answered, and not yet awake
+    pthread_mutex_unlock(&reactor.lock)
     release(reactor)
+
+
+cdef void reactor_abandon(vr_reactor* reactor) noexcept nogil:
+    # Nothing else of the parent's is touched: its thread may have held the lock.
+    cdef vr_watch* watch
+    cdef uint32_t i
+    for i in range(reactor.watches_size):
+        watch = reactor.watches[i]
+        if watch != NULL:
+            close(watch.own)
+    close_descriptors(reactor)
