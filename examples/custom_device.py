@@ -64,12 +64,14 @@ async def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     kind = VfioUserServer if options.vfio_user else VhostUserBackend
     server = kind(Entropy(), options.vfio_user or options.vhost_user)
-    await server.start()
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    await stop.wait()
-    await server.stop()
+    try:
+        await server.start()
+        await stop.wait()
+    finally:
+        await server.stop()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ for, and goes on when the device's interrupt is asserted.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import mmap
 import select
@@ -134,25 +135,33 @@ async def talk(agent: HostAgent) -> None:
     print(f'host:  the guest copied "{await agent.get_clipboard()}"')
 
 
+async def ended(task: asyncio.Task[None]) -> None:
+    """End the task, if it has not."""
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         program = compile_guest(directory)
-    host = PolledHost()
     agent = HostAgent()
     device = Controller(max_ports=2)
     device.add_port(Port(1, "com.redhat.spice.0", ProtocolChardev("agent", agent.protocol_factory)))
-    host.complete(device.start())
-    machine = Machine(program, host, device)
-    conversation: list[asyncio.Task[None]] = []
-    host.run(lambda: conversation.append(asyncio.ensure_future(talk(agent))))
-    machine.run(conversation[0].done)
-    if not conversation[0].done():
-        sys.exit("the guest gave up")
-    conversation[0].result()
-    machine.pci.close()
-    host.complete(agent.close())
-    host.complete(device.stop())
-    host.close()
+    with contextlib.ExitStack() as stack:  # whatever fails, all that was started is stopped
+        host = PolledHost()
+        stack.callback(host.close)
+        stack.callback(lambda: host.complete(device.stop()))
+        host.complete(device.start())
+        stack.callback(lambda: host.complete(agent.close()))
+        machine = Machine(program, host, device)
+        stack.callback(machine.pci.close)
+        conversation: list[asyncio.Task[None]] = []
+        host.run(lambda: conversation.append(asyncio.ensure_future(talk(agent))))
+        stack.callback(lambda: host.complete(ended(conversation[0])))
+        machine.run(conversation[0].done)
+        if not conversation[0].done():
+            sys.exit("the guest gave up")
+        conversation[0].result()
 
 
 if __name__ == "__main__":

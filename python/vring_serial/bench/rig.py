@@ -38,7 +38,11 @@ class Rig:
         self.directory = directory
         self.serve_pid = serve_pid
         self.guest = Worker("guest_side:GuestSide")
-        self.peer = Worker("peer_side:PeerSide")
+        try:
+            self.peer = Worker("peer_side:PeerSide")
+        except BaseException:
+            self.guest.close()
+            raise
 
     def boot(self, queue_size: int, receive_size: int) -> None:
         plain = str(self.directory / "plain")
@@ -76,8 +80,10 @@ class Rig:
         return max(worker.finish()[0] for worker, _, _ in sides) - start
 
     def close(self) -> None:
-        self.guest.close()
-        self.peer.close()
+        try:
+            self.guest.close()
+        finally:
+            self.peer.close()
 
 
 @contextlib.contextmanager

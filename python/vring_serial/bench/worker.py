@@ -30,14 +30,14 @@ class Worker:
     def __init__(self, side: str) -> None:
         self.name = side
         ours, theirs = socket.socketpair()
-        with theirs:
+        with ours, theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", __name__, str(theirs.fileno()), side],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # an interrupt is for the parent, which then ends us
             )
-        self._connection = Connection(ours.detach())
+            self._connection = Connection(ours.detach())
 
     @property
     def pid(self) -> int:

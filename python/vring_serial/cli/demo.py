@@ -136,7 +136,6 @@ class Demo:
             await self._report.step("clipboard to the guest", self._host_to_guest_clipboard())
             await self._report.step("clipboard from the guest", self._guest_to_host_clipboard())
             await self._bulk()
-            await self._agent.close()
 
     def _topology(self) -> Topology:
         domain = self._directory / "demo.xml"
@@ -158,6 +157,7 @@ class Demo:
             stack.push_async_callback(backend.stop)
             await backend.start()
             stack.push_async_callback(self._guest.stop)
+            stack.push_async_callback(self._agent.close)
             yield
 
     async def _boot(self, socket: Path) -> str:

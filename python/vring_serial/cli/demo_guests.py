@@ -16,6 +16,9 @@ from vring_serial.guest.uml import UmlGuest, find_parts
 from vring_serial.guest.uml_desktop import MEMORY_MIB, UmlDesktop, require_programs
 from vring_serial.proto.agent import Selection
 
+#: Seconds for a guest to end when it is told to.
+STOP_TIMEOUT = 10.0
+
 
 @dataclass(frozen=True, slots=True)
 class BulkStreams:
@@ -89,7 +92,12 @@ class EmbeddedDemoGuest(DemoGuest):
     async def stop(self) -> None:
         if self._process is not None and self._process.returncode is None:
             self._process.terminate()
-            await self._process.wait()
+            try:
+                async with asyncio.timeout(STOP_TIMEOUT):
+                    await self._process.wait()
+            except TimeoutError:
+                self._process.kill()
+                await self._process.wait()
 
     async def wait_resolution(self, width: int, height: int) -> None:
         """Nothing to wait for: its agent answers when it has the new resolution."""

@@ -179,8 +179,8 @@ def _running_pump(busy_poll: int) -> Iterator[Pump]:
     """A pump whose events the running loop dispatches."""
     loop = asyncio.get_running_loop()
     pump = Pump(busy_poll_us=busy_poll)
-    loop.add_reader(pump.event_fd, pump.dispatch)
     try:
+        loop.add_reader(pump.event_fd, pump.dispatch)
         yield pump
     finally:
         loop.remove_reader(pump.event_fd)

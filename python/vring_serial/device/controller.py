@@ -181,9 +181,10 @@ class Controller:
         """Start all chardevs. Raises ResourceError; those that had started are stopped then."""
         if self._pump is None and self._own_pump is None:
             self._own_pump = Pump()
-            loop = asyncio.get_running_loop()
-            loop.add_reader(self._own_pump.event_fd, self._own_pump.dispatch)
         try:
+            if self._own_pump is not None:
+                loop = asyncio.get_running_loop()
+                loop.add_reader(self._own_pump.event_fd, self._own_pump.dispatch)
             for port in list(self._ports.values()):
                 await port.chardev.start()
         except BaseException:

@@ -109,7 +109,17 @@ class UmlGuest:
         return self._directory
 
     async def start(self, timeout: float = 60) -> None:
-        """Boot to the shell. Raises ResourceError with the kernel's last lines if that fails."""
+        """Boot to the shell.
+
+        Raises ResourceError with the kernel's last lines if that fails; nothing of it is left then.
+        """
+        try:
+            await self._boot(timeout)
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def _boot(self, timeout: float) -> None:
         init = self._directory / "init.sh"
         init.write_text(
             INIT.format(

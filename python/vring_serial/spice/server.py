@@ -98,11 +98,11 @@ class SpiceServer:
             if self._options.has_tls:
                 reachable |= self._check_tls()
             self._init(password)
+            self._acceptor = Acceptor(self._accepted, name="SPICE", peer="client", yields=True)
+            self._acceptor.open(self._listener.sockets)
         except BaseException:
             await self.stop()
             raise
-        self._acceptor = Acceptor(self._accepted, name="SPICE", peer="client", yields=True)
-        self._acceptor.open(self._listener.sockets)
         self.addresses = list(self._listener.addresses)
         if self._options.has_tls:
             self.addresses.append(f"{self._options.addr or '*'}:{self._tls_port} (TLS)")

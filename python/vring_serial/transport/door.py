@@ -11,7 +11,7 @@ from vring_serial import accept
 from vring_serial.accept import Acceptor
 from vring_serial.ratelimit import RateLimitedLog
 from vring_serial.transport.closer import Closer
-from vring_serial.unix_socket import UnixListener, encode_path
+from vring_serial.unix_socket import SocketPathError, UnixListener, encode_path
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,11 @@ class Door:
             self._acceptor = Acceptor(
                 self._accepted, name=self._name, peer=self._peer, one_at_a_time=True
             )
-            self._acceptor.open([self._listener.socket])
+            try:
+                self._acceptor.open([self._listener.socket])
+            except OSError as error:  # there is no room for one more to watch
+                self.close()
+                raise SocketPathError(self._path, error.strerror or str(error)) from None
         else:
             encode_path(self._path)
         self._open = True

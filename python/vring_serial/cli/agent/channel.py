@@ -43,8 +43,8 @@ class Channel:
         Raises AgentTimeoutError if it does not.
         """
         agent = HostAgent(timeout=self.timeout, capabilities=capabilities)
-        await self.open(agent.protocol_factory)
         try:
+            await self.open(agent.protocol_factory)
             await agent.wait_ready()
             yield agent
         finally:
