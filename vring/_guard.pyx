@@ -6,6 +6,7 @@ process, in whichever thread and language it happens. The handler here puts zero
 
 from __future__ import annotations
 
+import logging
 import os
 
 cimport cython
@@ -18,10 +19,12 @@ cdef extern from *:
     #include <stdlib.h>
     #include <string.h>
     #include <sys/mman.h>
+    #include <sys/syscall.h>
+    #include <sys/types.h>
     #include <sys/uio.h>
     #include <unistd.h>
 
-    enum { VR_SLOTS = 256, VR_PROBE_STEP = 4096 };
+    enum { VR_SLOTS = 256, VR_PROBE_STEP = 4096, VR_HANDLERS = 16, VR_PASSING = 8 };
 
     /* Slots are never freed, only used again: the handler may read the table in any thread at any
        time. It skips a slot that is just changing, as that cannot be the one whose mapping is being
@@ -33,8 +36,17 @@ cdef extern from *:
 
     static vr_slots vr_table;
     static uint64_t vr_losses;
-    static struct sigaction vr_before;
-    static int vr_installed;
+
+    /* The handlers that ours has replaced, the newest last. */
+    static struct sigaction vr_before[VR_HANDLERS];
+    static int vr_before_count;
+
+    /* A thread that is in one of them, and how many there are before that one. */
+    typedef struct vr_passing {
+        pid_t thread;                   /* 0: free */
+        int level;
+    } vr_passing;
+    static vr_passing vr_passes[VR_PASSING];
 
     static vr_guarded *vr_guard_find(uintptr_t address) {
         vr_slots *some = &vr_table;
@@ -68,27 +80,65 @@ cdef extern from *:
         return 1;
     }
 
-    /* What the process would have done without us. */
-    static void vr_guard_pass_on(int number, siginfo_t *info, void *context) {
+    /* What a handler that was there does, or, without one, the system. */
+    static void vr_guard_let(const struct sigaction *before, int number, siginfo_t *info,
+                             void *context) {
         int fault = info->si_code == BUS_ADRERR || info->si_code == BUS_ADRALN
         #ifdef BUS_MCEERR_AR
             || info->si_code == BUS_MCEERR_AR
         #endif
             ;
         struct sigaction fatal;
-        if (vr_before.sa_flags & SA_SIGINFO) {
-            vr_before.sa_sigaction(number, info, context);
-        } else if (vr_before.sa_handler == SIG_IGN && !fault) {
+        sigset_t raised;
+        if (before && before->sa_flags & SA_NODEFER) {
+            /* It may raise the signal and wait for that to be its end. */
+            sigemptyset(&raised);
+            sigaddset(&raised, number);
+            pthread_sigmask(SIG_UNBLOCK, &raised, NULL);
+        }
+        if (before && before->sa_flags & SA_SIGINFO) {
+            before->sa_sigaction(number, info, context);
+        } else if (before && before->sa_handler == SIG_IGN && !fault) {
             return;
-        } else if (vr_before.sa_handler == SIG_DFL || vr_before.sa_handler == SIG_IGN) {
+        } else if (!before || before->sa_handler == SIG_DFL || before->sa_handler == SIG_IGN) {
             memset(&fatal, 0, sizeof fatal);
             fatal.sa_handler = SIG_DFL;
             sigaction(number, &fatal, NULL);
             if (!fault)
                 raise(number);  /* else the access is made again, and is the last */
         } else {
-            vr_before.sa_handler(number);
+            before->sa_handler(number);
         }
+    }
+
+    /* Where a thread is noted, or with 0 a free place, which `thread` is noted in; or NULL. */
+    static vr_passing *vr_guard_place(pid_t noted, pid_t thread) {
+        for (int i = 0; i < VR_PASSING; i++) {
+            pid_t there = noted;
+            if (__atomic_compare_exchange_n(&vr_passes[i].thread, &there, thread, 0,
+                                            __ATOMIC_RELAXED, __ATOMIC_RELAXED))
+                return &vr_passes[i];
+        }
+        return NULL;
+    }
+
+    /* What the process would have done without us: the newest handler first. One that came after
+       us may pass on to us, by a call or by raising the signal (faulthandler does): then it is the
+       turn of the one before it. */
+    static void vr_guard_pass_on(int number, siginfo_t *info, void *context) {
+        pid_t thread = (pid_t)syscall(SYS_gettid);
+        vr_passing *outer = vr_guard_place(thread, thread);
+        vr_passing *place = outer ? outer : vr_guard_place(0, thread);
+        int level = outer ? outer->level : __atomic_load_n(&vr_before_count, __ATOMIC_ACQUIRE);
+        if (!place || level == 0) {
+            vr_guard_let(NULL, number, info, context);
+            return;
+        }
+        place->level = level - 1;
+        vr_guard_let(&vr_before[level - 1], number, info, context);
+        place->level = level;
+        if (!outer)
+            __atomic_store_n(&place->thread, 0, __ATOMIC_RELAXED);
     }
 
     static void vr_on_sigbus(int number, siginfo_t *info, void *context) {
@@ -102,19 +152,26 @@ cdef extern from *:
         errno = error;
     }
 
+    /* Puts ours in front. 1: others had been installed over it, -1: it cannot be. */
     static int vr_guard_install(void) {
-        struct sigaction ours;
-        if (vr_installed)
+        struct sigaction ours, there, *newest = &vr_before[vr_before_count];
+        if (sigaction(SIGBUS, NULL, &there))
+            return -1;
+        if (there.sa_flags & SA_SIGINFO && there.sa_sigaction == vr_on_sigbus)
             return 0;
+        int again = vr_before_count > 0;
+        int known = again && newest[-1].sa_flags == there.sa_flags &&
+                    newest[-1].sa_handler == there.sa_handler;
+        /* Known before ours can run. One too many is not called. */
+        if (!known && vr_before_count < VR_HANDLERS) {
+            *newest = there;
+            __atomic_store_n(&vr_before_count, vr_before_count + 1, __ATOMIC_RELEASE);
+        }
         memset(&ours, 0, sizeof ours);
         ours.sa_sigaction = vr_on_sigbus;
         ours.sa_flags = SA_SIGINFO | SA_ONSTACK;
         sigemptyset(&ours.sa_mask);
-        /* Known before ours can run. */
-        if (sigaction(SIGBUS, NULL, &vr_before) || sigaction(SIGBUS, &ours, NULL))
-            return -1;
-        vr_installed = 1;
-        return 0;
+        return sigaction(SIGBUS, &ours, NULL) ? -1 : again;
     }
 
     static void vr_guard_set(vr_guarded *slot, uintptr_t base, size_t length, int event_fd) {
@@ -168,13 +225,29 @@ cdef extern from *:
     uint64_t vr_guard_count() nogil
     bint vr_guard_touch(const iovec* segment) nogil
 
+_said = False
+
 
 cdef vr_guarded* guard_add(void* base, size_t length, int event_fd) noexcept:
     cdef vr_guarded* slot = vr_guard_free_slot()
-    if slot == NULL or vr_guard_install():
+    cdef int installed = vr_guard_install()
+    if slot == NULL or installed < 0:
         return NULL
+    if installed:
+        _say_displaced()
     vr_guard_set(slot, <size_t>base, length, event_fd)
     return slot
+
+
+def _say_displaced():
+    """Log once that somebody took the signal away."""
+    global _said
+    if not _said:
+        _said = True
+        logging.getLogger("vring").warning(
+            "another handler of SIGBUS was installed over vring's (faulthandler, signal.signal?): "
+            "vring's is in front again and passes on to it what is not about guest memory"
+        )
 
 
 cdef void guard_remove(vr_guarded* guarded) noexcept:

@@ -458,6 +458,79 @@ def test_a_handler_with_siginfo_gets_it() -> None:
     assert (done.stdout, done.returncode) == ("lost\ntold 7 2 True\n", 3)
 
 
+TAKEN = "another handler of SIGBUS was installed over vring's"
+
+
+@pytest.mark.parametrize("times", [1, 40])
+def test_faulthandler_that_comes_later_is_noticed_at_the_next_map(times: int) -> None:
+    done = run(f"""
+        first = guard()
+        for _ in range({times}):
+            faulthandler.enable()
+            lose(*guard())
+            faulthandler.disable()
+            faulthandler.enable()
+            lose(*guard())
+        lose(*first)
+        foreign()
+    """)
+    assert done.returncode == -signal.SIGBUS
+    assert done.stdout == "lost\n" * (2 * times + 1)
+    assert done.stderr.count(TAKEN) == 1
+    assert done.stderr.count("Fatal Python error: Bus error") == 1
+    assert "in foreign" in done.stderr
+
+
+def test_handlers_that_come_later_are_called() -> None:
+    done = run("""
+        faulthandler.enable()
+        fd, region = guard()
+        for name in ("one", "two"):
+            signal.signal(signal.SIGBUS, lambda number, frame, name=name: print(name, flush=True))
+            lose(*guard())
+            os.kill(os.getpid(), signal.SIGBUS)
+        lose(fd, region)
+    """)
+    assert (done.stdout, done.returncode) == ("lost\none\nlost\ntwo\nlost\n", 0)
+    assert done.stderr.count(TAKEN) == 1
+
+
+@pytest.mark.parametrize("cause", ["foreign()", "os.kill(os.getpid(), signal.SIGBUS)"])
+def test_a_default_that_comes_later_kills(cause: str) -> None:
+    done = run(f"""
+        signal.signal(signal.SIGBUS, lambda number, frame: print("told", flush=True))
+        guard()
+        signal.signal(signal.SIGBUS, signal.SIG_DFL)
+        lose(*guard())
+        {cause}
+    """)
+    assert (done.stdout, done.returncode) == ("lost\n", -signal.SIGBUS)
+
+
+@pytest.mark.parametrize("cause", ["foreign()", "os.kill(os.getpid(), signal.SIGBUS)"])
+def test_a_handler_that_calls_the_one_before_it_is_called_once(cause: str) -> None:
+    """As handlers in C do: ours passes on to it, it passes on to ours."""
+    done = run(f"""
+        class Action(ctypes.Structure):
+            _fields_ = [("handler", ctypes.c_void_p), ("mask", ctypes.c_ulong * 16),
+                        ("flags", ctypes.c_int), ("restorer", ctypes.c_void_p)]
+        kind = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+        @kind
+        def handler(number, info, context):
+            print("told", number, flush=True)
+            kind(before.handler)(number, info, context)
+        action = Action(ctypes.cast(handler, ctypes.c_void_p), (ctypes.c_ulong * 16)(), 4, None)
+        before = Action()
+        fd, region = guard()
+        libc = ctypes.CDLL(None)
+        libc.sigaction(signal.SIGBUS, ctypes.byref(action), ctypes.byref(before))
+        lose(*guard())
+        lose(fd, region)
+        {cause}
+    """)
+    assert (done.stdout, done.returncode) == ("lost\nlost\ntold 7\n", -signal.SIGBUS)
+
+
 def test_an_unmapped_region_is_foreign_again() -> None:
     done = run("""
         fd, region = guard()
