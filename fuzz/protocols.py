@@ -197,13 +197,14 @@ TAGS = _words(
     """
     devices channel console controller source target address graphics name os type log
     protocol reconnect clipboard filetransfer mouse alias listen domain interface video rng
+    sound disk driver seclabel hostdev memballoon
     """
 )
 ATTRIBUTES = _words(
     """
     type mode path name port index model ports vectors bus slot domain function controller
     host service state append tls enabled timeout passwd autoport tlsPort listen socket
-    address
+    address arch machine bus dev packed iommu defaultMode passwdValidTo
     """
 )
 VALUES = _words(
@@ -211,9 +212,12 @@ VALUES = _words(
     virtio virtio-serial unix tcp pty file pipe null stdio spicevmc spiceport bind connect
     client server raw telnet yes no on off pci virtio-mmio 0 1 2 31 511 0x8000 -1
     99999999999999999999 com.redhat.spice.0 org.qemu.guest_agent.0 q35 serial spice /x none
-    any
+    any virtio-transitional pcie-root-port pcie-to-pci-bridge pci-bridge usb scsi sata ich9
+    ich9-ehci1 qemu-xhci pseries virt aarch64 ccw drive sdz network secure insecure
+    2030-01-01T00:00:00 i440fx
     """
 )
+MACHINES = _words("pc q35 virt pseries versatilepb isapc")
 OPTIONS = _words(
     """
     socket, file, pty, pipe, null, stdio, ringbuf, spicevmc, spiceport, id= path= host=
@@ -241,6 +245,9 @@ def domain(data: bytes) -> None:
 def _tree(data: bytes) -> Any:
     """A domain whose elements and attributes libvirt knows, in any order."""
     root = etree.Element("domain")
+    if data:
+        machine = MACHINES[data[0] % len(MACHINES)]
+        etree.SubElement(etree.SubElement(root, "os"), "type", machine=machine)
     here = etree.SubElement(root, "devices")
     for what, which, value in zip(*[iter(data)] * 3, strict=False):
         if what % 4 == 0:

@@ -358,7 +358,7 @@ def test_a_spiceport_of_a_domain():
 @pytest.mark.parametrize(
     ("graphics", "channels", "message"),
     [
-        ("", WEBDAV, "spiceport needs a SPICE server: --spice, or <graphics type='spice'>"),
+        ("", WEBDAV, "spiceport needs a SPICE server: --spice, or <graphics type='spice'> that"),
         (GRAPHICS, WEBDAV.replace(SOURCE, ""), "<source> is missing"),
         (GRAPHICS, WEBDAV.replace(SOURCE, "<source/>"), "channel is missing"),
         (GRAPHICS, WEBDAV + WEBDAV.replace("name='org", "name='x"), "is taken already"),

@@ -199,7 +199,9 @@ class Draft:
             name, where = port.chardev.options.name, port.chardev.where
             if self.spice is None:
                 raise ConfigError(
-                    "spiceport needs a SPICE server: --spice, or <graphics type='spice'>", where
+                    "spiceport needs a SPICE server: --spice, or <graphics type='spice'> that "
+                    "listens",
+                    where,
                 )
             if (other := named.setdefault(name, port.chardev)) is not port.chardev:
                 raise ConfigError(f"SPICE port {name!r} is taken already ({other.where})", where)

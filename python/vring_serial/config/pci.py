@@ -98,7 +98,10 @@ class PciSlots:
         self.ours_by_default = True
         self._models: dict[int, str] = {0: machine.root}
         self._fixed: set[int] = set()
-        self._owners = dict.fromkeys(machine.chipset, "the chipset")
+        self._owners: dict[PciAddress, str] = {}
+        self._slots: set[int] = set()  # of bus 0, in use
+        for address in machine.chipset:
+            self.note(address, "the chipset")
 
     def add_bus(self, index: int, model: str, *, fixed: bool) -> None:
         """A bus that the domain has; ``fixed`` if its controller has an address."""
@@ -110,6 +113,8 @@ class PciSlots:
     def note(self, address: PciAddress, where: str) -> None:
         """Somebody else's device has this address; whether it may is not ours to judge."""
         self._owners.setdefault(address, where)
+        if address.domain == address.bus == 0:
+            self._slots.add(address.slot)
 
     def take(self, address: PciAddress, where: str) -> None:
         """Give ``address`` to one of our controllers. Raises ConfigError if it is taken."""
@@ -119,7 +124,7 @@ class PciSlots:
 
     def has(self, slot: int) -> bool:
         """Whether a slot of bus 0 is in use."""
-        return any((a.domain, a.bus, a.slot) == (0, 0, slot) for a in self._owners)
+        return slot in self._slots
 
     def assign(self, ours: Sequence[Plug]) -> list[PciAddress | None]:
         """Addresses for ours that have none; None where there is no room left."""
