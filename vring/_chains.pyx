@@ -5,15 +5,18 @@ from __future__ import annotations
 import numpy as np
 
 cimport cython
-from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport (
+    PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
+)
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc, PyMem_RawRealloc
 from cpython.memoryview cimport PyMemoryView_FromObject
+from cpython.number cimport PyNumber_Index
 from cpython.object cimport PyObject
 from libc.stddef cimport size_t
 
-from vring._memory cimport vr_find
-from vring._wire cimport vr_copy
+from vring._walk cimport vr_copy_in, vr_copy_out
+from vring._wire cimport UINT32_MAX, vr_copy
 from vring.errors import LocalMisuseError, MemoryLostError
 
 cdef extern from "Python.h":
@@ -32,93 +35,11 @@ _CHAIN = np.dtype({
     "offsets": [0, 4, 8, 12, 16, 20],
     "itemsize": sizeof(vr_chain),
 })
+_ARRAY = np.ndarray
+_UINT32 = np.dtype(np.uint32)
 _SEGMENT = np.dtype({
     "names": ["address", "length"], "formats": ["u8", "u8"], "itemsize": sizeof(iovec)
 })
-
-
-cdef int vr_add_slow(
-    vr_room* room, const vr_chain* chain, iovec** segment, uint64_t address, uint64_t length
-) noexcept nogil:
-    cdef uint64_t offset, there
-    cdef const vr_region* region
-    if segment[0] - room.segments - chain.first_segment + room.extra >= room.size:
-        return FAULT_TOO_LONG
-    room.extra += 1
-    while length:
-        region = vr_lookup(room.memory, room.hints, address)
-        if region == NULL:
-            return FAULT_ADDRESS
-        if segment[0] == room.end:
-            return FAULT_FULL
-        offset = address - region.guest
-        there = min(length, region.size - offset)
-        segment[0].iov_base = region.host + offset
-        segment[0].iov_len = there
-        segment[0] += 1
-        room.extra -= 1
-        address += there
-        length -= there
-        if address == 0 and length:
-            return FAULT_ADDRESS
-    return FAULT_NONE
-
-
-cdef bint vr_read_scattered(
-    const vr_map* memory, uint64_t table, uint32_t i, uint8_t* entry
-) noexcept nogil:
-    cdef const vr_region* region
-    cdef uint64_t at
-    cdef int k
-    for k in range(DESC_SIZE):
-        at = table + <uint64_t>i * DESC_SIZE + k
-        region = vr_find(memory, at)
-        if region == NULL or at < table:
-            return False
-        entry[k] = (<volatile uint8_t*>region.host)[at - region.guest]
-    return True
-
-
-cdef void copy_out(
-    const vr_chain* chains, uint32_t n, const iovec* segments, uint8_t* to
-) noexcept nogil:
-    """Copies the device-readable bytes of chains; segments that adjoin each other go as one."""
-    cdef uint32_t i, _k
-    cdef const uint8_t* run = NULL
-    cdef size_t length = 0
-    cdef const iovec* segment
-    for i in range(n):
-        segment = segments + chains[i].first_segment
-        for _k in range(chains[i].n_readable):
-            if segment.iov_base != run + length:
-                if length:
-                    vr_copy(to, run, length)
-                to += length
-                run = <const uint8_t*>segment.iov_base
-                length = 0
-            length += segment.iov_len
-            segment += 1
-    if length:
-        vr_copy(to, run, length)
-
-
-cdef uint64_t copy_in(
-    const iovec* segments, uint32_t n, uint64_t skip, const uint8_t* data, uint64_t length
-) noexcept nogil:
-    """Fills segments, from byte `skip` of them on, until data or room ends; bytes copied."""
-    cdef uint32_t i
-    cdef uint64_t done = 0, there
-    for i in range(n):
-        if skip >= segments[i].iov_len:
-            skip -= segments[i].iov_len
-            continue
-        if done == length:
-            break
-        there = min(segments[i].iov_len - skip, length - done)
-        vr_copy(<uint8_t*>segments[i].iov_base + skip, data + done, there)
-        done += there
-        skip = 0
-    return done
 
 
 @cython.final
@@ -186,28 +107,23 @@ cdef class Batch:
         return 0
 
     cdef int take_written(self, object written, uint32_t n) except -1:
-        """Sets self.written[:n] from one number, or n of them, and checks them against room."""
+        """Sets self.written[:n] from what plain_lengths made, and checks it against room."""
         cdef uint32_t i
         cdef const vr_chain* chains = self.chains + self.start
         cdef Py_buffer held
         cdef uint32_t same
-        if isinstance(written, int):
-            same = _checked_length(written)
+        if type(written) is int:
+            same = checked_length(written)
             for i in range(n):
                 self.written[i] = same
-        elif isinstance(written, np.ndarray) and written.dtype == np.uint32 and (
-            written.ndim == 1 and written.flags.c_contiguous
-        ):
+        else:
             PyObject_GetBuffer(written, &held, PyBUF_SIMPLE)
             try:
-                _check_count(held.len // 4, n)
+                if held.len != n * sizeof(uint32_t):
+                    raise LocalMisuseError(f"{held.len // 4} written lengths for {n} chains")
                 vr_copy(self.written, held.buf, n * sizeof(uint32_t))
             finally:
                 PyBuffer_Release(&held)
-        else:
-            _check_count(len(written), n)
-            for i in range(n):
-                self.written[i] = _checked_length(written[i])
         for i in range(n):
             if self.written[i] > chains[i].writable_bytes:
                 raise LocalMisuseError(
@@ -336,7 +252,13 @@ cdef class Batch:
         return total
 
     cdef void gather_to(self, uint8_t* to) noexcept nogil:
-        copy_out(self.chains + self.start, self.count - self.start, self.segments, to)
+        vr_copy_out(self.chains + self.start, self.count - self.start, self.segments, to)
+
+    cdef int check_epoch(self) except -1:
+        """Before guest memory is touched for chains."""
+        if self.owner is not None and self.current_epoch[0] != self.epoch:
+            raise LocalMisuseError("the queue was reset after the chains were popped")
+        return 0
 
     cdef int check_memory(self) except -1:
         """After reading guest memory. Raises MemoryLostError if it may have been zeros instead."""
@@ -348,8 +270,10 @@ cdef class Batch:
         """All device-readable bytes of all chains, joined, as a copy.
 
         Raises:
+            LocalMisuseError: the queue was reset since.
             MemoryLostError: guest memory was cut off, and what was copied may be zeros instead.
         """
+        self.check_epoch()
         cdef uint64_t total = self.readable_total()
         out = PyBytes_FromStringAndSize(NULL, total)
         cdef uint8_t* to = <uint8_t*>PyBytes_AS_STRING(out)
@@ -365,13 +289,16 @@ cdef class Batch:
         """Like gather, but copies to the start of a writable buffer; the number of bytes.
 
         Raises:
-            LocalMisuseError: the buffer is smaller than the bytes of the batch.
+            LocalMisuseError: the buffer is smaller than the bytes of the batch, or the queue was
+                reset since.
             MemoryLostError: guest memory was cut off, and what was copied may be zeros instead.
         """
-        cdef uint64_t total = self.readable_total()
+        cdef uint64_t total
         cdef Py_buffer held
-        PyObject_GetBuffer(buffer, &held, PyBUF_SIMPLE | 1)
+        PyObject_GetBuffer(buffer, &held, PyBUF_SIMPLE | PyBUF_WRITABLE)
         try:
+            self.check_epoch()
+            total = self.readable_total()
             if <uint64_t>held.len < total:
                 raise LocalMisuseError(f"the batch has {total} bytes, the buffer {held.len}")
             with nogil:
@@ -391,43 +318,63 @@ cdef class Batch:
         Returns:
             How many chains got data, and the bytes written into each (uint32 array), as push_many
             takes them: ``queue.push_many(batch, written, used)``. Nothing is completed here.
+
+        Raises:
+            LocalMisuseError: the queue was reset since.
         """
         cdef Py_buffer held
-        cdef uint32_t i = self.start
+        cdef uint32_t i, k
         cdef uint64_t done = 0
         cdef const vr_chain* chain
+        cdef uint32_t[::1] rows
+        # First: its code may complete the chains.
         PyObject_GetBuffer(data, &held, PyBUF_SIMPLE)
         try:
+            self.check_epoch()
+            i = self.start
             with nogil:
                 while i < self.count and done < <uint64_t>held.len:
                     chain = &self.chains[i]
-                    self.written[i - self.start] = copy_in(
+                    self.written[i - self.start] = vr_copy_in(
                         self.segments + chain.first_segment + chain.n_readable, chain.n_writable,
                         0, <uint8_t*>held.buf + done, held.len - done
                     )
                     done += self.written[i - self.start]
                     i += 1
+            i -= self.start
+            out = np.empty(i, np.uint32)
+            rows = out
+            for k in range(i):
+                rows[k] = self.written[k]
         finally:
             PyBuffer_Release(&held)
-        i -= self.start
-        out = np.empty(i, np.uint32)
-        cdef uint32_t[::1] rows = out
-        cdef uint32_t k
-        for k in range(i):
-            rows[k] = self.written[k]
         return i, out
 
 
-cdef uint32_t _checked_length(object value) except? 0:
-    if not 0 <= value <= 0xFFFFFFFF:
+cdef uint32_t checked_length(object value) except? 0:
+    value = PyNumber_Index(value)
+    if not 0 <= value <= UINT32_MAX:
         raise LocalMisuseError(f"{value} bytes written: not a used length (0 to 2**32 - 1)")
     return value
 
 
-cdef int _check_count(Py_ssize_t given, uint32_t wanted) except -1:
-    if given != wanted:
-        raise LocalMisuseError(f"{given} written lengths for {wanted} chains")
-    return 0
+cdef object plain_lengths(object written, uint32_t most):
+    cdef Py_ssize_t i, n
+    cdef uint32_t[::1] rows
+    if isinstance(written, int):
+        return PyNumber_Index(written)
+    if type(written) is _ARRAY and written.dtype == _UINT32 and (
+        written.ndim == 1 and written.flags.c_contiguous
+    ):
+        return written
+    n = len(written)
+    if n > most:
+        raise LocalMisuseError(f"{n} written lengths for at most {most} chains")
+    out = np.empty(n, np.uint32)
+    rows = out
+    for i in range(n):
+        rows[i] = checked_length(written[i])
+    return out
 
 
 cdef inline int release_views(tuple views) except -1:
@@ -470,7 +417,7 @@ cdef class _Chains:
 
     def __next__(self):
         cdef Chain chain = self.older
-        if self.at >= self.batch.count:
+        if self.batch is None or self.at >= self.batch.count:
             raise StopIteration
         self.older = self.last
         if chain is None or Py_REFCNT(<PyObject*>chain) != 1:
@@ -495,9 +442,18 @@ cdef class Chain:
         raise TypeError("chains come from pop")
 
     cdef vr_chain* row(self) except NULL:
-        if self.batch.owner is None or self.index < self.batch.start:
-            raise LocalMisuseError("the chain has been completed or given back")
+        if (
+            self.batch is None or self.batch.owner is None or self.index < self.batch.start
+            or self.batch.current_epoch[0] != self.batch.epoch
+        ):
+            self.refuse()
         return &self.batch.chains[self.index]
+
+    cdef int refuse(self) except -1:
+        if self.batch is None:
+            raise LocalMisuseError("chains come from pop")
+        self.batch.check_epoch()
+        raise LocalMisuseError("the chain has been completed or given back")
 
     def __getbuffer__(self, Py_buffer* view, int flags):
         if self.exported.iov_base == NULL:
@@ -576,6 +532,7 @@ cdef class Chain:
         cdef vr_chain* row = self.row()
         if self._readable is None:
             self._readable = self.views(row.first_segment, row.n_readable, False)
+            self.row()              # collecting garbage meanwhile may have completed the chain
         return self._readable
 
     @property
@@ -589,13 +546,14 @@ cdef class Chain:
             self._writable = self.views(
                 row.first_segment + row.n_readable, row.n_writable, True
             )
+            self.row()              # as above
         return self._writable
 
     def read(self):
         """A copy of all device-readable bytes."""
         cdef vr_chain* row = self.row()
         out = PyBytes_FromStringAndSize(NULL, row.readable_bytes)
-        copy_out(row, 1, self.batch.segments, <uint8_t*>PyBytes_AS_STRING(out))
+        vr_copy_out(row, 1, self.batch.segments, <uint8_t*>PyBytes_AS_STRING(out))
         self.batch.check_memory()
         return out
 
@@ -604,16 +562,18 @@ cdef class Chain:
 
         Returns the number of bytes that fitted; ``chain.written`` is the sum of all calls.
         """
-        cdef vr_chain* row = self.row()
+        cdef vr_chain* row
         cdef Py_buffer held
         cdef uint64_t done
+        # First: its code may complete the chain.
         PyObject_GetBuffer(data, &held, PyBUF_SIMPLE)
         try:
-            done = copy_in(
+            row = self.row()
+            done = vr_copy_in(
                 self.batch.segments + row.first_segment + row.n_readable, row.n_writable,
                 self.written, <uint8_t*>held.buf, held.len
             )
+            self.written += <uint32_t>done
         finally:
             PyBuffer_Release(&held)
-        self.written += <uint32_t>done
         return done

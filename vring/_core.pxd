@@ -5,8 +5,9 @@
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
-from vring._chains cimport Batch, Chain, vr_chain
+from vring._chains cimport Batch, Chain
 from vring._memory cimport GuestMemory, VR_HINTS, vr_map
+from vring._walk cimport vr_chain
 from vring._wire cimport iovec
 
 cdef struct vr_fault:
@@ -38,7 +39,7 @@ cdef class VirtQueue:
     # Who alone may use the queue now, else NULL: the Flow of a pump. Python's methods refuse then;
     # the *_c methods do not look.
     cdef void* holder
-    cdef tuple _rings                       # their guest addresses
+    cdef uint64_t[3] areas                  # guest addresses of descriptors, driver's and device's
     cdef Batch _spare_batch
     cdef Batch _older_batch
     cdef Chain _spare_chain
@@ -46,9 +47,10 @@ cdef class VirtQueue:
 
     # Pops up to max_chains chains and writes their segments, as host addresses that feed
     # readv/writev, to the segment table. Returns how many: fewer when the driver made fewer
-    # available or the table is full. Negative: the ring is broken, now or since earlier;
-    # raise_broken() says why. A chain that alone does not fit max_segments breaks the ring (a chain
-    # has at most `size` segments, and one more for each region border that a buffer crosses).
+    # available, the table is full, or chains without bytes took VR_WORK_MAX. Negative: the ring is
+    # broken, now or since earlier; raise_broken() says why. A chain that alone does not fit
+    # max_segments breaks the ring (a chain has at most `size` segments, and one more for each
+    # region border that a buffer crosses).
     # The buffers are valid as long as `memory` (take a reference to it) or the queue lives.
     cdef int pop_c(
         self, vr_chain* chains, uint32_t max_chains, iovec* segments, uint32_t max_segments
@@ -96,7 +98,9 @@ cdef class VirtQueue:
     cdef Batch take_batch(self)
     cdef Chain take_chain(self)
     cdef int check_free(self) except -1
+    cdef uint16_t check_index(self, object index) except? 0
     cdef int check_mine(self, Batch batch) except -1
+    cdef int withdraw(self, Batch batch, uint32_t n) except -1
     cdef int check_order(self, uint64_t first) except -1
     cdef Chain pop_one(self)
     cdef bint push_one(self, Chain chain, object written) except -1

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 cimport cython
+from cpython.number cimport PyNumber_Index
 from cpython.object cimport PyObject
 
-from vring._chains cimport (
+from vring._chains cimport checked_length, plain_lengths
+from vring._memory cimport VR_HINTS
+from vring._walk cimport (
     FAULT_ADDRESS, FAULT_AVAIL_INDEX, FAULT_FULL, FAULT_HEAD, FAULT_INDIRECT_ADDRESS,
     FAULT_INDIRECT_FEATURE, FAULT_INDIRECT_NESTED, FAULT_INDIRECT_NEXT, FAULT_INDIRECT_SIZE,
     FAULT_MEMORY_LOST, FAULT_NEXT, FAULT_NONE, FAULT_ORDER, FAULT_TOO_LONG, FAULT_TOO_MANY_BYTES,
-    FAULT_TOO_MANY_SEGMENTS
+    FAULT_TOO_MANY_SEGMENTS, VR_SEGMENTS_MAX
 )
-from vring._memory cimport VR_HINTS
-from vring._wire cimport QUEUE_SIZE_MAX
+from vring._wire cimport QUEUE_SIZE_MAX, UINT64_MAX
 from vring.errors import (
     AddressError, AvailableIndexError, BufferAddressError, ChainError, ChainOrderError,
     DescriptorFlagsError, HeadError, IndirectError, LocalMisuseError, MemoryLostError
@@ -68,6 +70,8 @@ cdef class VirtQueue:
         self, GuestMemory memory not None, size, desc, avail, used, *, event_idx=False,
         indirect=False, in_order=False, index=None, used_index=None, name="queue"
     ):
+        cdef int i
+        size = PyNumber_Index(size)
         if not 1 <= size <= QUEUE_SIZE_MAX:
             raise LocalMisuseError(f"{name}: size {size} is not 1 to 32768")
         self.name = name
@@ -76,7 +80,11 @@ cdef class VirtQueue:
         self.indirect = indirect
         self.in_order = in_order
         self._memory = memory
-        self._rings = (desc, avail, used)
+        for i, at in enumerate((desc, avail, used)):
+            at = PyNumber_Index(at)
+            if not 0 <= at <= UINT64_MAX:
+                raise LocalMisuseError(f"{name}: {at:#x} is not an address of 64 bits")
+            self.areas[i] = at
 
     def __init__(
         self, memory, size, desc, avail, used, *, event_idx=False, indirect=False, in_order=False,
@@ -130,6 +138,12 @@ cdef class VirtQueue:
         raise NotImplementedError
 
     # --- common to all
+
+    cdef uint16_t check_index(self, object index) except? 0:
+        index = PyNumber_Index(index)
+        if not 0 <= index <= 0xFFFF:
+            raise LocalMisuseError(f"{self.name}: index {index} is not of 16 bits")
+        return index
 
     cdef uint8_t* locate(
         self, GuestMemory memory, uint64_t address, uint64_t length, uint64_t align, str what
@@ -235,6 +249,15 @@ cdef class VirtQueue:
             )
             if n != VR_TOO_SMALL:
                 break
+            # A table as large as this is not kept for the next batch.
+            if 2 * batch.max_segments > max(self.size, <uint32_t>BATCH_SEGMENTS):
+                if batch is self._spare_batch:
+                    self._spare_batch = None
+                else:
+                    self._spare_chain = None
+            if 2 * batch.max_segments > VR_SEGMENTS_MAX:
+                n = self.fail(FAULT_TOO_MANY_SEGMENTS, self.popped & 0xFFFF, 0, 0)
+                break
             batch.grow()
         if self.memory_lost():
             if n > 0:
@@ -246,6 +269,7 @@ cdef class VirtQueue:
         batch.count = n
         batch.first = self.popped - n
         batch.epoch = self.epoch
+        batch.current_epoch = &self.epoch
         batch.owner = self if n else None
         batch.memory = self._memory if n else None
         return n
@@ -255,7 +279,8 @@ cdef class VirtQueue:
 
         Args:
             limit: at most so many chains; 0: as many as there are. The batch also ends where its
-                segment table (of 1024 segments, or the queue's size) is full, so there may be more.
+                segment table (of 1024 segments, or the queue's size) is full, or descriptors
+                without bytes have taken as long as that, so there may be more.
             max_bytes: end before the chains hold more bytes (readable and writable) than this; the
                 first chain is taken whatever it holds. 0: no such end.
 
@@ -289,6 +314,11 @@ cdef class VirtQueue:
             LocalMisuseError: the batch is completed or another queue's; more written than there is
                 room; memoryviews of its chains are in use; not the oldest chains, with IN_ORDER.
         """
+        # Converted first: their code may use the queue, whose state is looked at afterwards.
+        if written is not None:
+            written = plain_lengths(written, self.size)
+        if count is not None:
+            count = PyNumber_Index(count)
         self.check_mine(batch)
         cdef uint32_t n = batch.count - batch.start
         if count is not None:
@@ -302,7 +332,8 @@ cdef class VirtQueue:
         if written is not None:
             batch.take_written(written, n)
             lengths = batch.written
-        batch.withdraw_views(batch.start + n)
+        if batch.viewed_first is not None:
+            self.withdraw(batch, n)
         cdef bint notify = self.push_c(batch.chains + batch.start, lengths, n)
         batch.finish(n)
         return notify
@@ -316,7 +347,7 @@ cdef class VirtQueue:
         self.check_mine(batch)
         if batch.first + batch.count != self.popped:
             raise LocalMisuseError(f"{self.name}: chains were popped after this batch")
-        batch.withdraw_views(batch.count)
+        self.withdraw(batch, batch.count - batch.start)
         self.unpop_c(batch.count - batch.start)
         batch.count = batch.start
         batch.finish(0)
@@ -338,6 +369,21 @@ cdef class VirtQueue:
             raise LocalMisuseError(f"{self.name}: the queue was reset after the chains were popped")
         return 0
 
+    cdef int withdraw(self, Batch batch, uint32_t n) except -1:
+        """Releases the memoryviews of the next n chains of a batch, before those leave our hands.
+
+        Weak references to a view may call somebody then, who must not have used the queue.
+        """
+        cdef uint32_t start = batch.start, epoch = self.epoch
+        cdef uint64_t popped = self.popped, pushed = self.pushed
+        batch.withdraw_views(start + n)
+        if (
+            self.popped != popped or self.pushed != pushed or self.epoch != epoch
+            or batch.owner is not self or batch.start != start
+        ):
+            raise LocalMisuseError(f"{self.name}: used while it completed chains")
+        return 0
+
     cdef int check_order(self, uint64_t first) except -1:
         if self.in_order and first != self.pushed:
             raise LocalMisuseError(f"{self.name}: IN_ORDER, but older chains are not completed")
@@ -350,23 +396,27 @@ cdef class VirtQueue:
         return chain
 
     cdef bint push_one(self, Chain chain, object written) except -1:
-        cdef Batch batch = chain.batch
-        cdef uint32_t length
+        cdef Batch batch
+        cdef uint32_t length = 0
+        if written is not None:
+            length = checked_length(written)
+        batch = chain.batch
+        if batch is None:
+            chain.row()
         self.check_mine(batch)
         if chain.index != batch.start:
             chain.row()
             raise LocalMisuseError(f"{self.name}: complete the earlier chains of its batch first")
         if written is None:
             length = chain.written
-        elif 0 <= written <= batch.chains[chain.index].writable_bytes:
-            length = written
-        else:
+        elif length > batch.chains[chain.index].writable_bytes:
             raise LocalMisuseError(
-                f"{written} bytes written, "
+                f"{length} bytes written, "
                 f"but the chain has room for {batch.chains[chain.index].writable_bytes}"
             )
         self.check_order(batch.first + batch.start)
-        batch.withdraw_views(chain.index + 1)
+        if batch.viewed_first is not None:
+            self.withdraw(batch, 1)
         cdef bint notify = self.push_c(&batch.chains[chain.index], &length, 1)
         batch.finish(1)
         return notify
@@ -436,8 +486,9 @@ cdef class VirtQueue:
     def reset(self):
         """Starts the ring anew (RING_RESET, 2.6.1): first indices, nothing in flight, not broken.
 
-        Chains in flight are forgotten: the driver takes all its buffers back, and completing one
-        raises LocalMisuseError.
+        Chains in flight are forgotten: the driver takes all its buffers back. Completing, reading
+        or writing one raises LocalMisuseError; memoryviews of them, which are guest memory itself,
+        must not be written to any more.
         """
         self.check_free()
         self.epoch += 1
@@ -459,7 +510,7 @@ cdef class VirtQueue:
     @property
     def rings(self):
         """Guest addresses of descriptor area, driver area and device area (2.6)."""
-        return self._rings
+        return self.areas[0], self.areas[1], self.areas[2]
 
     @property
     def memory(self):
@@ -473,12 +524,15 @@ cdef class VirtQueue:
 
     @memory.setter
     def memory(self, GuestMemory memory not None):
+        # The old memory stays to the end, since its buffers' owners may be told when it goes.
+        cdef GuestMemory _old = self._memory
+        cdef int i
         self.check_free()
         self.locate_rings(memory)
-        self._memory = memory
         self.map = memory.map
         for i in range(VR_HINTS):
             self.hints[i] = 0
+        self._memory = memory
 
 
 @cython.final
@@ -493,6 +547,8 @@ cdef class _QueueIterator:
 
     def __next__(self):
         cdef Chain chain = self.last
+        if self.queue is None:
+            raise StopIteration
         if chain is not None and chain.batch.owner is self.queue:
             self.queue.notification_due |= self.queue.push_one(chain, None)
         self.last = chain = self.queue.pop_one()

@@ -3,8 +3,8 @@
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
-from vring._chains cimport vr_chain
 from vring._segments cimport vr_backlog
+from vring._walk cimport vr_chain
 from vring._wire cimport iovec
 
 cdef enum vr_fd_kind:

@@ -24,6 +24,7 @@ from vring._segments cimport (
     backlog_add, backlog_drop, backlog_segments, strip_copy, strip_cut, strip_mend, strip_skip,
     vr_strip
 )
+from vring._walk cimport VR_SEGMENTS_MAX
 
 cdef enum:
     # A turn ends after so many bytes or batches, so that a busy port delays the others little.
@@ -53,8 +54,6 @@ cdef enum:
     CROWDED_PART = 2
     # Samples after which the driver is called although more chains come.
     UNANSWERED_MAX = 4
-    # Chains of more segments (indirect, over many region borders) break the ring.
-    SEGMENTS_MAX = 1 << 17
     # A longer rest of a half-written chain is cut off when the flow ends, and counted as dropped.
     RESIDUE_MAX = 64 << 20
 
@@ -225,7 +224,7 @@ cdef int take(vr_flow* flow, vr_tables* tables, uint32_t most) noexcept nogil:
             break
         size = 2 * tables.max_segments
         bigger = NULL
-        if size <= SEGMENTS_MAX:
+        if size <= VR_SEGMENTS_MAX:
             bigger = <iovec*>realloc(tables.segments, size * sizeof(iovec))
         if bigger == NULL:
             # marks the ring broken, for this cause

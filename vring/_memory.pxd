@@ -66,5 +66,6 @@ cdef class GuestMemory:
     cdef uint8_t* locate(self, uint64_t address, uint64_t length) except NULL
     # The same for the two bytes of an aligned number of 16 bits.
     cdef uint8_t* locate16(self, object guest_addr) except NULL
+    cdef bint holds(self, const uint8_t* start, uint64_t length) noexcept
     cdef int check(self, uint64_t address, uint64_t length) except -1
     cdef void copy(self, uint64_t address, uint8_t* local, uint64_t length, bint write) noexcept

@@ -9,6 +9,7 @@ from cpython.buffer cimport (
     PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
 )
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.number cimport PyNumber_Index
 from libc.errno cimport errno
 from libc.stdlib cimport calloc, free
 
@@ -16,7 +17,9 @@ from vring._files cimport mapping_page
 from vring._guard cimport (
     MemoryWatch, guard_add, guard_lost, guard_lost_at, guard_losses, guard_remove, vr_guarded
 )
-from vring._wire cimport vr_copy, vr_fence, vr_load16_acquire, vr_store16_release
+from vring._wire cimport (
+    UINT64_MAX, vr_copy, vr_fence, vr_load16_acquire, vr_store16_release
+)
 from vring.errors import AddressError, LocalMisuseError, MemoryMapError
 
 cdef extern from "<sys/mman.h>" nogil:
@@ -27,8 +30,6 @@ cdef extern from "<sys/mman.h>" nogil:
 
 #: More than any frontend uses: QEMU has 509 slots for memory, vfio-user allows 65535 maps.
 MAX_REGIONS = 65536
-
-cdef uint64_t ADDRESS_MAX = <uint64_t>-1
 
 
 cdef const vr_region* vr_learn(
@@ -43,9 +44,11 @@ cdef const vr_region* vr_learn(
 
 cdef uint64_t as_address(object value, str what) except? 0:
     """An address (0 to 2**64 - 1) that came from outside."""
-    if not isinstance(value, int) or not 0 <= value <= ADDRESS_MAX:
-        raise MemoryMapError(f"{what}: {value!r} is not an address of 64 bits")
-    return value
+    if isinstance(value, int):
+        value = PyNumber_Index(value)       # a plain one, whose comparisons are ours
+        if 0 <= value <= UINT64_MAX:
+            return value
+    raise MemoryMapError(f"{what}: {value!r} is not an address of 64 bits")
 
 
 @cython.final
@@ -116,22 +119,23 @@ cdef class Region:
 
     def __cinit__(self, guest_addr, buffer, *, user_addr=None):
         self.table.guest = as_address(guest_addr, "guest address of a region")
+        cdef uint64_t user = 0
         if user_addr is not None:
-            as_address(user_addr, "user address of a region")
+            user = as_address(user_addr, "user address of a region")
         try:
             PyObject_GetBuffer(buffer, &self._held, PyBUF_SIMPLE | PyBUF_WRITABLE)
         except (BufferError, TypeError, ValueError) as error:
             raise MemoryMapError(
-                f"region at {guest_addr:#x}: its buffer is not writable and contiguous"
+                f"region at {self.table.guest:#x}: its buffer is not writable and contiguous"
             ) from error
         self.buffer = buffer
-        self.user_addr = user_addr
+        self.user_addr = None if user_addr is None else user
         self.table.host = <uint8_t*>self._held.buf
         self.table.size = self._held.len
         if self.table.size == 0:
-            raise MemoryMapError(f"region at {guest_addr:#x}: no bytes")
-        for address, what in ((guest_addr, "guest"), (user_addr or 0, "user")):
-            if address + self._held.len - 1 > ADDRESS_MAX:
+            raise MemoryMapError(f"region at {self.table.guest:#x}: no bytes")
+        for address, what in ((self.table.guest, "guest"), (user, "user")):
+            if address + self._held.len - 1 > UINT64_MAX:
                 raise MemoryMapError(
                     f"region at {what} address {address:#x}, {self._held.len:#x} bytes: "
                     "wraps around 2**64"
@@ -183,6 +187,7 @@ cdef class Region:
             MemoryMapError: no bytes asked for, the file is shorter than offset + size, it is on
                 no local file system, so that an access may block for ever, or the system refuses.
         """
+        size, offset = PyNumber_Index(size), PyNumber_Index(offset)
         if size <= 0 or offset < 0 or offset + size > 2**63 - 1:
             raise MemoryMapError(
                 f"region at {guest_addr:#x}: cannot map {size:#x} bytes at offset {offset:#x}"
@@ -280,6 +285,7 @@ cdef class GuestMemory:
         Raises:
             AddressError: no region with a user address holds all of these bytes.
         """
+        user_addr, length = PyNumber_Index(user_addr), PyNumber_Index(length)
         for region in self.regions:
             if region.user_addr is not None:
                 offset = user_addr - region.user_addr
@@ -299,15 +305,17 @@ cdef class GuestMemory:
         Raises:
             AddressError: the range is not wholly in one region.
         """
-        _check_range(guest_addr, length)
-        cdef const vr_region* region = vr_find(&self.map, guest_addr)
-        self.locate(guest_addr, length)
-        offset = guest_addr - region.guest
-        return memoryview(self.regions[region - self.map.regions])[offset:offset + length]
+        cdef uint64_t at = 0, n = 0, offset
+        read_range(guest_addr, length, &at, &n)
+        cdef const vr_region* region = vr_find(&self.map, at)
+        self.locate(at, n)
+        offset = at - region.guest
+        return memoryview(self.regions[region - self.map.regions])[offset:offset + n]
 
     cdef uint8_t* locate16(self, object guest_addr) except NULL:
-        _check_range(guest_addr, 2)
-        cdef uint8_t* at = self.locate(guest_addr, 2)
+        cdef uint64_t address = 0, size = 0
+        read_range(guest_addr, 2, &address, &size)
+        cdef uint8_t* at = self.locate(address, size)
         if <size_t>at & 1:
             raise AddressError(guest_addr, 2, "not aligned to 2 bytes")
         return at
@@ -375,24 +383,44 @@ cdef class GuestMemory:
         Raises:
             AddressError: a byte of the range is in no region.
         """
-        _check_range(guest_addr, length)
-        self.check(guest_addr, length)
-        out = PyBytes_FromStringAndSize(NULL, length)
-        self.copy(guest_addr, <uint8_t*>PyBytes_AS_STRING(out), length, False)
+        cdef uint64_t at = 0, n = 0
+        read_range(guest_addr, length, &at, &n)
+        self.check(at, n)
+        out = PyBytes_FromStringAndSize(NULL, n)
+        self.copy(at, <uint8_t*>PyBytes_AS_STRING(out), n, False)
         return out
+
+    cdef bint holds(self, const uint8_t* start, uint64_t length) noexcept:
+        """Whether bytes of this process are, in part at least, those of a region."""
+        cdef uint32_t i
+        for i in range(self.map.count):
+            if (
+                <uint64_t>start - <uint64_t>self.map.regions[i].host < self.map.regions[i].size
+                or <uint64_t>self.map.regions[i].host - <uint64_t>start < length
+            ):
+                return True
+        return False
 
     def write(self, guest_addr, data):
         """Copies data into guest memory; the range may cross adjacent regions.
 
+        Data that is guest memory itself is copied aside first, so the two may overlap, also where a
+        file is mapped twice.
+
         Raises:
             AddressError: a byte of the range is in no region; nothing is written then.
         """
+        cdef uint64_t at = 0, n = 0
         cdef Py_buffer held
         PyObject_GetBuffer(data, &held, PyBUF_SIMPLE)
         try:
-            _check_range(guest_addr, held.len)
-            self.check(guest_addr, held.len)
-            self.copy(guest_addr, <uint8_t*>held.buf, held.len, True)
+            read_range(guest_addr, held.len, &at, &n)
+            self.check(at, n)
+            if n and self.holds(<const uint8_t*>held.buf, n):
+                aside = PyBytes_FromStringAndSize(<char*>held.buf, n)
+                self.copy(at, <uint8_t*>PyBytes_AS_STRING(aside), n, True)
+            else:
+                self.copy(at, <uint8_t*>held.buf, n, True)
         finally:
             PyBuffer_Release(&held)
 
@@ -404,10 +432,17 @@ def _guest_addr(Region region not None):
     return region.table.guest
 
 
-cdef int _check_range(object guest_addr, object length) except -1:
-    """Raises AddressError unless both numbers fit 64 bits and do not wrap."""
+cdef int read_range(
+    object guest_addr, object length, uint64_t* address, uint64_t* size
+) except -1:
+    """Converts both numbers, once. Raises AddressError unless they fit 64 bits and do not wrap."""
+    guest_addr, length = PyNumber_Index(guest_addr), PyNumber_Index(length)
     if length < 0:
         raise LocalMisuseError(f"length {length} of guest memory is negative")
-    if not 0 <= guest_addr <= ADDRESS_MAX or guest_addr + length - 1 > ADDRESS_MAX:
+    if not 0 <= guest_addr <= UINT64_MAX or guest_addr + max(length, 1) - 1 > UINT64_MAX:
         raise AddressError(guest_addr, length, "wraps around 2**64")
+    if length > UINT64_MAX:
+        raise AddressError(guest_addr, length)
+    address[0] = guest_addr
+    size[0] = length
     return 0

@@ -5,13 +5,13 @@ from __future__ import annotations
 cimport cython
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 
-from vring._chains cimport (
+from vring._core cimport VR_BROKEN
+from vring._memory cimport GuestMemory, vr_lookup, vr_region
+from vring._walk cimport (
     FAULT_AVAIL_INDEX, FAULT_INDIRECT_ADDRESS, FAULT_INDIRECT_NESTED, FAULT_INDIRECT_NEXT,
     FAULT_NONE, FAULT_ORDER, FAULT_TOO_LONG, vr_add_buffer, vr_chain, vr_end_chain, vr_end_readable,
     vr_locate_table, vr_read_scattered, vr_room, vr_single, vr_start_chain, vr_walk
 )
-from vring._core cimport VR_BROKEN
-from vring._memory cimport GuestMemory, vr_lookup, vr_region
 from vring._wire cimport (
     DESC_F_AVAIL, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_USED, DESC_F_WRITE, DESC_SIZE, EVENT_DESC,
     EVENT_DISABLE, EVENT_ENABLE, iovec, vr_entry, vr_fence, vr_likely,
@@ -113,7 +113,7 @@ cdef int walk_scattered(
     cdef uint32_t i
     cdef int code
     for i in range(entries):
-        if not vr_read_scattered(room.memory, table, i, entry):
+        if not vr_read_scattered(room, table, i, entry):
             walk.desc.addr = table
             walk.desc.len = entries * DESC_SIZE
             return FAULT_INDIRECT_ADDRESS
@@ -151,17 +151,16 @@ cdef class PackedQueue(VirtQueue):
     """
 
     def __cinit__(self, *args, index=None, used_index=None, **features):
-        index = WRAP if index is None else index
-        used_index = index if used_index is None else used_index
-        for at in (index, used_index):
-            if not 0 <= at <= 0xFFFF or at & ~WRAP >= self.size:
-                raise LocalMisuseError(
-                    f"{self.name}: index {at:#x} is not in a ring of {self.size}"
-                )
-        self.next_avail = index & ~WRAP
-        self.avail_wrap = index & WRAP
-        self.next_used = used_index & ~WRAP
-        self.used_wrap = used_index & WRAP
+        cdef uint32_t avail_at = WRAP if index is None else self.check_index(index)
+        cdef uint32_t used_at = avail_at if used_index is None else self.check_index(used_index)
+        self.next_avail = avail_at & ~<uint32_t>WRAP
+        self.next_used = used_at & ~<uint32_t>WRAP
+        self.avail_wrap = (avail_at & WRAP) != 0
+        self.used_wrap = (used_at & WRAP) != 0
+        if max(self.next_avail, self.next_used) >= self.size:
+            raise LocalMisuseError(
+                f"{self.name}: index {avail_at:#x} or {used_at:#x} is not in a ring of {self.size}"
+            )
         self.taken = <uint16_t*>PyMem_RawMalloc(self.size * sizeof(uint16_t))
         if self.taken == NULL:
             raise MemoryError
@@ -171,14 +170,14 @@ cdef class PackedQueue(VirtQueue):
         PyMem_RawFree(self.taken)
 
     cdef int locate_rings(self, GuestMemory memory) except -1:
-        desc_at, driver_at, device_at = self._rings
         cdef uint8_t* desc = self.locate(
-            memory, desc_at, self.size * DESC_SIZE, 16, "descriptor ring"
+            memory, self.areas[0], self.size * DESC_SIZE, 16, "descriptor ring"
         )
-        cdef uint8_t* driver_event = self.locate(memory, driver_at, 4, 4, "driver event area")
-        self.device_event = self.locate(memory, device_at, 4, 4, "device event area")
+        cdef uint8_t* driver = self.locate(memory, self.areas[1], 4, 4, "driver event area")
+        cdef uint8_t* device = self.locate(memory, self.areas[2], 4, 4, "device event area")
         self.ring = desc
-        self.driver_event = driver_event
+        self.driver_event = driver
+        self.device_event = device
         return 0
 
     cdef void restart(self) noexcept:
@@ -218,6 +217,8 @@ cdef class PackedQueue(VirtQueue):
         room.hints = self.hints
         room.size = size
         room.extra = 0
+        room.work = 0
+        room.odd = False
         room.segments = segments
         room.end = segments + max_segments
         room_left = size - self.slots_in_flight

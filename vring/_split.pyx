@@ -4,13 +4,13 @@ from __future__ import annotations
 
 cimport cython
 
-from vring._chains cimport (
+from vring._core cimport VR_BROKEN
+from vring._memory cimport GuestMemory, vr_lookup, vr_region
+from vring._walk cimport (
     FAULT_AVAIL_INDEX, FAULT_HEAD, FAULT_INDIRECT_ADDRESS, FAULT_INDIRECT_NESTED, FAULT_NEXT,
     FAULT_NONE, FAULT_ORDER, vr_add_buffer, vr_chain, vr_end_chain, vr_end_readable,
     vr_locate_table, vr_read_scattered, vr_room, vr_single, vr_start_chain, vr_walk
 )
-from vring._core cimport VR_BROKEN
-from vring._memory cimport GuestMemory, vr_lookup, vr_region
 from vring._wire cimport (
     AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, DESC_SIZE, USED_F_NO_NOTIFY,
     iovec, vr_entry, vr_fence, vr_follow, vr_likely, vr_load16, vr_load16_acquire, vr_need_event,
@@ -62,7 +62,7 @@ cdef int walk_scattered(
     cdef uint32_t at = 0
     cdef int code
     while True:
-        if not vr_read_scattered(room.memory, table, at, entry):
+        if not vr_read_scattered(room, table, at, entry):
             walk.desc.addr = table
             walk.desc.len = entries * DESC_SIZE
             return FAULT_INDIRECT_ADDRESS
@@ -257,28 +257,25 @@ cdef class SplitQueue(VirtQueue):
     def __cinit__(self, *args, index=None, used_index=None, **features):
         if self.size & (self.size - 1):
             raise LocalMisuseError(f"{self.name}: size {self.size} is not a power of two")
-        index = 0 if index is None else index
-        used_index = index if used_index is None else used_index
-        for at in (index, used_index):
-            if not 0 <= at <= 0xFFFF:
-                raise LocalMisuseError(f"{self.name}: index {at} is not of 16 bits")
-        self.next_avail = index
-        self.next_used = used_index
+        self.next_avail = 0 if index is None else self.check_index(index)
+        self.next_used = self.next_avail if used_index is None else self.check_index(used_index)
         self.memory = self._memory
 
     cdef int locate_rings(self, GuestMemory memory) except -1:
-        desc_at, avail_at, used_at = self._rings
         # The event indices at the ends exist only with EVENT_IDX.
         cdef uint64_t event = 2 if self.event_idx else 0
         cdef uint8_t* desc = self.locate(
-            memory, desc_at, self.size * DESC_SIZE, 16, "descriptor table"
+            memory, self.areas[0], self.size * DESC_SIZE, 16, "descriptor table"
         )
         cdef uint8_t* avail = self.locate(
-            memory, avail_at, 4 + self.size * 2 + event, 2, "available ring"
+            memory, self.areas[1], 4 + self.size * 2 + event, 2, "available ring"
         )
-        self.used = self.locate(memory, used_at, 4 + self.size * 8 + event, 4, "used ring")
+        cdef uint8_t* used = self.locate(
+            memory, self.areas[2], 4 + self.size * 8 + event, 4, "used ring"
+        )
         self.desc = desc
         self.avail = avail
+        self.used = used
         return 0
 
     cdef void restart(self) noexcept:
@@ -319,6 +316,8 @@ cdef class SplitQueue(VirtQueue):
         room.hints = self.hints
         room.size = self.size
         room.extra = 0
+        room.work = 0
+        room.odd = False
         room.segments = segments
         room.end = segments + max_segments
         if max_bytes == <uint64_t>-1:

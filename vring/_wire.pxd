@@ -67,7 +67,8 @@ cdef extern from * nogil:
     typedef uint16_t vr_u16 __attribute__((may_alias));
     typedef uint32_t vr_u32 __attribute__((may_alias));
     typedef uint64_t vr_u64 __attribute__((may_alias));
-    /* indirect tables need no alignment (2.7.5.3) */
+    /* used elements are aligned to 4 bytes, indirect tables to nothing (2.7.5.3) */
+    typedef uint64_t vr_u64_half __attribute__((may_alias, aligned(4)));
     typedef uint64_t vr_u64_any __attribute__((may_alias, aligned(1)));
 
     static inline uint16_t vr_load16(const void *p) {
@@ -106,16 +107,33 @@ cdef extern from * nogil:
         uint32_t next;      /* packed: not used */
         uint32_t id;        /* split: not used */
     } vr_entry;
+    /* One of the two words of a descriptor, once. In a ring it is aligned. Where the processor has
+       no loads and stores of any alignment (RISC-V), compilers put a word that may lie anywhere
+       together byte by byte: only a descriptor of an indirect table that does lie so is. */
+    static inline uint64_t vr_load_word(const void *p, int i) {
+    #if !defined(__x86_64__) && !defined(__aarch64__)
+        if (vr_likely(((uintptr_t)p & 7) == 0))
+            return __atomic_load_n((const vr_u64 *)p + i, __ATOMIC_RELAXED);
+    #endif
+        return ((const volatile vr_u64_any *)p)[i];
+    }
+    static inline void vr_store_word(void *p, int i, uint64_t v) {
+    #if !defined(__x86_64__) && !defined(__aarch64__)
+        if (vr_likely(((uintptr_t)p & 7) == 0)) {
+            __atomic_store_n((vr_u64 *)p + i, v, __ATOMIC_RELAXED);
+            return;
+        }
+    #endif
+        ((vr_u64_any *)p)[i] = v;
+    }
     static inline vr_entry vr_read_desc(const void *p) {
-        const volatile vr_u64_any *words = (const volatile vr_u64_any *)p;
-        uint64_t addr = le64toh(words[0]), rest = le64toh(words[1]);
+        uint64_t addr = le64toh(vr_load_word(p, 0)), rest = le64toh(vr_load_word(p, 1));
         vr_entry d = {addr, (uint32_t)rest, (uint32_t)(rest >> 32) & 0xffff,
                       (uint32_t)(rest >> 48), 0};
         return d;
     }
     static inline vr_entry vr_read_packed(const void *p) {
-        const volatile vr_u64_any *words = (const volatile vr_u64_any *)p;
-        uint64_t addr = le64toh(words[0]), rest = le64toh(words[1]);
+        uint64_t addr = le64toh(vr_load_word(p, 0)), rest = le64toh(vr_load_word(p, 1));
         vr_entry d = {addr, (uint32_t)rest, (uint32_t)(rest >> 48), 0,
                       (uint32_t)(rest >> 32) & 0xffff};
         return d;
@@ -138,13 +156,18 @@ cdef extern from * nogil:
     }
     static inline void vr_write_desc(void *p, uint64_t addr, uint32_t len, uint16_t flags,
                                      uint16_t next) {
-        vr_u64_any *words = (vr_u64_any *)p;
-        words[0] = htole64(addr);
-        words[1] = htole64((uint64_t)len | (uint64_t)flags << 32 | (uint64_t)next << 48);
+        vr_store_word(p, 0, htole64(addr));
+        vr_store_word(p, 1,
+                      htole64((uint64_t)len | (uint64_t)flags << 32 | (uint64_t)next << 48));
     }
-    /* used elements are aligned to 4 bytes; the index published later orders them */
+    /* A descriptor as it stands in memory. */
+    static inline void vr_read_whole(void *entry, const void *p) {
+        uint64_t words[2] = {vr_load_word(p, 0), vr_load_word(p, 1)};
+        memcpy(entry, words, sizeof words);
+    }
+    /* the index published later orders them */
     static inline void vr_write_used(void *p, uint32_t id, uint32_t len) {
-        *(vr_u64_any *)p = htole64((uint64_t)id | (uint64_t)len << 32);
+        *(vr_u64_half *)p = htole64((uint64_t)id | (uint64_t)len << 32);
     }
 
     /* Stores value in one of two adjacent numbers and 0 in the other, in one store. */
@@ -186,16 +209,18 @@ cdef extern from * nogil:
         memcpy(to, from, n);
     }
     #endif
-    /* The ranges must not overlap. */
+    /* The ranges may overlap: a driver can make its buffers do so. glibc has one function for
+       memcpy and memmove. */
     static inline void vr_copy(void *to, const void *from, size_t n) {
     #if defined(__x86_64__)
         size_t distance = ((uintptr_t)to - (uintptr_t)from) & 4095;
-        if (n > VR_COPY_STRING && distance - 1 < 127 && __builtin_cpu_supports("avx2")) {
+        if (n > VR_COPY_STRING && distance - 1 < 127 && (uintptr_t)to - (uintptr_t)from >= n &&
+            (uintptr_t)from - (uintptr_t)to >= n && __builtin_cpu_supports("avx2")) {
             vr_copy_vectors((uint8_t *)to, (const uint8_t *)from, n);
             return;
         }
     #endif
-        memcpy(to, from, n);
+        memmove(to, from, n);
     }
     #endif
     """
@@ -220,6 +245,7 @@ cdef extern from * nogil:
     void vr_write_packed_used(void* p, uint32_t len, uint16_t id, uint16_t flags)
     uint32_t vr_follow(uint32_t at, uint32_t next)
     void vr_write_desc(void* p, uint64_t addr, uint32_t len, uint16_t flags, uint16_t next)
+    void vr_read_whole(void* entry, const void* p)
     void vr_write_used(void* p, uint32_t id, uint32_t len)
     void vr_store_one_of(void* p, uint32_t value, bint second)
     bint vr_likely(bint condition)

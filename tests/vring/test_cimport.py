@@ -14,6 +14,8 @@ import vring
 
 FOREIGN = """
 # cython: language_level=3
+from cpython.buffer cimport PyBuffer_FillInfo
+from cpython.bytearray cimport PyByteArray_AS_STRING
 from libc.stdint cimport uint32_t, uint64_t
 from vring cimport GuestMemory, PackedQueue, SplitQueue, VirtQueue, iovec, vr_chain, vr_find
 
@@ -52,6 +54,19 @@ def holds(GuestMemory memory, uint64_t address):
 
 def kinds():
     return SplitQueue, PackedQueue
+
+cdef class Giving:
+    '''A buffer; giving it out runs code.'''
+
+    cdef object data, code
+
+    def __init__(self, data, code):
+        self.data = data
+        self.code = code
+
+    def __getbuffer__(self, Py_buffer* view, int flags):
+        self.code()
+        PyBuffer_FillInfo(view, self, PyByteArray_AS_STRING(self.data), len(self.data), 0, flags)
 """
 
 #: docs/rings.md shows the least there is to it, as a function for C alone.
@@ -94,6 +109,42 @@ for packed in (False, True):
         raise AssertionError("not broken")
 """
 
+#: Buffers whose owners complete the chains they are for, or give them back.
+HOSTILE = """
+import sys
+sys.path[:0] = [{build!r}, {here!r}]
+import foreign, vring
+from ring_bench import DATA, Ring
+
+for packed in (False, True):
+    ring = Ring(packed=packed)
+    for _ in range(3):
+        ring.driver.add([], [(DATA, 8)])
+    ring.driver.publish()
+    queue = ring.queue
+    batch = queue.pop_many(2)
+    data = foreign.Giving(bytearray(b"x" * 99), lambda: queue.push_many(batch, 3))
+    used, written = batch.scatter(data)
+    assert (used, written.tolist()) == (0, []), (used, written)
+    chain = queue.pop()
+    try:
+        chain.write(foreign.Giving(bytearray(b"y" * 8), lambda: queue.push(chain, 2)))
+    except vring.LocalMisuseError as error:
+        assert "completed" in str(error)
+    else:
+        raise AssertionError("written")
+    assert ring.driver.get_used()[1].tolist() == [3, 3, 2]
+    assert not ring.data.any(), "written into buffers that are the driver's again"
+
+    ring = Ring(packed=packed)
+    queue = ring.queue
+    for _ in range(2):
+        ring.chain(1000)
+    batch = queue.pop_many(1)
+    into = bytearray(1000)
+    assert batch.gather_into(foreign.Giving(into, lambda: queue.unpop(batch))) == 0
+"""
+
 
 def test_a_foreign_extension(tmp_path: Path) -> None:
     pytest.importorskip("Cython")
@@ -109,5 +160,6 @@ def test_a_foreign_extension(tmp_path: Path) -> None:
         cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "CFLAGS": "-O0"},
     )  # fmt: skip
     assert build.returncode == 0, build.stdout + build.stderr
-    script = USE.format(build=str(tmp_path), here=str(Path(__file__).parent))
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+    for use in (USE, HOSTILE):
+        script = use.format(build=str(tmp_path), here=str(Path(__file__).parent))
+        subprocess.run([sys.executable, "-c", script], check=True, timeout=60)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 import sysconfig
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from vring import PackedQueue, RingError, SplitQueue, errors
+from vring import GuestMemory, PackedQueue, Region, RingError, SplitQueue, errors
 from vring.errors import UsedRingError
 
 sys.path.insert(0, str(Path(__file__).parent))
-from ring_bench import DATA, Ring
+from ring_bench import BASE, DATA, Ring
 
 NEXT, WRITE, INDIRECT = 1, 2, 4
 TABLE = DATA + 0x8000
@@ -317,3 +320,132 @@ def test_the_machine_code_reads_each_descriptor_word_once(kind: type, tmp_path: 
     loads = {int(line.split()[0], 16): int(line.split()[1]) for line in out.stdout.splitlines()}
     # Packed: the flags are polled first, and what the rest of that word says of them is dropped.
     assert loads == ({0x0: 1, 0x8: 1} if kind is SplitQueue else {0x0: 1, 0x8: 1, 0xE: 1})
+
+
+# --- how long one pop may take, and how much memory
+
+
+def same_table(ring: Ring, packed: bool, table: int, entries: int, length: int) -> None:
+    """1024 chains of one indirect table of so many entries."""
+    nexts = ((0, 0) if packed or i == entries - 1 else (NEXT, i + 1) for i in range(entries))
+    ring.put_table(table, *((DATA, length, *flags) for flags in nexts))
+    if packed:
+        slots = ((table, 16 * entries, i, INDIRECT | AVAIL) for i in range(1024))
+        ring.put_table(ring.desc, *slots)
+    else:
+        ring.descriptor(0, table, 16 * entries, INDIRECT)
+        ring.offer(*[0] * 1024)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+def test_a_pop_of_empty_buffers_ends_soon(packed: bool) -> None:
+    """1024 chains of 1024 descriptors without bytes: all arrive, but not in one pop."""
+    ring = Ring(size=1024, packed=packed)
+    same_table(ring, packed, BASE + 0x10_0000, 1024, 0)
+    sizes = []
+    while batch := ring.queue.pop_many():
+        sizes.append(len(batch))
+        ring.queue.push_many(batch)
+    assert sum(sizes) == 1024
+    assert max(sizes) <= 2, "one chain is as much as a pop should do"
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+def test_a_pop_of_scattered_tables_ends_soon(packed: bool) -> None:
+    """Entries that are read piecewise count more than a segment."""
+    ring = Ring(size=1024, packed=packed)
+    table = 0x200_0000
+    for i in range(3):  # regions of 24 bytes: no entry of the second half lies in one
+        ring.memory = ring.memory.with_region(Region(table + 24 * i, bytearray(24)))
+    ring.queue.memory = ring.memory
+    same_table(ring, packed, table, 4, 1)
+    sizes = []
+    while batch := ring.queue.pop_many():
+        sizes.append(len(batch))
+        assert set(batch.readable_bytes.tolist()) == {4}
+        ring.queue.push_many(batch)
+    assert sum(sizes) == 1024
+    assert max(sizes) <= 512 // 4 + 1
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+def test_a_pop_goes_on_after_a_chain_of_empty_buffers(packed: bool) -> None:
+    """The bound ends a pop after a chain, never before the first one."""
+    ring = Ring(size=1024, packed=packed)
+    for lengths in ([0] * 300, [3], [0] * 700 + [5], [0], [7], [0] * 15):
+        ring.driver.add([(DATA, n) for n in lengths], [])
+    ring.driver.publish()
+    got: list[int] = []
+    while batch := ring.queue.pop_many():
+        got += batch.readable_bytes.tolist()
+        ring.queue.push_many(batch)
+    assert got == [0, 3, 5, 0, 7, 0]
+
+
+def many_borders(packed: bool, buffers: int) -> Ring:
+    """A chain of so many buffers, each over 4096 regions of 16 bytes."""
+    ring = Ring(size=256, packed=packed)
+    at = 0x200_0000
+    regions = [Region(at + 16 * i, bytearray(16)) for i in range(4096)]
+    ring.memory = GuestMemory([*ring.memory.regions, *regions])
+    ring.queue.memory = ring.memory
+    ring.driver.add([(at, 0x1_0000)] * buffers, [])
+    ring.driver.publish()
+    return ring
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+@pytest.mark.parametrize("single", [False, True], ids=["pop_many", "pop"])
+def test_segments_of_a_chain_are_bounded(packed: bool, single: bool) -> None:
+    """256 buffers over 4096 regions would be 16 MiB of segments; the table ends at 2 MiB."""
+    ring = many_borders(packed, 256)
+    pop = ring.queue.pop if single else ring.queue.pop_many
+    tracemalloc.start()
+    try:
+        with pytest.raises(errors.ChainError, match="more segments than the device takes"):
+            pop()
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+        gc.collect()
+        assert tracemalloc.get_traced_memory()[0] < 1 << 19, "the large table is not kept"
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+@pytest.mark.parametrize("single", [False, True], ids=["pop_many", "pop"])
+def test_a_grown_table_is_not_kept(packed: bool, single: bool) -> None:
+    ring = many_borders(packed, 8)
+    pop = ring.queue.pop if single else ring.queue.pop_many
+    tracemalloc.start()
+    try:
+        taken = pop()
+        assert tracemalloc.get_traced_memory()[0] > 8 * 4096 * 16
+        ring.queue.push(taken) if single else ring.queue.push_many(taken)
+        del taken
+        gc.collect()
+        assert tracemalloc.get_traced_memory()[0] < 1 << 18
+    finally:
+        tracemalloc.stop()
+    ring.driver.get_used()
+    ring.chain(5)
+    assert pop() is not None
+
+
+def test_too_many_bytes_grow_no_table() -> None:
+    """4 GiB and more over borders: found before there is a table for all of it."""
+    ring = Ring(size=2048)
+    memory = np.zeros(1 << 22, np.uint8)
+    at, half = 0x200_0000, 1 << 21
+    ring.memory = GuestMemory(
+        [*ring.memory.regions, Region(at, memory[:half]), Region(at + half, memory[half:])]
+    )
+    ring.queue.memory = ring.memory
+    ring.driver.add([(at, 1 << 22)] * 2047, [])
+    ring.driver.publish()
+    tracemalloc.start()
+    try:
+        with pytest.raises(errors.ChainError, match=r"2\*\*32"):
+            ring.queue.pop_many()
+        assert tracemalloc.get_traced_memory()[1] < 2048 * (16 + 28) + (1 << 16)
+    finally:
+        tracemalloc.stop()

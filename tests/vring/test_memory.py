@@ -208,3 +208,38 @@ def test_numbers_of_16_bits() -> None:
     with pytest.raises(AddressError, match="not aligned to 2 bytes"):
         odd.load16(0x1000)
     assert odd.load16(0x1001) == 0
+
+
+def overlapping(memory: GuestMemory, source: int, at: int, length: int) -> None:
+    """Writes a view of the memory to another place in it, as if it were a copy."""
+    before = memory.read(source, length)
+    memory.write(at, memory.view(source, length))
+    assert memory.read(at, length) == before
+
+
+@pytest.mark.parametrize("length", [100, 3000, 5000])
+@pytest.mark.parametrize("distance", [-4096, -130, -64, -1, 0, 1, 64, 127, 200, 4097])
+def test_memory_written_from_a_view_of_itself(length: int, distance: int) -> None:
+    """At distances where copies go one way, the other, or in larger pieces."""
+    mem = memory((0x1000, 0x8000))
+    random = np.random.default_rng(length)
+    mem.write(0x1000, random.bytes(0x8000))
+    overlapping(mem, 0x3000, 0x3000 + distance, length)
+
+
+@pytest.mark.parametrize("distance", [-0x900, -1, 1, 0x900])
+def test_an_overlap_over_region_borders(distance: int) -> None:
+    """The first piece must not change what the second one is copied from."""
+    mem = memory((0x1000, 0x1000), (0x2000, 0x4000), (0x6000, 0x1000))
+    mem.write(0x1000, np.random.default_rng(1).bytes(0x6000))
+    overlapping(mem, 0x2000, 0x2000 + distance, 0x4000)
+
+
+@pytest.mark.parametrize("distance", [1, 100, 4000])
+def test_an_overlap_through_a_second_mapping(distance: int) -> None:
+    fd = os.memfd_create("guest")
+    os.truncate(fd, 0x10000)
+    mem = GuestMemory(Region.map(fd, 0x10000, guest_addr=at) for at in (0, 0x10_0000))
+    os.close(fd)
+    mem.write(0, np.random.default_rng(2).bytes(0x10000))
+    overlapping(mem, 0x10_0000, distance, 0x8000)

@@ -390,3 +390,22 @@ def test_notification_data_by_its_bits() -> None:
     for value in (-1, 1 << 32):
         with pytest.raises(LocalMisuseError, match="32 bits"):
             NotificationData.unpack(value)
+
+
+@PACKED
+@pytest.mark.parametrize("distance", [-300, -64, 0, 1, 64, 127, 300])
+@pytest.mark.parametrize("length", [100, 5000])
+def test_buffers_of_a_chain_that_overlap(packed: bool, distance: int, length: int) -> None:
+    """An echo of a chain whose writable buffer lies over its readable one copies the bytes."""
+    ring = Ring(packed=packed)
+    ring.data[:] = np.frombuffer(np.random.default_rng(3).bytes(len(ring.data)), np.uint8)
+    for echo in (lambda c: c.write(c.readable[0]), lambda c: c.write(c.read())):
+        at = DATA + 0x2000
+        wanted = ring.memory.read(at, length)
+        ring.driver.add([(at, length)], [(at + distance, length)])
+        ring.driver.publish()
+        chain = ring.queue.pop()
+        assert echo(chain) == length
+        ring.queue.push(chain)
+        assert ring.memory.read(at + distance, length) == wanted
+        ring.driver.get_used()
