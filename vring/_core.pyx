@@ -379,7 +379,7 @@ cdef class VirtQueue:
         batch.withdraw_views(start + n)
         if (
             self.popped != popped or self.pushed != pushed or self.epoch != epoch
-            or batch.owner is not self or batch.start != start
+            or batch.owner is not self or batch.start != start or self.holder != NULL
         ):
             raise LocalMisuseError(f"{self.name}: used while it completed chains")
         return 0
