@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from vring_serial.device.queue_device import QueueDevice
+from vring_serial.device.virtqueue import RunningQueue
 from vring_serial.errors import ProtocolError
 from vring_serial.proto.vhost_user import Request, VringDescriptor
 from vring_serial.transport.event_fds import check_event_descriptor
@@ -76,6 +78,51 @@ async def pumped_frontend(
     yield frontend
     frontend.close()
     await backend.stop()
+
+
+class CountingDevice(QueueDevice):
+    """Completes chains unread, and counts how often it is asked to."""
+
+    def __init__(self) -> None:
+        super().__init__("counting", 42, num_queues=1)
+        self.asked = 0
+
+    def serve(self, index: int, running: RunningQueue) -> bool:
+        self.asked += 1
+        queue = running.queue
+        while (chain := queue.pop()) is not None:
+            if queue.push(chain):
+                running.call()
+        return queue.enable_notifications()
+
+
+async def test_a_semaphore_as_kick_is_served_once(
+    path: Path, frontend_at: Callable[[Path], Any]
+) -> None:
+    """It stays readable for as long as the frontend likes."""
+    device = CountingDevice()
+    backend = VhostUserBackend(device, str(path))
+    await backend.start()
+    frontend = frontend_at(path)
+    await frontend.negotiate(await frontend.number(Request.GET_PROTOCOL_FEATURES))
+    frontend.ring(0)
+    await frontend.configure(0, 0)
+    kick = os.eventfd(0, os.EFD_SEMAPHORE | os.EFD_NONBLOCK)
+    assert await frontend.acked(Request.SET_VRING_KICK, VringDescriptor(0), (kick,)) == 0
+    await frontend.enable(0)
+    try:
+        for _ in range(3):
+            frontend.put(0, b"x")
+            os.eventfd_write(kick, 1 << 40)
+            await frontend.used(0)
+            before = device.asked
+            for _ in range(200):
+                await asyncio.sleep(0)
+            assert device.asked - before <= 1
+    finally:
+        os.close(kick)
+        frontend.close()
+        await backend.stop()
 
 
 async def set_call(frontend: Any, call: Any) -> None:

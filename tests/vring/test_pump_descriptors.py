@@ -215,6 +215,23 @@ def test_full_call_eventfd_blocks_nothing(make_rig: Callable, descriptors, wait_
     assert flow.detach() == b""
 
 
+def test_a_semaphore_as_kick_costs_nothing(
+    make_rig: Callable, sockets, descriptors: Callable, assert_asleep: Callable
+) -> None:
+    """It stays readable for as long as its other owner likes."""
+    kick = descriptors(os.eventfd(0, os.EFD_SEMAPHORE))
+    rig = make_rig(writable=False)
+    rig.write_to(sockets[0].fileno(), kick_fd=kick)
+    for i in range(3):
+        rig.guest.send(b"%d" % i, [1])
+        os.eventfd_write(kick, 1 << 40)
+        assert sockets[1].recv(1) == b"%d" % i
+        rig.wait_used(1)
+        time.sleep(0.01)
+        assert_asleep()
+    rig.flow.detach()
+
+
 def test_kick_over_a_socket(make_rig: Callable, sockets) -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:

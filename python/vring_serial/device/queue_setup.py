@@ -296,9 +296,7 @@ class QueueTable:
             self._called(queue.index)
 
     def _drain(self, queue: QueueSetup) -> None:
-        """Forget kicks and calls: they were about a ring that is no more."""
-        if queue.kick_fd >= 0:
-            drain(queue.kick_fd)
+        """Forget calls, which were about a ring that is no more. Kicks are never read."""
         if queue.call_fd >= 0 and not queue.direct:
             drain(queue.call_fd)
 

@@ -6,7 +6,8 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from vring import Batch, RingError, drain
+from vring import Batch, RingError
+from vring_serial.device.kicks import KickWatch
 from vring_serial.device.virtqueue import RunningQueue
 from vring_serial.ratelimit import RateLimitedLog
 
@@ -52,7 +53,7 @@ class ServedQueue:
         self._inside = False
         self._stopped = False
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(running.kick_fd, self._kicked)
+        self._kicks = KickWatch(running.kick_fd, self.run)
         # Kicks from before the queue ran may be gone: look once without one.
         self._turn: asyncio.Handle | None = self._loop.call_soon(self.run)
 
@@ -89,18 +90,12 @@ class ServedQueue:
             # mapped until it is collected.
             self._serve = _serve_nothing
             self._cancel_turn()
-            self._loop.remove_reader(self.running.kick_fd)
+            self._kicks.close()
 
     def _cancel_turn(self) -> None:
         if self._turn is not None:
             self._turn.cancel()
             self._turn = None
-
-    def _kicked(self) -> None:
-        if drain(self.running.kick_fd) is False:
-            # Not an eventfd, or broken: it would stay readable for ever.
-            self._loop.remove_reader(self.running.kick_fd)
-        self.run()
 
 
 class Discarder:

@@ -19,7 +19,9 @@ log = logging.getLogger(__name__)
 RETRY_INTERVAL = 0.5
 #: Seconds that a peer has for its first words while another one waits.
 HANDSHAKE_SECONDS = 10.0
-#: Descriptors that a peer needs beside two for every queue: its socket, its memory, logs.
+#: Descriptors that a peer's queue needs: kick and call, and what the pump has of kick and host end.
+DESCRIPTORS_PER_QUEUE = 4
+#: Those that a peer needs beside: its socket, its memory, logs.
 OTHER_DESCRIPTORS = 16
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from vring import drain, notify
+from vring import notify
+from vring_serial.device.kicks import KickWatch
 from vring_serial.errors import ProtocolError
 from vring_serial.proto.vfio_user_wire import (
     IRQ_SET_ACTION,
@@ -69,6 +69,7 @@ class Interrupts:
         self._lines[IrqIndex.INTX] = [_Line()]
         self._lines[IrqIndex.MSIX] = [_Line() for _ in range(vectors)]
         self._unmask_fd = -1
+        self._unmask_kicks: KickWatch | None = None
 
     # --- for the device
 
@@ -165,21 +166,17 @@ class Interrupts:
             raise ProtocolError("events can unmask INTx, one descriptor for it, and not mask it")
         for fd in fds:
             check_event_descriptor(fd, writable=False)
-        self._watch_unmask(fds.pop() if fds else -1)
+        self._watch_unmask(fds[0] if fds else -1)
+        fds.clear()
 
     def _watch_unmask(self, fd: int) -> None:
-        loop = asyncio.get_running_loop()
-        if self._unmask_fd >= 0:
-            loop.remove_reader(self._unmask_fd)
+        kicks = KickWatch(fd, self._unmask_event) if fd >= 0 else None
+        if self._unmask_kicks is not None:
+            self._unmask_kicks.close()
             os.close(self._unmask_fd)
-        self._unmask_fd = fd
-        if fd >= 0:
-            loop.add_reader(fd, self._unmask_event)
+        self._unmask_fd, self._unmask_kicks = fd, kicks
 
     def _unmask_event(self) -> None:
-        if drain(self._unmask_fd) is False:
-            self._watch_unmask(-1)
-            return
         self._lines[IrqIndex.INTX][0].masked = False
         self._tell_level()
 

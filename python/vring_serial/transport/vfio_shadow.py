@@ -20,6 +20,7 @@ from contextlib import suppress
 
 from vring import GuestMemory, SplitQueue, drain, need_event, notify
 from vring.errors import AddressError
+from vring_serial.device.kicks import KickWatch
 from vring_serial.device.virtqueue import RunningQueue
 from vring_serial.errors import ProtocolError
 from vring_serial.transport.event_fds import make_eventfd
@@ -87,7 +88,7 @@ class ShadowRing:
         memory.store16(self._used + 2, self._stored)
         memory.store16(self._used_event, self._stored)
         self.queue = RunningQueue(queue, make_eventfd(), make_eventfd())
-        self._loop.add_reader(running.kick_fd, self._driver_kicks)
+        self._kicks = KickWatch(running.kick_fd, self._kicked.set)
         self._loop.add_reader(self.queue.call_fd, self._device_calls)
         self._fetching = self._loop.create_task(self._fetch_all())
 
@@ -96,7 +97,7 @@ class ShadowRing:
 
         Returns whether the driver is owed an interrupt, which cannot be waited for here.
         """
-        self._loop.remove_reader(self._outer.kick_fd)
+        self._kicks.close()
         self._loop.remove_reader(self.queue.call_fd)
         self._fetching.cancel()
         # Its traceback refers to this object: a cycle would keep the memory until it is collected.
@@ -109,10 +110,6 @@ class ShadowRing:
         return owed
 
     # --- from the driver to the device
-
-    def _driver_kicks(self) -> None:
-        drain(self._outer.kick_fd)
-        self._kicked.set()
 
     async def _fetch_all(self) -> None:
         try:

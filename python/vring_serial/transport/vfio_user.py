@@ -13,7 +13,12 @@ from vring_serial.device.base import VirtioDevice
 from vring_serial.device.pci import PciDevice
 from vring_serial.errors import LocalProtocolError
 from vring_serial.ratelimit import RateLimitedLog
-from vring_serial.transport.door import HANDSHAKE_SECONDS, OTHER_DESCRIPTORS, Door
+from vring_serial.transport.door import (
+    DESCRIPTORS_PER_QUEUE,
+    HANDSHAKE_SECONDS,
+    OTHER_DESCRIPTORS,
+    Door,
+)
 from vring_serial.transport.lost_memory import make_watch
 from vring_serial.transport.vfio_rings import RemoteRings
 from vring_serial.transport.vfio_session import Session
@@ -72,7 +77,7 @@ class VfioUserServer:
             peer="client",
             came=self._serve,
             silent=self._silent,
-            descriptors=2 * controller.num_queues + OTHER_DESCRIPTORS,
+            descriptors=DESCRIPTORS_PER_QUEUE * controller.num_queues + OTHER_DESCRIPTORS,
         )
         self._session: Session | None = None
         self._watch: MemoryWatch | None = None

@@ -399,6 +399,22 @@ def test_intx_is_unmasked_by_an_event(client: Any) -> None:
     assert client.irq_count(0) == 0
 
 
+def test_a_semaphore_unmasks_intx_once(client: Any) -> None:
+    """It stays readable for as long as the client likes."""
+    driver = intx(client)
+    event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_SEMAPHORE)
+    what = IrqSetFlag.DATA_EVENTFD | IrqSetFlag.ACTION_UNMASK
+    client.do(Command.DEVICE_SET_IRQS, IrqSet(what, IrqIndex.INTX, 0, 1), (event,))
+    interrupted(client, driver)
+    for _ in range(2):
+        os.eventfd_write(event, 1 << 40)
+        client.wait_irq(0)
+        for _ in range(20):
+            assert driver.status & Status.DRIVER_OK  # messages, and turns of the server's loop
+        assert client.irq_count(0) == 0
+    os.close(event)
+
+
 # --- clients come and go
 
 
