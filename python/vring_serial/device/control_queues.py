@@ -11,13 +11,12 @@ from vring_serial.device.virtqueue import RunningQueue
 from vring_serial.proto.console import CONTROL_RECEIVEQ, CONTROL_TRANSMITQ
 from vring_serial.proto.control import ControlDevice, DeviceSideEvent, Refused
 from vring_serial.ratelimit import RateLimitedLog
+from vring_serial.turns import Turn
 
 log = logging.getLogger(__name__)
 
 #: A longer message is refused unread; those of drivers have 8 bytes.
 MESSAGE_MAX = 4096
-#: At most so many messages before other work in the event loop gets its turn.
-TURN_MESSAGES = 64
 
 
 class ControlQueues:
@@ -83,7 +82,8 @@ class ControlQueues:
         assert served is not None
         notify = False
         try:
-            for _ in range(TURN_MESSAGES):
+            turn = Turn()
+            while turn.another():
                 chain = served.queue.pop()
                 if chain is None:
                     if served.queue.enable_notifications():
@@ -120,7 +120,8 @@ class ControlQueues:
         outbox = self._control.outbox
         notify = False
         try:
-            for _ in range(TURN_MESSAGES):
+            turn = Turn()
+            while turn.another():
                 message = outbox.peek()
                 if message is None:
                     served.queue.disable_notifications()

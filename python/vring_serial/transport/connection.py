@@ -7,6 +7,7 @@ import logging
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from vring_serial import unix_fds
 from vring_serial.ratelimit import RateLimitedLog
@@ -25,14 +26,17 @@ _SEND_SIZE = 64 * 1024
 class Connection:
     """A connected unix stream socket on the running loop.
 
-    What is sent while the peer's words are handled goes out when all of them are, in one piece.
+    What is sent while the peer's words are handled goes out when they are, in one piece. Nothing is
+    read, and nothing more is handled, while there is more to handle or the peer does not read.
 
     Args:
         sock: connected and non-blocking; taken over.
         read_size: bytes read in one turn of the loop.
         max_fds: descriptors taken with one read.
         closer: closes the socket, and what came to it unasked.
-        received: gets what came, and owns its descriptors; may close the connection.
+        received: gets what came, and owns its descriptors; may close the connection. Returns
+            whether it left some for another turn.
+        go_on: called in that turn; returns the same.
         lost: called once when the peer has gone, or the socket failed; not by :meth:`close`.
     """
 
@@ -43,7 +47,8 @@ class Connection:
         read_size: int,
         max_fds: int,
         closer: Closer,
-        received: Callable[[Received], None],
+        received: Callable[[Received], bool],
+        go_on: Callable[[], bool],
         lost: Callable[[OSError | None], None],
     ) -> None:
         self._loop = asyncio.get_running_loop()
@@ -52,6 +57,10 @@ class Connection:
         self._max_fds = max_fds
         self._closer = closer
         self._received = received
+        self._go_on = go_on
+        self._more = False  # is to be handled
+        self._turn: asyncio.Handle | None = None
+        self._reads = True
         self._lost = lost
         # Bytes, and descriptors (owned by us) that go with the first of them.
         self._unsent: deque[tuple[bytearray, list[int]]] = deque()
@@ -83,6 +92,8 @@ class Connection:
             return
         self._loop.remove_reader(self._sock)
         self._loop.remove_writer(self._sock)
+        if self._turn is not None:
+            self._turn.cancel()
         self._closer.close_socket(self._sock)
         for _, fds in self._unsent:
             unix_fds.close_all(fds)
@@ -100,9 +111,16 @@ class Connection:
             self._closer.close(received.fds)
             self._fail(None)
             return
+        self._handle(partial(self._received, received))
+
+    def _another_turn(self) -> None:
+        self._turn = None
+        self._handle(self._go_on)
+
+    def _handle(self, handle: Callable[[], bool]) -> None:
         self._handling = True
         try:
-            self._received(received)
+            self._more = handle()
         except Exception as error:
             # Of ours, or of the system's: the peer would wait for an answer for ever.
             text = "a message could not be handled; its connection is closed"
@@ -127,18 +145,30 @@ class Connection:
                 if not data:
                     self._unsent.popleft()
         except BlockingIOError:
-            self._waits_to_send = True
-            self._loop.add_writer(self._sock, self._flush)
-            if self._unsent_bytes > MAX_UNREAD:
-                self._loop.remove_reader(self._sock)
-            return
+            if not self._waits_to_send:
+                self._waits_to_send = True
+                self._loop.add_writer(self._sock, self._flush)
         except OSError as error:
             self._fail(error)
             return
-        if self._waits_to_send:
-            self._waits_to_send = False
-            self._loop.remove_writer(self._sock)
-            self._loop.add_reader(self._sock, self._readable)
+        else:
+            if self._waits_to_send:
+                self._waits_to_send = False
+                self._loop.remove_writer(self._sock)
+        self._listen()
+
+    def _listen(self) -> None:
+        """Read, or handle what was read, as far as the peer reads."""
+        reads_answers = self._unsent_bytes <= MAX_UNREAD
+        if self._more and reads_answers and self._turn is None:
+            self._turn = self._loop.call_soon(self._another_turn)
+        reads = reads_answers and not self._more
+        if reads != self._reads:
+            self._reads = reads
+            if reads:
+                self._loop.add_reader(self._sock, self._readable)
+            else:
+                self._loop.remove_reader(self._sock)
 
     def _fail(self, error: OSError | None) -> None:
         self.close()

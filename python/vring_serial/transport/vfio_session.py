@@ -56,6 +56,7 @@ from vring_serial.transport.vfio_dma import DmaTable
 from vring_serial.transport.vfio_irqs import Interrupts
 from vring_serial.transport.vfio_remote import RemoteMemory
 from vring_serial.transport.vfio_rings import ClientMemory, RemoteRings
+from vring_serial.turns import Turn
 from vring_serial.unix_socket import refuse_descriptors
 
 #: Regions that a client may map; each with a descriptor is a mapping of this process.
@@ -154,6 +155,7 @@ class Session:
             max_fds=MAX_FDS,
             closer=closer,
             received=self._received,
+            go_on=self._handle_messages,
             lost=self._lost,
         )
 
@@ -198,21 +200,32 @@ class Session:
         finally:  # whatever the device says to that, the next one may come
             self._ended()
 
-    def _received(self, received: unix_fds.Received) -> None:
+    def _received(self, received: unix_fds.Received) -> bool:
         self._parser.receive_data(received.data, received.fds)
         if received.truncated:
             self.send_away(f"more than {MAX_FDS} descriptors in one message, or no room for them")
-            return
+            return False
+        return self._handle_messages()
+
+    def _handle_messages(self) -> bool:
+        """Returns whether there may be more."""
+        turn = Turn()
+        more = True
         try:
-            while (message := self._parser.next_message()) is not None:
+            while turn.another():
+                if (message := self._parser.next_message()) is None:
+                    more = False
+                    break
                 self._handle(message)
                 if self._closed:
-                    return
+                    return False
                 if self._closer.full:
                     raise FatalError("the descriptors that it sent cannot be closed")
             self._use_memory()
         except (FatalError, VfioUserError) as error:
             self.send_away(str(error))
+            return False
+        return more
 
     def _handle(self, message: Message) -> None:
         if message.is_reply:
@@ -316,21 +329,30 @@ class Session:
             max_fds=0,
             closer=self._closer,
             received=self._twin_received,
+            go_on=self._handle_replies,
             lost=self._lost,
         )
 
-    def _twin_received(self, received: unix_fds.Received) -> None:
+    def _twin_received(self, received: unix_fds.Received) -> bool:
         self._closer.close(received.fds)
         self._twin_parser.receive_data(received.data)
+        return self._handle_replies()
+
+    def _handle_replies(self) -> bool:
+        turn = Turn()
         try:
-            while (message := self._twin_parser.next_message()) is not None:
+            while turn.another():
+                if (message := self._twin_parser.next_message()) is None:
+                    return False
                 if not message.is_reply:
                     raise FatalError(f"{message.name}: a command on the socket for replies")
                 self._handle_reply(message)
                 if self._closed:
-                    return
+                    return False
         except (FatalError, VfioUserError) as error:
             self.send_away(str(error))
+            return False
+        return True
 
     def _get_info(self, _: DeviceInfo, fds: list[int]) -> DeviceInfo:
         return DeviceInfo(DeviceFlag.PCI | DeviceFlag.RESET, NUM_REGIONS, len(IrqIndex))

@@ -41,6 +41,7 @@ from vring_serial.transport.event_fds import check_event_descriptor
 from vring_serial.transport.lost_memory import describe_loss
 from vring_serial.transport.vhost_channel import BackendChannel, CallRelay
 from vring_serial.transport.vhost_vring import Vring
+from vring_serial.turns import Turn
 
 #: Regions that a frontend may map in all (ADD_MEM_REG).
 MAX_MEM_SLOTS = 64
@@ -123,6 +124,7 @@ class Session:
             max_fds=MAX_FDS,
             closer=closer,
             received=self._received,
+            go_on=self._handle_messages,
             lost=self._lost,
         )
 
@@ -183,23 +185,29 @@ class Session:
         finally:  # whatever the device says to that, the next one may come
             self._ended()
 
-    def _received(self, received: unix_fds.Received) -> None:
+    def _received(self, received: unix_fds.Received) -> bool:
         self._parser.receive_data(received.data, received.fds)
         if received.truncated:
             self.send_away(f"more than {MAX_FDS} descriptors in one message, or no room for them")
-            return
-        self._handle_messages()
+            return False
+        return self._handle_messages()
 
-    def _handle_messages(self) -> None:
+    def _handle_messages(self) -> bool:
+        """Returns whether there may be more."""
+        turn = Turn()
         try:
-            while (message := self._parser.next_message()) is not None:
+            while turn.another():
+                if (message := self._parser.next_message()) is None:
+                    return False
                 self._handle(message)
                 if self._closed:
-                    return
+                    return False
                 if self._closer.full:
                     raise FatalError("the descriptors that it sent cannot be closed")
         except (FatalError, VhostUserError) as error:
             self.send_away(str(error))
+            return False
+        return True
 
     def _handle(self, message: Message) -> None:
         fds = list(message.fds)

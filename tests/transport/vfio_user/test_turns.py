@@ -1,0 +1,73 @@
+"""A client that sends many small messages leaves others their turns of the loop."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from vring_serial import turns
+from vring_serial.proto.vfio_user import request
+from vring_serial.proto.vfio_user_wire import (
+    Command,
+    DmaFlag,
+    DmaMap,
+    DmaUnmap,
+    Header,
+    RegionIndex,
+    RegionRead,
+    RegionWrite,
+)
+
+READ = RegionRead(0, RegionIndex.CONFIG, 4)
+
+
+def test_a_flood_is_handled_in_many_turns(
+    client: Any, server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns, "SECONDS", 100)
+    client.negotiate()
+    count = 1000
+
+    async def others() -> int:
+        """Sends, and counts the turns of the loop until everything is answered."""
+        client.sock.setblocking(False)
+        client.send_bytes(b"".join(request(Command.REGION_READ, nr, READ) for nr in range(count)))
+        seen = taken = 0
+        length = count * (Header.SIZE + len(RegionWrite(0, 7, 4, bytes(4)).pack()))
+        while seen < length:
+            await asyncio.sleep(0)
+            taken += 1
+            try:
+                seen += len(client.sock.recv(1 << 16))
+            except BlockingIOError:
+                continue
+        return taken
+
+    assert server.run(others()) >= count / turns.MESSAGES
+
+
+def test_memory_is_let_go_of_before_the_turn_ends(
+    client: Any, server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that has its answer may use what it unmapped for something else."""
+    monkeypatch.setattr(turns, "MESSAGES", 1)
+    driver = client.boot(0)
+    assert client.echo(driver, 0, b"there")
+    seen = []
+    pci = server.server._pci
+    exchange = pci.set_memory
+    monkeypatch.setattr(
+        pci, "set_memory", lambda memory: (seen.append(len(memory.regions)), exchange(memory))[1]
+    )
+    extra = DmaMap(DmaFlag.READ | DmaFlag.WRITE, 0, 1 << 32, 4096)
+    data = request(Command.DMA_UNMAP, 1, DmaUnmap(0, 1 << 20, 0))
+    client.send_bytes(data + request(Command.DMA_UNMAP, 2, DmaUnmap(0, 1 << 20, 0)))
+    assert not client.answer(1).failed
+    assert seen == [0]
+    assert client.answer(2).failed
+    client.do(Command.DMA_MAP, extra, (client.memfd,))
+    client.map_memory()
+    assert seen == [0, 1, 2]
+    assert client.echo(driver, 0, b"goes on")
