@@ -333,3 +333,32 @@ async def test_one_connection_that_is_lost_is_no_reason_to_pause(tmp_path: Path)
     acceptor.close()
     listener.close()
     taken[0].close()
+
+
+async def test_a_frontend_that_has_settled_needs_no_reserve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vring_serial.transport.door.SETTLED_SECONDS", 0.05)
+    came: list[socket.socket] = []
+    door = Door(
+        str(tmp_path / "d"),
+        name="d",
+        peer="frontend",
+        silent=lambda: None,
+        came=came.append,
+        descriptors=40,
+    )
+    door.open()
+    assert accept._reserved[door] == 40
+    with socket.socket(socket.AF_UNIX) as frontend:
+        frontend.connect(str(tmp_path / "d"))
+        async with asyncio.timeout(DEADLINE):
+            while not came:
+                await asyncio.sleep(0.001)
+            while door in accept._reserved:
+                await asyncio.sleep(0.01)
+    came[0].close()
+    door.gone()
+    assert accept._reserved[door] == 40
+    door.close()
+    assert door not in accept._reserved

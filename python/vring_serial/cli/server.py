@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -61,6 +62,7 @@ async def serve(topology: Topology, settings: Settings) -> None:
         ConfigError: a host end or a device cannot be as it was asked for.
         ResourceError: a socket, file or terminal cannot be opened.
     """
+    _allow_descriptors()
     controllers: list[Controller] = []
     stop = stop_on_signals(lambda: _reload(controllers))
     async with contextlib.AsyncExitStack() as stack:
@@ -70,6 +72,14 @@ async def serve(topology: Topology, settings: Settings) -> None:
             await stop.wait()
         emit(logging.INFO, "stopping", "stopping")
     emit(logging.INFO, "stopped", "stopped")
+
+
+def _allow_descriptors() -> None:
+    """As many as the system lets us have: the usual 1024 are for programs that use select(2)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _reload(controllers: list[Controller]) -> None:

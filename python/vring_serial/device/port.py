@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import errno
 import logging
 import os
 from typing import Protocol
@@ -20,6 +21,12 @@ from vring_serial.proto.control import PortState
 from vring_serial.ratelimit import RateLimitedLog
 
 log = logging.getLogger(__name__)
+
+#: Seconds until a queue is served that could not be for want of descriptors or memory; twice as
+#: long each time, up to the most.
+RETRY_SECONDS = 0.5
+RETRY_MOST = 8.0
+_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC)
 
 
 class PortOwner(Protocol):
@@ -104,6 +111,8 @@ class Port:
         self._session_over = False  # the protocol left, and the guest still has the port open
         self._residue = b""  # taken from the guest, accepted by no host end yet
         self._residue_writer: ResidueWriter | None = None
+        self._retry: asyncio.TimerHandle | None = None
+        self._retry_delay = 0.0  # of the last; 0 after a success
         self._said = RateLimitedLog(log)  # a peer can come and break in a loop
         self._delivered = 0  # bytes of the next chain that a protocol has got already
 
@@ -143,6 +152,7 @@ class Port:
     def release(self) -> None:
         """Leave the device: nothing of the port runs any more."""
         self._queues.clear()
+        self._cancel_retry()
         if self._transport is not None:
             self._transport.disconnect()
         self._update()
@@ -182,6 +192,8 @@ class Port:
     def stop_queue(self, is_transmit: bool) -> None:
         """Leave a queue alone: nothing is in flight when this returns."""
         self._queues.pop(is_transmit, None)
+        if not self._queues:
+            self._cancel_retry()
         self._broken.discard(is_transmit)
         self._update()
 
@@ -236,12 +248,42 @@ class Port:
         transmit = self._wanted_transmit()
         if transmit is not self._transmit_mode:
             self._stop_transmit()
-            self._start_transmit(transmit)
+            try:
+                self._start_transmit(transmit)
+            except OSError as error:
+                self._transmit_mode = _Mode.IDLE
+                self._put_off(error)
         receive = self._wanted_receive()
         if receive is not self._receive_mode:
             self._stop_receive()
-            self._start_receive(receive)
+            try:
+                self._start_receive(receive)
+            except OSError as error:
+                self._receive_mode = _Mode.IDLE
+                self._put_off(error)
         self._update_residue()
+
+    def _put_off(self, error: OSError) -> None:
+        """Try again later what the process has no means for now. Raises any other ``error``."""
+        if error.errno not in _SHORTAGES:
+            raise error
+        if not self._retry_delay:  # said once, until it is served
+            self._said.warning("%s: it has to wait: %s", self.label, os.strerror(error.errno))
+        if self._retry is None:
+            self._retry_delay = min(2 * self._retry_delay, RETRY_MOST) or RETRY_SECONDS
+            loop = asyncio.get_running_loop()
+            self._retry = loop.call_later(self._retry_delay, self._try_again)
+
+    def _try_again(self) -> None:
+        self._cancel_retry()
+        self._update()
+        if self._retry is None:
+            self._retry_delay = 0.0
+
+    def _cancel_retry(self) -> None:
+        if self._retry is not None:
+            self._retry.cancel()
+            self._retry = None
 
     def _wanted_transmit(self) -> _Mode:
         if True not in self._queues or True in self._broken or not self.guest_ready:

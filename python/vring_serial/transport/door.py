@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 RETRY_INTERVAL = 0.5
 #: Seconds that a peer has for its first words while another one waits.
 HANDSHAKE_SECONDS = 10.0
+#: Seconds until a peer has set up what it needs descriptors for.
+SETTLED_SECONDS = 30.0
 #: Descriptors that a peer's queue needs: kick and call, and what the pump has of kick and host end.
 DESCRIPTORS_PER_QUEUE = 4
 #: Those that a peer needs beside: its socket, its memory, logs.
@@ -40,7 +42,8 @@ class Door:
             another one waits; it sends the first one away. One who only waits for its user (a
             chardev of QEMU's that has no device yet) stays as long as nobody else comes. Where the
             peer listens nobody else can come.
-        descriptors: that a peer will need; other listeners leave so many unused.
+        descriptors: that a peer will need; while there is none, and a while after one came, other
+            listeners leave so many unused.
 
     Attributes:
         closer: closes the descriptors of the peers. While there are too many that it cannot close,
@@ -67,6 +70,7 @@ class Door:
         self._silent = silent
         self._patience: asyncio.TimerHandle | None = None
         self._descriptors = descriptors
+        self._settling: asyncio.TimerHandle | None = None
         self._listener: UnixListener | None = None
         self._acceptor: Acceptor | None = None
         self._retry: asyncio.TimerHandle | None = None
@@ -94,7 +98,7 @@ class Door:
         else:
             encode_path(self._path)
         self._open = True
-        accept.reserve(self, self._descriptors)
+        self._reserve(self._descriptors)
         if not self._listens:
             self._connect()
 
@@ -110,6 +114,8 @@ class Door:
         """The peer has gone: wait for the next one."""
         self.greeted()
         accept.descriptor_freed()
+        if self._open:
+            self._reserve(self._descriptors)
         self._next()
 
     def _next(self) -> None:
@@ -128,7 +134,7 @@ class Door:
         """Let nobody in, and remove the socket that was made. Safe to call twice."""
         self._open = False
         self.greeted()
-        accept.reserve(self, 0)
+        self._reserve(0)
         if self._retry is not None:
             self._retry.cancel()
             self._retry = None
@@ -147,6 +153,18 @@ class Door:
         except BaseException:
             self.greeted()
             raise
+        self._settle()
+
+    def _settle(self) -> None:
+        """Soon the peer has the descriptors that it needs, and no more are kept for it."""
+        loop = asyncio.get_running_loop()
+        self._settling = loop.call_later(SETTLED_SECONDS, accept.reserve, self, 0)
+
+    def _reserve(self, count: int) -> None:
+        if self._settling is not None:
+            self._settling.cancel()
+            self._settling = None
+        accept.reserve(self, count)
 
     def _watch_for_another(self) -> None:
         assert self._listener is not None
@@ -177,6 +195,7 @@ class Door:
             self._connect_later(f"{type(error).__name__}: {error}")
             return
         self._last_failure = ""
+        self._settle()
 
     def _connect_later(self, why: str) -> None:
         self._later(self._connect, why)
