@@ -7,6 +7,12 @@ from vring._segments cimport vr_backlog
 from vring._walk cimport vr_chain
 from vring._wire cimport iovec
 
+cdef extern from *:
+    """
+    #define VR_THROTTLED (UINT64_C(1) << 63)
+    """
+    const uint64_t VR_THROTTLED
+
 cdef enum vr_fd_kind:
     FD_NONE                     # -1: bytes go nowhere
     FD_SOCKET
@@ -43,7 +49,7 @@ cdef struct vr_counters:
     uint64_t kicks
     uint64_t calls
     uint64_t calls_saved
-    uint64_t throttled_ns
+    uint64_t throttled_ns       # in all; while it goes on, THROTTLED and when it would have begun
     uint64_t dropped
 
 cdef struct vr_tables:
@@ -83,7 +89,6 @@ cdef struct vr_flow:
     uint32_t offered            # incoming: most buffers the driver had available at once
     uint64_t room               # bytes to try at once: what the descriptor took lately, and more
     uint64_t skip               # bytes of the first available chain that the descriptor took
-    uint64_t throttled_since    # ns; not 0 while the other side takes nothing
     uint64_t busy_ns            # how long to poll the queue before asking for kicks
     uint64_t poll_until         # ns
     vr_backlog backlog

@@ -193,14 +193,16 @@ cdef bint memory_gone(vr_flow* flow, const vr_strip* refused) noexcept nogil:
 
 
 cdef void throttle(vr_flow* flow) noexcept nogil:
-    if not flow.throttled_since:
-        vr_note(&flow.throttled_since, vr_now())
+    """The other side takes nothing, from now on. One number says all to those who look."""
+    cdef uint64_t before = flow.counters.throttled_ns
+    if not before & VR_THROTTLED:
+        vr_note(&flow.counters.throttled_ns, VR_THROTTLED | (vr_now() - before))
 
 
 cdef void unthrottle(vr_flow* flow) noexcept nogil:
-    if flow.throttled_since:
-        vr_count(&flow.counters.throttled_ns, vr_now() - flow.throttled_since)
-        vr_note(&flow.throttled_since, 0)
+    cdef uint64_t state = flow.counters.throttled_ns
+    if state & VR_THROTTLED:
+        vr_note(&flow.counters.throttled_ns, vr_now() - (state & ~VR_THROTTLED))
 
 
 cdef void adapt(vr_flow* flow, uint64_t asked, uint64_t done) noexcept nogil:

@@ -30,7 +30,7 @@ cdef vr_guarded* guard_add(void* base, size_t length, int event_fd) noexcept
 # Before the mapping is unmapped. With the GIL.
 cdef void guard_remove(vr_guarded* guarded) noexcept
 cdef bint guard_lost(const vr_guarded* guarded) noexcept nogil
-# How many mappings have been lost so far: nothing needs to be looked at while this is the same.
+# Grows whenever a mapping is lost: nothing needs to be looked at while this is the same.
 cdef uint64_t guard_losses() noexcept nogil
 # Whether the mapping that an address is in, if it is guarded, is lost.
 cdef bint guard_lost_at(const void* address) noexcept nogil

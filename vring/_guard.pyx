@@ -68,9 +68,10 @@ cdef extern from *:
        fault and a mapping each, and the system has only so many of those. */
     static int vr_guard_lose(vr_guarded *slot) {
         static const uint64_t one = 1;
-        /* First of all: whoever sees a zero finds the mark. */
-        if (!__atomic_exchange_n(&slot->lost, 1, __ATOMIC_SEQ_CST))
-            __atomic_fetch_add(&vr_losses, 1, __ATOMIC_SEQ_CST);
+        /* First of all, and in each thread that comes here: whoever sees a zero finds mark and
+           count, whichever thread put it there, and however far the others are. */
+        __atomic_store_n(&slot->lost, 1, __ATOMIC_SEQ_CST);
+        __atomic_fetch_add(&vr_losses, 1, __ATOMIC_SEQ_CST);
         if (mmap((void *)slot->base, slot->length, PROT_READ | PROT_WRITE,
                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) == MAP_FAILED)
             return 0;
@@ -198,11 +199,14 @@ cdef extern from *:
         }
     }
 
+    /* Both are asked after guest memory was read. Only a fence keeps those loads in front. */
     static int vr_guard_is_lost(const vr_guarded *slot) {
+        __atomic_thread_fence(__ATOMIC_ACQUIRE);
         return __atomic_load_n(&slot->lost, __ATOMIC_ACQUIRE);
     }
 
     static uint64_t vr_guard_count(void) {
+        __atomic_thread_fence(__ATOMIC_ACQUIRE);
         return __atomic_load_n(&vr_losses, __ATOMIC_ACQUIRE);
     }
 

@@ -58,8 +58,9 @@ cdef class Region:
 cdef class GuestMemory:
     cdef readonly tuple regions
     cdef vr_map map             # valid as long as this object lives
-    cdef uint64_t losses        # of all mappings, when is_lost last looked
-    cdef bint was_lost          # what it found
+    # Any thread may look: what one has found out is true for all.
+    cdef uint64_t losses        # guard_losses() when is_lost last looked and found nothing
+    cdef int was_lost           # whether it found a region
     # Whether a region is lost (Region.lost). Costs nothing as long as no mapping at all is.
     cdef bint is_lost(self) noexcept nogil
     # Host address of a contiguous range, AddressError (NULL) if it is not in one region.

@@ -17,6 +17,7 @@ from vring._files cimport mapping_page
 from vring._guard cimport (
     MemoryWatch, guard_add, guard_lost, guard_lost_at, guard_losses, guard_remove, vr_guarded
 )
+from vring._linux cimport vr_counted, vr_get_flag, vr_note, vr_set_flag
 from vring._wire cimport (
     UINT64_MAX, vr_copy, vr_fence, vr_load16_acquire, vr_store16_release
 )
@@ -252,12 +253,16 @@ cdef class GuestMemory:
         # Before looking: what is lost meanwhile is seen next time.
         cdef uint64_t losses = guard_losses()
         cdef uint32_t i
-        if losses != self.losses:
-            for i in range(self.map.count):
-                if guard_lost_at(self.map.regions[i].host):
-                    self.was_lost = True
-            self.losses = losses
-        return self.was_lost
+        if vr_get_flag(&self.was_lost):
+            return True
+        if losses == vr_counted(&self.losses):
+            return False
+        for i in range(self.map.count):
+            if guard_lost_at(self.map.regions[i].host):
+                vr_set_flag(&self.was_lost, True)
+                return True
+        vr_note(&self.losses, losses)
+        return False
 
     @property
     def lost(self):

@@ -16,7 +16,7 @@ from libc.stdlib cimport free
 from vring._core cimport VirtQueue
 from vring._flow cimport (
     FD_NONE, FD_OTHER, FD_PIPE, FD_SOCKET, FD_TTY, NEWS_EOF, NEWS_ERROR, NEWS_OVERFLOW,
-    vr_counters, vr_fd
+    VR_THROTTLED, vr_counters, vr_fd
 )
 from vring._linux cimport (
     F_GETFL, O_NONBLOCK, S_IFCHR, S_IFIFO, S_IFMT, S_IFSOCK, SO_TYPE, SOCK_STREAM, SOL_SOCKET,
@@ -112,6 +112,7 @@ cdef class Flow:
     cdef Pump pump                  # until it is detached
     cdef readonly VirtQueue queue
     cdef object on_event
+    cdef uint64_t throttled_told    # ns; the most that counters said
 
     def __init__(self):
         raise TypeError("flows are made by a Pump")
@@ -153,10 +154,13 @@ cdef class Flow:
     def counters(self):
         """A snapshot of the FlowCounters; valid after detach too."""
         cdef vr_counters* c = &self.seat.flow.counters
+        cdef uint64_t now = vr_now()
         cdef uint64_t throttled = vr_counted(&c.throttled_ns)
-        cdef uint64_t since = vr_counted(&self.seat.flow.throttled_since)
-        if since:
-            throttled += max(vr_now(), since) - since
+        if throttled & VR_THROTTLED:
+            throttled &= ~VR_THROTTLED
+            throttled = max(now, throttled) - throttled
+        # The pump took its time before or after us: never less than what was told already.
+        self.throttled_told = throttled = max(throttled, self.throttled_told)
         return FlowCounters(
             vr_counted(&c.bytes), vr_counted(&c.chains), vr_counted(&c.batches),
             vr_counted(&c.kicks), vr_counted(&c.calls), vr_counted(&c.calls_saved), throttled,

@@ -113,14 +113,14 @@ cdef extern from * nogil:
     static inline uint64_t vr_load_word(const void *p, int i) {
     #if !defined(__x86_64__) && !defined(__aarch64__)
         if (vr_likely(((uintptr_t)p & 7) == 0))
-            return __atomic_load_n((const vr_u64 *)p + i, __ATOMIC_RELAXED);
+            return ((const volatile vr_u64 *)p)[i];
     #endif
         return ((const volatile vr_u64_any *)p)[i];
     }
     static inline void vr_store_word(void *p, int i, uint64_t v) {
     #if !defined(__x86_64__) && !defined(__aarch64__)
         if (vr_likely(((uintptr_t)p & 7) == 0)) {
-            __atomic_store_n((vr_u64 *)p + i, v, __ATOMIC_RELAXED);
+            ((volatile vr_u64 *)p)[i] = v;
             return;
         }
     #endif

@@ -8,6 +8,7 @@ import random
 import select
 import socket
 import struct
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -232,6 +233,32 @@ def test_any_chunking_keeps_the_stream(port_rig: type, data: st.DataObject) -> N
             assert rig.flow.detach() == b""
             assert rig.queue.in_flight == 0
             rig.close()
+
+
+def test_throttled_time_never_goes_backwards(make_rig: Callable, sockets) -> None:
+    """However often the peer makes room and the pump fills it while somebody looks."""
+    rig = make_rig(writable=False, size=64, slot=1 << 20)
+    ours, theirs = sockets
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    reader = subprocess.Popen(
+        ["dd", "of=/dev/null", "bs=4096"], stdin=theirs, stderr=subprocess.DEVNULL
+    )
+    try:
+        flow = rig.write_to(ours.fileno())
+        total = 0
+        for _ in range(4):
+            rig.offer()
+            total += 64 << 20
+            before = 0
+            while flow.counters.bytes < total:
+                now = flow.counters.throttled_ns
+                assert now >= before
+                before = now
+            rig.wait_used(64)
+        assert before > 0
+    finally:
+        reader.kill()
+        reader.wait()
 
 
 def test_driver_that_waits_for_several_chains(make_rig: Callable, sockets, wait_until) -> None:
