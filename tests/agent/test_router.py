@@ -520,3 +520,41 @@ async def test_an_owner_that_leaves_in_the_middle_of_its_clipboard(make_bench, m
     assert (bench.downloads / "whole").stat().st_size == 16 << 20
     assert not left
     del bench.guest._client_left
+
+
+@pytest.mark.parametrize("where", ["on_body", "feed", "end", "on_event"])
+async def test_what_a_users_code_raises_costs_the_channel_nothing(make_bench, caplog, where):
+    bench = await make_bench()
+    called = []
+
+    class Raising:
+        def feed(self, data):
+            called.append("feed")
+            if where == "feed":
+                raise ValueError("oops")
+
+        def end(self, complete):
+            called.append("end")
+            if where == "end":
+                raise ValueError("oops")
+
+    def take(head, size):
+        called.append("on_body")
+        if where == "on_body":
+            raise ValueError("oops")
+        return Raising()
+
+    def on_event(event):
+        called.append("on_event")
+        raise ValueError("oops")
+
+    client = await bench.client(on_body=take)
+    if where == "on_event":
+        client._on_event = on_event
+    await client.wait_ready()
+    data = os.urandom(1 << 20)
+    await bench.guest._link.send_body(UnknownMessage(78), len(data), pieces_of(data))
+    await bench.until(lambda: where in called)
+    await client.set_monitors([Monitor(1, 1)])
+    await bench.until(lambda: "failed" in caplog.text)
+    assert called.count(where) == 1 or where == "on_event"

@@ -27,7 +27,8 @@ from vring_serial.agent.events import (
     ClipboardReleased,
     OtherMessage,
 )
-from vring_serial.agent.host import HOST_CAPABILITIES, HostAgent
+from vring_serial.agent.host import HostAgent
+from vring_serial.agent.host_capabilities import HOST_CAPABILITIES
 from vring_serial.agent.router import AgentRouter
 
 __all__ = [

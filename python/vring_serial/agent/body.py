@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Callable
+from typing import TypeVar
 
 from vring_serial.agent.errors import AgentError, AgentGoneError, AgentTimeoutError
-from vring_serial.agent.link import AgentLink
+from vring_serial.agent.link import AgentLink, BodySink
 from vring_serial.agent.outbox import held_bytes, kept
-from vring_serial.proto.agent import Buffer
+from vring_serial.proto.agent import Buffer, UnknownMessage
+from vring_serial.ratelimit import RateLimitedLog
+
+T = TypeVar("T")
 
 
 class BodyReader:
@@ -99,3 +104,42 @@ class BodyReader:
                 await self._changed.wait()
         except TimeoutError:
             raise AgentTimeoutError(f"no {self._what} came within {timeout:g} s") from None
+
+
+class _UsersSink:
+    """A user's sink. What it raises is logged, and it gets no more."""
+
+    def __init__(self, said: RateLimitedLog, sink: BodySink) -> None:
+        self._said = said
+        self._sink: BodySink | None = sink
+
+    def feed(self, data: Buffer) -> None:
+        if self._sink is not None:
+            self._guarded(self._sink.feed, data)
+
+    def end(self, complete: bool) -> None:
+        sink, self._sink = self._sink, None
+        if sink is not None:
+            self._guarded(sink.end, complete)
+
+    def _guarded(self, function: Callable[[T], None], argument: T) -> None:
+        try:
+            function(argument)
+        except Exception as error:
+            self._sink = None
+            self._said.log(logging.ERROR, "a sink of on_body failed", exc_info=error)
+
+
+def users_sink(
+    said: RateLimitedLog,
+    make: Callable[[UnknownMessage, int], BodySink | None],
+    head: UnknownMessage,
+    size: int,
+) -> BodySink | None:
+    """What a user's function makes for a payload; None, which discards it, if that raises."""
+    try:
+        sink = make(head, size)
+    except Exception as error:
+        said.log(logging.ERROR, "on_body failed", exc_info=error)
+        return None
+    return None if sink is None else _UsersSink(said, sink)

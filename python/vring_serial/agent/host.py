@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterable, Callable, Sequence
 from pathlib import Path
 
 from vring_serial.agent.arrivals import Arrivals
+from vring_serial.agent.body import users_sink
 from vring_serial.agent.clipboard import (
     ClipboardChannel,
     Offer,
@@ -33,6 +34,7 @@ from vring_serial.agent.events import (
     OtherMessage,
 )
 from vring_serial.agent.files import FROM_GUEST, FileSender, Progress
+from vring_serial.agent.host_capabilities import HOST_CAPABILITIES
 from vring_serial.agent.link import AgentLink, BodySink
 from vring_serial.agent.receiver import FileReceiver
 from vring_serial.agent.replies import Replies, ReplyCall
@@ -87,19 +89,6 @@ rest of the first one, and then never gives another."""
 PHYSICAL_SIZE_WAIT = 2.0
 """Seconds before monitors with physical sizes are sent again without: spice-vdagentd 0.22.1 neither
 understands nor answers the former."""
-
-HOST_CAPABILITIES = Capabilities.of(
-    Capability.MOUSE_STATE,
-    Capability.MONITORS_CONFIG,
-    Capability.REPLY,
-    Capability.DISPLAY_CONFIG,
-    Capability.CLIPBOARD_BY_DEMAND,
-    Capability.CLIPBOARD_SELECTION,
-    Capability.MONITORS_CONFIG_POSITION,
-    Capability.FILE_XFER_DETAILED_ERRORS,
-    Capability.CLIPBOARD_NO_RELEASE_ON_REGRAB,
-    Capability.CLIPBOARD_GRAB_SERIAL,
-)
 
 
 class HostAgent:
@@ -548,7 +537,7 @@ class HostAgent:
         if link is self._link and isinstance(head, FileXferData) and self._receiver is not None:
             return self._receiver.body(head.id)
         if link is self._link and isinstance(head, UnknownMessage) and self._on_body is not None:
-            return self._on_body(head, size)
+            return users_sink(self._said, self._on_body, head, size)
         return None
 
     def link_trouble(self, link: AgentLink, error: AgentProtocolError) -> None:

@@ -41,7 +41,7 @@ from vring_serial.agent.events import (
     OtherMessage,
 )
 from vring_serial.agent.guest_files import GuestFileList, GuestFiles
-from vring_serial.agent.host import HOST_CAPABILITIES
+from vring_serial.agent.host_capabilities import HOST_CAPABILITIES
 from vring_serial.agent.link import AgentLink, BodySink
 from vring_serial.agent.relay import DataPieces, Passing
 from vring_serial.agent.replies import Replies
