@@ -34,7 +34,7 @@ class FlowEvent(enum.IntEnum):
     """What a flow tells its owner; on_event gets it with a detail."""
 
     PEER_EOF = 0        # the descriptor is at its end and all of it is with the guest; detail None
-    PEER_ERROR = 1      # the descriptor failed; detail: errno
+    PEER_ERROR = 1      # the descriptor failed in this direction; detail: errno
     RING_BROKEN = 2     # the driver broke the ring; detail: the RingError
     OVERFLOW = 3        # a lossy flow began to drop bytes; detail: bytes dropped so far
 

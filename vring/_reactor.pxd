@@ -38,7 +38,6 @@ cdef struct vr_seat:
     vr_line* line               # for a turn, or NULL
     vr_seat* behind
     vr_seat* ahead
-    bint held_back              # its error waits until the other direction has ended
     bint attached
     bint detached               # for good
     # under the lock

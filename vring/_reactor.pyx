@@ -13,7 +13,7 @@ from libc.string cimport memset
 
 from vring._core cimport VirtQueue
 from vring._flow cimport (
-    FD_PIPE, FD_SOCKET, NEWS_ERROR, SAMPLE_NS, TURN_LATER, TURN_MORE, flow_finish, flow_turn,
+    FD_PIPE, FD_SOCKET, SAMPLE_NS, TURN_LATER, TURN_MORE, flow_finish, flow_turn,
     tables_free, tables_init, vr_fd
 )
 from vring._linux cimport (
@@ -259,47 +259,14 @@ cdef vr_seat* reactor_next_news(
     return seat
 
 
-cdef bint is_read_too(const vr_seat* seat) noexcept nogil:
-    """Does another flow still read from the descriptor that this one writes to?"""
-    cdef vr_user* user = seat.data.watch.users if seat.data.watch != NULL else NULL
-    while user != NULL:
-        if not user.is_kick and user.seat.flow.incoming and not user.seat.flow.stopped:
-            return True
-        user = user.next
-    return False
-
-
-cdef void leave_descriptor(vr_reactor* reactor, vr_seat* seat) noexcept nogil:
-    """Ends watching the data; writers whose error waited for this reader tell it now."""
-    cdef vr_watch* watch = seat.data.watch
-    cdef vr_user* user
-    cdef vr_user* next
-    if seat.flow.incoming and watch != NULL:
-        user = watch.users
-        while user != NULL:
-            next = user.next
-            if not user.is_kick and user.seat.held_back:
-                user.seat.held_back = False
-                post(reactor, user.seat)
-            user = next
-    unwatch(reactor, &seat.data)
-
-
 cdef void after_turn(vr_reactor* reactor, vr_seat* seat) noexcept nogil:
     """Passes news on and watches for what the flow waits for."""
-    cdef bint hold = False
     if seat.flow.news:
-        # A peer that left may have left bytes to read; whoever hears of it closes the descriptor.
-        hold = not seat.flow.incoming and seat.flow.news & NEWS_ERROR and is_read_too(seat)
-        if hold:
-            seat.held_back = True
-        else:
-            post(reactor, seat)
+        post(reactor, seat)
     if seat.flow.stopped:
         unwatch(reactor, &seat.kick)
     if seat.flow.stopped or seat.flow.failed:
-        if not hold and not seat.held_back:
-            leave_descriptor(reactor, seat)
+        unwatch(reactor, &seat.data)
     elif not seat.flow.incoming and not seat.flow.ready and (
         seat.flow.doubtful or not seat.data.events
     ):
@@ -423,7 +390,7 @@ cdef void detach(vr_reactor* reactor, vr_seat* seat) noexcept nogil:
     seat.attached = False
     leave_line(seat)
     unwatch(reactor, &seat.kick)
-    leave_descriptor(reactor, seat)
+    unwatch(reactor, &seat.data)
     unpost(reactor, seat)
     flow_finish(&seat.flow, &reactor.tables)
 

@@ -114,6 +114,7 @@ class Guest:
         self._changed = asyncio.Condition()
         self._wakers: set[asyncio.Task[None]] = set()
         chardev.attach(self)
+        chardev.guest_opened(True)
 
     def end_opened(self, end: End) -> None:
         assert self.end is None, "an end was opened on top of another"
@@ -543,6 +544,7 @@ SENDING = [name for name, kind in KINDS.items() if kind.sends]
 RECEIVING = [name for name, kind in KINDS.items() if kind.receives]
 LEAVING = [name for name, kind in KINDS.items() if kind.leaves]
 COMING_BACK = [name for name in LEAVING if KINDS[name].returns]
+SOCKETS = [name for name, kind in KINDS.items() if issubclass(kind, SocketPeer)]
 #: A peer may have left while its bytes still wait.
 WITH_LAST_WORDS = [n for n in LEAVING if KINDS[n].sends and not KINDS[n].in_memory]
 
@@ -578,3 +580,21 @@ def reset_connection(sock: socket.socket) -> None:
     """Close a TCP socket so that its peer sees a reset."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     sock.close()
+
+
+def unix_server(path: Path | str, **options: bool) -> SocketChardev:
+    return SocketChardev(
+        "dut", SocketOptions(path=str(path), server=True, **{"wait": False, **options})
+    )
+
+
+def tcp_server(**options: object) -> SocketChardev:
+    values = {"host": "127.0.0.1", "port": 0, "server": True, "wait": False, **options}
+    return SocketChardev("dut", SocketOptions(**values))
+
+
+async def unix_client(path: Path | str) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX)
+    sock.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(sock, str(path))
+    return sock

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import logging
 import os
 import struct
 import termios
@@ -17,11 +18,16 @@ from tests.chardev.conftest import (
     COMING_BACK,
     RECEIVING,
     SENDING,
+    SOCKETS,
     WITH_LAST_WORDS,
     FileWithInputKind,
     Peer,
+    TcpClientKind,
+    TcpServerKind,
 )
+from vring_serial.chardev.base import DescriptorEnd
 from vring_serial.chardev.file import FileChardev, FileOptions
+from vring_serial.chardev.hangup import unread
 from vring_serial.chardev.pty import PtyChardev
 from vring_serial.chardev.ringbuf import RingbufChardev
 from vring_serial.device.controller import Controller
@@ -185,7 +191,9 @@ async def test_the_guest_sees_the_peer_leave_and_the_next_come(
     writer.close()
 
 
-@pytest.mark.parametrize("peer", WITH_LAST_WORDS, indirect=True)
+@pytest.mark.parametrize(
+    "peer", [kind for kind in WITH_LAST_WORDS if kind not in SOCKETS], indirect=True
+)
 async def test_last_words_reach_the_guest(peer: Peer, guest_port: GuestPort) -> None:
     """The peer sends and leaves while the guest has the port closed."""
     await peer.connect()
@@ -196,4 +204,62 @@ async def test_last_words_reach_the_guest(peer: Peer, guest_port: GuestPort) -> 
     reader, writer = await guest_port.open()
     async with asyncio.timeout(10):
         assert await reader.readexactly(10) == b"last words"
+    writer.close()
+
+
+@pytest.mark.parametrize("peer", SOCKETS, indirect=True)
+async def test_a_guest_reads_nothing_of_who_left_before_it_opened(
+    peer: Peer, guest_port: GuestPort
+) -> None:
+    for _ in range(20):
+        await peer.connect()
+        await guest_port.wait_host()
+        await peer.send(b"request of the dead")
+        await peer.disconnect()
+    await peer.connect()
+    await peer.send(b"request")
+    async with asyncio.timeout(10):
+        while not (isinstance(peer.chardev.end, DescriptorEnd) and waits(peer.chardev.end) == 7):
+            await asyncio.sleep(0.01)
+        reader, writer = await guest_port.open()
+        assert await reader.readexactly(7) == b"request"
+    writer.close()
+
+
+def waits(end: DescriptorEnd) -> int:
+    """The bytes that the peer has sent, unread."""
+    return unread(end.read_fd)
+
+
+@pytest.mark.parametrize("peer", SOCKETS, indirect=True)
+async def test_last_words_on_an_open_port_are_read_for_the_stated_seconds(
+    peer: Peer,
+    guest_port: GuestPort,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A guest that has the port open, reads nothing, and writes to who is not there any more."""
+    caplog.set_level(logging.INFO, "vring_serial.chardev.socket")
+    monkeypatch.setattr("vring_serial.chardev.hangup.LAST_WORDS_SECONDS", 0.3)
+    monkeypatch.setattr("vring_serial.chardev.hangup.RECHECK_SECONDS", 0.05)
+    await peer.connect()
+    reader, writer = await guest_port.open(limit=1000)
+    await guest_port.wait_host()
+    sending = asyncio.create_task(peer.send(bytes(4 << 20)))
+    await asyncio.sleep(0.2)  # the ring is full, and the socket
+    sending.cancel()
+    await peer.disconnect()
+    in_tcp = isinstance(peer, TcpServerKind | TcpClientKind)
+    writer.write(b"whoever" if in_tcp else b"for the next")  # TCP takes it, and then says reset
+    async with asyncio.timeout(10):
+        while "not read" not in caplog.text:
+            await asyncio.sleep(0.01)
+        assert not (await reader.read()).strip(b"\0")  # to the end that the guest was told of
+        if in_tcp:
+            writer.write(b"for the next")
+        await peer.connect()
+        assert await receive(peer, 12) == b"for the next"
+        reader, writer = await guest_port.open()
+        await peer.send(b"alive")
+        assert await reader.readexactly(5) == b"alive"
     writer.close()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vring_serial.chardev.hangup import HangupWatch, has_unread
+from vring_serial.chardev.hangup import HangupWatch, is_leaving, unread
 
 pytestmark = pytest.mark.usefixtures("no_leak")
 
@@ -97,6 +97,65 @@ async def test_a_callback_may_close_the_watch(monkeypatch: pytest.MonkeyPatch) -
         ours.close()
 
 
+async def test_patience_begins_with_the_hangup_and_may_end_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("vring_serial.chardev.hangup.RECHECK_SECONDS", 0.01)
+    gone: list[int] = []
+    asked: list[bool] = []
+    seconds = 60.0
+
+    def patience(fd: int, entirely: bool) -> float:
+        asked.append(entirely)
+        return seconds
+
+    watch = HangupWatch(gone.append, patience)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        watch.watch(ours.fileno())
+        theirs.send(b"unread")
+        await soon()
+        assert asked == []
+        theirs.shutdown(socket.SHUT_WR)
+        await soon()
+        assert set(asked) == {False}
+        theirs.close()
+        asked.clear()
+        await soon()
+        assert set(asked) == {True}
+        assert gone == []
+        seconds = 0.0
+        watch.look_again()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert gone == [ours.fileno()]
+    watch.close()
+
+
+async def test_a_peer_that_is_condemned_counts_as_gone_entirely() -> None:
+    gone: list[int] = []
+    watch = HangupWatch(gone.append, lambda fd, entirely: 0.0 if entirely else 60.0)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        watch.watch(ours.fileno())
+        assert not watch.condemn(ours.fileno())
+        assert gone == []
+        theirs.send(b"unread")
+        assert watch.condemn(ours.fileno())
+        assert gone == [ours.fileno()]
+    watch.close()
+
+
+def test_either_way_of_shutting_down_tells_who_is_leaving() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert not is_leaving(ours.fileno())
+        theirs.shutdown(socket.SHUT_RD)
+        assert not is_leaving(ours.fileno())
+        theirs.shutdown(socket.SHUT_WR)
+        assert is_leaving(ours.fileno())
+
+
 async def test_a_regular_file_cannot_hang_up(tmp_path: Path) -> None:
     gone: list[int] = []
     watch = HangupWatch(gone.append)
@@ -110,23 +169,23 @@ async def test_a_regular_file_cannot_hang_up(tmp_path: Path) -> None:
 
 def test_end_of_file_is_no_unread_byte() -> None:
     ours, theirs = socket.socketpair()
-    assert not has_unread(ours.fileno())
-    theirs.send(b"x")
-    assert has_unread(ours.fileno())
+    assert unread(ours.fileno()) == 0
+    theirs.send(b"xy")
+    assert unread(ours.fileno()) == 2
     theirs.close()
-    assert has_unread(ours.fileno())
-    ours.recv(1)
-    assert not has_unread(ours.fileno())
+    assert unread(ours.fileno()) == 2
+    ours.recv(2)
+    assert unread(ours.fileno()) == 0
     ours.close()
 
 
 def test_pipes_and_terminals_have_unread_bytes_too() -> None:
     for ours, theirs in (os.pipe(), os.openpty()):
-        assert not has_unread(ours)
+        assert unread(ours) == 0
         os.write(theirs, b"x")
-        assert has_unread(ours)
+        assert unread(ours) == 1
         os.close(theirs)
-        assert has_unread(ours)
+        assert unread(ours) == 1
         os.read(ours, 1)
-        assert not has_unread(ours)
+        assert unread(ours) == 0
         os.close(ours)

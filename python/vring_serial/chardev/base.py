@@ -116,8 +116,9 @@ class Chardev(abc.ABC):
 
         The chardev closes the end (``end_closed`` is called before this returns) and waits for the
         next peer in the way of its kind. There is one exception: after an error, an end with bytes
-        unread may stay a little longer, so that the guest gets what a peer sent before it left; the
-        user reads on and writes no more. The default suits chardevs whose end never closes.
+        unread may stay a little longer, so that the guest gets what a peer sent before it left, or
+        as long as a peer is there that only takes no more; the user reads on and writes no more.
+        The default suits chardevs whose end never closes.
         """
 
     def guest_opened(self, is_open: bool) -> None:  # noqa: B027 - most chardevs do not care

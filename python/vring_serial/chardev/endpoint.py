@@ -15,7 +15,7 @@ from typing import Any
 
 from vring_serial.unix_socket import MAX_PATH, UnixListener, encode_path, refuse_descriptors
 
-BACKLOG = 8  # clients that wait while one is served
+BACKLOG = 128  # clients that the system lets wait to be accepted
 RETRY_SECONDS = 0.05  # while a unix server's backlog is full
 PORT_ATTEMPTS = 8  # to find one port, chosen by the system, that is free on every address
 

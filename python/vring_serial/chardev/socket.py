@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+import math
 import socket
 from dataclasses import dataclass
 
 from vring_serial import accept
 from vring_serial.accept import Acceptor
+from vring_serial.callbacks import tell
+from vring_serial.chardev import hangup
 from vring_serial.chardev.base import Chardev, DescriptorEnd
 from vring_serial.chardev.endpoint import Address, Listener, TcpAddress, UnixAddress, connect
-from vring_serial.chardev.hangup import HangupWatch, LastWords
+from vring_serial.chardev.hangup import HangupWatch, is_leaving, unread
 from vring_serial.chardev.options import Options, check_path, check_range
 from vring_serial.errors import ConfigError
 from vring_serial.ratelimit import RateLimitedLog
 from vring_serial.unix_socket import SocketPathError
 
 log = logging.getLogger(__name__)
+
+# Clients that wait for the one that is served; more stay in the system's backlog.
+MOST_WAITING = 16
 
 _TCP_ONLY = ("to", "ipv4", "ipv6", "nodelay")
 
@@ -127,10 +134,14 @@ class SocketOptions(Options):
 class SocketChardev(Chardev):
     """A stream socket; its end is open while a peer is connected.
 
-    One peer at a time: the next waits in the server's backlog. End of file from the peer is a
-    disconnection, also if it only shut down its sending side, and so is a reset. Bytes that a peer
-    sent before it left stay readable: the end closes when they have been read, or some seconds
-    after a write to that peer failed.
+    One peer at a time: others wait. End of file from the peer is a disconnection, also if it only
+    shut down its sending side, and so is a reset.
+
+    A peer that hung up entirely holds the port no longer. What it left unread goes with it at once
+    while the guest has the port closed; while it is open the guest has ``LAST_WORDS_SECONDS`` from
+    the hang-up on to read it. That holds for those who wait as well. A peer that only shut down its
+    sending side is there yet, and its bytes stay. In TCP the two look alike: there they stay until
+    somebody came after that peer, or at once a client could connect again.
     """
 
     def __init__(self, id: str, options: SocketOptions) -> None:
@@ -145,8 +156,10 @@ class SocketChardev(Chardev):
         self._first_peer: asyncio.Future[None] | None = None
         self._task: asyncio.Task[None] | None = None
         self._peer: socket.socket | None = None
+        self._why_gone: OSError | None = None  # of a peer that is read from and not written to
+        self._waiting: dict[int, socket.socket] = {}  # by descriptor, as they came
         self._watch: HangupWatch | None = None
-        self._last_words = LastWords(self.peer_gone)
+        self._guest_is_open = False
 
     @property
     def port(self) -> int:
@@ -192,25 +205,29 @@ class SocketChardev(Chardev):
             self._acceptor.close()
             self._acceptor = None
         self._disconnect()
+        for fd in list(self._waiting):
+            self._dismiss(fd)
         self._listener.close()
         if self._watch is not None:
             self._watch.close()
             self._watch = None
 
     def peer_gone(self, reason: OSError | None = None) -> None:
-        if self._peer is None:
+        if self._peer is None or self._watch is None:
             return
-        if self._last_words.remain(self._peer.fileno(), reason):
-            return
-        why = f": {reason.strerror}" if reason else ""
-        self._said.log(logging.INFO, "chardev %s: peer left%s", self.id, why)
-        self._disconnect()
-        if not self._started:
-            return
-        if self._acceptor is not None:
-            self._acceptor.resume()
-        elif self.options.reconnect_delay:
-            self._task = asyncio.create_task(self._keep_connecting(self.options.reconnect_delay))
+        if reason is not None:
+            fd = self._peer.fileno()
+            if reason.errno == errno.EPIPE and not is_leaving(fd):
+                return  # it shut down its receiving side, and may send as long as it likes
+            self._why_gone = reason
+            if self._watch.condemn(fd):
+                return
+        self._let_go()
+
+    def guest_opened(self, is_open: bool) -> None:
+        self._guest_is_open = is_open
+        if self._watch is not None:
+            self._watch.look_again()
 
     @property
     def _doing(self) -> str:
@@ -218,23 +235,20 @@ class SocketChardev(Chardev):
 
     def _make_watch(self) -> HangupWatch:
         try:
-            return HangupWatch(lambda fd: self.peer_gone())
+            return HangupWatch(self._hung_up, self._patience)
         except OSError as error:
             raise self._error(self._doing, error) from error
 
     async def _bring_up(self) -> None:
         try:
             if not self.options.server:
-                self._connected(await connect(self._address))
+                self._arrived(await connect(self._address))
                 return
             await self._listener.listen(self._address)
         except (OSError, SocketPathError) as error:
             raise self._error(self._doing, _why(error)) from error
         self._acceptor = Acceptor(
-            self._connected,
-            name=f"chardev {self.id} at {self.description}",
-            peer="client",
-            one_at_a_time=True,
+            self._arrived, name=f"chardev {self.id} at {self.description}", peer="client"
         )
         self._acceptor.open(self._listener.sockets)
         if self.options.waits:
@@ -247,7 +261,7 @@ class SocketChardev(Chardev):
         while True:
             await asyncio.sleep(delay)
             try:
-                self._connected(await connect(self._address))
+                self._arrived(await connect(self._address))
             except (OSError, SocketPathError) as error:
                 delay = self.options.reconnect_delay
                 message = str(self._error(self._doing, _why(error)))
@@ -257,14 +271,28 @@ class SocketChardev(Chardev):
             else:
                 return
 
-    def _connected(self, sock: socket.socket) -> None:
-        self._peer = sock
+    def _arrived(self, sock: socket.socket) -> None:
+        """Serve a peer, or let it wait for its turn."""
+        assert self._watch is not None  # there from start to stop
         try:
             sock.setblocking(False)
             if self.options.nodelay:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            assert self._watch is not None  # there from start to stop
             self._watch.watch(sock.fileno())
+        except BaseException:
+            sock.close()
+            raise
+        if self._peer is None and not self._waiting:
+            self._connected(sock)
+            return
+        self._waiting[sock.fileno()] = sock
+        if self._acceptor is not None and len(self._waiting) >= MOST_WAITING:
+            self._acceptor.pause()
+        self._watch.look_again()
+
+    def _connected(self, sock: socket.socket) -> None:
+        self._peer = sock
+        try:
             text = "chardev %s: peer connected to %s"
             self._said.log(logging.INFO, text, self.id, self.description)
             self._open_end(DescriptorEnd(read_fd=sock.fileno(), write_fd=sock.fileno()))
@@ -274,18 +302,80 @@ class SocketChardev(Chardev):
         if self._first_peer is not None and not self._first_peer.done():
             self._first_peer.set_result(None)
 
+    # --- peers that leave
+
+    def _patience(self, fd: int, entirely: bool) -> float:
+        """How long what a peer left unread keeps it: it may be served, or wait."""
+        if not entirely:
+            others = bool(self._waiting) and next(reversed(self._waiting)) != fd
+            if not isinstance(self._address, TcpAddress):
+                others = False  # the system tells those who are gone from those who are not
+            elif self.options.reconnect_delay:
+                others = True
+            if not others:
+                return math.inf
+        return hangup.LAST_WORDS_SECONDS if self._guest_is_open else 0.0
+
+    def _hung_up(self, fd: int) -> None:
+        if fd in self._waiting:
+            self._dismiss(fd)
+        else:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Close the end of a peer that left, and serve the next."""
+        assert self._peer is not None
+        why = f": {self._why_gone.strerror}" if self._why_gone else ""
+        cut_off = _cut_off(self._peer)
+        self._said.log(logging.INFO, "chardev %s: peer left%s%s", self.id, why, cut_off)
+        self._disconnect()
+        if not self._started:
+            return
+        if self._acceptor is not None:
+            asyncio.get_running_loop().call_soon(self._serve_next)
+        elif self.options.reconnect_delay:
+            self._task = asyncio.create_task(self._keep_connecting(self.options.reconnect_delay))
+
+    def _serve_next(self) -> None:
+        while self._peer is None and self._waiting:
+            sock = self._take_waiting(next(iter(self._waiting)))
+            tell(log, f"chardev {self.id}: serving a client that waited", self._connected, sock)
+
+    def _dismiss(self, fd: int) -> None:
+        """Close the connection of one who waits."""
+        sock = self._take_waiting(fd)
+        if cut_off := _cut_off(sock):
+            text = "chardev %s: a peer left before its turn%s"
+            self._said.log(logging.INFO, text, self.id, cut_off)
+        self._close(sock)
+
+    def _take_waiting(self, fd: int) -> socket.socket:
+        sock = self._waiting.pop(fd)
+        if self._acceptor is not None and len(self._waiting) == MOST_WAITING - 1:
+            self._acceptor.resume()
+        return sock
+
     def _disconnect(self) -> None:
         peer, self._peer = self._peer, None
         if peer is None:
             return
-        assert self._watch is not None
-        self._last_words.cancel()
+        self._why_gone = None
         try:
             self._close_end()
         finally:
-            self._watch.unwatch(peer.fileno())
-            peer.close()
-            accept.descriptor_freed()
+            self._close(peer)
+
+    def _close(self, sock: socket.socket) -> None:
+        assert self._watch is not None
+        self._watch.unwatch(sock.fileno())
+        sock.close()
+        accept.descriptor_freed()
+
+
+def _cut_off(sock: socket.socket) -> str:
+    """What to say of bytes that nobody has read; nothing if there are none."""
+    count = unread(sock.fileno())
+    return f"; {count} bytes that it had sent were not read" if count else ""
 
 
 def _why(error: OSError | SocketPathError) -> OSError | str:
