@@ -391,7 +391,7 @@ class DriverRegisters:
         self._needs_reset()
 
     def _device_broken(self, error: RingError) -> None:
-        self._log.warning("%s: the driver broke %s", self.device.name, error)
+        self._log.warning("%s: a ring is broken: %s", self.device.name, error)
         self._needs_reset()
 
     def _needs_reset(self) -> None:

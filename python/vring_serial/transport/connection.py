@@ -38,6 +38,7 @@ class Connection:
             whether it left some for another turn.
         go_on: called in that turn; returns the same.
         lost: called once when the peer has gone, or the socket failed; not by :meth:`close`.
+        max_unread: bytes that the peer has not read from which on it is not listened to.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Connection:
         received: Callable[[Received], bool],
         go_on: Callable[[], bool],
         lost: Callable[[OSError | None], None],
+        max_unread: int = MAX_UNREAD,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._sock = sock
@@ -62,6 +64,7 @@ class Connection:
         self._turn: asyncio.Handle | None = None
         self._reads = True
         self._lost = lost
+        self._max_unread = max_unread
         # Bytes, and descriptors (owned by us) that go with the first of them.
         self._unsent: deque[tuple[bytearray, list[int]]] = deque()
         self._unsent_bytes = 0
@@ -159,7 +162,7 @@ class Connection:
 
     def _listen(self) -> None:
         """Read, or handle what was read, as far as the peer reads."""
-        reads_answers = self._unsent_bytes <= MAX_UNREAD
+        reads_answers = self._unsent_bytes <= self._max_unread
         if self._more and reads_answers and self._turn is None:
             self._turn = self._loop.call_soon(self._another_turn)
         reads = reads_answers and not self._more

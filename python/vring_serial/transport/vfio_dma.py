@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import errno
-import os
+from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vring import GuestMemory, MemoryWatch, Region
-from vring.errors import VringError
 from vring_serial.errors import ProtocolError
 from vring_serial.proto.vfio_user import VfioUserError
 from vring_serial.proto.vfio_user_wire import DmaFlag, DmaMap, DmaUnmap, UnmapFlag
+from vring_serial.transport.vfio_copies import Copy, make_copy
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,8 @@ class DmaTable:
         self._most = most
         self._watch: MemoryWatch | None = watch
         self._regions: dict[int, DmaRegion] = {}  # by address
-        self._copies: dict[int, Region | None] = {}  # of regions without a descriptor
+        self._copies: dict[int, Copy | None] = {}  # of regions without a descriptor
+        self._remote: list[DmaRegion] | None = None  # those, by address; None: to be made
 
     @property
     def mapped(self) -> GuestMemory:
@@ -57,21 +59,33 @@ class DmaTable:
     def memory(self) -> GuestMemory:
         """The shared memory, and copies of our own where only the client has memory.
 
-        A copy costs what is used of it. It stays the same as long as its region is mapped.
+        A copy stays the same as long as its region is mapped.
         """
         for each in self._regions.values():
             if each.region is None and each.address not in self._copies:
-                self._copies[each.address] = _make_copy(each)
-        regions = (each.region or self._copies[each.address] for each in self._regions.values())
-        return GuestMemory(region for region in regions if region is not None)
+                self._copies[each.address] = make_copy(each.address, each.size)
+        copies = (copy.region for copy in self._copies.values() if copy is not None)
+        return GuestMemory((*self.mapped.regions, *copies))
 
     def is_remote(self, address: int) -> bool:
         """Whether only the client can access it."""
-        return any(
-            each.address <= address < each.end
-            for each in self._regions.values()
-            if each.region is None
-        )
+        return any(self.remote_parts(address, 1))
+
+    def remote_parts(self, address: int, length: int) -> Iterator[tuple[int, int, Copy | None]]:
+        """Address and bytes of each part of a range that only the client can access, with its copy.
+
+        The copy is None where there was not enough memory for one.
+        """
+        if self._remote is None:
+            remote = (each for each in self._regions.values() if each.region is None)
+            self._remote = sorted(remote, key=_address)
+        at = max(bisect_right(self._remote, address, key=_address) - 1, 0)
+        for each in self._remote[at:]:
+            if each.address >= address + length:
+                return
+            start, end = max(address, each.address), min(address + length, each.end)
+            if start < end:
+                yield start, end - start, self._copies.get(each.address)
 
     def map(self, asked: DmaMap, fd: int) -> None:
         """Add a mapping; ``fd`` is -1 if there is no descriptor, and stays the caller's.
@@ -95,11 +109,11 @@ class DmaTable:
             raise VfioUserError("DMA_MAP", f"all {self._most} mappings are taken", errno.ENOSPC)
         region = self._map(asked, fd) if fd >= 0 else None
         self._regions[asked.address] = DmaRegion(asked.address, asked.size, asked.flags, region)
+        self._remote = None
 
     def close(self) -> None:
         """Unmap everything, and let go of the watch. Nothing is mapped after that."""
-        self._regions.clear()
-        self._copies.clear()
+        self._clear()
         self._watch = None
 
     def unmap(self, asked: DmaUnmap) -> None:
@@ -109,8 +123,7 @@ class DmaTable:
             VfioUserError: there is no such mapping (ENOENT).
         """
         if asked.flags & UnmapFlag.ALL:
-            self._regions.clear()
-            self._copies.clear()
+            self._clear()
             return
         found = self._regions.get(asked.address)
         if found is None or found.size != asked.size:
@@ -121,6 +134,12 @@ class DmaTable:
             )
         del self._regions[asked.address]
         self._copies.pop(asked.address, None)
+        self._remote = None
+
+    def _clear(self) -> None:
+        self._regions.clear()
+        self._copies.clear()
+        self._remote = None
 
     def _map(self, asked: DmaMap, fd: int) -> Region:
         return Region.map(
@@ -134,15 +153,5 @@ class DmaTable:
         )
 
 
-def _make_copy(asked: DmaRegion) -> Region | None:
-    """Memory of our own in the place of the client's; None if there is not as much."""
-    fd = -1
-    try:
-        fd = os.memfd_create("vring-remote", os.MFD_CLOEXEC)
-        os.ftruncate(fd, asked.size)
-        return Region.map(fd, asked.size, guest_addr=asked.address)
-    except (OSError, OverflowError, VringError):
-        return None
-    finally:
-        if fd >= 0:
-            os.close(fd)
+def _address(region: DmaRegion) -> int:
+    return region.address

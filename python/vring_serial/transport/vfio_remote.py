@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from vring_serial.errors import ProtocolError
 from vring_serial.proto.payload import Payload
@@ -12,15 +14,50 @@ from vring_serial.proto.vfio_user_wire import Command, DmaAccess
 
 #: Bytes asked for in one message, if the client takes as many.
 PIECE = 256 * 1024
+#: Requests, and bytes in them, that the client is asked for before it has answered the first.
+WINDOW_REQUESTS = 256
+WINDOW_BYTES = 1 << 20
+#: Seconds without an answer to anything after which the client is taken not to answer. They are
+#: counted in pieces: what freezes client and server together costs one of them.
+ANSWER_SECONDS = 30.0
+_PIECES = 10
 
-#: What is asked: command, address, bytes, and who waits for it.
-_Asked = tuple[Command, int, int, "asyncio.Future[bytes]"]
+
+@dataclass(slots=True, eq=False)
+class _Access:
+    """One read or write, in as many requests as it takes.
+
+    Attributes:
+        data: what is written, or what was read so far.
+        sent: bytes for which requests have been sent.
+        unanswered: requests of this access that wait for their reply.
+        done: gets what was read.
+    """
+
+    command: Command
+    address: int
+    data: bytearray
+    done: asyncio.Future[bytes]
+    sent: int = 0
+    unanswered: int = 0
+
+    @property
+    def all_sent(self) -> bool:
+        """Nothing more is to be asked for: it has all been, or nobody wants it."""
+        return self.sent == len(self.data) or self.done.done()
+
+    def fail(self, error: Exception) -> None:
+        if not self.done.done():
+            self.done.set_exception(error)
+            # Who does not wait for a write has asked to be told otherwise, or does not care.
+            self.done.exception()
 
 
 class RemoteMemory:
     """The client's memory, byte by byte over the socket.
 
-    Accesses are done in the order in which they are asked for.
+    Accesses are done in the order in which they are asked for. The client is never asked for more
+    than a window at a time, whatever is wanted of it.
 
     Args:
         send: takes whole messages.
@@ -28,69 +65,122 @@ class RemoteMemory:
     """
 
     def __init__(self, send: Callable[[bytes], None], piece: int) -> None:
+        self._loop = asyncio.get_running_loop()
         self._send = send
-        self._piece = max(1, min(piece, PIECE))
+        self._piece = min(piece, PIECE)
         self._last_id = 0
-        self._asked: dict[int, _Asked] = {}
+        self._waiting: deque[_Access] = deque()
+        # By number: what a request was for, where in it, and how many bytes.
+        self._asked: dict[int, tuple[_Access, int, int]] = {}
+        self._asked_bytes = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._silent = 0  # pieces of the time that passed without an answer
         self._closed = False
 
-    async def read(self, address: int, length: int) -> bytes:
-        """Raises VfioUserError if the client cannot, ConnectionError if it has gone."""
-        pieces = [
-            self._ask(Command.DMA_READ, at, size, b"") for at, size in self._pieces(address, length)
-        ]
-        return b"".join(await asyncio.gather(*pieces))
+    def read(self, address: int, length: int) -> asyncio.Future[bytes]:
+        """Read; VfioUserError if the client cannot or does not, ConnectionError if it has gone."""
+        return self._ask(Command.DMA_READ, address, bytearray(length))
 
     def write(self, address: int, data: bytes) -> asyncio.Future[bytes]:
         """Write; done when the client says so, or failed as :meth:`read` fails.
 
         Who does not wait for it need not: later accesses come after it all the same.
         """
-        done = _done()
-        for at, size in self._pieces(address, len(data)):
-            start = at - address
-            done = self._ask(Command.DMA_WRITE, at, size, data[start : start + size])
-        return done
+        return self._ask(Command.DMA_WRITE, address, bytearray(data))
 
     def handle_reply(self, message: Message) -> None:
         """Raises ProtocolError if nobody asked for this reply."""
         asked = self._asked.pop(message.message_id, None)
-        if asked is None or asked[0] != message.command:
+        if asked is None or asked[0].command != message.command:
             raise ProtocolError("a reply that nobody asked for")
-        _, address, length, future = asked
-        if future.done():
-            return
+        access, at, size = asked
+        self._asked_bytes -= size
+        self._silent = 0
+        access.unanswered -= 1
         try:
-            future.set_result(_data_of(message, address, length))
+            data = _data_of(message, access.address + at, size)
         except VfioUserError as error:
-            _fail(future, error)
+            access.fail(error)
+        else:
+            if access.command == Command.DMA_READ:
+                access.data[at : at + size] = data
+            if access.all_sent and not access.unanswered and not access.done.done():
+                access.done.set_result(bytes(access.data) if data else b"")
+        self._send_waiting()
 
     def close(self) -> None:
         """The client has gone: all that was asked for fails. Safe to call twice."""
         self._closed = True
-        for *_, future in self._asked.values():
-            if not future.done():
-                _fail(future, ConnectionError("the client has gone"))
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._fail_all(ConnectionError("the client has gone"))
         self._asked.clear()
 
-    def _pieces(self, address: int, length: int) -> Iterable[tuple[int, int]]:
-        for at in range(address, address + length, self._piece):
-            yield at, min(self._piece, address + length - at)
+    # --- internals
 
-    def _ask(
-        self, command: Command, address: int, length: int, data: bytes
-    ) -> asyncio.Future[bytes]:
-        future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        if self._closed or len(self._asked) > 0xFFFF:
-            _fail(future, ConnectionError("the client does not answer"))
-            return future
+    def _ask(self, command: Command, address: int, data: bytearray) -> asyncio.Future[bytes]:
+        access = _Access(command, address, data, self._loop.create_future())
+        if self._closed:
+            access.fail(ConnectionError("the client has gone"))
+        elif not data:
+            access.done.set_result(b"")
+        else:
+            self._waiting.append(access)
+            self._send_waiting()
+            if self._timer is None:
+                self._silent = 0
+                self._wait()
+        return access.done
+
+    def _send_waiting(self) -> None:
+        """Ask for as much as the window has room for."""
+        while self._waiting and not self._closed:
+            access = self._waiting[0]
+            if access.all_sent:
+                self._waiting.popleft()
+                continue
+            size = min(self._piece, len(access.data) - access.sent)
+            if self._asked and self._asked_bytes + size > WINDOW_BYTES:
+                return
+            if len(self._asked) >= WINDOW_REQUESTS:
+                return
+            self._request(access, size)
+
+    def _request(self, access: _Access, size: int) -> None:
+        at = access.sent
+        access.sent += size
+        access.unanswered += 1
+        writes = access.command == Command.DMA_WRITE
+        data = bytes(access.data[at : at + size]) if writes else b""
         while self._last_id in self._asked:
             self._last_id = self._last_id + 1 & 0xFFFF
-        self._asked[self._last_id] = command, address, length, future
-        payload: Payload = DmaAccess(address, length, data)
-        self._send(request(command, self._last_id, payload))
+        self._asked[self._last_id] = access, at, size
+        self._asked_bytes += size
+        payload: Payload = DmaAccess(access.address + at, size, data)
+        self._send(request(access.command, self._last_id, payload))
         self._last_id = self._last_id + 1 & 0xFFFF
-        return future
+
+    def _wait(self) -> None:
+        self._timer = self._loop.call_later(ANSWER_SECONDS / _PIECES, self._waited)
+
+    def _waited(self) -> None:
+        self._timer = None
+        self._silent += 1
+        if not self._asked:
+            return
+        if self._silent < _PIECES:
+            self._wait()
+            return
+        access, _, _ = next(iter(self._asked.values()))
+        why = f"the client has not answered for {ANSWER_SECONDS:g} seconds"
+        self._fail_all(VfioUserError(access.command.name, why))
+
+    def _fail_all(self, error: Exception) -> None:
+        """Replies to what was asked for are still taken, and make room in the window."""
+        for access in [*self._waiting, *(asked[0] for asked in self._asked.values())]:
+            access.fail(error)
+        self._waiting.clear()
 
 
 def _data_of(message: Message, address: int, length: int) -> bytes:
@@ -105,15 +195,3 @@ def _data_of(message: Message, address: int, length: int) -> bytes:
             f"{len(answer.data)} bytes at {answer.address:#x} instead of {length} at {address:#x}",
         )
     return answer.data
-
-
-def _done() -> asyncio.Future[bytes]:
-    future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-    future.set_result(b"")
-    return future
-
-
-def _fail(future: asyncio.Future[bytes], error: Exception) -> None:
-    future.set_exception(error)
-    # Whoever does not wait for a write is told by those who wait for what comes after it.
-    future.exception()

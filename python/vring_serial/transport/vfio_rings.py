@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from vring import RingError
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.virtqueue import RunningQueue
 from vring_serial.proto.console import Status
-from vring_serial.ratelimit import RateLimitedLog
-from vring_serial.transport.vfio_dma import DmaTable
-from vring_serial.transport.vfio_remote import RemoteMemory
-from vring_serial.transport.vfio_shadow import ShadowRing
-
-log = logging.getLogger(__name__)
+from vring_serial.transport.vfio_shadow import ClientMemory, ShadowRing
 
 
-@dataclass(frozen=True, slots=True)
-class ClientMemory:
-    """What a client has mapped, and how to reach what it did not share."""
+class ClientMemoryError(RingError):
+    """The client does not let the device have a ring, or a buffer, of its memory."""
 
-    dma: DmaTable
-    remote: RemoteMemory
+    def __init__(self, queue: str, cause: str) -> None:
+        super().__init__(queue, 0, cause)
+        self.args = (f"{queue}: {cause}",)
 
 
 class RemoteRings:
@@ -42,7 +35,6 @@ class RemoteRings:
         self.client: ClientMemory | None = None
         self._device = device
         self._shadows: dict[int, ShadowRing] = {}
-        self._said = RateLimitedLog(log)
         self._owed: set[int] = set()  # queues whose drivers are to be interrupted
 
     # --- queues
@@ -58,8 +50,7 @@ class RemoteRings:
             return
         shadow = ShadowRing(
             queue,
-            client.remote,
-            client.dma.is_remote,
+            client,
             lambda error: self._failed(index, error),
             owed=index in self._owed,
         )
@@ -87,10 +78,9 @@ class RemoteRings:
     def _failed(self, index: int, error: Exception) -> None:
         if index not in self._shadows or isinstance(error, ConnectionError):
             return
-        self._said.warning("%s: queue %d: %s", self._device.name, index, error)
         self._device.set_status(self._device.status | Status.DEVICE_NEEDS_RESET)
         if self._device.on_needs_reset is not None:
-            self._device.on_needs_reset(RingError(f"queue {index}", 0, str(error)))
+            self._device.on_needs_reset(ClientMemoryError(f"queue {index}", str(error)))
 
     # --- all else is the device's
 

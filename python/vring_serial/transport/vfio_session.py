@@ -50,12 +50,13 @@ from vring_serial.proto.vfio_user_wire import (
 )
 from vring_serial.ratelimit import RateLimitedLog
 from vring_serial.transport.closer import Closer
-from vring_serial.transport.connection import Connection
+from vring_serial.transport.connection import MAX_UNREAD, Connection
 from vring_serial.transport.lost_memory import describe_loss
 from vring_serial.transport.vfio_dma import DmaTable
 from vring_serial.transport.vfio_irqs import Interrupts
-from vring_serial.transport.vfio_remote import RemoteMemory
-from vring_serial.transport.vfio_rings import ClientMemory, RemoteRings
+from vring_serial.transport.vfio_remote import WINDOW_BYTES, RemoteMemory
+from vring_serial.transport.vfio_rings import RemoteRings
+from vring_serial.transport.vfio_shadow import ClientMemory
 from vring_serial.turns import Turn
 from vring_serial.unix_socket import refuse_descriptors
 
@@ -63,6 +64,12 @@ from vring_serial.unix_socket import refuse_descriptors
 MAX_DMA_MAPS = 4096
 #: Bytes read in one turn of the loop.
 READ_SIZE = 64 * 1024
+#: Smallest max_data_xfer_size of a client: memory that it does not share is read and written in
+#: pieces of this size.
+MIN_DATA_XFER_SIZE = 4096
+#: The client is listened to while a whole window of ours waits for it to read: it may itself wait
+#: for us to read its answers.
+MAX_UNREAD_BY_CLIENT = MAX_UNREAD + 2 * WINDOW_BYTES
 #: Bytes of the configuration space.
 CONFIG_SIZE = 256
 #: What every client is offered.
@@ -157,6 +164,7 @@ class Session:
             received=self._received,
             go_on=self._handle_messages,
             lost=self._lost,
+            max_unread=MAX_UNREAD_BY_CLIENT,
         )
 
     def close(self) -> None:
@@ -304,6 +312,10 @@ class Session:
         proposed = version.capabilities
         if proposed is not None and proposed.pgsizes % 4096:
             raise FatalError(f"page sizes {proposed.pgsizes:#x}, below 4096")
+        if proposed is not None and proposed.max_data_xfer_size < MIN_DATA_XFER_SIZE:
+            raise FatalError(
+                f"max_data_xfer_size {proposed.max_data_xfer_size}, below {MIN_DATA_XFER_SIZE}"
+            )
         agreed = CAPABILITIES.common(proposed or Capabilities())
         self._client = agreed
         send = self._connection.send
@@ -331,6 +343,7 @@ class Session:
             received=self._twin_received,
             go_on=self._handle_replies,
             lost=self._lost,
+            max_unread=MAX_UNREAD_BY_CLIENT,
         )
 
     def _twin_received(self, received: unix_fds.Received) -> bool:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import select
 import socket
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -151,9 +152,7 @@ class Client:
         """The next reply; what the server asks meanwhile is answered."""
         while True:
             while (message := self.parser.next_message()) is None:
-                received = unix_fds.receive(self.sock, 65536, 64)
-                assert received.data, "the server closed the connection"
-                self.parser.receive_data(received.data, received.fds)
+                self.read_more()
             self.received_fds += message.fds
             if message.is_reply:
                 return message
@@ -176,11 +175,20 @@ class Client:
         return reply(message.command, message.message_id, answer)
 
     def serve_dma(self, seconds: float = 0.005) -> None:
-        """Answer what the server asks, for so long."""
-        self.sock.settimeout(seconds)
-        with suppress(TimeoutError):
-            assert not self.receive(), "a reply to nothing"
-        self.sock.settimeout(TIMEOUT)
+        """Answer what the server asks, until it asks nothing for so long."""
+        while True:
+            while (message := self.parser.next_message()) is not None:
+                assert not message.is_reply, "a reply to nothing"
+                self.send_bytes(self.dma(message))
+            if not select.select([self.sock], [], [], seconds)[0]:
+                return
+            self.read_more()
+
+    def read_more(self) -> None:
+        """Wait for bytes, and give them to the parser."""
+        received = unix_fds.receive(self.sock, 65536, 64)
+        assert received.data, "the server closed the connection"
+        self.parser.receive_data(received.data, received.fds)
 
     def answer(self, message_id: int) -> Message:
         """The next message, which must be the reply to this one."""
@@ -307,11 +315,11 @@ class Client:
 
     def wait_irq_serving(self, vector: int) -> None:
         """As :meth:`wait_irq`, while the server asks for memory."""
-        for _ in range(1000):
-            if self.irq_count(vector):
-                return
-            self.serve_dma()
-        raise AssertionError(f"interrupt {vector} did not come")
+        give_up = time.monotonic() + 12 * TIMEOUT
+        while not self.irq_count(vector):
+            assert time.monotonic() < give_up, f"interrupt {vector} did not come"
+            self.serve_dma(0)  # what was read already, too
+            select.select([self.sock, self.irqs[vector]], [], [], TIMEOUT)
 
     def wait_irq(self, vector: int) -> None:
         """Until the device has told this interrupt."""

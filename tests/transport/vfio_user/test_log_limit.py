@@ -6,6 +6,7 @@ import socket
 from typing import Any, cast
 
 from vring_serial.device.controller import Controller
+from vring_serial.device.pci import PciDevice
 from vring_serial.proto.vfio_user import VfioUserError
 from vring_serial.transport.vfio_rings import RemoteRings
 from vring_serial.transport.vfio_shadow import ShadowRing
@@ -25,7 +26,9 @@ def test_one_limit_for_all_clients(server: Any, caplog: Any) -> None:
 def test_rings_that_fail_in_a_loop(caplog: Any) -> None:
     """A client maps rings that only it can access, and answers nothing, or nonsense."""
     rings = RemoteRings(Controller())
+    pci = PciDevice(rings)
     rings._shadows[0] = cast(ShadowRing, None)
     for _ in range(1000):
         rings._failed(0, VfioUserError("reply to DMA_READ", "3 bytes"))
     assert len(caplog.records) == 10
+    pci.close()

@@ -46,18 +46,6 @@ def test_there_and_back(remote: Any, device: Any) -> None:
     assert device.echoed == [b"turn %d" % turn for turn in range(140)]
 
 
-def test_large_accesses_go_in_pieces(client: Any, device: Any) -> None:
-    small = Capabilities(
-        max_data_xfer_size=100, named=frozenset({"max_data_xfer_size", "max_msg_fds"})
-    )
-    client.negotiate(small)
-    client.do(Command.DMA_MAP, DmaMap(3, 0, 0, SIZE))
-    driver = client.start_driver(0)
-    data = bytes(range(256)) * 7
-    echo(client, driver, data)
-    assert max(count for _, _, count in client.dma_asked) == 100
-
-
 def test_the_index_comes_after_what_it_makes_visible(remote: Any) -> None:
     driver = remote.start_driver(0)
     remote.serve_dma(0.1)

@@ -1,0 +1,173 @@
+"""Memory of our own in the place of what only the client can access, and how much of it there is.
+
+A copy has the size of the client's region, and costs what is touched of it. So pages are touched
+only for chains that are on their way, and given back when the chains are completed; how much may
+be on its way is bounded (:class:`Room`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+from contextlib import suppress
+
+from vring import Region
+from vring.errors import VringError
+
+#: Bytes of pages, for chains of one queue that are on their way.
+QUEUE_BYTES = 256 << 10
+#: Bytes of pages for chains that are larger than that: a queue has one such at a time, and all
+#: queues of a client have no more than this in them. No chain may be larger.
+LARGE_BYTES = 64 << 20
+
+_PAGE = mmap.PAGESIZE
+_MAP_NORESERVE = 0x4000
+_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+
+
+class Copy:
+    """Memory at the guest addresses of one region; zeros until it is written to.
+
+    Args:
+        address, size: of the region.
+
+    Raises:
+        OSError, OverflowError, ValueError, VringError: there is not as much.
+    """
+
+    def __init__(self, address: int, size: int) -> None:
+        self._map = mmap.mmap(-1, size, flags=_FLAGS)
+        with suppress(OSError):  # a kernel without huge pages
+            # A byte would cost 2 MiB, and giving back one page of them nothing.
+            self._map.madvise(mmap.MADV_NOHUGEPAGE)
+        self._map.madvise(mmap.MADV_DONTDUMP)
+        self._address = address
+        self._users: dict[int, int] = {}  # by page
+        self.region = Region(address, self._map)
+
+    def pages(self, address: int, length: int) -> range:
+        """Numbers of the pages of a range, which lies in the region."""
+        start = address - self._address
+        return range(start // _PAGE, (start + length - 1) // _PAGE + 1)
+
+    def hold(self, pages: range) -> None:
+        """Something is going to be in these pages."""
+        for page in pages:
+            self._users[page] = self._users.get(page, 0) + 1
+
+    def release(self, pages: range) -> None:
+        """What was in these pages is not needed any more: those that hold nothing else are free."""
+        free: list[int] = []
+        for page in pages:
+            users = self._users[page] - 1
+            if users:
+                self._users[page] = users
+            else:
+                del self._users[page]
+                free.append(page)
+        while free:
+            last = first = free.pop()
+            while free and free[-1] == first - 1:
+                first = free.pop()
+            end = min((last + 1) * _PAGE, len(self._map))
+            self._map.madvise(mmap.MADV_DONTNEED, first * _PAGE, end - first * _PAGE)
+
+
+def make_copy(address: int, size: int) -> Copy | None:
+    """A copy, or None if there is not as much memory."""
+    try:
+        return Copy(address, size)
+    except (OSError, OverflowError, ValueError, VringError):
+        return None
+
+
+class Held:
+    """Pages of copies that one chain, or a ring, has something in."""
+
+    def __init__(self) -> None:
+        self._pages: list[tuple[Copy, range]] = []
+        self.cost = 0  # bytes of the pages; one that is named twice counts twice
+
+    def add(self, copy: Copy, address: int, length: int) -> None:
+        """A range in ``copy``; nothing is touched yet, and nothing held before :meth:`hold`."""
+        pages = copy.pages(address, length)
+        self._pages.append((copy, pages))
+        self.cost += len(pages) * _PAGE
+
+    def hold(self) -> None:
+        for copy, pages in self._pages:
+            copy.hold(pages)
+
+    def release(self) -> None:
+        """Give the pages back. Safe to call twice."""
+        pages, self._pages = self._pages, []
+        for copy, part in pages:
+            copy.release(part)
+
+
+class LargeChains:
+    """How much all queues of one client have in chains that are larger than QUEUE_BYTES."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.waiting: set[asyncio.Event] = set()
+
+    def give(self, cost: int) -> None:
+        self.bytes -= cost
+        for room in self.waiting:
+            room.set()
+
+
+class Room:
+    """How much one queue may have on its way.
+
+    Args:
+        large: of the same client.
+    """
+
+    def __init__(self, large: LargeChains) -> None:
+        self._all_large = large
+        self._small = self._large = 0
+        self._changed = asyncio.Event()
+        self._closed = False
+
+    def has(self, cost: int) -> bool:
+        """Whether a chain of so many bytes may come now."""
+        if cost <= QUEUE_BYTES:
+            return self._small + cost <= QUEUE_BYTES
+        return not self._large and self._all_large.bytes + cost <= LARGE_BYTES
+
+    async def wait_for(self, cost: int) -> None:
+        """Until :meth:`has` says that it may."""
+        while not self.has(cost):
+            self._changed.clear()
+            self._all_large.waiting.add(self._changed)
+            try:
+                await self._changed.wait()
+            finally:
+                self._all_large.waiting.discard(self._changed)
+
+    def take(self, cost: int) -> None:
+        """A chain of so many bytes is on its way."""
+        if cost <= QUEUE_BYTES:
+            self._small += cost
+        else:
+            self._large = cost
+            self._all_large.bytes += cost
+
+    def give(self, cost: int) -> None:
+        """It is completed, and nothing of it is here any more."""
+        if self._closed:
+            return
+        if cost <= QUEUE_BYTES:
+            self._small -= cost
+        else:
+            self._large = 0
+            self._all_large.give(cost)
+        self._changed.set()
+
+    def close(self) -> None:
+        """The queue has nothing on its way any more."""
+        self._closed = True
+        if self._large:
+            self._all_large.give(self._large)
