@@ -75,6 +75,7 @@ cdef extern from *:
         if (mmap((void *)slot->base, slot->length, PROT_READ | PROT_WRITE,
                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) == MAP_FAILED)
             return 0;
+        madvise((void *)slot->base, slot->length, MADV_DONTDUMP);
         if (slot->event_fd >= 0 && write(slot->event_fd, &one, sizeof one) < 0) {
             /* full: it is readable already */
         }

@@ -26,7 +26,8 @@ from vring.errors import AddressError, LocalMisuseError, MemoryMapError
 cdef extern from "<sys/mman.h>" nogil:
     void* mmap(void* addr, size_t length, int prot, int flags, int fd, long offset)
     int munmap(void* addr, size_t length)
-    int PROT_READ, PROT_WRITE, MAP_SHARED, MAP_PRIVATE
+    int madvise(void* addr, size_t length, int advice)
+    int PROT_READ, PROT_WRITE, MAP_SHARED, MAP_PRIVATE, MADV_DONTDUMP
     void* MAP_FAILED
 
 #: More than any frontend uses: QEMU has 509 slots for memory, vfio-user allows 65535 maps.
@@ -85,6 +86,8 @@ cdef class _Mapping:
                 f"cannot map {size:#x} bytes at offset {offset:#x}: {os.strerror(errno)}"
             )
         self.base = base
+        # What is the guest's does not belong into core dumps of this process.
+        madvise(base, self.length, MADV_DONTDUMP)
         self.guarded = guard_add(base, self.length, -1 if watch is None else watch.fd)
         if self.guarded == NULL:
             raise MemoryError
@@ -180,7 +183,8 @@ cdef class Region:
 
         The descriptor is neither kept nor closed. `offset` need not be aligned to a page. With
         `private` it need not be writable, and what is written there changes nothing in the file.
-        Should the file become shorter than it was, see `lost`; `watch` is told.
+        Should the file become shorter than it was, see `lost`; `watch` is told. Core dumps leave
+        the mapping out.
 
         The first call installs a handler for SIGBUS, which passes on what is not about regions.
 

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import click
 
+from vring_serial.cli import limits
 from vring_serial.errors import ConfigError, VringSerialError
 
 #: Exit statuses: what the user asked for is impossible, and everything else that goes wrong.
@@ -49,6 +50,7 @@ class CommandGroup(click.Group):
         lazy = COMMANDS.get(cmd_name)
         if lazy is None:
             return None
+        limits.prepare()
         command = getattr(importlib.import_module(f"{__name__}.{lazy.module}"), lazy.attribute)
         assert isinstance(command, click.Command)
         return command
@@ -122,7 +124,9 @@ def _report(error: Exception) -> int:
         return STATUS_ERROR
     expected = isinstance(error, (VringSerialError, OSError)) or _is_vring_error(error)
     text = " ".join(str(error).split()) or type(error).__name__
-    if not expected:
+    if (exhausted := limits.exhausted(error)) is not None:
+        text = exhausted
+    elif not expected:
         text = f"internal error: {type(error).__name__}: {text} (vring --debug shows where)"
     _say(f"vring: {text}")
     return STATUS_USAGE if isinstance(error, ConfigError) else STATUS_ERROR

@@ -248,6 +248,8 @@ class Session:
             self._refuse(message, error)
         except (ProtocolError, VringError) as error:
             self._refuse(message, VfioUserError(message.name, str(error)))
+        except MemoryError:
+            self._refuse(message, VfioUserError(message.name, "out of memory", errno.ENOMEM))
         except OSError as error:
             why = error.strerror or str(error)
             self._refuse(message, VfioUserError(message.name, why, error.errno or errno.EIO))

@@ -221,6 +221,9 @@ class Session:
         except (ProtocolError, VringError, OSError) as error:
             self._refuse(message, VhostUserError(message.name, str(error)))
             return
+        except MemoryError:
+            self._refuse(message, VhostUserError(message.name, "out of memory"))
+            return
         finally:
             self._closer.close(fds)
         if answer is not None:

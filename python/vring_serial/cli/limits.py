@@ -1,0 +1,50 @@
+"""Limits of this process that are too low, told before they end it somewhere deep inside."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+
+from vring_serial.errors import ResourceError
+
+#: Bytes of address space that a command needs before it maps any guest's memory.
+NEEDED = 320 << 20
+_LIMITS = ((resource.RLIMIT_AS, "ulimit -v"), (resource.RLIMIT_DATA, "ulimit -d"))
+
+
+def prepare() -> None:
+    """Leave no room for what is never used, and see that there is some for the rest.
+
+    NumPy brings OpenBLAS, which reserves memory for every processor and ends the process if it
+    gets none. Nothing here computes with it.
+
+    Raises:
+        ResourceError: the address space is limited to too little.
+    """
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    for limit, text in _limits():
+        if limit < NEEDED:
+            raise ResourceError(f"{text}, and {NEEDED >> 20} MiB are needed")
+
+
+def exhausted(error: Exception) -> str | None:
+    """What to say of an error for want of memory or threads; None if it is another one."""
+    number = error.errno if isinstance(error, OSError) and error.filename is None else None
+    if isinstance(error, MemoryError) or number == errno.ENOMEM:
+        what = "out of memory"
+    elif number == errno.EAGAIN or "can't start new thread" in str(error):
+        what = "no more threads and processes can be started"
+    else:
+        return None
+    return ": ".join([what, *(text for _, text in _limits())])
+
+
+def _limits() -> list[tuple[int, str]]:
+    """Those that there are, and what to say of them, the lowest first."""
+    found = ((resource.getrlimit(which)[0], how) for which, how in _LIMITS)
+    return sorted(
+        (limit, f"memory is limited to {limit >> 20} MiB ({how})")
+        for limit, how in found
+        if limit != resource.RLIM_INFINITY
+    )
