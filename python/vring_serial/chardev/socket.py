@@ -339,7 +339,8 @@ class SocketChardev(Chardev):
     def _serve_next(self) -> None:
         while self._peer is None and self._waiting:
             sock = self._take_waiting(next(iter(self._waiting)))
-            tell(log, f"chardev {self.id}: serving a client that waited", self._connected, sock)
+            what = f"chardev {self.id}: serving a client that waited"
+            tell(self._said, what, self._connected, sock)
 
     def _dismiss(self, fd: int) -> None:
         """Close the connection of one who waits."""
