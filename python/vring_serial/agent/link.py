@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import select
 import time
-from collections.abc import AsyncIterable, Hashable
+from collections.abc import AsyncIterable, Awaitable, Hashable
 from typing import Protocol, cast
 
 from vring_serial.agent.errors import AgentError, AgentGoneError, AgentTimeoutError
@@ -115,6 +115,7 @@ class AgentLink(asyncio.Protocol):
         self._queues = {port: Outbox() for port in ChunkPort}
         self._turns = {port: asyncio.Lock() for port in ChunkPort}
         self._streaming: set[int] = set()
+        self._working: set[asyncio.Timeout] = set()
         self._paused = False
         self._resumed: asyncio.Future[None] | None = None
         self._readers_waiting = 0
@@ -139,6 +140,8 @@ class AgentLink(asyncio.Protocol):
             queue.clear()
         self._relieve()
         self._wake()
+        for scope in self._working:
+            scope.reschedule(asyncio.get_running_loop().time())
         self._owner.link_down(self, reason)
 
     def pause_writing(self) -> None:
@@ -306,10 +309,11 @@ class AgentLink(asyncio.Protocol):
     ) -> None:
         """Send a message whose payload of ``size`` bytes comes from ``source`` piece by piece.
 
-        Messages for the other port go between the pieces. If the source fails, ends early or the
-        task is cancelled, the message cannot be completed truthfully: the host then says that its
-        client disconnected, which makes the agent drop the half message, and reports the link as up
-        again; the guest closes the link, and so does the host if it was a message of the server's.
+        Messages for the other port go between the pieces. The source is cancelled if the link
+        closes. If the source fails, ends early or the task is cancelled, the message cannot be
+        completed truthfully: the host then says that its client disconnected, which makes the agent
+        drop the half message, and reports the link as up again; the guest closes the link, and so
+        does the host if it was a message of the server's.
         Raises AgentGoneError, AgentError if the source has more or fewer bytes than ``size``, and
         whatever the source raises.
         """
@@ -318,13 +322,7 @@ class AgentLink(asyncio.Protocol):
             self._streaming.add(port)
             self._write(self.connection.start_body(head, size, port))
             try:
-                async for piece in source:
-                    await self._writable()
-                    if len(piece) > self.connection.body_left(port):
-                        raise AgentError(f"the source has more than the {size} bytes announced")
-                    self._write(self.connection.send_body(piece, port))
-                if self.connection.body_left(port):
-                    raise AgentError(f"the source has fewer than the {size} bytes announced")
+                await self._while_open(self._send_pieces(size, source, port))
             except BaseException:
                 if self.connection.body_left(port):
                     self._drop_body(port)
@@ -332,6 +330,29 @@ class AgentLink(asyncio.Protocol):
             finally:
                 self._streaming.discard(port)
                 self._flush()
+
+    async def _send_pieces(self, size: int, source: AsyncIterable[Buffer], port: ChunkPort) -> None:
+        async for piece in source:
+            await self._writable()
+            if len(piece) > self.connection.body_left(port):
+                raise AgentError(f"the source has more than the {size} bytes announced")
+            self._write(self.connection.send_body(piece, port))
+        if self.connection.body_left(port):
+            raise AgentError(f"the source has fewer than the {size} bytes announced")
+
+    async def _while_open(self, work: Awaitable[None]) -> None:
+        """Do ``work``; it is cancelled when the link closes. Raises AgentGoneError then."""
+        scope = asyncio.timeout(None)
+        self._working.add(scope)
+        try:
+            async with scope:
+                await work
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            raise self._gone() from None
+        finally:
+            self._working.discard(scope)
 
     def _drop_body(self, port: ChunkPort) -> None:
         if not self.is_open:
@@ -364,7 +385,10 @@ class AgentLink(asyncio.Protocol):
                 self._resumed = asyncio.get_running_loop().create_future()
             await asyncio.shield(self._resumed)
         if not self.is_open:
-            raise AgentGoneError(str(self._reason) if self._reason else "the agent channel closed")
+            raise self._gone()
+
+    def _gone(self) -> AgentGoneError:
+        return AgentGoneError(str(self._reason) if self._reason else "the agent channel closed")
 
     def _wake(self) -> None:
         if self._resumed is not None:

@@ -183,14 +183,15 @@ class AgentRouter:
         self._closed = True
         for task in self._servers:
             task.cancel()
-        await asyncio.gather(*self._servers, return_exceptions=True)
         if self._link is not None:
             self._link.close()
-        for client in list(self.clients):
+        clients = list(self.clients)
+        for client in (*clients, *self.turned_away):
             client.link.close()
+        # Whoever is cancelled from here on has left nothing open.
+        await asyncio.gather(*self._servers, return_exceptions=True)
+        for client in clients:
             await client.close()
-        for client in list(self.turned_away):
-            client.link.close()
         await self.clipboard.close()
 
     # --- SPICE servers

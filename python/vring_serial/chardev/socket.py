@@ -198,9 +198,8 @@ class SocketChardev(Chardev):
     async def stop(self) -> None:
         self._started = False
         task, self._task = self._task, None
-        if task is not None and not task.done():
+        if task is not None:
             task.cancel()
-            await asyncio.wait([task])
         if self._acceptor is not None:
             self._acceptor.close()
             self._acceptor = None
@@ -211,6 +210,9 @@ class SocketChardev(Chardev):
         if self._watch is not None:
             self._watch.close()
             self._watch = None
+        # Last: whoever is cancelled here leaves nothing open.
+        if task is not None and not task.done():
+            await asyncio.wait([task])
 
     def peer_gone(self, reason: OSError | None = None) -> None:
         if self._peer is None or self._watch is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -192,12 +193,21 @@ class Controller:
             raise
 
     async def stop(self) -> None:
-        """Leave all queues and stop all chardevs. Safe to call twice."""
+        """Leave all queues and stop all chardevs. Safe to call twice.
+
+        All of them are stopped, also if one fails to or if this is cancelled; that is raised then.
+        """
         self.reset()
-        for port in list(self._ports.values()):
-            await port.chardev.stop()
-            port.report_residue()
-        await asyncio.sleep(0)  # as in remove_port
+        try:
+            async with contextlib.AsyncExitStack() as stack:
+                for port in reversed(self._ports.values()):
+                    stack.callback(port.report_residue)
+                    stack.push_async_callback(port.chardev.stop)
+            await asyncio.sleep(0)  # as in remove_port
+        finally:
+            self._close_pump()
+
+    def _close_pump(self) -> None:
         if self._own_pump is not None:
             pump, self._own_pump = self._own_pump, None
             asyncio.get_running_loop().remove_reader(pump.event_fd)

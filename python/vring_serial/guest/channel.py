@@ -45,12 +45,18 @@ class Channel:
         """Send all of ``data``, the descriptors with its first byte. Raises OSError."""
         rest = data
         while rest:
+            rest, fds = rest[await self.send_some(rest, fds) :], ()
+
+    async def send_some(self, data: bytes, fds: Sequence[int] = ()) -> int:
+        """Send a part of ``data``, and all descriptors with it; returns how many bytes.
+
+        Nothing is sent if the caller is cancelled. Raises OSError.
+        """
+        while True:
             try:
-                sent = unix_fds.send(self._sock, rest, fds)
+                return unix_fds.send(self._sock, data, fds)
             except BlockingIOError:
                 await self._wait_writable()
-                continue
-            rest, fds = rest[sent:], ()
 
     def send_now(self, data: bytes) -> None:
         """Send a short message. A peer that left no room for it does not read: it is lost."""

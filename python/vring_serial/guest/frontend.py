@@ -8,10 +8,11 @@ of messages is that of User-Mode Linux and QEMU.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from vring_serial import unix_fds
@@ -82,9 +83,11 @@ class Frontend:
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
             async with asyncio.timeout(self._timeout):
                 await asyncio.get_running_loop().sock_connect(sock, self.path)
-        except (OSError, TimeoutError) as error:
+        except BaseException as error:
             if sock is not None:
                 sock.close()
+            if not isinstance(error, (OSError, TimeoutError)):
+                raise
             why = getattr(error, "strerror", None) or str(error) or "nobody accepts"
             raise ResourceError(f"{self.path}: cannot connect to the backend: {why}") from error
         self.attach(sock)
@@ -128,7 +131,10 @@ class Frontend:
     async def ask(
         self, kind: vu.Request, expected: type[T], payload: vu.Payload | None = None
     ) -> T:
-        """A request that has a reply. Raises BackendError of one kind or another."""
+        """A request that has a reply. Raises BackendError of one kind or another.
+
+        A request whose caller is cancelled goes on to its end, and later ones wait for that.
+        """
         message = await self._exchange(kind, payload, (), reply=True, need_reply=False)
         assert message is not None
         return self._decode(message, expected)
@@ -165,31 +171,72 @@ class Frontend:
         reply: bool,
         need_reply: bool,
     ) -> vu.Message | None:
-        async with self._lock:
-            if self.closed is not None:
-                raise self.closed
-            assert self._channel is not None, "not connected"
-            data = vu.request(kind, payload, need_reply=need_reply)
-            answer: asyncio.Future[vu.Message] = asyncio.get_running_loop().create_future()
-            self._waiting = (kind, answer) if reply else None
-            try:
+        await self._lock.acquire()
+        try:
+            exchange = await self._begin(kind, payload, fds, reply=reply, need_reply=need_reply)
+        except BaseException:
+            self._waiting = None
+            self._lock.release()
+            raise
+        exchange.add_done_callback(lambda _: self._lock.release())
+        # Whoever is cancelled from here on leaves an exchange that goes on to its end.
+        return await asyncio.shield(exchange)
+
+    async def _begin(
+        self,
+        kind: vu.Request,
+        payload: vu.Payload | None,
+        fds: Sequence[int],
+        *,
+        reply: bool,
+        need_reply: bool,
+    ) -> asyncio.Task[vu.Message | None]:
+        """Send the first bytes of a request, and all descriptors; returns what does the rest."""
+        if self.closed is not None:
+            raise self.closed
+        assert self._channel is not None, "not connected"
+        data = vu.request(kind, payload, need_reply=need_reply)
+        answer: asyncio.Future[vu.Message] = asyncio.get_running_loop().create_future()
+        self._waiting = (kind, answer) if reply else None
+        with self._failing(kind, reply=False):
+            async with asyncio.timeout(self._timeout):
+                sent = await self._channel.send_some(data, fds)
+        rest = self._finish(kind, data[sent:], answer if reply else None)
+        return asyncio.get_running_loop().create_task(rest)
+
+    async def _finish(
+        self, kind: vu.Request, rest: bytes, answer: asyncio.Future[vu.Message] | None
+    ) -> vu.Message | None:
+        assert self._channel is not None
+        try:
+            with self._failing(kind, reply=answer is not None):
                 async with asyncio.timeout(self._timeout):
-                    await self._channel.send(data, fds)
-                    return await answer if reply else None
-            except TimeoutError:
-                # The answer may still come, and nobody could tell which request it belongs to.
-                what = "answer" if reply else "read"
-                error = BackendTimeoutError(
-                    f"{self.path}: the backend did not {what} {kind.name} in {self._timeout:g} s"
-                )
-                self.fail(error)
-                raise error from None
-            except OSError as error:
-                if self.closed is None:
-                    self._lost(error)
-                raise self.closed or error from None
-            finally:
-                self._waiting = None
+                    await self._channel.send(rest)
+                    return await answer if answer is not None else None
+        except asyncio.CancelledError:
+            # The loop ends. Nobody could go on behind half a request.
+            self._end(BackendClosedError(f"{self.path}: {kind.name} was interrupted"))
+            raise
+        finally:
+            self._waiting = None
+
+    @contextlib.contextmanager
+    def _failing(self, kind: vu.Request, *, reply: bool) -> Iterator[None]:
+        """What goes wrong while a request is under way ends the connection."""
+        try:
+            yield
+        except TimeoutError:
+            # The answer may still come, and nobody could tell which request it belongs to.
+            what = "answer" if reply else "read"
+            error = BackendTimeoutError(
+                f"{self.path}: the backend did not {what} {kind.name} in {self._timeout:g} s"
+            )
+            self.fail(error)
+            raise error from None
+        except OSError as error:
+            if self.closed is None:
+                self._lost(error)
+            raise self.closed or error from None
 
     def _reply(self, message: vu.Message) -> None:
         waiting = self._waiting

@@ -242,18 +242,22 @@ class EmbeddedGuest:
         return list(self._queues)
 
     async def stop(self) -> None:
-        """Close all ports, stop the rings, reset the device and leave. Safe to call twice."""
+        """Close all ports, stop the rings, reset the device and leave. Safe to call twice.
+
+        If it is cancelled the guest leaves at once, as a killed one does.
+        """
         error = PortRemovedError("the guest was stopped")
         if self._driver is not None:
             self._driver.stop(error)
-        if self._driver is not None and self._frontend.closed is None:
-            try:
+        try:
+            if self._driver is not None and self._frontend.closed is None:
                 async with asyncio.timeout(self._timeout):
                     await self._frontend.stop_queues(list(self._queues))
                     await self._frontend.reset()
-            except (BackendError, TimeoutError) as left:
-                log.info("%s: while leaving: %s", self.path, left)
-        self._release(error)
+        except (BackendError, TimeoutError) as left:
+            log.info("%s: while leaving: %s", self.path, left)
+        finally:
+            self._release(error)
 
     def _release(self, error: Exception) -> None:
         self._frontend.close()

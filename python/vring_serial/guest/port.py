@@ -153,7 +153,7 @@ class GuestPort:
 
         Returns, when the device has heard of it, the receive buffers, which the device has, and
         the transmit buffers, none of which it has. Nothing listens to the rings' calls any more.
-        Raises as :meth:`open`.
+        Raises as :meth:`open`; a caller that is cancelled has not opened the port.
         """
         if self.removed is not None:
             raise self.removed
@@ -163,8 +163,15 @@ class GuestPort:
         transmit = self._open()
         for buffers in (self._rx, transmit):
             buffers.queue.unlisten()
-        while self._unheard and self.removed is None:
-            await self._changed.wait()
+        try:
+            while self._unheard and self.removed is None:
+                await self._changed.wait()
+        except BaseException:
+            self._rings_taken = False
+            for buffers in (self._rx, transmit):
+                buffers.queue.listen_again()
+            self._leave()
+            raise
         if self.removed is not None:
             raise self.removed
         return self._rx, transmit
@@ -228,6 +235,9 @@ class GuestPort:
     def transport_closed(self) -> None:
         """The transport is done: close the port, unless it is gone or a console."""
         self._transport = None
+        self._leave()
+
+    def _leave(self) -> None:
         if self.is_console or self.removed is not None:
             return
         self.guest_connected = False

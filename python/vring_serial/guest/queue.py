@@ -60,22 +60,30 @@ class DriverQueue:
         self.call_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.broken: Exception | None = None
         self.on_broken: Callable[[Exception], None] | None = None
+        self._called: Callable[[], None] | None = None
         self._loop = asyncio.get_running_loop()
 
     def listen(self, called: Callable[[], None]) -> None:
         """Have ``called`` run whenever the device notifies."""
-        self._loop.add_reader(self.call_fd, self._call, called)
+        self._called = called
+        self.listen_again()
+
+    def listen_again(self) -> None:
+        """As before :meth:`unlisten`."""
+        if self.call_fd >= 0:
+            self._loop.add_reader(self.call_fd, self._call)
 
     def unlisten(self) -> None:
         """Leave notifications to whoever waits for ``call_fd``."""
         self._loop.remove_reader(self.call_fd)
 
-    def _call(self, called: Callable[[], None]) -> None:
+    def _call(self) -> None:
         try:
             os.eventfd_read(self.call_fd)
         except BlockingIOError:
             return
-        called()
+        if self._called is not None:
+            self._called()
 
     # Whatever the device breaks is found here. The queue is dead from then on: it looks empty and
     # full at once, and ``on_broken`` is told, once and not before its caller is done.

@@ -159,7 +159,8 @@ class UmlGuest:
     async def run(self, script: str, timeout: float = 60) -> CommandResult:
         """Run a shell script in the guest and wait for it.
 
-        Raises TimeoutError (the guest is of no use then: stop it) and ResourceError if it died.
+        Raises TimeoutError and ResourceError if it died. A script that nobody waits for any more
+        runs on, and the next one after it.
         """
         assert self._process is not None
         assert self._process.stdin is not None
@@ -169,6 +170,9 @@ class UmlGuest:
             self._process.stdin.write(f"{self._count}\n".encode())
             await self._process.stdin.drain()
             words, output = await self._read_until(b"@done ")
+            while words[0] != str(self._count):
+                # Of a script that nobody waits for any more.
+                words, output = await self._read_until(b"@done ")
         log.debug("guest ran %r: %s %s", script, words, output)
         return CommandResult(int(words[1]), output.strip("\r\n"))
 
