@@ -1,0 +1,104 @@
+"""Whoever stops waiting for a chardev to start or stop leaves nothing open, and can begin anew."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import inspect
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.chardev.conftest import Guest, Peer, open_descriptors
+from vring_serial.chardev.base import Chardev
+from vring_serial.chardev.socket import SocketChardev, SocketOptions
+from vring_serial.errors import ResourceError
+
+
+def test_start_and_stop_are_all_that_is_awaited() -> None:
+    kinds = [Chardev]
+    for kind in kinds:
+        kinds.extend(kind.__subclasses__())
+        names = {name for name, _ in inspect.getmembers(kind, inspect.iscoroutinefunction)}
+        assert {name for name in names if not name.startswith("_")} == {"start", "stop"}
+    assert len(kinds) > 8
+
+
+async def after(turns: int, task: asyncio.Future[Any]) -> None:
+    """Cancel the task after so many turns of the loop."""
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+@pytest.mark.parametrize("turns", range(5))
+async def test_a_start_is_cancelled(peer: Peer, turns: int, request: pytest.FixtureRequest) -> None:
+    gc.collect()
+    before = open_descriptors()
+    await after(turns, asyncio.ensure_future(peer.chardev.start()))
+    await peer.chardev.stop()
+    gc.collect()
+    if "stdio" not in request.node.name:  # whose test exchanges the standard descriptors
+        assert open_descriptors() == before
+    guest = Guest(peer.chardev)
+    await peer.chardev.start()
+    await peer.connect()
+    await guest.opened()
+    await peer.chardev.stop()
+
+
+@pytest.mark.parametrize("turns", range(5))
+async def test_a_stop_is_cancelled(peer: Peer, turns: int) -> None:
+    guest = Guest(peer.chardev)
+    await peer.chardev.start()
+    await peer.connect()
+    await guest.opened()
+    await after(turns, asyncio.ensure_future(peer.chardev.stop()))
+    if turns:
+        assert peer.chardev.end is None
+        assert guest.events[-1] == "closed"
+    await peer.chardev.stop()
+    assert peer.chardev.end is None
+
+
+def options(kind: str, path: Path) -> SocketOptions:
+    match kind:
+        case "waiting for a client":
+            return SocketOptions(path=str(path), server=True, wait=True)
+        case "waiting its turn":
+            return SocketOptions(path=str(path))
+        case _:
+            return SocketOptions(path=str(path), reconnect=5)
+
+
+@pytest.mark.parametrize("what", ["start", "stop"])
+@pytest.mark.parametrize(
+    "kind", ["waiting for a client", "waiting its turn", "connecting again and again"]
+)
+async def test_a_socket_that_waits_for_its_peer(tmp_path: Path, kind: str, what: str) -> None:
+    path = tmp_path / "peer.sock"
+    with socket.socket(socket.AF_UNIX) as full, socket.socket(socket.AF_UNIX) as first:
+        if kind == "waiting its turn":
+            full.bind(str(path))
+            full.listen(0)
+            first.connect(str(path))
+        gc.collect()
+        before = open_descriptors()
+        chardev = SocketChardev("c", options(kind, path))
+        starting = asyncio.ensure_future(chardev.start())
+        for _ in range(10):
+            await asyncio.sleep(0)
+        if what == "start":
+            await after(0, starting)
+            await chardev.stop()
+        else:
+            # A stop that is cancelled at once has closed everything all the same.
+            await after(1, asyncio.ensure_future(chardev.stop()))
+            for result in await asyncio.gather(starting, return_exceptions=True):
+                assert result is None or isinstance(result, ResourceError)
+        gc.collect()
+        assert open_descriptors() == before
+        assert path.exists() == (kind == "waiting its turn")

@@ -1,0 +1,315 @@
+"""Whoever stops waiting leaves the guest usable, and whoever waits is told when it is stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import inspect
+import itertools
+import socket
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.guest.conftest import ScriptedDevice, ScriptedServer
+from vring_serial import unix_fds
+from vring_serial.chardev.ringbuf import RingbufChardev
+from vring_serial.device.controller import Controller
+from vring_serial.device.port import Port
+from vring_serial.guest.errors import BackendClosedError, PortRemovedError
+from vring_serial.guest.frontend import Frontend
+from vring_serial.guest.guest import EmbeddedGuest
+from vring_serial.guest.memory import GuestRam
+from vring_serial.guest.port import GuestPort
+from vring_serial.guest.queue import DriverQueue
+from vring_serial.proto import vhost_user as vu
+from vring_serial.transport.vhost_user import VhostUserBackend
+
+Until = Callable[[Callable[[], object]], Awaitable[None]]
+
+
+def awaitables(kind: type) -> set[str]:
+    """Names of the public methods that are awaited."""
+    return {
+        name
+        for name, method in inspect.getmembers(kind, inspect.iscoroutinefunction)
+        if not name.startswith("_")
+    }
+
+
+async def let_wait(task: asyncio.Future[Any]) -> None:
+    """The task runs until it waits for something that does not come."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not task.done()
+
+
+async def cancel(task: asyncio.Future[Any]) -> None:
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+# --- the frontend's requests
+
+
+def queue_of(ram: GuestRam) -> DriverQueue:
+    return DriverQueue(0, ram, 16, event_idx=False)
+
+
+#: Every request of a frontend, and the message of it that is not answered in time.
+REQUESTS: dict[str, tuple[vu.Request, Callable[[Frontend, GuestRam], Coroutine[Any, Any, Any]]]] = {
+    "ask": (vu.Request.GET_QUEUE_NUM, lambda f, ram: f.ask(vu.Request.GET_QUEUE_NUM, vu.U64)),
+    "tell": (vu.Request.SET_OWNER, lambda f, ram: f.tell(vu.Request.SET_OWNER)),
+    "negotiate_protocol": (vu.Request.GET_FEATURES, lambda f, ram: f.negotiate_protocol()),
+    "set_features": (vu.Request.SET_FEATURES, lambda f, ram: f.set_features(1 << 32)),
+    "set_status": (vu.Request.SET_STATUS, lambda f, ram: f.set_status(1)),
+    "get_status": (vu.Request.GET_STATUS, lambda f, ram: f.get_status()),
+    "read_config": (vu.Request.GET_CONFIG, lambda f, ram: f.read_config(0, 8)),
+    "set_memory": (vu.Request.SET_MEM_TABLE, lambda f, ram: f.set_memory(ram)),
+    "set_queue": (vu.Request.SET_VRING_CALL, lambda f, ram: f.set_queue(queue_of(ram), ram)),
+    "enable_queues": (vu.Request.SET_VRING_ENABLE, lambda f, ram: f.enable_queues([0])),
+    "stop_queues": (vu.Request.GET_VRING_BASE, lambda f, ram: f.stop_queues([0])),
+    "reset": (vu.Request.SET_STATUS, lambda f, ram: f.reset()),
+}
+
+
+def test_all_of_them_are_tried() -> None:
+    assert awaitables(Frontend) == REQUESTS.keys() | {"connect"}
+    assert awaitables(EmbeddedGuest) == {"start", "stop", "wait_port", "settle", "wait_lost"}
+    assert awaitables(GuestPort) == {"open", "take_rings", "wait_host", "wait_removed"}
+
+
+def everything(backend: Any) -> None:
+    backend.protocol_features |= vu.ProtocolFeature.STATUS
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+async def test_a_request_that_is_cancelled(
+    scripted: ScriptedServer, until: Until, name: str
+) -> None:
+    """Its answer, which comes when nobody waits for it, is not taken for the next one's."""
+    scripted.prepare = everything
+    frontend = Frontend(scripted.path)
+    await frontend.connect()
+    await frontend.negotiate_protocol()
+    ram = GuestRam(1 << 20)
+    kind, call = REQUESTS[name]
+    backend = scripted.backend
+    before = len(backend.requests)
+    backend.script[kind] = None
+    calling = asyncio.ensure_future(call(frontend, ram))
+    await until(lambda: kind.name in backend.requests[before:])
+    await cancel(calling)
+    del backend.script[kind]
+    asking = asyncio.ensure_future(frontend.get_status())
+    await let_wait(asking)  # behind the other's answer
+    answer: vu.Payload = vu.U64(0)
+    if kind == vu.Request.GET_CONFIG:
+        answer = vu.ConfigAccess(0, bytes(8))
+    if kind == vu.Request.GET_VRING_BASE:
+        answer = vu.VringState(0, 7)
+    backend.channel.send_now(vu.reply(kind, answer))
+    backend.status = 5
+    assert await asking == 5
+    assert frontend.closed is None
+    frontend.close()
+    ram.close()
+
+
+async def test_a_request_that_is_cancelled_in_the_middle_of_its_bytes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A socket that takes five bytes and is full then, again and again."""
+    send, calls = unix_fds.send, itertools.count()
+
+    def send_five(sock: socket.socket, data: bytes, fds: Sequence[int]) -> int:
+        if next(calls) % 2:
+            raise BlockingIOError
+        return send(sock, data[:5], fds)
+
+    monkeypatch.setattr(unix_fds, "send", send_five)
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    theirs.setblocking(False)
+    frontend = Frontend("test")
+    frontend.attach(ours)
+    calling = asyncio.ensure_future(frontend.tell(vu.Request.SET_FEATURES, vu.U64(1 << 32)))
+    for _ in range(3):
+        await asyncio.sleep(0)
+    await cancel(calling)
+    telling = asyncio.ensure_future(frontend.tell(vu.Request.SET_OWNER))
+    parser = vu.MessageParser(vu.Request)
+    seen: list[str] = []
+    async with asyncio.timeout(5):
+        while len(seen) < 2:
+            parser.receive_data(await asyncio.get_running_loop().sock_recv(theirs, 100), ())
+            while (message := parser.next_message()) is not None:
+                message.decode()
+                seen.append(message.name)
+    await telling
+    assert seen == ["SET_FEATURES", "SET_OWNER"]
+    frontend.close()
+    theirs.close()
+
+
+async def test_connecting_is_cancelled(tmp_path: Path, open_fds: Callable[[], int]) -> None:
+    path = tmp_path / "full.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen(0)
+        with socket.socket(socket.AF_UNIX) as first:
+            first.connect(str(path))
+            gc.collect()
+            before = open_fds()
+            for turns in range(4):
+                connecting = asyncio.ensure_future(Frontend(str(path)).connect())
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                connecting.cancel()
+                await asyncio.gather(connecting, return_exceptions=True)
+            gc.collect()
+            assert open_fds() == before
+
+
+async def test_whoever_waits_for_an_answer_is_told_of_the_end(
+    scripted: ScriptedServer, until: Until
+) -> None:
+    frontend = Frontend(scripted.path)
+    await frontend.connect()
+    await until(lambda: scripted.accepted)
+    scripted.backend.script[vu.Request.GET_FEATURES] = None
+    asking = asyncio.ensure_future(frontend.negotiate_protocol())
+    await until(lambda: "GET_FEATURES" in scripted.backend.requests)
+    waiting = asyncio.ensure_future(frontend.tell(vu.Request.SET_OWNER))
+    await let_wait(waiting)
+    frontend.close()
+    for task in (asking, waiting):
+        with pytest.raises(BackendClosedError):
+            await task
+
+
+# --- the guest
+
+
+class Served:
+    """A real device with one port, for one guest after another."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+        self.controller = Controller(max_ports=4)
+        self.controller.add_port(Port(1, "org.example.data", RingbufChardev("ring")))
+        self.backend = VhostUserBackend(self.controller, self.path)
+
+    async def works(self) -> None:
+        """The next guest is served, its port written to."""
+        async with EmbeddedGuest(self.path, memory=32 << 20) as guest:
+            port = await guest.wait_port(1)
+            await port.wait_host()
+            _, writer = await port.open()
+            writer.write(b"here")
+            await writer.drain()
+
+
+@pytest.fixture
+async def served(tmp_path: Path) -> Any:
+    served = Served(tmp_path / "device.sock")
+    await served.controller.start()
+    await served.backend.start()
+    yield served
+    await served.backend.stop()
+    await served.controller.stop()
+
+
+@pytest.mark.parametrize("turns", [0, 1, 2, 3, 5, 10, 20, 40, 80, 160])
+@pytest.mark.parametrize("what", ["start", "stop"])
+async def test_a_guest_is_cancelled_while_it_starts_or_stops(
+    served: Served, open_fds: Callable[[], int], until: Until, what: str, turns: int
+) -> None:
+    await served.works()
+    gone = []
+    served.backend.on_frontend = gone.append
+    gc.collect()
+    await until(lambda: served.backend._session is None)
+    before = open_fds()
+    guest = EmbeddedGuest(served.path, memory=32 << 20)
+    if what == "stop":
+        await guest.start()
+    task = asyncio.ensure_future(getattr(guest, what)())
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    if what == "start" and not task.cancelled():
+        await guest.stop()
+    if what == "stop" and turns == 0:
+        await guest.stop()  # it had not begun
+    del guest, task
+    await until(lambda: served.backend._session is None)
+
+    def closed() -> bool:
+        gc.collect()
+        return open_fds() <= before
+
+    await until(closed)
+    await served.works()
+
+
+WAITS: dict[str, Callable[[EmbeddedGuest], Coroutine[Any, Any, Any]]] = {
+    "wait_port": lambda guest: guest.wait_port(3),
+    "settle": lambda guest: guest.settle(60),
+    "wait_lost": lambda guest: guest.wait_lost(),
+    "wait_host": lambda guest: guest.ports[1].wait_host(False),
+    "wait_removed": lambda guest: guest.ports[1].wait_removed(),
+}
+
+
+@pytest.mark.parametrize("name", WAITS)
+async def test_waiting_is_cancelled_and_ends_with_the_guest(served: Served, name: str) -> None:
+    async with EmbeddedGuest(served.path, memory=32 << 20) as guest:
+        await (await guest.wait_port(1)).wait_host()
+        first = asyncio.ensure_future(WAITS[name](guest))
+        second = asyncio.ensure_future(WAITS[name](guest))
+        await let_wait(first)
+        await cancel(first)
+        await let_wait(second)
+        assert guest.lost is None
+    async with asyncio.timeout(5):
+        if name in ("wait_port", "settle"):
+            with pytest.raises(PortRemovedError):
+                await second
+        else:
+            await second
+
+
+async def test_taking_the_rings_is_cancelled(
+    scripted: ScriptedServer, scripted_device: type[ScriptedDevice], until: Until
+) -> None:
+    """The device has not heard of it yet. The port can be opened, and works, after that."""
+    scripted.prepare = lambda backend: None
+    guest = EmbeddedGuest(scripted.path, memory=32 << 20, max_ports=4, packed=False)
+    await guest.start()
+    device = scripted_device(scripted.backend)
+    await device.next_control()  # DEVICE_READY
+    device.control(1, 1)  # PORT_ADD
+    port = await guest.wait_port(1)
+    await device.next_control()  # PORT_READY
+    device.control(1, 6)  # PORT_OPEN
+    await port.wait_host()
+    taking = asyncio.ensure_future(port.take_rings())
+    await let_wait(taking)
+    await cancel(taking)
+    assert (await device.next_control())[1:] == (6, 1)
+    assert (await device.next_control())[1:] == (6, 0)
+    reader, writer = await port.open()
+    assert (await device.next_control())[1:] == (6, 1)
+    device.send(4, b"for the reader")
+    async with asyncio.timeout(5):
+        assert await reader.read(100) == b"for the reader"
+    writer.write(b"for the device")
+    assert await device.receive(5) == b"for the device"
+    writer.close()
+    scripted.backend.close()
+    await guest.stop()
