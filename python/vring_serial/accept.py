@@ -1,8 +1,9 @@
-"""Accepting connections: one piece for everything of ours that listens.
+"""Accept connections; every listener of the package uses this module.
 
-A process that has no descriptor left cannot accept. That is said once, tried ever less often, and
-tried at once when something of ours has closed one (:func:`descriptor_freed`). Listeners that admit
-any number of clients stop earlier, so that doors for frontends (:func:`reserve`) find descriptors.
+A process without free descriptors cannot accept. :class:`Acceptor` logs this once, retries at
+growing intervals, and retries immediately when the package closes a descriptor
+(:func:`descriptor_freed`). Listeners that admit any number of clients stop earlier, so that
+frontends (:func:`reserve`) always find free descriptors.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from vring_serial.ratelimit import RateLimitedLog
 
 log = logging.getLogger(__name__)
 
-#: Seconds without accepting after it failed; twice as long each time, up to the most.
+#: Seconds to wait after a failure; doubled each time, up to PAUSE_MOST.
 PAUSE = 0.5
 PAUSE_MOST = 8.0
 
-#: What says that one connection is lost, or is not there: the next one may come (accept(2)).
+#: Errors that concern a single connection; the next accept may succeed (accept(2)).
 _PASSING = frozenset(
     (
         *(errno.EAGAIN, errno.EINTR, errno.ECONNABORTED, errno.EPROTO, errno.ENOPROTOOPT),
@@ -37,9 +38,10 @@ _reserved: dict[object, int] = {}
 
 
 def reserve(holder: object, count: int) -> None:
-    """Keep ``count`` descriptors for ``holder``; 0 needs them no more.
+    """Reserve ``count`` descriptors for ``holder``; 0 releases them.
 
-    Acceptors that yield leave that many, but never more than three quarters of all, unused.
+    Acceptors with ``yields`` leave the sum of all reservations unused, limited to three quarters
+    of the process's descriptors.
     """
     if count:
         _reserved[holder] = count
@@ -48,7 +50,7 @@ def reserve(holder: object, count: int) -> None:
 
 
 def descriptor_freed() -> None:
-    """A descriptor is being closed: whoever could not accept tries in the next turn of its loop."""
+    """Make acceptors that failed retry in the next loop iteration: a descriptor gets closed."""
     for acceptor in list(_waiting):
         acceptor.retry()
 
@@ -57,14 +59,13 @@ class Acceptor:
     """Accepts connections on listening sockets, in the running loop.
 
     Args:
-        accepted: gets each connected, non-blocking socket, which it owns. If it raises, the socket
-            is closed, that is logged, and accepting goes on after a pause.
-        name: of the listener, for log lines.
-        peer: what one who connects is called in them.
+        accepted: takes ownership of each connected, non-blocking socket. If it raises, the socket
+            is closed, the error is logged, and accepting continues after a pause.
+        name: the listener's name in log lines.
+        peer: what log lines call a connecting peer.
         one_at_a_time: stop after each connection, until :meth:`resume`.
-        yields: leave descriptors that are reserved for others.
-        take: accepts one connection itself and does all that is to be done with it; ``accepted``
-            is not called then.
+        yields: leave reserved descriptors unused.
+        take: accepts and handles one connection itself; replaces ``accepted``.
     """
 
     def __init__(
@@ -88,32 +89,32 @@ class Acceptor:
         self._retry: asyncio.Handle | None = None
         self._pause = 0.0  # that was last made; 0 after a success
         self._told = ""
-        # Out of descriptors, every connection that one frees may be followed by a failure.
+        # While descriptors are scarce, each success may be followed by another failure.
         self._said = RateLimitedLog(log, burst=6, seconds=60)
 
     def open(self, sockets: Sequence[socket.socket]) -> None:
-        """Accept on these, which stay the caller's and are closed after :meth:`close`."""
+        """Accept on ``sockets``. The caller keeps them and closes them after :meth:`close`."""
         self._sockets = list(sockets)
         self.resume()
 
     def close(self) -> None:
-        """Accept no more. Safe to call twice."""
+        """Stop accepting. Safe to call twice."""
         self.pause()
         self._sockets.clear()
 
     def pause(self) -> None:
-        """Accept none until :meth:`resume`; those who connect wait in the backlog."""
+        """Stop accepting until :meth:`resume`; new connections wait in the backlog."""
         self._forget_retry()
         self._unwatch()
 
     def resume(self) -> None:
-        """Accept from now on, or still."""
+        """Accept connections, also if it did already."""
         self._forget_retry()
         for sock in self._sockets:
             self._loop.add_reader(sock.fileno(), self._ready, sock)
 
     def retry(self) -> None:
-        """Try in the loop's next turn if accepting failed; does nothing otherwise."""
+        """Retry in the next loop iteration if accepting failed; otherwise do nothing."""
         if self._retry is not None and not self._loop.is_closed():
             self._retry.cancel()
             self._retry = self._loop.call_soon_threadsafe(self.resume)
@@ -147,7 +148,7 @@ class Acceptor:
     def _put_off(self, error: Exception) -> None:
         expected = isinstance(error, OSError)
         why = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-        if why != self._told:  # said once, until one is accepted
+        if why != self._told:  # log it once until the next success
             self._told = str(why)
             self._said.log(
                 logging.WARNING if expected else logging.ERROR,
@@ -173,12 +174,12 @@ class Acceptor:
 
 
 def _leave_reserve(listening: socket.socket) -> None:
-    """Raises OSError if a descriptor more would leave fewer than are reserved."""
+    """Raise OSError if one more descriptor would cut into the reserve."""
     most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = sum(_reserved.values())
     if not wanted or most == resource.RLIM_INFINITY:
         return
-    # The lowest number that is free is given out first: all below are in use.
+    # The kernel hands out the lowest free number, so all numbers below it are in use.
     lowest = os.dup(listening.fileno())
     os.close(lowest)
     if lowest + min(wanted, most * 3 // 4) >= most:

@@ -1,4 +1,4 @@
-"""Calling what users hand us: their mistakes are logged and stop nothing of ours."""
+"""Call functions that users supply; log what they raise."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def tell(
     function: Callable[[*Arguments], object] | None,
     *args: *Arguments,
 ) -> None:
-    """Call ``function``, if there is one; log what it raises, as ``what``.
+    """Call ``function`` unless it is None; log an exception as a failure of ``what``.
 
-    Our own state is changed before: the function may look at it, or change it again.
+    Update the caller's own state first: the function may look at it or change it.
     """
     if function is None:
         return

@@ -1,4 +1,4 @@
-"""Logging what a peer can cause as often as it likes."""
+"""Limit log messages that a peer can trigger."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 
 
 class LogBudget:
-    """How much may be logged in all: so much at once, and so much in a second for ever.
+    """A token bucket for log lines.
 
-    What exceeds it is left out and counted. Once something was left out, everything is until
-    ``resume`` is saved up again, so that the count comes seldom.
+    Lines that exceed the budget are dropped and counted. After the first dropped line, the budget
+    admits nothing until ``resume`` tokens have accumulated, so that counts are logged rarely.
 
     Args:
-        burst: the most at once, in the unit of what :meth:`admits` is asked for.
-        rate: of the same, in a second.
-        resume: how much has to be saved up after something was left out.
+        burst: capacity in tokens.
+        rate: tokens added per second.
+        resume: tokens needed to continue after a dropped line; at most ``burst``.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class LogBudget:
         self._left_out = 0
 
     def admits(self, cost: float = 1) -> bool:
-        """Whether a line of this cost may be logged; it is paid for, or counted."""
+        """Take ``cost`` tokens and return True, or count the line as dropped and return False."""
         now = self._clock()
         self._saved = min(self._burst, self._saved + self._rate * (now - self._since))
         self._since = now
@@ -48,7 +48,7 @@ class LogBudget:
         return True
 
     def take_left_out(self) -> int:
-        """Lines that were left out, to be told now that there is room; 0 if none were."""
+        """Return the number of dropped lines since the last call, and reset it."""
         count, self._left_out = self._left_out, 0
         return count
 
@@ -60,7 +60,7 @@ class RateLimitedLog:
 
     Args:
         log: the logger.
-        budget: what all that belong together may log, in lines.
+        budget: shared with other logs; each line costs one token.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class RateLimitedLog:
 
 
 def cut(words: Sequence[str], most: int = 40) -> list[str]:
-    """The first of ``words``, and how many more there are if there are more than ``most``."""
+    """Return the first ``most`` words; the last item then tells how many were cut."""
     if len(words) <= most:
         return list(words)
     return [*words[:most], f"({len(words) - most} more)"]

@@ -107,7 +107,7 @@ class BodyReader:
 
 
 class _UsersSink:
-    """A user's sink. What it raises is logged, and it gets no more."""
+    """Wraps a user's sink: logs what it raises, and then feeds it no more."""
 
     def __init__(self, said: RateLimitedLog, sink: BodySink) -> None:
         self._said = said
@@ -136,7 +136,7 @@ def users_sink(
     head: UnknownMessage,
     size: int,
 ) -> BodySink | None:
-    """What a user's function makes for a payload; None, which discards it, if that raises."""
+    """Return the sink that a user's function makes; None, which discards it, if that raises."""
     try:
         sink = make(head, size)
     except Exception as error:

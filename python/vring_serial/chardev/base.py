@@ -64,9 +64,9 @@ class ChardevUser(Protocol):
         """The host end is connected. Follows ``start`` at once for chardevs that need no peer."""
 
     def end_replaced(self, end: DescriptorEnd) -> None:
-        """The open end has other descriptors, and the same peer: nobody need be told.
+        """The open end has new descriptors and the same peer; the guest is not told.
 
-        On return the user must not touch the descriptors of before any more.
+        On return the user must not use the old descriptors any more.
         """
 
     def end_closed(self) -> None:
@@ -125,10 +125,10 @@ class Chardev(abc.ABC):
         """The guest opened or closed its side of the port."""
 
     def reopen(self) -> None:  # noqa: B027 - most chardevs have nothing of the kind
-        """Open anew what may have been renamed meanwhile, as a log is for its rotation.
+        """Reopen files at their paths, after a log rotation renamed them.
 
         Raises:
-            ResourceError: that is impossible; all goes on as before.
+            ResourceError: a file cannot be opened; the old one stays in use.
         """
 
     @property

@@ -39,7 +39,7 @@ class FileChardev(StreamChardev):
 
     A write error (a full disk) is logged, and writing tried again after a second and then less and
     less often; until it works the host end is closed, so the guest's writers wait and lose nothing.
-    After a rename, :meth:`reopen` goes on in a new file at the path.
+    After a rename, :meth:`reopen` continues in a new file at the path.
     """
 
     retry_seconds = 1.0
@@ -67,7 +67,7 @@ class FileChardev(StreamChardev):
             os.close(old)
 
     def _open_output(self) -> int:
-        # Always at the end: whoever truncates the file under us finds no hole in it afterwards.
+        # With O_APPEND, writing continues at the new end after somebody truncates the file.
         flags = os.O_WRONLY | os.O_CREAT | os.O_NOCTTY | os.O_NONBLOCK | os.O_APPEND
         try:
             return os.open(self.options.path, flags, 0o666)

@@ -112,11 +112,7 @@ class PtyChardev(Chardev):
             raise self._error(f"make the link {link}", error) from error
 
     def _is_left_over(self, link: str) -> bool:
-        """Whether it is a link that a killed process left.
-
-        It names a terminal that is gone, that is ours by now, or somebody else's: then it is ours
-        if we could have made it, and nobody who lives claims it.
-        """
+        """Return whether a killed process left the link: see docs/decisions/0014."""
         if not os.path.islink(link):
             return False
         target = os.readlink(link)
@@ -171,10 +167,9 @@ class PtyChardev(Chardev):
 
 
 def _claim(link: str) -> socket.socket | None:
-    """What other processes of ours see that the link is ours by, and that ends with this process.
+    """Bind the abstract address that marks the link as in use until this process ends.
 
-    An address in the abstract namespace, made of the link's directory and name. None if a process
-    that lives has it.
+    It is derived from the link's directory and name. Returns None if another process has it.
     """
     directory, name = os.path.split(link)
     status = os.stat(directory or ".")

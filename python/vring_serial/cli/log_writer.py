@@ -1,4 +1,4 @@
-"""Writing lines to where they may not be taken, without ever waiting for that."""
+"""Write log lines without ever blocking the caller."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
-#: Bytes of lines that wait to be written; more are dropped and counted.
+#: Bytes of queued lines; further lines are dropped and counted.
 QUEUE_BYTES = 256 * 1024
-#: Seconds until writing is tried again after an error (a full disk); twice as long each time.
+#: Seconds to wait after a write error (such as a full disk); doubled each time up to RETRY_MOST.
 RETRY_SECONDS = 1.0
 RETRY_MOST = 30.0
 
 
 class LineWriter:
-    """Writes lines in a thread of its own, which alone waits for a reader that has stopped.
+    """Writes lines in a thread of its own; only that thread waits for a reader that has stopped.
 
-    Once a line was dropped, all are until those that wait are written; then comes the count.
+    After the first dropped line, all lines are dropped until the queue is empty; the count follows.
 
     Args:
-        write: writes some bytes and returns how many; may block. Raises OSError or ValueError.
-        dropped: makes the line that says how many were dropped.
+        write: writes bytes and returns how many it wrote; may block, raise OSError or ValueError.
+        dropped: formats the line that reports the number of dropped lines.
     """
 
     def __init__(self, write: Callable[[bytes], int], dropped: Callable[[int], bytes]) -> None:
@@ -39,7 +39,7 @@ class LineWriter:
         threading.Thread(target=self._run, name="log", daemon=True).start()
 
     def put(self, line: bytes) -> None:
-        """Write ``line``, which ends in a newline, after all others; or drop it."""
+        """Queue ``line``, which ends in a newline, or drop it."""
         with self._changed:
             if self._dropped or self._bytes + len(line) > QUEUE_BYTES:
                 self._dropped += 1
@@ -49,12 +49,12 @@ class LineWriter:
                 self._changed.notify_all()
 
     def flush(self, timeout: float) -> None:
-        """Wait until all is written, or cannot be, at most so many seconds."""
+        """Wait until all lines are written or writing fails, for at most ``timeout`` seconds."""
         with self._changed:
             self._changed.wait_for(self._idle, timeout)
 
     def close(self) -> None:
-        """Take no more than what waits already; the thread ends with that."""
+        """End the thread once the queued lines are written; do not wait for it."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -87,7 +87,7 @@ class LineWriter:
                     self._bytes = 0
 
     def _next(self) -> tuple[bytes, int]:
-        """What is to be written, and how many lines it stands for."""
+        """Return the next line to write and the number of lines that it stands for."""
         if self._lines:
             line = self._lines.popleft()
             self._bytes -= len(line)
@@ -103,7 +103,7 @@ class LineWriter:
 
 
 def write_to(fd: int) -> Callable[[bytes], int]:
-    """Writes to a descriptor, which others may have made non-blocking."""
+    """Return a blocking write function for ``fd``, also if the descriptor is non-blocking."""
 
     def write(data: bytes) -> int:
         while True:

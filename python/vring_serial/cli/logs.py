@@ -29,10 +29,10 @@ from vring_serial.ratelimit import LogBudget
 
 LEVELS = ("debug", "info", "warning", "error")
 
-#: The longest that the end of the process, or an error message, waits for a reader.
+#: Seconds to wait for the log's reader at exit and before an error message.
 FLUSH_SECONDS = 1.0
-#: What a virtual machine and its peers can have logged in all: at once, and in a second for ever,
-#: which is 44 MB a day. Once it is exceeded, so much is saved up before the log goes on.
+#: Budget for everything that a virtual machine and its peers can cause to be logged: 44 MB per day
+#: in the long run.
 BURST_BYTES = 2 << 20
 BYTES_PER_SECOND = 512.0
 RESUME_BYTES = 16 << 10
@@ -42,14 +42,14 @@ _handler: LineHandler | None = None
 
 
 class LineHandler(logging.Handler):
-    """Writes records as lines to standard error or a file; whoever logs never waits for that.
+    """Writes records as lines to standard error or a file, without blocking the caller.
 
     Attributes:
-        stream: that is written to; None for a file.
+        stream: the stream; None for a file.
 
     Args:
-        formatter: of the records.
-        path: the file, which is appended to; None for standard error.
+        formatter: formats records.
+        path: file to append to; None for standard error.
 
     Raises:
         ResourceError: the file cannot be opened.
@@ -80,11 +80,11 @@ class LineHandler(logging.Handler):
             self.put(line)
 
     def put(self, text: str) -> None:
-        """Write lines that are no records."""
+        """Write text that is not a record."""
         self._writer.put(f"{text}\n".encode(self._encoding, "backslashreplace"))
 
     def flush(self) -> None:
-        """Wait until all is written, but not for a reader that has stopped."""
+        """Wait until all lines are written, for at most FLUSH_SECONDS."""
         self._writer.flush(FLUSH_SECONDS)
 
     def close(self) -> None:
@@ -92,7 +92,7 @@ class LineHandler(logging.Handler):
         super().close()
 
     def reopen(self) -> None:
-        """Go on in a file at the same path. Raises ResourceError, and goes on in the old one."""
+        """Reopen the file at its path. On ResourceError the old file stays in use."""
         if self._path is not None:
             new = _open_log(self._path)
             os.dup2(new, self._fd, inheritable=False)
@@ -110,7 +110,7 @@ class LineHandler(logging.Handler):
             fd = stream.fileno()
         except (OSError, ValueError):  # what stands in for it has no descriptor
             return lambda data: stream.write(data.decode(self._encoding)) and len(data)
-        # Whoever truncates the file that it is redirected to finds no hole in it afterwards.
+        # If somebody truncates the file, writing continues at its new end and leaves no hole.
         if stat.S_ISREG(os.fstat(fd).st_mode):
             fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_APPEND)
         return write_to(fd)
@@ -145,25 +145,25 @@ def configure(level: str, *, as_json: bool, path: str | None = None) -> None:
     logging.getLogger("vring_serial").setLevel(level.upper())
     # Who reads our standard error may leave; that is no reason for tracebacks, or to stop serving.
     logging.raiseExceptions = False
-    # What Python prints by itself would wait for that reader.
+    # Python's own messages must not block on standard error either.
     logging.captureWarnings(True)
     sys.unraisablehook = _unraisable
 
 
 def reopen() -> None:
-    """Open the log file anew, if there is one: the old one has another name by now.
+    """Reopen the log file, if there is one, after it was renamed.
 
     Raises:
-        ResourceError: it cannot be opened; the old one is written to.
+        ResourceError: the file cannot be opened; the old one stays in use.
     """
     if _handler is not None:
         _handler.reopen()
 
 
 def say(text: str) -> None:
-    """Print on standard error, behind the lines of the log, whose reader may have stopped.
+    """Print ``text`` on standard error after all log lines, without waiting for a stuck reader.
 
-    To a log in a file it is added.
+    A log file gets the text as well.
     """
     if _handler is not None and _handler.stream in (None, sys.stderr):
         _handler.put(text)
@@ -190,7 +190,7 @@ def _unraisable(args: sys.UnraisableHookArgs) -> None:
 
 def emit(level: int, event: str, message: str, **fields: object) -> None:
     """Log ``message``; ``event`` and ``fields`` are for JSON."""
-    # What a guest can cause is not above DEBUG here; the rest is always said.
+    # Guests can trigger only DEBUG messages here; others are always logged.
     exempt = level > logging.DEBUG
     extra = {"event": event, "fields": fields, "exempt": exempt}
     _logger.log(level, "%s", message, extra=extra)

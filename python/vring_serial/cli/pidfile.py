@@ -1,4 +1,4 @@
-"""A file with the process id, locked as QEMU locks its own, there while we serve."""
+"""The pid file, locked as QEMU locks its own."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from vring_serial.errors import ResourceError
 
 @contextlib.contextmanager
 def pid_file(path: str | None) -> Iterator[None]:
-    """Have the file until the end of the block; it is ours by its lock, whatever number is in it.
+    """Own the pid file until the end of the block; None does nothing.
 
-    A file that nobody has locked is what a process left that was killed: its number may be ours, or
-    somebody else's, by now.
+    Only the lock counts: a file that is not locked was left by a killed process, and its number
+    may have been reused.
 
     Raises:
-        ResourceError: the file is another process's, no pid file at all, or cannot be made.
+        ResourceError: another process holds the file, it is not a pid file, or it cannot be made.
     """
     if path is None:
         yield
@@ -33,7 +33,7 @@ def pid_file(path: str | None) -> Iterator[None]:
     try:
         yield
     finally:
-        # Before the lock goes: afterwards it may be somebody else's.
+        # While the lock is held: afterwards another process may own the file.
         with contextlib.suppress(OSError):
             if _is_at(fd, path):
                 os.unlink(path)
@@ -41,12 +41,12 @@ def pid_file(path: str | None) -> Iterator[None]:
 
 
 def _take(path: str) -> int:
-    """A descriptor of the locked file, with our process id in it."""
+    """Lock the file, write our process id, and return the descriptor."""
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY, 0o644)
         try:
             _lock(fd, path, _content(fd, path))
-            # Its owner may have removed it between the two; then it is nobody's.
+            # Its owner may have removed it between open and lock: then try again.
             if _is_at(fd, path):
                 os.ftruncate(fd, 0)
                 os.pwrite(fd, b"%d\n" % os.getpid(), 0)
@@ -58,7 +58,7 @@ def _take(path: str) -> int:
 
 
 def _content(fd: int, path: str) -> str:
-    """The process id in the file, or nothing. Raises ResourceError if it holds anything else."""
+    """Return the process id in the file, or "". Raise ResourceError for other contents."""
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         raise ResourceError(f"--pid-file {path}: exists and is no regular file")
     text = os.pread(fd, 32, 0)
@@ -68,7 +68,7 @@ def _content(fd: int, path: str) -> str:
 
 
 def _lock(fd: int, path: str, owner: str) -> None:
-    """The lock that QEMU takes (a write lock of fcntl on the whole file). Raises ResourceError."""
+    """Take the lock that QEMU takes, an fcntl write lock on the whole file, or ResourceError."""
     try:
         fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -75,7 +75,7 @@ async def serve(topology: Topology, settings: Settings) -> None:
 
 
 def _allow_descriptors() -> None:
-    """As many as the system lets us have: the usual 1024 are for programs that use select(2)."""
+    """Raise the limit of descriptors to the hard limit; only select(2) needs the usual 1024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         with contextlib.suppress(ValueError, OSError):
@@ -83,7 +83,7 @@ def _allow_descriptors() -> None:
 
 
 def _reload(controllers: list[Controller]) -> None:
-    """Open anew the files that a rotation of logs has renamed."""
+    """Reopen the files that a log rotation has renamed."""
     reopens = [port.chardev.reopen for c in controllers for port in c.ports.values()]
     for reopen in (logs.reopen, *reopens):
         try:

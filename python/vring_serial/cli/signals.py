@@ -12,15 +12,15 @@ from collections.abc import Callable, Coroutine
 def stop_on_signals(reload: Callable[[], None] | None = None) -> asyncio.Event:
     """An event that SIGINT, SIGTERM or the terminal's hang-up sets.
 
-    After the first, SIGINT and SIGTERM do what they do by default, and SIGHUP nothing: a terminal
-    and its shell may both send it.
+    After the first, SIGINT and SIGTERM have their default effect, and SIGHUP is ignored, because
+    both the kernel and the shell may send it.
 
     Args:
-        reload: called at a SIGHUP that is not the terminal's hang-up.
+        reload: called on a SIGHUP that does not come from the terminal's hang-up.
     """
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
-    # Whoever started us with nohup wants us to outlive the terminal.
+    # A process started with nohup outlives the terminal.
     nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     unbound = nohup or not _has_terminal()
 
@@ -46,11 +46,11 @@ def stop_on_signals(reload: Callable[[], None] | None = None) -> asyncio.Event:
 
 
 def _has_terminal() -> bool:
-    """Whether the process has a controlling terminal, which one that hung up is no more."""
+    """Return whether the process has a controlling terminal that has not hung up."""
     try:
         os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK))
     except OSError as error:
-        # Of no descriptor left nothing follows.
+        # A lack of descriptors says nothing about the terminal.
         return error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
     return True
 

@@ -22,8 +22,8 @@ from vring_serial.ratelimit import RateLimitedLog
 
 log = logging.getLogger(__name__)
 
-#: Seconds until a queue is served that could not be for want of descriptors or memory; twice as
-#: long each time, up to the most.
+#: Seconds until a queue is tried again after a lack of descriptors or memory; doubled each time, up
+#: to RETRY_MOST.
 RETRY_SECONDS = 0.5
 RETRY_MOST = 8.0
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC)
@@ -264,10 +264,10 @@ class Port:
         self._update_residue()
 
     def _put_off(self, error: OSError) -> None:
-        """Try again later what the process has no means for now. Raises any other ``error``."""
+        """Retry later after a lack of descriptors or memory; raise any other ``error``."""
         if error.errno not in _SHORTAGES:
             raise error
-        if not self._retry_delay:  # said once, until it is served
+        if not self._retry_delay:  # log it once until the next success
             self._said.warning("%s: it has to wait: %s", self.label, os.strerror(error.errno))
         if self._retry is None:
             self._retry_delay = min(2 * self._retry_delay, RETRY_MOST) or RETRY_SECONDS

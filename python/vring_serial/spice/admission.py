@@ -1,4 +1,4 @@
-"""Connections that have not authenticated yet: how many there are, and for how long."""
+"""Limit the number and the age of SPICE connections that have not authenticated."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from vring_serial.ratelimit import RateLimitedLog
 
 log = logging.getLogger("vring_serial.spice")
 
-#: Connections that may be unauthenticated at once; one more, and the oldest is shut down.
+#: Unauthenticated connections at a time; one more shuts down the oldest.
 UNAUTHENTICATED_MAX = 32
-#: Seconds until a connection has to be authenticated. A client sends its password by itself.
+#: Seconds for a connection to authenticate. Clients send the password without asking a user.
 HANDSHAKE_SECONDS = 10.0
 
 
 class Admission:
-    """Knows the connections that libspice-server has not admitted, and shuts idle ones down.
+    """Tracks connections that libspice-server has not authenticated, and shuts idle ones down.
 
-    The library owns their descriptors and closes them when it reads the end of the stream.
+    The library owns the descriptors and closes them when it reads end of file.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class Admission:
         self._said = RateLimitedLog(log, burst=5, seconds=60)
 
     def came(self, fd: int) -> None:
-        """A connection was accepted on this descriptor."""
+        """Track a new connection."""
         self.left(fd)
         while len(self._deadlines) >= UNAUTHENTICATED_MAX:
             oldest = next(iter(self._deadlines))
@@ -39,17 +39,17 @@ class Admission:
         self._deadlines[fd] = self._loop.call_later(HANDSHAKE_SECONDS, self._shut_down, fd, why)
 
     def admitted(self, fd: int) -> None:
-        """The client on it has authenticated."""
+        """Stop tracking a connection: its client has authenticated."""
         if (deadline := self._deadlines.pop(fd, None)) is not None:
             deadline.cancel()
 
     def left(self, fd: int) -> None:
-        """The library has closed the descriptor, or is about to."""
+        """Stop tracking a connection whose descriptor the library closes."""
         self.admitted(fd)
         accept.descriptor_freed()
 
     def close(self) -> list[int]:
-        """Wait for none of them; returns the descriptors of those that were not admitted."""
+        """Stop tracking all connections; return those that have not authenticated."""
         for deadline in self._deadlines.values():
             deadline.cancel()
         left = list(self._deadlines)

@@ -64,7 +64,7 @@ class _Watch:
 
 @dataclass(frozen=True, slots=True)
 class _Listening:
-    """What the library listens on itself; the descriptor stays its own."""
+    """A socket that the library listens on itself; the library owns the descriptor."""
 
     socket: socket.socket
     acceptor: Acceptor
@@ -85,7 +85,7 @@ class CoreInterface:
         on_client: told about clients.
 
     Attributes:
-        admission: the connections that have not authenticated.
+        admission: limits connections that have not authenticated.
     """
 
     def __init__(self, library: Library, on_client: Callable[[ClientEvent], None]) -> None:
@@ -124,7 +124,7 @@ class CoreInterface:
 
     @contextlib.contextmanager
     def accepting(self) -> Iterator[None]:
-        """Whatever the library begins to watch meanwhile is a new connection."""
+        """Treat descriptors that the library starts to watch in this block as new connections."""
         self._accepting = True
         try:
             yield
@@ -132,9 +132,9 @@ class CoreInterface:
             self._accepting = False
 
     def close(self) -> list[int]:
-        """Forget whatever the library left behind; returns descriptors that it did not close.
+        """Remove all timers and watches that the library left.
 
-        Those are of connections that had not authenticated.
+        Returns descriptors of unauthenticated connections, which the library did not close.
         """
         for timer in self._timers.values():
             _cancel(timer)
@@ -228,13 +228,13 @@ class CoreInterface:
             self._turn_of = -1
 
     def _accept(self, watch: _Watch, listening: socket.socket) -> None:
-        # The library logs a failure and would be called again at once, for ever.
+        # Raises OSError if none is free: the library would log an error and be called again.
         os.close(os.dup(listening.fileno()))
         with self.accepting():
             watch.func(watch.fd, _EVENT_READ, watch.opaque)
 
     def _forget(self, fd: int) -> None:
-        """A watch was removed: if it was not for another one, the connection is closed."""
+        """After a watch was removed: without another one the connection is closed."""
         if all(watch.fd != fd for watch in self._watches.values()):
             self.admission.left(fd)
 

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 RETRY_INTERVAL = 0.5
 #: Seconds that a peer has for its first words while another one waits.
 HANDSHAKE_SECONDS = 10.0
-#: Seconds until a peer has set up what it needs descriptors for.
+#: Seconds for a peer to set up its queues.
 SETTLED_SECONDS = 30.0
 #: Descriptors that a peer's queue needs: kick and call, and what the pump has of kick and host end.
 DESCRIPTORS_PER_QUEUE = 4
@@ -42,8 +42,8 @@ class Door:
             another one waits; it sends the first one away. One who only waits for its user (a
             chardev of QEMU's that has no device yet) stays as long as nobody else comes. Where the
             peer listens nobody else can come.
-        descriptors: that a peer will need; while there is none, and a while after one came, other
-            listeners leave so many unused.
+        descriptors: number of descriptors that a peer needs; other listeners leave that many unused
+            until SETTLED_SECONDS after a peer came.
 
     Attributes:
         closer: closes the descriptors of the peers. While there are too many that it cannot close,
@@ -156,7 +156,7 @@ class Door:
         self._settle()
 
     def _settle(self) -> None:
-        """Soon the peer has the descriptors that it needs, and no more are kept for it."""
+        """Release the reservation once the peer has had time to set up."""
         loop = asyncio.get_running_loop()
         self._settling = loop.call_later(SETTLED_SECONDS, accept.reserve, self, 0)
 
