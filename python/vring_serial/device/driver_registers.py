@@ -150,6 +150,8 @@ class DriverRegisters:
         self._run(self._settle_legacy_features)
 
     def _settle_legacy_features(self) -> None:
+        # The driver may have written others through the modern interface before.
+        self._wanted &= self.offered_legacy
         self.device.set_driver_features(self._wanted & self.device.device_features)
         self.queues.features = self._wanted
 
@@ -216,10 +218,17 @@ class DriverRegisters:
             if self.driver_ready:
                 self._run(self._update_live)
 
+    @property
+    def bus_master(self) -> bool:
+        """Whether the device may access memory; its messages are accesses to memory, too.
+
+        Legacy drivers of old did not all ask for bus mastering.
+        """
+        return self._may_run or self.legacy
+
     def _update_live(self) -> None:
-        # Legacy drivers of old did not all ask for bus mastering.
         ready = self.device.status & Status.DRIVER_OK
-        self.queues.live = bool(ready) and (self._may_run or self.legacy)
+        self.queues.live = bool(ready) and self.bus_master
 
     def set_memory(self, memory: GuestMemory | None) -> None:
         """Exchange the guest's memory; see QueueTable."""

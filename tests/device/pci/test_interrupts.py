@@ -20,7 +20,9 @@ def unmask(machine, vector: int, address: int = 0xFEE0_0000, data: int = 0x4041)
 
 
 def pending(machine) -> int:
-    capability = machine.driver().msix_capability
+    # Without the driver's own write of the command register.
+    read_only = PciDriver(machine.pci.config_read, lambda *_: None, machine.bar)
+    capability = read_only.msix_capability
     offset = machine.pci.config_read(capability + 8, 4) & ~7
     return machine.pci.bar_read(MSIX_BAR, offset, 8)
 
@@ -214,3 +216,72 @@ async def test_calls_go_straight_to_a_descriptor_of_the_vector(guest):
     finally:
         os.close(event)
         os.close(other)
+
+
+# --- Bus Master Enable: messages are writes to memory (PCI 3.0, 6.2.2 and 6.8.2)
+
+
+@pytest.mark.parametrize("client_masks", [False, True])
+async def test_messages_wait_for_bus_mastering(guest, client_masks):
+    machine = guest.machine
+    machine.pci.set_irq_sink(machine, client_masks=client_masks)
+    unmask(machine, 0)
+    guest.boot()
+    machine.pci.config_write(4, 2, 2)
+    guest.controller.on_config_change()
+    assert machine.vectors == []
+    assert pending(machine) & 1
+    unmask(machine, 0)
+    machine.pci.vectors_changed()
+    assert machine.vectors == [], "nor does unmasking let it go"
+    machine.pci.config_write(4, 6, 2)
+    assert machine.vectors[0] == 0
+    assert not pending(machine) & 1
+
+
+async def test_a_descriptor_is_not_told_without_bus_mastering(guest):
+    """Neither by us, nor by whoever calls the driver of a queue directly."""
+    machine = guest.machine
+    event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+    try:
+        machine.descriptors[0] = machine.descriptors[3] = event
+        machine.pci.set_irq_sink(machine, client_masks=True)
+        guest.boot()
+        await guest.until(lambda: guest.collect(3) is not None and not guest.rings[3].buffers)
+        os.eventfd_read(event)
+        machine.pci.config_write(4, 2, 2)
+        assert not any(queue.direct for queue in machine.pci._registers.queues)
+        guest.controller.on_config_change()
+        with pytest.raises(BlockingIOError):
+            os.eventfd_read(event)
+        machine.pci.config_write(4, 6, 2)
+        assert machine.vectors == [0]
+    finally:
+        os.close(event)
+
+
+async def test_intx_is_no_message(make_controller, make_register_guest):
+    guest = make_register_guest(make_controller(max_ports=1))
+    pci, machine = guest.machine.pci, guest.machine
+    guest.boot()
+    await guest.until(lambda: machine.levels == [True])
+    guest.registers.take_events()
+    pci.config_write(4, 2, 2)
+    guest.controller.on_config_change()
+    assert machine.levels == [True, False, True]
+
+
+async def test_legacy_drivers_need_not_ask_for_bus_mastering(
+    make_controller, make_register_guest, enable_msix
+):
+    guest = make_register_guest(make_controller(max_ports=1), "pci-legacy")
+    machine = guest.machine
+    machine.pci.config_write(4, 1, 2)
+    modern = PciDriver(machine.pci.config_read, lambda *_: None, machine.bar)
+    enable_msix(machine, modern)
+    guest.registers.msix = True
+    guest.vectors = {3: 3}
+    unmask(machine, 3)
+    guest.boot()
+    await guest.until(lambda: machine.vectors != [])
+    assert machine.vectors[0] == 3

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from vring_serial.device.testing import PciDriver
 from vring_serial.proto.console import Feature
 
@@ -42,3 +44,35 @@ async def test_a_legacy_driver_uses_queues_before_driver_ok(make_controller, mak
     assert read(8, 4) == guest.rings[3].parts[0] >> 12
     write(8, 0, 4)
     assert read(8, 4) == 0
+
+
+@pytest.mark.parametrize("when", ["before legacy features", "after them"])
+async def test_features_are_those_that_legacy_drivers_are_offered(
+    make_controller, make_register_guest, when
+):
+    """Words that were written to the modern registers make no packed ring of a legacy one."""
+    controller = make_controller(max_ports=1)
+    guest = make_register_guest(controller, "pci-legacy+packed")
+    machine = guest.machine
+    modern = PciDriver(machine.pci.config_read, machine.pci.config_write, machine.bar)
+    accept = guest.registers.accept
+
+    def write_modern() -> None:
+        for word in (0, 1):
+            modern.write_common(8, word, 4)
+            modern.write_common(12, 0xFFFFFFFF, 4)
+
+    def accept_legacy(wanted: int) -> int:
+        if when == "before legacy features":
+            write_modern()
+        bits = accept(wanted)
+        if when == "after them":
+            write_modern()
+        return bits
+
+    guest.registers.accept = accept_legacy
+    guest.boot()
+    await guest.until(lambda: guest.collect(3) is not None and not guest.rings[3].buffers)
+    registers = machine.pci._registers
+    assert registers.queues.features & ~registers.offered_legacy == 0
+    assert controller.driver_features & ~registers.offered_legacy == 0

@@ -127,6 +127,7 @@ class PciDevice:
         self._msix = Msix(vectors)
         self._config = ConfigSpace()
         self._msix_at = 0
+        self._msix.may_send = lambda: self._registers.bus_master
         self._interrupts = PciInterrupts(self._msix, self._registers, host)
         self._banks = {at.VIRTIO_BAR: self._virtio_bank()}
         self._legacy: LegacyRegisters | None = None
@@ -309,7 +310,11 @@ class PciDevice:
 
     def _command_written(self) -> None:
         command = self._config.word(Register.COMMAND)
-        self._registers.may_run = bool(command & Command.BUS_MASTER)
+        may_run = bool(command & Command.BUS_MASTER)
+        if may_run != self._registers.may_run:
+            self._registers.may_run = may_run
+            # MSI-X messages are writes to memory: they wait with the queues (PCI 3.0, 6.8.2).
+            self._interrupts.masks_changed()
         self._interrupts.disable_intx(bool(command & Command.INTX_DISABLE))
 
     def _status_read(self) -> None:

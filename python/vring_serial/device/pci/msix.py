@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from threading import RLock
 
 from vring_serial.device.interrupts import InterruptSink, NoInterrupts
@@ -26,11 +27,13 @@ class Msix:
         client_masks: table and masks are kept elsewhere (a vfio-user client keeps them), and
             whoever has the sink decides what can be delivered.
         enabled, function_masked: message control, as configuration space has it.
+        may_send: whether the function may send messages at all (Bus Master Enable).
     """
 
     def __init__(self, vectors: int) -> None:
         self.vectors = vectors
         self.sink: InterruptSink = NoInterrupts()
+        self.may_send: Callable[[], bool] = lambda: True
         self.client_masks = False
         self.enabled = False
         self.function_masked = False
@@ -71,6 +74,8 @@ class Msix:
 
     def masked(self, vector: int) -> bool:
         """Whether the vector must stay pending for now."""
+        if not self.may_send():
+            return True
         if self.client_masks:
             return False
         return self.function_masked or bool(self._table[vector * ENTRY_SIZE + _CONTROL] & _MASKED)
