@@ -273,6 +273,7 @@ async def test_the_backend_stops(setup: Setup, guest: EmbeddedGuest) -> None:
         {"receive_size": 65536, "queue_size": 16},
         {"receive_size": 1},
         {"queue_size": 2},
+        {"queue_size": 32768, "receive_size": 256, "memory": 256 * MIB},
         {"memory": 8 * MIB, "queue_size": 32},
     ],
 )

@@ -20,6 +20,7 @@ from vring_serial.errors import LocalProtocolError, ProtocolError
 from vring_serial.proto import control as ctl
 from vring_serial.proto.console import (
     DEVICE_ID,
+    QUEUE_SIZE_MAX,
     ConsoleConfig,
     Feature,
     Status,
@@ -71,7 +72,7 @@ class Controller:
         max_ports: int = 31,
         pump: Pump | None = None,
         features: int = DEFAULT_FEATURES,
-        queue_size_max: int = 1024,
+        queue_size_max: int = QUEUE_SIZE_MAX,
     ) -> None:
         self.name = name
         self.max_ports = max_ports

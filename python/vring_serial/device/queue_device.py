@@ -12,7 +12,7 @@ from vring_serial.callbacks import tell
 from vring_serial.device.served import ServedQueue
 from vring_serial.device.virtqueue import RunningQueue
 from vring_serial.errors import LocalProtocolError, ProtocolError
-from vring_serial.proto.console import Feature, Status
+from vring_serial.proto.console import QUEUE_SIZE_MAX, Feature, Status
 from vring_serial.ratelimit import RateLimitedLog
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class QueueDevice(abc.ABC):
         *,
         features: int = 0,
         config: bytes = b"",
-        queue_size_max: int = 256,
+        queue_size_max: int = QUEUE_SIZE_MAX,
     ) -> None:
         self.name = name
         self.device_id = device_id

@@ -26,6 +26,7 @@ from vring_serial.guest.queue import DriverQueue
 from vring_serial.proto.console import (
     CONTROL_TRANSMITQ,
     MAX_PORTS,
+    QUEUE_SIZE_MAX,
     ConsoleConfig,
     Feature,
     Status,
@@ -91,8 +92,10 @@ class EmbeddedGuest:
         Raises:
             ConfigError: a number that cannot be.
         """
-        if not 0 < queue_size <= 32768 or queue_size & (queue_size - 1):
-            raise ConfigError(f"queue size {queue_size} is not a power of two up to 32768")
+        if not 0 < queue_size <= QUEUE_SIZE_MAX or queue_size & (queue_size - 1):
+            raise ConfigError(
+                f"queue size {queue_size} is not a power of two up to {QUEUE_SIZE_MAX}"
+            )
         if not 0 < max_ports < MAX_QUEUES // 2:
             raise ConfigError(f"{max_ports} ports are not between 1 and {MAX_QUEUES // 2 - 1}")
         if not 0 < receive_size <= 1 << 20:

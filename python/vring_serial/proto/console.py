@@ -14,6 +14,8 @@ from vring_serial.errors import ProtocolError
 
 #: The virtio device type (5.3.1).
 DEVICE_ID = 3
+#: Descriptors that a queue can have at most (2.7, 2.8).
+QUEUE_SIZE_MAX = 32768
 
 
 class Feature(enum.IntFlag):
