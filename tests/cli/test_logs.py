@@ -192,3 +192,11 @@ def test_what_peers_can_cause_has_one_budget_and_the_service_is_heard(
     told, again = map(json.loads, path.read_text().splitlines()[-2:])
     assert again["message"] == "again"
     assert (told["event"], told["count"]) == ("log_left_out", 10_000 - len(lines) + 1)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_long_message_is_cut_with_a_count(as_json: bool) -> None:
+    formatter = logs.JsonFormatter() if as_json else logs.TextFormatter()
+    line = formatter.format(record("%s: %s", "w", MessageRefused("x" * 1_000_000)))
+    assert len(line) < 9000
+    assert "more characters)" in line

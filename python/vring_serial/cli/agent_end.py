@@ -126,7 +126,8 @@ def _logger_of(port: PortConfig) -> Callable[[AgentEvent], None]:
             case AgentGone(reason):
                 tell("agent_gone", f"gone{f': {reason}' if reason else ''}", reason=reason)
             case ClipboardGrabbed(selection, types):
-                text = f"{name}: the guest owns clipboard {selection}, types {types}"
+                shown = " ".join(cut([str(kind) for kind in types]))
+                text = f"{name}: the guest owns clipboard {selection}, types {shown}"
                 emit(logging.DEBUG, "clipboard_grabbed", text, nr=port.nr, selection=selection)
             case ClipboardReleased(selection):
                 text = f"{name}: the guest released clipboard {selection}"

@@ -29,6 +29,8 @@ from vring_serial.ratelimit import LogBudget
 
 LEVELS = ("debug", "info", "warning", "error")
 
+#: Characters of one message.
+MESSAGE_MAX = 4000
 #: Seconds to wait for the log's reader at exit and before an error message.
 FLUSH_SECONDS = 1.0
 #: Budget for everything that a virtual machine and its peers can cause to be logged: 44 MB per day
@@ -201,9 +203,11 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         when = datetime.datetime.fromtimestamp(record.created).isoformat(" ", "milliseconds")
-        line = f"{when} {record.levelname.lower():<7} {_one_line(record.getMessage())}"
+        line = f"{when} {record.levelname.lower():<7} {_one_line(_cut(record.getMessage()))}"
         if record.exc_info and record.exc_info[1] is not None:
-            line += f": {type(record.exc_info[1]).__name__}: {_one_line(str(record.exc_info[1]))}"
+            line += (
+                f": {type(record.exc_info[1]).__name__}: {_one_line(_cut(str(record.exc_info[1])))}"
+            )
             if logging.getLogger("vring_serial").isEnabledFor(logging.DEBUG):
                 line += "\n" + self.formatException(record.exc_info)
         return line
@@ -220,7 +224,7 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "event": event,
-            "message": record.getMessage(),
+            "message": _cut(record.getMessage()),
             **fields,
         }
         if record.exc_info:
@@ -243,9 +247,16 @@ def _fields(event: Any) -> dict[str, Any]:
     def plain(value: object) -> object:
         if isinstance(value, enum.Enum):
             return value.value
-        return value if isinstance(value, (bool, int, str)) else str(value)
+        return value if isinstance(value, (bool, int)) else _cut(str(value))
 
     return {f.name: plain(getattr(event, f.name)) for f in dataclasses.fields(event)}
+
+
+def _cut(text: str) -> str:
+    """Limit ``text`` to MESSAGE_MAX characters and a count: it may quote what a peer sent."""
+    if len(text) <= MESSAGE_MAX:
+        return text
+    return f"{text[:MESSAGE_MAX]}… ({len(text) - MESSAGE_MAX} more characters)"
 
 
 def _one_line(text: str) -> str:
