@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -208,6 +209,23 @@ def test_monitor_between_a_client_and_the_channel(session, tmp_path):
     assert "client: port 1 MonitorsConfig(monitors=(Monitor(width=800, height=600" in output
     assert "guest: port 1 Reply(" in output
     assert not path.exists()
+
+
+def test_monitor_that_finds_no_descriptor_serves_its_client_later(session, tmp_path):
+    path = tmp_path / "between.sock"
+    monitor = session.agent("monitor", "--listen", path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        wait_until(path.exists, "the monitor listens")
+        resource.prlimit(monitor.pid, resource.RLIMIT_NOFILE, (0, hard))
+        command = [*VRING, "agent", "--socket", str(path), "--timeout", "30", "resize", "800x600"]
+        with subprocess.Popen(command, stderr=subprocess.PIPE) as client:
+            assert "cannot accept a client: Too many open files" in monitor.stderr.readline()
+            resource.prlimit(monitor.pid, resource.RLIMIT_NOFILE, (soft, hard))
+            assert client.wait(30) == 0
+    finally:
+        monitor.send_signal(signal.SIGINT)
+        monitor.communicate(timeout=20)
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import datetime
 import os
+import socket
 
 import click
 
+from vring_serial.accept import Acceptor
 from vring_serial.cli.agent.channel import Channel, run_until_signal
 from vring_serial.errors import ConfigError, ResourceError
 from vring_serial.proto.agent import (
@@ -128,15 +130,23 @@ async def _watch(channel: Channel) -> None:
 
 async def _between(channel: Channel, path: str) -> None:
     """Serve one client after another, each with a connection of its own to the channel."""
+    clients: asyncio.Queue[socket.socket] = asyncio.Queue()
+    name = f"--listen {path}"
+    acceptor = Acceptor(clients.put_nowait, name=name, peer="client", one_at_a_time=True)
     listener = UnixListener(path)
-    loop = asyncio.get_running_loop()
     try:
+        acceptor.open([listener.socket])
         while True:
-            sock, _ = await loop.sock_accept(listener.socket)
-            client = await asyncio.open_unix_connection(sock=sock)
-            agent = await _streams(channel)
+            client = await asyncio.open_unix_connection(sock=await clients.get())
+            try:
+                agent = await _streams(channel)
+            except BaseException:
+                client[1].close()
+                raise
             await _relay(client, agent)
+            acceptor.resume()
     finally:
+        acceptor.close()
         listener.close()
 
 
