@@ -26,6 +26,8 @@ if os.environ.get("VRING_WERROR", "") not in ("", "0"):
 if SANITIZE:
     compile_args += [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-g"]
     link_args += [f"-fsanitize={SANITIZE}"]
+    if SANITIZE == "thread":
+        compile_args += ["-Wno-tsan"]
 
 directives = {
     "language_level": "3",

@@ -119,7 +119,7 @@ cdef class Batch:
         else:
             PyObject_GetBuffer(written, &held, PyBUF_SIMPLE)
             try:
-                if held.len != n * sizeof(uint32_t):
+                if held.len != <Py_ssize_t>(n * sizeof(uint32_t)):
                     raise LocalMisuseError(f"{held.len // 4} written lengths for {n} chains")
                 vr_copy(self.written, held.buf, n * sizeof(uint32_t))
             finally:

@@ -7,6 +7,7 @@ from cpython.number cimport PyNumber_Index
 from cpython.object cimport PyObject
 
 from vring._chains cimport checked_length, plain_lengths
+from vring._linux cimport vr_get_flag, vr_set_flag
 from vring._memory cimport VR_HINTS
 from vring._walk cimport (
     FAULT_ADDRESS, FAULT_AVAIL_INDEX, FAULT_FULL, FAULT_HEAD, FAULT_INDIRECT_ADDRESS,
@@ -174,10 +175,10 @@ cdef class VirtQueue:
     cdef int fail(
         self, int code, uint32_t index, uint64_t address, uint64_t length
     ) noexcept nogil:
-        self.fault.code = code
         self.fault.index = index
         self.fault.address = address
         self.fault.length = length
+        vr_set_flag(&self.fault.code, code)     # last: another thread may look
         return VR_BROKEN
 
     cdef int chain_fault(
@@ -347,7 +348,8 @@ cdef class VirtQueue:
         self.check_mine(batch)
         if batch.first + batch.count != self.popped:
             raise LocalMisuseError(f"{self.name}: chains were popped after this batch")
-        self.withdraw(batch, batch.count - batch.start)
+        if batch.viewed_first is not None:
+            self.withdraw(batch, batch.count - batch.start)
         self.unpop_c(batch.count - batch.start)
         batch.count = batch.start
         batch.finish(0)
@@ -505,7 +507,7 @@ cdef class VirtQueue:
     @property
     def broken(self):
         """The RingError of a ring that the driver broke, else None."""
-        return None if self.fault.code == FAULT_NONE else self.make_fault()
+        return None if vr_get_flag(&self.fault.code) == FAULT_NONE else self.make_fault()
 
     @property
     def rings(self):

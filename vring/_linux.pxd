@@ -130,7 +130,7 @@ cdef extern from *:
     #include <unistd.h>
 
     /* Whether two descriptors are one open file, as far as can be found out. */
-    static int vr_same_file(int a, int b) {
+    static inline int vr_same_file(int a, int b) {
         struct stat one, two;
         long order = syscall(SYS_kcmp, getpid(), getpid(), KCMP_FILE, a, b);
         if (order >= 0)

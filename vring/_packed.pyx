@@ -269,7 +269,6 @@ cdef class PackedQueue(VirtQueue):
             if vr_likely(not code):
                 code = vr_end_chain(&room, &walk, chain)
             if vr_unlikely(code):
-                code = self.chain_fault(code, walk.at, walk.desc.addr, walk.desc.len)
                 break
             if vr_unlikely(walk.bytes > max_bytes):
                 if i:
@@ -282,15 +281,14 @@ cdef class PackedQueue(VirtQueue):
             slot = after
             wrap = after_wrap
             i += 1
-        if code and i:
-            # Deliver what is sound; the next pop meets the broken chain again, or the bigger table.
-            self.fault.code = FAULT_NONE
-            code = 0
+        # What is sound comes first; the next pop meets the broken chain again, or the bigger table.
+        if code and i == 0:
+            return self.chain_fault(code, walk.at, walk.desc.addr, walk.desc.len)
         self.next_avail = slot
         self.avail_wrap = wrap
         self.slots_in_flight = size - room_left
         self.popped += i
-        return code if code else <int>i
+        return i
 
     cdef void note_taken(self, uint32_t n, uint16_t slots) noexcept nogil:
         """Remembers for unpop that n chains of so many slots each were popped."""

@@ -327,17 +327,16 @@ cdef class SplitQueue(VirtQueue):
             if vr_likely(i == avail.ready):
                 break
             walk.at = vr_load16(avail.heads + 2 * <size_t>((avail.index + i) & (self.size - 1)))
-            if walk.at >= self.size:
-                code = self.fail(FAULT_HEAD, walk.at, 0, 0)
-                break
-            chain = &chains[i]
-            chain.head = walk.at
-            chain.descriptors = 1
-            walk.near = self.map.regions
-            walk.segment = segments
-            code = walk_chain(&room, &walk, chain, &avail)
+            if walk.at < self.size:
+                chain = &chains[i]
+                chain.head = walk.at
+                chain.descriptors = 1
+                walk.near = self.map.regions
+                walk.segment = segments
+                code = walk_chain(&room, &walk, chain, &avail)
+            else:
+                code = FAULT_HEAD
             if code:
-                code = self.chain_fault(code, walk.at, walk.desc.addr, walk.desc.len)
                 break
             if walk.bytes > max_bytes:
                 if i:
@@ -346,13 +345,12 @@ cdef class SplitQueue(VirtQueue):
             max_bytes -= walk.bytes
             segments = walk.segment
             i += 1
-        if code and i:
-            # Deliver what is sound; the next pop meets the broken chain again, or the bigger table.
-            self.fault.code = FAULT_NONE
-            code = 0
+        # What is sound comes first; the next pop meets the broken chain again, or the bigger table.
+        if code and i == 0:
+            return self.chain_fault(code, walk.at, walk.desc.addr, walk.desc.len)
         self.next_avail = avail.index + i
         self.popped += i
-        return code if code else <int>i
+        return i
 
     cdef bint push_c(
         self, const vr_chain* chains, const uint32_t* written, uint32_t n

@@ -51,7 +51,7 @@ cdef bint vr_read_scattered(
 ) noexcept nogil:
     cdef uint64_t at = table + <uint64_t>i * DESC_SIZE
     cdef const vr_region* region = vr_find(room.memory, at)
-    cdef uint32_t k
+    cdef int k
     room.odd = True
     room.work += SCATTERED_WORK
     if region == NULL or at < table:

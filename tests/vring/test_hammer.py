@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-HAMMER = Path(__file__).parents[2] / "fuzz" / "hammer.py"
+FUZZ = Path(__file__).parents[2] / "fuzz"
+HAMMER = FUZZ / "hammer.py"
 
 
 @pytest.mark.parametrize("layout", ["split", "packed"])
@@ -16,5 +17,13 @@ HAMMER = Path(__file__).parents[2] / "fuzz" / "hammer.py"
 def test_two_processes_hammer_one_ring(layout: str, suppression: list[str]) -> None:
     command = [sys.executable, str(HAMMER), "--layout", layout, *suppression]
     command += ["--size", "64", "--messages", "200000", "--seconds", "50"]
+    out = subprocess.run(command, timeout=60, capture_output=True, text=True)
+    assert out.returncode == 0, out.stdout + out.stderr
+
+
+@pytest.mark.parametrize("layout", ["split", "packed"])
+def test_a_hostile_process_changes_a_ring_under_the_device(layout: str) -> None:
+    """`make sanitize` and `make tsan` do the same with instrumented extensions."""
+    command = [sys.executable, str(FUZZ / "hostile.py"), "--layout", layout, "--seconds", "3"]
     out = subprocess.run(command, timeout=60, capture_output=True, text=True)
     assert out.returncode == 0, out.stdout + out.stderr

@@ -409,3 +409,10 @@ def test_buffers_of_a_chain_that_overlap(packed: bool, distance: int, length: in
         ring.queue.push(chain)
         assert ring.memory.read(at + distance, length) == wanted
         ring.driver.get_used()
+
+
+@PACKED
+def test_nothing_can_be_given_back_or_completed(packed: bool) -> None:
+    queue = Ring(packed=packed).queue
+    queue.unpop(queue.pop_many())
+    assert not queue.push_many(queue.pop_many())
