@@ -11,9 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vring_serial.errors import LocalProtocolError
-from vring_serial.proto.payload import Empty, Payload
+from vring_serial.proto.payload import MAX_FDS, Empty, Payload
 from vring_serial.proto.vfio_user import (
-    MAX_FDS,
     MAX_PAYLOAD,
     SHAPES,
     FramingError,

@@ -193,12 +193,12 @@ def test_a_request_where_a_reply_belongs() -> None:
 def test_too_many_descriptors_are_held_until_they_are_taken_back() -> None:
     parser = MessageParser()
     data = request(Request.SET_MEM_TABLE, MemoryTable((REGION,)))
-    parser.receive_data(data[:12], range(8))
+    parser.receive_data(data[:12], range(253))
     assert parser.next_message() is None
-    parser.receive_data(data[12:13], (8,))
-    with pytest.raises(FramingError, match="9 descriptors, at most 8"):
+    parser.receive_data(data[12:13], (253,))
+    with pytest.raises(FramingError, match="254 descriptors, at most 253"):
         parser.next_message()
-    assert parser.take_fds() == tuple(range(9))
+    assert parser.take_fds() == tuple(range(254))
     assert parser.take_fds() == ()
 
 

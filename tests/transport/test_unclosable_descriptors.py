@@ -15,7 +15,6 @@ import pytest
 
 from vring_serial import unix_fds
 from vring_serial.proto.vhost_user import (
-    MAX_FDS,
     U64,
     MemoryRegion,
     MemoryTable,
@@ -125,26 +124,22 @@ async def test_peers_wait_while_too_much_cannot_be_closed(
     assert sum("descriptors that the last one sent cannot" in line for line in lines) == 1
 
 
-@pytest.mark.parametrize("count", [1, MAX_FDS + 1])
+@pytest.mark.parametrize("count", [1, 9])
 async def test_a_connection_that_lingers_in_a_message(
     backend: VhostUserBackend,
     connect: Callable[[], Any],
     lingering: Callable[[], int],
     count: int,
 ) -> None:
-    """What a message has too many of the kernel would close in the thread that reads it."""
+    """A message with descriptors that it should not have; none is closed in our thread."""
     frontend = connect()
     await frontend.negotiate(OFFERED)
     fds = tuple(lingering() for _ in range(count))
     frontend.send(Request.SET_LOG_FD, None, fds, need_reply=True)
     unix_fds.close_all(fds)
-    if count > MAX_FDS:
-        assert await frontend.is_sent_away()
-    else:
-        assert (await frontend.receive()).decode_reply(U64).value != 0
+    assert (await frontend.receive()).decode_reply(U64).value != 0
     assert backend._door.closer.waiting
-    following = connect() if count > MAX_FDS else frontend
-    assert await following.number(Request.GET_QUEUE_NUM) == 4
+    assert await frontend.number(Request.GET_QUEUE_NUM) == 4
 
 
 @pytest.mark.parametrize("how", ["call", "error", "base", "status", "gone"])

@@ -345,7 +345,12 @@ ENDED: dict[str, tuple[bytes, int, str]] = {
     "9-descriptors": (
         request(Request.SET_MEM_TABLE, MemoryTable(())),
         9,
-        "more than 8 descriptors in one message",
+        "SET_MEM_TABLE: 9 descriptors instead of 0",
+    ),
+    "253-descriptors": (
+        request(Request.SET_MEM_TABLE, MemoryTable(())),
+        253,
+        "SET_MEM_TABLE: 253 descriptors instead of 0",
     ),
     "query-of-wrong-size": (
         struct.pack("=IIIQ", 1, 9, 8, 0),

@@ -10,6 +10,10 @@ from typing import Any, Protocol, Self
 
 from vring_serial.errors import LocalProtocolError
 
+#: Most descriptors that one message carries: what the kernel passes at once (SCM_MAX_FD). With room
+#: for as many, none is ever cut off.
+MAX_FDS = 253
+
 
 class Payload(Protocol):
     """What follows a header."""

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from vring_serial.errors import ProtocolError
-from vring_serial.proto.payload import DescriptorStream, Empty, Payload
+from vring_serial.proto.payload import MAX_FDS, DescriptorStream, Empty, Payload
 from vring_serial.proto.vfio_user_version import Version
 from vring_serial.proto.vfio_user_wire import (
     DEFAULT_DATA_XFER_SIZE,
@@ -45,8 +45,6 @@ from vring_serial.proto.vfio_user_wire import (
     WriteMultiDone,
 )
 
-#: Most descriptors that one message carries (QEMU sends interrupts' in groups of at most 16).
-MAX_FDS = 16
 #: Largest payload that a parser buffers: data of the largest access, and where it goes.
 MAX_PAYLOAD = DEFAULT_DATA_XFER_SIZE + 64
 
@@ -252,6 +250,7 @@ class MessageParser:
         if self._error is not None:
             raise self._error
         if len(self._stream) < Header.SIZE:
+            self._check_fds("message", len(self._stream.fds_within(Header.SIZE)))
             return None
         header = Header.unpack_from(self._stream.head)
         fds = self._stream.fds_within(header.size)
@@ -279,8 +278,12 @@ class MessageParser:
             raise FramingError(
                 name, f"payload of {header.size - Header.SIZE} bytes, at most {self._max_payload}"
             )
+        self._check_fds(name, fds)
+
+    def _check_fds(self, name: str, fds: int) -> None:
         if fds > MAX_FDS:
-            raise FramingError(name, f"{fds} descriptors, at most {MAX_FDS}")
+            self._error = FramingError(name, f"{fds} descriptors, at most {MAX_FDS}")
+            raise self._error
 
 
 _COMMANDS = {int(command): command for command in Command}

@@ -20,11 +20,10 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from vring_serial.errors import ProtocolError
-from vring_serial.proto.payload import DescriptorStream, Empty, Payload
+from vring_serial.proto.payload import MAX_FDS, DescriptorStream, Empty, Payload
 from vring_serial.proto.vhost_user_wire import (
     F_PROTOCOL_FEATURES,
     MAX_CONFIG_SIZE,
-    MAX_FDS,
     MAX_PAYLOAD,
     MAX_TABLE_REGIONS,
     U64,
@@ -291,6 +290,7 @@ class MessageParser:
         if self._error is not None:
             raise self._error
         if len(self._stream) < Header.STRUCT.size:
+            self._check_fds("message", len(self._stream.fds_within(Header.STRUCT.size)))
             return None
         header = Header.unpack_from(self._stream.head)
         kind = self._kind(header.request)
@@ -323,5 +323,9 @@ class MessageParser:
             raise FramingError(name, "a request" if self._replies else "a reply nobody asked for")
         if header.size > MAX_PAYLOAD:
             raise FramingError(name, f"payload of {header.size} bytes, at most {MAX_PAYLOAD}")
+        self._check_fds(name, fds)
+
+    def _check_fds(self, name: str, fds: int) -> None:
         if fds > MAX_FDS:
-            raise FramingError(name, f"{fds} descriptors, at most {MAX_FDS}")
+            self._error = FramingError(name, f"{fds} descriptors, at most {MAX_FDS}")
+            raise self._error

@@ -19,8 +19,6 @@ F_PROTOCOL_FEATURES = 30
 VERSION = 1
 #: Largest payload in bytes that a parser buffers; the largest message either end needs has 268.
 MAX_PAYLOAD = 4096
-#: Most descriptors that one message carries (SET_MEM_TABLE with all its regions).
-MAX_FDS = 8
 #: Most regions of one SET_MEM_TABLE.
 MAX_TABLE_REGIONS = 8
 #: Largest access to the configuration space in one message, in bytes.

@@ -65,9 +65,11 @@ class Interrupts:
         self._close_all = closer.close
         self._intx_level = intx_level
         self._vectors_changed = vectors_changed
-        self._lines: dict[int, list[_Line]] = {index: [] for index in IrqIndex}
-        self._lines[IrqIndex.INTX] = [_Line()]
-        self._lines[IrqIndex.MSIX] = [_Line() for _ in range(vectors)]
+        self._lines: dict[int, list[_Line]] = {
+            IrqIndex.INTX: [_Line()],
+            IrqIndex.MSI: [],
+            IrqIndex.MSIX: [_Line() for _ in range(vectors)],
+        }
         self._unmask_fd = -1
         self._unmask_kicks: KickWatch | None = None
 
@@ -92,6 +94,12 @@ class Interrupts:
         return self._lines[IrqIndex.MSIX][vector].open_fd
 
     # --- for the client
+
+    @property
+    def types(self) -> int:
+        """How many types there are. Indices from there on (ERR, REQ) are errors, to which QEMU says
+        nothing; if the answer is that there are none of them, it warns."""
+        return len(self._lines)
 
     def info(self, index: int) -> IrqInfo:
         """What there is of a type. Raises ProtocolError if there is no such type."""

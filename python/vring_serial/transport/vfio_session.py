@@ -17,9 +17,8 @@ from vring_serial import unix_fds
 from vring_serial.device.interrupts import NoInterrupts
 from vring_serial.device.pci import PciDevice
 from vring_serial.errors import ProtocolError
-from vring_serial.proto.payload import Empty, Payload
+from vring_serial.proto.payload import MAX_FDS, Empty, Payload
 from vring_serial.proto.vfio_user import (
-    MAX_FDS,
     Message,
     MessageParser,
     VfioUserError,
@@ -101,6 +100,10 @@ Handler = Callable[[Any, list[int]], Payload | None]
 
 class FatalError(ProtocolError):
     """There is no answer to this but closing the connection."""
+
+
+class NotThereError(VfioUserError):
+    """What the client asks for need not be there: nothing is wrong with that."""
 
 
 class Session:
@@ -211,7 +214,7 @@ class Session:
     def _received(self, received: unix_fds.Received) -> bool:
         self._parser.receive_data(received.data, received.fds)
         if received.truncated:
-            self.send_away(f"more than {MAX_FDS} descriptors in one message, or no room for them")
+            self.send_away("there is no room for the descriptors that it sent")
             return False
         return self._handle_messages()
 
@@ -284,7 +287,8 @@ class Session:
         return handler(payload, fds)
 
     def _refuse(self, message: Message, error: VfioUserError) -> None:
-        self._said.warning("%s: refused %s", self._name, error)
+        level = logging.DEBUG if isinstance(error, NotThereError) else logging.WARNING
+        self._said.log(level, "%s: refused %s", self._name, error)
         if not message.no_reply:
             self._connection.send(error_reply(message.command, message.message_id, error.errno))
 
@@ -370,7 +374,7 @@ class Session:
         return True
 
     def _get_info(self, _: DeviceInfo, fds: list[int]) -> DeviceInfo:
-        return DeviceInfo(DeviceFlag.PCI | DeviceFlag.RESET, NUM_REGIONS, len(IrqIndex))
+        return DeviceInfo(DeviceFlag.PCI | DeviceFlag.RESET, NUM_REGIONS, self._interrupts.types)
 
     def _region_size(self, index: int) -> int:
         """Bytes; 0 if this device does not have the region."""
@@ -406,6 +410,8 @@ class Session:
     # --- interrupts
 
     def _get_irq_info(self, asked: IrqInfo, fds: list[int]) -> IrqInfo:
+        if asked.index in (IrqIndex.ERR, IrqIndex.REQ):
+            raise NotThereError("DEVICE_GET_IRQ_INFO", "no error recovery, no requests for release")
         return self._interrupts.info(asked.index)
 
     def _set_irqs(self, irqs: IrqSet, fds: list[int]) -> None:

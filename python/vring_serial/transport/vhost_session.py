@@ -188,7 +188,7 @@ class Session:
     def _received(self, received: unix_fds.Received) -> bool:
         self._parser.receive_data(received.data, received.fds)
         if received.truncated:
-            self.send_away(f"more than {MAX_FDS} descriptors in one message, or no room for them")
+            self.send_away("there is no room for the descriptors that it sent")
             return False
         return self._handle_messages()
 

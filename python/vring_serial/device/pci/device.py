@@ -41,8 +41,9 @@ _TRANSITIONAL_IDS = {
 #: PCI class codes by device type, for those that have one; others are "unclassified".
 _CLASS_CODES = {1: 0x020000, 2: 0x010000, 3: 0x078000, 8: 0x010000}
 _UNCLASSIFIED = 0x00FF00
-#: Vectors for devices with more queues: their drivers share one among all queues then.
-_DEFAULT_VECTORS_MAX = 256
+#: Vectors for devices with more queues: their drivers share one among all queues then. vfio-user
+#: clients may send the descriptors of all vectors in one message, which has no room for more.
+_DEFAULT_VECTORS_MAX = 253
 _INTERRUPT_PIN_A = 1
 _MSIX_CONTROL = 2
 _MSIX_ENABLE = 1 << 15
@@ -82,7 +83,7 @@ class PciDevice:
         queue_size: of every queue, unless the driver chooses less; 0: what the device allows, at
             most 256.
         vectors: entries of the MSI-X table; 0: the function has INTx alone; None: one for each
-            queue and one for the configuration, at most 256.
+            queue and one for the configuration, at most 253.
         host: brings accesses into the event loop; None: they come in its thread.
 
     Attributes:
