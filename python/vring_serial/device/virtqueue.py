@@ -64,7 +64,8 @@ class RunningQueue:
 
     Attributes:
         queue: the device's side of the ring. Only one thread touches it at a time.
-        kick_fd: eventfd that is readable when the driver made buffers available.
+        kick_fd: eventfd that the driver writes to when it made buffers available. Others have it
+            too: ServedQueue and the pump watch it for that and never read it.
         call_fd: descriptor to write 8 bytes (a native uint64 of 1) to when the driver wants to know
             of used buffers: an eventfd or a socket; -1 if the driver polls.
     """

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from vring import PackedDriver, SplitDriver
+from vring import PackedDriver, SplitDriver, drain, notify
 from vring.errors import RingError
 from vring_serial import unix_fds
 from vring_serial.guest.errors import BackendError
@@ -78,11 +78,8 @@ class DriverQueue:
         self._loop.remove_reader(self.call_fd)
 
     def _call(self) -> None:
-        try:
-            os.eventfd_read(self.call_fd)
-        except BlockingIOError:
-            return
-        if self._called is not None:
+        # The device's process has both eventfds too, and may make them block: see vring.notify.
+        if drain(self.call_fd) and self._called is not None:
             self._called()
 
     # Whatever the device breaks is found here. The queue is dead from then on: it looks empty and
@@ -132,10 +129,7 @@ class DriverQueue:
 
     def kick(self) -> None:
         """Tell the device. A full eventfd means that it has been told already."""
-        try:
-            os.eventfd_write(self.kick_fd, 1)
-        except BlockingIOError:
-            return
+        notify(self.kick_fd)
 
     def close(self) -> None:
         """Stop listening and close both eventfds. Safe to call twice."""

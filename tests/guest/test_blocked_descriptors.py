@@ -1,0 +1,50 @@
+"""Backends that make the guest's kick and call descriptors block under it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from vring_serial.guest.memory import GuestRam
+from vring_serial.guest.queue import DriverQueue
+
+FULL = 2**64 - 2
+
+
+@pytest.fixture(autouse=True)
+def time_limit() -> Iterator[None]:
+    """A call that blocks ends the test run: nothing else could."""
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+
+
+@pytest.fixture
+async def queue():
+    ram = GuestRam(1 << 20)
+    queue = DriverQueue(0, ram, 16, event_idx=True)
+    yield queue
+    queue.close()
+    ram.close()
+
+
+async def test_a_kick_that_cannot_be_written(queue: DriverQueue) -> None:
+    os.set_blocking(queue.kick_fd, True)
+    os.eventfd_write(queue.kick_fd, FULL)
+    for _ in range(3):
+        queue.kick()
+
+
+async def test_a_call_that_is_gone_before_it_is_read(queue: DriverQueue) -> None:
+    called = asyncio.Event()
+    queue.listen(called.set)
+    os.set_blocking(queue.call_fd, True)
+    queue._call()
+    assert not called.is_set()
+    os.eventfd_write(queue.call_fd, 1)
+    async with asyncio.timeout(5):
+        await called.wait()
