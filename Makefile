@@ -80,7 +80,7 @@ sanitize: build ## the ring's tests and fuzzing under AddressSanitizer and UBSan
 	for layout in split packed; do \
 		$(SANITIZERS) $(BIN)/python fuzz/hostile.py --layout $$layout --seconds $(FUZZ_SECONDS) || exit 1; \
 	done
-	$(SANITIZERS) $(BIN)/pytest -q -p no:cacheprovider tests/vring --ignore tests/vring/test_cimport.py \
+	$(SANITIZERS) $(BIN)/pytest -q -p no:cacheprovider --capture=sys tests/vring --ignore tests/vring/test_cimport.py \
 		--ignore tests/vring/test_native.py --ignore tests/vring/test_allocation.py -k "not machine_code"
 
 # Its runtime wants the addresses where it expects them, hence setarch. Its compiler knows no fences: it
@@ -91,7 +91,7 @@ THREAD_SANITIZER = LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" PYTHONPATH=$
 tsan: build ## the pump's tests and a hostile driver under ThreadSanitizer (in build/tsan)
 	VRING_SANITIZE=thread $(BIN)/python setup.py -q build --build-lib $(THREADS) \
 		--build-temp $(THREADS)-objects
-	$(THREAD_SANITIZER) $(BIN)/pytest -q -p no:cacheprovider tests/vring/test_pump*.py
+	$(THREAD_SANITIZER) $(BIN)/pytest -q -p no:cacheprovider --capture=sys tests/vring/test_pump*.py
 	for layout in split packed; do \
 		$(THREAD_SANITIZER) $(BIN)/python fuzz/hostile.py --layout $$layout --seconds $(FUZZ_SECONDS) || exit 1; \
 	done
