@@ -21,8 +21,8 @@ from vring._linux cimport (
 )
 from vring._notify cimport notify_any
 from vring._segments cimport (
-    backlog_add, backlog_drop, backlog_segments, strip_copy, strip_cut, strip_mend, strip_skip,
-    vr_strip
+    backlog_add, backlog_cut, backlog_drop, backlog_segments, strip_copy, strip_cut, strip_mend,
+    strip_skip, vr_strip
 )
 from vring._walk cimport VR_SEGMENTS_MAX
 
@@ -370,13 +370,11 @@ cdef uint64_t put_some(
         put_failed(flow, <int>-done)
         return 0
     vr_count(&flow.counters.bytes, done)
-    if done == 0 and total:
-        put_failed(flow, EAGAIN)
-    elif <uint64_t>done < total and flow.data.pollable:
+    if <uint64_t>done < total and (flow.data.pollable or done == 0):
         # It was full, or the segments after were no memory any more. Whatever it was may be over
         # by now, without an event: its state is to be asked for. A file just goes on.
         put_failed(flow, EAGAIN)
-        flow.doubtful = True
+        flow.doubtful = done != 0
     return done
 
 
@@ -391,10 +389,10 @@ cdef void flush(vr_flow* flow, const vr_tables* tables) noexcept nogil:
         flow.overflowing = False
 
 
-cdef void absorb(vr_flow* flow, const vr_strip* strip, uint64_t total) noexcept nogil:
-    """Takes what a console's descriptor did not: into the backlog, or away."""
+cdef bint absorb(vr_flow* flow, const vr_strip* strip, uint64_t total) noexcept nogil:
+    """Takes what a console's descriptor did not: into the backlog, or away; 0: it is no more."""
     cdef uint64_t kept = 0
-    cdef size_t there
+    cdef size_t before = flow.backlog.length, there
     cdef uint32_t i
     if not flow.failed:
         for i in range(strip.n):
@@ -404,12 +402,15 @@ cdef void absorb(vr_flow* flow, const vr_strip* strip, uint64_t total) noexcept 
             kept += there
             if there < strip.at[i].iov_len:
                 break
-    if kept == total:
-        return
-    vr_count(&flow.counters.dropped, total - kept)
-    if not flow.overflowing and not flow.failed:
-        flow.overflowing = True
-        flow.news |= NEWS_OVERFLOW
+    if kept and memory_gone(flow, NULL):
+        backlog_cut(&flow.backlog, before)
+        return False
+    if kept < total:
+        vr_count(&flow.counters.dropped, total - kept)
+        if not flow.overflowing and not flow.failed:
+            flow.overflowing = True
+            flow.news |= NEWS_OVERFLOW
+    return True
 
 
 cdef uint64_t send_batch(vr_flow* flow, vr_tables* tables, uint32_t n) noexcept nogil:
@@ -432,8 +433,8 @@ cdef uint64_t send_batch(vr_flow* flow, vr_tables* tables, uint32_t n) noexcept 
             return done
     if flow.lossy and done < total and not flow.stopped:
         strip_skip(&strip, done)
-        absorb(flow, &strip, total - done)
-        done = total
+        if absorb(flow, &strip, total - done):
+            done = total
     settle(flow, tables, n, skip + done)
     return done
 
@@ -586,7 +587,12 @@ cdef void flow_finish(vr_flow* flow, vr_tables* tables) noexcept nogil:
             skip = min(flow.skip, total)
             strip_skip(&strip, skip)
             keep_residue(flow, &strip, total - skip)
-            complete(flow, tables, NULL, 1)
+            if memory_gone(flow, NULL):
+                vr_count(&flow.counters.dropped, flow.residue_length)
+                flow.residue_length = 0
+                give_back(flow, 1)
+            else:
+                complete(flow, tables, NULL, 1)
     call_driver(flow)
     flow.skip = 0
     # As a queue is when it is new: whoever uses it next need not know of the pump.

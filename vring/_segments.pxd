@@ -109,16 +109,6 @@ cdef inline size_t backlog_add(
     return length
 
 
-cdef inline uint32_t backlog_segments(const vr_backlog* backlog, iovec* segments) noexcept nogil:
-    """Describes the backlog as one segment, or two where it wraps around."""
-    cdef size_t first = min(backlog.length, backlog.capacity - backlog.head)
-    segments[0].iov_base = backlog.data + backlog.head
-    segments[0].iov_len = first
-    segments[1].iov_base = backlog.data
-    segments[1].iov_len = backlog.length - first
-    return 1 if first == backlog.length else 2
-
-
 cdef inline void backlog_drop(vr_backlog* backlog, size_t length) noexcept nogil:
     """Forgets the oldest bytes, and the memory with the last of them: idle ports hold none."""
     backlog.length -= length
@@ -127,3 +117,19 @@ cdef inline void backlog_drop(vr_backlog* backlog, size_t length) noexcept nogil
         free(backlog.data)
         backlog.data = NULL
         backlog.head = 0
+
+
+cdef inline void backlog_cut(vr_backlog* backlog, size_t length) noexcept nogil:
+    """Forgets all but the oldest `length` bytes."""
+    backlog.length = length
+    backlog_drop(backlog, 0)
+
+
+cdef inline uint32_t backlog_segments(const vr_backlog* backlog, iovec* segments) noexcept nogil:
+    """Describes the backlog as one segment, or two where it wraps around."""
+    cdef size_t first = min(backlog.length, backlog.capacity - backlog.head)
+    segments[0].iov_base = backlog.data + backlog.head
+    segments[0].iov_len = first
+    segments[1].iov_base = backlog.data
+    segments[1].iov_len = backlog.length - first
+    return 1 if first == backlog.length else 2

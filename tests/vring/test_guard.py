@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -350,6 +351,99 @@ def test_no_zeros_reach_the_host(
             flow.detach()
             assert isinstance(events[-1][1], MemoryLostError)
             assert received == b"g" * len(received)
+
+
+class Apart:
+    """A queue whose buffers alone are in memory that is cut off: nothing else finds that out."""
+
+    LENGTH = 1 << 20
+    FIRST = 1 << 32
+
+    def __init__(self) -> None:
+        self.memfd = os.memfd_create("buffers")
+        os.ftruncate(self.memfd, self.LENGTH)
+        rings = bytearray(GuestQueue.bytes_needed(QUEUE, 1))
+        self.guest = GuestQueue(rings, QUEUE, 1, writable=False, guest_addr=0)
+        buffers = Region.map(self.memfd, self.LENGTH, guest_addr=self.FIRST)
+        self.queue = self.guest.device_queue(memory=GuestMemory([Region(0, rings), buffers]))
+        self.kick_fd = os.eventfd(0, os.EFD_NONBLOCK)
+        self.call_fd = os.eventfd(0, os.EFD_NONBLOCK)
+
+    def send(self, length: int, count: int = 1) -> None:
+        """Chains of as many bytes each, which hold whatever is there."""
+        for _ in range(count):
+            self.guest.driver.add([(self.FIRST, length)], [])
+        if self.guest.driver.publish():
+            os.eventfd_write(self.kick_fd, 1)
+
+    def close(self) -> None:
+        for fd in (self.memfd, self.kick_fd, self.call_fd):
+            os.close(fd)
+
+
+@pytest.fixture
+def apart() -> Iterator[Apart]:
+    apart = Apart()
+    yield apart
+    apart.close()
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_no_zeros_go_into_a_backlog(apart: Apart, count: int) -> None:
+    os.pwrite(apart.memfd, b"kept", 0)
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    events: list[tuple[FlowEvent, object]] = []
+    with ours, theirs, Pump() as pump:
+        with contextlib.suppress(BlockingIOError):
+            while ours.send(bytes(4096)):
+                pass  # until it is full
+        flow = pump.guest_to_host(
+            apart.queue,
+            write_fd=ours.fileno(),
+            kick_fd=apart.kick_fd,
+            call_fd=apart.call_fd,
+            on_event=lambda *event: events.append(event),
+            lossy=True,
+        )
+        apart.send(4)
+        until = time.monotonic() + 10
+        while not len(apart.guest.collect()):
+            assert time.monotonic() < until
+            time.sleep(0.001)
+        os.ftruncate(apart.memfd, 0)
+        apart.send(20, count)
+        event, detail = wait_for(events, pump)
+        assert event is FlowEvent.RING_BROKEN
+        assert isinstance(detail, MemoryLostError)
+        assert flow.detach() == b"kept"
+        assert len(apart.guest.collect()) == 0
+
+
+def test_no_zeros_become_residue(apart: Apart) -> None:
+    os.pwrite(apart.memfd, b"g" * apart.LENGTH, 0)
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    with ours, theirs, Pump() as pump:
+        flow = pump.guest_to_host(
+            apart.queue,
+            write_fd=ours.fileno(),
+            kick_fd=apart.kick_fd,
+            call_fd=apart.call_fd,
+            on_event=lambda *event: None,
+        )
+        apart.send(apart.LENGTH)
+        until = time.monotonic() + 10
+        while not flow.counters.throttled_ns:
+            assert time.monotonic() < until
+            time.sleep(0.001)
+        os.ftruncate(apart.memfd, 0)
+        assert flow.detach() == b""
+        taken = flow.counters.bytes
+        assert 0 < taken < apart.LENGTH
+        assert flow.counters.dropped == apart.LENGTH - taken
+        assert theirs.recv(taken, socket.MSG_WAITALL) == b"g" * taken
+        assert len(apart.guest.collect()) == 0
 
 
 # --- what is not ours
