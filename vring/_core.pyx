@@ -243,7 +243,8 @@ cdef class VirtQueue:
     cdef int fill(self, Batch batch, uint32_t limit, uint64_t max_bytes) except -1:
         """Pops into a batch; the number of chains."""
         cdef int n
-        self.check_free()
+        if self.holder != NULL:
+            self.check_free()
         while True:
             n = self.pop_within(
                 batch.chains, limit, batch.segments, batch.max_segments, max_bytes
@@ -360,7 +361,8 @@ cdef class VirtQueue:
         return 0
 
     cdef int check_mine(self, Batch batch) except -1:
-        self.check_free()
+        if self.holder != NULL:
+            self.check_free()
         if batch.owner is not self:
             if batch.owner is None and batch.count == batch.start:
                 if batch.count == 0:
