@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import struct
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -446,3 +447,26 @@ async def frontend(
     backend: VhostUserBackend, connect: Callable[[], ScriptedFrontend]
 ) -> ScriptedFrontend:
     return connect()
+
+
+@pytest.fixture
+def lingering() -> Iterator[Callable[[], int]]:
+    """Makes TCP connections whose last close takes ten minutes; the caller closes them."""
+    peers: list[socket.socket] = []
+
+    def make() -> int:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            sock = socket.create_connection(listener.getsockname())
+            peers.append(listener.accept()[0])
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 600))
+        sock.setblocking(False)
+        try:
+            while True:
+                sock.send(bytes(1 << 16))
+        except BlockingIOError:
+            return sock.detach()
+
+    yield make
+    for peer in peers:
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        peer.close()  # with a reset, which ends the lingering

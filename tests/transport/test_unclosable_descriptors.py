@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import socket
-import struct
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -36,29 +35,6 @@ def time_limit() -> Iterator[None]:
     signal.alarm(60)
     yield
     signal.alarm(0)
-
-
-@pytest.fixture
-def lingering() -> Iterator[Callable[[], int]]:
-    """Makes TCP connections whose last close takes ten minutes; the caller closes them."""
-    peers: list[socket.socket] = []
-
-    def make() -> int:
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            sock = socket.create_connection(listener.getsockname())
-            peers.append(listener.accept()[0])
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 600))
-        sock.setblocking(False)
-        try:
-            while True:
-                sock.send(bytes(1 << 16))
-        except BlockingIOError:
-            return sock.detach()
-
-    yield make
-    for peer in peers:
-        peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        peer.close()  # with a reset, which ends the lingering
 
 
 async def closed(closer: Closer) -> None:

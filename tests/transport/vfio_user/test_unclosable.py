@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
+from vring_serial import unix_fds
 from vring_serial.proto.payload import Payload
 from vring_serial.proto.vfio_user_wire import (
     Command,
@@ -57,3 +60,27 @@ def test_a_file_that_does_not_answer_holds_nobody_up(
     while closer.waiting:
         assert time.monotonic() < until
         time.sleep(0.001)
+
+
+@pytest.mark.parametrize("how", ["replaced", "disabled", "gone"])
+@pytest.mark.parametrize("index", [IrqIndex.MSIX, IrqIndex.INTX])
+def test_a_connection_that_lingers_in_an_interrupts_socket(
+    server: Any, client: Any, lingering: Callable[[], int], index: IrqIndex, how: str
+) -> None:
+    client.boot(0, vectors=False)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        client.do(Command.DEVICE_SET_IRQS, IrqSet(TRIGGER, index, 0, 1), (theirs.fileno(),))
+        fd = lingering()
+        unix_fds.send(ours, b"x", [fd])
+        os.close(fd)
+    if how == "replaced":
+        client.set_eventfd(index, 0)
+    elif how == "disabled":
+        nothing = IrqSetFlag.DATA_NONE | IrqSetFlag.ACTION_TRIGGER
+        client.do(Command.DEVICE_SET_IRQS, IrqSet(nothing, index, 0, 0))
+    else:
+        client.close()
+        server.wait_for("connected", "gone")
+    assert server.server._door.closer.waiting == 1
+    server.settle()
