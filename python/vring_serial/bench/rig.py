@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from vring_serial.bench.usage import cpu_seconds, pin
-from vring_serial.bench.worker import Worker
+from vring_serial.bench.worker import Worker, interrupts_wait
 from vring_serial.errors import ResourceError
 
 #: Seconds that the device may take to listen.
@@ -79,6 +79,11 @@ class Rig:
             worker.start(method, *arguments)
         return max(worker.finish()[0] for worker, _, _ in sides) - start
 
+    def kill(self) -> None:
+        """End the processes at once, whatever they wait for."""
+        self.guest.kill()
+        self.peer.kill()
+
     def close(self) -> None:
         try:
             self.guest.close()
@@ -109,13 +114,17 @@ def running(
         directory = Path(name)
         numbers = list(range(FIRST_PORT, FIRST_PORT + ports))
         options = ["--packed"] if ring == "packed" else []
-        with serving(directory, numbers, busy_poll, options) as pid:
-            rig = Rig(directory, pid, numbers, ring)
+        with contextlib.ExitStack() as stack:
+            pid = stack.enter_context(serving(directory, numbers, busy_poll, options))
+            with interrupts_wait():
+                rig = Rig(directory, pid, numbers, ring)
+                stack.callback(rig.close)
             try:
                 rig.boot(queue_size, receive_size)
                 yield rig
-            finally:
-                rig.close()
+            except BaseException:  # one may wait for the other, which was told nothing
+                rig.kill()
+                raise
 
 
 @contextlib.contextmanager
@@ -143,28 +152,31 @@ def serving(
         command += ["--chardev", f"socket,id=port{nr},path={path},server=on,wait=off"]
         command += ["--port", f"chardev=port{nr},nr={nr}"]
     said = directory / "said"
-    with said.open("wb") as output:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
-    try:
+    with contextlib.ExitStack() as stack:
+        with said.open("wb") as output, interrupts_wait():
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+            stack.callback(_end, process)
         _wait(
             lambda: (directory / "vhost-user").exists(),
             process,
             lambda: said.read_text(errors="replace").strip(),
         )
         yield process.pid
-    finally:
-        process.terminate()
-        try:
-            process.wait(START_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(START_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _wait(ready: Callable[[], bool], process: subprocess.Popen[bytes], said: object) -> None:

@@ -5,11 +5,15 @@ The processes are started fresh, not forked: they share nothing but sockets and 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -18,6 +22,29 @@ from vring_serial.errors import ResourceError
 
 #: Seconds that a process may take to end after it was told to.
 END_TIMEOUT = 10.0
+
+
+@contextlib.contextmanager
+def interrupts_wait() -> Iterator[None]:
+    """Hold SIGINT and SIGTERM back until the end of the block, in the main thread.
+
+    For the start of a process: an exception in the middle of it would leave it to nobody.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: came.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 class Worker:
@@ -74,6 +101,10 @@ class Worker:
 
     def _ended(self) -> ResourceError:
         return ResourceError(f"{self.name}: its process ended (status {self._process.poll()})")
+
+    def kill(self) -> None:
+        """End the process at once; :meth:`close` still has to be called."""
+        self._process.kill()
 
     def close(self) -> None:
         """End the process."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -20,6 +22,21 @@ STATUS_USAGE = 2
 STATUS_ERROR = 1
 #: A shell's status for a command that SIGINT ended.
 STATUS_INTERRUPTED = 130
+
+
+@contextlib.contextmanager
+def interrupts_end_at_once() -> Iterator[None]:
+    """Let SIGINT end the process without a word within the block.
+
+    For imports: a KeyboardInterrupt in the middle of one comes out as any error, or as none.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +68,9 @@ class CommandGroup(click.Group):
         if lazy is None:
             return None
         limits.prepare()
-        command = getattr(importlib.import_module(f"{__name__}.{lazy.module}"), lazy.attribute)
+        with interrupts_end_at_once():
+            module = importlib.import_module(f"{__name__}.{lazy.module}")
+        command = getattr(module, lazy.attribute)
         assert isinstance(command, click.Command)
         return command
 
@@ -172,4 +191,11 @@ def vring(debug: bool) -> None:
 def main() -> NoReturn:
     """The entry point of the console script ``vring``."""
     _have_standard_descriptors()
-    vring.main()
+    try:
+        vring.main()
+    except KeyboardInterrupt:  # while another error was told
+        sys.exit(STATUS_INTERRUPTED)
+    finally:
+        # Nothing is left to be put in order, and the interpreter would tell where it was.
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -11,6 +11,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from vring_serial.cli import interrupts_end_at_once
 from vring_serial.errors import ConfigError
 
 _CONTEXT = {"help_option_names": ["-h", "--help"]}
@@ -169,11 +170,12 @@ def _run(
     **numbers: Any,
 ) -> None:
     # Numpy, the guest and matplotlib are loaded only when something is measured.
-    from vring_serial.bench.measure import RINGS, Settings, latency_steps, transfer_steps
-    from vring_serial.bench.plot import check_plot, save_plot
-    from vring_serial.bench.results import METHOD, Report, Result, this_machine
-    from vring_serial.bench.rings import ring_steps
-    from vring_serial.bench.tables import tables
+    with interrupts_end_at_once():
+        from vring_serial.bench.measure import RINGS, Settings, latency_steps, transfer_steps
+        from vring_serial.bench.plot import check_plot, save_plot
+        from vring_serial.bench.results import METHOD, Report, Result, this_machine
+        from vring_serial.bench.rings import ring_steps
+        from vring_serial.bench.tables import tables
 
     if plot_path is not None:
         check_plot(plot_path)

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from vring_serial.agent import HostAgent
 from vring_serial.cli.demo_guests import BulkStreams, DemoGuest, EmbeddedDemoGuest, UmlDemoGuest
+from vring_serial.cli.signals import run_until_signal
 from vring_serial.config.build import make_controller
 from vring_serial.config.load import load_topology
 from vring_serial.config.topology import Topology
@@ -225,9 +226,8 @@ class Demo:
 
                     await self._report.step(title, transfer(streams, advance), timeout)
         finally:
-            writer.close()
-            with contextlib.suppress(OSError):
-                await writer.wait_closed()
+            # A guest that is gone, or stuck, takes no more of what was sent.
+            writer.transport.abort()
 
     async def _guest_to_host(self, streams: BulkStreams, advance: Callable[[int], None]) -> str:
         start = time.perf_counter()
@@ -242,7 +242,7 @@ class Demo:
             left -= len(data)
             advance(len(data))
         seconds = time.perf_counter() - start
-        return self._transferred(seconds, digest.hexdigest(), await sent)
+        return self._transferred(seconds, digest.hexdigest(), await sent())
 
     async def _host_to_guest(self, streams: BulkStreams, advance: Callable[[int], None]) -> str:
         start = time.perf_counter()
@@ -253,7 +253,7 @@ class Demo:
             digest.update(block)
             await streams.writer.drain()
             advance(len(block))
-        got = await received
+        got = await received()
         return self._transferred(time.perf_counter() - start, got, digest.hexdigest())
 
     def _transferred(self, seconds: float, got: str, sent: str) -> str:
@@ -295,7 +295,7 @@ def demo_command(guest: str, size: int, verbose: bool) -> None:
         level=logging.INFO if verbose else logging.ERROR, format="%(name)s: %(message)s"
     )
     report = Report(Console(soft_wrap=True))
-    asyncio.run(_run(report, guest, size * MIB))
+    run_until_signal(lambda: _run(report, guest, size * MIB))
     report.console.print(report.table("vring demo"), soft_wrap=False)
     raise SystemExit(0 if report.all_held else 1)
 

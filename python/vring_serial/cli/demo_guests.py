@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from vring_serial.proto.agent import Selection
 
 #: Seconds for a guest to end when it is told to.
 STOP_TIMEOUT = 10.0
+
+#: Waits for a checksum. Who is interrupted before it needs one leaves nothing behind.
+Digest = Callable[[], Awaitable[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +64,12 @@ class DemoGuest(ABC):
         """Copy some text in the guest; which, and into which selection."""
 
     @abstractmethod
-    async def begin_send(self, streams: BulkStreams, total: int) -> Awaitable[str]:
-        """Make the guest write to the bulk port; the result is the SHA-256 of what it wrote."""
+    async def begin_send(self, streams: BulkStreams, total: int) -> Digest:
+        """Make the guest write to the bulk port; the result gives the SHA-256 of what it wrote."""
 
     @abstractmethod
-    async def begin_receive(self, streams: BulkStreams, total: int) -> Awaitable[str]:
-        """Make the guest read the bulk port; the result is the SHA-256 of what it read."""
+    async def begin_receive(self, streams: BulkStreams, total: int) -> Digest:
+        """Make the guest read the bulk port; the result gives the SHA-256 of what it read."""
 
 
 class EmbeddedDemoGuest(DemoGuest):
@@ -111,13 +115,13 @@ class EmbeddedDemoGuest(DemoGuest):
     async def copy(self) -> tuple[str, Selection]:
         return self._pasted, Selection.PRIMARY
 
-    async def begin_send(self, streams: BulkStreams, total: int) -> Awaitable[str]:
+    async def begin_send(self, streams: BulkStreams, total: int) -> Digest:
         streams.writer.write(f"send {total}\n".encode())
-        return self._digest(streams.reader)
+        return functools.partial(self._digest, streams.reader)
 
-    async def begin_receive(self, streams: BulkStreams, total: int) -> Awaitable[str]:
+    async def begin_receive(self, streams: BulkStreams, total: int) -> Digest:
         streams.writer.write(f"receive {total}\n".encode())
-        return self._digest(streams.reader)
+        return functools.partial(self._digest, streams.reader)
 
     @staticmethod
     async def _digest(reader: asyncio.StreamReader) -> str:
@@ -141,6 +145,7 @@ class UmlDemoGuest(DemoGuest):
         require_programs()
         self._guest: UmlGuest | None = None
         self._desktop: UmlDesktop | None = None
+        self._scripts: set[asyncio.Task[str]] = set()
 
     async def start(self, socket: Path) -> None:
         self._guest = UmlGuest([socket], memory_mib=MEMORY_MIB)
@@ -150,6 +155,9 @@ class UmlDemoGuest(DemoGuest):
         self.title = f"Linux {(await self._guest.run('uname -r')).output} (User-Mode Linux)"
 
     async def stop(self) -> None:
+        for script in self._scripts:
+            script.cancel()
+        await asyncio.gather(*self._scripts, return_exceptions=True)
         if self._guest is not None:
             await self._guest.stop()
 
@@ -166,11 +174,11 @@ class UmlDemoGuest(DemoGuest):
         await self._desktop.copy(self.TEXT)
         return self.TEXT, Selection.CLIPBOARD
 
-    async def begin_send(self, streams: BulkStreams, total: int) -> Awaitable[str]:
+    async def begin_send(self, streams: BulkStreams, total: int) -> Digest:
         await asyncio.to_thread(self._write_payload, total)
         return self._in_guest("cat /mnt/bulk >/dev/vport0p2; sha256sum /mnt/bulk")
 
-    async def begin_receive(self, streams: BulkStreams, total: int) -> Awaitable[str]:
+    async def begin_receive(self, streams: BulkStreams, total: int) -> Digest:
         return self._in_guest(f"head -c {total} /dev/vport0p2 | sha256sum")
 
     def _write_payload(self, total: int) -> None:
@@ -178,7 +186,7 @@ class UmlDemoGuest(DemoGuest):
         with open(self._guest.share / "bulk", "wb") as file:
             file.writelines(stamped_blocks(total))
 
-    def _in_guest(self, script: str) -> asyncio.Task[str]:
+    def _in_guest(self, script: str) -> Digest:
         """Run it now, beside what the host does; its output begins with a checksum."""
         assert self._guest is not None
         guest = self._guest
@@ -189,4 +197,10 @@ class UmlDemoGuest(DemoGuest):
                 raise ResourceError(f"in the guest: {result.output}")
             return result.output.split()[0]
 
-        return asyncio.create_task(run())
+        running = asyncio.create_task(run())
+        self._scripts.add(running)
+
+        async def digest() -> str:
+            return await running
+
+        return digest

@@ -17,8 +17,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from vring_serial.cli import logs
-from vring_serial.cli.signals import stop_on_signals
+from vring_serial.cli import STATUS_INTERRUPTED, logs
+from vring_serial.cli.signals import finished_before, run, stop_on_signals
 from vring_serial.errors import ConfigError, ResourceError
 from vring_serial.guest.bulk import serve_bulk
 from vring_serial.guest.guest import EmbeddedGuest, GuestEvent
@@ -141,7 +141,8 @@ def guest_command(
         work = functools.partial(_relay, guest, open_port, wait, read_input=not no_input)
     else:
         work = functools.partial(_serve, guest, services, wait)
-    asyncio.run(_run(guest, work))
+    if not run(_run(guest, work)) and (list_ports or not guest.features):
+        raise SystemExit(STATUS_INTERRUPTED)  # services are there to be ended so
 
 
 def _agent(downloads: Path | None) -> tuple[str, Service]:
@@ -150,15 +151,21 @@ def _agent(downloads: Path | None) -> tuple[str, Service]:
     return AGENT_PORT, functools.partial(serve_agent, downloads=downloads)
 
 
-async def _run(guest: EmbeddedGuest, work: Callable[[], Coroutine[None, None, None]]) -> None:
-    """Run ``work`` on a started guest until it is done, a signal comes or the backend leaves."""
+async def _run(guest: EmbeddedGuest, work: Callable[[], Coroutine[Any, Any, None]]) -> bool:
+    """Run ``work`` on a started guest until it is done, a signal comes or the backend leaves.
+
+    Returns whether it was done.
+    """
     guest.on_event = _log_event
-    interrupted = stop_on_signals()
+    return await finished_before(stop_on_signals(), _drive(guest, work))
+
+
+async def _drive(guest: EmbeddedGuest, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
     await guest.start()
     features = feature_names(guest.features)
     _emit("guest_started", f"drives {guest.path} with {features}", path=guest.path)
     tasks: list[asyncio.Task[Any]] = [
-        asyncio.create_task(job) for job in (work(), guest.wait_lost(), interrupted.wait())
+        asyncio.create_task(job) for job in (work(), guest.wait_lost())
     ]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

@@ -58,14 +58,15 @@ class LineHandler(logging.Handler):
     """
 
     def __init__(self, formatter: logging.Formatter, path: str | None = None) -> None:
-        super().__init__()
-        self.setFormatter(formatter)
         self.stream = None if path else sys.stderr
         self._path = path
         self._fd = -1
         self._encoding = "utf-8"
         self._budget = LogBudget(burst=BURST_BYTES, rate=BYTES_PER_SECOND, resume=RESUME_BYTES)
         self._writer = LineWriter(self._open(), self._dropped)
+        # Last: from then on it is flushed when the process ends.
+        super().__init__()
+        self.setFormatter(formatter)
 
     def emit(self, record: logging.LogRecord) -> None:
         try:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 from collections.abc import Mapping, Sequence
 
 import click
 
-from vring_serial.cli import logs
+from vring_serial.cli import interrupts_end_at_once, logs
+from vring_serial.cli.signals import run
 from vring_serial.config.draft import check_unix_path
 from vring_serial.config.load import load_topology
 from vring_serial.config.qemu_options import QemuOptions
@@ -171,7 +171,8 @@ def serve_command(
         _warn_of_pci_wishes(topology)
 
     # Only now, so that a mistake is told without loading what it takes to serve.
-    from vring_serial.cli.server import Settings, serve
+    with interrupts_end_at_once():
+        from vring_serial.cli.server import Settings, serve
 
     settings = Settings(
         sockets or vfio_sockets,
@@ -185,7 +186,7 @@ def serve_command(
         packed=packed,
         vectors=vectors,
     )
-    asyncio.run(serve(topology, settings))
+    run(serve(topology, settings))
 
 
 def _warn_of_pci_wishes(topology: Topology) -> None:

@@ -4,9 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import inspect
 import os
 import signal
 from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+from vring_serial.cli import STATUS_INTERRUPTED
+
+T = TypeVar("T")
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """``asyncio.run``, without a warning about ``work`` if a signal comes before it began."""
+    try:
+        return asyncio.run(work)
+    finally:
+        if inspect.getcoroutinestate(work) == inspect.CORO_CREATED:
+            work.close()
+
+
+def run_until_signal(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run ``work()``; a signal cancels it, and what it does on the way out is waited for.
+
+    Raises:
+        SystemExit: STATUS_INTERRUPTED after a signal.
+    """
+
+    async def main() -> bool:
+        return await finished_before(stop_on_signals(), work())
+
+    if not run(main()):
+        raise SystemExit(STATUS_INTERRUPTED)
 
 
 def stop_on_signals(reload: Callable[[], None] | None = None) -> asyncio.Event:

@@ -71,6 +71,7 @@ class Frontend:
         self._channel: Channel | None = None
         self._backend_channel: Channel | None = None
         self._has_protocol_features = False
+        self._answered = False
         self._lock = asyncio.Lock()
         self._waiting: tuple[vu.Request, asyncio.Future[vu.Message]] | None = None
 
@@ -230,6 +231,7 @@ class Frontend:
             what = "answer" if reply else "read"
             error = BackendTimeoutError(
                 f"{self.path}: the backend did not {what} {kind.name} in {self._timeout:g} s"
+                f"{'' if self._answered else '; another frontend may have it'}"
             )
             self.fail(error)
             raise error from None
@@ -246,6 +248,7 @@ class Frontend:
             unix_fds.close_all(message.fds)
             expected = f"a reply to {waiting[0].name}" if waiting is not None else "nothing"
             raise BackendError(f"a reply to {message.name} where {expected} was expected")
+        self._answered = True
         waiting[1].set_result(message)
 
     # --- the backend channel

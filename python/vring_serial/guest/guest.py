@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 
 #: What the driver can do. EMERG_WRITE is for early boot messages, of which this guest has none.
 DRIVER_FEATURES = Feature.VERSION_1 | Feature.EVENT_IDX | Feature.SIZE | Feature.MULTIPORT
+#: Seconds that a backend may take to let a guest leave in good order.
+LEAVE_TIMEOUT = 3.0
 #: Queues whose descriptors vhost-user can pass: SET_VRING_KICK has 8 bits for the index.
 MAX_QUEUES = 256
 #: Bytes of the configuration space that a driver reads: cols, rows, max_nr_ports.
@@ -254,7 +256,7 @@ class EmbeddedGuest:
             self._driver.stop(error)
         try:
             if self._driver is not None and self._frontend.closed is None:
-                async with asyncio.timeout(self._timeout):
+                async with asyncio.timeout(min(self._timeout, LEAVE_TIMEOUT)):
                     await self._frontend.stop_queues(list(self._queues))
                     await self._frontend.reset()
         except (BackendError, TimeoutError) as left:

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vring_serial.agent import HOST_CAPABILITIES, HostAgent
-from vring_serial.cli import STATUS_INTERRUPTED
-from vring_serial.cli.signals import finished_before, stop_on_signals
+from vring_serial.cli.signals import run_until_signal
 from vring_serial.errors import ConfigError, ResourceError
 from vring_serial.proto.agent import Capabilities
 
@@ -62,14 +61,4 @@ class Channel:
             async with self.agent(capabilities) as agent:
                 await work(agent)
 
-        run_until_signal(on_agent())
-
-
-def run_until_signal(work: Coroutine[Any, Any, None]) -> None:
-    """Run ``work``; a signal cancels it, and what it does on the way out is waited for."""
-
-    async def main() -> bool:
-        return await finished_before(stop_on_signals(), work)
-
-    if not asyncio.run(main()):
-        raise SystemExit(STATUS_INTERRUPTED)
+        run_until_signal(on_agent)

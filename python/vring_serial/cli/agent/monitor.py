@@ -11,7 +11,8 @@ import socket
 import click
 
 from vring_serial.accept import Acceptor
-from vring_serial.cli.agent.channel import Channel, run_until_signal
+from vring_serial.cli.agent.channel import Channel
+from vring_serial.cli.signals import run_until_signal
 from vring_serial.errors import ConfigError, ResourceError
 from vring_serial.proto.agent import (
     NEED_DATA,
@@ -31,6 +32,8 @@ from vring_serial.unix_socket import UnixListener
 
 #: Bytes read from a side at once.
 READ_SIZE = 64 << 10
+#: Seconds for one side to take what the other left for it when it closed.
+LAST_WORDS = 2.0
 #: Characters of a message that are shown.
 SHOWN = 300
 
@@ -102,7 +105,7 @@ def monitor_command(channel: Channel, listen: str | None) -> None:
     """
     if listen is not None and os.path.abspath(listen) == os.path.abspath(channel.address):
         raise ConfigError("is the channel's own socket", f"--listen {listen}")
-    run_until_signal(_watch(channel) if listen is None else _between(channel, listen))
+    run_until_signal(lambda: _watch(channel) if listen is None else _between(channel, listen))
 
 
 async def _streams(channel: Channel) -> Streams:
@@ -162,10 +165,17 @@ async def _relay(client: Streams, agent: Streams) -> None:
         for way in ways:
             way.cancel()
         await asyncio.gather(*ways, return_exceptions=True)
-        for _, writer in (client, agent):
-            writer.close()
-            with contextlib.suppress(OSError):
-                await writer.wait_closed()
+        try:
+            async with asyncio.timeout(LAST_WORDS):
+                for _, writer in (client, agent):
+                    writer.close()
+                    with contextlib.suppress(OSError):
+                        await writer.wait_closed()
+        except TimeoutError:
+            pass
+        finally:  # who does not read what was left for him is waited for no longer
+            for _, writer in (client, agent):
+                writer.transport.abort()
 
 
 async def _pass(
