@@ -49,6 +49,8 @@ def pci_driver(pci: InProcessPci) -> PciDriver:
 def fronts():
     host = PolledHost(synchronous=False)
     devices = [Controller(max_ports=3), Controller(max_ports=3)]
+    for device in devices:
+        host.complete(device.start())
     memory = GuestMemory([Region(0, bytearray(1 << 20))])
     pci = InProcessPci(host, devices[0], memory, msi=lambda *_: None, intx=lambda _: None)
     mmio = InProcessMmio(host, devices[1], memory, interrupt=lambda _: None)
@@ -57,6 +59,8 @@ def fronts():
     yield host, pci, mmio
     pci.close()
     mmio.close()
+    for device in devices:
+        host.complete(device.stop())
     host.close()
 
 

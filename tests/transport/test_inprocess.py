@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pydoc
 import select
 import threading
 import time
@@ -19,7 +20,13 @@ from vring_serial.device.port import Port
 from vring_serial.device.testing import ANY_FEATURE, LegacyPciDriver, MmioDriver, PciDriver
 from vring_serial.errors import LocalProtocolError
 from vring_serial.proto.console import Feature, Status
-from vring_serial.transport.inprocess import InProcessMmio, InProcessPci, LoopHost, PolledHost
+from vring_serial.transport.inprocess import (
+    InProcessMmio,
+    InProcessPci,
+    LoopHost,
+    PolledHost,
+    Window,
+)
 
 #: A single port, so that two queues are the whole driver.
 FEATURES = Feature.VERSION_1 | Feature.EVENT_IDX | Feature.EMERG_WRITE
@@ -259,7 +266,9 @@ def test_msi_x_messages_are_what_the_guest_wrote(emulator, host):
 
 
 def test_a_function_is_found_where_the_guest_has_mapped_it(emulator, host):
-    pci = emulator.pci(host, upper_device(), transitional=True)
+    device = upper_device()
+    host.complete(device.start())
+    pci = emulator.pci(host, device, transitional=True)
     pci.config.write(0x10, 0xC000, 4)
     pci.config.write(0x14, 0xE000_0000, 4)
     pci.config.write(0x20, 0xE010_0000, 4)
@@ -271,6 +280,7 @@ def test_a_function_is_found_where_the_guest_has_mapped_it(emulator, host):
     assert pci.find(0xE010_3004, io=True) is None
     assert pci.find(0xE010_0000 + pci.bars[4].size) is None
     pci.close()
+    host.complete(device.stop())
 
 
 def test_the_machine_is_reset(emulator, host):
@@ -341,3 +351,31 @@ async def test_from_another_thread(emulator):
     assert levels[-1] is False
     pci.close()
     await device.stop()
+
+
+def test_misuse_of_fronts_and_hosts_is_a_named_error(emulator, host):
+    device = upper_device()
+    with pytest.raises(LocalProtocolError, match="was not started"):
+        emulator.pci(host, device)
+    host.complete(device.start())
+    pci = emulator.pci(host, device)
+    with pytest.raises(LocalProtocolError, match="has this device already"):
+        emulator.pci(host, device)
+    pci.close()
+    emulator.pci(host, device).close()  # it may have another one afterwards
+    host.complete(device.stop())
+
+    closed = PolledHost()
+    closed.close()
+    work = device.start()
+    calls = (closed.poll, closed.fileno, lambda: closed.run(int), lambda: closed.complete(work))
+    for call in calls:
+        with pytest.raises(LocalProtocolError, match="was closed"):
+            call()
+
+
+def test_help_explains_what_a_window_has():
+    for front in (InProcessMmio, Window):
+        text = pydoc.plain(pydoc.render_doc(front))
+        for word in ("read(offset, size) -> value", "write(offset, value, size)", "size"):
+            assert word in text

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import click
 
 from vring_serial.cli import limits
+from vring_serial.cli.plain import escaped
 from vring_serial.errors import ConfigError, VringSerialError
 
 #: Exit statuses: what the user asked for is impossible, and everything else that goes wrong.
@@ -111,6 +112,20 @@ class CommandGroup(click.Group):
         sys.exit(status if isinstance(status, int) else 0)
 
 
+class PathName(click.ParamType[str]):
+    """A path that is not empty: an empty one is a variable of a script that was not set."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not value:
+            self.fail("it is empty", param, ctx)
+        return str(value)
+
+
+PATH = PathName()
+
+
 def _have_standard_descriptors() -> None:
     """Whoever closed one of ours would have the next thing we open read, or printed on."""
     fd = os.open(os.devnull, os.O_RDWR)
@@ -142,7 +157,7 @@ def _report(error: Exception) -> int:
     if isinstance(error, BrokenPipeError):  # whoever read our output has gone: nobody to tell
         return STATUS_ERROR
     expected = isinstance(error, (VringSerialError, OSError)) or _is_vring_error(error)
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = escaped(" ".join(str(error).split())) or type(error).__name__
     if (exhausted := limits.exhausted(error)) is not None:
         text = exhausted
     elif not expected:

@@ -11,7 +11,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from vring_serial.cli import interrupts_end_at_once
+from vring_serial.cli import PATH, interrupts_end_at_once
 from vring_serial.errors import ConfigError
 
 _CONTEXT = {"help_option_names": ["-h", "--help"]}
@@ -107,8 +107,12 @@ _OPTIONS: Sequence[Callable[[Any], Any]] = (
         help="Microseconds that the device polls where that is measured.",
     ),
     click.option("--quick", is_flag=True, help="Fewer sizes and rounds: seconds, not minutes."),
-    click.option("--json", "json_path", metavar="FILE", help="Write all samples to a file."),
-    click.option("--plot", "plot_path", metavar="FILE.png|svg", help="Draw them (vring[plot])."),
+    click.option(
+        "--json", "json_path", type=PATH, metavar="FILE", help="Write all samples to a file."
+    ),
+    click.option(
+        "--plot", "plot_path", type=PATH, metavar="FILE.png|svg", help="Draw them (vring[plot])."
+    ),
 )  # fmt: skip
 
 

@@ -15,9 +15,11 @@ from typing import Any
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from vring_serial.cli import STATUS_INTERRUPTED, logs
+from vring_serial.cli import PATH, STATUS_INTERRUPTED, logs
+from vring_serial.cli.plain import escaped
 from vring_serial.cli.signals import finished_before, run, stop_on_signals
 from vring_serial.errors import ConfigError, ResourceError
 from vring_serial.guest.bulk import serve_bulk
@@ -45,6 +47,7 @@ _SECONDS = click.FloatRange(min=0, min_open=True)
 @click.option(
     "--vhost-user",
     "path",
+    type=PATH,
     required=True,
     metavar="SOCKET",
     help="The socket of the vhost-user backend.",
@@ -195,7 +198,12 @@ async def _list(guest: EmbeddedGuest) -> None:
     table = Table("port", "name", "kind", "host end")
     for port in sorted(guest.ports.values(), key=lambda port: port.nr):
         kind = "console" if port.is_console else "port"
-        table.add_row(str(port.nr), port.name, kind, "open" if port.host_connected else "closed")
+        table.add_row(
+            str(port.nr),
+            escape(escaped(port.name)),
+            kind,
+            "open" if port.host_connected else "closed",
+        )
     Console().print(table)
 
 

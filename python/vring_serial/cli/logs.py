@@ -24,6 +24,7 @@ from typing import Any
 import click
 
 from vring_serial.cli.log_writer import LineWriter, write_to
+from vring_serial.cli.plain import escaped
 from vring_serial.errors import ResourceError
 from vring_serial.ratelimit import LogBudget
 
@@ -204,10 +205,10 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         when = datetime.datetime.fromtimestamp(record.created).isoformat(" ", "milliseconds")
-        line = f"{when} {record.levelname.lower():<7} {_one_line(_cut(record.getMessage()))}"
+        line = f"{when} {record.levelname.lower():<7} {escaped(_cut(record.getMessage()))}"
         if record.exc_info and record.exc_info[1] is not None:
             line += (
-                f": {type(record.exc_info[1]).__name__}: {_one_line(_cut(str(record.exc_info[1])))}"
+                f": {type(record.exc_info[1]).__name__}: {escaped(_cut(str(record.exc_info[1])))}"
             )
             if logging.getLogger("vring_serial").isEnabledFor(logging.DEBUG):
                 line += "\n" + self.formatException(record.exc_info)
@@ -258,10 +259,3 @@ def _cut(text: str) -> str:
     if len(text) <= MESSAGE_MAX:
         return text
     return f"{text[:MESSAGE_MAX]}… ({len(text) - MESSAGE_MAX} more characters)"
-
-
-def _one_line(text: str) -> str:
-    """``text`` with what could break or forge a line, or drive a terminal, escaped."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

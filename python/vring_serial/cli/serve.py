@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import click
 
-from vring_serial.cli import interrupts_end_at_once, logs
+from vring_serial.cli import PATH, interrupts_end_at_once, logs
 from vring_serial.cli.signals import run
 from vring_serial.config.draft import check_unix_path
 from vring_serial.config.load import load_topology
@@ -21,6 +21,7 @@ from vring_serial.errors import ConfigError
 @click.option(
     "--vhost-user",
     "sockets",
+    type=PATH,
     metavar="SOCKET",
     multiple=True,
     help="Unix socket to serve a controller on; once per controller, in their order.",
@@ -28,6 +29,7 @@ from vring_serial.errors import ConfigError
 @click.option(
     "--vfio-user",
     "vfio_sockets",
+    type=PATH,
     metavar="SOCKET",
     multiple=True,
     help="The same for vfio-user: a whole PCI function, for QEMU's vfio-user-pci.",
@@ -48,7 +50,9 @@ from vring_serial.errors import ConfigError
 @click.option(
     "--connect", is_flag=True, help="Connect to frontends that listen, instead of listening."
 )
-@click.option("--domain", metavar="FILE", help="libvirt domain XML; - reads standard input.")
+@click.option(
+    "--domain", type=PATH, metavar="FILE", help="libvirt domain XML; - reads standard input."
+)
 @click.option(
     "--chardev",
     "chardevs",
@@ -83,6 +87,7 @@ from vring_serial.errors import ConfigError
 )
 @click.option(
     "--channel-directory",
+    type=PATH,
     metavar="DIR",
     help="Where sockets of unix channels go that have no path (beside the first socket).",
 )
@@ -100,10 +105,13 @@ from vring_serial.errors import ConfigError
 )
 @click.option(
     "--agent-socket",
+    type=PATH,
     metavar="PATH",
     help="Share the agent behind the spicevmc port with `vring agent` on this unix socket.",
 )
-@click.option("--pid-file", metavar="FILE", help="Write the process id here while serving.")
+@click.option(
+    "--pid-file", type=PATH, metavar="FILE", help="Write the process id here while serving."
+)
 @click.option(
     "--log-level",
     type=click.Choice(logs.LEVELS),
@@ -113,6 +121,7 @@ from vring_serial.errors import ConfigError
 )
 @click.option(
     "--log-file",
+    type=PATH,
     metavar="FILE",
     help="Append the log to this file, which SIGHUP opens anew, instead of standard error.",
 )

@@ -7,6 +7,15 @@ from typing import Protocol
 
 from vring import RingError
 from vring_serial.device.virtqueue import RunningQueue
+from vring_serial.errors import LocalProtocolError
+
+
+def check_unserved(device: VirtioDevice) -> None:
+    """Raises LocalProtocolError if a transport serves the device: it has one at a time."""
+    if device.on_config_change is not None or device.on_needs_reset is not None:
+        raise LocalProtocolError(
+            f"{device.name}: a front or server has this device already; close or stop that first"
+        )
 
 
 class VirtioDevice(Protocol):

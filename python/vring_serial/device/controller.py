@@ -59,6 +59,7 @@ class Controller:
 
     Attributes:
         on_event: called with everything that happens.
+        started: between :meth:`start` and :meth:`stop`.
         on_config_change, on_needs_reset: see VirtioDevice.
     """
 
@@ -90,7 +91,7 @@ class Controller:
         self._ports: dict[int, Port] = {}
         self._pump = pump
         self._own_pump: Pump | None = None
-        self._started = False
+        self.started = False
         self._status = 0
         self._driver_features: int | None = None
         self._queues: dict[int, RunningQueue] = {}
@@ -192,12 +193,14 @@ class Controller:
         except BaseException:
             await self.stop()
             raise
+        self.started = True
 
     async def stop(self) -> None:
         """Leave all queues and stop all chardevs. Safe to call twice.
 
         All of them are stopped, also if one fails to or if this is cancelled; that is raised then.
         """
+        self.started = False
         self.reset()
         try:
             async with contextlib.AsyncExitStack() as stack:

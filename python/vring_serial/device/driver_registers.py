@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 
 from vring import GuestMemory, NotificationData, RingError, notify
-from vring_serial.device.base import VirtioDevice
+from vring_serial.device.base import VirtioDevice, check_unserved
 from vring_serial.device.host import Host
 from vring_serial.device.queue_setup import QueueSetup, QueueTable
 from vring_serial.errors import ConfigError, ProtocolError
@@ -57,6 +57,7 @@ class DriverRegisters:
 
     Raises:
         ConfigError: more queues than registers can name, or an impossible ``queue_size``.
+        LocalProtocolError: another front or server has the device.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class DriverRegisters:
         config_changed: Callable[[], None],
         was_reset: Callable[[], None],
     ) -> None:
+        check_unserved(device)
         if device.num_queues > MAX_QUEUES:
             raise ConfigError(f"the device has {device.num_queues} queues, at most {MAX_QUEUES}")
         size = queue_size or min(device.queue_size_max, QUEUE_SIZE)

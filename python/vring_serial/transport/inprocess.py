@@ -11,9 +11,11 @@ from collections.abc import Callable
 from vring import GuestMemory, NotificationData
 from vring_serial.callbacks import tell
 from vring_serial.device.base import VirtioDevice
+from vring_serial.device.controller import Controller
 from vring_serial.device.host import Host
 from vring_serial.device.mmio import MmioDevice
 from vring_serial.device.pci import Bar, PciDevice
+from vring_serial.errors import LocalProtocolError
 from vring_serial.ratelimit import RateLimitedLog
 from vring_serial.transport.inprocess_hosts import LoopHost, PolledHost
 
@@ -32,7 +34,12 @@ class Window:
         write: ``write(offset, value, size)``.
     """
 
-    __slots__ = ("read", "size", "write")
+    # As a mapping, so that help() of the fronts has them too.
+    __slots__ = {
+        "read": "read(offset, size) -> value: any offset and size; its bytes are little-endian.",
+        "size": "Bytes of the range.",
+        "write": "write(offset, value, size): as read.",
+    }
 
     def __init__(
         self,
@@ -60,12 +67,14 @@ class InProcessPci:
         transitional, packed, queue_size, vectors: see PciDevice.
 
     Attributes:
-        config: the 256 bytes of configuration space.
+        config: the 256 bytes of configuration space, a Window: read(offset, size) -> value,
+            write(offset, value, size), size.
         bars: by number: each a Window. Their kinds are in ``layout``.
         layout: what each BAR is.
 
     Raises:
         ConfigError: the device cannot be a PCI function so.
+        LocalProtocolError: another front has the device, or it is a Controller not started.
     """
 
     def __init__(
@@ -81,6 +90,7 @@ class InProcessPci:
         queue_size: int = 0,
         vectors: int | None = None,
     ) -> None:
+        _check_started(device)
         self._function = PciDevice(
             device,
             transitional=transitional,
@@ -145,8 +155,15 @@ class InProcessMmio(Window):
         interrupt: called with the level of the interrupt line when it changes.
         version, packed, queue_size: see MmioDevice.
 
+    Attributes:
+        size: bytes of the registers.
+        read: ``read(offset, size) -> value``, any offset and size; the value's bytes are
+            little-endian.
+        write: ``write(offset, value, size)``.
+
     Raises:
         ConfigError: the device cannot be served so.
+        LocalProtocolError: another front has the device, or it is a Controller not started.
     """
 
     __slots__ = ("_closed", "_host", "_registers")
@@ -162,6 +179,7 @@ class InProcessMmio(Window):
         packed: bool = False,
         queue_size: int = 0,
     ) -> None:
+        _check_started(device)
         self._host = host
         self._closed = False
         self._registers = MmioDevice(
@@ -193,6 +211,13 @@ class InProcessMmio(Window):
         if not self._closed:
             self._closed = True
             self._host.run(self._registers.close)
+
+
+def _check_started(device: VirtioDevice) -> None:
+    if isinstance(device, Controller) and not device.started:
+        raise LocalProtocolError(
+            f"{device.name} was not started: host.complete(device.start()) comes first"
+        )
 
 
 class _Callbacks:

@@ -39,6 +39,7 @@ class PolledHost:
 
     def run(self, function: Callable[[], None]) -> None:
         """See ``device.host.Host``. What ``function`` raises comes out here."""
+        self._check_open()
         if self._loop.is_running():
             function()
             return
@@ -67,8 +68,10 @@ class PolledHost:
         call should take, None if only :meth:`fileno` tells.
 
         Raises:
-            LocalProtocolError: called from within itself, as an interrupt callback would.
+            LocalProtocolError: called from within itself, as an interrupt callback would, or after
+                :meth:`close`.
         """
+        self._check_open()
         if self._loop.is_running():
             raise LocalProtocolError("poll() is called from within poll()")
         self._selector.begin(POLL_TURNS)
@@ -79,12 +82,28 @@ class PolledHost:
         return self._selector.wait
 
     def fileno(self) -> int:
-        """Readable when there is something to poll for: for select, epoll, GLib and their like."""
+        """Readable when there is something to poll for: for select, epoll, GLib and their like.
+
+        Raises:
+            LocalProtocolError: after :meth:`close`.
+        """
+        self._check_open()
         return self._selector.fileno()
 
     def complete(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run the coroutine, such as ``controller.start()``, to its end, waiting if it does."""
+        """Run the coroutine, such as ``controller.start()``, to its end, waiting if it does.
+
+        Raises:
+            LocalProtocolError: after :meth:`close`.
+        """
+        if self._loop.is_closed():
+            work.close()
+        self._check_open()
         return self._loop.run_until_complete(work)
+
+    def _check_open(self) -> None:
+        if self._loop.is_closed():
+            raise LocalProtocolError("this PolledHost was closed")
 
     def close(self) -> None:
         """Close the loop; devices are closed and stopped before. Safe to call twice."""

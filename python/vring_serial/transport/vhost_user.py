@@ -9,7 +9,7 @@ from collections.abc import Callable
 from vring import MemoryWatch
 from vring.errors import RingError
 from vring_serial.callbacks import tell
-from vring_serial.device.base import VirtioDevice
+from vring_serial.device.base import VirtioDevice, check_unserved
 from vring_serial.errors import ConfigError, LocalProtocolError, ResourceError
 from vring_serial.proto.vhost_user import ProtocolFeature
 from vring_serial.ratelimit import RateLimitedLog
@@ -102,10 +102,11 @@ class VhostUserBackend:
 
         Raises:
             ResourceError: the socket exists or cannot be made; the message names it and the reason.
-            LocalProtocolError: started already.
+            LocalProtocolError: started already, or another front or server has the device.
         """
         if self._started:
             raise LocalProtocolError(f"{self._name} is started already")
+        check_unserved(self._device)
         self._watch = make_watch(self._name)
         try:
             self._door.open()  # a frontend that listens already comes at once

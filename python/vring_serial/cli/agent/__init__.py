@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from vring_serial.cli import PATH
 from vring_serial.cli.agent.channel import Channel
 from vring_serial.cli.agent.clipboard import clipboard_group
 from vring_serial.cli.agent.files import send_command
@@ -17,7 +18,7 @@ from vring_serial.cli.agent.screen import caps_command, resize_command
     "address",
     envvar="VRING_AGENT_SOCKET",
     metavar="PATH|HOST:PORT",
-    required=True,
+    type=PATH,
     help="A socket that carries an agent channel; or the variable VRING_AGENT_SOCKET.",
 )
 @click.option(
@@ -29,7 +30,7 @@ from vring_serial.cli.agent.screen import caps_command, resize_command
     help="How long the guest may take to answer.",
 )
 @click.pass_context
-def agent_command(ctx: click.Context, address: str, timeout: float) -> None:
+def agent_command(ctx: click.Context, address: str | None, timeout: float) -> None:
     """Talk to the SPICE agent of a guest: resolution, clipboard, files.
 
     The socket is one of `vring serve` (--agent-socket, or a socket chardev behind the port
@@ -41,7 +42,8 @@ def agent_command(ctx: click.Context, address: str, timeout: float) -> None:
       vring agent --socket /run/agent.sock clipboard set "hello, guest"
       vring agent --socket /run/agent.sock send report.pdf photo.jpg
     """
-    ctx.obj = Channel(address, timeout)
+    # Without a socket the help of commands works all the same.
+    ctx.obj = Channel(address or "", timeout)
 
 
 for command in (caps_command, resize_command, clipboard_group, send_command, monitor_command):

@@ -8,7 +8,9 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from vring_serial.agent import HOST_CAPABILITIES, HostAgent
+import click
+
+from vring_serial.agent import HOST_CAPABILITIES, AgentTimeoutError, HostAgent
 from vring_serial.cli.signals import run_until_signal
 from vring_serial.errors import ConfigError, ResourceError
 from vring_serial.proto.agent import Capabilities
@@ -20,6 +22,14 @@ class Channel:
 
     address: str
     timeout: float
+
+    def check(self) -> None:
+        """Raises UsageError without an address."""
+        if not self.address:
+            raise click.UsageError(
+                "Missing option '--socket' (or the variable VRING_AGENT_SOCKET).",
+                click.get_current_context(silent=True),
+            )
 
     async def open(self, factory: Callable[[], asyncio.BaseProtocol]) -> None:
         """Connect a protocol. Raises ConfigError on an address, ResourceError on a connection."""
@@ -44,7 +54,11 @@ class Channel:
         agent = HostAgent(timeout=self.timeout, capabilities=capabilities)
         try:
             await self.open(agent.protocol_factory)
-            await agent.wait_ready()
+            try:
+                await agent.wait_ready()
+            except AgentTimeoutError as error:
+                text = f"{error}; another client may have --socket {self.address}"
+                raise AgentTimeoutError(text) from None
             yield agent
         finally:
             await agent.close()
@@ -56,6 +70,8 @@ class Channel:
         capabilities: Capabilities = HOST_CAPABILITIES,
     ) -> None:
         """Do ``work`` on the agent. The first SIGINT or SIGTERM cancels it and ends the command."""
+
+        self.check()
 
         async def on_agent() -> None:
             async with self.agent(capabilities) as agent:

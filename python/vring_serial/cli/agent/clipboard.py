@@ -23,7 +23,10 @@ from vring_serial.agent import (
     HostAgent,
     StreamSource,
 )
+from vring_serial.cli import PATH
 from vring_serial.cli.agent.channel import Channel
+from vring_serial.cli.background import in_background
+from vring_serial.cli.plain import escaped
 from vring_serial.errors import ConfigError, ResourceError
 from vring_serial.proto.agent import FILES_FROM_GUEST, Buffer, ClipboardType, Selection
 from vring_serial.proto.agent.filelist import FileList
@@ -71,15 +74,26 @@ def clipboard_group() -> None:
 @selection_option
 @type_option
 @click.option(
-    "--output", metavar="FILE|DIR", help="Where to write; for files, the directory to copy into."
+    "--output",
+    type=PATH,
+    metavar="FILE|DIR",
+    help="Where to write; for files, the directory to copy into.",
+)
+@click.option(
+    "-0", "--null", "raw", is_flag=True, help="For files: end each with a NUL, unescaped."
 )
 @click.pass_obj
-def get_command(channel: Channel, selection: str, kind: str, output: str | None) -> None:
+def get_command(channel: Channel, selection: str, kind: str, output: str | None, raw: bool) -> None:
     """Print what is on a clipboard of the guest, or write it to a file.
 
     For files, print their paths in the guest, or with --output copy them (agents that announce
-    FILES_FROM_GUEST, such as the embedded guest's).
+    FILES_FROM_GUEST, such as the embedded guest's). What could break a line or drive a terminal
+    is escaped in paths, and in text on a terminal.
     """
+
+    def tell(path: object) -> None:
+        click.echo(f"{path}\0" if raw else escaped(str(path)), nl=not raw)
+
     which = Selection[selection.upper()]
     if kind not in ("text", "files") and output is None and sys.stdout.isatty():
         raise ConfigError(f"{kind} data are not for a terminal: name a file", "--output")
@@ -87,13 +101,18 @@ def get_command(channel: Channel, selection: str, kind: str, output: str | None)
     async def work(agent: HostAgent) -> None:
         await _settle(agent, which)
         if kind == "text" and output is None:
-            click.echo(await agent.get_clipboard(which), nl=False)
+            text = await agent.get_clipboard(which)
+            if sys.stdout.isatty():
+                click.echo(escaped(text, keep="\n\t"), nl=False)
+            else:
+                click.echo(text.encode(), nl=False)
         elif kind == "files" and output is not None:
             for path in await agent.get_files(Path(output), which):
-                click.echo(path)
+                tell(path)
         elif kind == "files":
             data = await agent.get_clipboard_data(ClipboardType.FILE_LIST, which)
-            click.echo("\n".join(FileList.unpack(data).paths))
+            for there in FileList.unpack(data).paths:
+                tell(there)
         else:
             stream = agent.stream_clipboard(TYPES[kind], which)
             async with contextlib.aclosing(stream):
@@ -122,7 +141,8 @@ def _output(path: str | None) -> Iterator[BinaryIO]:
         sys.stdout.buffer.flush()
         return
     try:
-        with open(path, "wb") as file:
+        # What was copied may be a password.
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
             yield file
     except OSError as error:
         raise ResourceError(f"--output {path}: {error.strerror}") from None
@@ -135,8 +155,13 @@ def _output(path: str | None) -> Iterator[BinaryIO]:
 @click.argument("text", required=False)
 @selection_option
 @type_option
-@click.option("--file", "path", metavar="FILE", help="Take the data from a file; - is stdin.")
+@click.option(
+    "--file", "path", type=PATH, metavar="FILE", help="Take the data from a file; - is stdin."
+)
 @click.option("--paste-once", is_flag=True, help="End when it has been pasted once.")
+@click.option(
+    "--background", is_flag=True, help="Return when the guest knows of it, and go on behind."
+)
 @click.pass_obj
 def set_command(
     channel: Channel,
@@ -145,6 +170,7 @@ def set_command(
     kind: str,
     path: str | None,
     paste_once: bool,
+    background: bool,
 ) -> None:
     """Put TEXT, or a file's contents, on a clipboard of the guest.
 
@@ -158,10 +184,18 @@ def set_command(
     which = Selection[selection.upper()]
     pasted = asyncio.Event()
     source = _source(text, path, pasted)
+    channel.check()
+    left = in_background() if background else None
 
     async def work(agent: HostAgent) -> None:
         with agent.events() as events:
             await agent.set_clipboard({TYPES[kind]: source}, which)
+            if left is not None:
+                left()
+            elif sys.stderr.isatty():
+                click.echo(
+                    f"until something in the guest takes the {selection}, or Ctrl-C", err=True
+                )
             taken = asyncio.ensure_future(_taken(events, which))
             waiting = [taken]
             if paste_once:

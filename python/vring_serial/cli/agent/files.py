@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -19,6 +20,7 @@ from rich.progress import (
 
 from vring_serial.agent import AgentError, HostAgent
 from vring_serial.cli.agent.channel import Channel
+from vring_serial.cli.plain import escaped
 from vring_serial.errors import ConfigError, VringSerialError
 
 #: Transfers at once; the Linux agent takes 128.
@@ -36,6 +38,7 @@ def send_command(channel: Channel, paths: tuple[str, ...], quiet: bool) -> None:
     """
     files = [_checked(path) for path in paths]
     failed: list[str] = []
+    cancelled: list[bool] = []
 
     async def work(agent: HostAgent) -> None:
         columns = (
@@ -47,11 +50,20 @@ def send_command(channel: Channel, paths: tuple[str, ...], quiet: bool) -> None:
         )
         with Progress(*columns, console=Console(stderr=True), disable=quiet) as progress:
             slots = asyncio.Semaphore(AT_ONCE)
-            async with asyncio.TaskGroup() as group:
-                for file in files:
-                    group.create_task(_send(agent, file, progress, slots, failed))
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for file in files:
+                        group.create_task(_send(agent, file, progress, slots, failed))
+            except asyncio.CancelledError:
+                progress.live.transient = True  # no bars once more
+                cancelled.append(True)
+                raise
 
-    channel.run(work)
+    try:
+        channel.run(work)
+    finally:
+        if cancelled:
+            click.echo("cancelled", err=True)
     if failed:
         raise VringSerialError("; ".join(failed))
 
@@ -62,6 +74,9 @@ def _checked(path: str) -> Path:
     try:
         if file.is_dir():
             raise ConfigError("is a directory: send its files, or an archive of it", path)
+        if not file.is_file():
+            file.stat()
+            raise ConfigError("is no regular file, whose size is known", path)  # and may not end
         with file.open("rb"):
             return file
     except OSError as error:
@@ -76,7 +91,8 @@ async def _send(
     failed: list[str],
 ) -> None:
     """Send one file; its failure does not stop the others."""
-    task: TaskID = progress.add_task(file.name, total=None)
+    name = escape(escaped(file.name))
+    task: TaskID = progress.add_task(name, total=None)
     try:
         async with slots:
             await agent.send_file(
@@ -84,5 +100,6 @@ async def _send(
                 on_progress=lambda sent, size: progress.update(task, completed=sent, total=size),
             )
     except AgentError as error:
-        progress.update(task, description=f"[red]{file.name}[/]")
-        failed.append(f"{file}: {error}")
+        progress.update(task, description=f"[red]{name}[/]")
+        text = str(error)
+        failed.append(text if text.startswith(f"{file}:") else f"{file}: {text}")

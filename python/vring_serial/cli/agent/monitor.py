@@ -11,7 +11,9 @@ import socket
 import click
 
 from vring_serial.accept import Acceptor
+from vring_serial.cli import PATH
 from vring_serial.cli.agent.channel import Channel
+from vring_serial.cli.plain import escaped
 from vring_serial.cli.signals import run_until_signal
 from vring_serial.errors import ConfigError, ResourceError
 from vring_serial.proto.agent import (
@@ -87,12 +89,13 @@ class Decoder:
     def _show(self, text: str) -> None:
         time = datetime.datetime.now().isoformat(" ", "milliseconds")
         line = text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
-        click.echo(f"{time} {self._name}: {line}")
+        click.echo(escaped(f"{time} {self._name}: {line}"))
 
 
 @click.command("monitor")
 @click.option(
     "--listen",
+    type=PATH,
     metavar="PATH",
     help="Stand between the channel and a client that connects here, and show both directions.",
 )
@@ -103,6 +106,7 @@ def monitor_command(channel: Channel, listen: str | None) -> None:
     Alone it announces itself as a client and shows what the agent sends. With --listen it passes
     everything on between a client of that socket and the channel, unchanged.
     """
+    channel.check()
     if listen is not None and os.path.abspath(listen) == os.path.abspath(channel.address):
         raise ConfigError("is the channel's own socket", f"--listen {listen}")
     run_until_signal(lambda: _watch(channel) if listen is None else _between(channel, listen))
