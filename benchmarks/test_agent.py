@@ -23,12 +23,12 @@ from pathlib import Path
 import pytest
 
 from vring_serial.agent import HostAgent
+from vring_serial.agent.guest import AGENT_PORT, GuestAgent
 from vring_serial.chardev.protocol import ProtocolChardev
-from vring_serial.device.controller import Controller
-from vring_serial.device.port import Port
-from vring_serial.guest.agent import AGENT_PORT, GuestAgent
+from vring_serial.device.console.controller import Controller
+from vring_serial.device.console.port import Port
 from vring_serial.proto.agent import NEED_DATA, AgentConnection, Clipboard, FileXferData, Side
-from vring_serial.transport.vhost_user import VhostUserBackend
+from vring_serial.transport.vhost_user.backend import VhostUserBackend
 
 FILE_DATA = FileXferData(1, bytes(64 << 10))
 CLIPBOARD = Clipboard(0, 1, bytes(16 << 20))

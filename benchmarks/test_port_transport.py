@@ -8,7 +8,7 @@ import os
 import pytest
 
 from vring import GuestMemory, Region, SplitDriver, SplitQueue
-from vring_serial.device.port_transport import PortTransport
+from vring_serial.device.console.port_transport import PortTransport
 from vring_serial.device.virtqueue import RunningQueue
 
 SIZE = 256

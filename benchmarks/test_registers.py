@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 
 from vring import GuestMemory, Region
-from vring_serial.device.controller import Controller
+from vring_serial.device.console.controller import Controller
 from vring_serial.device.testing import ANY_FEATURE, MmioDriver, PciDriver, RegisterDriver
-from vring_serial.transport.inprocess import InProcessMmio, InProcessPci, PolledHost
+from vring_serial.transport.inprocess.fronts import InProcessMmio, InProcessPci, PolledHost
 
 COMMON, ISR, DEVICE, NOTIFY = 0, 0x1000, 0x2000, 0x3000
 

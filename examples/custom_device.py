@@ -26,8 +26,8 @@ import sys
 from vring_serial.device.queue_device import QueueDevice
 from vring_serial.device.virtqueue import RunningQueue
 from vring_serial.errors import VringSerialError
-from vring_serial.transport.vfio_user import VfioUserServer
-from vring_serial.transport.vhost_user import VhostUserBackend
+from vring_serial.transport.vfio_user.server import VfioUserServer
+from vring_serial.transport.vhost_user.backend import VhostUserBackend
 
 ENTROPY_DEVICE = 4
 #: A driver may ask for gigabytes with one buffer; it gets less, which it must expect.

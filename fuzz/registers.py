@@ -5,7 +5,7 @@ work, and after a reset the device is as new.
 
     python fuzz/registers.py --seconds 60
 
-tests/device/test_fuzz_registers.py plays the same with Hypothesis.
+tests/device/registers/test_fuzz_registers.py plays the same with Hypothesis.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from contextlib import suppress
 
 from vring import GuestMemory, Region
 from vring_serial.chardev.protocol import ProtocolChardev
-from vring_serial.device.controller import DEFAULT_FEATURES, Controller
-from vring_serial.device.port import Port
+from vring_serial.device.console.controller import DEFAULT_FEATURES, Controller
+from vring_serial.device.console.port import Port
 from vring_serial.device.testing import LegacyPciDriver, MmioDriver, PciDriver, RegisterDriver
 from vring_serial.errors import ProtocolError
 from vring_serial.proto.console import Feature, Status
-from vring_serial.transport.inprocess import InProcessMmio, InProcessPci, PolledHost, Window
+from vring_serial.transport.inprocess.fronts import InProcessMmio, InProcessPci, PolledHost, Window
 
 RAM_SIZE = 64 << 10
 STEPS_MAX = 400

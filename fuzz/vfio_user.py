@@ -22,9 +22,9 @@ from typing import Any
 from vring import MemoryWatch
 from vring_serial import unix_fds
 from vring_serial.chardev.null import NullChardev
-from vring_serial.device.controller import Controller
+from vring_serial.device.console.controller import Controller
+from vring_serial.device.console.port import Port
 from vring_serial.device.pci import PciDevice
-from vring_serial.device.port import Port
 from vring_serial.proto.payload import Payload
 from vring_serial.proto.vfio_user import MessageParser, reply, request
 from vring_serial.proto.vfio_user_version import Version
@@ -45,8 +45,8 @@ from vring_serial.proto.vfio_user_wire import (
 )
 from vring_serial.ratelimit import RateLimitedLog
 from vring_serial.transport.closer import Closer
-from vring_serial.transport.vfio_rings import RemoteRings
-from vring_serial.transport.vfio_session import Session
+from vring_serial.transport.vfio_user.rings import RemoteRings
+from vring_serial.transport.vfio_user.session import Session
 
 _SAID = RateLimitedLog(logging.getLogger(__name__))
 MEMORY = 1 << 20

@@ -12,8 +12,8 @@ from vring import GuestMemory
 from vring.testing import GuestQueue
 from vring_serial.chardev.base import ProtocolEnd
 from vring_serial.chardev.protocol import ProtocolChardev
-from vring_serial.device.controller import Controller
-from vring_serial.device.port import Port
+from vring_serial.device.console.controller import Controller
+from vring_serial.device.console.port import Port
 from vring_serial.device.queue_device import QueueDevice
 from vring_serial.device.testing import ANY_FEATURE, MmioDriver, PciDriver, RegisterDriver
 from vring_serial.device.virtqueue import RunningQueue
@@ -21,9 +21,9 @@ from vring_serial.guest.guest import EmbeddedGuest
 from vring_serial.proto import vfio_user
 from vring_serial.proto.console import Status
 from vring_serial.proto.vfio_user_version import Version
-from vring_serial.transport.inprocess import InProcessMmio, InProcessPci, PolledHost
-from vring_serial.transport.vfio_user import VfioUserServer
-from vring_serial.transport.vhost_user import VhostUserBackend
+from vring_serial.transport.inprocess.fronts import InProcessMmio, InProcessPci, PolledHost
+from vring_serial.transport.vfio_user.server import VfioUserServer
+from vring_serial.transport.vhost_user.backend import VhostUserBackend
 
 DEADLINE = 20.0
 

@@ -16,8 +16,8 @@ import pytest
 from vring_serial.bench.rig import Rig
 from vring_serial.chardev.file import FileChardev, FileOptions
 from vring_serial.chardev.socket import SocketChardev, SocketOptions
-from vring_serial.device.controller import Controller
-from vring_serial.device.port import Port
+from vring_serial.device.console.controller import Controller
+from vring_serial.device.console.port import Port
 from vring_serial.errors import ResourceError
 
 ROOT = Path(__file__).parents[1]

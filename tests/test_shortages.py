@@ -18,14 +18,14 @@ from vring_serial.chardev.base import DescriptorEnd, End
 from vring_serial.chardev.file import FileChardev, FileOptions
 from vring_serial.chardev.socket import SocketChardev, SocketOptions
 from vring_serial.cli import logs
-from vring_serial.device import port as port_module
-from vring_serial.device.controller import Controller
-from vring_serial.device.port import Port
+from vring_serial.device.console import port as port_module
+from vring_serial.device.console.controller import Controller
+from vring_serial.device.console.port import Port
 from vring_serial.errors import ResourceError
 from vring_serial.guest.guest import EmbeddedGuest
 from vring_serial.transport import door as door_module
 from vring_serial.transport.door import Door
-from vring_serial.transport.vhost_user import VhostUserBackend
+from vring_serial.transport.vhost_user.backend import VhostUserBackend
 from vring_serial.unix_socket import UnixListener
 
 DEADLINE = 20.0

@@ -27,11 +27,11 @@ from unicorn import x86_const as x86
 from vring import GuestMemory, Region
 from vring_serial.agent import HostAgent
 from vring_serial.chardev.protocol import ProtocolChardev
-from vring_serial.device.controller import Controller
-from vring_serial.device.port import Port
+from vring_serial.device.console.controller import Controller
+from vring_serial.device.console.port import Port
 from vring_serial.errors import VringSerialError
 from vring_serial.proto.agent import Monitor
-from vring_serial.transport.inprocess import InProcessPci, PolledHost
+from vring_serial.transport.inprocess.fronts import InProcessPci, PolledHost
 
 RAM_SIZE = 16 << 20
 ENTRY = 0x10_0000

@@ -19,8 +19,8 @@ from vring_serial.agent import (
     ClipboardReleased,
     HostAgent,
 )
-from vring_serial.agent import replies as replies_module
-from vring_serial.guest.agent import GUEST_CAPABILITIES, GuestAgent
+from vring_serial.agent.channel import replies as replies_module
+from vring_serial.agent.guest import GUEST_CAPABILITIES, GuestAgent
 from vring_serial.proto.agent import (
     FILES_FROM_GUEST,
     AnnounceCapabilities,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from vring_serial.agent import AgentGone, AgentReady, HostAgent
-from vring_serial.guest.agent import GuestAgent
+from vring_serial.agent.guest import GuestAgent
 from vring_serial.proto.agent import Capability, Monitor
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "agent.md"

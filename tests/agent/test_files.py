@@ -19,8 +19,8 @@ from vring_serial.agent import (
     FileTransferError,
     HostAgent,
 )
-from vring_serial.agent import receiver as receiver_module
-from vring_serial.agent.receiver import FileReceiver, safe_name
+from vring_serial.agent.channel import receiver as receiver_module
+from vring_serial.agent.channel.receiver import FileReceiver, safe_name
 from vring_serial.proto.agent import (
     FileInfo,
     FileXferData,

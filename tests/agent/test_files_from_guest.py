@@ -16,7 +16,7 @@ from vring_serial.agent import (
     FileTransferError,
     HostAgent,
 )
-from vring_serial.guest.agent import GUEST_CAPABILITIES
+from vring_serial.agent.guest import GUEST_CAPABILITIES
 from vring_serial.proto.agent import (
     FILES_FROM_GUEST,
     Clipboard,

@@ -25,8 +25,8 @@ from vring_serial.agent import (
     StreamSource,
 )
 from vring_serial.agent import host as host_module
-from vring_serial.agent import link as link_module
-from vring_serial.guest.agent import GUEST_CAPABILITIES, HostLeft
+from vring_serial.agent.channel import link as link_module
+from vring_serial.agent.guest import GUEST_CAPABILITIES, HostLeft
 from vring_serial.proto.agent import (
     AnnounceCapabilities,
     Capabilities,

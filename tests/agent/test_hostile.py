@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vring_serial.agent import HOST_CAPABILITIES, AgentRouter, HostAgent
-from vring_serial.agent.router_client import RouterClient
-from vring_serial.guest.agent import GuestAgent
+from vring_serial.agent.guest import GuestAgent
+from vring_serial.agent.router.client import RouterClient
 from vring_serial.proto.agent import (
     AGENT_AWAY,
     FILES_FROM_GUEST,

@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from vring_serial.agent import replies as replies_module
-from vring_serial.agent.replies import Replies
+from vring_serial.agent.channel import replies as replies_module
+from vring_serial.agent.channel.replies import Replies
 
 
 async def sent():

@@ -30,11 +30,11 @@ from vring_serial.chardev.file import FileChardev, FileOptions
 from vring_serial.chardev.hangup import unread
 from vring_serial.chardev.pty import PtyChardev
 from vring_serial.chardev.ringbuf import RingbufChardev
-from vring_serial.device.controller import Controller
-from vring_serial.device.port import Port
+from vring_serial.device.console.controller import Controller
+from vring_serial.device.console.port import Port
 from vring_serial.guest.guest import EmbeddedGuest
 from vring_serial.guest.port import GuestPort
-from vring_serial.transport.vhost_user import VhostUserBackend
+from vring_serial.transport.vhost_user.backend import VhostUserBackend
 
 Serve = Callable[..., AbstractAsyncContextManager[EmbeddedGuest]]
 

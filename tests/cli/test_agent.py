@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from vring_serial.agent import AgentRouter
-from vring_serial.guest.agent import GuestAgent
+from vring_serial.agent.guest import GuestAgent
 
 VRING = (sys.executable, "-m", "vring_serial")
 DOMAIN = """\

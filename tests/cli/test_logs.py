@@ -15,7 +15,7 @@ from vring_serial.agent.events import AgentGone, AgentReady
 from vring_serial.chardev.protocol import SpicevmcOptions
 from vring_serial.cli import agent_end, logs
 from vring_serial.config.topology import ChardevConfig, PortConfig
-from vring_serial.device.events import MessageRefused, PortOpened, Side
+from vring_serial.device.console.events import MessageRefused, PortOpened, Side
 from vring_serial.proto.agent import Capabilities
 
 

@@ -12,7 +12,7 @@ from vring_serial.config import build
 from vring_serial.config.domain_xml import load
 from vring_serial.config.qemu_options import parse
 from vring_serial.config.topology import PortConfig
-from vring_serial.device.events import DriverReady
+from vring_serial.device.console.events import DriverReady
 from vring_serial.errors import ConfigError, ResourceError
 
 DOMAIN = str(Path(__file__).parents[2] / "examples" / "spice-agent.xml")

@@ -12,9 +12,9 @@ import pytest
 
 from vring import Driver, GuestMemory, PackedDriver, Region, SplitDriver, SplitQueue
 from vring_serial.device.base import VirtioDevice
-from vring_serial.device.controller import DEFAULT_FEATURES, Controller
-from vring_serial.device.mmio import MmioDevice
+from vring_serial.device.console.controller import DEFAULT_FEATURES, Controller
 from vring_serial.device.pci import PciDevice
+from vring_serial.device.registers.mmio import MmioDevice
 from vring_serial.device.testing import LegacyPciDriver, MmioDriver, PciDriver, RegisterDriver
 from vring_serial.device.virtqueue import RunningQueue
 from vring_serial.proto.console import (

@@ -16,8 +16,8 @@ import pytest
 from tests.guest.conftest import ScriptedDevice, ScriptedServer
 from vring_serial import unix_fds
 from vring_serial.chardev.ringbuf import RingbufChardev
-from vring_serial.device.controller import Controller
-from vring_serial.device.port import Port
+from vring_serial.device.console.controller import Controller
+from vring_serial.device.console.port import Port
 from vring_serial.guest.errors import BackendClosedError, PortRemovedError
 from vring_serial.guest.frontend import Frontend
 from vring_serial.guest.guest import EmbeddedGuest
@@ -25,7 +25,7 @@ from vring_serial.guest.memory import GuestRam
 from vring_serial.guest.port import GuestPort
 from vring_serial.guest.queue import DriverQueue
 from vring_serial.proto import vhost_user as vu
-from vring_serial.transport.vhost_user import VhostUserBackend
+from vring_serial.transport.vhost_user.backend import VhostUserBackend
 
 Until = Callable[[Callable[[], object]], Awaitable[None]]
 

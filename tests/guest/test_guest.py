@@ -13,8 +13,8 @@ import pytest
 
 from vring_serial.chardev.protocol import ProtocolChardev
 from vring_serial.chardev.socket import SocketChardev, SocketOptions
-from vring_serial.device.controller import Controller
-from vring_serial.device.port import Port
+from vring_serial.device.console.controller import Controller
+from vring_serial.device.console.port import Port
 from vring_serial.errors import ConfigError, ResourceError
 from vring_serial.guest import EmbeddedGuest, GuestPort
 from vring_serial.guest.errors import (
@@ -24,7 +24,7 @@ from vring_serial.guest.errors import (
 )
 from vring_serial.guest.services import keep_serving, serve_echo
 from vring_serial.proto.console import Feature
-from vring_serial.transport.vhost_user import VhostUserBackend
+from vring_serial.transport.vhost_user.backend import VhostUserBackend
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 MIB = 1 << 20

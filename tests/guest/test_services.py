@@ -6,11 +6,11 @@ import asyncio
 from pathlib import Path
 
 from vring_serial.chardev.socket import SocketChardev, SocketOptions
-from vring_serial.device.controller import Controller
-from vring_serial.device.port import Port
+from vring_serial.device.console.controller import Controller
+from vring_serial.device.console.port import Port
 from vring_serial.guest import EmbeddedGuest
 from vring_serial.guest.services import keep_serving
-from vring_serial.transport.vhost_user import VhostUserBackend
+from vring_serial.transport.vhost_user.backend import VhostUserBackend
 
 
 async def moody(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

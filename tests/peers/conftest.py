@@ -16,9 +16,9 @@ import pytest
 
 from vring_serial.chardev.base import Chardev
 from vring_serial.chardev.socket import SocketChardev, SocketOptions
-from vring_serial.device.controller import Controller
-from vring_serial.device.port import Port
-from vring_serial.transport.vhost_user import VhostUserBackend
+from vring_serial.device.console.controller import Controller
+from vring_serial.device.console.port import Port
+from vring_serial.transport.vhost_user.backend import VhostUserBackend
 
 
 def load_helper(name: str) -> ModuleType:

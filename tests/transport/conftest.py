@@ -41,7 +41,7 @@ from vring_serial.proto.vhost_user import (
     reply,
     request,
 )
-from vring_serial.transport.vhost_user import VhostUserBackend
+from vring_serial.transport.vhost_user.backend import VhostUserBackend
 
 NEEDS_RESET = 64
 FEATURES = 1 << 32 | 1 << 29 | 1 << 28

@@ -18,7 +18,7 @@ from vring_serial.device.virtqueue import RunningQueue
 from vring_serial.errors import ProtocolError
 from vring_serial.proto.vhost_user import Request, VringDescriptor
 from vring_serial.transport.event_fds import check_event_descriptor
-from vring_serial.transport.vhost_user import VhostUserBackend
+from vring_serial.transport.vhost_user.backend import VhostUserBackend
 
 FULL = 2**64 - 2
 

@@ -11,14 +11,14 @@ import pytest
 
 from vring_serial.chardev.null import NullChardev
 from vring_serial.chardev.socket import SocketChardev, SocketOptions
-from vring_serial.device.controller import Controller
-from vring_serial.device.port import Port
+from vring_serial.device.console.controller import Controller
+from vring_serial.device.console.port import Port
 from vring_serial.guest.guest import EmbeddedGuest
 from vring_serial.proto.vfio_user import Message
 from vring_serial.proto.vfio_user_wire import Command, DmaAccess
-from vring_serial.transport.vfio_remote import RemoteMemory
-from vring_serial.transport.vfio_user import VfioUserServer
-from vring_serial.transport.vhost_user import VhostUserBackend
+from vring_serial.transport.vfio_user.remote import RemoteMemory
+from vring_serial.transport.vfio_user.server import VfioUserServer
+from vring_serial.transport.vhost_user.backend import VhostUserBackend
 
 
 def awaitables(kind):

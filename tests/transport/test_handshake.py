@@ -11,7 +11,7 @@ import pytest
 
 from vring_serial.proto.vhost_user import Request, VringState, request
 from vring_serial.transport import door
-from vring_serial.transport.vhost_user import PROTOCOL_FEATURES, VhostUserBackend
+from vring_serial.transport.vhost_user.backend import PROTOCOL_FEATURES, VhostUserBackend
 
 OFFERED = int(PROTOCOL_FEATURES)
 

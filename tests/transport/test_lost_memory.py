@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from vring_serial.proto.vhost_user import Request, SingleRegion
-from vring_serial.transport.vhost_user import VhostUserBackend
+from vring_serial.transport.vhost_user.backend import VhostUserBackend
 
 MEMORY_SIZE = 1 << 20
 

@@ -12,7 +12,7 @@ import pytest
 
 from vring_serial import turns
 from vring_serial.proto.vhost_user import U64, ProtocolFeature, Request, request
-from vring_serial.transport.vhost_session import READ_SIZE
+from vring_serial.transport.vhost_user.session import READ_SIZE
 from vring_serial.turns import Turn
 
 FLOOD = READ_SIZE // 12

@@ -24,7 +24,7 @@ from vring_serial.proto.vhost_user import (
 )
 from vring_serial.transport import closer
 from vring_serial.transport.closer import Closer
-from vring_serial.transport.vhost_user import PROTOCOL_FEATURES, VhostUserBackend
+from vring_serial.transport.vhost_user.backend import PROTOCOL_FEATURES, VhostUserBackend
 
 OFFERED = int(PROTOCOL_FEATURES)
 

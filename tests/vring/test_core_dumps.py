@@ -12,7 +12,7 @@ from vring import GuestMemory, Region
 from vring_serial.guest.memory import GuestRam
 from vring_serial.proto.vfio_user_wire import DmaFlag, DmaMap
 from vring_serial.transport.lost_memory import make_watch
-from vring_serial.transport.vfio_dma import DmaTable
+from vring_serial.transport.vfio_user.dma import DmaTable
 
 SIZE = 1 << 20
 

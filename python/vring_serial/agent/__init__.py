@@ -6,7 +6,7 @@ several of them share one agent.
 
 from __future__ import annotations
 
-from vring_serial.agent.clipboard import ANY_SIZE, StreamSource
+from vring_serial.agent.channel.clipboard import ANY_SIZE, StreamSource
 from vring_serial.agent.errors import (
     AgentError,
     AgentGoneError,
@@ -29,7 +29,7 @@ from vring_serial.agent.events import (
 )
 from vring_serial.agent.host import HostAgent
 from vring_serial.agent.host_capabilities import HOST_CAPABILITIES
-from vring_serial.agent.router import AgentRouter
+from vring_serial.agent.router.router import AgentRouter
 
 __all__ = [
     "HostAgent",

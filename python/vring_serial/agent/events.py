@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TypeAlias
 
-from vring_serial.agent.outbox import kept, message_cost
+from vring_serial.agent.channel.outbox import kept, message_cost
 from vring_serial.proto.agent import AgentProtocolError, Capabilities, TypedMessage, UnknownMessage
 
 

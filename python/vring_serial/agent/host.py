@@ -8,13 +8,17 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Sequence
 from pathlib import Path
 
-from vring_serial.agent.arrivals import Arrivals
-from vring_serial.agent.body import users_sink
-from vring_serial.agent.clipboard import (
+from vring_serial.agent.channel.arrivals import Arrivals
+from vring_serial.agent.channel.body import users_sink
+from vring_serial.agent.channel.clipboard import (
     ClipboardChannel,
     Offer,
     need_clipboard,
 )
+from vring_serial.agent.channel.files import FROM_GUEST, FileSender, Progress
+from vring_serial.agent.channel.link import AgentLink, BodySink
+from vring_serial.agent.channel.receiver import FileReceiver
+from vring_serial.agent.channel.replies import Replies, ReplyCall
 from vring_serial.agent.errors import (
     AgentError,
     AgentGoneError,
@@ -33,11 +37,7 @@ from vring_serial.agent.events import (
     EventStream,
     OtherMessage,
 )
-from vring_serial.agent.files import FROM_GUEST, FileSender, Progress
 from vring_serial.agent.host_capabilities import HOST_CAPABILITIES
-from vring_serial.agent.link import AgentLink, BodySink
-from vring_serial.agent.receiver import FileReceiver
-from vring_serial.agent.replies import Replies, ReplyCall
 from vring_serial.callbacks import tell
 from vring_serial.proto.agent import (
     AGENT_AWAY,

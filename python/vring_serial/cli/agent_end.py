@@ -21,7 +21,7 @@ from vring_serial.agent.events import (
     ClipboardGrabbed,
     ClipboardReleased,
 )
-from vring_serial.agent.router import AgentRouter
+from vring_serial.agent.router.router import AgentRouter
 from vring_serial.cli.logs import emit
 from vring_serial.config.build import ProtocolFactory
 from vring_serial.config.topology import PortConfig

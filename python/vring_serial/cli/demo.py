@@ -25,12 +25,12 @@ from vring_serial.cli.signals import run_until_signal
 from vring_serial.config.build import make_controller
 from vring_serial.config.load import load_topology
 from vring_serial.config.topology import Topology
-from vring_serial.device.controller import Controller
-from vring_serial.device.events import DeviceEvent, PortReady
+from vring_serial.device.console.controller import Controller
+from vring_serial.device.console.events import DeviceEvent, PortReady
 from vring_serial.errors import ResourceError, VringSerialError
 from vring_serial.guest.bulk import stamped_blocks
 from vring_serial.proto.agent import Monitor, capability_name
-from vring_serial.transport.vhost_user import VhostUserBackend
+from vring_serial.transport.vhost_user.backend import VhostUserBackend
 
 MIB = 1 << 20
 AGENT_PORT = 1

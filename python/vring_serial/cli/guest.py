@@ -149,7 +149,7 @@ def guest_command(
 
 
 def _agent(downloads: Path | None) -> tuple[str, Service]:
-    from vring_serial.guest.agent import AGENT_PORT, serve_agent
+    from vring_serial.agent.guest import AGENT_PORT, serve_agent
 
     return AGENT_PORT, functools.partial(serve_agent, downloads=downloads)
 

@@ -1,9 +1,10 @@
 """What happens, one line each on standard error: plain text, or JSON for programs.
 
 In JSON a line is one object. Every one has the keys ``time`` (ISO 8601, UTC), ``level``,
-``logger``, ``event`` and ``message``. Device events (:mod:`vring_serial.device.events`) are named
-after their class, ``port_opened`` for PortOpened, and add its fields and ``where``, the controller
-and port; what :func:`emit` logs has the event and the fields given there; the rest is a ``log``.
+``logger``, ``event`` and ``message``. Device events (:mod:`vring_serial.device.console.events`)
+are named after their class, ``port_opened`` for PortOpened, and add its fields and ``where``, the
+controller and port; what :func:`emit` logs has the event and the fields given there; the rest is a
+``log``.
 """
 
 from __future__ import annotations

@@ -19,10 +19,10 @@ from vring_serial.cli.signals import finished_before, stop_on_signals
 from vring_serial.cli.spice_end import SpiceEnds
 from vring_serial.config.build import make_controller
 from vring_serial.config.topology import ControllerConfig, Topology
-from vring_serial.device.controller import Controller
+from vring_serial.device.console.controller import Controller
 from vring_serial.errors import ConfigError, ResourceError
-from vring_serial.transport.vfio_user import VfioUserServer
-from vring_serial.transport.vhost_user import VhostUserBackend
+from vring_serial.transport.vfio_user.server import VfioUserServer
+from vring_serial.transport.vhost_user.backend import VhostUserBackend
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,8 @@ from vring import Pump
 from vring_serial import chardev
 from vring_serial.chardev import Chardev
 from vring_serial.config.topology import ChardevConfig, ControllerConfig, PortConfig
-from vring_serial.device.controller import Controller
-from vring_serial.device.port import Port
+from vring_serial.device.console.controller import Controller
+from vring_serial.device.console.port import Port
 from vring_serial.errors import ConfigError
 
 #: Makes the protocol of one connection to the port.

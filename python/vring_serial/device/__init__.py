@@ -1,1 +1,1 @@
-"""The device itself: controller, ports, and how bytes move between queues and host ends."""
+"""Any virtio device, the console device, and the registers a driver sees it through."""

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vring_serial.device.controller import DEFAULT_FEATURES, Controller
+from vring_serial.device.console.controller import DEFAULT_FEATURES, Controller
 from vring_serial.device.pci import PciDevice
 from vring_serial.device.testing import PciDriver
 from vring_serial.proto.console import Feature, Status

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from vring_serial.device.controller import Controller
+from vring_serial.device.console.controller import Controller
 from vring_serial.device.pci import PciDevice
 from vring_serial.errors import ConfigError
 

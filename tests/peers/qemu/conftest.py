@@ -13,8 +13,8 @@ import pytest_asyncio
 from exchange import MIB, Payload
 from machine import QemuMachine
 
-from vring_serial.transport.vfio_user import VfioUserServer
-from vring_serial.transport.vhost_user import VhostUserBackend
+from vring_serial.transport.vfio_user.server import VfioUserServer
+from vring_serial.transport.vhost_user.backend import VhostUserBackend
 
 #: Ports of the shared device that bulk data goes through.
 DATA_PORTS = (1, 2, 3, 4)

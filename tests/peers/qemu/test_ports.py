@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 from exchange import MIB, Exchange, check, connections
 
-from vring_serial.device.events import DeviceReset, PortClosed, PortOpened
+from vring_serial.device.console.events import DeviceReset, PortClosed, PortOpened
 from vring_serial.proto.console import Feature
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -8,7 +8,7 @@ import json
 import pytest
 from machine import QEMU
 
-from vring_serial.transport.vfio_user import VfioUserServer
+from vring_serial.transport.vfio_user.server import VfioUserServer
 
 QUIT = b'{"execute":"qmp_capabilities"}\n{"execute":"quit"}\n'
 

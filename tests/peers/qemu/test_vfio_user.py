@@ -8,7 +8,7 @@ import pytest
 from exchange import MIB, Exchange, Payload, check, connections
 from machine import QemuMachine
 
-from vring_serial.transport.vfio_user import VfioUserServer
+from vring_serial.transport.vfio_user.server import VfioUserServer
 
 
 async def boot(bench, **options):

@@ -17,12 +17,12 @@ import pytest
 import pytest_asyncio
 
 from vring_serial.agent import AgentError, AgentRouter
+from vring_serial.agent.guest import AGENT_PORT, GuestAgent
 from vring_serial.chardev import Chardev
 from vring_serial.chardev.protocol import ProtocolChardev
-from vring_serial.device.controller import Controller
-from vring_serial.device.port import Port
+from vring_serial.device.console.controller import Controller
+from vring_serial.device.console.port import Port
 from vring_serial.guest import EmbeddedGuest
-from vring_serial.guest.agent import AGENT_PORT, GuestAgent
 from vring_serial.guest.port import GuestPort
 from vring_serial.guest.services import keep_serving
 from vring_serial.guest.uml import UmlGuest
@@ -30,7 +30,7 @@ from vring_serial.guest.uml_desktop import MEMORY_MIB, UmlDesktop
 from vring_serial.proto.agent import Selection
 from vring_serial.spice import SpiceOptions
 from vring_serial.spice.server import SpiceServer
-from vring_serial.transport.vhost_user import VhostUserBackend
+from vring_serial.transport.vhost_user.backend import VhostUserBackend
 
 CLIENT = Path(__file__).with_name("client.py")
 PASSWORD = "hush"

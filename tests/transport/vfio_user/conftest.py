@@ -38,7 +38,7 @@ from vring_serial.proto.vfio_user_wire import (
     RegionRead,
     RegionWrite,
 )
-from vring_serial.transport.vfio_user import VfioUserServer
+from vring_serial.transport.vfio_user.server import VfioUserServer
 
 T = TypeVar("T", bound=Payload)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import socket
 from typing import Any, cast
 
-from vring_serial.device.controller import Controller
+from vring_serial.device.console.controller import Controller
 from vring_serial.device.pci import PciDevice
 from vring_serial.proto.vfio_user import VfioUserError
-from vring_serial.transport.vfio_rings import RemoteRings
-from vring_serial.transport.vfio_shadow import ShadowRing
+from vring_serial.transport.vfio_user.rings import RemoteRings
+from vring_serial.transport.vfio_user.shadow import ShadowRing
 
 
 def test_one_limit_for_all_clients(server: Any, caplog: Any) -> None:

@@ -354,7 +354,7 @@ def test_no_more_maps_than_were_agreed(
     client: Any, monkeypatch: pytest.MonkeyPatch, connect: Callable[[], Any], server: Any
 ) -> None:
     client.close()
-    monkeypatch.setattr("vring_serial.transport.vfio_session.MAX_DMA_MAPS", 3)
+    monkeypatch.setattr("vring_serial.transport.vfio_user.session.MAX_DMA_MAPS", 3)
     client = connect()
     client.negotiate()
     for nr in range(3):

@@ -18,8 +18,9 @@ from vring_serial.proto.console import Status
 from vring_serial.proto.vfio_user import reply
 from vring_serial.proto.vfio_user_version import Capabilities, Version
 from vring_serial.proto.vfio_user_wire import Command, DmaAccess, DmaMap
-from vring_serial.transport import vfio_copies, vfio_remote
-from vring_serial.transport.vfio_copies import (
+from vring_serial.transport.vfio_user import copies as vfio_copies
+from vring_serial.transport.vfio_user import remote as vfio_remote
+from vring_serial.transport.vfio_user.copies import (
     LARGE_BYTES,
     QUEUE_BYTES,
     Copy,

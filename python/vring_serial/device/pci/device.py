@@ -8,9 +8,6 @@ from functools import partial
 
 from vring import GuestMemory, NotificationData
 from vring_serial.device.base import VirtioDevice
-from vring_serial.device.driver_registers import DriverRegisters
-from vring_serial.device.host import Host, LoopThread
-from vring_serial.device.interrupts import InterruptSink
 from vring_serial.device.pci import layout as at
 from vring_serial.device.pci.config_space import (
     VENDOR_ID,
@@ -25,7 +22,10 @@ from vring_serial.device.pci.layout import Layout, virtio_capability
 from vring_serial.device.pci.legacy import LegacyRegisters
 from vring_serial.device.pci.modern import CommonConfig
 from vring_serial.device.pci.msix import ENTRY_SIZE, MAX_VECTORS, Msix
-from vring_serial.device.register_bank import RegisterBank
+from vring_serial.device.registers.bank import RegisterBank
+from vring_serial.device.registers.driver_registers import DriverRegisters
+from vring_serial.device.registers.host import Host, LoopThread
+from vring_serial.device.registers.interrupts import InterruptSink
 from vring_serial.errors import ConfigError
 
 #: Transitional PCI device ids by device type (4.1.2.1).

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from vring_serial.device.driver_registers import DriverRegisters
-from vring_serial.device.host import Host
-from vring_serial.device.interrupts import Event, EventStatus
 from vring_serial.device.pci.msix import Msix
-from vring_serial.device.queue_setup import NO_VECTOR, QueueSetup
+from vring_serial.device.registers.driver_registers import DriverRegisters
+from vring_serial.device.registers.host import Host
+from vring_serial.device.registers.interrupts import Event, EventStatus
+from vring_serial.device.registers.queues import NO_VECTOR, QueueSetup
 
 
 class PciInterrupts:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from vring_serial.device.driver_registers import DriverRegisters
 from vring_serial.device.pci.config_space import Bar
 from vring_serial.device.pci.layout import LEGACY_BAR, power_of_two
 from vring_serial.device.pci.modern import VectorRegisters
-from vring_serial.device.register_bank import RegisterBank
+from vring_serial.device.registers.bank import RegisterBank
+from vring_serial.device.registers.driver_registers import DriverRegisters
 
 _PAGE = 4096
 #: Device configuration follows the header, which MSI-X makes longer.

@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import partial
 from typing import Protocol
 
-from vring_serial.device.driver_registers import DriverRegisters
 from vring_serial.device.pci.layout import COMMON_CFG
-from vring_serial.device.register_bank import RegisterBank
+from vring_serial.device.registers.bank import RegisterBank
+from vring_serial.device.registers.driver_registers import DriverRegisters
 
 
 class VectorRegisters(Protocol):

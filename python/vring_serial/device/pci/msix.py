@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from threading import RLock
 
-from vring_serial.device.interrupts import InterruptSink, NoInterrupts
-from vring_serial.device.queue_setup import NO_VECTOR
+from vring_serial.device.registers.interrupts import InterruptSink, NoInterrupts
+from vring_serial.device.registers.queues import NO_VECTOR
 
 ENTRY_SIZE = 16
 MAX_VECTORS = 0x800

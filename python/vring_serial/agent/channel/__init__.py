@@ -1,0 +1,1 @@
+"""What both ends of a SPICE agent channel do: messages, clipboards, files."""

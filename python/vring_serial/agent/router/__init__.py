@@ -1,0 +1,1 @@
+"""One SPICE agent shared by several clients."""

@@ -1,0 +1,244 @@
+"""One client of an AgentRouter, to which the router is the agent."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from vring_serial.agent.channel.clipboard import ANY_SIZE, ClipboardChannel
+from vring_serial.agent.channel.link import AgentLink, BodySink
+from vring_serial.agent.errors import AgentError
+from vring_serial.agent.events import AgentTrouble
+from vring_serial.agent.router.relay import DataPieces, Passing, Relay
+from vring_serial.proto.agent import (
+    AGENT_AWAY,
+    AGENT_FULL,
+    FILES_FROM_GUEST,
+    AgentProtocolError,
+    AnnounceCapabilities,
+    Capabilities,
+    Capability,
+    ChunkPort,
+    ClientDisconnected,
+    Clipboard,
+    ClipboardGrab,
+    ClipboardRelease,
+    ClipboardRequest,
+    DisplayConfig,
+    FileXferData,
+    FileXferResult,
+    FileXferStart,
+    FileXferStatus,
+    MaxClipboard,
+    MonitorsConfig,
+    Reply,
+    ReplyError,
+    Side,
+    StreamedMessage,
+    TypedMessage,
+    UnknownMessage,
+)
+
+if TYPE_CHECKING:
+    from vring_serial.agent.router.router import AgentRouter
+
+CLIENT_STALL = 30.0
+"""Seconds for which a client may leave what it is sent unread, as in the SPICE server."""
+TURNED_AWAY_WAIT = 1.0
+"""Seconds for which a client that finds no room may read that it is so."""
+ANSWER_TIMEOUT = 30.0
+"""Seconds for the owner of a clipboard to answer another end's request, and for the next part of a
+long message."""
+
+
+class RouterClient:
+    """One client of a router.
+
+    Args:
+        router: whose.
+        is_server: it is a SPICE server, which has a client of its own and gets what the agent says
+            to a server.
+
+    Attributes:
+        link: the connection, on which we are the agent.
+        capabilities: what the client announced, or None.
+        transfers: the client's numbers of transfers, and the router's for each.
+        has_spoken: a whole message came from it.
+        relay: messages from the agent that may be many or long.
+        gone: set when the connection has ended.
+    """
+
+    def __init__(self, router: AgentRouter, *, is_server: bool = False) -> None:
+        # A SPICE server looks after slow clients itself.
+        self.link = AgentLink(Side.GUEST, self, stall_timeout=None if is_server else CLIENT_STALL)
+        self.is_server = is_server
+        self.capabilities: Capabilities | None = None
+        self.transfers: dict[int, int] = {}
+        self.has_spoken = False
+        self.gone = asyncio.Event()
+        self._router = router
+        self._admitted = False
+        self._last_told = Capabilities()
+
+        def trouble(error: BaseException) -> None:
+            router.emit(AgentTrouble(error))
+
+        self.relay = Relay(
+            lambda passing: passing.send(self.link),
+            trouble,
+            taker=self.link,
+            is_shared=lambda: len(router.clients) > 1,
+        )
+        self._forwarding = Relay(lambda passing: router.to_agent(self, passing), trouble)
+        self.clipboard = ClipboardChannel(
+            Side.GUEST,
+            on_grab=lambda selection, types: router.grabbed(self.clipboard, selection, types),
+            on_release=lambda selection: router.released(self.clipboard, selection),
+            on_trouble=trouble,
+            most=ANY_SIZE,
+        )
+
+    async def close(self) -> None:
+        """End what runs for this client."""
+        await self.clipboard.close()
+        await self._forwarding.close()
+        await self.relay.close()
+
+    # --- what the router tells it
+
+    def announce(self, capabilities: Capabilities, *, request: bool) -> None:
+        """Tell the client what the agent can do; to ask it for the same begins its session anew.
+
+        Only the last of many announcements is sent.
+        """
+        if request:
+            self.clipboard.begin_session(self.link)
+        self._last_told = capabilities
+        self.link.post_latest(
+            ("announce", request), lambda: AnnounceCapabilities(request, self._last_told)
+        )
+
+    def status(self, status: FileXferStatus) -> None:
+        """Tell how a transfer goes on, in the words that the client knows."""
+        if not self._has(Capability.FILE_XFER_DETAILED_ERRORS):
+            newer = status.result > FileXferResult.SUCCESS
+            status = FileXferStatus(status.id, FileXferResult.ERROR if newer else status.result)
+        self.link.post(status)
+
+    def refuse(self, message: TypedMessage | UnknownMessage, port: ChunkPort) -> None:
+        """Answer for an agent that is not there or cannot take more."""
+        match message:
+            case FileXferStart():
+                self.status(FileXferStatus(message.id, FileXferResult.VDAGENT_NOT_CONNECTED))
+            case MonitorsConfig() | DisplayConfig():
+                self.link.post(Reply(message.type_number, ReplyError.ERROR), port)
+
+    @property
+    def takes_files(self) -> bool:
+        return self._has(FILES_FROM_GUEST)
+
+    def file_from_guest(self, message: FileXferStart | FileXferData | FileXferStatus) -> None:
+        if (source := self._router.agent_link) is not None:
+            self.relay.put(source, Passing(message))
+
+    def _has(self, capability: int) -> bool:
+        return self.capabilities is not None and capability in self.capabilities
+
+    # --- LinkOwner
+
+    def link_up(self, link: AgentLink) -> None:
+        self.clipboard.begin_session(link)
+        self._admitted = self._router.client_came(self)
+        if not self._admitted:
+            self._turn_away()
+
+    def _turn_away(self) -> None:
+        """Say why, and leave the client a moment to read it: what it writes to a socket that is
+        closed would take that from it.
+        """
+        self.link.post(AnnounceCapabilities(False, Capabilities.of(AGENT_AWAY, AGENT_FULL)))
+        wait = TURNED_AWAY_WAIT if self._router.may_linger(self) else 0
+        asyncio.get_running_loop().call_later(wait, self.link.close)
+
+    def link_down(self, link: AgentLink, reason: Exception | None) -> None:
+        self.clipboard.end_session()
+        self.clipboard.stop_answering()
+        # They may wait for an end that does not read, and clients come and go meanwhile.
+        self._forwarding.stop()
+        self.relay.stop()
+        self._router.turned_away.discard(self)
+        if self._admitted:
+            if reason is not None:
+                self._router.emit(AgentTrouble(AgentError(f"a client was lost: {reason}")))
+            self._router.client_left(self)
+        self.gone.set()
+
+    def link_message(
+        self, link: AgentLink, port: int, message: TypedMessage | UnknownMessage
+    ) -> None:
+        if not self._admitted:
+            return
+        self.has_spoken = True
+        if self._router.filter.passes(message.type_number):
+            self._took(port, message)
+        agent = self._router.agent_link
+        if agent is not None:
+            agent.hold_while_crowded(link)
+
+    def _took(self, port: int, message: TypedMessage | UnknownMessage) -> None:
+        if isinstance(message, ClientDisconnected):
+            self._session_ended()
+            return
+        if port == ChunkPort.SERVER:
+            self._forward(message, ChunkPort.SERVER)
+            return
+        match message:
+            case AnnounceCapabilities():
+                self._took_capabilities(message)
+            case ClipboardGrab() | ClipboardRelease() | ClipboardRequest() | Clipboard():
+                self.clipboard.took(message)
+            case MaxClipboard():
+                self.clipboard.remote_most = max(message.max, ANY_SIZE)
+            case _:
+                self._forward(message)
+
+    def link_body(
+        self, link: AgentLink, port: int, head: StreamedMessage, size: int
+    ) -> BodySink | None:
+        if not self._admitted or not self._router.filter.passes(head.type_number):
+            return None
+        self.has_spoken = True
+        if isinstance(head, UnknownMessage):
+            return self._router.spool(
+                head, size, ChunkPort(port), self._take_long, idle=ANSWER_TIMEOUT
+            )
+        if isinstance(head, Clipboard):
+            return self.clipboard.took_head(head, size)
+        return DataPieces(head.id, self._forward)
+
+    def _take_long(self, passing: Passing) -> None:
+        self._forwarding.put(self.link, passing)
+
+    def link_trouble(self, link: AgentLink, error: AgentProtocolError) -> None:
+        self._router.emit(AgentTrouble(error))
+
+    def _took_capabilities(self, message: AnnounceCapabilities) -> None:
+        self.capabilities = message.capabilities
+        if message.request:
+            self.clipboard.begin_session(self.link)
+            self._router.introduce(self, request=False)
+        if not self.clipboard.announced:
+            self._router.offer_all(self)
+            self.clipboard.announce()
+
+    def _session_ended(self) -> None:
+        """The client behind a SPICE server left; another may come, and begins anew."""
+        self._forwarding.clear()
+        self._router.session_ended(self)
+        self.capabilities = None
+        self.clipboard.begin_session(self.link)
+
+    def _forward(
+        self, message: TypedMessage | UnknownMessage, port: ChunkPort = ChunkPort.CLIENT
+    ) -> None:
+        self._forwarding.put(self.link, Passing(message, port))

@@ -1,0 +1,538 @@
+"""Several clients on one agent.
+
+The agent has one channel and believes in one client. The router is that client, and towards every
+client of its own it is an agent:
+
+    agent ══ AgentLink(HOST) ── router ──┬── AgentLink(GUEST) ══ client (a HostAgent, `vring agent`)
+                                         ├── AgentLink(GUEST) ══ client
+                                         └── AgentLink(GUEST) ══ SPICE server ══ its own client
+
+Every client sees the agent's capabilities. A clipboard belongs to whoever grabbed it last, and all
+others can paste from there. Transfers get numbers of the router's own, so that two clients may use
+the same one, and a client that leaves ends its own transfers only. Answers go to who asked. What
+the filter forbids passes in neither direction. What a client says on the server's chunk port
+reaches the agent there, except that its client left: that concerns nobody else.
+
+No end waits for the slowest of the others: what is long is received whole before it is passed on,
+of states only the last is told, and a client that keeps the agent's channel from being read is
+given up (decision 13).
+
+When the agent goes, clients keep their channel and are told so: AGENT_AWAY is announced, and the
+agent's capabilities again once it is back. A SPICE server is disconnected and connected instead,
+which is how it knows that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable
+
+from vring_serial.agent.channel.clipboard import ANY_SIZE, ClipboardChannel, ForwardedSource, Offer
+from vring_serial.agent.channel.link import AgentLink, BodySink
+from vring_serial.agent.channel.replies import Replies
+from vring_serial.agent.channel.spool import Spool, SpoolRoom
+from vring_serial.agent.errors import AgentError, AgentGoneError
+from vring_serial.agent.events import (
+    AgentEvent,
+    AgentGone,
+    AgentReady,
+    AgentTrouble,
+    ClipboardGrabbed,
+    ClipboardReleased,
+    OtherMessage,
+)
+from vring_serial.agent.host_capabilities import HOST_CAPABILITIES
+from vring_serial.agent.router.client import ANSWER_TIMEOUT, RouterClient
+from vring_serial.agent.router.guest_files import GuestFileList, GuestFiles
+from vring_serial.agent.router.relay import DataPieces, Passing
+from vring_serial.agent.router.transfers import ClientTransfers
+from vring_serial.callbacks import tell
+from vring_serial.proto.agent import (
+    AGENT_AWAY,
+    AGENT_FULL,
+    FILES_FROM_GUEST,
+    AgentFilter,
+    AgentProtocolError,
+    AnnounceCapabilities,
+    Capabilities,
+    Capability,
+    ChunkPort,
+    Clipboard,
+    ClipboardGrab,
+    ClipboardRelease,
+    ClipboardRequest,
+    ClipboardType,
+    FileXferData,
+    FileXferStart,
+    FileXferStatus,
+    Message,
+    MessageType,
+    Reply,
+    ReplyError,
+    Side,
+    StreamedMessage,
+    TypedMessage,
+    UnknownMessage,
+)
+from vring_serial.ratelimit import RateLimitedLog
+
+log = logging.getLogger(__name__)
+
+CLIENTS_MAX = 64
+"""Clients at once; more are turned away."""
+REPLIES_MAX = 256
+"""REPLYs of the agent that may be outstanding."""
+SERVER_RETRY = 1.0
+"""Seconds until a SPICE server that dropped the agent, or could not be connected, gets it again."""
+
+_ANSWERED = (MessageType.MONITORS_CONFIG, MessageType.DISPLAY_CONFIG)
+_LAYOUT = (Capability.CLIPBOARD_SELECTION, Capability.CLIPBOARD_GRAB_SERIAL)
+
+
+class AgentRouter:
+    """Shares one agent between clients.
+
+    Connect the agent's side with ``ProtocolEnd(router.protocol_factory)`` or any asyncio transport,
+    and clients with ``loop.create_unix_server(router.client_factory, path)``, :meth:`connect` or
+    :meth:`connect_server`.
+
+    Args:
+        filter: what is allowed; by default everything.
+        capabilities: what the router announces to the agent, before the filter.
+        on_event: called with what happens on the agent's side.
+
+    Attributes:
+        capabilities: what the agent announced, after the filter, or None while there is none.
+        clients: those that are connected.
+        turned_away: those that found no room, while they are told so.
+        guest_files: the transfers that the guest began.
+    """
+
+    def __init__(
+        self,
+        *,
+        filter: AgentFilter = AgentFilter(),  # noqa: B008 - frozen
+        capabilities: Capabilities = HOST_CAPABILITIES,
+        on_event: Callable[[AgentEvent], None] | None = None,
+    ) -> None:
+        self.filter = filter
+        self.capabilities: Capabilities | None = None
+        self.clients: list[RouterClient] = []
+        self.turned_away: set[RouterClient] = set()
+        self.guest_files = GuestFiles(self._post_status)
+        self._announced = filter.rewrite(capabilities)
+        self._on_event = on_event
+        self._link: AgentLink | None = None
+        self._asked = False
+        self._away = Capabilities.of(AGENT_AWAY)
+        self._replies: dict[tuple[int, int], Replies[RouterClient | None]] = {
+            (port, kind): Replies() for port in ChunkPort for kind in _ANSWERED
+        }
+        self._transfers = ClientTransfers(self._post_status)
+        self._room = SpoolRoom()
+        self._servers: list[asyncio.Task[None]] = []
+        self._agent_there = asyncio.Event()
+        self._closed = False
+        self._said = RateLimitedLog(log)
+        self.clipboard = ClipboardChannel(
+            Side.HOST,
+            on_grab=lambda selection, types: self.grabbed(self.clipboard, selection, types),
+            on_release=lambda selection: self.released(self.clipboard, selection),
+            on_trouble=lambda error: self.emit(AgentTrouble(error)),
+            most=ANY_SIZE,
+        )
+
+    def protocol_factory(self) -> asyncio.Protocol:
+        """A protocol for one connection to the agent; a new one replaces the one before."""
+        return AgentLink(Side.HOST, self, is_patient=True)
+
+    def client_factory(self) -> asyncio.Protocol:
+        """A protocol for one connection of a client, to which the router is the agent."""
+        return RouterClient(self).link
+
+    async def connect(self, client_factory: Callable[[], asyncio.Protocol]) -> None:
+        """Connect a client of this process, such as ``HostAgent().protocol_factory``."""
+        await self._connect(RouterClient(self), client_factory)
+
+    def connect_server(self, device: asyncio.Protocol, closed: asyncio.Event) -> None:
+        """Have a SPICE server as a client: connected while the agent is there, and only then.
+
+        ``device`` is its side of one connection after another, and sets ``closed`` when it has lost
+        one, as SpiceServer.agent_device does.
+        """
+        self._servers.append(asyncio.ensure_future(self._keep_connected(device, closed)))
+
+    async def send(self, message: Message) -> None:
+        """Send a message of the server's own, such as MouseState or GraphicsDeviceInfo.
+
+        What the agent answers is an OtherMessage event. Raises AgentGoneError.
+        """
+        if self._link is None:
+            raise AgentGoneError("no agent is connected")
+        replies = self._replies.get((ChunkPort.SERVER, message.type_number))
+        link = self._link
+        if replies is None:
+            await link.send(message, ChunkPort.SERVER)
+        else:
+            await replies.ask(None, lambda: link.send(message, ChunkPort.SERVER))
+
+    async def close(self) -> None:
+        """Close all connections and end what runs on them."""
+        self._closed = True
+        for task in self._servers:
+            task.cancel()
+        if self._link is not None:
+            self._link.close()
+        clients = list(self.clients)
+        for client in (*clients, *self.turned_away):
+            client.link.close()
+        # Whoever is cancelled from here on has left nothing open.
+        await asyncio.gather(*self._servers, return_exceptions=True)
+        for client in clients:
+            await client.close()
+        await self.clipboard.close()
+
+    # --- SPICE servers
+
+    async def _keep_connected(self, device: asyncio.Protocol, closed: asyncio.Event) -> None:
+        failed = ""
+        while True:
+            await self._agent_there.wait()
+            link = self._link
+            client = RouterClient(self, is_server=True)
+            closed.clear()
+            try:
+                await self._connect(client, lambda: device)
+            except OSError as error:  # no descriptor is left, most likely
+                if (why := error.strerror or str(error)) != failed:
+                    failed = why
+                    self._said.warning("the SPICE server cannot be connected to the agent: %s", why)
+                await asyncio.sleep(SERVER_RETRY)
+                continue
+            failed = ""
+            await client.gone.wait()
+            await closed.wait()
+            if self._link is link:
+                await asyncio.sleep(SERVER_RETRY)
+
+    async def _connect(self, client: RouterClient, factory: Callable[[], asyncio.Protocol]) -> None:
+        loop = asyncio.get_running_loop()
+        ours, theirs = socket.socketpair()
+        try:
+            await loop.create_connection(lambda: client.link, sock=ours)
+            await loop.create_connection(factory, sock=theirs)
+        except BaseException:
+            client.link.close()
+            ours.close()
+            theirs.close()
+            raise
+
+    # --- for the clients
+
+    @property
+    def agent_link(self) -> AgentLink | None:
+        """The connection to the agent, if there is one."""
+        return self._link
+
+    def emit(self, event: AgentEvent) -> None:
+        """Tell an event."""
+        tell(self._said, "on_event", self._on_event, event)
+
+    def client_came(self, client: RouterClient) -> bool:
+        """Whether the client is admitted; it is told of the agent if there is one."""
+        if client.is_server and self._link is None:
+            return False
+        if len(self.clients) >= CLIENTS_MAX and not self._make_room():
+            return False
+        self.clients.append(client)
+        self.introduce(client, request=True)
+        return True
+
+    def may_linger(self, client: RouterClient) -> bool:
+        """Whether a client that found no room may stay until it has read that."""
+        if len(self.turned_away) >= CLIENTS_MAX:
+            return False
+        self.turned_away.add(client)
+        return True
+
+    def _make_room(self) -> bool:
+        """End the oldest client that hung up or never sent a message; return whether one did."""
+        for client in self.clients:
+            if client.link.has_hung_up:
+                why = "it hung up"
+            elif not client.has_spoken and not client.is_server:
+                why = "it said nothing, and others came"
+            else:
+                continue
+            client.link.fail(AgentError(why))
+            self.client_left(client)
+            return True
+        return False
+
+    def introduce(self, client: RouterClient, *, request: bool) -> None:
+        """Tell a client what the agent can do, or that there is none."""
+        if self.capabilities is not None:
+            client.announce(self.capabilities, request=request)
+        elif not client.is_server:
+            client.announce(self._away, request=False)
+
+    def client_left(self, client: RouterClient) -> None:
+        """Forget the client; what it had begun is ended, what others do is not touched."""
+        if client in self.clients:
+            self.clients.remove(client)
+            self.session_ended(client)
+
+    def session_ended(self, client: RouterClient) -> None:
+        """End what the client had begun."""
+        self._transfers.client_left(client)
+        self.guest_files.client_left(client)
+
+    def _post_status(self, status: FileXferStatus) -> None:
+        if self._link is not None:
+            self._link.post(status)
+
+    def spool(
+        self,
+        head: UnknownMessage,
+        size: int,
+        port: ChunkPort,
+        take: Callable[[Passing], None],
+        *,
+        idle: float | None,
+    ) -> BodySink | None:
+        """Keep a long message that arrives; ``take`` gets it when it is whole."""
+
+        def ended(error: AgentError | None) -> None:
+            if error is None:
+                take(Passing(head, port, spool))
+            else:
+                self.emit(AgentTrouble(error))
+                spool.close()
+
+        try:
+            what = f"a message of type {head.type}"
+            spool = Spool(self._room, size, what, ended, idle=idle)
+        except AgentError as error:
+            self.emit(AgentTrouble(error))
+            return None
+        return spool
+
+    async def to_agent(self, client: RouterClient, passing: Passing) -> None:
+        """Send a client's message to the agent, when the agent takes it."""
+        message = passing.message
+        if self._link is None or self.capabilities is None:
+            client.refuse(message, passing.port)
+            return
+        link = self._link
+        if isinstance(message, FileXferStart):
+            await self._transfers.start(link, client, message)
+            return
+        if isinstance(message, (FileXferData, FileXferStatus)):
+            renumbered = self._transfers.renumber(client, message)
+            if renumbered is None:
+                if isinstance(message, FileXferStatus):
+                    self.guest_files.from_client(client, message)
+                return
+            passing = Passing(renumbered)
+        replies = self._replies.get((passing.port, message.type_number))
+        if replies is None or Capability.REPLY not in self.capabilities:
+            await passing.send(link)
+        elif len(replies) < REPLIES_MAX:
+            await replies.ask(client, lambda: passing.send(link))
+        else:
+            client.refuse(message, passing.port)
+
+    # --- clipboards
+
+    def grabbed(self, owner: ClipboardChannel, selection: int, types: tuple[int, ...]) -> None:
+        """One end owns a clipboard: offer it to all others on its behalf."""
+        if owner is not self.clipboard:
+            self.clipboard.offer(selection, self._offer(owner, selection, types, None))
+        for client in self.clients:
+            if client.clipboard is not owner:
+                client.clipboard.offer(selection, self._offer(owner, selection, types, client))
+        if owner is self.clipboard:
+            self.emit(ClipboardGrabbed(selection, types))
+
+    def _offer(
+        self,
+        owner: ClipboardChannel,
+        selection: int,
+        types: tuple[int, ...],
+        client: RouterClient | None,
+    ) -> Offer:
+        """What one end owns, for another, which is the agent if it is no client."""
+        offer: dict[int, ForwardedSource] = {
+            kind: ForwardedSource(owner, selection, kind, ANSWER_TIMEOUT, self._room)
+            for kind in types
+        }
+        if owner is self.clipboard and client is not None and ClipboardType.FILE_LIST in offer:
+            offer[ClipboardType.FILE_LIST] = GuestFileList(
+                owner,
+                selection,
+                ClipboardType.FILE_LIST,
+                ANSWER_TIMEOUT,
+                self._room,
+                self.guest_files,
+                client,
+            )
+        return offer
+
+    def released(self, owner: ClipboardChannel, selection: int) -> None:
+        """One end gave up a clipboard, or left with it."""
+        for channel in self._channels():
+            if channel is not owner:
+                channel.release(selection)
+        if owner is self.clipboard:
+            self.emit(ClipboardReleased(selection))
+
+    def _channels(self) -> list[ClipboardChannel]:
+        return [self.clipboard, *(client.clipboard for client in self.clients)]
+
+    def offer_all(self, client: RouterClient) -> None:
+        """Tell a newcomer who owns what."""
+        for owner in self._channels():
+            if owner is not client.clipboard:
+                for selection, types in owner.remote_types.items():
+                    client.clipboard.offer(selection, self._offer(owner, selection, types, client))
+
+    # --- LinkOwner, the agent's side
+
+    def link_up(self, link: AgentLink) -> None:
+        if self._link is not link:
+            if self._link is not None:
+                self._link.fail(AgentError("another connection took over the agent channel"))
+                self._agent_left()
+            self._link = link
+            self._agent_there.set()
+        self._begin_session(link)
+
+    def _begin_session(self, link: AgentLink) -> None:
+        self.clipboard.begin_session(link)
+        self._forget()
+        self._asked = True
+        link.post(AnnounceCapabilities(True, self._announced))
+
+    def _forget(self) -> None:
+        """The agent knows no transfer and owes no reply any more."""
+        for (port, kind), replies in self._replies.items():
+            for client in replies.clear():
+                if client is not None:
+                    client.link.post(Reply(kind, ReplyError.ERROR), ChunkPort(port))
+        self._transfers.agent_left()
+        self.guest_files.guest_left()
+
+    def link_down(self, link: AgentLink, reason: Exception | None) -> None:
+        if link is not self._link:
+            return
+        self._link = None
+        self._agent_there.clear()
+        self._agent_left()
+        self.emit(AgentGone(str(reason) if reason else ""))
+
+    def _agent_left(self) -> None:
+        """Tell all clients, each in its way."""
+        if self.capabilities is not None:
+            # The layout of messages that are on their way stays.
+            kept = [number for number in _LAYOUT if number in self.capabilities]
+            self._away = Capabilities.of(AGENT_AWAY, *kept)
+        self.capabilities = None
+        for client in list(self.clients):
+            if client.is_server or self._closed:
+                client.link.close()
+            else:
+                client.announce(self._away, request=False)
+        self.clipboard.end_session()
+        self._forget()
+
+    def link_message(
+        self, link: AgentLink, port: int, message: TypedMessage | UnknownMessage
+    ) -> None:
+        if link is not self._link or not self.filter.passes(message.type_number):
+            return
+        if isinstance(message, Reply) and (port, message.to) in self._replies:
+            self._took_reply(ChunkPort(port), message)
+            return
+        if port == ChunkPort.SERVER:
+            self._pass_to_servers(link, message)
+            return
+        match message:
+            case AnnounceCapabilities():
+                self._took_capabilities(link, message)
+            case ClipboardGrab() | ClipboardRelease() | ClipboardRequest() | Clipboard():
+                self.clipboard.took(message)
+            case FileXferStart() | FileXferData():
+                self.guest_files.from_guest(message)
+            case FileXferStatus():
+                self._took_status(message)
+            case _:
+                for client in self.clients:
+                    client.relay.put(link, Passing(message))
+
+    def _pass_to_clients(self, passing: Passing) -> None:
+        """A long message from the agent is whole."""
+        assert passing.body is not None
+        if self._link is not None:
+            for client in list(self.clients):
+                if client.is_server or passing.port == ChunkPort.CLIENT:
+                    shared = Passing(passing.message, passing.port, passing.body.share())
+                    client.relay.put(self._link, shared)
+        passing.close()
+
+    def _took_reply(self, port: ChunkPort, message: Reply) -> None:
+        client = self._replies[port, message.to].answered()
+        if client is not None:
+            client.link.post(message, port)
+        elif port == ChunkPort.SERVER:
+            self.emit(OtherMessage(message))
+
+    def _pass_to_servers(self, link: AgentLink, message: TypedMessage | UnknownMessage) -> None:
+        for client in self.clients:
+            if client.is_server:
+                client.relay.put(link, Passing(message, ChunkPort.SERVER))
+        self.emit(OtherMessage(message))
+
+    def link_body(
+        self, link: AgentLink, port: int, head: StreamedMessage, size: int
+    ) -> BodySink | None:
+        if link is not self._link or not self.filter.passes(head.type_number):
+            return None
+        if isinstance(head, UnknownMessage):
+            return self.spool(head, size, ChunkPort(port), self._pass_to_clients, idle=None)
+        if port == ChunkPort.SERVER:
+            return None
+        if isinstance(head, Clipboard):
+            return self.clipboard.took_head(head, size)
+        return DataPieces(head.id, self.guest_files.from_guest)
+
+    def link_trouble(self, link: AgentLink, error: AgentProtocolError) -> None:
+        self.emit(AgentTrouble(error))
+
+    def _took_capabilities(self, link: AgentLink, message: AnnounceCapabilities) -> None:
+        if message.request and not self._asked:
+            self._begin_session(link)
+        elif message.request:
+            link.post(AnnounceCapabilities(False, self._announced))
+        else:
+            self._asked = False
+        before = self.capabilities
+        self.capabilities = self.filter.rewrite(message.capabilities).without(
+            AGENT_AWAY, AGENT_FULL
+        )
+        if not self.filter.file_xfer:
+            self.capabilities = self.capabilities.without(FILES_FROM_GUEST)
+        elif FILES_FROM_GUEST in self.capabilities and FILES_FROM_GUEST not in self._announced:
+            # No other agent is told of a capability that is ours alone.
+            self._announced = self._announced.with_(FILES_FROM_GUEST)
+            link.post(AnnounceCapabilities(False, self._announced))
+        self.clipboard.announce()
+        if self.capabilities != before or message.request:
+            self.emit(AgentReady(self.capabilities))
+            for client in self.clients:
+                client.announce(self.capabilities, request=True)
+
+    def _took_status(self, status: FileXferStatus) -> None:
+        if not self.guest_files.from_guest(status):
+            self._transfers.took_status(status)

@@ -1,0 +1,476 @@
+"""The virtio-serial controller: one console device with its ports, queues and configuration."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from vring import Pump, RingError
+from vring_serial.callbacks import tell
+from vring_serial.device.console import events as ev
+from vring_serial.device.console.control_queues import ControlQueues
+from vring_serial.device.console.events import DeviceEvent, Side
+from vring_serial.device.console.port import Port
+from vring_serial.device.served import Discarder
+from vring_serial.device.virtqueue import RunningQueue, is_fresh
+from vring_serial.errors import LocalProtocolError, ProtocolError
+from vring_serial.proto import control as ctl
+from vring_serial.proto.console import (
+    DEVICE_ID,
+    QUEUE_SIZE_MAX,
+    ConsoleConfig,
+    Feature,
+    Status,
+    feature_names,
+    port_of_queue,
+    queue_count,
+    queues_of_port,
+)
+from vring_serial.ratelimit import LogBudget, RateLimitedLog
+
+log = logging.getLogger(__name__)
+
+#: What is offered unless the one who builds the device says otherwise.
+DEFAULT_FEATURES = (
+    Feature.SIZE
+    | Feature.MULTIPORT
+    | Feature.EMERG_WRITE
+    | Feature.INDIRECT_DESC
+    | Feature.EVENT_IDX
+    | Feature.VERSION_1
+)
+
+
+class Controller:
+    """A console device (virtio 1.3, 5.3), for any transport: see ``device.base.VirtioDevice``.
+
+    All methods are for the event loop's thread.
+
+    Args:
+        name: for logs.
+        max_ports: port numbers are below this; 2*(max_ports+1) queues.
+        pump: moves bytes for ports whose host ends are descriptors; whoever made it has the loop
+            watch its ``event_fd``. Without one, the controller makes its own at :meth:`start`.
+        features: offered feature bits.
+        queue_size_max: largest queue, in descriptors.
+
+    Attributes:
+        on_event: called with everything that happens.
+        started: between :meth:`start` and :meth:`stop`.
+        on_config_change, on_needs_reset: see VirtioDevice.
+    """
+
+    device_id = DEVICE_ID
+    config_size = ConsoleConfig.SIZE
+
+    def __init__(
+        self,
+        *,
+        name: str = "virtio-serial0",
+        max_ports: int = 31,
+        pump: Pump | None = None,
+        features: int = DEFAULT_FEATURES,
+        queue_size_max: int = QUEUE_SIZE_MAX,
+    ) -> None:
+        self.name = name
+        self.max_ports = max_ports
+        self.device_features = int(features)
+        self.num_queues = queue_count(max_ports, bool(features & Feature.MULTIPORT))
+        self.queue_size_max = queue_size_max
+        self.config_generation = 0
+        self.on_event: Callable[[DeviceEvent], None] | None = None
+        self.on_config_change: Callable[[], None] | None = None
+        self.on_needs_reset: Callable[[RingError], None] | None = None
+        self._control = ctl.ControlDevice(max_ports)
+        self._control_queues = ControlQueues(
+            self._control, self._control_events, self._queue_broken
+        )
+        self._ports: dict[int, Port] = {}
+        self._pump = pump
+        self._own_pump: Pump | None = None
+        self.started = False
+        self._status = 0
+        self._driver_features: int | None = None
+        self._queues: dict[int, RunningQueue] = {}
+        self._stopped_at: dict[int, int] = {}  # available index by queue index
+        self._size_told = (0, 0)  # of the console, in the configuration space
+        self._discarder: Discarder | None = None  # of single-port mode without a port 0
+        # What a guest can cause as often as it likes: more than 511 ports say as they start. A
+        # budget for each kind, and one for all of them.
+        self._budget = LogBudget(burst=4000, rate=2, resume=100)
+        self._refused = RateLimitedLog(log, budget=self._budget)
+        self._failed = RateLimitedLog(log, budget=self._budget)
+        self._said = RateLimitedLog(log, burst=2000, budget=self._budget)
+        # By port and by kind: a guest can open and close one, or start, break and reset in a loop.
+        self._said_of_each: dict[int | type[DeviceEvent], RateLimitedLog] = {}
+
+    # --- for those who build it
+
+    @property
+    def ports(self) -> Mapping[int, Port]:
+        """The ports by number."""
+        return MappingProxyType(self._ports)
+
+    @property
+    def pump(self) -> Pump:
+        """The pump that ports use. Raises LocalProtocolError before :meth:`start` without one."""
+        pump = self._pump or self._own_pump
+        if pump is None:
+            raise LocalProtocolError(f"{self.name} has no pump: it was not started")
+        return pump
+
+    def add_port(self, port: Port) -> None:
+        """Add a port; a guest that runs is told.
+
+        Its chardev is started by :meth:`start`; for a port added later, see :meth:`plug_port`.
+
+        Raises:
+            LocalProtocolError: the number is taken or not below ``max_ports``; the name is taken or
+                cannot be one; the chardev has a user already.
+        """
+        self._control.add_port(port.nr, port.name, console=port.console)
+        try:
+            port.bind(self)
+        except LocalProtocolError:
+            self._control.remove_port(port.nr)
+            raise
+        self._ports[port.nr] = port
+        self.emit(ev.PortAdded(port.nr, port.name.decode(errors="backslashreplace")))
+        self.port_resized(port)
+        self._console_changed()
+        self._set_guest(port)
+        self._serve_unclaimed()
+        for is_transmit, index in enumerate(queues_of_port(port.nr)):
+            if index in self._queues:
+                port.start_queue(bool(is_transmit), self._queues[index])
+        self._control_queues.flush()
+
+    async def plug_port(self, port: Port) -> None:
+        """Add a port while the device is started, with its chardev.
+
+        Raises LocalProtocolError as :meth:`add_port`, ResourceError as the chardev; the port is not
+        there then.
+        """
+        self.add_port(port)
+        try:
+            await port.chardev.start()
+        except BaseException:
+            await self.remove_port(port.nr)
+            raise
+
+    async def remove_port(self, nr: int) -> None:
+        """Take a port away: from the host's end, and from a guest that knows it.
+
+        Raises LocalProtocolError if there is none.
+        """
+        if nr not in self._ports:
+            raise LocalProtocolError(f"{self.name} has no port {nr}")
+        port = self._ports[nr]
+        # Before the guest hears of it: a driver takes its buffers back without another word.
+        port.release()
+        del self._ports[nr]
+        self._control.remove_port(nr)
+        self._control_queues.flush()
+        self._serve_unclaimed()
+        self._console_changed()
+        self.emit(ev.PortRemoved(nr))
+        await port.chardev.stop()
+        await asyncio.sleep(0)  # a protocol hears of it in the loop's next turn
+
+    async def start(self) -> None:
+        """Start all chardevs. Raises ResourceError; those that had started are stopped then."""
+        if self._pump is None and self._own_pump is None:
+            self._own_pump = Pump()
+        try:
+            if self._own_pump is not None:
+                loop = asyncio.get_running_loop()
+                loop.add_reader(self._own_pump.event_fd, self._own_pump.dispatch)
+            for port in list(self._ports.values()):
+                await port.chardev.start()
+        except BaseException:
+            await self.stop()
+            raise
+        self.started = True
+
+    async def stop(self) -> None:
+        """Leave all queues and stop all chardevs. Safe to call twice.
+
+        All of them are stopped, also if one fails to or if this is cancelled; that is raised then.
+        """
+        self.started = False
+        self.reset()
+        try:
+            async with contextlib.AsyncExitStack() as stack:
+                for port in reversed(self._ports.values()):
+                    stack.callback(port.report_residue)
+                    stack.push_async_callback(port.chardev.stop)
+            await asyncio.sleep(0)  # as in remove_port
+        finally:
+            self._close_pump()
+
+    def _close_pump(self) -> None:
+        if self._own_pump is not None:
+            pump, self._own_pump = self._own_pump, None
+            asyncio.get_running_loop().remove_reader(pump.event_fd)
+            pump.close()
+
+    # --- for transports: features, status, configuration
+
+    @property
+    def status(self) -> int:
+        """The device status (2.1)."""
+        return self._status
+
+    @property
+    def driver_features(self) -> int:
+        """What the driver accepted; 0 if it has not yet."""
+        return self._driver_features or 0
+
+    @property
+    def single_port(self) -> bool:
+        """Whether the driver did not accept MULTIPORT: one port, without control queues."""
+        bits = self.device_features if self._driver_features is None else self._driver_features
+        return not bits & Feature.MULTIPORT
+
+    def set_driver_features(self, bits: int) -> None:
+        """The driver accepted these features. Raises ProtocolError on bits not offered."""
+        if bits & ~self.device_features:
+            extra = feature_names(bits & ~self.device_features)
+            raise ProtocolError(f"{self.name}: the driver accepted what was not offered: {extra}")
+        if bits != self._driver_features:
+            self._driver_features = bits
+            self.emit(ev.FeaturesNegotiated(bits))
+            self._console_changed()
+            self._serve_unclaimed()
+            self._sync_guest()
+
+    def set_status(self, status: int) -> None:
+        """The driver, or a frontend for it, wrote the device status: see VirtioDevice."""
+        needs_reset = self._status & Status.DEVICE_NEEDS_RESET
+        self._status = status | needs_reset if status else 0
+
+    def read_config(self, offset: int, length: int) -> bytes:
+        """``length`` bytes of the configuration space; what lies outside reads as zero."""
+        cols, rows = self._console_size()
+        config = ConsoleConfig(cols, rows, self.max_ports).pack()
+        return config[offset : offset + length].ljust(length, b"\0")
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """The driver wrote to the configuration space: emerg_wr, or nothing that counts."""
+        at = ConsoleConfig.EMERG_WR - offset
+        if not self.device_features & Feature.EMERG_WRITE or not 0 <= at < len(data):
+            return
+        # Whoever writes the whole space (QEMU does) writes 0 here and means nothing by it.
+        if any(data[at : at + 4]):
+            self.emit(ev.EmergencyWrite(data[at]))
+            port = self._console()
+            if port is not None:
+                port.emergency_write(data[at])
+
+    # --- for transports: queues
+
+    def start_queue(self, index: int, queue: RunningQueue) -> None:
+        """A queue runs: serve it now, without waiting for a kick.
+
+        Raises:
+            LocalProtocolError: there is no such queue, or it runs already.
+            OSError: its kick descriptor cannot be watched.
+        """
+        if not 0 <= index < self.num_queues:
+            raise LocalProtocolError(f"{self.name}: there is no queue {index}")
+        if index in self._queues:
+            raise LocalProtocolError(f"{self.name}: queue {index} runs already")
+        position = queue.queue.avail_index
+        if is_fresh(queue.queue) and self._stopped_at.get(index, position) != position:
+            self._start_anew()
+        self._queues[index] = queue
+        try:
+            self._serve(index, queue)
+        except BaseException:
+            self.stop_queue(index)
+            raise
+
+    def stop_queue(self, index: int) -> int:
+        """Leave a queue alone: nothing is in flight when this returns.
+
+        Returns the available index to resume from; 0 if it did not run.
+        """
+        queue = self._queues.pop(index, None)
+        if queue is None:
+            return 0
+        port = self._port_of(index)
+        if port is not None:
+            port.stop_queue(bool(port_of_queue(index)[1]))
+        elif port_of_queue(index)[0] is None:
+            self._control_queues.stop(index)
+        self._serve_unclaimed()
+        self._stopped_at[index] = queue.queue.avail_index
+        return queue.queue.avail_index
+
+    def reset_queue(self, index: int) -> None:
+        """The queue, which does not run, will start anew, and its driver is the same one."""
+        self._stopped_at.pop(index, None)
+        port = self._port_of(index)
+        if port is not None and port_of_queue(index)[1]:
+            port.forget_driver()
+
+    def reset(self) -> None:
+        """Stop all queues and forget the driver."""
+        for index in list(self._queues):
+            self.stop_queue(index)
+        self._status = 0
+        had_driver = self._driver_features is not None
+        self._driver_features = None
+        self._console_changed()
+        self._start_anew(silent=not had_driver)
+
+    # --- for ports
+
+    def poll_control(self) -> None:
+        """See PortOwner."""
+        self._control_queues.poll()
+
+    def host_end_changed(self, port: Port, is_open: bool) -> None:
+        """See PortOwner."""
+        event = ev.PortOpened if is_open else ev.PortClosed
+        self.emit(event(Side.HOST, port.nr))
+        self._control.set_host_open(port.nr, is_open)
+        self._control_queues.flush()
+
+    def port_resized(self, port: Port) -> None:
+        """See PortOwner."""
+        if port.size is None:
+            return
+        self._control.set_size(port.nr, *port.size)
+        self._control_queues.flush()
+        self._console_changed()
+
+    def port_queue_broken(self, port: Port, is_transmit: bool, error: RingError) -> None:
+        """See PortOwner."""
+        self._queue_broken(queues_of_port(port.nr)[is_transmit], error)
+
+    def emit(self, event: DeviceEvent) -> None:
+        """Log what happened, and tell ``on_event``."""
+        nr = getattr(event, "nr", None)
+        port = self._ports.get(nr) if nr is not None else None
+        where = f"{self.name}: {port.label}" if port else f"{self.name}"
+        if isinstance(event, ev.MessageRefused):
+            self._refused.warning("%s: %s", where, event)
+        elif isinstance(event, ev.QueueBroken):
+            self._said_of(type(event)).log(logging.WARNING, "%s: %s", where, event)
+        elif isinstance(event, ev.OutputDropped):
+            self._said.log(logging.WARNING, "%s: %s", where, event)
+        elif isinstance(event, (ev.PortOpened, ev.PortClosed, ev.PortReady)):
+            self._said_of(event.nr).log(logging.INFO, "%s: %s", where, event)
+        elif isinstance(
+            event, (ev.FeaturesNegotiated, ev.DriverReady, ev.DeviceReset, ev.EmergencyWrite)
+        ):
+            self._said_of(type(event)).log(logging.INFO, "%s: %s", where, event)
+        else:
+            self._said.log(logging.INFO, "%s: %s", where, event)
+        tell(self._failed, f"{self.name}: on_event", self.on_event, event)
+
+    def _said_of(self, what: int | type[DeviceEvent]) -> RateLimitedLog:
+        if what not in self._said_of_each:
+            self._said_of_each[what] = RateLimitedLog(
+                log, burst=20, seconds=10, budget=self._budget
+            )
+        return self._said_of_each[what]
+
+    # --- internals
+
+    def _console(self) -> Port | None:
+        """The port that configuration space speaks of: the first console, or the only port."""
+        consoles = (port for _, port in sorted(self._ports.items()) if port.console)
+        return next(consoles, self._ports.get(0) if self.single_port else None)
+
+    def _console_changed(self) -> None:
+        """Another port may be the console, or have another size: the configuration space says."""
+        size = self._console_size()
+        if size == self._size_told:
+            return
+        self._size_told = size
+        self.config_generation += 1
+        if self.driver_features & Feature.SIZE:
+            tell(self._failed, f"{self.name}: on_config_change", self.on_config_change)
+
+    def _console_size(self) -> tuple[int, int]:
+        port = self._console()
+        if port is None or port.size is None or not self.device_features & Feature.SIZE:
+            return 0, 0
+        return port.size
+
+    def _port_of(self, index: int) -> Port | None:
+        nr, _ = port_of_queue(index)
+        return None if nr is None else self._ports.get(nr)
+
+    def _serve(self, index: int, queue: RunningQueue) -> None:
+        nr, is_transmit = port_of_queue(index)
+        port = self._port_of(index)
+        if port is not None:
+            port.start_queue(is_transmit, queue)
+        elif nr is not None:
+            self._serve_unclaimed()
+        elif not self.single_port:
+            self._control_queues.start(index, queue)
+        if self.single_port and index == 0:
+            self.emit(ev.DriverReady())
+
+    def _serve_unclaimed(self) -> None:
+        """Without MULTIPORT a driver has a console, which must not wait, also if we have none."""
+        _, transmitq = queues_of_port(0)
+        queue = self._queues.get(transmitq)
+        wanted = queue is not None and self.single_port and 0 not in self._ports
+        if wanted and self._discarder is None and queue is not None:
+            self._discarder = Discarder(queue, lambda error: self._queue_broken(transmitq, error))
+        elif not wanted and self._discarder is not None:
+            self._discarder.stop()
+            self._discarder = None
+
+    def _set_guest(self, port: Port) -> None:
+        port.set_guest(self._control.state(port.nr), single=self.single_port and port.nr == 0)
+
+    def _sync_guest(self) -> None:
+        for port in list(self._ports.values()):
+            self._set_guest(port)
+
+    def _control_events(self, events: list[ctl.DeviceSideEvent]) -> None:
+        """What a control message of the driver made happen."""
+        for event in events:
+            match event:
+                case ctl.Refused(why):
+                    self.emit(ev.MessageRefused(why))
+                case ctl.PeerReady(ok):
+                    self.emit(ev.DriverReady(ok))
+                    self._sync_guest()
+                case ctl.PortReady(nr, ok):
+                    self.emit(ev.PortReady(nr, ok))
+                    self._set_guest(self._ports[nr])
+                case ctl.PortOpened(nr):
+                    self.emit(ev.PortOpened(Side.GUEST, nr))
+                    self._set_guest(self._ports[nr])
+                case ctl.PortClosed(nr):
+                    self.emit(ev.PortClosed(Side.GUEST, nr))
+                    self._set_guest(self._ports[nr])
+        self._control_queues.flush()
+
+    def _start_anew(self, *, silent: bool = False) -> None:
+        """A driver that knows nothing of the ports comes, or none."""
+        closed = self._control.reset()
+        self._stopped_at.clear()
+        for event in closed:
+            if isinstance(event, ctl.PortClosed):
+                self.emit(ev.PortClosed(Side.GUEST, event.nr))
+        self._sync_guest()
+        for port in self._ports.values():
+            port.forget_driver()
+        if not silent:
+            self.emit(ev.DeviceReset())
+
+    def _queue_broken(self, index: int, error: RingError) -> None:
+        self._status |= Status.DEVICE_NEEDS_RESET
+        self.emit(ev.QueueBroken(index, error))
+        tell(self._failed, f"{self.name}: on_needs_reset", self.on_needs_reset, error)

@@ -1,0 +1,1 @@
+"""Register models: what a driver sees of a virtio device through MMIO or PCI."""

@@ -1,0 +1,245 @@
+"""Devices inside an emulator's own process: memory in, registers to access, interrupts out.
+
+docs/embedding.md shows how.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from vring import GuestMemory, NotificationData
+from vring_serial.callbacks import tell
+from vring_serial.device.base import VirtioDevice
+from vring_serial.device.pci import Bar, PciDevice
+from vring_serial.device.registers.host import Host
+from vring_serial.device.registers.mmio import MmioDevice
+from vring_serial.errors import LocalProtocolError
+from vring_serial.ratelimit import RateLimitedLog
+from vring_serial.transport.inprocess.hosts import LoopHost, PolledHost
+
+log = logging.getLogger(__name__)
+
+__all__ = ["InProcessPci", "InProcessMmio", "Window", "PolledHost", "LoopHost"]
+
+
+class Window:
+    """A range of registers as the emulator sees it.
+
+    Attributes:
+        size: bytes.
+        read: ``read(offset, size) -> value``, any offset and size; the value's bytes are
+            little-endian.
+        write: ``write(offset, value, size)``.
+    """
+
+    # As a mapping, so that help() of the fronts has them too.
+    __slots__ = {
+        "read": "read(offset, size) -> value: any offset and size; its bytes are little-endian.",
+        "size": "Bytes of the range.",
+        "write": "write(offset, value, size): as read.",
+    }
+
+    def __init__(
+        self,
+        size: int,
+        read: Callable[[int, int], int],
+        write: Callable[[int, int, int], None],
+    ) -> None:
+        self.size = size
+        self.read = read
+        self.write = write
+
+
+class InProcessPci:
+    """A PCI function for an emulator that has a PCI bus.
+
+    The emulator gives the function a place on its bus, hands accesses to configuration space to
+    ``config``, and those to what the guest mapped at its BARs to ``bars``.
+
+    Args:
+        host: a PolledHost or a LoopHost.
+        device: any virtio device; it belongs to this object until :meth:`close`.
+        memory: the guest's; None until :meth:`set_memory`.
+        msi: called with address and data of each MSI-X message: what a write to memory would be.
+        intx: called with the level of INTA# when it changes.
+        transitional, packed, queue_size, vectors: see PciDevice.
+
+    Attributes:
+        config: the 256 bytes of configuration space, a Window: read(offset, size) -> value,
+            write(offset, value, size), size.
+        bars: by number: each a Window. Their kinds are in ``layout``.
+        layout: what each BAR is.
+
+    Raises:
+        ConfigError: the device cannot be a PCI function so.
+        LocalProtocolError: another front has the device, or it is a Controller not started.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        device: VirtioDevice,
+        memory: GuestMemory | None,
+        *,
+        msi: Callable[[int, int], None],
+        intx: Callable[[bool], None],
+        transitional: bool = False,
+        packed: bool = False,
+        queue_size: int = 0,
+        vectors: int | None = None,
+    ) -> None:
+        _check_started(device)
+        self._function = PciDevice(
+            device,
+            transitional=transitional,
+            packed=packed,
+            queue_size=queue_size,
+            vectors=vectors,
+            host=host,
+        )
+        self._host = host
+        self._closed = False
+        self._function.set_irq_sink(_Callbacks(self._function, msi, intx))
+        self.layout: tuple[Bar, ...] = self._function.bars
+        self.config = Window(256, self._function.config_read, self._function.config_write)
+        self.bars = {
+            bar.index: Window(bar.size, *self._function.bar_access(bar.index))
+            for bar in self.layout
+        }
+        self.set_memory(memory)
+
+    def notification_data(self, queue: int) -> NotificationData | None:
+        """What the driver's last notification of a queue carried; see PciDevice."""
+        return self._function.notification_data(queue)
+
+    def find(self, address: int, *, io: bool = False) -> tuple[Window, int] | None:
+        """What is at a bus address now: the BAR's window, and the offset in it.
+
+        ``io``: of I/O space. None if the guest has mapped nothing of this function there.
+        """
+        for bar in self.layout:
+            start = self._function.bar_address(bar.index)
+            if bar.io is io and start is not None and start <= address < start + bar.size:
+                return self.bars[bar.index], address - start
+        return None
+
+    @property
+    def intx_level(self) -> bool:
+        """The level of INTA#."""
+        return self._function.intx_level
+
+    def set_memory(self, memory: GuestMemory | None) -> None:
+        """Exchange the guest's memory; None: queues stand still until there is memory again."""
+        self._function.set_memory(memory)
+
+    def reset(self) -> None:
+        """The machine is reset."""
+        self._function.reset()
+
+    def close(self) -> None:
+        """Reset and leave the device. Safe to call twice."""
+        if not self._closed:
+            self._closed = True
+            self._host.run(self._function.close)
+
+
+class InProcessMmio(Window):
+    """A virtio-mmio device for an emulator without a PCI bus: one window.
+
+    Args:
+        host: a PolledHost or a LoopHost.
+        device: any virtio device; it belongs to this object until :meth:`close`.
+        memory: the guest's; None until :meth:`set_memory`.
+        interrupt: called with the level of the interrupt line when it changes.
+        version, packed, queue_size: see MmioDevice.
+
+    Attributes:
+        size: bytes of the registers.
+        read: ``read(offset, size) -> value``, any offset and size; the value's bytes are
+            little-endian.
+        write: ``write(offset, value, size)``.
+
+    Raises:
+        ConfigError: the device cannot be served so.
+        LocalProtocolError: another front has the device, or it is a Controller not started.
+    """
+
+    __slots__ = ("_closed", "_host", "_registers")
+
+    def __init__(
+        self,
+        host: Host,
+        device: VirtioDevice,
+        memory: GuestMemory | None,
+        *,
+        interrupt: Callable[[bool], None],
+        version: int = 2,
+        packed: bool = False,
+        queue_size: int = 0,
+    ) -> None:
+        _check_started(device)
+        self._host = host
+        self._closed = False
+        self._registers = MmioDevice(
+            device, version=version, packed=packed, queue_size=queue_size, host=host
+        )
+        self._registers.on_interrupt = interrupt
+        super().__init__(self._registers.size, self._registers.read, self._registers.write)
+        self.set_memory(memory)
+
+    def notification_data(self, queue: int) -> NotificationData | None:
+        """What the driver's last notification of a queue carried; see MmioDevice."""
+        return self._registers.notification_data(queue)
+
+    @property
+    def interrupt_level(self) -> bool:
+        """The level of the interrupt line."""
+        return self._registers.interrupt_level
+
+    def set_memory(self, memory: GuestMemory | None) -> None:
+        """Exchange the guest's memory; None: queues stand still until there is memory again."""
+        self._registers.set_memory(memory)
+
+    def reset(self) -> None:
+        """The machine is reset."""
+        self._registers.reset()
+
+    def close(self) -> None:
+        """Reset and leave the device. Safe to call twice."""
+        if not self._closed:
+            self._closed = True
+            self._host.run(self._registers.close)
+
+
+def _check_started(device: VirtioDevice) -> None:
+    # Devices that have nothing to start do not say whether they are.
+    if not getattr(device, "started", True):
+        raise LocalProtocolError(
+            f"{device.name} was not started: host.complete(device.start()) comes first"
+        )
+
+
+class _Callbacks:
+    """The sink that turns vectors into messages."""
+
+    def __init__(
+        self,
+        function: PciDevice,
+        msi: Callable[[int, int], None],
+        intx: Callable[[bool], None],
+    ) -> None:
+        self._function = function
+        self._msi = msi
+        self._intx = intx
+        self._said = RateLimitedLog(log)
+
+    def raise_msix(self, vector: int) -> bool:
+        tell(self._said, "msi", self._msi, *self._function.msix_message(vector))
+        return True
+
+    def set_intx(self, level: bool) -> None:
+        tell(self._said, "intx", self._intx, level)
+
+    def msix_descriptor(self, vector: int) -> int:
+        return -1

@@ -1,0 +1,1 @@
+"""The vfio-user server: a virtio PCI function, served to clients over a unix socket."""

@@ -1,0 +1,157 @@
+"""The client's memory as it maps it for DMA (VFIO_USER_DMA_MAP, VFIO_USER_DMA_UNMAP)."""
+
+from __future__ import annotations
+
+import errno
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from vring import GuestMemory, MemoryWatch, Region
+from vring_serial.errors import ProtocolError
+from vring_serial.proto.vfio_user import VfioUserError
+from vring_serial.proto.vfio_user_wire import DmaFlag, DmaMap, DmaUnmap, UnmapFlag
+from vring_serial.transport.vfio_user.copies import Copy, make_copy
+
+
+@dataclass(frozen=True, slots=True)
+class DmaRegion:
+    """One mapping.
+
+    Attributes:
+        address, size: where, and how many bytes.
+        flags: DmaFlag.
+        region: the mapped memory; None if there is no descriptor.
+    """
+
+    address: int
+    size: int
+    flags: int
+    region: Region | None
+
+    @property
+    def end(self) -> int:
+        return self.address + self.size
+
+
+class DmaTable:
+    """All mappings of one client.
+
+    Args:
+        most: mappings that there may be at once.
+        watch: tells of lost memory.
+    """
+
+    def __init__(self, most: int, watch: MemoryWatch) -> None:
+        self._most = most
+        self._watch: MemoryWatch | None = watch
+        self._regions: dict[int, DmaRegion] = {}  # by address
+        self._copies: dict[int, Copy | None] = {}  # of regions without a descriptor
+        self._remote: list[DmaRegion] | None = None  # those, by address; None: to be made
+
+    @property
+    def mapped(self) -> GuestMemory:
+        """The memory that is shared with the client."""
+        found = (each.region for each in self._regions.values())
+        return GuestMemory(region for region in found if region is not None)
+
+    @property
+    def memory(self) -> GuestMemory:
+        """The shared memory, and copies of our own where only the client has memory.
+
+        A copy stays the same as long as its region is mapped.
+        """
+        for each in self._regions.values():
+            if each.region is None and each.address not in self._copies:
+                self._copies[each.address] = make_copy(each.address, each.size)
+        copies = (copy.region for copy in self._copies.values() if copy is not None)
+        return GuestMemory((*self.mapped.regions, *copies))
+
+    def is_remote(self, address: int) -> bool:
+        """Whether only the client can access it."""
+        return any(self.remote_parts(address, 1))
+
+    def remote_parts(self, address: int, length: int) -> Iterator[tuple[int, int, Copy | None]]:
+        """Address and bytes of each part of a range that only the client can access, with its copy.
+
+        The copy is None where there was not enough memory for one.
+        """
+        if self._remote is None:
+            remote = (each for each in self._regions.values() if each.region is None)
+            self._remote = sorted(remote, key=_address)
+        at = max(bisect_right(self._remote, address, key=_address) - 1, 0)
+        for each in self._remote[at:]:
+            if each.address >= address + length:
+                return
+            start, end = max(address, each.address), min(address + length, each.end)
+            if start < end:
+                yield start, end - start, self._copies.get(each.address)
+
+    def map(self, asked: DmaMap, fd: int) -> None:
+        """Add a mapping; ``fd`` is -1 if there is no descriptor, and stays the caller's.
+
+        Raises:
+            VfioUserError: it overlaps another (EEXIST), there are too many (ENOSPC), or the
+                descriptor cannot be mapped so.
+        """
+        if not asked.flags:
+            raise ProtocolError("a region that can be neither read nor written")
+        end = asked.address + asked.size
+        for other in self._regions.values():
+            if other.address < end and asked.address < other.end:
+                raise VfioUserError(
+                    "DMA_MAP",
+                    f"{asked.size:#x} bytes at {asked.address:#x} overlap "
+                    f"{other.size:#x} at {other.address:#x}",
+                    errno.EEXIST,
+                )
+        if len(self._regions) >= self._most:
+            raise VfioUserError("DMA_MAP", f"all {self._most} mappings are taken", errno.ENOSPC)
+        region = self._map(asked, fd) if fd >= 0 else None
+        self._regions[asked.address] = DmaRegion(asked.address, asked.size, asked.flags, region)
+        self._remote = None
+
+    def close(self) -> None:
+        """Unmap everything, and let go of the watch. Nothing is mapped after that."""
+        self._clear()
+        self._watch = None
+
+    def unmap(self, asked: DmaUnmap) -> None:
+        """Remove what was mapped exactly so, or everything.
+
+        Raises:
+            VfioUserError: there is no such mapping (ENOENT).
+        """
+        if asked.flags & UnmapFlag.ALL:
+            self._clear()
+            return
+        found = self._regions.get(asked.address)
+        if found is None or found.size != asked.size:
+            raise VfioUserError(
+                "DMA_UNMAP",
+                f"{asked.size:#x} bytes at {asked.address:#x} are not mapped so",
+                errno.ENOENT,
+            )
+        del self._regions[asked.address]
+        self._copies.pop(asked.address, None)
+        self._remote = None
+
+    def _clear(self) -> None:
+        self._regions.clear()
+        self._copies.clear()
+        self._remote = None
+
+    def _map(self, asked: DmaMap, fd: int) -> Region:
+        return Region.map(
+            fd,
+            asked.size,
+            offset=asked.offset,
+            guest_addr=asked.address,
+            # What the device must not write is its own copy: writing changes nothing.
+            private=not asked.flags & DmaFlag.WRITE,
+            watch=self._watch,
+        )
+
+
+def _address(region: DmaRegion) -> int:
+    return region.address

@@ -1,0 +1,154 @@
+"""A device whose rings may be in memory that only the client can access."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from vring import RingError
+from vring_serial.device.base import VirtioDevice
+from vring_serial.device.virtqueue import RunningQueue
+from vring_serial.proto.console import Status
+from vring_serial.transport.vfio_user.shadow import ClientMemory, ShadowRing
+
+
+class ClientMemoryError(RingError):
+    """The client does not let the device have a ring, or a buffer, of its memory."""
+
+    def __init__(self, queue: str, cause: str) -> None:
+        super().__init__(queue, 0, cause)
+        self.args = (f"{queue}: {cause}",)
+
+
+class RemoteRings:
+    """Stands between a device and its registers, and is both their other end (VirtioDevice).
+
+    Rings in shared memory go to the device as they are; others are served through a ShadowRing.
+
+    Args:
+        device: the device itself.
+
+    Attributes:
+        client: the client's memory while there is a client.
+    """
+
+    def __init__(self, device: VirtioDevice) -> None:
+        self.client: ClientMemory | None = None
+        self._device = device
+        self._shadows: dict[int, ShadowRing] = {}
+        self._owed: set[int] = set()  # queues whose drivers are to be interrupted
+
+    # --- queues
+
+    def start_queue(self, index: int, queue: RunningQueue) -> None:
+        """See VirtioDevice."""
+        client = self.client
+        if client is None or not any(map(client.dma.is_remote, queue.queue.rings)):
+            if client is not None:
+                # In the copies there is nothing: buffers there would be read as zeros.
+                queue.queue.memory = client.dma.mapped
+            self._device.start_queue(index, queue)
+            return
+        shadow = ShadowRing(
+            queue,
+            client,
+            lambda error: self._failed(index, error),
+            owed=index in self._owed,
+        )
+        self._owed.discard(index)
+        try:
+            self._device.start_queue(index, shadow.queue)
+        except BaseException:
+            shadow.stop()
+            raise
+        self._shadows[index] = shadow
+
+    def stop_queue(self, index: int) -> int:
+        """See VirtioDevice."""
+        position = self._device.stop_queue(index)
+        shadow = self._shadows.pop(index, None)
+        if shadow is not None and shadow.stop():
+            self._owed.add(index)
+        return position
+
+    def reset_queue(self, index: int) -> None:
+        """See VirtioDevice."""
+        self._owed.discard(index)
+        self._device.reset_queue(index)
+
+    def _failed(self, index: int, error: Exception) -> None:
+        if index not in self._shadows or isinstance(error, ConnectionError):
+            return
+        self._device.set_status(self._device.status | Status.DEVICE_NEEDS_RESET)
+        if self._device.on_needs_reset is not None:
+            self._device.on_needs_reset(ClientMemoryError(f"queue {index}", str(error)))
+
+    # --- all else is the device's
+
+    @property
+    def on_config_change(self) -> Callable[[], None] | None:
+        return self._device.on_config_change
+
+    @on_config_change.setter
+    def on_config_change(self, function: Callable[[], None] | None) -> None:
+        self._device.on_config_change = function
+
+    @property
+    def on_needs_reset(self) -> Callable[[RingError], None] | None:
+        return self._device.on_needs_reset
+
+    @on_needs_reset.setter
+    def on_needs_reset(self, function: Callable[[RingError], None] | None) -> None:
+        self._device.on_needs_reset = function
+
+    @property
+    def name(self) -> str:
+        return self._device.name
+
+    @property
+    def device_id(self) -> int:
+        return self._device.device_id
+
+    @property
+    def device_features(self) -> int:
+        return self._device.device_features
+
+    @property
+    def num_queues(self) -> int:
+        return self._device.num_queues
+
+    @property
+    def queue_size_max(self) -> int:
+        return self._device.queue_size_max
+
+    @property
+    def config_size(self) -> int:
+        return self._device.config_size
+
+    @property
+    def config_generation(self) -> int:
+        return self._device.config_generation
+
+    @property
+    def status(self) -> int:
+        return self._device.status
+
+    def set_status(self, status: int) -> None:
+        """See VirtioDevice."""
+        self._device.set_status(status)
+
+    def set_driver_features(self, bits: int) -> None:
+        """See VirtioDevice."""
+        self._device.set_driver_features(bits)
+
+    def read_config(self, offset: int, length: int) -> bytes:
+        """See VirtioDevice."""
+        return self._device.read_config(offset, length)
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """See VirtioDevice."""
+        self._device.write_config(offset, data)
+
+    def reset(self) -> None:
+        """See VirtioDevice."""
+        self._owed.clear()
+        self._device.reset()

@@ -1,0 +1,489 @@
+"""One vfio-user client, from its connection to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from vring import MemoryWatch
+from vring.errors import VringError
+from vring_serial import unix_fds
+from vring_serial.device.pci import PciDevice
+from vring_serial.device.registers.interrupts import NoInterrupts
+from vring_serial.errors import ProtocolError
+from vring_serial.proto.payload import MAX_FDS, Empty, Payload
+from vring_serial.proto.vfio_user import (
+    Message,
+    MessageParser,
+    VfioUserError,
+    error_reply,
+    reply,
+)
+from vring_serial.proto.vfio_user_version import MAJOR, MINOR, Capabilities, Version
+from vring_serial.proto.vfio_user_wire import (
+    DEFAULT_DATA_XFER_SIZE,
+    NUM_REGIONS,
+    Command,
+    DeviceFlag,
+    DeviceInfo,
+    DmaMap,
+    DmaUnmap,
+    IoEventFd,
+    IrqIndex,
+    IrqInfo,
+    IrqSet,
+    RegionFlag,
+    RegionIndex,
+    RegionInfo,
+    RegionIoFds,
+    RegionRead,
+    RegionWrite,
+    WriteMulti,
+    WriteMultiDone,
+)
+from vring_serial.ratelimit import RateLimitedLog
+from vring_serial.transport.closer import Closer
+from vring_serial.transport.connection import MAX_UNREAD, Connection
+from vring_serial.transport.lost_memory import describe_loss
+from vring_serial.transport.vfio_user.dma import DmaTable
+from vring_serial.transport.vfio_user.irqs import Interrupts
+from vring_serial.transport.vfio_user.remote import WINDOW_BYTES, RemoteMemory
+from vring_serial.transport.vfio_user.rings import RemoteRings
+from vring_serial.transport.vfio_user.shadow import ClientMemory
+from vring_serial.turns import Turn
+from vring_serial.unix_socket import refuse_descriptors
+
+#: Regions that a client may map; each with a descriptor is a mapping of this process.
+MAX_DMA_MAPS = 4096
+#: Bytes read in one turn of the loop.
+READ_SIZE = 64 * 1024
+#: Smallest max_data_xfer_size of a client: memory that it does not share is read and written in
+#: pieces of this size.
+MIN_DATA_XFER_SIZE = 4096
+#: The client is listened to while a whole window of ours waits for it to read: it may itself wait
+#: for us to read its answers.
+MAX_UNREAD_BY_CLIENT = MAX_UNREAD + 2 * WINDOW_BYTES
+#: Bytes of the configuration space.
+CONFIG_SIZE = 256
+#: What every client is offered.
+CAPABILITIES = Capabilities(
+    max_msg_fds=MAX_FDS,
+    max_data_xfer_size=DEFAULT_DATA_XFER_SIZE,
+    max_dma_maps=MAX_DMA_MAPS,
+    # Any page size will do: nothing here depends on it.
+    pgsizes=(1 << 64) - 4096,
+    write_multiple=True,
+    twin_socket=True,
+    named=frozenset(
+        {
+            "max_msg_fds",
+            "max_data_xfer_size",
+            "max_dma_maps",
+            "pgsizes",
+            "write_multiple",
+            "twin_socket",
+        }
+    ),
+)
+
+_ACCESS = RegionFlag.READ | RegionFlag.WRITE
+
+#: A handler gets the payload and the descriptors; those that it leaves in the list are closed.
+Handler = Callable[[Any, list[int]], Payload | None]
+
+
+class FatalError(ProtocolError):
+    """There is no answer to this but closing the connection."""
+
+
+class NotThereError(VfioUserError):
+    """What the client asks for need not be there: nothing is wrong with that."""
+
+
+class Session:
+    """Serves a PCI function to one client over a connected socket.
+
+    Args:
+        sock: connected and non-blocking; taken over.
+        pci: what is served. It is reset when the session ends: queues that went on with the next
+            client's memory would write into what is another guest's.
+        rings: between ``pci`` and its device.
+        name: for log lines.
+        said: what is logged of this session goes there.
+        watch: tells of lost memory; no other session uses it meanwhile.
+        closer: closes the client's descriptors.
+        greeted: called when the client has said its first words; may be called again.
+        ended: called once, when the client has gone or was sent away; not by :meth:`close`.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        pci: PciDevice,
+        rings: RemoteRings,
+        *,
+        name: str,
+        said: RateLimitedLog,
+        watch: MemoryWatch,
+        closer: Closer,
+        greeted: Callable[[], None],
+        ended: Callable[[], None],
+    ) -> None:
+        self._pci = pci
+        self._rings = rings
+        self._name = name
+        self._greeted = greeted
+        self._ended = ended
+        self._closed = False
+        self._parser = MessageParser()
+        self._said = said
+        self._client: Capabilities | None = None
+        self._twin: Connection | None = None
+        self._twin_parser = MessageParser()
+        self._dma = DmaTable(MAX_DMA_MAPS, watch)
+        self._memory_changed = False
+        self._beside: list[int] = []  # descriptors that go with the next reply
+        self._interrupts = Interrupts(
+            pci.vectors, lambda: pci.intx_level, self._vectors_changed, closer
+        )
+        self._bars = {bar.index: bar.size for bar in pci.bars}
+        self._handlers = self._handler_table()
+        pci.set_irq_sink(self._interrupts, client_masks=True)
+        self._watch = watch
+        self._closer = closer
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(watch, self._memory_lost)
+        self._connection = Connection(
+            sock,
+            read_size=READ_SIZE,
+            max_fds=MAX_FDS,
+            closer=closer,
+            received=self._received,
+            go_on=self._handle_messages,
+            lost=self._lost,
+            max_unread=MAX_UNREAD_BY_CLIENT,
+        )
+
+    def close(self) -> None:
+        """Reset the device, unmap the guest's memory, close all descriptors. Safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        self._loop.remove_reader(self._watch)
+        self._connection.close()
+        if self._twin is not None:
+            self._twin.close()
+        self._pci.set_irq_sink(NoInterrupts())
+        self._pci.set_memory(None)
+        self._pci.reset()
+        self._dma.close()
+        del self._watch  # open as long as it is referred to
+        if self._rings.client is not None:
+            self._rings.client.remote.close()
+            self._rings.client = None
+        self._interrupts.close()
+        self._closer.close(self._parser.take_fds())
+
+    # --- the connection
+
+    def _lost(self, error: OSError | None) -> None:
+        if (why := describe_loss(self._dma.mapped)) is not None:
+            self._said.warning("%s: %s", self._name, why)
+        elif error is not None:
+            lost = error.strerror or error
+            self._said.log(logging.INFO, "%s: connection lost: %s", self._name, lost)
+        self._end()
+
+    def send_away(self, why: str) -> None:
+        """End the session, for the reason given."""
+        self._said.warning("%s: %s; connection closed", self._name, why)
+        self._end()
+
+    def _end(self) -> None:
+        try:
+            self.close()
+        finally:  # whatever the device says to that, the next one may come
+            self._ended()
+
+    def _received(self, received: unix_fds.Received) -> bool:
+        self._parser.receive_data(received.data, received.fds)
+        if received.truncated:
+            self.send_away("there is no room for the descriptors that it sent")
+            return False
+        return self._handle_messages()
+
+    def _handle_messages(self) -> bool:
+        """Returns whether there may be more."""
+        turn = Turn()
+        more = True
+        try:
+            while turn.another():
+                if (message := self._parser.next_message()) is None:
+                    more = False
+                    break
+                self._handle(message)
+                if self._closed:
+                    return False
+                if self._closer.full:
+                    raise FatalError("the descriptors that it sent cannot be closed")
+            self._use_memory()
+        except (FatalError, VfioUserError) as error:
+            self.send_away(str(error))
+            return False
+        return more
+
+    def _handle(self, message: Message) -> None:
+        if message.is_reply:
+            self._handle_reply(message)
+            return
+        fds = list(message.fds)
+        try:
+            answer = self._answer(message, fds)
+        except FatalError as error:
+            raise FatalError(f"{message.name}: {error}") from None
+        except VfioUserError as error:
+            self._refuse(message, error)
+        except (ProtocolError, VringError) as error:
+            self._refuse(message, VfioUserError(message.name, str(error)))
+        except MemoryError:
+            self._refuse(message, VfioUserError(message.name, "out of memory", errno.ENOMEM))
+        except OSError as error:
+            why = error.strerror or str(error)
+            self._refuse(message, VfioUserError(message.name, why, error.errno or errno.EIO))
+        else:
+            if not message.no_reply:
+                data = reply(message.command, message.message_id, answer)
+                self._connection.send(data, self._beside)
+                self._beside = []
+        finally:
+            self._closer.close(fds)
+            unix_fds.close_all(self._beside)
+            self._beside = []
+
+    def _handle_reply(self, message: Message) -> None:
+        self._closer.close(message.fds)
+        try:
+            if self._rings.client is None:
+                raise ProtocolError("a reply that nobody asked for")
+            self._rings.client.remote.handle_reply(message)
+        except ProtocolError as error:
+            raise FatalError(f"{message.name}: {error}") from None
+
+    def _answer(self, message: Message, fds: list[int]) -> Payload | None:
+        if self._client is None and message.command != Command.VERSION:
+            raise FatalError("it came before VERSION")
+        payload = message.decode()
+        handler = self._handlers.get(message.command)
+        if handler is None:
+            raise VfioUserError(message.name, "not supported", errno.EOPNOTSUPP)
+        if message.command not in (Command.DMA_MAP, Command.DMA_UNMAP):
+            self._use_memory()
+        return handler(payload, fds)
+
+    def _refuse(self, message: Message, error: VfioUserError) -> None:
+        level = logging.DEBUG if isinstance(error, NotThereError) else logging.WARNING
+        self._said.log(level, "%s: refused %s", self._name, error)
+        if not message.no_reply:
+            self._connection.send(error_reply(message.command, message.message_id, error.errno))
+
+    def _handler_table(self) -> dict[int, Handler]:
+        return {
+            Command.VERSION: self._version,
+            Command.DMA_MAP: self._dma_map,
+            Command.DMA_UNMAP: self._dma_unmap,
+            Command.DEVICE_GET_INFO: self._get_info,
+            Command.DEVICE_GET_REGION_INFO: self._get_region_info,
+            Command.DEVICE_GET_REGION_IO_FDS: self._get_region_io_fds,
+            Command.DEVICE_GET_IRQ_INFO: self._get_irq_info,
+            Command.DEVICE_SET_IRQS: self._set_irqs,
+            Command.REGION_READ: self._region_read,
+            Command.REGION_WRITE: self._region_write,
+            Command.REGION_WRITE_MULTI: self._region_write_multi,
+            Command.DEVICE_RESET: self._device_reset,
+        }
+
+    # --- negotiation and description
+
+    def _version(self, version: Version, fds: list[int]) -> Version:
+        if self._client is not None:
+            raise ProtocolError("it came twice")
+        if version.major != MAJOR:
+            raise FatalError(f"version {version.major}.{version.minor} instead of {MAJOR}.{MINOR}")
+        proposed = version.capabilities
+        if proposed is not None and proposed.pgsizes % 4096:
+            raise FatalError(f"page sizes {proposed.pgsizes:#x}, below 4096")
+        if proposed is not None and proposed.max_data_xfer_size < MIN_DATA_XFER_SIZE:
+            raise FatalError(
+                f"max_data_xfer_size {proposed.max_data_xfer_size}, below {MIN_DATA_XFER_SIZE}"
+            )
+        agreed = CAPABILITIES.common(proposed or Capabilities())
+        self._client = agreed
+        send = self._connection.send
+        if agreed.twin_socket:
+            self._twin = self._open_twin()
+            send = self._twin.send
+            agreed = replace(agreed, twin_fd_index=0)
+        remote = RemoteMemory(send, agreed.max_data_xfer_size)
+        self._rings.client = ClientMemory(self._dma, remote)
+        self._said.log(logging.INFO, "%s: %s", self._name, agreed)
+        self._greeted()
+        return Version(MAJOR, MINOR, agreed if proposed is not None else None)
+
+    def _open_twin(self) -> Connection:
+        """A socket for what the server asks; the client's end goes with the reply."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._beside.append(theirs.detach())
+        ours.setblocking(False)
+        refuse_descriptors(ours)
+        return Connection(
+            ours,
+            read_size=READ_SIZE,
+            max_fds=0,
+            closer=self._closer,
+            received=self._twin_received,
+            go_on=self._handle_replies,
+            lost=self._lost,
+            max_unread=MAX_UNREAD_BY_CLIENT,
+        )
+
+    def _twin_received(self, received: unix_fds.Received) -> bool:
+        self._closer.close(received.fds)
+        self._twin_parser.receive_data(received.data)
+        return self._handle_replies()
+
+    def _handle_replies(self) -> bool:
+        turn = Turn()
+        try:
+            while turn.another():
+                if (message := self._twin_parser.next_message()) is None:
+                    return False
+                if not message.is_reply:
+                    raise FatalError(f"{message.name}: a command on the socket for replies")
+                self._handle_reply(message)
+                if self._closed:
+                    return False
+        except (FatalError, VfioUserError) as error:
+            self.send_away(str(error))
+            return False
+        return True
+
+    def _get_info(self, _: DeviceInfo, fds: list[int]) -> DeviceInfo:
+        return DeviceInfo(DeviceFlag.PCI | DeviceFlag.RESET, NUM_REGIONS, self._interrupts.types)
+
+    def _region_size(self, index: int) -> int:
+        """Bytes; 0 if this device does not have the region."""
+        if index == RegionIndex.CONFIG:
+            return CONFIG_SIZE
+        if index >= NUM_REGIONS:
+            raise ProtocolError(f"there is no region {index}")
+        return self._bars.get(index, 0)
+
+    def _get_region_info(self, asked: RegionInfo, fds: list[int]) -> RegionInfo:
+        size = self._region_size(asked.index)
+        return RegionInfo(asked.index, _ACCESS if size else 0, size)
+
+    def _get_region_io_fds(self, asked: RegionIoFds, fds: list[int]) -> RegionIoFds:
+        """Where queues are notified, with eventfds: for those that can watch the guest for that."""
+        if asked.sub_regions:
+            raise ProtocolError("sub-regions in a request")
+        if not self._region_size(asked.index):
+            raise ProtocolError(f"the device has no region {asked.index}")
+        assert self._client is not None
+        # The other queues are notified by messages.
+        places = [place for place in self._pci.notify_offsets if place.bar == asked.index]
+        places = places[: self._client.max_msg_fds]
+        needed = RegionIoFds.needed(len(places))
+        if asked.argsz < needed:
+            return RegionIoFds(asked.index, (), needed)
+        for place in places:
+            self._beside.append(os.dup(self._pci.kick_fd(place.queue)))
+        # Size 0: drivers write 2 bytes, or 4 with NOTIFICATION_DATA.
+        found = (IoEventFd(place.offset, 0, nr) for nr, place in enumerate(places))
+        return RegionIoFds(asked.index, tuple(found), needed)
+
+    # --- interrupts
+
+    def _get_irq_info(self, asked: IrqInfo, fds: list[int]) -> IrqInfo:
+        if asked.index in (IrqIndex.ERR, IrqIndex.REQ):
+            raise NotThereError("DEVICE_GET_IRQ_INFO", "no error recovery, no requests for release")
+        return self._interrupts.info(asked.index)
+
+    def _set_irqs(self, irqs: IrqSet, fds: list[int]) -> None:
+        self._interrupts.set(irqs, fds)
+
+    def _vectors_changed(self) -> None:
+        self._pci.vectors_changed()
+
+    # --- memory
+
+    def _memory_lost(self) -> None:
+        self._watch.clear()
+        why = describe_loss(self._dma.mapped)
+        # The client may have unmapped meanwhile what it cut off.
+        if why is not None:
+            self.send_away(why)
+
+    def _dma_map(self, asked: DmaMap, fds: list[int]) -> None:
+        self._dma.map(asked, fds[0] if fds else -1)
+        self._memory_changed = True
+
+    def _dma_unmap(self, asked: DmaUnmap, fds: list[int]) -> DmaUnmap:
+        self._dma.unmap(asked)
+        self._memory_changed = True
+        return asked
+
+    def _use_memory(self) -> None:
+        """Give the device the memory as it is mapped now.
+
+        Maps come many at a time, and each exchange stops and starts the queues: once for all that
+        came together, before any of them is answered and before anything else is done.
+        """
+        if self._memory_changed:
+            self._memory_changed = False
+            self._pci.set_memory(self._dma.memory)
+
+    # --- registers
+
+    def _region_read(self, asked: RegionRead, fds: list[int]) -> RegionWrite:
+        self._check_access(asked.region, asked.offset, asked.count)
+        if asked.region == RegionIndex.CONFIG:
+            value = self._pci.config_read(asked.offset, asked.count)
+        else:
+            value = self._pci.bar_read(asked.region, asked.offset, asked.count)
+        data = value.to_bytes(asked.count, "little")
+        return RegionWrite(asked.offset, asked.region, asked.count, data)
+
+    def _region_write(self, asked: RegionWrite, fds: list[int]) -> RegionRead:
+        self._write(asked)
+        return RegionRead(asked.offset, asked.region, asked.count)
+
+    def _region_write_multi(self, asked: WriteMulti, fds: list[int]) -> WriteMultiDone:
+        for write in asked.writes:
+            self._check_access(write.region, write.offset, write.count)
+        for write in asked.writes:
+            self._write(write)
+        return WriteMultiDone(len(asked.writes))
+
+    def _write(self, asked: RegionWrite) -> None:
+        self._check_access(asked.region, asked.offset, asked.count)
+        value = int.from_bytes(asked.data, "little")
+        if asked.region == RegionIndex.CONFIG:
+            self._pci.config_write(asked.offset, value, asked.count)
+        else:
+            self._pci.bar_write(asked.region, asked.offset, value, asked.count)
+
+    def _check_access(self, region: int, offset: int, count: int) -> None:
+        size = self._region_size(region)
+        if not count or offset + count > size:
+            raise ProtocolError(
+                f"{count} bytes at {offset:#x} of region {region}, which has {size}"
+            )
+
+    def _device_reset(self, _: Empty, fds: list[int]) -> None:
+        self._pci.reset()

@@ -1,0 +1,386 @@
+"""Rings in memory that only the client can access, served through copies of our own.
+
+The device works on a *copy* of guest memory at the same guest addresses. When the driver notifies,
+what it made available is fetched into the copy: ring entries, descriptors, and what they say that
+the device may read. When the device has used buffers, what it wrote is stored in the guest's
+memory, then the used ring, and when the client has said that this is done, the driver is told.
+
+The device may be the pump's thread. Indices and event indices of the copy, which both sides use at
+the same time, are single accesses in order (``GuestMemory.load16``, ``store16``). Of the guest's
+ring, the index is read before what it makes available, in an access of its own: a client that
+copied both at once could give a new index with an entry of the last round.
+
+Memory of a copy is held only for chains between their fetch and their completion, and for the ring
+itself; the rest is given back (see vfio_copies).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+from vring import GuestMemory, SplitQueue, drain, need_event, notify
+from vring.errors import AddressError, VringError
+from vring_serial.device.kicks import KickWatch
+from vring_serial.device.virtqueue import RunningQueue
+from vring_serial.errors import ProtocolError
+from vring_serial.transport.event_fds import make_eventfd
+from vring_serial.transport.vfio_user.copies import LARGE_BYTES, Held, LargeChains, Room
+from vring_serial.transport.vfio_user.dma import DmaTable
+from vring_serial.transport.vfio_user.remote import RemoteMemory
+from vring_serial.unix_fds import close_all
+
+_DESCRIPTOR = struct.Struct("<QIHH")
+_USED = struct.Struct("<II")
+_U16 = struct.Struct("<H")
+_NEXT, _WRITE, _INDIRECT = 1, 2, 4
+_NO_INTERRUPT = 1
+#: Bytes that are asked for, or stored, at once.
+FETCH_BYTES = 4 << 20
+
+Segment = tuple[int, int]  # guest address and bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ClientMemory:
+    """What a client has mapped, and how to reach what it did not share."""
+
+    dma: DmaTable
+    remote: RemoteMemory
+    large: LargeChains = field(default_factory=LargeChains)
+
+
+@dataclass(slots=True)
+class _Chain:
+    """A chain as the device gets it.
+
+    Attributes:
+        copied: its descriptors and the indirect table: guest address, and bytes.
+        readable: what the device may read, where only the client has it.
+        writable: what the device may write: address, bytes, and where of that only the client has.
+        held: the pages of all that.
+    """
+
+    copied: list[tuple[int, bytes]] = field(default_factory=list)
+    readable: list[Segment] = field(default_factory=list)
+    writable: list[tuple[int, int, list[Segment]]] = field(default_factory=list)
+    held: Held = field(default_factory=Held)
+
+
+class _Failure:
+    """Tells once that the client's memory cannot be accessed, and holds nothing of a ring.
+
+    Requests that are answered late keep it, and must not keep the client's memory mapped.
+    """
+
+    def __init__(self, failed: Callable[[Exception], None]) -> None:
+        self._failed: Callable[[Exception], None] | None = failed
+
+    def tell(self, error: Exception) -> None:
+        failed, self._failed = self._failed, None
+        if failed is not None:
+            failed(error)
+
+    def written(self, write: asyncio.Future[bytes]) -> None:
+        error = write.exception()
+        if isinstance(error, Exception):
+            self.tell(error)
+
+    def forget(self) -> None:
+        """Nobody wants to know any more."""
+        self._failed = None
+
+
+class ShadowRing:
+    """Keeps the copy of one split ring and the guest's own in step, while the device serves it.
+
+    Args:
+        running: the queue over the copy, with the descriptors that the driver and the client know.
+        client: the guest's memory. What of it is shared is not copied, but the ring may not be.
+        failed: called once, when the guest's memory cannot be accessed.
+        owed: what :meth:`stop` returned of the ring before this one.
+
+    Raises:
+        ProtocolError: the ring is packed, or a part of it is in shared memory.
+    """
+
+    def __init__(
+        self,
+        running: RunningQueue,
+        client: ClientMemory,
+        failed: Callable[[Exception], None],
+        *,
+        owed: bool = False,
+    ) -> None:
+        queue = running.queue
+        if not isinstance(queue, SplitQueue):
+            raise ProtocolError(f"{queue.name}: a packed ring needs memory with a descriptor")
+        self._loop = asyncio.get_running_loop()
+        self._outer = running
+        self._size = queue.size
+        self._event_idx = queue.event_idx
+        self._memory: GuestMemory = queue.memory
+        self._descriptors, self._available, self._used = queue.rings
+        self._available_event = self._used + 4 + 8 * self._size
+        self._used_event = self._available + 4 + 2 * self._size
+        self._dma = client.dma
+        self._remote = client.remote
+        self._failure = _Failure(failed)
+        self._owed = owed
+        # Of the guest's ring: fetched, made available to the device, stored back, and told.
+        self._fetched = self._offered = self._stored = self._told = queue.avail_index
+        self._ring = self._hold_ring()
+        self._room = Room(client.large)
+        self._chains: dict[int, _Chain] = {}  # by head: those that the device has
+        self._kicked = asyncio.Event()
+        self._kicked.set()
+        self._telling: asyncio.Task[None] | None = None
+        # The copy begins with nothing available: flags, index, and the event for the first use.
+        memory = self._memory
+        memory.store16(self._available, 0)
+        memory.store16(self._available + 2, self._fetched)
+        memory.store16(self._used, 0)
+        memory.store16(self._used + 2, self._stored)
+        memory.store16(self._used_event, self._stored)
+        self.queue = RunningQueue(queue, make_eventfd(), make_eventfd())
+        self._kicks = KickWatch(running.kick_fd, self._kicked.set)
+        self._loop.add_reader(self.queue.call_fd, self._device_calls)
+        self._fetching = self._loop.create_task(self._fetch_all())
+
+    def stop(self) -> bool:
+        """The device has left the queue: store what it used, and close.
+
+        Returns whether the driver is owed an interrupt, which cannot be waited for here.
+        """
+        self._kicks.close()
+        self._loop.remove_reader(self.queue.call_fd)
+        self._fetching.cancel()
+        # Its traceback refers to this object: a cycle would keep the memory until it is collected.
+        del self._fetching
+        self._store()
+        self._failure.forget()
+        owed = self._owed or self._told != self._stored or self._telling is not None
+        if self._telling is not None:
+            self._telling.cancel()
+        close_all([self.queue.kick_fd, self.queue.call_fd])
+        for chain in self._chains.values():
+            chain.held.release()
+        self._chains.clear()
+        self._ring.release()
+        self._room.close()
+        return owed
+
+    def _hold_ring(self) -> Held:
+        held = Held()
+        parts = (16 * self._size, 6 + 2 * self._size, 6 + 8 * self._size)
+        for address, length in zip(self._outer.queue.rings, parts, strict=True):
+            if sum(size for _, size in self._add_remote(held, address, length)) != length:
+                name = self._outer.queue.name
+                raise ProtocolError(f"{name}: a part of its ring is in memory that is shared")
+        held.hold()
+        return held
+
+    # --- from the driver to the device
+
+    async def _fetch_all(self) -> None:
+        try:
+            await self._fetch()
+            if self._owed:
+                # What was stored then is there now, since it came before what was read.
+                self._owed = False
+                notify(self._outer.call_fd)
+            while True:
+                await self._kicked.wait()
+                self._kicked.clear()
+                while await self._fetch():
+                    pass
+        except (ProtocolError, VringError, OSError) as error:
+            self._failure.tell(error)
+
+    async def _fetch(self) -> bool:
+        """Bring what the driver made available; whether there was anything."""
+        index = await self._read16(self._available + 2)
+        count = index - self._fetched & 0xFFFF
+        if not count:
+            return False
+        if count > self._size:
+            # That cannot be, which is the device's to find, and to tell.
+            self._fetched = index
+        else:
+            asked = self._remote.read(self._available + 4, 2 * self._size)
+            table = await self._remote.read(self._descriptors, 16 * self._size)
+            entries = await asked
+            for _ in range(count):
+                (head,) = _U16.unpack_from(entries, 2 * (self._fetched % self._size))
+                await self._fetch_chain(head, table)
+        self._offer()
+        if self._event_idx:
+            self._write(self._available_event, _U16.pack(index))
+        return True
+
+    def _offer(self) -> None:
+        """Make what was fetched available to the device."""
+        if self._offered != self._fetched:
+            self._offered = self._fetched
+            self._memory.store16(self._available + 2, self._fetched)
+            notify(self.queue.kick_fd)
+
+    async def _fetch_chain(self, head: int, table: bytes) -> None:
+        """Bring what the device may read; what is wrong with the chain is the device's to find."""
+        name = self.queue.queue.name
+        if head in self._chains:
+            raise ProtocolError(f"{name}: descriptor {head} is available, and in use already")
+        chain = await self._walk(head, table)
+        cost = chain.held.cost
+        if cost > LARGE_BYTES:
+            raise ProtocolError(f"{name}: a chain of {cost} bytes, at most {LARGE_BYTES} are taken")
+        if not self._room.has(cost):
+            self._offer()
+            await self._room.wait_for(cost)
+        self._room.take(cost)
+        chain.held.hold()
+        self._chains[head] = chain
+        for at, data in chain.copied:
+            self._memory.write(at, data)
+        for address, length in chain.readable:
+            for at, size in _pieces(address, length):
+                self._memory.write(at, await self._remote.read(at, size))
+        slot = self._available + 4 + 2 * (self._fetched % self._size)
+        self._memory.store16(slot, head)
+        self._fetched = self._fetched + 1 & 0xFFFF
+
+    async def _walk(self, head: int, table: bytes) -> _Chain:
+        """What a chain's descriptors name, as far as they make sense."""
+        chain = _Chain()
+        at = head
+        seen = 0
+        indirect = False
+        while 16 * at + 16 <= len(table) and seen < self._size:
+            seen += 1
+            entry = table[16 * at : 16 * at + 16]
+            address, length, flags, following = _DESCRIPTOR.unpack(entry)
+            if not indirect:
+                chain.copied.append((self._descriptors + 16 * at, entry))
+            if not flags & _INDIRECT:
+                parts = self._add_remote(chain.held, address, length)
+                if flags & _WRITE:
+                    chain.writable.append((address, length, parts))
+                else:
+                    chain.readable += parts
+                if not flags & _NEXT:
+                    break
+                at = following
+                continue
+            if indirect or length % 16 or length > 16 * self._size:
+                break
+            try:
+                table = await self._table(chain, address, length)
+            except AddressError:
+                break
+            indirect = True
+            at = 0
+        return chain
+
+    async def _table(self, chain: _Chain, address: int, length: int) -> bytes:
+        """An indirect table. Raises AddressError if it is in no memory."""
+        parts = self._add_remote(chain.held, address, length)
+        if not parts:
+            return self._memory.read(address, length)
+        table = await self._remote.read(address, length)
+        for start, size in parts:
+            chain.copied.append((start, table[start - address : start - address + size]))
+        return table
+
+    def _add_remote(self, held: Held, address: int, length: int) -> list[Segment]:
+        """The parts of a range that only the client can access; their pages are added to ``held``.
+
+        Those that there is no copy of are not in guest memory, and the device will find that.
+        """
+        found: list[Segment] = []
+        for start, size, copy in self._dma.remote_parts(address, length):
+            if copy is not None:
+                held.add(copy, start, size)
+                found.append((start, size))
+        return found
+
+    # --- from the device to the driver
+
+    def _device_calls(self) -> None:
+        drain(self.queue.call_fd)
+        if self._store() and self._telling is None:
+            self._telling = self._loop.create_task(self._tell())
+
+    def _store(self) -> bool:
+        """Send what the device used; whether there was anything."""
+        any_stored = False
+        while True:
+            index = self._memory.load16(self._used + 2)
+            count = index - self._stored & 0xFFFF
+            if not count or count > self._size:
+                return any_stored
+            any_stored = True
+            for position in range(self._stored, self._stored + count):
+                at = self._used + 4 + 8 * (position % self._size)
+                entry = self._memory.read(at, 8)
+                head, written = _USED.unpack(entry)
+                self._store_chain(head, written)
+                self._write(at, entry)
+            self._write(self._used + 2, _U16.pack(index))
+            self._stored = index
+            # Asked before the index is looked at again: the device tells of what comes later.
+            self._memory.store16(self._used_event, index)
+
+    def _store_chain(self, head: int, written: int) -> None:
+        chain = self._chains.pop(head, None)
+        if chain is None:
+            return
+        last: asyncio.Future[bytes] | None = None
+        for address, length, parts in chain.writable:
+            end = address + min(length, written)
+            written -= end - address
+            for start, size in parts:
+                for at, piece in _pieces(start, min(size, end - start)):
+                    last = self._write(at, self._memory.read(at, piece))
+        chain.held.release()
+        give = partial(self._room.give, chain.held.cost)
+        if last is None:
+            give()
+        else:
+            # What was read of the copy waits in its place until the client has it.
+            last.add_done_callback(lambda _: give())
+
+    def _write(self, address: int, data: bytes) -> asyncio.Future[bytes]:
+        done = self._remote.write(address, data)
+        done.add_done_callback(self._failure.written)
+        return done
+
+    async def _tell(self) -> None:
+        """Interrupt the driver if it wants that, once it can see what was used."""
+        try:
+            while self._told != self._stored:
+                before, now = self._told, self._stored
+                self._told = now
+                if await self._wanted(now, before):
+                    notify(self._outer.call_fd)
+        except (ProtocolError, OSError) as error:
+            self._failure.tell(error)
+        finally:
+            self._telling = None
+
+    async def _wanted(self, now: int, before: int) -> bool:
+        # Reads come after the writes before them.
+        if self._event_idx:
+            return need_event(await self._read16(self._used_event), now, before)
+        return not await self._read16(self._available) & _NO_INTERRUPT
+
+    async def _read16(self, address: int) -> int:
+        """A number of the guest's ring."""
+        return int.from_bytes(await self._remote.read(address, 2), "little")
+
+
+def _pieces(address: int, length: int) -> Iterator[Segment]:
+    for at in range(address, address + length, FETCH_BYTES):
+        yield at, min(FETCH_BYTES, address + length - at)

@@ -1,0 +1,548 @@
+"""One vhost-user frontend, from its connection to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from vring import GuestMemory, MemoryWatch, Region
+from vring.errors import MemoryLostError, RingError, VringError
+from vring_serial import unix_fds
+from vring_serial.device.base import VirtioDevice
+from vring_serial.errors import ProtocolError
+from vring_serial.proto.console import Feature, Status
+from vring_serial.proto.vhost_user import (
+    F_PROTOCOL_FEATURES,
+    MAX_FDS,
+    U64,
+    ConfigAccess,
+    Empty,
+    MemoryRegion,
+    MemoryTable,
+    Message,
+    MessageParser,
+    Payload,
+    ProtocolFeature,
+    Request,
+    SingleRegion,
+    VhostUserError,
+    VringAddress,
+    VringDescriptor,
+    VringState,
+    reply,
+)
+from vring_serial.ratelimit import RateLimitedLog
+from vring_serial.transport.closer import Closer
+from vring_serial.transport.connection import Connection
+from vring_serial.transport.event_fds import check_event_descriptor
+from vring_serial.transport.lost_memory import describe_loss
+from vring_serial.transport.vhost_user.channel import BackendChannel, CallRelay
+from vring_serial.transport.vhost_user.vring import Vring
+from vring_serial.turns import Turn
+
+#: Regions that a frontend may map in all (ADD_MEM_REG).
+MAX_MEM_SLOTS = 64
+#: Seconds between two looks at a queue whose frontend does not kick.
+POLL_INTERVAL = 0.002
+#: Bytes read in one turn of the loop.
+READ_SIZE = 4096
+
+_PROTOCOL_FEATURES_BIT = 1 << F_PROTOCOL_FEATURES
+_INBAND_NEEDS = ProtocolFeature.BACKEND_REQ | ProtocolFeature.REPLY_ACK
+#: A frontend that has sent one of them is there to stay: the others are sent by all who ask.
+_GREETINGS = (Request.SET_OWNER, Request.SET_FEATURES, Request.SET_PROTOCOL_FEATURES)
+
+#: A handler gets the payload and the descriptors; those that it leaves in the list are closed.
+Handler = Callable[[Any, list[int]], Payload | None]
+
+
+class FatalError(ProtocolError):
+    """The specification leaves no answer to this but closing the connection."""
+
+
+class Session:
+    """Serves the device to one frontend over a connected socket.
+
+    Args:
+        sock: connected and non-blocking; taken over.
+        device: what is served. Its queues are stopped when the session ends; all else it keeps, for
+            the frontend may come back and go on.
+        offered: protocol features.
+        packed: offer packed rings.
+        name: for log lines.
+        said: what is logged of this session goes there.
+        watch: tells of lost memory; no other session uses it meanwhile.
+        closer: closes the frontend's descriptors.
+        greeted: called when the frontend has said its first words; may be called again.
+        ended: called once, when the frontend has gone or was sent away; not by :meth:`close`.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        device: VirtioDevice,
+        *,
+        offered: ProtocolFeature,
+        packed: bool,
+        name: str,
+        said: RateLimitedLog,
+        watch: MemoryWatch,
+        closer: Closer,
+        greeted: Callable[[], None],
+        ended: Callable[[], None],
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._device = device
+        self._offered = offered
+        self._name = name
+        self._greeted = greeted
+        self._ended = ended
+        self._parser = MessageParser(Request)
+        self._said = said
+        self._closed = False
+        self._paused = False
+        self._protocol_features = ProtocolFeature(0)
+        self._features_offered = int(device.device_features)
+        if packed:
+            self._features_offered |= Feature.RING_PACKED
+        self._features = 0
+        self._memory = GuestMemory()
+        self._vrings = [Vring(index, device, closer) for index in range(device.num_queues)]
+        self._channel: BackendChannel | None = None
+        self._calls = CallRelay(self._call_inband)
+        self._poll_timer: asyncio.TimerHandle | None = None
+        self._handlers = self._handler_table()
+        self._watch = watch
+        self._closer = closer
+        self._loop.add_reader(watch, self._memory_lost)
+        self._connection = Connection(
+            sock,
+            read_size=READ_SIZE,
+            max_fds=MAX_FDS,
+            closer=closer,
+            received=self._received,
+            go_on=self._handle_messages,
+            lost=self._lost,
+        )
+
+    # --- what the device tells ------------------------------------------------------------------
+
+    def config_changed(self) -> None:
+        """The device's configuration space changed."""
+        if self._channel is not None and self._has(ProtocolFeature.CONFIG):
+            self._channel.config_changed()
+
+    def ring_broken(self, error: RingError) -> None:
+        """The driver broke a ring; the device has set NEEDS_RESET."""
+        if isinstance(error, MemoryLostError):
+            return  # the watch tells, and of the cause
+        self._said.warning("%s: the guest's driver broke %s", self._name, error)
+        for vring in self._vrings:
+            if repr(vring) == error.queue and not vring.report_error():
+                self._tell_error_inband(vring)
+        if self._has(ProtocolFeature.STATUS):
+            self.config_changed()
+
+    # --- the connection -------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Stop all queues, unmap the guest's memory, close every descriptor. Safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        self._loop.remove_reader(self._watch)
+        self._connection.close()
+        if self._poll_timer is not None:
+            self._poll_timer.cancel()
+        for vring in self._vrings:
+            vring.reset()
+        self._memory = GuestMemory()
+        del self._watch  # open as long as it is referred to
+        self._calls.close()
+        if self._channel is not None:
+            self._channel.close()
+        self._closer.close(self._parser.take_fds())
+
+    def _lost(self, error: OSError | None) -> None:
+        if (loss := describe_loss(self._memory)) is not None:
+            self._said.warning("%s: %s", self._name, loss)
+        elif error is not None:
+            why = error.strerror or error
+            self._said.log(logging.INFO, "%s: connection lost: %s", self._name, why)
+        self._end()
+
+    def send_away(self, why: str) -> None:
+        """End the session, for the reason given."""
+        self._said.warning("%s: %s; connection closed", self._name, why)
+        self._end()
+
+    def _end(self) -> None:
+        try:
+            self.close()
+        finally:  # whatever the device says to that, the next one may come
+            self._ended()
+
+    def _received(self, received: unix_fds.Received) -> bool:
+        self._parser.receive_data(received.data, received.fds)
+        if received.truncated:
+            self.send_away("there is no room for the descriptors that it sent")
+            return False
+        return self._handle_messages()
+
+    def _handle_messages(self) -> bool:
+        """Returns whether there may be more."""
+        turn = Turn()
+        try:
+            while turn.another():
+                if (message := self._parser.next_message()) is None:
+                    return False
+                self._handle(message)
+                if self._closed:
+                    return False
+                if self._closer.full:
+                    raise FatalError("the descriptors that it sent cannot be closed")
+        except (FatalError, VhostUserError) as error:
+            self.send_away(str(error))
+            return False
+        return True
+
+    def _handle(self, message: Message) -> None:
+        fds = list(message.fds)
+        try:
+            answer = self._answer(message, fds)
+        except FatalError as error:
+            raise FatalError(f"{message.name}: {error}") from None
+        except VhostUserError as error:
+            self._refuse(message, error)
+            return
+        except (ProtocolError, VringError, OSError) as error:
+            self._refuse(message, VhostUserError(message.name, str(error)))
+            return
+        except MemoryError:
+            self._refuse(message, VhostUserError(message.name, "out of memory"))
+            return
+        finally:
+            self._closer.close(fds)
+        if answer is not None:
+            self._connection.send(reply(message.kind, answer))
+        elif self._wants_acknowledgement(message):
+            self._connection.send(reply(message.kind, U64(0)))
+
+    def _answer(self, message: Message, fds: list[int]) -> Payload | None:
+        payload = message.decode()
+        handler = self._handlers.get(message.kind)
+        if handler is None:
+            raise ProtocolError("not supported")
+        answer = handler(payload, fds)
+        if message.kind in _GREETINGS:
+            self._greeted()
+        return answer
+
+    def _refuse(self, message: Message, error: VhostUserError) -> None:
+        if message.kind == Request.GET_CONFIG:
+            refusal: Payload = Empty()
+        elif self._wants_acknowledgement(message):
+            refusal = U64(1)
+        else:
+            raise error
+        self._said.warning("%s: refused %s", self._name, error)
+        self._connection.send(reply(message.kind, refusal))
+
+    def _wants_acknowledgement(self, message: Message) -> bool:
+        """Whether an acknowledgement is asked for where none but that can answer."""
+        if not message.need_reply or not self._has(ProtocolFeature.REPLY_ACK):
+            return False
+        return message.shape is None or message.shape.reply is None
+
+    # --- negotiation ----------------------------------------------------------------------------
+
+    def _handler_table(self) -> dict[int, Handler]:
+        return {
+            Request.GET_FEATURES: self._get_features,
+            Request.SET_FEATURES: self._set_features,
+            Request.GET_PROTOCOL_FEATURES: self._get_protocol_features,
+            Request.SET_PROTOCOL_FEATURES: self._set_protocol_features,
+            Request.SET_OWNER: self._ignore,
+            # Deprecated, and meant differently by different frontends: best ignored, says the
+            # specification.
+            Request.RESET_OWNER: self._ignore,
+            Request.GET_QUEUE_NUM: self._get_queue_num,
+            Request.SET_BACKEND_REQ_FD: self._set_backend_req_fd,
+            Request.GET_CONFIG: self._get_config,
+            Request.SET_CONFIG: self._set_config,
+            Request.GET_STATUS: self._get_status,
+            Request.SET_STATUS: self._set_status,
+            Request.RESET_DEVICE: self._reset_device,
+            Request.SET_MEM_TABLE: self._set_mem_table,
+            Request.GET_MAX_MEM_SLOTS: self._get_max_mem_slots,
+            Request.ADD_MEM_REG: self._add_mem_reg,
+            Request.REM_MEM_REG: self._rem_mem_reg,
+            Request.SET_VRING_NUM: self._set_vring_num,
+            Request.SET_VRING_BASE: self._set_vring_base,
+            Request.GET_VRING_BASE: self._get_vring_base,
+            Request.SET_VRING_ADDR: self._set_vring_addr,
+            Request.SET_VRING_KICK: self._set_vring_kick,
+            Request.SET_VRING_CALL: self._set_vring_call,
+            Request.SET_VRING_ERR: self._set_vring_err,
+            Request.SET_VRING_ENABLE: self._set_vring_enable,
+            Request.VRING_KICK: self._vring_kick,
+        }
+
+    def _has(self, feature: ProtocolFeature) -> bool:
+        return feature in self._protocol_features
+
+    def _ignore(self, _: Empty, fds: list[int]) -> None:
+        return
+
+    def _get_features(self, _: Empty, fds: list[int]) -> U64:
+        return U64(self._features_offered | _PROTOCOL_FEATURES_BIT)
+
+    def _set_features(self, features: U64, fds: list[int]) -> None:
+        bits = features.value & ~_PROTOCOL_FEATURES_BIT
+        running = next((vring for vring in self._vrings if vring.running), None)
+        if running is None:
+            self._forget_broken_driver()
+            self._accept_features(bits)
+            if not self._has(ProtocolFeature.STATUS):
+                self._device.set_status(Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK)
+        elif bits != self._features & ~_PROTOCOL_FEATURES_BIT:
+            raise ProtocolError(f"other features while {running} runs")
+        if not self._rings_start_disabled:
+            # What runs because nobody spoke of enabling goes on running.
+            for vring in self._vrings:
+                if vring.running and vring.enabled is None:
+                    vring.enabled = True
+        self._features = features.value
+        self._run_all()
+
+    def _accept_features(self, bits: int) -> None:
+        """Raises ProtocolError on what was not offered."""
+        packed = bool(bits & self._features_offered & Feature.RING_PACKED)
+        self._device.set_driver_features(bits & ~int(Feature.RING_PACKED) if packed else bits)
+        for vring in self._vrings:
+            vring.packed = packed
+
+    @property
+    def _rings_start_disabled(self) -> bool:
+        return bool(self._features & _PROTOCOL_FEATURES_BIT)
+
+    def _get_protocol_features(self, _: Empty, fds: list[int]) -> U64:
+        return U64(self._offered)
+
+    def _set_protocol_features(self, features: U64, fds: list[int]) -> None:
+        wanted = ProtocolFeature(features.value)
+        # As numbers: the complement of flags has no bit that is not a flag.
+        refused = features.value & ~int(self._offered)
+        if refused:
+            # Whether the answer may be an acknowledgement is just what failed to be agreed.
+            raise FatalError(f"{ProtocolFeature(refused)!r} was not offered")
+        if ProtocolFeature.INBAND_NOTIFICATIONS in wanted and _INBAND_NEEDS not in wanted:
+            raise FatalError("INBAND_NOTIFICATIONS needs BACKEND_REQ and REPLY_ACK")
+        self._protocol_features = wanted
+        names = wanted.name or "none"
+        self._said.log(logging.INFO, "%s: protocol features %s", self._name, names)
+
+    def _get_queue_num(self, _: Empty, fds: list[int]) -> U64:
+        return U64(len(self._vrings))
+
+    def _set_backend_req_fd(self, _: Empty, fds: list[int]) -> None:
+        if not self._has(ProtocolFeature.BACKEND_REQ):
+            raise ProtocolError("BACKEND_REQ was not negotiated")
+        if self._channel is not None:
+            self._channel.close()
+        acks = self._has(ProtocolFeature.REPLY_ACK)
+        self._channel = BackendChannel(
+            fds[0], acks=acks, name=self._name, said=self._said, closer=self._closer
+        )
+        fds.clear()
+
+    # --- the device -----------------------------------------------------------------------------
+
+    def _get_config(self, access: ConfigAccess, fds: list[int]) -> ConfigAccess:
+        data = self._device.read_config(access.offset, len(access.data))
+        return ConfigAccess(access.offset, data, access.flags)
+
+    def _set_config(self, access: ConfigAccess, fds: list[int]) -> None:
+        if access.flags & ~ConfigAccess.FOR_MIGRATION:
+            raise ProtocolError(f"unknown flags {access.flags:#x}")
+        if access.flags != ConfigAccess.FOR_MIGRATION:
+            self._device.write_config(access.offset, access.data)
+
+    def _get_status(self, _: Empty, fds: list[int]) -> U64:
+        return U64(0 if self._paused else self._device.status)
+
+    def _set_status(self, status: U64, fds: list[int]) -> None:
+        if status.value > 0xFF:
+            raise ProtocolError(f"status {status.value:#x} has more than 8 bits")
+        # 0 comes for a reset and for a VM that is stopped and will go on, where it must not lose
+        # its ports. The device itself notices a new driver, by its rings and its first words.
+        self._paused = status.value == 0
+        if self._paused:
+            # Either way the frontend sets rings up again; until then their memory is the guest's.
+            for vring in self._vrings:
+                vring.forget_driver()
+            self._forget_broken_driver()
+        else:
+            self._device.set_status(status.value)
+
+    def _reset_device(self, _: Empty, fds: list[int]) -> None:
+        for vring in self._vrings:
+            vring.reset()
+        self._device.reset()
+
+    def _forget_broken_driver(self) -> None:
+        """A driver that starts anew after it broke a ring finds a device that works."""
+        if self._device.status & Status.DEVICE_NEEDS_RESET:
+            self._device.reset()
+
+    # --- memory ---------------------------------------------------------------------------------
+
+    def _memory_lost(self) -> None:
+        self._watch.clear()
+        why = describe_loss(self._memory)
+        # The frontend may have taken back meanwhile what it cut off.
+        if why is not None:
+            self.send_away(why)
+
+    def _map(self, region: MemoryRegion, fd: int) -> Region:
+        """Raises MemoryMapError if the descriptor cannot be mapped so."""
+        return Region.map(
+            fd,
+            region.size,
+            offset=region.mmap_offset,
+            guest_addr=region.guest_address,
+            user_addr=region.user_address,
+            watch=self._watch,
+        )
+
+    def _set_mem_table(self, table: MemoryTable, fds: list[int]) -> None:
+        pairs = zip(table.regions, fds, strict=True)
+        self._set_memory(GuestMemory([self._map(region, fd) for region, fd in pairs]))
+
+    def _get_max_mem_slots(self, _: Empty, fds: list[int]) -> U64:
+        return U64(MAX_MEM_SLOTS)
+
+    def _add_mem_reg(self, added: SingleRegion, fds: list[int]) -> None:
+        if len(self._memory.regions) >= MAX_MEM_SLOTS:
+            raise ProtocolError(f"all {MAX_MEM_SLOTS} memory slots are taken")
+        self._set_memory(self._memory.with_region(self._map(added.region, fds[0])))
+
+    def _rem_mem_reg(self, removed: SingleRegion, fds: list[int]) -> None:
+        region = removed.region
+        self._set_memory(self._memory.without_region(region.guest_address, region.size))
+
+    def _set_memory(self, memory: GuestMemory) -> None:
+        """Exchange the memory under the running queues; user addresses are translated anew."""
+        self._stop_all()
+        self._memory = memory
+        self._run_all()
+
+    # --- queues ---------------------------------------------------------------------------------
+
+    def _vring(self, index: int) -> Vring:
+        if index >= len(self._vrings):
+            raise ProtocolError(f"queue {index} of {len(self._vrings)}")
+        return self._vrings[index]
+
+    def _set_vring_num(self, state: VringState, fds: list[int]) -> None:
+        vring = self._vring(state.index)
+        vring.set_size(state.num)
+        self._run(vring)
+
+    def _set_vring_base(self, state: VringState, fds: list[int]) -> None:
+        self._vring(state.index).set_base(state.num)
+
+    def _get_vring_base(self, state: VringState, fds: list[int]) -> VringState:
+        vring = self._vring(state.index)
+        vring.end()
+        return VringState(vring.index, vring.get_base())
+
+    def _set_vring_addr(self, address: VringAddress, fds: list[int]) -> None:
+        vring = self._vring(address.index)
+        if not vring.running or vring.address != address:
+            vring.set_address(address, self._memory)
+            self._run(vring)
+
+    def _set_vring_kick(self, descriptor: VringDescriptor, fds: list[int]) -> None:
+        vring = self._vring(descriptor.index)
+        if fds:
+            check_event_descriptor(fds[0], writable=False)
+        vring.stop()
+        vring.set_kick(fds.pop() if fds else -1, polled=descriptor.no_fd)
+        self._run(vring)
+
+    def _set_vring_call(self, descriptor: VringDescriptor, fds: list[int]) -> None:
+        vring = self._vring(descriptor.index)
+        if fds:
+            check_event_descriptor(fds[0], writable=True)
+        vring.set_call(fds.pop() if fds else -1)
+
+    def _set_vring_err(self, descriptor: VringDescriptor, fds: list[int]) -> None:
+        vring = self._vring(descriptor.index)
+        if fds:
+            check_event_descriptor(fds[0], writable=True)
+        vring.set_error(fds.pop() if fds else -1)
+
+    def _set_vring_enable(self, state: VringState, fds: list[int]) -> None:
+        vring = self._vring(state.index)
+        if state.num not in (0, 1):
+            raise ProtocolError(f"{vring}: enable is {state.num} instead of 0 or 1")
+        vring.enabled = bool(state.num)
+        if vring.enabled:
+            self._run(vring)
+        else:
+            vring.stop()
+
+    def _vring_kick(self, state: VringState, fds: list[int]) -> None:
+        vring = self._vring(state.index)
+        if not self._has(ProtocolFeature.INBAND_NOTIFICATIONS):
+            raise ProtocolError("INBAND_NOTIFICATIONS was not negotiated")
+        if not vring.started:
+            vring.set_kick(-1)
+            self._run(vring)
+        vring.kick()
+
+    def _run(self, vring: Vring) -> None:
+        """Hand the queue to the device if it is to run; see :meth:`Vring.run`."""
+        if self._has(ProtocolFeature.INBAND_NOTIFICATIONS) and not vring.called:
+            vring.set_call(self._calls.descriptor(vring.index))
+        if not vring.run(self._memory, self._features, enabled=not self._rings_start_disabled):
+            return
+        if not self._has(ProtocolFeature.STATUS):
+            self._device.set_status(self._device.status | Status.DRIVER_OK)
+        if vring.polled and self._poll_timer is None:
+            self._poll()
+
+    def _run_all(self) -> None:
+        """All that are to run; one that cannot does not keep the others from it."""
+        failed: ProtocolError | VringError | None = None
+        for vring in self._vrings:
+            try:
+                self._run(vring)
+            except (ProtocolError, VringError) as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed
+
+    def _stop_all(self) -> None:
+        for vring in self._vrings:
+            vring.stop()
+
+    def _poll(self) -> None:
+        """Kick the queues whose frontends do not, as long as there are any."""
+        polled = [vring for vring in self._vrings if vring.polled and vring.running]
+        for vring in polled:
+            vring.kick()
+        again = self._loop.call_later(POLL_INTERVAL, self._poll) if polled else None
+        self._poll_timer = again
+
+    def _call_inband(self, index: int) -> None:
+        if self._channel is not None:
+            self._channel.vring_call(index)
+
+    def _tell_error_inband(self, vring: Vring) -> None:
+        if self._channel is not None and self._has(ProtocolFeature.INBAND_NOTIFICATIONS):
+            self._channel.vring_error(vring.index)

@@ -1,0 +1,36 @@
+"""The fuzz target of registers, with Hypothesis in the place of libFuzzer."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import random
+from pathlib import Path
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+TARGET = Path(__file__).parents[3] / "fuzz" / "registers.py"
+spec = importlib.util.spec_from_file_location("fuzz_registers", TARGET)
+registers = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(registers)
+
+
+@given(st.binary(max_size=800))
+@settings(max_examples=60, deadline=None)
+def test_any_guest_gets_answers(data):
+    logging.disable(logging.WARNING)
+    try:
+        registers.one_input(data)
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def test_guests_that_go_on_for_long():
+    logging.disable(logging.WARNING)
+    try:
+        for seed in range(24):
+            data = random.Random(seed).randbytes(8 * 300)
+            registers.one_input(bytes([seed]) + data)
+    finally:
+        logging.disable(logging.NOTSET)
