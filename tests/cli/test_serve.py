@@ -356,7 +356,8 @@ MISSING_SOCKET = (
             ("--vhost-user", "v", "--domain", str(EXAMPLES / "two-controllers.xml")),
             2,
             "vring: --vhost-user: 1 given, 2 needed: one for each of virtio-serial0 "
-            "(0000:00:05.0, 1 of 4 ports), virtio-serial1 (0000:00:06.0, 2 of 32 ports), "
+            "(1 of 4 ports, 0000:00:05.0 asked for), virtio-serial1 "
+            "(2 of 32 ports, 0000:00:06.0 asked for), "
             "in this order",
         ),
         (

@@ -50,4 +50,7 @@ def test_name_of_a_controller_is_that_of_qemu() -> None:
 
 def test_summary_of_a_controller() -> None:
     assert ControllerConfig(0, 31, None, ()).summary == "0 of 31 ports"
-    assert ControllerConfig(0, 4, PciAddress(slot=5), ()).summary == "0000:00:05.0, 0 of 4 ports"
+    assert (
+        ControllerConfig(0, 4, PciAddress(slot=5), ()).summary
+        == "0 of 4 ports, 0000:00:05.0 asked for"
+    )

@@ -122,15 +122,15 @@ async def _start(
     agents.start()
     if (device := spice.agent_device()) is not None:
         agents.share_with_server(device)
-    for config, controller in zip(topology.controllers, controllers, strict=True):
+    for controller in controllers:
         stack.push_async_callback(controller.stop)
         await controller.start()
-        _log_ports(config, controller)
-    for config, backend, socket in zip(
-        topology.controllers, backends, settings.sockets, strict=True
+    for config, controller, backend, socket in zip(
+        topology.controllers, controllers, backends, settings.sockets, strict=True
     ):
         stack.push_async_callback(backend.stop)
         await backend.start()
+        _log_ports(config, controller)
         emit(
             logging.INFO,
             "controller",

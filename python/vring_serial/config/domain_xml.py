@@ -88,7 +88,9 @@ def read_file(path: str) -> bytes:
             with Path(path).open("rb") as file:
                 data = file.read(MAX_XML_BYTES + 1)
     except OSError as error:
-        raise ResourceError(f"{path}: {error.strerror or error}") from None
+        raise ResourceError(
+            f"{'standard input' if path == '-' else path}: {error.strerror or error}"
+        ) from None
     if len(data) > MAX_XML_BYTES:
         raise ConfigError(f"longer than {MAX_XML_BYTES >> 20} MiB: this is no domain", path)
     return data

@@ -30,7 +30,8 @@ def load_topology(
     draft = Draft()
     if domain is not None:
         data = domain_xml.read_file(domain)
-        domain_xml.read(draft, data, file=domain, channel_directory=channel_directory)
+        file = "standard input" if domain == "-" else domain
+        domain_xml.read(draft, data, file=file, channel_directory=channel_directory)
     if options is not None:
         qemu_options.read(draft, options)
     return draft.finish()

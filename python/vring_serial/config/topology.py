@@ -116,9 +116,9 @@ class ControllerConfig:
 
     @property
     def summary(self) -> str:
-        """Where the guest sees it, and how many ports it has."""
+        """How many ports it has, and the address asked for; the guest may see another one."""
         ports = f"{len(self.ports)} of {self.max_ports} ports"
-        return ports if self.address is None else f"{self.address}, {ports}"
+        return ports if self.address is None else f"{ports}, {self.address} asked for"
 
 
 @dataclass(frozen=True, slots=True)

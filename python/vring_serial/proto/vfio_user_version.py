@@ -44,6 +44,12 @@ class Capabilities:
     twin_fd_index: int | None = None
     named: frozenset[str] = field(default=frozenset(), compare=False)
 
+    def __str__(self) -> str:
+        numbers = [f"{name} {getattr(self, name):#x}" for name in ("pgsizes",)]
+        numbers += [f"{name} {getattr(self, name)}" for name in _NUMBERS if name != "pgsizes"]
+        flags = [name for name in ("write_multiple", "twin_socket") if getattr(self, name)]
+        return ", ".join([*numbers, *flags])
+
     def to_json(self) -> bytes:
         """Those that are named, and the terminating NUL."""
         found: dict[str, Any] = {name: getattr(self, name) for name in _NUMBERS}

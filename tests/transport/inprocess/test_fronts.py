@@ -379,3 +379,19 @@ def test_help_explains_what_a_window_has():
         text = pydoc.plain(pydoc.render_doc(front))
         for word in ("read(offset, size) -> value", "write(offset, value, size)", "size"):
             assert word in text
+
+
+def test_a_driver_that_nothing_can_be_done_for_is_told_of(emulator, host, caplog):
+    """Such a driver was restored with its guest: the device knows nothing of its queues."""
+    device = upper_device()
+    host.complete(device.start())
+    mmio = InProcessMmio(host, device, None, interrupt=lambda level: None)
+    mmio.write(0x50, 1, 4)
+    assert "notified queue 1, which it never set up: was this guest restored" in caplog.text
+    mmio.write(0x24, 1, 4)
+    mmio.write(0x20, 1, 4)  # VERSION_1
+    for status in (Status.ACKNOWLEDGE | Status.DRIVER, Status.FEATURES_OK, Status.DRIVER_OK):
+        mmio.write(0x70, mmio.read(0x70, 4) | status, 4)
+    assert "the driver is ready, but no guest memory is mapped" in caplog.text
+    mmio.close()
+    host.complete(device.stop())

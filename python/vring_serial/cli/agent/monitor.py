@@ -77,6 +77,10 @@ class Decoder:
 
     def _show_event(self, event: Event) -> None:
         match event:
+            case MessageReceived(port, AnnounceCapabilities(request, capabilities)):
+                names = " ".join(capabilities.names()) or "none"
+                asks = ", asks for ours" if request else ""
+                self._show(f"port {port} AnnounceCapabilities: {names}{asks}")
             case MessageReceived(port, message):
                 self._show(f"port {port} {message}")
             case BodyStarted(port, head, size):

@@ -12,7 +12,7 @@ from vring_serial.device.base import VirtioDevice, check_unserved
 from vring_serial.device.registers.host import Host
 from vring_serial.device.registers.queues import QueueSetup, QueueTable
 from vring_serial.errors import ConfigError, ProtocolError
-from vring_serial.proto.console import Feature, Status
+from vring_serial.proto.console import Feature, Status, feature_names
 from vring_serial.ratelimit import RateLimitedLog
 
 log = logging.getLogger(__name__)
@@ -92,7 +92,8 @@ class DriverRegisters:
         self._notification_data = int(Feature.NOTIFICATION_DATA) if notification_data else 0
         self._run = host.run
         self.notifiers = tuple(
-            _notifier(self.queues[index], host) for index in range(len(self.queues))
+            _notifier(self.queues[index], host, self._not_set_up)
+            for index in range(len(self.queues))
         )
         self._config_changed = config_changed
         self._was_reset = was_reset
@@ -174,6 +175,9 @@ class DriverRegisters:
             self._log.warning("%s", error)
             return False
         self.queues.features = wanted
+        if own := wanted & ~int(self.device.device_features):
+            text = "%s: the driver accepted of the registers %s"
+            self._log.log(logging.INFO, text, self.device.name, feature_names(own))
         return True
 
     def has(self, feature: int) -> bool:
@@ -206,6 +210,11 @@ class DriverRegisters:
             if not value & Status.FEATURES_OK:
                 value &= ~int(Status.DRIVER_OK)
         self.device.set_status(value)
+        memory = self.queues.memory
+        if value & Status.DRIVER_OK & ~old and (memory is None or not memory.regions):
+            self._log.warning(
+                "%s: the driver is ready, but no guest memory is mapped", self.device.name
+            )
         self._update_live()
 
     @property
@@ -405,17 +414,30 @@ class DriverRegisters:
         self._log.warning("%s: a ring is broken: %s", self.device.name, error)
         self._needs_reset()
 
+    def _not_set_up(self, index: int) -> None:
+        """The driver notified a queue that it has not enabled."""
+        self._log.warning(
+            "%s: the driver notified queue %d, which it never set up: "
+            "was this guest restored from a saved state?",
+            self.device.name,
+            index,
+        )
+
     def _needs_reset(self) -> None:
         if self.driver_ready:
             self._config_changed()
 
 
-def _notifier(queue: QueueSetup, host: Host) -> Callable[[int], None]:
+def _notifier(
+    queue: QueueSetup, host: Host, not_set_up: Callable[[int], None]
+) -> Callable[[int], None]:
     # A busy driver does little else: as few calls as can be between it and the descriptor.
     notified = host.notified
 
     def notify_queue(value: int) -> None:
         queue.notified = value
+        if not queue.enabled:
+            not_set_up(queue.index)
         if queue.kick_shared:
             notify(queue.kick_fd)
         elif queue.kick_fd >= 0:

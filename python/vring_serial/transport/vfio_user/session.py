@@ -331,7 +331,7 @@ class Session:
             agreed = replace(agreed, twin_fd_index=0)
         remote = RemoteMemory(send, agreed.max_data_xfer_size)
         self._rings.client = ClientMemory(self._dma, remote)
-        self._said.log(logging.INFO, "%s: %s", self._name, agreed)
+        self._said.log(logging.INFO, "%s: agreed on %s", self._name, agreed)
         self._greeted()
         return Version(MAJOR, MINOR, agreed if proposed is not None else None)
 

@@ -386,7 +386,12 @@ class Session:
                 vring.forget_driver()
             self._forget_broken_driver()
         else:
+            fresh = status.value & Status.DRIVER_OK & ~self._device.status
             self._device.set_status(status.value)
+            if fresh and not self._memory.regions:
+                self._said.warning(
+                    "%s: the driver is ready, but no guest memory is mapped", self._name
+                )
 
     def _reset_device(self, _: Empty, fds: list[int]) -> None:
         for vring in self._vrings:
