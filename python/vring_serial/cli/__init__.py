@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import os
 import signal
 import sys
@@ -135,6 +136,10 @@ def _have_standard_descriptors() -> None:
     os.close(fd)
     if sys.stdin is None:
         sys.stdin = open(0, closefd=False)  # noqa: SIM115 - for the rest of the process
+    for stream in (sys.stdout, sys.stderr):
+        # An encoding without a character is no reason to say nothing.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _command_position(arguments: Sequence[str]) -> int:

@@ -153,12 +153,12 @@ def rings(**options: Any) -> None:
 def compare(before: str, after: str) -> None:
     """Compare two files of --json: how much faster or slower B is."""
     from vring_serial.bench.results import Report
-    from vring_serial.bench.tables import comparison
+    from vring_serial.bench.tables import comparison, show
 
     table, count = comparison(Report.load(before), Report.load(after))
     if not count:
         raise ConfigError(f"{before} and {after} have no measurement in common")
-    Console().print(table)
+    show(Console(), table)
 
 
 def _run(
@@ -179,7 +179,7 @@ def _run(
         from vring_serial.bench.plot import check_plot, save_plot
         from vring_serial.bench.results import METHOD, Report, Result, this_machine
         from vring_serial.bench.rings import ring_steps
-        from vring_serial.bench.tables import tables
+        from vring_serial.bench.tables import show, tables
 
     if plot_path is not None:
         check_plot(plot_path)
@@ -217,7 +217,7 @@ def _run(
                 progress.advance(task)
     report = Report(results, machine)
     for table in tables(report):
-        console.print(table)
+        show(console, table)
     console.print(f"[dim]{METHOD[0].upper()}{METHOD[1:]}.[/]", highlight=False)
     if json_path is not None:
         report.save(json_path)
