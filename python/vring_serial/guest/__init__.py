@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from vring_serial.guest.guest import EmbeddedGuest, GuestEvent, Lost
+from vring_serial.guest.guest import BackendLost, EmbeddedGuest, GuestEvent
 from vring_serial.guest.port import GuestPort
 
-__all__ = ["EmbeddedGuest", "GuestPort", "GuestEvent", "Lost"]
+__all__ = ["EmbeddedGuest", "GuestPort", "GuestEvent", "BackendLost"]

@@ -49,13 +49,13 @@ CONFIG_BYTES = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Lost:
+class BackendLost:
     """The backend is gone, or was given up because of what it did."""
 
     error: Exception
 
 
-GuestEvent = DriverSideEvent | Lost
+GuestEvent = DriverSideEvent | BackendLost
 
 
 class EmbeddedGuest:
@@ -65,7 +65,7 @@ class EmbeddedGuest:
         path: the backend's socket.
         features: the negotiated feature bits.
         config: the device's configuration space as read at the start.
-        on_event: told what the device says about ports, and once if it is :class:`Lost`.
+        on_event: told what the device says about ports, and once if it is :class:`BackendLost`.
     """
 
     def __init__(
@@ -287,7 +287,7 @@ class EmbeddedGuest:
             self._driver.stop(error)
         self._notify()
         if self._driver is not None:
-            tell(self._said, "on_event", self.on_event, Lost(error))
+            tell(self._said, "on_event", self.on_event, BackendLost(error))
 
     def _driver_event(self, event: DriverSideEvent) -> None:
         self._notify()
