@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import gc
-import sys
 import tracemalloc
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from ring_bench import DATA, Ring
+from tests.support.rings import DATA, Ring
 
 SIZE = 256
 

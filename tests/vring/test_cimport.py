@@ -84,7 +84,7 @@ USE = """
 import sys
 sys.path[:0] = [{build!r}, {here!r}]
 import example, foreign, vring
-from ring_bench import DATA, Ring
+from rings import DATA, Ring
 
 assert foreign.kinds() == (vring.SplitQueue, vring.PackedQueue)
 for packed in (False, True):
@@ -114,7 +114,7 @@ HOSTILE = """
 import sys
 sys.path[:0] = [{build!r}, {here!r}]
 import foreign, vring
-from ring_bench import DATA, Ring
+from rings import DATA, Ring
 
 for packed in (False, True):
     ring = Ring(packed=packed)
@@ -161,5 +161,5 @@ def test_a_foreign_extension(tmp_path: Path) -> None:
     )  # fmt: skip
     assert build.returncode == 0, build.stdout + build.stderr
     for use in (USE, HOSTILE):
-        script = use.format(build=str(tmp_path), here=str(Path(__file__).parent))
+        script = use.format(build=str(tmp_path), here=str(Path(__file__).parents[1] / "support"))
         subprocess.run([sys.executable, "-c", script], check=True, timeout=60)

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import struct
-import sys
-from pathlib import Path
 
 import pytest
 
+from tests.support.rings import BASE, DATA, Ring
 from vring import AddressError, GuestMemory, PackedQueue, Region, SplitQueue
-
-sys.path.insert(0, str(Path(__file__).parent))
-from ring_bench import BASE, DATA, Ring
 
 NEXT, WRITE, INDIRECT = 1, 2, 4
 AVAIL, USED = 1 << 7, 1 << 15

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.support.rings import DATA, Ring
 from vring import LocalMisuseError, RingError
 from vring.errors import QueueFullError, VringError
 from vring.testing import GuestQueue
-
-sys.path.insert(0, str(Path(__file__).parent))
-from ring_bench import DATA, Ring
 
 PACKED = pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
 AVAIL, USED = 1 << 7, 1 << 15

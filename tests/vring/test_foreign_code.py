@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import gc
-import sys
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.support.rings import BASE, DATA, Ring
 from vring import (
     AddressError,
     Batch,
@@ -22,9 +21,6 @@ from vring import (
     Region,
     SplitQueue,
 )
-
-sys.path.insert(0, str(Path(__file__).parent))
-from ring_bench import BASE, DATA, Ring
 
 PACKED = pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
 

@@ -14,11 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.support.rings import BASE, DATA, Ring
 from vring import GuestMemory, PackedQueue, Region, RingError, SplitQueue, errors
 from vring.errors import UsedRingError
-
-sys.path.insert(0, str(Path(__file__).parent))
-from ring_bench import BASE, DATA, Ring
 
 NEXT, WRITE, INDIRECT = 1, 2, 4
 TABLE = DATA + 0x8000

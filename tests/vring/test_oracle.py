@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.support.ring_oracle import FaultError, PackedOracle, SplitOracle
 from vring import (
     GuestMemory,
     PackedDriver,
@@ -21,9 +20,6 @@ from vring import (
     SplitDriver,
     SplitQueue,
 )
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "oracle"))
-from ring_oracle import FaultError, PackedOracle, SplitOracle
 
 RING = 0x10_000
 BUFFERS = 0x20_000

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.support.rings import BASE, DATA, Ring
 from vring import (
     GuestMemory,
     LocalMisuseError,
@@ -20,9 +19,6 @@ from vring import (
     SplitQueue,
     VirtQueue,
 )
-
-sys.path.insert(0, str(Path(__file__).parent))
-from ring_bench import BASE, DATA, Ring
 
 PACKED = pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
 

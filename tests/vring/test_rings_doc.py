@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from ring_bench import DATA, Ring
+from tests.support.rings import DATA, Ring
 
 PAGE = Path(__file__).parents[2] / "docs" / "rings.md"
 MEMORY, SIDES, BATCHES, ITERATION, ONE, NOTIFICATIONS = re.findall(

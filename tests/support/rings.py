@@ -1,4 +1,4 @@
-"""A ring with driver and device in one memory, for the tests of this directory."""
+"""A ring with driver and device in one memory, under two addresses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ class Ring:
     def __init__(self, size: int = 8, packed: bool = False, index: int = 0, **features: Any):
         self.bytes = np.zeros(0x20_0000, np.uint8)
         self.data = np.zeros(0x10_0000, np.uint8)
-        self.memory = GuestMemory([Region(BASE, self.bytes), Region(DATA, self.data)])
+        arrays: list[tuple[int, Any]] = [(BASE, self.bytes), (DATA, self.data)]
+        self.memory = GuestMemory([Region(at, array) for at, array in arrays])
         driver, queue = (PackedDriver, PackedQueue) if packed else (SplitDriver, SplitQueue)
         self.desc = BASE
         self.avail = BASE + 16 * size

@@ -1,0 +1,72 @@
+"""What this process holds: the one way in which tests look for leaks."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Held:
+    """Descriptors, shared mappings and threads of this process at one moment.
+
+    Attributes:
+        descriptors: what each open descriptor refers to, by number.
+        mappings: the file and length in bytes of each shared mapping, sorted.
+        threads: names of all threads but the workers of an event loop, which live as long as it.
+    """
+
+    descriptors: dict[int, str]
+    mappings: tuple[tuple[str, int], ...]
+    threads: tuple[str, ...]
+
+    def mapped(self, name: str) -> int:
+        """Return how many mappings there are of files whose names have this in them."""
+        return sum(name in file for file, _ in self.mappings)
+
+
+def held() -> Held:
+    """Collect garbage, then return what is held.
+
+    Equal results before and after show that nothing has leaked. Without the collection, cycles
+    of the tests before would be counted, and go at any time.
+    """
+    gc.collect()
+    return Held(_descriptors(), _mappings(), _threads())
+
+
+def _descriptors() -> dict[int, str]:
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+        except FileNotFoundError:
+            continue  # the one that listed them
+    return found
+
+
+def _mappings() -> tuple[tuple[str, int], ...]:
+    """Shared ones, as guest memory is; libraries come with the first test that needs them."""
+    found = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, permissions, _, _, _, *file = line.split(maxsplit=5)
+        if permissions.endswith("s"):
+            start, end = (int(address, 16) for address in addresses.split("-"))
+            found.append((file[0] if file else "", end - start))
+    return tuple(sorted(found))
+
+
+def _threads() -> tuple[str, ...]:
+    ours = {thread.native_id: thread.name for thread in threading.enumerate()}
+    found = []
+    for task in Path("/proc/self/task").iterdir():
+        try:
+            name = ours.get(int(task.name)) or (task / "comm").read_text().strip()
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it has just ended
+        if not name.startswith("asyncio_"):
+            found.append(name)
+    return tuple(sorted(found))
