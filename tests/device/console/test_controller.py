@@ -226,6 +226,25 @@ async def test_a_control_buffer_too_small_for_a_message_is_given_back_and_the_me
     assert not ring.buffers or len(ring.buffers) == 1
 
 
+async def test_a_controller_that_has_stopped_has_told_every_protocol(make_controller, make_guest):
+    sinks: list[Sink] = []
+
+    def sink() -> Sink:
+        sinks.append(Sink())
+        return sinks[-1]
+
+    controller = make_controller()
+    controller.add_port(Port(1, "org.test", ProtocolChardev("chr1", sink)))
+    await controller.start()
+    guest = make_guest(controller)
+    guest.boot()
+    await guest.ready(1)
+    guest.open(1)
+    await guest.until(lambda: sinks and sinks[0].transport)
+    await controller.stop()
+    assert sinks[0].lost
+
+
 # --- hot-plug -------------------------------------------------------------------------------------
 
 

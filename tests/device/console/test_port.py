@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import random
 import socket
@@ -339,6 +340,22 @@ async def test_a_chain_taken_in_part_is_finished_while_the_vm_is_paused(rig):
     guest.write(1, b"and on")
     assert await gather(guest, chardev.peer, 6) == b"and on"
     assert controller.ports[1].guest_open
+
+
+async def test_a_peer_that_leaves_before_it_took_the_rest_of_a_chain_is_noticed(rig):
+    """While the VM is paused, no queue runs whose flow would see it."""
+    controller, guest, chardev = await rig(memory=16 << 20)
+    guest.send(5, bytes(4 << 20), split=1 << 20)
+    await guest.settle()
+    guest.pause()
+    chardev.peer.close()
+    async with asyncio.timeout(5):
+        while not chardev.gone:
+            await asyncio.sleep(0)
+    (reason,) = chardev.gone
+    assert reason is not None
+    assert reason.errno in (errno.EPIPE, errno.ECONNRESET)
+    assert not controller.ports[1].host_open
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import random
+from collections.abc import Iterator
 
 import pytest
 
+from vring import GuestMemory, Region, RingError, SplitDriver, SplitQueue
 from vring_serial.chardev.protocol import ProtocolChardev
 from vring_serial.chardev.ringbuf import RingbufChardev
 from vring_serial.device.console import events as ev
 from vring_serial.device.console.port import Port
-from vring_serial.device.console.port_transport import BACKLOG_MAX
+from vring_serial.device.console.port_transport import BACKLOG_MAX, PortTransport
+from vring_serial.device.virtqueue import RunningQueue
 from vring_serial.proto.console import CONTROL_RECEIVEQ, ControlEvent
 
 
@@ -99,6 +103,50 @@ async def rig(make_controller, make_guest):
         return built
 
     return build
+
+
+class Bare:
+    """A transport without a port, over one ring in memory that can be cut off."""
+
+    SIZE = 16
+    BUFFERS = 0x10000
+    LENGTH = 4 << 20
+
+    def __init__(self) -> None:
+        self.memfd = os.memfd_create("guest")
+        os.ftruncate(self.memfd, self.LENGTH)
+        self.memory = GuestMemory([Region.map(self.memfd, self.LENGTH, guest_addr=0)])
+        parts = (0x1000, 0x2000, 0x3000)
+        self.driver = SplitDriver(self.memory, self.SIZE, *parts, event_idx=True)
+        self.kick_fd = os.eventfd(0, os.EFD_NONBLOCK)
+        queue = SplitQueue(self.memory, self.SIZE, *parts, event_idx=True, name="queue 5")
+        self.running = RunningQueue(queue, self.kick_fd, -1)
+        self.broken: list[RingError] = []
+
+    def connect(self, protocol: asyncio.Protocol) -> PortTransport:
+        return PortTransport(
+            protocol,
+            lossy=False,
+            extra={},
+            on_lost=lambda by_protocol: None,
+            on_broken=lambda is_transmit, error: self.broken.append(error),
+            on_dropped=lambda count: None,
+        )
+
+    def publish(self) -> None:
+        if self.driver.publish():
+            os.eventfd_write(self.kick_fd, 1)
+
+    def close(self) -> None:
+        os.close(self.kick_fd)
+        os.close(self.memfd)
+
+
+@pytest.fixture
+def bare() -> Iterator[Bare]:
+    built = Bare()
+    yield built
+    built.close()
 
 
 async def test_asyncio_streams_work_on_a_port(make_controller, make_guest):
@@ -237,6 +285,54 @@ async def test_the_write_buffer_has_marks_and_the_guests_buffers_drain_it(rig):
     assert transport.get_write_buffer_size() == 0
 
 
+async def test_writing_resumes_once_the_buffer_is_at_its_low_mark(bare):
+    protocol = Recorder()
+    transport = bare.connect(protocol)
+    transport.set_write_buffer_limits(20_000, 10_000)
+    transport.start_receiveq(bare.running)
+    transport.write(bytes(30_000))
+    assert protocol.calls == ["pause"]
+    left = []
+    async with asyncio.timeout(5):
+        while "resume" not in protocol.calls:
+            before = transport.get_write_buffer_size()
+            bare.driver.add([], [(bare.BUFFERS, 4000)])
+            bare.publish()
+            while "resume" not in protocol.calls and transport.get_write_buffer_size() == before:
+                await asyncio.sleep(0)
+            left.append(transport.get_write_buffer_size())
+    assert left == [26_000, 22_000, 18_000, 14_000, 10_000]
+    transport.stop_receiveq()
+
+
+async def test_nothing_of_a_large_chain_comes_from_memory_that_is_gone(bare):
+    class Nibbler(Recorder):
+        def data_received(self, data):
+            super().data_received(data)
+            self.transport.pause_reading()
+
+    protocol = Nibbler()
+    transport = bare.connect(protocol)
+    transport.start_transmitq(bare.running)
+    bare.memory.write(bare.BUFFERS, b"x" * (2 << 20))
+    bare.driver.add([(bare.BUFFERS, 2 << 20)], [])
+    bare.publish()
+    async with asyncio.timeout(5):
+        while not protocol.data:
+            await asyncio.sleep(0)
+    begun = len(protocol.data)
+    assert begun < 2 << 20
+    # The rings stay: only what is copied next is not there.
+    os.ftruncate(bare.memfd, bare.BUFFERS)
+    protocol.transport.resume_reading()
+    async with asyncio.timeout(5):
+        while not bare.broken and protocol.data.count(0) == 0:
+            await asyncio.sleep(0)
+    assert protocol.data == b"x" * begun
+    assert [error.queue for error in bare.broken] == ["queue 5"]
+    assert "is gone" in str(bare.broken[0])
+
+
 async def test_what_is_written_while_the_vm_is_paused_arrives_when_it_goes_on(rig):
     built = await rig()
     built.guest.pause()
@@ -302,6 +398,21 @@ async def test_what_a_closed_guest_left_is_delivered_to_the_first_who_comes(rig)
     assert built.last.calls == ["made", "eof", "lost"]
     await guest.settle()
     assert len(built.protocols) == 2
+
+
+async def test_it_is_delivered_when_the_vm_goes_on_if_somebody_came_while_it_was_paused(rig):
+    built = await rig()
+    guest, chardev = built.guest, built.port.chardev
+    chardev.close()
+    guest.write(1, b"a note for later")
+    guest.close_port(1)
+    await guest.until(lambda: not built.port.guest_open)
+    guest.pause()
+    chardev.open()
+    guest.resume()
+    await guest.until(lambda: len(built.protocols) == 2 and "lost" in built.last.calls)
+    assert built.last.data == b"a note for later"
+    assert built.last.calls == ["made", "eof", "lost"]
 
 
 async def test_a_protocol_that_closes_is_flushed_and_the_guest_sees_it(rig):

@@ -7,6 +7,10 @@ import resource
 
 import pytest
 
+from vring import GuestMemory, Region
+from vring_serial.device.queue_device import RING_FEATURES, QueueDevice
+from vring_serial.device.registers.queues import QueueTable
+from vring_serial.device.virtqueue import RunningQueue
 from vring_serial.proto.console import Status
 
 
@@ -54,3 +58,44 @@ async def test_a_descriptor_that_is_none_is_no_guest_s_error(make_controller, ma
     guest.registers.write_common(26, 1, 2)
     assert guest.registers.read_common(26, 2) == 1
     assert guest.registers.status & Status.DEVICE_NEEDS_RESET
+
+
+class Caller(QueueDevice):
+    """Interrupts its driver when the test says so."""
+
+    def __init__(self) -> None:
+        super().__init__("caller", 42, 1)
+        self.running: RunningQueue | None = None
+
+    def start_queue(self, index: int, queue: RunningQueue) -> None:
+        super().start_queue(index, queue)
+        self.running = queue
+
+    def serve(self, index: int, running: RunningQueue) -> bool:
+        return False
+
+
+async def test_a_call_that_nobody_has_seen_goes_where_calls_go_from_now_on():
+    device = Caller()
+    called: list[int] = []
+    table = QueueTable(device, 16, called.append, lambda index, error: pytest.fail(f"{error}"))
+    table.features = RING_FEATURES
+    table.memory = GuestMemory([Region(0, bytearray(1 << 16))])
+    setup = table[0]
+    setup.descriptor_area, setup.driver_area, setup.device_area = 0x1000, 0x2000, 0x3000
+    table.enable(setup)
+    table.live = True
+    event = os.eventfd(0, os.EFD_NONBLOCK)
+    try:
+        device.running.call()
+        table.route(setup, event)
+        assert os.eventfd_read(event) == 1
+        device.running.call()
+        assert os.eventfd_read(event) == 1
+        table.route(setup, event)
+        with pytest.raises(BlockingIOError):
+            os.eventfd_read(event)  # what has been seen is not told again
+    finally:
+        table.close()
+        os.close(event)
+    assert called == []
