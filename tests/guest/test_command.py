@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -156,12 +157,34 @@ async def test_open_is_the_standard_streams(served: Path, commands: type[Command
 
 async def test_open_ends_with_the_host(served: Path, commands: type[Command]) -> None:
     _, writer = await connect(served / "one")
-    writer.write(b"all there is")
-    writer.close()
     guest = await commands.start(
         *("guest", "--vhost-user", f"{served}/vu", "--open", "1", "--no-input")
     )
-    assert await guest.end() == (0, "all there is")
+    writer.write(b"all ")
+    assert guest.process.stdout is not None
+    # A host that leaves before the guest has the port open is let go at once (decision 8).
+    assert await guest.process.stdout.readexactly(4) == b"all "
+    writer.write(b"there is")
+    writer.close()
+    assert await guest.end() == (0, "there is")
+
+
+async def test_open_waits_for_a_host_that_stays(served: Path, commands: type[Command]) -> None:
+    _, left = await connect(served / "one")
+    left.write(b"from one that left")
+    left.close()
+    log = served / "log"
+    while b"peer left; 18 bytes that it had sent were not read" not in log.read_bytes():
+        await asyncio.sleep(0.01)
+    guest = await commands.start(
+        *("guest", "--vhost-user", f"{served}/vu", "--open", "1", "--no-input")
+    )
+    _, writer = await connect(served / "one")
+    writer.write(b"from one that stays\n")
+    assert guest.process.stdout is not None
+    assert await guest.process.stdout.readline() == b"from one that stays\n"
+    writer.close()
+    assert await guest.end() == (0, "")
 
 
 async def test_open_tells_of_what_the_host_did_not_take(
@@ -169,18 +192,22 @@ async def test_open_tells_of_what_the_host_did_not_take(
 ) -> None:
     server = await commands.start(*serve_arguments(tmp_path))
     await server.log_line("waiting for a frontend")
-    reader, writer = await connect(tmp_path / "two")  # which reads nothing
-    guest = await commands.start(
-        *("guest", "--vhost-user", f"{tmp_path}/vu", "--open", "two"), stdin=asyncio.subprocess.PIPE
-    )
-    stdin = guest.process.stdin
-    assert stdin is not None
-    stdin.write(bytes(8 << 20))
-    assert await reader.read(100) == bytes(100)
-    # Of a MiB that the guest took, socket and reader hold less than the half.
-    while stdin.transport.get_write_buffer_size() > 7 << 20:
-        await asyncio.sleep(0.01)
-    writer.close()
+    with socket.socket(socket.AF_UNIX) as host:  # no stream, whose reader takes megabytes by itself
+        host.connect(f"{tmp_path}/two")
+        host.setblocking(False)
+        guest = await commands.start(
+            *("guest", "--vhost-user", f"{tmp_path}/vu", "--open", "two"),
+            stdin=asyncio.subprocess.PIPE,
+        )
+        stdin = guest.process.stdin
+        assert stdin is not None
+        stdin.write(bytes(8 << 20))
+        received = await asyncio.get_running_loop().sock_recv(host, 100)
+        assert received == bytes(len(received))
+        # Of a MiB that the guest took, the socket and the guest's standard input hold less than
+        # three quarters: the rest is in the port.
+        while stdin.transport.get_write_buffer_size() > 7 << 20:
+            await asyncio.sleep(0.01)
     status, _ = await guest.end()
     assert status == 1
     assert "port 2 (two): the host end closed before it took all that was sent to it" in guest.err
