@@ -28,8 +28,23 @@ INTERRUPTED = {130, -signal.SIGINT}
 Stage = Callable[["Command"], Awaitable[None]]
 
 
+def processes_of(directory: Path) -> set[int]:
+    """All that were started with this directory for temporary files, children's children too."""
+    word = f"TMPDIR={directory}".encode()
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if word in (process / "environ").read_bytes().split(b"\0"):
+                found.add(int(process.name))
+    return found - {os.getpid()}
+
+
 class Command:
-    """A command with its children in a process group of its own, as a shell's job is."""
+    """A command with its children in a process group of its own, as a shell's job is.
+
+    Attributes:
+        left: processes that were there after the command had ended.
+    """
 
     server: Command | None = None
 
@@ -39,6 +54,7 @@ class Command:
         self.peer = socket.socket(socket.AF_UNIX)
         self.start = functools.partial(start, directory=directory)
         self.text = ""
+        self.left: set[int] = set()
         self._more = asyncio.Condition()
         self._reading = asyncio.create_task(self._read())
 
@@ -64,6 +80,7 @@ class Command:
                 status = await self.process.wait()
         except TimeoutError:
             raise AssertionError(f"one SIGINT was not enough: {self.text}") from None
+        self.left = processes_of(self.directory)
         await self.end()
         return status
 
@@ -71,6 +88,10 @@ class Command:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         await self.process.wait()
+        # What it started is in sessions of its own.
+        for pid in processes_of(self.directory):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self.peer.close()
         await self._reading
 
@@ -310,6 +331,8 @@ async def test_one_interrupt_ends_every_command_at_every_stage(
                     assert callable(stage)
                     await stage(command)
                 check(name, command, await command.interrupt(), allowed)
+                if arguments[0] in ("bench", "demo"):
+                    assert not command.left, f"{name}: processes were left behind"
             finally:
                 if listener is not None:
                     listener.close()
@@ -317,3 +340,16 @@ async def test_one_interrupt_ends_every_command_at_every_stage(
     tasks = (one(number, name) for number, name in enumerate(CASES))
     failed = [repr(each) for each in await asyncio.gather(*tasks, return_exceptions=True) if each]
     assert not failed, "\n".join(failed)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+async def test_a_bench_that_is_killed_leaves_no_process_behind(
+    start: Callable[..., Awaitable[Command]], tmp_path: Path, count: int
+) -> None:
+    command = await start(*BENCH)
+    await children(count)(command)
+    assert len(processes_of(tmp_path)) > count
+    os.kill(command.process.pid, signal.SIGKILL)
+    async with asyncio.timeout(SOON):
+        while processes_of(tmp_path):
+            await asyncio.sleep(0.02)

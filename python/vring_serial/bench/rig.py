@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from vring_serial.bench import child
+from vring_serial.bench.child import end_child, start_child
 from vring_serial.bench.usage import cpu_seconds, pin
 from vring_serial.bench.worker import Worker, interrupts_wait
 from vring_serial.errors import ResourceError
@@ -142,7 +143,7 @@ def serving(
     Raises ResourceError if it does not start, with what it said.
     """
     os.mkfifo(directory / "fifo")
-    command = [sys.executable, "-m", "vring_serial", "serve", "--log-level", "error"]
+    command = ["serve", "--log-level", "error"]
     command += ["--vhost-user", f"{directory}/vhost-user", "--busy-poll", str(busy_poll)]
     command += ["--max-ports", str(ports[-1] + 1), *options]
     command += ["--chardev", f"pipe,id=fifo,path={directory}/fifo"]
@@ -154,13 +155,7 @@ def serving(
     said = directory / "said"
     with contextlib.ExitStack() as stack:
         with said.open("wb") as output, interrupts_wait():
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-            )
+            process = start_child(child.__name__, *command, stdout=output, stderr=output)
             stack.callback(_end, process)
         _wait(
             lambda: (directory / "vhost-user").exists(),
@@ -172,11 +167,7 @@ def serving(
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     process.terminate()
-    try:
-        process.wait(START_TIMEOUT)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    end_child(process, START_TIMEOUT)
 
 
 def _wait(ready: Callable[[], bool], process: subprocess.Popen[bytes], said: object) -> None:

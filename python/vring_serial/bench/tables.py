@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from rich import box
-from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 
 from vring_serial.bench.results import Report, Result
@@ -21,20 +19,6 @@ def size_name(size: int) -> str:
         if size >= 1 << shift and size % (1 << shift) == 0:
             return f"{size >> shift} {unit}"
     return f"{size} B"
-
-
-def show(console: Console, table: Table) -> None:
-    """Print a table; where it does not fit, a paragraph for each row: no number is left out."""
-    wide = console.options.update(width=1000)
-    if Measurement.get(console, wide, table).maximum <= console.width:
-        console.print(table)
-        return
-    console.print(table.title or "", style="italic", highlight=False)
-    cells = [list(column.cells) for column in table.columns]
-    for row in zip(*cells, strict=True):
-        named = zip(table.columns, row, strict=True)
-        pairs = (f"{column.header} {cell}".strip() for column, cell in named if str(cell))
-        console.print("  " + ", ".join(pairs), highlight=False)
 
 
 def tables(report: Report) -> Iterator[Table]:

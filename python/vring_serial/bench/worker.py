@@ -9,7 +9,6 @@ import contextlib
 import importlib
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -17,6 +16,7 @@ from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
+from vring_serial.bench.child import end_child, end_with_starter, start_child
 from vring_serial.bench.usage import cpu_seconds
 from vring_serial.errors import ResourceError
 
@@ -58,12 +58,8 @@ class Worker:
         self.name = side
         ours, theirs = socket.socketpair()
         with ours, theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(theirs.fileno()), side],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,  # an interrupt is for the parent, which then ends us
-            )
+            number = theirs.fileno()
+            self._process = start_child(__name__, str(number), side, pass_fds=[number])
             self._connection = Connection(ours.detach())
 
     @property
@@ -109,11 +105,7 @@ class Worker:
     def close(self) -> None:
         """End the process."""
         self._connection.close()
-        try:
-            self._process.wait(END_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        end_child(self._process, END_TIMEOUT)
 
 
 def run(fd: int, side: str) -> None:
@@ -137,4 +129,5 @@ def run(fd: int, side: str) -> None:
 
 
 if __name__ == "__main__":
+    end_with_starter()
     run(int(sys.argv[1]), sys.argv[2])

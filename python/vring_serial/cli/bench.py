@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vring_serial.cli import PATH, interrupts_end_at_once
+from vring_serial.cli.tables import show
 from vring_serial.errors import ConfigError
 
 _CONTEXT = {"help_option_names": ["-h", "--help"]}
@@ -153,7 +154,7 @@ def rings(**options: Any) -> None:
 def compare(before: str, after: str) -> None:
     """Compare two files of --json: how much faster or slower B is."""
     from vring_serial.bench.results import Report
-    from vring_serial.bench.tables import comparison, show
+    from vring_serial.bench.tables import comparison
 
     table, count = comparison(Report.load(before), Report.load(after))
     if not count:
@@ -179,7 +180,7 @@ def _run(
         from vring_serial.bench.plot import check_plot, save_plot
         from vring_serial.bench.results import METHOD, Report, Result, this_machine
         from vring_serial.bench.rings import ring_steps
-        from vring_serial.bench.tables import show, tables
+        from vring_serial.bench.tables import tables
 
     if plot_path is not None:
         check_plot(plot_path)

@@ -22,6 +22,7 @@ from rich.table import Table
 from vring_serial.agent import HostAgent
 from vring_serial.cli.demo_guests import BulkStreams, DemoGuest, EmbeddedDemoGuest, UmlDemoGuest
 from vring_serial.cli.signals import run_until_signal
+from vring_serial.cli.tables import show
 from vring_serial.config.build import make_controller
 from vring_serial.config.load import load_topology
 from vring_serial.config.topology import Topology
@@ -296,7 +297,7 @@ def demo_command(guest: str, size: int, verbose: bool) -> None:
     )
     report = Report(Console(soft_wrap=True))
     run_until_signal(lambda: _run(report, guest, size * MIB))
-    report.console.print(report.table("vring demo"), soft_wrap=False)
+    show(report.console, report.table("vring demo"), wraps=True)
     raise SystemExit(0 if report.all_held else 1)
 
 

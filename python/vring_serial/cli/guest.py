@@ -21,6 +21,7 @@ from rich.table import Table
 from vring_serial.cli import PATH, STATUS_INTERRUPTED, logs
 from vring_serial.cli.plain import escaped
 from vring_serial.cli.signals import finished_before, run, stop_on_signals
+from vring_serial.cli.tables import show
 from vring_serial.errors import ConfigError, ResourceError
 from vring_serial.guest.bulk import serve_bulk
 from vring_serial.guest.guest import EmbeddedGuest, GuestEvent
@@ -204,7 +205,7 @@ async def _list(guest: EmbeddedGuest) -> None:
             kind,
             "open" if port.host_connected else "closed",
         )
-    Console().print(table)
+    show(Console(emoji=False), table)  # a name with colons stays as it is
 
 
 # --- services

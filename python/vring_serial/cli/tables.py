@@ -1,0 +1,28 @@
+"""Tables on terminals of any width."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+
+
+def show(console: Console, table: Table, *, wraps: bool = False) -> None:
+    """Print a table; where it does not fit, a paragraph for each row: nothing is left out.
+
+    Args:
+        wraps: the cells are prose, which may go on in the next line.
+    """
+    for column in table.columns:
+        column.overflow = "fold"
+    needed = Measurement.get(console, console.options.update(width=1000), table)
+    if (needed.minimum if wraps else needed.maximum) <= console.width:
+        console.print(table, soft_wrap=False)
+        return
+    if table.title:
+        console.print(table.title, style="italic", highlight=False, soft_wrap=False)
+    cells = [list(column.cells) for column in table.columns]
+    for row in zip(*cells, strict=True):
+        named = zip(table.columns, row, strict=True)
+        pairs = (f"{column.header} {cell}".strip() for column, cell in named if str(cell))
+        console.print("  " + ", ".join(pairs), highlight=False, soft_wrap=False)
