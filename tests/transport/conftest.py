@@ -54,7 +54,11 @@ BUFFERS = 0x80000
 
 
 class EchoDevice:
-    """Writes what a chain's driver wrote into the same chain, and keeps what it was told."""
+    """Writes what a chain's driver wrote into the same chain, and keeps what it was told.
+
+    Attributes:
+        serves_on_start: looks for chains when a queue starts, too; else only when it is kicked.
+    """
 
     name = "echo"
     device_id = 42
@@ -68,6 +72,7 @@ class EchoDevice:
         self.on_config_change: Callable[[], None] | None = None
         self.on_needs_reset: Callable[[RingError], None] | None = None
         self.status = 0
+        self.serves_on_start = True
         self.config = bytearray(range(12))
         self.told: list[tuple[object, ...]] = []
         self.running: dict[int, RunningQueue] = {}
@@ -94,7 +99,8 @@ class EchoDevice:
         self.told.append(("start", index, queue.queue.avail_index))
         self.running[index] = queue
         asyncio.get_running_loop().add_reader(queue.kick_fd, self._kicked, index)
-        self._serve(index)
+        if self.serves_on_start:
+            self._serve(index)
 
     def stop_queue(self, index: int) -> int:
         queue = self.running.pop(index)

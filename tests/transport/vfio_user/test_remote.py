@@ -127,6 +127,36 @@ def test_maps_change_under_traffic(remote: Any, device: Any) -> None:
     assert device.echoed == [b"turn %d" % turn for turn in range(6)]
 
 
+def test_an_interrupt_that_is_owed_when_maps_change_comes_later(remote: Any) -> None:
+    """The queue stops between what the device used and the interrupt that tells of it."""
+    driver = remote.start_driver(0)
+    remote.serve_dma()
+    echo(remote, driver, b"before")
+    used_index = 0x10000 + 16 * 64 + 6 + 2 * 64 + 2 + 2  # with two bytes of padding
+    honest = remote.dma
+    held: list[Any] = []
+
+    def hold_from_there_on(message: Any) -> bytes:
+        asked = message.decode()
+        if held or (message.name == "DMA_WRITE" and asked.address == used_index):
+            held.append(message)
+            return b""
+        return honest(message)
+
+    remote.dma = hold_from_there_on
+    if remote.put(0, b"owed"):
+        driver.notify(0)
+    while not held:
+        remote.serve_dma()
+    remote.do(Command.DMA_MAP, DmaMap(1, 0, SIZE, 4096))
+    remote.dma = honest
+    for message in held:
+        remote.send_bytes(honest(message))
+    remote.wait_irq_serving(1)
+    assert remote.drivers[0].get_used()[1].tolist() == [4]
+    assert remote.echoed(b"owed")
+
+
 def test_memory_that_the_client_refuses_breaks_the_device(
     remote: Any, device: Any, log: Callable[[], list[str]]
 ) -> None:

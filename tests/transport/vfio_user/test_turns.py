@@ -71,3 +71,15 @@ def test_memory_is_let_go_of_before_the_turn_ends(
     client.map_memory()
     assert seen == [0, 1, 2]
     assert client.echo(driver, 0, b"goes on")
+
+
+def test_maps_that_come_together_stop_the_queues_once(client: Any, device: Any) -> None:
+    driver = client.boot(0)
+    assert client.echo(driver, 0, b"before")
+    told = len(device.told)
+    maps = [DmaMap(DmaFlag.READ, 0, (1 << 32) + 4096 * nr, 4096) for nr in range(8)]
+    client.send_bytes(b"".join(request(Command.DMA_MAP, nr, each) for nr, each in enumerate(maps)))
+    for nr in range(8):
+        assert not client.answer(nr).failed
+    assert [what[0] for what in device.told[told:]] == ["stop", "start"]
+    assert client.echo(driver, 0, b"after")

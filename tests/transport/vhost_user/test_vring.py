@@ -67,6 +67,7 @@ async def test_what_is_available_before_enabling_is_served_without_a_kick(
 
 
 async def test_a_kick_before_enabling_is_not_lost(frontend: Any, device: Any) -> None:
+    device.serves_on_start = False  # nothing but the kick makes it look
     await frontend.negotiate(OFFERED)
     await frontend.set_up(0, enable=False)
     frontend.put(0, b"early")
@@ -118,6 +119,18 @@ async def test_rings_start_enabled_for_frontends_without_protocol_features(
     assert 1 in device.running
     assert await frontend.base(1) == int(says_features)
     assert not device.running
+
+
+async def test_a_queue_that_new_memory_lacks_stops_no_other(frontend: Any, device: Any) -> None:
+    await frontend.negotiate(OFFERED)
+    await frontend.set_up(0)
+    await frontend.set_up(1)
+    start = 0x20000  # queue 0 lies below it
+    region = MemoryRegion(start, MEMORY_SIZE - start, USER + start, 4096 + start)
+    table = MemoryTable((region,))
+    assert await frontend.acked(Request.SET_MEM_TABLE, table, (frontend.memfd,)) == 1
+    assert list(device.running) == [1]
+    assert await frontend.echo(1, b"goes on")
 
 
 async def test_features_said_again_leave_queues_alone(frontend: Any, device: Any) -> None:
