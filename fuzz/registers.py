@@ -22,7 +22,7 @@ from vring_serial.device.console.controller import DEFAULT_FEATURES, Controller
 from vring_serial.device.console.port import Port
 from vring_serial.device.testing import LegacyPciDriver, MmioDriver, PciDriver, RegisterDriver
 from vring_serial.errors import ProtocolError
-from vring_serial.proto.console import Feature, Status
+from vring_serial.proto.virtio import Feature, Status
 from vring_serial.transport.inprocess.fronts import InProcessMmio, InProcessPci, PolledHost, Window
 
 RAM_SIZE = 64 << 10

@@ -19,8 +19,8 @@ from vring_serial.device.testing import ANY_FEATURE, MmioDriver, PciDriver, Regi
 from vring_serial.device.virtqueue import RunningQueue
 from vring_serial.guest.guest import EmbeddedGuest
 from vring_serial.proto import vfio_user
-from vring_serial.proto.console import Status
 from vring_serial.proto.vfio_user_version import Version
+from vring_serial.proto.virtio import Status
 from vring_serial.transport.inprocess.fronts import InProcessMmio, InProcessPci, PolledHost
 from vring_serial.transport.vfio_user.server import VfioUserServer
 from vring_serial.transport.vhost_user.backend import VhostUserBackend

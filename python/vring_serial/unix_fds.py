@@ -1,4 +1,4 @@
-"""Bytes and file descriptors over a unix stream socket."""
+"""File descriptors: sent and received over a unix stream socket, made and closed."""
 
 from __future__ import annotations
 
@@ -65,6 +65,11 @@ def send(sock: socket.socket, data: bytes, fds: Sequence[int] = ()) -> int:
     """
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
     return sock.sendmsg([data], rights, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+
+
+def make_eventfd() -> int:
+    """Return a new eventfd: non-blocking, close-on-exec, its counter 0."""
+    return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
 
 def close_all(fds: Iterable[int]) -> None:

@@ -21,11 +21,10 @@ from vring_serial.proto.console import (
     CONTROL_RECEIVEQ,
     CONTROL_TRANSMITQ,
     ControlMessage,
-    Feature,
-    Status,
     queues_of_port,
 )
 from vring_serial.proto.control import ControlDriver, PortAdded, PortRemoved
+from vring_serial.proto.virtio import Feature, Status
 
 NOTIFICATION_DATA = int(Feature.NOTIFICATION_DATA)
 GUEST_BASE = 0x10_0000

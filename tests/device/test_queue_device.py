@@ -18,7 +18,7 @@ from vring_serial.device.base import VirtioDevice
 from vring_serial.device.queue_device import QueueDevice
 from vring_serial.device.testing import ANY_FEATURE, MmioDriver
 from vring_serial.errors import LocalProtocolError, ProtocolError
-from vring_serial.proto.console import Status
+from vring_serial.proto.virtio import Status
 from vring_serial.transport.inprocess.fronts import InProcessMmio, PolledHost
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "custom_device.py"

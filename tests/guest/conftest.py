@@ -21,8 +21,8 @@ from vring_serial.proto.console import (
     CONTROL_TRANSMITQ,
     ControlEvent,
     ControlMessage,
-    Feature,
 )
+from vring_serial.proto.virtio import Feature
 
 DEFAULT_FEATURES = 1 << 32 | 1 << 30 | 1 << 29 | 0b11
 DEFAULT_PROTOCOL = (

@@ -19,7 +19,7 @@ from vring_serial.guest.errors import (
 )
 from vring_serial.guest.guest import EmbeddedGuest
 from vring_serial.proto import vhost_user as vu
-from vring_serial.proto.console import NO_PORT, ControlEvent, Feature
+from vring_serial.proto.console import NO_PORT, ConsoleFeature, ControlEvent
 
 DEVICE_READY, PORT_ADD, PORT_REMOVE, PORT_READY, CONSOLE_PORT, RESIZE, PORT_OPEN, PORT_NAME = (
     ControlEvent
@@ -321,7 +321,7 @@ async def test_a_device_that_talks_nonsense_does_not_fill_the_log(
 
 async def test_a_new_configuration_and_a_device_that_asks_for_a_reset(scripted, until) -> None:
     def prepare(backend) -> None:
-        backend.features &= ~int(Feature.MULTIPORT)
+        backend.features &= ~int(ConsoleFeature.MULTIPORT)
         backend.protocol_features |= vu.ProtocolFeature.STATUS
 
     scripted.prepare = prepare
@@ -433,7 +433,7 @@ async def test_without_config_there_is_no_multiport(scripted) -> None:
 
     scripted.prepare = prepare
     async with EmbeddedGuest(scripted.path, timeout=1) as guest:
-        assert not guest.features & Feature.MULTIPORT
+        assert not guest.features & ConsoleFeature.MULTIPORT
         assert guest.ports[0].is_console
 
 

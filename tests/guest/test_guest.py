@@ -23,7 +23,8 @@ from vring_serial.guest.errors import (
     PortRemovedError,
 )
 from vring_serial.guest.services import keep_serving, serve_echo
-from vring_serial.proto.console import Feature
+from vring_serial.proto.console import ConsoleFeature
+from vring_serial.proto.virtio import Feature
 from vring_serial.transport.vhost_user.backend import VhostUserBackend
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -84,7 +85,7 @@ async def test_ports_appear_with_their_names(setup: Setup, guest: EmbeddedGuest)
     assert (one.nr, two.nr) == (1, 2)
     assert not one.is_console
     assert guest.config.max_nr_ports == 8
-    assert Feature.VERSION_1 | Feature.EVENT_IDX | Feature.MULTIPORT in guest.features
+    assert Feature.VERSION_1 | Feature.EVENT_IDX | ConsoleFeature.MULTIPORT in guest.features
     assert guest.features & Feature.RING_PACKED == setup.layout
     await guest.settle()
     assert {port.name for port in guest.ports.values()} == {"one", "two"}
@@ -296,9 +297,9 @@ async def test_packed_rings_can_be_refused(setup: Setup) -> None:
 
 
 async def test_without_optional_features(setup: Setup) -> None:
-    setup.controller.device_features = int(Feature.VERSION_1 | Feature.MULTIPORT)
+    setup.controller.device_features = int(Feature.VERSION_1 | ConsoleFeature.MULTIPORT)
     async with EmbeddedGuest(setup.path) as guest:
-        assert guest.features == Feature.VERSION_1 | Feature.MULTIPORT | setup.layout
+        assert guest.features == Feature.VERSION_1 | ConsoleFeature.MULTIPORT | setup.layout
         port = await guest.wait_port(name="one")
         host_reader, host_writer = await setup.connect("one")
         _, writer = await port.open()

@@ -6,15 +6,15 @@ from vring_serial.errors import ProtocolError
 from vring_serial.proto.console import (
     MAX_PORTS,
     ConsoleConfig,
+    ConsoleFeature,
     ControlEvent,
     ControlMessage,
-    Feature,
     Size,
-    feature_names,
     port_of_queue,
     queue_count,
     queues_of_port,
 )
+from vring_serial.proto.virtio import Feature, feature_names
 
 
 def test_configuration_space_is_the_specifications_twelve_bytes():
@@ -60,8 +60,8 @@ def test_every_cut_of_a_header_is_an_error_that_counts_its_bytes():
 def test_messages_in_words():
     assert str(ControlMessage(1, ControlEvent.PORT_OPEN, 1)) == "PORT_OPEN(id 0x1, value 1)"
     assert str(ControlMessage(1, 77, 0, b"?")) == "event 77(id 0x1, value 0 b'?')"
-    bits = Feature.VERSION_1 | Feature.SIZE | 1 << 30 | 1 << 60
-    assert feature_names(bits) == "SIZE bit 30 VERSION_1 bit 60"
+    bits = Feature.VERSION_1 | ConsoleFeature.SIZE | 1 << 30 | 1 << 60
+    assert feature_names(bits, ConsoleFeature) == "SIZE bit 30 VERSION_1 bit 60"
     assert feature_names(0) == "none"
 
 

@@ -20,7 +20,7 @@ from vring_serial.bench.plain import PlainEnd
 from vring_serial.guest.guest import EmbeddedGuest
 from vring_serial.guest.port import GuestPort
 from vring_serial.guest.queue import Buffers
-from vring_serial.proto.console import Feature
+from vring_serial.proto.virtio import Feature
 
 #: Where messages start in guest RAM: at a cache line.
 ALIGNMENT = 64

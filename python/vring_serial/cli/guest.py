@@ -27,7 +27,7 @@ from vring_serial.guest.bulk import serve_bulk
 from vring_serial.guest.guest import EmbeddedGuest, GuestEvent
 from vring_serial.guest.port import GuestPort
 from vring_serial.guest.services import Service, keep_serving, serve_echo
-from vring_serial.proto.console import feature_names
+from vring_serial.proto.console import ConsoleFeature
 from vring_serial.proto.control import (
     PortAdded,
     PortClosed,
@@ -37,6 +37,7 @@ from vring_serial.proto.control import (
     PortRemoved,
     PortResized,
 )
+from vring_serial.proto.virtio import feature_names
 
 #: Bytes moved at once between a port and the standard streams.
 RELAY_SIZE = 1 << 16
@@ -166,7 +167,7 @@ async def _run(guest: EmbeddedGuest, work: Callable[[], Coroutine[Any, Any, None
 
 async def _drive(guest: EmbeddedGuest, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
     await guest.start()
-    features = feature_names(guest.features)
+    features = feature_names(guest.features, ConsoleFeature)
     _emit("guest_started", f"drives {guest.path} with {features}", path=guest.path)
     tasks: list[asyncio.Task[Any]] = [
         asyncio.create_task(job) for job in (work(), guest.wait_lost())

@@ -16,7 +16,6 @@ from vring_serial.config.pci import PciSlots, Plug
 from vring_serial.config.topology import (
     DEFAULT_MAX_PORTS,
     LARGEST_MAX_PORTS,
-    MAX_NAME_BYTES,
     SPICEVMC_NAME,
     ChardevConfig,
     ControllerConfig,
@@ -26,6 +25,7 @@ from vring_serial.config.topology import (
     Topology,
 )
 from vring_serial.errors import ConfigError
+from vring_serial.proto.console import MAX_NAME
 from vring_serial.unix_socket import MAX_PATH
 
 #: Host ends that are the SPICE server's.
@@ -346,8 +346,8 @@ def _reserve(numbers: _Numbers, port: DraftPort) -> None:
 
 
 def _check_name(name: str, where: str) -> None:
-    if len(name.encode(errors="surrogateescape")) > MAX_NAME_BYTES:
-        raise ConfigError(f"a port's name has at most {MAX_NAME_BYTES} bytes", where)
+    if len(name.encode(errors="surrogateescape")) > MAX_NAME:
+        raise ConfigError(f"a port's name has at most {MAX_NAME} bytes", where)
     if not name.isprintable():
         raise ConfigError(f"port name {name!r} has characters that cannot be shown", where)
 

@@ -19,8 +19,6 @@ DEFAULT_MAX_PORTS = 31
 LARGEST_MAX_PORTS = 511
 #: The only name a spicevmc channel may have, and the one it gets.
 SPICEVMC_NAME = "com.redhat.spice.0"
-#: A PORT_NAME message has to fit the page that drivers offer for it, after its 8-byte header.
-MAX_NAME_BYTES = 4096 - 8
 
 _PCI_ADDRESS = re.compile(
     r"(?:([0-9a-f]{4,8}):)?([0-9a-f]{2}):([0-9a-f]{2})\.([0-7])", re.IGNORECASE

@@ -12,7 +12,7 @@ from vring_serial.callbacks import tell
 from vring_serial.device.served import ServedQueue
 from vring_serial.device.virtqueue import RunningQueue
 from vring_serial.errors import LocalProtocolError, ProtocolError
-from vring_serial.proto.console import QUEUE_SIZE_MAX, Feature, Status
+from vring_serial.proto.virtio import QUEUE_SIZE_MAX, Feature, Status
 from vring_serial.ratelimit import RateLimitedLog
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from vring_serial.errors import ProtocolError
-from vring_serial.proto.console import Feature, Status
+from vring_serial.proto.virtio import MMIO_MAGIC, Feature, Status
 
 Read = Callable[[int, int], int]
 Write = Callable[[int, int, int], None]
@@ -262,7 +262,7 @@ class MmioDriver:
     def __init__(self, read: Read, write: Write) -> None:
         self._read = read
         self._write = write
-        if read(0, 4) != 0x74726976:
+        if read(0, 4) != MMIO_MAGIC:
             raise ProtocolError("no virtio-mmio device")
         self.version = read(4, 4)
         self.alignment = 4096 if self.version == 1 else 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vring import GuestMemory, PackedQueue, SplitQueue, VirtQueue, notify
-from vring_serial.proto.console import Feature
+from vring_serial.proto.virtio import Feature
 
 #: ``avail_index`` of a packed ring that is fresh: the wrap counter stands at 1.
 FRESH_PACKED_INDEX = 0x8000

@@ -26,20 +26,20 @@ from vring_serial.guest.queue import DriverQueue
 from vring_serial.proto.console import (
     CONTROL_TRANSMITQ,
     MAX_PORTS,
-    QUEUE_SIZE_MAX,
     ConsoleConfig,
-    Feature,
-    Status,
-    feature_names,
+    ConsoleFeature,
     queue_count,
 )
 from vring_serial.proto.control import DriverSideEvent
+from vring_serial.proto.virtio import QUEUE_SIZE_MAX, Feature, Status, feature_names
 from vring_serial.ratelimit import RateLimitedLog
 
 log = logging.getLogger(__name__)
 
 #: What the driver can do. EMERG_WRITE is for early boot messages, of which this guest has none.
-DRIVER_FEATURES = Feature.VERSION_1 | Feature.EVENT_IDX | Feature.SIZE | Feature.MULTIPORT
+DRIVER_FEATURES = (
+    Feature.VERSION_1 | Feature.EVENT_IDX | ConsoleFeature.SIZE | ConsoleFeature.MULTIPORT
+)
 #: Seconds that a backend may take to let a guest leave in good order.
 LEAVE_TIMEOUT = 3.0
 #: Queues whose descriptors vhost-user can pass: SET_VRING_KICK has 8 bits for the index.
@@ -181,7 +181,7 @@ class EmbeddedGuest:
         self._driver = driver = ConsoleDriver(
             ram,
             self._queues,
-            multiport=Feature.MULTIPORT in self.features,
+            multiport=bool(self.features & ConsoleFeature.MULTIPORT),
             max_ports=self.config.max_nr_ports,
             receive_size=self._receive_size,
             timeout=self._timeout,
@@ -196,35 +196,35 @@ class EmbeddedGuest:
     async def _negotiate_features(self) -> None:
         frontend = self._frontend
         offered = frontend.offered
-        log.info("%s: the device offers %s", self.path, feature_names(offered))
+        log.info("%s: the device offers %s", self.path, feature_names(offered, ConsoleFeature))
         if not offered & Feature.VERSION_1:
             raise BackendRefusedError(f"{self.path}: the backend does not offer VERSION_1")
         wanted = DRIVER_FEATURES | (Feature.RING_PACKED if self._packed else Feature(0))
         if not frontend.has_config:
             # Without a configuration space nobody knows how many ports there are.
-            wanted &= ~(Feature.MULTIPORT | Feature.SIZE)
+            wanted &= ~int(ConsoleFeature.MULTIPORT | ConsoleFeature.SIZE)
         self.features = Feature(offered & wanted)
         await frontend.set_features(self.features)
         await frontend.set_status(self._status)
         status = await frontend.get_status()
         if status is not None and not status & Status.FEATURES_OK:
-            raise BackendRefusedError(
-                f"{self.path}: the device does not accept {feature_names(self.features)}"
-            )
+            refused = feature_names(self.features, ConsoleFeature)
+            raise BackendRefusedError(f"{self.path}: the device does not accept {refused}")
 
     async def _read_config(self) -> None:
         data = await self._frontend.read_config(0, CONFIG_BYTES)
         if data is None:
             return
         self.config = ConsoleConfig.unpack_from(data.ljust(ConsoleConfig.SIZE, b"\0"))
-        if Feature.MULTIPORT in self.features and not 1 <= self.config.max_nr_ports <= MAX_PORTS:
+        multiport = bool(self.features & ConsoleFeature.MULTIPORT)
+        if multiport and not 1 <= self.config.max_nr_ports <= MAX_PORTS:
             raise BackendError(
                 f"{self.path}: max_nr_ports is {self.config.max_nr_ports}, not 1 to {MAX_PORTS}"
             )
 
     def _make_queues(self, ram: GuestRam) -> list[int]:
         """Rings for as many ports as device, backend and guest all have room for; their indices."""
-        multiport = Feature.MULTIPORT in self.features
+        multiport = bool(self.features & ConsoleFeature.MULTIPORT)
         ports = min(self.config.max_nr_ports, self._max_ports) if multiport else 1
         count = queue_count(ports, multiport)
         limit = self._frontend.max_queues
@@ -314,7 +314,7 @@ class EmbeddedGuest:
             except BackendError as error:
                 self._frontend.fail(error)
                 return
-        if self._driver is not None and Feature.MULTIPORT not in self.features:
+        if self._driver is not None and not self.features & ConsoleFeature.MULTIPORT:
             self._driver.resize_console(self.config.cols, self.config.rows)
 
     # --- for its user

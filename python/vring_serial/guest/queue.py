@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable
 
 import numpy as np
@@ -56,8 +55,8 @@ class DriverQueue:
         )
         # A packed ring's wrap counter starts at 1, and its base has the used index, too.
         self.base = self.ring.avail_index | (self.ring.used_index << 16 if packed else 0)
-        self.kick_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self.call_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.kick_fd = unix_fds.make_eventfd()
+        self.call_fd = unix_fds.make_eventfd()
         self.broken: Exception | None = None
         self.on_broken: Callable[[Exception], None] | None = None
         self._called: Callable[[], None] | None = None

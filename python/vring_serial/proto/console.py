@@ -14,47 +14,14 @@ from vring_serial.errors import ProtocolError
 
 #: The virtio device type (5.3.1).
 DEVICE_ID = 3
-#: Descriptors that a queue can have at most (2.7, 2.8).
-QUEUE_SIZE_MAX = 32768
 
 
-class Feature(enum.IntFlag):
-    """Feature bits by their place in the 64-bit feature word (5.3.3, 6)."""
+class ConsoleFeature(enum.IntFlag):
+    """Feature bits of the console device (5.3.3), beside those of any device."""
 
     SIZE = 1 << 0
     MULTIPORT = 1 << 1
     EMERG_WRITE = 1 << 2
-    NOTIFY_ON_EMPTY = 1 << 24
-    ANY_LAYOUT = 1 << 27
-    INDIRECT_DESC = 1 << 28
-    EVENT_IDX = 1 << 29
-    VERSION_1 = 1 << 32
-    ACCESS_PLATFORM = 1 << 33
-    RING_PACKED = 1 << 34
-    IN_ORDER = 1 << 35
-    ORDER_PLATFORM = 1 << 36
-    SR_IOV = 1 << 37
-    NOTIFICATION_DATA = 1 << 38
-    NOTIF_CONFIG_DATA = 1 << 39
-    RING_RESET = 1 << 40
-
-
-class Status(enum.IntFlag):
-    """Device status bits (2.1)."""
-
-    ACKNOWLEDGE = 1
-    DRIVER = 2
-    DRIVER_OK = 4
-    FEATURES_OK = 8
-    DEVICE_NEEDS_RESET = 64
-    FAILED = 128
-
-
-def feature_names(bits: int) -> str:
-    """The bits in words, for logs: ``SIZE MULTIPORT VERSION_1``; unknown ones as ``bit N``."""
-    places = (place for place in range(bits.bit_length()) if bits >> place & 1)
-    names = [Feature(1 << place).name or f"bit {place}" for place in places]
-    return " ".join(names) or "none"
 
 
 # --- configuration space --------------------------------------------------------------------------

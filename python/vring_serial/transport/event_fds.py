@@ -1,4 +1,4 @@
-"""Descriptors that tell: made here, or come from a peer and not believed."""
+"""Check the event descriptors of peers, which are not to be trusted."""
 
 from __future__ import annotations
 
@@ -9,11 +9,6 @@ from vring_serial.errors import ProtocolError
 
 #: What :func:`describe` says of an eventfd.
 EVENTFD = "anon_inode:[eventfd]"
-
-
-def make_eventfd() -> int:
-    """A non-blocking eventfd that counts nothing yet."""
-    return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
 
 def describe(fd: int) -> str:

@@ -23,12 +23,12 @@ from vring_serial.proto.console import (
     CONTROL_TRANSMITQ,
     NO_PORT,
     ConsoleConfig,
+    ConsoleFeature,
     ControlEvent,
     ControlMessage,
-    Feature,
     Size,
-    Status,
 )
+from vring_serial.proto.virtio import Feature, Status
 
 E = ControlEvent
 
@@ -361,7 +361,7 @@ async def test_emergency_writes_reach_the_console_also_before_any_driver(make_co
 
 
 async def test_without_the_feature_an_emergency_write_is_nothing(make_controller):
-    controller = make_controller(features=DEFAULT_FEATURES & ~Feature.EMERG_WRITE)
+    controller = make_controller(features=DEFAULT_FEATURES & ~int(ConsoleFeature.EMERG_WRITE))
     events = events_of(controller)
     controller.write_config(8, b"A\0\0\0")
     assert events == []
@@ -514,7 +514,7 @@ async def test_a_driver_without_multiport_has_one_console(make_controller, make_
     controller.add_port(python_port(0, console=True))
     controller.add_port(python_port(1, "org.test"))
     await controller.start()
-    guest = make_guest(controller, features=DEFAULT_FEATURES & ~Feature.MULTIPORT)
+    guest = make_guest(controller, features=DEFAULT_FEATURES & ~int(ConsoleFeature.MULTIPORT))
     guest.start(ports=0)
     assert ev.DriverReady() in events
     guest.give_buffers(0)
@@ -532,7 +532,7 @@ async def test_a_driver_without_multiport_is_not_held_up_for_want_of_a_port(
     make_controller, make_guest
 ):
     controller = make_controller()
-    guest = make_guest(controller, features=DEFAULT_FEATURES & ~Feature.MULTIPORT)
+    guest = make_guest(controller, features=DEFAULT_FEATURES & ~int(ConsoleFeature.MULTIPORT))
     guest.start(ports=0)
     guest.write(0, b"is anybody there?")
     await guest.until(lambda: guest.completed(0))

@@ -19,13 +19,8 @@ from vring_serial.device.console.controller import DEFAULT_FEATURES
 from vring_serial.device.console.events import Side
 from vring_serial.device.console.port import Port
 from vring_serial.errors import LocalProtocolError, ResourceError
-from vring_serial.proto.console import (
-    CONTROL_TRANSMITQ,
-    ControlEvent,
-    ControlMessage,
-    Feature,
-    Status,
-)
+from vring_serial.proto.console import CONTROL_TRANSMITQ, ControlEvent, ControlMessage
+from vring_serial.proto.virtio import Feature, Status
 
 
 class PairChardev(Chardev):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from vring_serial.device.console.controller import DEFAULT_FEATURES, Controller
 from vring_serial.device.pci import PciDevice
 from vring_serial.device.testing import PciDriver
-from vring_serial.proto.console import Feature, Status
+from vring_serial.proto.virtio import Feature, Status
 
 NO_VECTOR = 0xFFFF
 

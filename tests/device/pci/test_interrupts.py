@@ -8,7 +8,7 @@ import struct
 import pytest
 
 from vring_serial.device.testing import PciDriver
-from vring_serial.proto.console import Status
+from vring_serial.proto.virtio import Status
 
 MSIX_BAR = 1
 NO_VECTOR = 0xFFFF

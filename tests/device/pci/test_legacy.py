@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vring_serial.device.testing import PciDriver
-from vring_serial.proto.console import Feature
+from vring_serial.proto.virtio import Feature
 
 
 async def test_the_legacy_registers_move_with_msix(make_controller, make_machine, enable_msix):

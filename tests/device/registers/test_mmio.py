@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from vring_serial.device.console.controller import DEFAULT_FEATURES, Controller
 from vring_serial.device.registers.mmio import MmioDevice
 from vring_serial.errors import ConfigError
-from vring_serial.proto.console import Feature, Status
+from vring_serial.proto.virtio import Feature, Status
 
 
 @pytest.fixture(params=["mmio", "mmio-legacy"])

@@ -11,7 +11,7 @@ from vring import GuestMemory, Region
 from vring_serial.device.queue_device import RING_FEATURES, QueueDevice
 from vring_serial.device.registers.queues import QueueTable
 from vring_serial.device.virtqueue import RunningQueue
-from vring_serial.proto.console import Status
+from vring_serial.proto.virtio import Status
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ from vring import GuestMemory, Region
 from vring_serial.chardev.pipe import PipeChardev, PipeOptions
 from vring_serial.device.console.controller import DEFAULT_FEATURES
 from vring_serial.device.console.port import Port
-from vring_serial.proto.console import Feature, Status
+from vring_serial.proto.console import ConsoleFeature
+from vring_serial.proto.virtio import Feature, Status
 
 KINDS = ["pci", "pci-legacy", "mmio", "mmio-legacy"]
 #: For what depends on the rings as well.
@@ -314,7 +315,7 @@ async def test_features_are_refused_without_version_1_and_what_is_not_offered(
 ):
     machine = make_machine(make_controller(), kind)
     driver = machine.driver()
-    for bits in (Feature.MULTIPORT, driver.offered() | Feature.NOTIF_CONFIG_DATA):
+    for bits in (ConsoleFeature.MULTIPORT, driver.offered() | Feature.NOTIF_CONFIG_DATA):
         driver.status = 0
         driver.status = 3
         driver.offered = lambda bits=bits: bits  # a driver that accepts what it likes

@@ -11,7 +11,8 @@ import pytest_asyncio
 from exchange import MIB, Exchange, check, connections
 
 from vring_serial.device.console.events import DeviceReset, PortClosed, PortOpened
-from vring_serial.proto.console import Feature
+from vring_serial.proto.console import ConsoleFeature
+from vring_serial.proto.virtio import Feature
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -65,9 +66,9 @@ async def test_device_on_the_bus(shared, guest):
 
 async def test_features_that_were_agreed(shared, guest):
     bits = (await guest.run(f"cat {DEVICE}/virtio0/features")).strip()
-    agreed = {Feature(1 << bit) for bit, is_set in enumerate(bits) if is_set == "1"}
+    agreed = {1 << bit for bit, is_set in enumerate(bits) if is_set == "1"}
     legacy = bool(shared.way.append)
-    assert {Feature.MULTIPORT, Feature.EVENT_IDX, Feature.INDIRECT_DESC} <= agreed
+    assert {ConsoleFeature.MULTIPORT, Feature.EVENT_IDX, Feature.INDIRECT_DESC} <= agreed
     assert (Feature.VERSION_1 in agreed) == (not legacy)
     assert (Feature.RING_PACKED in agreed) == shared.way.served.get("packed", False)
 

@@ -19,7 +19,8 @@ from vring_serial.device.console.controller import Controller
 from vring_serial.device.console.port import Port
 from vring_serial.device.testing import ANY_FEATURE, LegacyPciDriver, MmioDriver, PciDriver
 from vring_serial.errors import LocalProtocolError
-from vring_serial.proto.console import Feature, Status
+from vring_serial.proto.console import ConsoleFeature
+from vring_serial.proto.virtio import Feature, Status
 from vring_serial.transport.inprocess.fronts import (
     InProcessMmio,
     InProcessPci,
@@ -29,7 +30,7 @@ from vring_serial.transport.inprocess.fronts import (
 )
 
 #: A single port, so that two queues are the whole driver.
-FEATURES = Feature.VERSION_1 | Feature.EVENT_IDX | Feature.EMERG_WRITE
+FEATURES = Feature.VERSION_1 | Feature.EVENT_IDX | ConsoleFeature.EMERG_WRITE
 RECEIVEQ, TRANSMITQ = 0, 1
 
 

@@ -20,7 +20,6 @@ from vring import GuestMemory, Region, SplitDriver
 from vring_serial import unix_fds
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.testing import ANY_FEATURE, PciDriver
-from vring_serial.proto.console import Status
 from vring_serial.proto.payload import Payload
 from vring_serial.proto.vfio_user import Message, MessageParser, error_reply, reply, request
 from vring_serial.proto.vfio_user_version import Capabilities, Version
@@ -38,6 +37,7 @@ from vring_serial.proto.vfio_user_wire import (
     RegionRead,
     RegionWrite,
 )
+from vring_serial.proto.virtio import Status
 from vring_serial.transport.vfio_user.server import VfioUserServer
 
 T = TypeVar("T", bound=Payload)

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from vring_serial.proto.console import Status
 from vring_serial.proto.vfio_user import MessageParser, reply, request
 from vring_serial.proto.vfio_user_version import Capabilities
 from vring_serial.proto.vfio_user_wire import Command, DmaAccess, DmaMap, DmaUnmap
+from vring_serial.proto.virtio import Status
 
 SIZE = 1 << 20
 HALF = SIZE // 2

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from vring_serial.device.testing import ANY_FEATURE
-from vring_serial.proto.console import Status
 from vring_serial.proto.payload import Empty
 from vring_serial.proto.vfio_user import request
 from vring_serial.proto.vfio_user_version import Capabilities, Version
@@ -38,6 +37,7 @@ from vring_serial.proto.vfio_user_wire import (
     WriteMulti,
     WriteMultiDone,
 )
+from vring_serial.proto.virtio import Status
 
 NOTIFY_BAR = 4
 NOTIFY = 0x3000

@@ -20,27 +20,25 @@ from vring_serial.errors import LocalProtocolError, ProtocolError
 from vring_serial.proto import control as ctl
 from vring_serial.proto.console import (
     DEVICE_ID,
-    QUEUE_SIZE_MAX,
     ConsoleConfig,
-    Feature,
-    Status,
-    feature_names,
+    ConsoleFeature,
     port_of_queue,
     queue_count,
     queues_of_port,
 )
+from vring_serial.proto.virtio import QUEUE_SIZE_MAX, Feature, Status, feature_names
 from vring_serial.ratelimit import LogBudget, RateLimitedLog
 
 log = logging.getLogger(__name__)
 
 #: What is offered unless the one who builds the device says otherwise.
 DEFAULT_FEATURES = (
-    Feature.SIZE
-    | Feature.MULTIPORT
-    | Feature.EMERG_WRITE
-    | Feature.INDIRECT_DESC
+    Feature.INDIRECT_DESC
     | Feature.EVENT_IDX
     | Feature.VERSION_1
+    | ConsoleFeature.SIZE
+    | ConsoleFeature.MULTIPORT
+    | ConsoleFeature.EMERG_WRITE
 )
 
 
@@ -78,7 +76,7 @@ class Controller:
         self.name = name
         self.max_ports = max_ports
         self.device_features = int(features)
-        self.num_queues = queue_count(max_ports, bool(features & Feature.MULTIPORT))
+        self.num_queues = queue_count(max_ports, bool(features & ConsoleFeature.MULTIPORT))
         self.queue_size_max = queue_size_max
         self.config_generation = 0
         self.on_event: Callable[[DeviceEvent], None] | None = None
@@ -233,12 +231,12 @@ class Controller:
     def single_port(self) -> bool:
         """Whether the driver did not accept MULTIPORT: one port, without control queues."""
         bits = self.device_features if self._driver_features is None else self._driver_features
-        return not bits & Feature.MULTIPORT
+        return not bits & ConsoleFeature.MULTIPORT
 
     def set_driver_features(self, bits: int) -> None:
         """The driver accepted these features. Raises ProtocolError on bits not offered."""
         if bits & ~self.device_features:
-            extra = feature_names(bits & ~self.device_features)
+            extra = feature_names(bits & ~self.device_features, ConsoleFeature)
             raise ProtocolError(f"{self.name}: the driver accepted what was not offered: {extra}")
         if bits != self._driver_features:
             self._driver_features = bits
@@ -261,7 +259,7 @@ class Controller:
     def write_config(self, offset: int, data: bytes) -> None:
         """The driver wrote to the configuration space: emerg_wr, or nothing that counts."""
         at = ConsoleConfig.EMERG_WR - offset
-        if not self.device_features & Feature.EMERG_WRITE or not 0 <= at < len(data):
+        if not self.device_features & ConsoleFeature.EMERG_WRITE or not 0 <= at < len(data):
             return
         # Whoever writes the whole space (QEMU does) writes 0 here and means nothing by it.
         if any(data[at : at + 4]):
@@ -394,12 +392,12 @@ class Controller:
             return
         self._size_told = size
         self.config_generation += 1
-        if self.driver_features & Feature.SIZE:
+        if self.driver_features & ConsoleFeature.SIZE:
             tell(self._failed, f"{self.name}: on_config_change", self.on_config_change)
 
     def _console_size(self) -> tuple[int, int]:
         port = self._console()
-        if port is None or port.size is None or not self.device_features & Feature.SIZE:
+        if port is None or port.size is None or not self.device_features & ConsoleFeature.SIZE:
             return 0, 0
         return port.size
 

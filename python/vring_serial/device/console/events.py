@@ -6,7 +6,8 @@ import enum
 from dataclasses import dataclass
 
 from vring import RingError
-from vring_serial.proto.console import feature_names
+from vring_serial.proto.console import ConsoleFeature
+from vring_serial.proto.virtio import feature_names
 
 
 class Side(enum.Enum):
@@ -23,7 +24,7 @@ class FeaturesNegotiated:
     bits: int
 
     def __str__(self) -> str:
-        return f"the driver accepted {feature_names(self.bits)}"
+        return f"the driver accepted {feature_names(self.bits, ConsoleFeature)}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 SIZE = 256
-VENDOR_ID = 0x1AF4
 #: Where the first capability may lie.
 _CAPABILITIES_AT = 0x40
 

@@ -10,7 +10,6 @@ from vring import GuestMemory, NotificationData
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.pci import layout as at
 from vring_serial.device.pci.config_space import (
-    VENDOR_ID,
     Bar,
     Command,
     ConfigSpace,
@@ -27,6 +26,7 @@ from vring_serial.device.registers.driver_registers import DriverRegisters
 from vring_serial.device.registers.host import Host, LoopThread
 from vring_serial.device.registers.interrupts import InterruptSink
 from vring_serial.errors import ConfigError
+from vring_serial.proto.virtio import VENDOR_ID
 
 #: Transitional PCI device ids by device type (4.1.2.1).
 _TRANSITIONAL_IDS = {

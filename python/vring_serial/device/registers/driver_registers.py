@@ -12,7 +12,7 @@ from vring_serial.device.base import VirtioDevice, check_unserved
 from vring_serial.device.registers.host import Host
 from vring_serial.device.registers.queues import QueueSetup, QueueTable
 from vring_serial.errors import ConfigError, ProtocolError
-from vring_serial.proto.console import Feature, Status, feature_names
+from vring_serial.proto.virtio import Feature, Status, feature_names
 from vring_serial.ratelimit import RateLimitedLog
 
 log = logging.getLogger(__name__)

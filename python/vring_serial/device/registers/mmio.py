@@ -14,12 +14,11 @@ from vring_serial.device.registers.driver_registers import DriverRegisters
 from vring_serial.device.registers.host import Host, LoopThread
 from vring_serial.device.registers.interrupts import Event, EventStatus
 from vring_serial.errors import ConfigError
+from vring_serial.proto.virtio import MMIO_MAGIC, VENDOR_ID
 from vring_serial.ratelimit import RateLimitedLog
 
 log = logging.getLogger(__name__)
 
-_MAGIC = 0x74726976
-_VENDOR_ID = 0x1AF4
 _CONFIG = 0x100
 #: What device trees usually give a device.
 _SIZE_MIN = 0x200
@@ -131,10 +130,10 @@ class MmioDevice:
 
     def _place_common(self) -> None:
         registers, at = self._registers, partial(self._bank.register)
-        at(0x000, 4, lambda: _MAGIC)
+        at(0x000, 4, lambda: MMIO_MAGIC)
         at(0x004, 4, lambda: self.version)
         at(0x008, 4, lambda: self.device.device_id)
-        at(0x00C, 4, lambda: _VENDOR_ID)
+        at(0x00C, 4, lambda: VENDOR_ID)
         at(0x014, 4, None, partial(setattr, registers, "device_feature_select"))
         at(0x024, 4, None, partial(setattr, registers, "driver_feature_select"))
         at(0x030, 4, None, partial(setattr, registers, "queue_select"))

@@ -15,7 +15,8 @@ from vring.errors import AddressError, VringError
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.virtqueue import RunningQueue, make_queue
 from vring_serial.errors import VringSerialError
-from vring_serial.proto.console import Feature
+from vring_serial.proto.virtio import Feature
+from vring_serial.unix_fds import make_eventfd
 
 #: queue_msix_vector and config_msix_vector without a vector (4.1.5.1.2).
 NO_VECTOR = 0xFFFF
@@ -209,7 +210,7 @@ class QueueTable:
 
     def _kick_fd(self, queue: QueueSetup) -> int:
         if queue.kick_fd < 0:
-            queue.kick_fd = _eventfd()
+            queue.kick_fd = make_eventfd()
         return queue.kick_fd
 
     def route(self, queue: QueueSetup, fd: int) -> None:
@@ -223,7 +224,7 @@ class QueueTable:
         if fd < 0 and not queue.direct:
             return
         if queue.call_fd < 0:
-            queue.call_fd = _eventfd()
+            queue.call_fd = make_eventfd()
         if fd >= 0:
             waiting = os.dup(queue.call_fd) if not queue.direct else -1
             self._unwatch(queue)
@@ -235,7 +236,7 @@ class QueueTable:
                     notify(queue.call_fd)
                 os.close(waiting)
             return
-        event = _eventfd()
+        event = make_eventfd()
         os.dup2(event, queue.call_fd, inheritable=False)
         os.close(event)
         queue.direct = False
@@ -272,7 +273,7 @@ class QueueTable:
         name = f"queue {queue.index}"
         ring = make_queue(memory, queue.size, areas, self.features, index=queue.position, name=name)
         if queue.call_fd < 0:
-            queue.call_fd = _eventfd()
+            queue.call_fd = make_eventfd()
         running = RunningQueue(ring, self._kick_fd(queue), queue.call_fd)
         self._watch(queue)
         try:
@@ -299,7 +300,3 @@ class QueueTable:
         """Forget calls, which were about a ring that is no more. Kicks are never read."""
         if queue.call_fd >= 0 and not queue.direct:
             drain(queue.call_fd)
-
-
-def _eventfd() -> int:
-    return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)

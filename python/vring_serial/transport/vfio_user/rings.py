@@ -7,7 +7,7 @@ from collections.abc import Callable
 from vring import RingError
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.virtqueue import RunningQueue
-from vring_serial.proto.console import Status
+from vring_serial.proto.virtio import Status
 from vring_serial.transport.vfio_user.shadow import ClientMemory, ShadowRing
 
 

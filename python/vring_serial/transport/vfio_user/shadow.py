@@ -27,11 +27,10 @@ from vring.errors import AddressError, VringError
 from vring_serial.device.kicks import KickWatch
 from vring_serial.device.virtqueue import RunningQueue
 from vring_serial.errors import ProtocolError
-from vring_serial.transport.event_fds import make_eventfd
 from vring_serial.transport.vfio_user.copies import LARGE_BYTES, Held, LargeChains, Room
 from vring_serial.transport.vfio_user.dma import DmaTable
 from vring_serial.transport.vfio_user.remote import RemoteMemory
-from vring_serial.unix_fds import close_all
+from vring_serial.unix_fds import close_all, make_eventfd
 
 _DESCRIPTOR = struct.Struct("<QIHH")
 _USED = struct.Struct("<II")

@@ -22,7 +22,6 @@ from vring_serial.proto.vhost_user import (
 )
 from vring_serial.ratelimit import RateLimitedLog
 from vring_serial.transport.closer import Closer
-from vring_serial.transport.event_fds import make_eventfd
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +150,7 @@ class CallRelay:
     def descriptor(self, index: int) -> int:
         """A new descriptor for the queue's calls, the caller's own."""
         if index not in self._fds:
-            fd = self._fds[index] = make_eventfd()
+            fd = self._fds[index] = unix_fds.make_eventfd()
             self._loop.add_reader(fd, self._readable, index, fd)
         return os.dup(self._fds[index])
 

@@ -13,7 +13,6 @@ from vring.errors import MemoryLostError, RingError, VringError
 from vring_serial import unix_fds
 from vring_serial.device.base import VirtioDevice
 from vring_serial.errors import ProtocolError
-from vring_serial.proto.console import Feature, Status
 from vring_serial.proto.vhost_user import (
     F_PROTOCOL_FEATURES,
     MAX_FDS,
@@ -34,6 +33,7 @@ from vring_serial.proto.vhost_user import (
     VringState,
     reply,
 )
+from vring_serial.proto.virtio import Feature, Status
 from vring_serial.ratelimit import RateLimitedLog
 from vring_serial.transport.closer import Closer
 from vring_serial.transport.connection import Connection

@@ -11,7 +11,7 @@ from vring_serial.device.virtqueue import FRESH_PACKED_INDEX, RunningQueue, make
 from vring_serial.errors import ProtocolError
 from vring_serial.proto.vhost_user import VringAddress
 from vring_serial.transport.closer import Closer
-from vring_serial.transport.event_fds import make_eventfd
+from vring_serial.unix_fds import make_eventfd
 
 _SPLIT_AREAS = ("descriptor table", "available ring", "used ring")
 _PACKED_AREAS = ("descriptor ring", "driver event suppression", "device event suppression")
