@@ -83,8 +83,8 @@ def test_file_to_the_embedded_agent(benchmark, tmp_path):
             await host.wait_ready()
 
         async def close():
-            await host.close()
-            await guest.close()
+            await host.aclose()
+            await guest.aclose()
 
         runner.run(connect())
         benchmark.pedantic(lambda: runner.run(host.send_file(path)), rounds=5)
@@ -137,9 +137,9 @@ def test_file_over_vhost_user(benchmark, memory):
             await backend.start()
 
         async def stop():
-            await host.close()
-            await backend.stop()
-            await controller.stop()
+            await host.aclose()
+            await backend.aclose()
+            await controller.aclose()
 
         runner.run(start())
         with guest(memory):
@@ -196,7 +196,7 @@ def test_file_to_the_real_agent(benchmark, memory, version):
             return server
 
         async def stop(server):
-            await host.close()
+            await host.aclose()
             await session.__aexit__(None, None, None)
             server.close()
             await server.wait_closed()

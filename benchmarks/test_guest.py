@@ -72,7 +72,7 @@ def run(device):
 
     yield start
     for guest in guests:
-        in_loop(guest.stop())
+        in_loop(guest.aclose())
     loop.call_soon_threadsafe(loop.stop)
     thread.join()
     loop.close()

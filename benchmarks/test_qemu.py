@@ -55,7 +55,7 @@ class Rig:
         }
 
     def close(self):
-        self._loop.run_until_complete(self._machine.stop())
+        self._loop.run_until_complete(self._machine.aclose())
         self._stack.close()
         self._loop.close()
 

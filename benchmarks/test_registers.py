@@ -60,7 +60,7 @@ def fronts():
     pci.close()
     mmio.close()
     for device in devices:
-        host.complete(device.stop())
+        host.complete(device.aclose())
     host.close()
 
 

@@ -82,7 +82,7 @@ def test_ports_of_one_device(benchmark, tmp_path: Path, ports: int) -> None:
                 await (await guest.wait_port(nr=nr)).take_rings()
             found = {"KiB with a guest": (private_bytes(pid) - before) >> 10}
             found |= await asyncio.to_thread(rest, pid)
-            await guest.stop()
+            await guest.aclose()
             return found
 
         found = benchmark.pedantic(lambda: asyncio.run(use()), rounds=1)
@@ -106,7 +106,7 @@ def test_devices_of_one_process(benchmark, tmp_path: Path, devices: int) -> None
             found = {"KiB with guests": (private_bytes(pid) - before) >> 10}
             found |= await asyncio.to_thread(rest, pid)
             for guest in guests:
-                await guest.stop()
+                await guest.aclose()
             return found
 
         found = benchmark.pedantic(lambda: asyncio.run(use()), rounds=1)

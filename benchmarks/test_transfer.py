@@ -207,6 +207,6 @@ def test_user_mode_linux(benchmark, tmp_path: Path, way: str) -> None:
 
                 benchmark.pedantic(run, setup=before, rounds=UML_ROUNDS)
         finally:
-            runner.run(guest.stop())
+            runner.run(guest.aclose())
     benchmark.extra_info["MB/s"] = round(size / benchmark.stats["median"] / 1e6)
     benchmark.extra_info["our share of the time"] = round(statistics.median(shares), 3)

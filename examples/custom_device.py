@@ -71,7 +71,7 @@ async def main() -> None:
         await server.start()
         await stop.wait()
     finally:
-        await server.stop()
+        await server.aclose()
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ class Rig:
 
     def close(self) -> None:
         self.front.close()
-        self.host.complete(self.device.stop())
+        self.host.complete(self.device.aclose())
         self.host.close()
 
     def _interrupt(self, level: bool) -> None:

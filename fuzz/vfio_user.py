@@ -308,7 +308,7 @@ async def run(data: bytes) -> None:
         gc.collect()  # what waits for the collector is no leak
         left = len(os.listdir("/proc/self/fd")) - before
     assert left <= 0, f"{left} descriptors are left behind"
-    await controller.stop()
+    await controller.aclose()
     assert not failures, failures[0]
 
 

@@ -71,7 +71,7 @@ async def a_chardev(path: Path) -> AsyncIterator[asyncio.Event]:
     chardev.attach(user)
     await chardev.start()
     yield user.opened
-    await chardev.stop()
+    await chardev.aclose()
 
 
 @contextlib.asynccontextmanager
@@ -84,7 +84,7 @@ async def an_agent_socket(path: Path) -> AsyncIterator[asyncio.Event]:
     admit = router.client_came
     router.client_came = lambda client: (came.set(), admit(client))[1]
     yield came
-    await agents.close()
+    await agents.aclose()
 
 
 @contextlib.asynccontextmanager
@@ -99,7 +99,7 @@ async def a_spice_server(path: Path) -> AsyncIterator[asyncio.Event]:
     know = admission.came
     admission.came = lambda fd: (came.set(), know(fd))[1]
     yield came
-    await server.stop()
+    await server.aclose()
 
 
 LISTENERS = [
@@ -178,7 +178,7 @@ async def test_when_a_peer_leaves_those_who_wait_come_in_at_once(
                     client.connect(str(path))
                     await until_logged(caplog, "cannot accept")
             await came.wait()
-    await other.stop()
+    await other.aclose()
 
 
 @pytest.mark.peer("libspice-server.so.1")

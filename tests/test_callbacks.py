@@ -77,8 +77,8 @@ async def test_every_callback_of_a_vhost_user_backend(
         while told.count(("gone",)) < 3:
             await asyncio.sleep(0.01)
     assert told.count(("connected",)) == 3
-    await backend.stop()
-    await controller.stop()
+    await backend.aclose()
+    await controller.aclose()
     assert "on_frontend failed" in caplog.text
     assert "on_event failed" in caplog.text
     assert len(caplog.records) < 200
@@ -97,7 +97,7 @@ async def test_the_callback_of_a_vfio_user_server(tmp_path: Path) -> None:
             writer.close()
             while told.count(("gone",)) < count:
                 await asyncio.sleep(0.01)
-    await server.stop()
+    await server.aclose()
 
 
 class Fragile(QueueDevice):
@@ -136,7 +136,7 @@ async def test_a_device_that_raises_shuts_no_door(tmp_path: Path, method: str) -
         while len(failures) < 3:
             await asyncio.sleep(0.01)
     device.fails = set()
-    await server.stop()
+    await server.aclose()
 
 
 def test_a_device_that_cannot_serve_its_queue_needs_a_reset(
@@ -238,8 +238,8 @@ async def test_a_control_message_is_completed_whatever_came_of_it(
         writer.close()
         del controller.ports[1].set_guest
     assert "guest_opened failed" in caplog.text
-    await backend.stop()
-    await controller.stop()
+    await backend.aclose()
+    await controller.aclose()
 
 
 class LastWords(asyncio.Protocol):
@@ -284,5 +284,5 @@ async def test_a_protocol_that_raises_at_the_end_hears_all_of_it(tmp_path: Path)
         assert isinstance(chardev.end, ProtocolEnd)
     assert heard == ["made", "eof", "lost"] * 2
     assert [what["message"] for what in failures] == ["the protocol of a port failed"] * 4
-    await backend.stop()
-    await controller.stop()
+    await backend.aclose()
+    await controller.aclose()

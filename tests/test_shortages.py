@@ -89,8 +89,8 @@ async def test_a_port_that_the_guest_opens(
         writer.close()
         host_writer.close()
         await host_writer.wait_closed()
-    await backend.stop()
-    await controller.stop()
+    await backend.aclose()
+    await controller.aclose()
 
 
 @pytest.mark.parametrize("kind", ["unix", "tcp"])
@@ -116,7 +116,7 @@ async def test_a_client_that_connects_again(
             assert not user.opened.is_set()
         async with asyncio.timeout(DEADLINE):
             await user.opened.wait()
-        await chardev.stop()
+        await chardev.aclose()
 
 
 async def test_a_door_that_connects(
@@ -168,4 +168,4 @@ async def test_files_that_are_to_be_opened_anew(
     handler.flush()
     assert (tmp_path / "out").read_bytes() == b"goes on"
     assert "goes on as well" in (tmp_path / "log").read_text()
-    await chardev.stop()
+    await chardev.aclose()

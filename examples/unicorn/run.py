@@ -150,9 +150,9 @@ def main() -> None:
     with contextlib.ExitStack() as stack:  # whatever fails, all that was started is stopped
         host = PolledHost()
         stack.callback(host.close)
-        stack.callback(lambda: host.complete(device.stop()))
+        stack.callback(lambda: host.complete(device.aclose()))
         host.complete(device.start())
-        stack.callback(lambda: host.complete(agent.close()))
+        stack.callback(lambda: host.complete(agent.aclose()))
         machine = Machine(program, host, device)
         stack.callback(machine.pci.close)
         conversation: list[asyncio.Task[None]] = []

@@ -56,8 +56,8 @@ class Pair:
             while not condition():
                 await asyncio.sleep(0.005)
 
-    async def close(self):
-        await self.host.close()
+    async def aclose(self):
+        await self.host.aclose()
         if self.running is not None:
             await self.disconnect()
 
@@ -67,7 +67,7 @@ async def pair():
     pair = Pair()
     yield pair
     async with asyncio.timeout(5):
-        await pair.close()
+        await pair.aclose()
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ async def file_pair(tmp_path):
     await pair.connect()
     yield pair
     async with asyncio.timeout(5):
-        await pair.close()
+        await pair.aclose()
 
 
 class RawEnd:
@@ -113,7 +113,7 @@ class RawEnd:
             while await self.reader.read(65536):
                 pass
 
-    async def close(self):
+    async def aclose(self):
         self.writer.close()
         with contextlib.suppress(ConnectionError):
             await self.writer.wait_closed()
@@ -163,8 +163,8 @@ async def raw_agent():
 
     yield connect
     for agent, host in opened:
-        await agent.close()
-        await host.close()
+        await agent.aclose()
+        await host.aclose()
     await asyncio.sleep(0)
 
 
@@ -218,10 +218,10 @@ class RouterBench:
             while not condition():
                 await asyncio.sleep(0.005)
 
-    async def close(self):
+    async def aclose(self):
         for client in self.clients:
-            await client.close()
-        await self.router.close()
+            await client.aclose()
+        await self.router.aclose()
         await self.stop_guest()
         await self.until(lambda: not self.router.clients)
 
@@ -239,7 +239,7 @@ async def make_bench(tmp_path):
     yield make
     async with asyncio.timeout(10):
         for bench in benches:
-            await bench.close()
+            await bench.aclose()
 
 
 @pytest.fixture

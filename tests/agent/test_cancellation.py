@@ -103,7 +103,7 @@ WAITING = {
     "events": lambda host, path: next_event(host),
 }
 #: Those that never wait, or are the end themselves.
-NOT_WAITING = {"set_clipboard", "clear_clipboard", "close"}
+NOT_WAITING = {"set_clipboard", "clear_clipboard", "aclose"}
 
 
 def awaitables(kind):
@@ -122,8 +122,8 @@ def awaitables(kind):
 
 def test_all_of_them_are_tried():
     assert awaitables(HostAgent) == WAITING.keys() | NOT_WAITING
-    assert awaitables(GuestAgent) == {"run", "close", "get_clipboard"}
-    assert awaitables(AgentRouter) == {"connect", "send", "close", "to_agent"}
+    assert awaitables(GuestAgent) == {"run", "aclose", "get_clipboard"}
+    assert awaitables(AgentRouter) == {"connect", "send", "aclose", "to_agent"}
 
 
 def begin(name, host, path):
@@ -177,7 +177,7 @@ async def test_whoever_waits_is_told_that_the_agent_is_closed(asked, tmp_path, n
     host, _ = asked
     task = begin(name, host, tmp_path / "file")
     await let_wait(task)
-    await host.close()
+    await host.aclose()
     async with asyncio.timeout(5):
         if name == "events":
             await task
@@ -191,8 +191,8 @@ async def test_whoever_waits_is_told_that_the_agent_is_closed(asked, tmp_path, n
 async def test_events_end_behind_what_is_left_of_them(asked):
     host, _ = asked
     with host.events() as events, host.events() as others:
-        await host.close()
-        await host.close()
+        await host.aclose()
+        await host.aclose()
         for stream in (events, others):
             last = [event async for event in stream][-2:]
             assert last == [ClipboardReleased(0), AgentGone()]
@@ -202,7 +202,7 @@ async def test_events_end_behind_what_is_left_of_them(asked):
 
 async def test_a_closed_agent_takes_no_other_connection(asked, raw_agent):
     host, _ = asked
-    await host.close()
+    await host.aclose()
     again = await raw_agent(host)
     await again.at_eof()
     assert host.capabilities is None
@@ -341,7 +341,7 @@ async def test_whoever_waits_in_the_guest_is_told_that_it_is_closed(pair):
     pair.host._clipboard.took_request = lambda message: None
     asking = asyncio.ensure_future(pair.guest.get_clipboard())
     await let_wait(asking)
-    await pair.guest.close()
+    await pair.guest.aclose()
     with pytest.raises(AgentGoneError):
         await asking
 
@@ -378,10 +378,10 @@ async def test_closing_is_cancelled(make_bench, turns):
     bench = await make_bench()
     client = await bench.client()
     await client.wait_ready()
-    closing = asyncio.ensure_future(bench.router.close())
+    closing = asyncio.ensure_future(bench.router.aclose())
     for _ in range(turns):
         await asyncio.sleep(0)
     closing.cancel()
     await asyncio.gather(closing, return_exceptions=True)
-    await bench.router.close()
+    await bench.router.aclose()
     await bench.until(lambda: not bench.router.clients and client.capabilities is None)

@@ -24,7 +24,7 @@ async def served(tmp_path):
     path = str(tmp_path / "agent.sock")
     server = await asyncio.get_running_loop().create_unix_server(guest.protocol_factory, path)
     yield guest, path
-    await guest.close()
+    await guest.aclose()
     server.close()
     await server.wait_closed()
 
@@ -57,7 +57,7 @@ async def test_watch(served, capsys):
     loop = asyncio.get_running_loop()
     await loop.create_unix_connection(agent.protocol_factory, path)
     await agent.wait_ready()
-    await agent.close()
+    await agent.aclose()
     async with asyncio.timeout(5):
         await watching
     assert capsys.readouterr().out.splitlines()[-1] == "gone: in good order"
@@ -80,7 +80,7 @@ async def test_share(served, tmp_path):
     loop = asyncio.get_running_loop()
     await loop.create_unix_connection(agent.protocol_factory, str(tmp_path / "clients.sock"))
     assert Capability.FILE_XFER_DISABLED in await agent.wait_ready()
-    await router.close()
+    await router.aclose()
     server.close()
     await server.wait_closed()
     async with asyncio.timeout(5):

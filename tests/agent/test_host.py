@@ -415,7 +415,7 @@ async def test_an_end_in_the_middle_of_a_message_is_told(raw_agent):
     agent = await raw_agent(host)
     await agent.greet()
     agent.writer.write(struct.pack("<II", 1, 100) + b"\x01\0")
-    await agent.close()
+    await agent.aclose()
     async with asyncio.timeout(5):
         while not isinstance(events[-1], AgentGone):
             await asyncio.sleep(0.005)

@@ -149,7 +149,7 @@ def test_host(tmp_path, messages):
     async def run():
         host = HostAgent(capabilities=HOST_CAPABILITIES.with_(FILES_FROM_GUEST), timeout=0.01)
         await exchange(host.protocol_factory, encode(Side.GUEST, messages))
-        await host.close()
+        await host.aclose()
         assert host.capabilities is None
 
     run_without_failures(run())
@@ -163,7 +163,7 @@ def test_guest(tmp_path, messages):
         guest.set_clipboard("text")
         guest.copy_files([tmp_path / "none"], 1)
         await exchange(guest.protocol_factory, encode(Side.HOST, messages))
-        await guest.close()
+        await guest.aclose()
         assert guest.host is None
         assert not guest._files._incoming
 
@@ -182,7 +182,7 @@ def test_router(tmp_path, from_agent, from_client, from_server):
                 lambda: RouterClient(router, is_server=True).link, encode(Side.HOST, from_server)
             ),
         )
-        await router.close()
+        await router.aclose()
         assert not router.clients
         assert not router._transfers.open
         assert not router.guest_files._open

@@ -30,9 +30,9 @@ async def guest_and_host(tmp_path):
     await backend.start()
     async with asyncio.timeout(60), EmbeddedGuest(str(tmp_path / "vhost.sock")) as guest:
         yield guest, host
-    await host.close()
-    await backend.stop()
-    await controller.stop()
+    await host.aclose()
+    await backend.aclose()
+    await controller.aclose()
     assert not [e for e in events if isinstance(e, AgentTrouble)]
 
 

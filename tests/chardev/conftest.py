@@ -229,7 +229,7 @@ class Peer(abc.ABC):
     async def disconnect(self) -> None:  # noqa: B027
         """Go away, as a process that is killed."""
 
-    async def close(self) -> None:
+    async def aclose(self) -> None:
         await self.disconnect()
 
 
@@ -306,8 +306,8 @@ class UnixClientKind(SocketPeer):
         self.server.listen(1)
         self.sock, _ = await asyncio.get_running_loop().sock_accept(self.server)
 
-    async def close(self) -> None:
-        await super().close()
+    async def aclose(self) -> None:
+        await super().aclose()
         self.server.close()
 
 
@@ -451,8 +451,8 @@ class StdioKind(Peer):
                 os.close(fd)
         self.read_fd = self.write_fd = -1
 
-    async def close(self) -> None:
-        await super().close()
+    async def aclose(self) -> None:
+        await super().aclose()
         self.close_ours()
         for number, fd in enumerate(self.saved):
             os.dup2(fd, number)
@@ -508,7 +508,7 @@ class ProtocolKind(Peer):
         self.chardev = ProtocolChardev("dut", Handler)
 
     async def connect(self) -> None:
-        self.chardev.open()
+        self.chardev.connect()
 
     async def send(self, data: bytes) -> None:
         await self.connected.wait()
@@ -521,7 +521,7 @@ class ProtocolKind(Peer):
         return data
 
     async def disconnect(self) -> None:
-        self.chardev.close()
+        self.chardev.disconnect()
 
 
 KINDS: dict[str, type[Peer]] = {
@@ -555,10 +555,10 @@ async def peer(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[
     peer = KINDS[request.param](tmp_path)
     before = open_descriptors()
     yield peer
-    await peer.chardev.stop()
+    await peer.chardev.aclose()
     await peer.disconnect()
     after = open_descriptors()
-    await peer.close()
+    await peer.aclose()
     assert not set(after) - set(before)
 
 

@@ -56,8 +56,8 @@ def served(tmp_path: Path) -> Serve:
         await backend.start()
         async with asyncio.timeout(20), EmbeddedGuest(path, queue_size=64) as guest:
             yield guest
-        await backend.stop()
-        await controller.stop()
+        await backend.aclose()
+        await controller.aclose()
 
     return serve
 

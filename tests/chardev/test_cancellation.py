@@ -22,7 +22,7 @@ def test_start_and_stop_are_all_that_is_awaited() -> None:
     for kind in kinds:
         kinds.extend(kind.__subclasses__())
         names = {name for name, _ in inspect.getmembers(kind, inspect.iscoroutinefunction)}
-        assert {name for name in names if not name.startswith("_")} == {"start", "stop"}
+        assert {name for name in names if not name.startswith("_")} == {"start", "aclose"}
     assert len(kinds) > 8
 
 
@@ -39,7 +39,7 @@ async def test_a_start_is_cancelled(peer: Peer, turns: int, request: pytest.Fixt
     gc.collect()
     before = open_descriptors()
     await after(turns, asyncio.ensure_future(peer.chardev.start()))
-    await peer.chardev.stop()
+    await peer.chardev.aclose()
     gc.collect()
     if "stdio" not in request.node.name:  # whose test exchanges the standard descriptors
         assert open_descriptors() == before
@@ -47,7 +47,7 @@ async def test_a_start_is_cancelled(peer: Peer, turns: int, request: pytest.Fixt
     await peer.chardev.start()
     await peer.connect()
     await guest.opened()
-    await peer.chardev.stop()
+    await peer.chardev.aclose()
 
 
 @pytest.mark.parametrize("turns", range(5))
@@ -56,11 +56,11 @@ async def test_a_stop_is_cancelled(peer: Peer, turns: int) -> None:
     await peer.chardev.start()
     await peer.connect()
     await guest.opened()
-    await after(turns, asyncio.ensure_future(peer.chardev.stop()))
+    await after(turns, asyncio.ensure_future(peer.chardev.aclose()))
     if turns:
         assert peer.chardev.end is None
         assert guest.events[-1] == "closed"
-    await peer.chardev.stop()
+    await peer.chardev.aclose()
     assert peer.chardev.end is None
 
 
@@ -74,7 +74,7 @@ def options(kind: str, path: Path) -> SocketOptions:
             return SocketOptions(path=str(path), reconnect=5)
 
 
-@pytest.mark.parametrize("what", ["start", "stop"])
+@pytest.mark.parametrize("what", ["start", "aclose"])
 @pytest.mark.parametrize(
     "kind", ["waiting for a client", "waiting its turn", "connecting again and again"]
 )
@@ -93,10 +93,10 @@ async def test_a_socket_that_waits_for_its_peer(tmp_path: Path, kind: str, what:
             await asyncio.sleep(0)
         if what == "start":
             await after(0, starting)
-            await chardev.stop()
+            await chardev.aclose()
         else:
             # A stop that is cancelled at once has closed everything all the same.
-            await after(1, asyncio.ensure_future(chardev.stop()))
+            await after(1, asyncio.ensure_future(chardev.aclose()))
             for result in await asyncio.gather(starting, return_exceptions=True):
                 assert result is None or isinstance(result, ResourceError)
         gc.collect()

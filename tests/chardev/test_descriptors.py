@@ -42,4 +42,4 @@ async def test_nobody_sends_descriptors(tmp_path: Path, kind: str) -> None:
                 socket.send_fds(peer, [b"x"], [0])
     finally:
         listener.close()
-        await dut.stop()
+        await dut.aclose()

@@ -36,19 +36,19 @@ async def connected(peer: Peer) -> Guest:
 
 async def test_an_end_opens_and_stop_closes_it(peer: Peer) -> None:
     guest = await connected(peer)
-    await peer.chardev.stop()
+    await peer.chardev.aclose()
     assert peer.chardev.end is None
     assert guest.events == ["opened", "closed"]
 
 
 async def test_stop_twice_and_before_start(peer: Peer) -> None:
     guest = Guest(peer.chardev)
-    await peer.chardev.stop()
+    await peer.chardev.aclose()
     await peer.chardev.start()
     await peer.connect()
     await guest.opened()
-    await peer.chardev.stop()
-    await peer.chardev.stop()
+    await peer.chardev.aclose()
+    await peer.chardev.aclose()
     assert guest.events == ["opened", "closed"]
 
 
@@ -58,7 +58,7 @@ AGAIN = [kind for kind in RECEIVING if kind != "stdio"]  # its peer is gone for 
 @pytest.mark.parametrize("peer", AGAIN, indirect=True)
 async def test_start_again_after_stop(peer: Peer) -> None:
     guest = await connected(peer)
-    await peer.chardev.stop()
+    await peer.chardev.aclose()
     await peer.disconnect()
     await peer.chardev.start()
     await peer.connect()
@@ -78,7 +78,7 @@ async def test_start_twice_does_nothing(peer: Peer) -> None:
 async def test_it_works_without_a_user(peer: Peer) -> None:
     await peer.chardev.start()
     await peer.connect()
-    await peer.chardev.stop()
+    await peer.chardev.aclose()
 
 
 async def test_one_user_only(peer: Peer) -> None:
@@ -241,7 +241,7 @@ async def test_running_out_of_descriptors_leaves_nothing_behind(peer: Peer) -> N
     guest = Guest(peer.chardev)
     # Once without a limit: the loop has its threads by then, and stdio's kind its pipes.
     await peer.chardev.start()
-    await peer.chardev.stop()
+    await peer.chardev.aclose()
     guest.events.clear()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     before = open_descriptors()
@@ -266,6 +266,6 @@ async def test_running_out_of_descriptors_leaves_nothing_behind(peer: Peer) -> N
         assert guest.events == []
     else:
         pytest.fail("it never started")
-    await peer.chardev.stop()
+    await peer.chardev.aclose()
     for fd in fillers:
         os.close(fd)

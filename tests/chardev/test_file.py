@@ -37,7 +37,7 @@ async def test_append_or_empty_first(tmp_path: Path, append: bool, left: bytes) 
     await chardev.start()
     assert guest.read_fd == -1
     await guest.write(b"new")
-    await chardev.stop()
+    await chardev.aclose()
     assert path.read_bytes() == left
 
 
@@ -51,13 +51,13 @@ async def test_a_file_that_is_not_empty_is_not_emptied_without_a_word(
         chardev = FileChardev("dut", FileOptions(path=str(path), append=append))
         Guest(chardev)
         await chardev.start()
-        await chardev.stop()
+        await chardev.aclose()
         assert len(caplog.records) == told
         assert path.read_bytes() == (content if append else b"")
     path.write_bytes(b"old")
     chardev = FileChardev("dut", FileOptions(path=str(path)))
     await chardev.start()
-    await chardev.stop()
+    await chardev.aclose()
     assert f"chardev dut: {path} is emptied of 3 bytes; append=on keeps them" in caplog.text
 
 
@@ -70,7 +70,7 @@ async def test_no_hole_after_a_truncation(tmp_path: Path) -> None:
     os.truncate(path, 0)
     await guest.write(b"after")
     assert path.read_bytes() == b"after"
-    await chardev.stop()
+    await chardev.aclose()
 
 
 async def test_after_a_rename_it_goes_on_in_a_new_file(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ async def test_after_a_rename_it_goes_on_in_a_new_file(tmp_path: Path) -> None:
     chardev.reopen()  # without a rename: the same file
     await guest.write(b" all")
     assert path.read_bytes() == b"after all"
-    await chardev.stop()
+    await chardev.aclose()
     chardev.reopen()  # does nothing
     assert chardev.end is None
 
@@ -107,13 +107,13 @@ async def test_a_new_file_that_cannot_be_opened_leaves_the_old(tmp_path: Path) -
         chardev.reopen()
     await guest.write(b"goes on")
     assert (tmp_path / "e" / "out").read_bytes() == b"goes on"
-    await chardev.stop()
+    await chardev.aclose()
 
 
 async def test_the_file_stays_after_stop(tmp_path: Path) -> None:
     chardev = FileChardev("dut", FileOptions(path=str(tmp_path / "out")))
     await chardev.start()
-    await chardev.stop()
+    await chardev.aclose()
     assert (tmp_path / "out").exists()
 
 
@@ -157,7 +157,7 @@ async def test_after_the_end_of_the_input_the_output_goes_on(tmp_path: Path) -> 
     await guest.opened()
     assert guest.read_fd == -1
     await guest.write(b"done")
-    await chardev.stop()
+    await chardev.aclose()
     assert (tmp_path / "out").read_bytes() == b"done"
 
 
@@ -172,7 +172,7 @@ async def test_a_named_pipe_as_input_has_no_end(tmp_path: Path) -> None:
         assert await guest.read(3) == text
         with pytest.raises(BlockingIOError):
             os.read(guest.read_fd, 1)
-    await chardev.stop()
+    await chardev.aclose()
 
 
 @pytest.mark.usefixtures("soon")
@@ -191,7 +191,7 @@ async def test_a_full_disk_is_told_once_and_tried_again(caplog: pytest.LogCaptur
     await asyncio.sleep(0.7)  # it worked for a while; the next time is news
     chardev.peer_gone(await write_failure(guest, b"data"))
     assert len(caplog.records) == 2
-    await chardev.stop()
+    await chardev.aclose()
 
 
 @pytest.mark.usefixtures("soon")
@@ -210,7 +210,7 @@ async def test_the_output_goes_on_where_it_failed(tmp_path: Path) -> None:
     chardev.peer_gone(reason)
     await guest.opened()
     await guest.write(b"5678")
-    await chardev.stop()
+    await chardev.aclose()
     assert (tmp_path / "out").read_bytes() == b"12345678"
 
 
@@ -220,7 +220,7 @@ async def test_stop_while_it_waits_to_try_again() -> None:
     guest = Guest(chardev)
     await chardev.start()
     chardev.peer_gone(await write_failure(guest, b"data"))
-    await chardev.stop()
+    await chardev.aclose()
     await asyncio.sleep(0.1)
     assert guest.events == ["opened", "closed"]
 

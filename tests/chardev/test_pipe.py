@@ -29,7 +29,7 @@ async def test_output_waits_for_a_reader_that_comes_later(tmp_path: Path) -> Non
         reader = os.open(tmp_path / "p.out", os.O_RDONLY | os.O_NONBLOCK)
         assert os.read(reader, 3) == expected
         os.close(reader)
-    await chardev.stop()
+    await chardev.aclose()
     assert guest.events == ["opened", "closed"]
     assert sorted(os.listdir(tmp_path)) == ["p.in", "p.out"]
 
@@ -49,7 +49,7 @@ async def test_one_pipe_for_both_directions(tmp_path: Path) -> None:
     reader = os.open(tmp_path / "p", os.O_RDONLY | os.O_NONBLOCK)
     assert os.read(reader, 3) == b"out"
     os.close(reader)
-    await chardev.stop()
+    await chardev.aclose()
 
 
 async def test_nothing_there(tmp_path: Path) -> None:

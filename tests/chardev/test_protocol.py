@@ -20,26 +20,26 @@ async def test_the_program_opens_and_closes() -> None:
     guest = Guest(chardev)
     await chardev.start()
     assert guest.events == []
-    chardev.open()
+    chardev.connect()
     first = guest.protocol
-    chardev.open()
+    chardev.connect()
     assert guest.events == ["opened"]
-    chardev.close()
-    chardev.close()
-    chardev.open()
+    chardev.disconnect()
+    chardev.disconnect()
+    chardev.connect()
     assert guest.events == ["opened", "closed", "opened"]
     assert guest.protocol is not first
-    await chardev.stop()
+    await chardev.aclose()
 
 
 async def test_open_before_start_is_done_then() -> None:
     chardev = ProtocolChardev("dut", Handler, connected=False)
     guest = Guest(chardev)
-    chardev.open()
+    chardev.connect()
     assert guest.events == []
     await chardev.start()
     assert guest.events == ["opened"]
-    await chardev.stop()
+    await chardev.aclose()
 
 
 async def test_a_protocol_that_hung_up_is_followed_by_another_when_the_guest_closes() -> None:
@@ -53,18 +53,18 @@ async def test_a_protocol_that_hung_up_is_followed_by_another_when_the_guest_clo
     chardev.guest_opened(False)
     assert guest.events == ["opened", "closed", "opened"]
     assert guest.protocol is not first
-    await chardev.stop()
+    await chardev.aclose()
 
 
 async def test_what_the_program_closed_the_guest_does_not_open() -> None:
     chardev = ProtocolChardev("dut", Handler)
     guest = Guest(chardev)
     await chardev.start()
-    chardev.close()
+    chardev.disconnect()
     chardev.guest_opened(False)
     assert guest.events == ["opened", "closed"]
-    await chardev.stop()
-    chardev.open()
+    await chardev.aclose()
+    chardev.connect()
     assert guest.events == ["opened", "closed"], "it is stopped"
 
 

@@ -25,7 +25,7 @@ async def pty(no_leak: None) -> AsyncIterator[tuple[PtyChardev, Guest]]:
     guest = Guest(chardev)
     await chardev.start()
     yield chardev, guest
-    await chardev.stop()
+    await chardev.aclose()
 
 
 def open_slave(chardev: PtyChardev) -> int:
@@ -40,7 +40,7 @@ async def test_the_path_is_told(pty: tuple[PtyChardev, Guest]) -> None:
     chardev, _ = pty
     assert chardev.path.startswith("/dev/pts/")
     assert chardev.description == f"pty:{chardev.path}"
-    await chardev.stop()
+    await chardev.aclose()
     assert chardev.path == ""
 
 
@@ -149,7 +149,7 @@ async def test_a_link_is_made_and_removed(tmp_path: Path) -> None:
     await chardev.start()
     assert os.readlink(link) == chardev.path
     assert str(link) in chardev.description
-    await chardev.stop()
+    await chardev.aclose()
     assert not list(tmp_path.iterdir())
 
 
@@ -159,7 +159,7 @@ async def test_a_link_that_somebody_replaced_is_theirs(tmp_path: Path) -> None:
     await chardev.start()
     link.unlink()
     link.symlink_to("/dev/null")
-    await chardev.stop()
+    await chardev.aclose()
     assert os.readlink(link) == "/dev/null"
 
 
@@ -168,12 +168,12 @@ async def test_links_that_a_killed_process_left(tmp_path: Path) -> None:
     chardev = PtyChardev("dut", PtyOptions(path=str(link)))
     await chardev.start()
     number = chardev.path
-    await chardev.stop()
+    await chardev.aclose()
     for target in ("/dev/pts/99999", number):  # gone; or its number is ours now
         link.symlink_to(target)
         await chardev.start()
         assert os.readlink(link) == chardev.path
-        await chardev.stop()
+        await chardev.aclose()
 
 
 async def test_a_link_of_a_killed_process_whose_terminal_is_somebody_elses_now(
@@ -185,7 +185,7 @@ async def test_a_link_of_a_killed_process_whose_terminal_is_somebody_elses_now(
     chardev = PtyChardev("dut", PtyOptions(path=str(link)))
     await chardev.start()
     assert os.readlink(link) == chardev.path != os.ttyname(slave)
-    await chardev.stop()
+    await chardev.aclose()
     assert not link.is_symlink()
     os.close(slave)
     os.close(theirs)
@@ -202,7 +202,7 @@ async def test_a_link_of_a_process_that_lives_stays(
         with pytest.raises(ResourceError, match="it exists already"):
             await PtyChardev("dut", PtyOptions(path=path)).start()
     assert os.readlink(link) == first.path
-    await first.stop()
+    await first.aclose()
 
 
 @pytest.mark.parametrize("what", ["file", "link"])
@@ -217,7 +217,7 @@ async def test_what_exists_is_kept(tmp_path: Path, what: str) -> None:
         await chardev.start()
     assert chardev.path == ""
     assert link.read_bytes() == (b"precious" if what == "file" else b"")
-    await chardev.stop()
+    await chardev.aclose()
     assert link.exists()
 
 

@@ -41,7 +41,7 @@ def test_it_keeps_the_newest_bytes(exponent: int, steps: list[bytes | int]) -> N
                 kept = kept[count:]
             assert len(chardev) == len(kept)
             assert chardev.overwritten == lost
-        await chardev.stop()
+        await chardev.aclose()
         assert chardev.read() == kept  # still to be had afterwards
 
     asyncio.run(play())

@@ -118,7 +118,7 @@ async def test_a_socket_that_a_dead_process_left_is_taken_over(tmp_path: Path) -
     await chardev.start()
     with await unix_client(path):
         await guest.opened()
-    await chardev.stop()
+    await chardev.aclose()
     assert not path.exists()
 
 
@@ -187,7 +187,7 @@ async def test_the_longest_path_works(tmp_path: Path, monkeypatch: pytest.Monkey
     await chardev.start()
     with await unix_client("x" * 107):
         await guest.opened()
-    await chardev.stop()
+    await chardev.aclose()
 
 
 async def test_an_abstract_name_in_use() -> None:
@@ -204,7 +204,7 @@ async def test_an_abstract_name_that_is_not_tight() -> None:
     await chardev.start()
     with await unix_client("\0" + name.ljust(107, "\0")):
         await guest.opened()
-    await chardev.stop()
+    await chardev.aclose()
 
 
 # What stop leaves
@@ -214,7 +214,7 @@ async def test_the_path_is_removed(tmp_path: Path) -> None:
     chardev = unix_server(tmp_path / "s")
     await chardev.start()
     assert (tmp_path / "s").is_socket()
-    await chardev.stop()
+    await chardev.aclose()
     assert not list(tmp_path.iterdir())
 
 
@@ -224,12 +224,12 @@ async def test_a_path_that_somebody_removed_or_replaced_is_theirs(tmp_path: Path
     await chardev.start()
     path.unlink()
     path.write_text("mine")
-    await chardev.stop()
+    await chardev.aclose()
     assert path.read_text() == "mine"
     path.unlink()
     await chardev.start()
     path.unlink()
-    await chardev.stop()
+    await chardev.aclose()
 
 
 # TCP
@@ -248,7 +248,7 @@ async def test_the_next_free_port_up_to_the_last() -> None:
         await chardev.start()
         assert port < chardev.port <= port + 20
         assert f":{chardev.port} " in chardev.description
-        await chardev.stop()
+        await chardev.aclose()
 
 
 @pytest.mark.parametrize("host", ["a..b", "x" * 64 + ".example"])
@@ -278,7 +278,7 @@ async def test_every_address_of_a_name_is_served_at_one_port() -> None:
                 served += 1
         await guest.closed()
     assert served == (2 if has_ipv6() else 1)
-    await chardev.stop()
+    await chardev.aclose()
 
 
 async def test_one_family_alone() -> None:
@@ -288,7 +288,7 @@ async def test_one_family_alone() -> None:
         assert sock.connect_ex(("::1", chardev.port)) != 0
     with socket.socket() as sock:
         sock.connect(("127.0.0.1", chardev.port))
-    await chardev.stop()
+    await chardev.aclose()
 
 
 @pytest.mark.parametrize("nodelay", [True, False])
@@ -300,7 +300,7 @@ async def test_nodelay(nodelay: bool) -> None:
         await guest.opened()
         with socket.socket(fileno=os.dup(guest.read_fd)) as sock:
             assert bool(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)) is nodelay
-    await chardev.stop()
+    await chardev.aclose()
 
 
 async def test_a_reset_closes_the_end() -> None:
@@ -311,7 +311,7 @@ async def test_a_reset_closes_the_end() -> None:
     await guest.opened()
     reset_connection(sock)
     await guest.closed()
-    await chardev.stop()
+    await chardev.aclose()
 
 
 # Peers
@@ -334,7 +334,7 @@ async def test_the_next_client_waits_in_the_backlog(tmp_path: Path) -> None:
     assert await guest.read(8) == b"my turn?"
     second.close()
     await guest.closed()
-    await chardev.stop()
+    await chardev.aclose()
 
 
 async def test_a_half_closed_connection_is_a_disconnection(tmp_path: Path) -> None:
@@ -346,7 +346,7 @@ async def test_a_half_closed_connection_is_a_disconnection(tmp_path: Path) -> No
         sock.shutdown(socket.SHUT_WR)
         await guest.closed()
         assert await asyncio.get_running_loop().sock_recv(sock, 1) == b""
-    await chardev.stop()
+    await chardev.aclose()
 
 
 async def test_a_killed_peer_is_noticed(tmp_path: Path) -> None:
@@ -358,7 +358,7 @@ async def test_a_killed_peer_is_noticed(tmp_path: Path) -> None:
         await guest.opened()
         process.kill()
     await guest.closed()
-    await chardev.stop()
+    await chardev.aclose()
 
 
 async def test_many_clients_in_a_row(tmp_path: Path) -> None:
@@ -375,7 +375,7 @@ async def test_many_clients_in_a_row(tmp_path: Path) -> None:
         assert await guest.read(10) == bytes([number]) * 10
         assert os.read(guest.read_fd, 1) == b""
         chardev.peer_gone()
-    await chardev.stop()
+    await chardev.aclose()
     assert guest.events == ["opened", "closed"] * 5
 
 
@@ -392,7 +392,7 @@ async def test_peers_that_come_and_go_in_a_loop_fill_no_log(
             await guest.opened()
             sock.close()
             await guest.until(lambda turn=turn: guest.events == ["opened", "closed"] * turn)
-    await chardev.stop()
+    await chardev.aclose()
     about_peers = [line for line in caplog.messages if ": peer " in line]
     assert len(about_peers) == 20
 
@@ -435,7 +435,7 @@ def test_every_byte_of_every_client_in_their_order(steps: list[tuple[str, int]])
             while received != b"".join(sent) or guest.end is not None:
                 received += read_what_is_there(guest)
                 await asyncio.sleep(0)
-        await chardev.stop()
+        await chardev.aclose()
         # Who left before its turn without a word is not served.
         served = len(guest.events) // 2
         assert sum(map(bool, sent)) <= served <= len(clients)
@@ -488,14 +488,14 @@ async def test_start_waits_for_the_first_client(tmp_path: Path) -> None:
             await starting
         assert guest.events == ["opened"]
     await guest.closed()
-    await chardev.stop()
+    await chardev.aclose()
 
 
 async def test_stop_while_start_waits(tmp_path: Path) -> None:
     chardev = unix_server(tmp_path / "s", wait=True)
     starting = asyncio.create_task(chardev.start())
     await asyncio.sleep(0.02)
-    await chardev.stop()
+    await chardev.aclose()
     with pytest.raises(ResourceError, match="stopped meanwhile"):
         await starting
     assert not list(tmp_path.iterdir())
@@ -507,7 +507,7 @@ async def test_cancelling_start_leaves_nothing(tmp_path: Path) -> None:
         async with asyncio.timeout(0.02):
             await chardev.start()
     assert not list(tmp_path.iterdir())
-    await chardev.stop()
+    await chardev.aclose()
 
 
 # Clients
@@ -537,7 +537,7 @@ async def test_a_client_that_does_not_connect_again_stays_away(tmp_path: Path) -
         await asyncio.sleep(0.05)
         with pytest.raises(BlockingIOError):
             server.accept()
-        await chardev.stop()
+        await chardev.aclose()
 
 
 async def test_a_client_follows_its_server_through_restarts(
@@ -563,7 +563,7 @@ async def test_a_client_follows_its_server_through_restarts(
         path.unlink()
         sock.close()
         await guest.closed()
-    await chardev.stop()
+    await chardev.aclose()
 
 
 async def test_connecting_waits_for_a_place_in_a_full_backlog(tmp_path: Path) -> None:
@@ -588,7 +588,7 @@ async def test_connecting_waits_for_a_place_in_a_full_backlog(tmp_path: Path) ->
         async with asyncio.timeout(5):
             await starting
         assert guest.events == ["opened"]
-        await chardev.stop()
+        await chardev.aclose()
 
 
 async def test_stop_while_connecting(tmp_path: Path) -> None:
@@ -601,7 +601,7 @@ async def test_stop_while_connecting(tmp_path: Path) -> None:
             chardev = SocketChardev("dut", options)
             starting = asyncio.create_task(chardev.start())
             await asyncio.sleep(0.02)
-            await chardev.stop()
+            await chardev.aclose()
             if options.reconnect:
                 await starting
             else:

@@ -38,7 +38,7 @@ async def dialled(
         return sock
 
     yield chardev, dial
-    await chardev.stop()
+    await chardev.aclose()
 
 
 async def test_400_clients_that_call_and_leave_while_the_guest_has_the_port_closed(
@@ -155,7 +155,7 @@ async def test_who_shut_down_its_receiving_side_may_go_on_sending(tmp_path: Path
         assert await guest.read(6) == b"and on"
         assert guest.events == ["opened"]
     await guest.closed()
-    await chardev.stop()
+    await chardev.aclose()
 
 
 async def test_more_clients_than_may_wait_are_all_served(tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ async def test_more_clients_than_may_wait_are_all_served(tmp_path: Path) -> None
         turn = number + 1
         await guest.until(lambda turn=turn: guest.events.count("opened") == min(turn + 1, count))
     await guest.closed()
-    await chardev.stop()
+    await chardev.aclose()
 
 
 @pytest.mark.parametrize("family", [socket.AF_UNIX, socket.AF_INET])
@@ -200,4 +200,4 @@ async def test_a_listener_that_greets_and_starts_again_is_dialled_again(
             with sock:
                 sock.send(b"220 welcome\r\n")
                 await guest.until(lambda turn=turn: guest.events.count("opened") == turn)
-        await chardev.stop()
+        await chardev.aclose()

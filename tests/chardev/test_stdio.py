@@ -70,7 +70,7 @@ async def main():
     await chardev.start()
     say(f"blocking {os.get_blocking(0)} {os.get_blocking(1)} {os.get_blocking(2)}")
     await done.wait()
-    await chardev.stop()
+    await chardev.aclose()
     say(f"blocking {os.get_blocking(0)} {os.get_blocking(1)} {os.get_blocking(2)}")
 
 if "nohup" in sys.argv:
@@ -272,12 +272,12 @@ async def test_only_one_of_a_process(no_leak: None) -> None:
     await first.start()
     with pytest.raises(ResourceError, match=r"second.*chardev first of this process has it"):
         await second.start()
-    await second.stop()
+    await second.aclose()
     with pytest.raises(ResourceError):
         await second.start()
-    await first.stop()
+    await first.aclose()
     await second.start()
-    await second.stop()
+    await second.aclose()
 
 
 async def test_closed_standard_streams(no_leak: None) -> None:
@@ -291,4 +291,4 @@ async def test_closed_standard_streams(no_leak: None) -> None:
         os.dup2(saved, 0)
         os.close(saved)
     await chardev.start()
-    await chardev.stop()
+    await chardev.aclose()

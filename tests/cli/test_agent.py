@@ -315,7 +315,7 @@ async def test_files_that_were_copied_in_the_guest(tmp_path, shared):
     assert await files() == [str(tmp_path / "copied")]
     assert await files("--output", str(tmp_path / "in")) == [str(tmp_path / "in" / "copied")]
     assert (tmp_path / "in" / "copied").read_bytes() == (tmp_path / "copied").read_bytes()
-    await router.close()
-    await guest.close()
+    await router.aclose()
+    await guest.aclose()
     server.close()
     await server.wait_closed()

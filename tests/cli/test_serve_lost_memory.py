@@ -107,7 +107,7 @@ async def drain(server: Server) -> None:
     async with asyncio.timeout(TIMEOUT):
         while await reader.read(1 << 16):
             pass
-    await guest.stop()
+    await guest.aclose()
 
 
 async def all_bytes_right(server: Server) -> None:
@@ -136,7 +136,7 @@ async def all_bytes_right(server: Server) -> None:
         assert [hashlib.sha256(each).digest() for each in results[:2]] == [wanted, wanted]
     finally:
         host[1].close()
-        await guest.stop()
+        await guest.aclose()
 
 
 async def open_port(
@@ -168,7 +168,7 @@ async def test_under_traffic_of_the_pump(server: Server, direction: str, size: i
         for job in jobs:
             job.cancel()
         await asyncio.gather(*jobs, return_exceptions=True)
-        await guest.stop()
+        await guest.aclose()
         host[1].close()
         if direction != "out":
             await drain(server)
@@ -195,7 +195,7 @@ async def test_under_traffic_of_a_protocol(server: Server) -> None:
         for job in jobs:
             job.cancel()
         await asyncio.gather(*jobs, return_exceptions=True)
-        await guest.stop()
+        await guest.aclose()
     await server.logged("is gone: the file was cut off")
     await all_bytes_right(server)
 
@@ -210,5 +210,5 @@ async def test_on_the_control_queue(server: Server) -> None:
     await server.logged("is gone: the file was cut off")
     await server.logged("frontend gone")
     host[1].close()
-    await guest.stop()
+    await guest.aclose()
     await all_bytes_right(server)

@@ -77,6 +77,6 @@ async def test_a_controller_that_was_made_can_be_started_and_stopped(tmp_path: P
     other = build.make_controller(topology.controllers[0])
     with pytest.raises(ResourceError, match=str(path)):
         await other.start()
-    await controller.stop()
+    await controller.aclose()
     assert not path.exists()
     assert DriverReady() not in events

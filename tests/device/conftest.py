@@ -447,4 +447,4 @@ async def make_controller() -> AsyncIterator[Callable[..., Controller]]:
 
     yield make
     for controller in controllers:
-        await controller.stop()
+        await controller.aclose()

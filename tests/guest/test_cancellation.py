@@ -78,7 +78,7 @@ REQUESTS: dict[str, tuple[vu.Request, Callable[[Frontend, GuestRam], Coroutine[A
 
 def test_all_of_them_are_tried() -> None:
     assert awaitables(Frontend) == REQUESTS.keys() | {"connect"}
-    assert awaitables(EmbeddedGuest) == {"start", "stop", "wait_port", "settle", "wait_lost"}
+    assert awaitables(EmbeddedGuest) == {"start", "aclose", "wait_port", "settle", "wait_lost"}
     assert awaitables(GuestPort) == {"open", "take_rings", "wait_host", "wait_removed"}
 
 
@@ -219,12 +219,12 @@ async def served(tmp_path: Path) -> Any:
     await served.controller.start()
     await served.backend.start()
     yield served
-    await served.backend.stop()
-    await served.controller.stop()
+    await served.backend.aclose()
+    await served.controller.aclose()
 
 
 @pytest.mark.parametrize("turns", [0, 1, 2, 3, 5, 10, 20, 40, 80, 160])
-@pytest.mark.parametrize("what", ["start", "stop"])
+@pytest.mark.parametrize("what", ["start", "aclose"])
 async def test_a_guest_is_cancelled_while_it_starts_or_stops(
     served: Served, open_fds: Callable[[], int], until: Until, what: str, turns: int
 ) -> None:
@@ -235,7 +235,7 @@ async def test_a_guest_is_cancelled_while_it_starts_or_stops(
     await until(lambda: served.backend._session is None)
     before = open_fds()
     guest = EmbeddedGuest(served.path, memory=32 << 20)
-    if what == "stop":
+    if what == "aclose":
         await guest.start()
     task = asyncio.ensure_future(getattr(guest, what)())
     for _ in range(turns):
@@ -243,9 +243,9 @@ async def test_a_guest_is_cancelled_while_it_starts_or_stops(
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     if what == "start" and not task.cancelled():
-        await guest.stop()
-    if what == "stop" and turns == 0:
-        await guest.stop()  # it had not begun
+        await guest.aclose()
+    if what == "aclose" and turns == 0:
+        await guest.aclose()  # it had not begun
     del guest, task
     await until(lambda: served.backend._session is None)
 
@@ -312,4 +312,4 @@ async def test_taking_the_rings_is_cancelled(
     assert await device.receive(5) == b"for the device"
     writer.close()
     scripted.backend.close()
-    await guest.stop()
+    await guest.aclose()

@@ -399,14 +399,14 @@ async def test_a_backend_that_dies_ends_every_port(
 async def test_stop_leaves_in_order(scripted, device, port, guest: EmbeddedGuest) -> None:
     _, writer = await port.open()
     before = len(scripted.backend.requests)
-    await guest.stop()
+    await guest.aclose()
     requests = scripted.backend.requests[before:]
     assert requests == ["SET_VRING_ENABLE"] * 10 + ["GET_VRING_BASE"] * 10
     stopped = [p.index for p in scripted.backend.payloads[before + 10 :]]
     assert stopped == list(range(9, -1, -1))
     with pytest.raises(PortRemovedError, match="guest was stopped"):
         await writer.wait_closed()
-    await guest.stop()
+    await guest.aclose()
 
 
 # --- what may be missing

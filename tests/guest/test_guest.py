@@ -64,8 +64,8 @@ async def setup(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator
     await controller.start()
     await setup.backend.start()
     yield setup
-    await setup.backend.stop()
-    await controller.stop()
+    await setup.backend.aclose()
+    await controller.aclose()
 
 
 @pytest.fixture
@@ -252,7 +252,7 @@ async def test_a_guest_that_dies_leaves_the_backend_to_the_next(setup: Setup) ->
     writer.transport.abort()
     async with EmbeddedGuest(setup.path) as guest:
         await guest.wait_port(name="one")
-    await first.stop()
+    await first.aclose()
 
 
 async def test_the_backend_stops(setup: Setup, guest: EmbeddedGuest) -> None:
@@ -260,7 +260,7 @@ async def test_the_backend_stops(setup: Setup, guest: EmbeddedGuest) -> None:
     reader, _ = await port.open()
     reading = asyncio.ensure_future(reader.read(1))
     await asyncio.sleep(0)
-    await setup.backend.stop()
+    await setup.backend.aclose()
     with pytest.raises(BackendClosedError, match="closed the connection"):
         await reading
     assert isinstance(await guest.wait_lost(), BackendClosedError)

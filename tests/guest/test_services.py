@@ -49,5 +49,5 @@ async def test_failed_finished_and_cut_short(tmp_path: Path, caplog, until) -> N
         assert "port 1: this request is bad" in caplog.text
         host_writer.close()
     await asyncio.wait_for(serving, 5)
-    await backend.stop()
-    await controller.stop()
+    await backend.aclose()
+    await controller.aclose()

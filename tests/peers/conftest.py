@@ -92,12 +92,12 @@ class Bench:
     async def connect(self, name: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         return await asyncio.open_unix_connection(self.socket_path(name))
 
-    async def close(self) -> None:
+    async def aclose(self) -> None:
         for guest in self.guests:
-            await guest.stop()
+            await guest.aclose()
         if self.server is not None:
-            await self.server.stop()
-        await self.controller.stop()
+            await self.server.aclose()
+        await self.controller.aclose()
 
 
 @pytest.fixture(scope="session")

@@ -41,8 +41,8 @@ class Bench:
             self.host.protocol_factory, str(self.vdagent.port)
         )
 
-    async def close(self):
-        await self.host.close()
+    async def aclose(self):
+        await self.host.aclose()
         self.server.close()
         await self.server.wait_closed()
 
@@ -57,7 +57,7 @@ async def bench(vdagent):
     yield bench
     with contextlib.suppress(Exception):
         print(vdagent.log())
-    await bench.close()
+    await bench.aclose()
     assert not [e for e in bench.events if isinstance(e, AgentTrouble)]
 
 
@@ -161,7 +161,7 @@ async def test_clipboard_refusals(bench):
 
 async def test_the_agent_restarts_and_is_offered_the_clipboard_again(bench):
     await bench.host.set_clipboard("survives")
-    await bench.vdagent.stop()
+    await bench.vdagent.aclose()
     await bench.vdagent.until(lambda: any(isinstance(e, AgentGone) for e in bench.events))
     assert bench.host.capabilities is None
     bench.events.clear()
@@ -245,7 +245,7 @@ async def test_two_clients_share_the_real_agent(vdagent, tmp_path):
         for path in paths:
             assert (vdagent.downloads / path.name).read_bytes() == path.read_bytes()
     for client in clients:
-        await client.close()
-    await router.close()
+        await client.aclose()
+    await router.aclose()
     server.close()
     await server.wait_closed()

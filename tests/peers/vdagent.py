@@ -71,7 +71,7 @@ class VdAgentSession:
         trace: TracebackType | None,
     ) -> None:
         await self.end_helpers()
-        await self.stop()
+        await self.aclose()
         if self._x is not None:
             await self._end([self._x])
 
@@ -115,7 +115,7 @@ class VdAgentSession:
         )
         self._agents.append(agent)
 
-    async def stop(self) -> None:
+    async def aclose(self) -> None:
         """End both halves; their exit status means nothing, spice-vdagent may crash then."""
         await self._end(self._agents)
         (self._directory / "session.sock").unlink(missing_ok=True)

@@ -36,7 +36,7 @@ async def server(request, tmp_path):
     server = SpiceServer(SpiceOptions(**options))
     await server.start()
     yield server, port
-    await server.stop()
+    await server.aclose()
 
 
 async def ended(reader):

@@ -69,8 +69,8 @@ async def test_a_domain_is_served_without_it(no_library, capfd):
     assert agent.end is not None
     assert port.end is None
     assert port.description == "no SPICE server"
-    await controller.stop()
-    await ends.stop()
+    await controller.aclose()
+    await ends.aclose()
 
 
 def test_the_agent_may_be_shared_with_the_server():

@@ -30,13 +30,13 @@ def open_descriptors():
 async def test_it_starts_and_stops_as_often_as_one_likes():
     server = local()
     await server.start()
-    await server.stop()
+    await server.aclose()
     before = open_descriptors()
     for _ in range(5):
         await server.start()
         assert server.addresses[0].startswith("127.0.0.1:")
-        await server.stop()
-        await server.stop()
+        await server.aclose()
+        await server.aclose()
     assert open_descriptors() == before
 
 
@@ -46,7 +46,7 @@ async def test_two_servers_at_once():
         await server.start()
     assert servers[0].addresses != servers[1].addresses
     for server in servers:
-        await server.stop()
+        await server.aclose()
 
 
 async def test_nonsense_from_a_client_ends_its_connection_only():
@@ -66,7 +66,7 @@ async def test_nonsense_from_a_client_ends_its_connection_only():
     reader, writer = await asyncio.open_connection(host, int(port))
     await asyncio.sleep(0.05)
     assert not reader.at_eof()
-    await server.stop()
+    await server.aclose()
     async with asyncio.timeout(10):
         assert await reader.read() == b""
     writer.close()
@@ -87,7 +87,7 @@ async def test_it_runs_once_at_a_time():
     await server.start()
     with pytest.raises(LocalProtocolError, match="runs already"):
         await server.start()
-    await server.stop()
+    await server.aclose()
 
 
 async def test_files_that_are_not_there():
@@ -96,7 +96,7 @@ async def test_files_that_are_not_there():
         ResourceError, match=r"x509-cacert-file /nowhere/ca-cert\.pem: No such file"
     ):
         await server.start()
-    await server.stop()
+    await server.aclose()
 
 
 async def test_files_that_hold_no_certificate(tmp_path):
@@ -117,9 +117,9 @@ async def test_an_agent_end_is_there_at_once_and_a_port_end_with_a_client():
     assert port.end is None
     assert len(server.devices) == 1
     for chardev in (agent, port):
-        await chardev.stop()
+        await chardev.aclose()
     assert not server.devices
-    await server.stop()
+    await server.aclose()
 
 
 async def test_a_stopped_server_forgets_its_devices():
@@ -127,9 +127,9 @@ async def test_a_stopped_server_forgets_its_devices():
     await server.start()
     port = server.port_chardev("port", "org.example.0")
     await port.start()
-    await server.stop()
+    await server.aclose()
     assert not server.devices
-    await port.stop()
+    await port.aclose()
 
 
 @pytest.fixture
@@ -229,5 +229,5 @@ async def test_a_server_that_is_open_to_the_network_says_so(
     monkeypatch.chdir(tmp_path)
     server = local(**options)
     await server.start()
-    await server.stop()
+    await server.aclose()
     assert ("no password is needed at" in caplog.text) is warned

@@ -419,7 +419,7 @@ async def backend(device: EchoDevice, path: Path, inband: bool) -> AsyncIterator
     served = VhostUserBackend(device, str(path), inband_notifications=inband)
     await served.start()
     yield served
-    await served.stop()
+    await served.aclose()
 
 
 def connect_to(path: Path) -> ScriptedFrontend:

@@ -77,7 +77,7 @@ async def pumped_frontend(
     await frontend.set_up(0)
     yield frontend
     frontend.close()
-    await backend.stop()
+    await backend.aclose()
 
 
 class CountingDevice(QueueDevice):
@@ -122,7 +122,7 @@ async def test_a_semaphore_as_kick_is_served_once(
     finally:
         os.close(kick)
         frontend.close()
-        await backend.stop()
+        await backend.aclose()
 
 
 async def set_call(frontend: Any, call: Any) -> None:

@@ -28,10 +28,10 @@ def awaitables(kind):
 
 
 def test_all_of_them_are_tried():
-    assert awaitables(VhostUserBackend) == {"start", "stop"}
-    assert awaitables(VfioUserServer) == {"start", "stop"}
+    assert awaitables(VhostUserBackend) == {"start", "aclose"}
+    assert awaitables(VfioUserServer) == {"start", "aclose"}
     assert awaitables(RemoteMemory) == set(), "read and write return futures"
-    assert awaitables(Controller) == {"start", "stop", "plug_port", "remove_port"}
+    assert awaitables(Controller) == {"start", "aclose", "plug_port", "remove_port"}
 
 
 async def after(turns, work):
@@ -61,8 +61,8 @@ class Slow(NullChardev):
         self.is_open = True
         await super().start()
 
-    async def stop(self):
-        await super().stop()
+    async def aclose(self):
+        await super().aclose()
         self.is_open = False
         await asyncio.sleep(0)
 
@@ -70,8 +70,8 @@ class Slow(NullChardev):
 class Failing(NullChardev):
     """A chardev of a user's that cannot be stopped."""
 
-    async def stop(self):
-        await super().stop()
+    async def aclose(self):
+        await super().aclose()
         raise RuntimeError("cannot be stopped")
 
 
@@ -96,11 +96,11 @@ async def test_a_controller_is_cancelled_while_it_starts(tmp_path, turns):
     controller = make(tmp_path)
     task = await after(turns, controller.start())
     if not task.cancelled():
-        await controller.stop()
+        await controller.aclose()
     assert is_stopped(controller, tmp_path)
     assert open_fds() == before
     await controller.start()
-    await controller.stop()
+    await controller.aclose()
 
 
 @pytest.mark.parametrize("turns", range(1, 8))
@@ -109,11 +109,11 @@ async def test_a_controller_is_cancelled_while_it_stops(tmp_path, turns):
     before = open_fds()
     controller = make(tmp_path)
     await controller.start()
-    await after(turns, controller.stop())
+    await after(turns, controller.aclose())
     assert is_stopped(controller, tmp_path)
     assert open_fds() == before
     await controller.start()
-    await controller.stop()
+    await controller.aclose()
 
 
 async def test_a_chardev_that_cannot_be_stopped_keeps_no_other_from_it(tmp_path):
@@ -123,7 +123,7 @@ async def test_a_chardev_that_cannot_be_stopped_keeps_no_other_from_it(tmp_path)
     controller.add_port(Port(5, "slow too", Slow("slow5")))
     await controller.start()
     with pytest.raises(RuntimeError, match="cannot be stopped"):
-        await controller.stop()
+        await controller.aclose()
     assert is_stopped(controller, tmp_path)
     assert open_fds() == before
 
@@ -143,21 +143,21 @@ async def test_plugging_and_removing_are_cancelled(tmp_path, turns):
     other = Port(7, "another", Slow("another"))
     await controller.plug_port(other)
     await controller.remove_port(7)
-    await controller.stop()
+    await controller.aclose()
 
 
 @pytest.mark.parametrize("turns", range(3))
 @pytest.mark.parametrize("transport", [VhostUserBackend, VfioUserServer])
-@pytest.mark.parametrize("what", ["start", "stop"])
+@pytest.mark.parametrize("what", ["start", "aclose"])
 async def test_a_transport_is_cancelled(tmp_path, transport, what, turns):
     path = tmp_path / "device.sock"
     before = open_fds()
     controller = Controller()
     backend = transport(controller, str(path))
-    if what == "stop":
+    if what == "aclose":
         await backend.start()
     await after(turns, getattr(backend, what)())
-    await backend.stop()
+    await backend.aclose()
     assert not path.exists()
     await backend.start()
     assert path.exists()
@@ -165,8 +165,8 @@ async def test_a_transport_is_cancelled(tmp_path, transport, what, turns):
         await controller.start()
         async with EmbeddedGuest(str(path), memory=16 << 20):
             pass
-        await controller.stop()
-    await backend.stop()
+        await controller.aclose()
+    await backend.aclose()
     del backend, controller
     assert open_fds() == before
 

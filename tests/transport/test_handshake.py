@@ -92,7 +92,7 @@ async def test_stopping_while_one_says_nothing(
 ) -> None:
     first, second = connect(), connect()
     await asyncio.sleep(0)
-    await backend.stop()
+    await backend.aclose()
     for frontend in (first, second):
         assert await frontend.is_sent_away()
     await backend.start()

@@ -87,6 +87,6 @@ async def test_the_backend_can_be_stopped_and_started(
     frontend = await start(connect)
     os.ftruncate(frontend.memfd, 0)
     frontend.kick(0)
-    await backend.stop()
+    await backend.aclose()
     await backend.start()
     await start(connect)

@@ -95,7 +95,7 @@ async def test_a_backend_that_stops_in_the_middle(frontend: Any, backend: Any) -
     frontend.send_bytes(request(Request.GET_FEATURES) * FLOOD)
     await asyncio.sleep(0)
     await asyncio.sleep(0)
-    await backend.stop()
+    await backend.aclose()
     async with counted_turns() as count:
         while count[0] < 10:
             await asyncio.sleep(0)

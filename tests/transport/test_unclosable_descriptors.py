@@ -139,7 +139,7 @@ async def test_a_connection_that_lingers_in_a_call_socket(
     elif how == "status":
         assert await frontend.acked(Request.SET_STATUS, U64(0)) == 0
     else:
-        await backend.stop()
+        await backend.aclose()
     assert backend._door.closer.waiting == 1
 
 
@@ -154,5 +154,5 @@ async def test_a_connection_that_lingers_in_a_socket_that_is_closed(
         fd = lingering()
         unix_fds.send(sock, b"x", [fd])
         os.close(fd)
-    await backend.stop()
+    await backend.aclose()
     assert backend._door.closer.waiting

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from dataclasses import dataclass, replace
-from types import TracebackType
-from typing import TypeAlias
+from typing import Self, TypeAlias
 
 from vring_serial.agent.channel.outbox import kept, message_cost
+from vring_serial.lifetime import Closing
 from vring_serial.proto.agent import AgentProtocolError, Capabilities, TypedMessage, UnknownMessage
 
 
@@ -84,7 +84,7 @@ def _to_keep(event: AgentEvent) -> tuple[AgentEvent, int]:
     return OtherMessage(message), message_cost(message)
 
 
-class EventStream:
+class EventStream(Closing):
     """Events as an asynchronous iterator, for as long as its ``with`` block runs.
 
     It ends, after what it still has, when the agent is closed.
@@ -97,16 +97,12 @@ class EventStream:
         self._ended = False
         self._changed = asyncio.Event()
 
-    def __enter__(self) -> EventStream:
+    def __enter__(self) -> Self:
         self._streams.add(self)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Take no more events. Safe to call twice."""
         self._streams.discard(self)
 
     def put(self, event: AgentEvent) -> None:

@@ -23,6 +23,7 @@ from vring_serial.agent.errors import (
 )
 from vring_serial.agent.events import AgentTrouble, ClipboardGrabbed, ClipboardReleased
 from vring_serial.callbacks import tell
+from vring_serial.lifetime import Ending
 from vring_serial.proto.agent import (
     FILES_FROM_GUEST,
     AgentProtocolError,
@@ -107,7 +108,7 @@ GuestAgentEvent: TypeAlias = (
 )
 
 
-class GuestAgent:
+class GuestAgent(Ending):
     """A guest agent without a desktop: it keeps what a desktop would show.
 
     Args:
@@ -162,14 +163,15 @@ class GuestAgent:
         try:
             await run_on_streams(AgentLink(Side.GUEST, self), reader, writer)
         finally:
-            await self.close()
+            await self.aclose()
 
-    async def close(self) -> None:
+    async def aclose(self) -> None:
         """End what still runs for a channel that is closed."""
-        await self._clipboard.close()
-        for task in self._sending:
+        sending = list(self._sending)
+        for task in sending:
             task.cancel()
-        await asyncio.gather(*self._sending, return_exceptions=True)
+        await self._clipboard.aclose()
+        await asyncio.gather(*sending, return_exceptions=True)
 
     def protocol_factory(self) -> asyncio.Protocol:
         """A protocol for one connection of the channel."""

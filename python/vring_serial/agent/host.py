@@ -39,6 +39,7 @@ from vring_serial.agent.events import (
 )
 from vring_serial.agent.host_capabilities import HOST_CAPABILITIES
 from vring_serial.callbacks import tell
+from vring_serial.lifetime import Ending
 from vring_serial.proto.agent import (
     AGENT_AWAY,
     AGENT_FULL,
@@ -91,7 +92,7 @@ PHYSICAL_SIZE_WAIT = 2.0
 understands nor answers the former."""
 
 
-class HostAgent:
+class HostAgent(Ending):
     """One agent seen from the host, over any number of connections one after another.
 
     Connect it to a port with ``ProtocolEnd(agent.protocol_factory)``, or to a socket that carries
@@ -151,7 +152,7 @@ class HostAgent:
         """A protocol for one connection of the channel."""
         return AgentLink(Side.HOST, self)
 
-    async def close(self) -> None:
+    async def aclose(self) -> None:
         """Close the channel for good, and end all that waits for something on it.
 
         Methods that wait raise AgentGoneError, and iterations over events end.
@@ -165,7 +166,7 @@ class HostAgent:
         for stream in self._streams:
             stream.end()
         self._notify()
-        await self._clipboard.close()
+        await self._clipboard.aclose()
 
     # --- what one can do
 

@@ -240,5 +240,5 @@ class GuestSide:
         """Stop the guest."""
         self.plain.close()
         if self._guest is not None:
-            self._loop.run_until_complete(self._guest.stop())
+            self._loop.run_until_complete(self._guest.aclose())
         self._loop.close()

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from vring_serial.errors import LocalProtocolError, ResourceError
+from vring_serial.lifetime import Starting
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,7 @@ class ChardevUser(Protocol):
         """The terminal behind the end has this size, in characters."""
 
 
-class Chardev(abc.ABC):
+class Chardev(Starting):
     """One host end of a port.
 
     Attributes:
@@ -104,14 +105,14 @@ class Chardev(abc.ABC):
         """
 
     @abc.abstractmethod
-    async def stop(self) -> None:
+    async def aclose(self) -> None:
         """Close everything and remove what was created; afterwards it may be started again.
 
         Safe to call twice, after a failed start, and while ``start`` is still waiting (which then
         raises ResourceError).
         """
 
-    def peer_gone(self, reason: OSError | None = None) -> None:  # noqa: B027 - see its text
+    def peer_gone(self, reason: OSError | None = None) -> None:
         """The user saw end of file, or an error, on the end's descriptors.
 
         The chardev closes the end (``end_closed`` is called before this returns) and waits for the
@@ -121,10 +122,10 @@ class Chardev(abc.ABC):
         The default suits chardevs whose end never closes.
         """
 
-    def guest_opened(self, is_open: bool) -> None:  # noqa: B027 - most chardevs do not care
+    def guest_opened(self, is_open: bool) -> None:
         """The guest opened or closed its side of the port."""
 
-    def reopen(self) -> None:  # noqa: B027 - most chardevs have nothing of the kind
+    def reopen(self) -> None:
         """Reopen files at their paths, after a log rotation renamed them.
 
         Raises:

@@ -23,7 +23,7 @@ class NullChardev(Chardev):
         if self.end is None:
             self._open_end(DescriptorEnd(read_fd=-1, write_fd=-1))
 
-    async def stop(self) -> None:
+    async def aclose(self) -> None:
         self._close_end()
 
     @property

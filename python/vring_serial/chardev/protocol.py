@@ -47,13 +47,13 @@ class ProtocolChardev(Chardev):
     """An :class:`asyncio.Protocol` as the host end.
 
     The end opens at ``start``. When the protocol closes its transport, the port's host end is
-    closed until the program calls :meth:`open` or the guest closes its side: whoever opens the port
-    in the guest next is a new session and gets a new protocol.
+    closed until the program calls :meth:`connect` or the guest closes its side: whoever opens the
+    port in the guest next is a new session and gets a new protocol.
 
     Args:
         id: the chardev's name.
         factory: makes the protocol for one connection.
-        connected: whether the end opens at ``start``; if not, :meth:`open` does it.
+        connected: whether the end opens at ``start``; if not, :meth:`connect` does it.
         description: the phrase for logs; by default it names the factory.
     """
 
@@ -74,20 +74,20 @@ class ProtocolChardev(Chardev):
     async def start(self) -> None:
         self._started = True
         if self._wanted:
-            self.open()
+            self.connect()
 
-    async def stop(self) -> None:
+    async def aclose(self) -> None:
         self._started = False
         self._close_end()
 
-    def open(self) -> None:
+    def connect(self) -> None:
         """Connect the end, now or, before ``start``, then. Does nothing if it is connected."""
         self._wanted = True
         if self._started and self.end is None:
             self._open_end(ProtocolEnd(self._factory))
 
-    def close(self) -> None:
-        """Disconnect the end until :meth:`open`. Does nothing if it is not connected."""
+    def disconnect(self) -> None:
+        """Disconnect the end until :meth:`connect`. Does nothing if it is not connected."""
         self._wanted = False
         self._close_end()
 
@@ -96,7 +96,7 @@ class ProtocolChardev(Chardev):
 
     def guest_opened(self, is_open: bool) -> None:
         if not is_open and self._wanted:
-            self.open()
+            self.connect()
 
     @property
     def description(self) -> str:

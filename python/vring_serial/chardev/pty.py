@@ -65,7 +65,7 @@ class PtyChardev(Chardev):
             raise
         self._poll()
 
-    async def stop(self) -> None:
+    async def aclose(self) -> None:
         self._close_end()
         self._release()
 

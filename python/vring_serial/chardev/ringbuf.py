@@ -47,7 +47,7 @@ class RingbufChardev(Chardev):
         if self.end is None:
             self._open_end(ProtocolEnd(lambda: _Collector(self._append)))
 
-    async def stop(self) -> None:
+    async def aclose(self) -> None:
         self._close_end()
 
     @property

@@ -190,12 +190,12 @@ class SocketChardev(Chardev):
                 await self._task
         except BaseException as error:
             stopped = not self._started
-            await self.stop()
+            await self.aclose()
             if stopped and isinstance(error, asyncio.CancelledError):
                 raise self._error(self._doing, "it was stopped meanwhile") from None
             raise
 
-    async def stop(self) -> None:
+    async def aclose(self) -> None:
         self._started = False
         task, self._task = self._task, None
         if task is not None:

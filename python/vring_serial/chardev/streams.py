@@ -52,7 +52,7 @@ class StreamChardev(Chardev):
         self._started = True
         self._open()
 
-    async def stop(self) -> None:
+    async def aclose(self) -> None:
         self._started = False
         if self._reopening is not None:
             self._reopening.cancel()

@@ -93,7 +93,7 @@ class AgentEnds:
         except OSError as error:
             log.warning("--agent-socket %s: %s", self._path, error.strerror)
 
-    async def close(self) -> None:
+    async def aclose(self) -> None:
         """Close all, and remove the socket."""
         if self._acceptor is not None:
             self._acceptor.close()
@@ -104,7 +104,7 @@ class AgentEnds:
         if self._listener is not None:
             self._listener.close()
         for router in self._routers:
-            await router.close()
+            await router.aclose()
 
 
 def _logger_of(port: PortConfig) -> Callable[[AgentEvent], None]:

@@ -153,13 +153,13 @@ class Demo:
     @contextlib.asynccontextmanager
     async def _served(self, controller: Controller, socket: Path) -> AsyncIterator[None]:
         async with contextlib.AsyncExitStack() as stack:
-            stack.push_async_callback(controller.stop)
+            stack.push_async_callback(controller.aclose)
             await controller.start()
             backend = VhostUserBackend(controller, str(socket))
-            stack.push_async_callback(backend.stop)
+            stack.push_async_callback(backend.aclose)
             await backend.start()
-            stack.push_async_callback(self._guest.stop)
-            stack.push_async_callback(self._agent.close)
+            stack.push_async_callback(self._guest.aclose)
+            stack.push_async_callback(self._agent.aclose)
             yield
 
     async def _boot(self, socket: Path) -> str:

@@ -48,7 +48,7 @@ class DemoGuest(ABC):
         """Start on the backend's socket."""
 
     @abstractmethod
-    async def stop(self) -> None:
+    async def aclose(self) -> None:
         """End it, however far it got."""
 
     @abstractmethod
@@ -93,7 +93,7 @@ class EmbeddedDemoGuest(DemoGuest):
             stdin=asyncio.subprocess.DEVNULL,
         )
 
-    async def stop(self) -> None:
+    async def aclose(self) -> None:
         if self._process is not None and self._process.returncode is None:
             self._process.terminate()
             try:
@@ -154,12 +154,12 @@ class UmlDemoGuest(DemoGuest):
         await self._desktop.start()
         self.title = f"Linux {(await self._guest.run('uname -r')).output} (User-Mode Linux)"
 
-    async def stop(self) -> None:
+    async def aclose(self) -> None:
         for script in self._scripts:
             script.cancel()
         await asyncio.gather(*self._scripts, return_exceptions=True)
         if self._guest is not None:
-            await self._guest.stop()
+            await self._guest.aclose()
 
     async def wait_resolution(self, width: int, height: int) -> None:
         assert self._desktop is not None

@@ -179,7 +179,7 @@ async def _drive(guest: EmbeddedGuest, work: Callable[[], Coroutine[Any, Any, No
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         lost = guest.lost
-        await guest.stop()
+        await guest.aclose()
     if tasks[0] in done:
         await tasks[0]
     elif lost is not None:

@@ -105,9 +105,9 @@ async def _start(
     """
     pump = stack.enter_context(_running_pump(settings.busy_poll))
     agents = AgentEnds(settings.agent_socket)
-    stack.push_async_callback(agents.close)
+    stack.push_async_callback(agents.aclose)
     spice = SpiceEnds(topology, agent_shared=settings.agent_socket is not None)
-    stack.push_async_callback(spice.stop)
+    stack.push_async_callback(spice.aclose)
     await spice.start()
     controllers += [
         make_controller(config, pump, {"spicevmc": agents.factory}, spice.makers)
@@ -123,12 +123,12 @@ async def _start(
     if (device := spice.agent_device()) is not None:
         agents.share_with_server(device)
     for controller in controllers:
-        stack.push_async_callback(controller.stop)
+        stack.push_async_callback(controller.aclose)
         await controller.start()
     for config, controller, backend, socket in zip(
         topology.controllers, controllers, backends, settings.sockets, strict=True
     ):
-        stack.push_async_callback(backend.stop)
+        stack.push_async_callback(backend.aclose)
         await backend.start()
         _log_ports(config, controller)
         emit(

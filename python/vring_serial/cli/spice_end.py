@@ -98,10 +98,10 @@ class SpiceEnds:
         text = f"SPICE: clients connect to {addresses}"
         emit(logging.INFO, "spice", text, addresses=self._server.addresses)
 
-    async def stop(self) -> None:
+    async def aclose(self) -> None:
         """Stop the server. Safe twice."""
         if self._server is not None:
-            await self._server.stop()
+            await self._server.aclose()
 
 
 def _name_of(port: PortConfig) -> str:

@@ -6,8 +6,6 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
 from vring_serial.callbacks import tell
 from vring_serial.errors import ConfigError
@@ -23,6 +21,7 @@ from vring_serial.guest.frontend import DEFAULT_TIMEOUT, Frontend
 from vring_serial.guest.memory import PAGE, GuestRam
 from vring_serial.guest.port import GuestPort
 from vring_serial.guest.queue import DriverQueue
+from vring_serial.lifetime import Starting
 from vring_serial.proto.console import (
     CONTROL_TRANSMITQ,
     MAX_PORTS,
@@ -58,7 +57,7 @@ class BackendLost:
 GuestEvent = DriverSideEvent | BackendLost
 
 
-class EmbeddedGuest:
+class EmbeddedGuest(Starting):
     """One guest, driving one vhost-user console backend.
 
     Attributes:
@@ -123,18 +122,6 @@ class EmbeddedGuest:
         self._lost: Exception | None = None
         self._following: asyncio.Task[None] | None = None
         self._config_is_new = False
-
-    async def __aenter__(self) -> Self:
-        await self.start()
-        return self
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.stop()
 
     @property
     def ports(self) -> Mapping[int, GuestPort]:
@@ -246,7 +233,7 @@ class EmbeddedGuest:
             )
         return list(self._queues)
 
-    async def stop(self) -> None:
+    async def aclose(self) -> None:
         """Close all ports, stop the rings, reset the device and leave. Safe to call twice.
 
         If it is cancelled the guest leaves at once, as a killed one does.

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vring_serial.errors import DependencyError, ResourceError
+from vring_serial.lifetime import Starting
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ class CommandResult:
     output: str
 
 
-class UmlGuest:
+class UmlGuest(Starting):
     """One running User-Mode Linux.
 
     Args:
@@ -116,7 +117,7 @@ class UmlGuest:
         try:
             await self._boot(timeout)
         except BaseException:
-            await self.stop()
+            await self.aclose()
             raise
 
     async def _boot(self, timeout: float) -> None:
@@ -196,13 +197,15 @@ class UmlGuest:
                 size += len(line)
                 lines.append(line)
 
-    async def stop(self) -> None:
+    async def aclose(self) -> None:
         """End the guest at once (it ignores SIGTERM) and remove its directory."""
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            await self._process.wait()
-            if self._process.stdin is not None:
-                self._process.stdin.close()
-            self._process = None
-        await asyncio.to_thread(shutil.rmtree, self._directory, ignore_errors=True)
+        process, self._process = self._process, None
+        try:
+            if process is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                if process.stdin is not None:
+                    process.stdin.close()
+                await process.wait()
+        finally:
+            await asyncio.to_thread(shutil.rmtree, self._directory, ignore_errors=True)

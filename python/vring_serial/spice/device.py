@@ -251,11 +251,11 @@ class PortDevice(CharDevice):
 
     def _state(self, instance: Any, connected: int) -> None:
         if connected:
-            self._chardev.open()
+            self._chardev.connect()
         else:
             self._drop_input()  # it was for the client that left
             self._finish_reading()
-            self._chardev.close()
+            self._chardev.disconnect()
 
 
 class AgentChardev(ProtocolChardev):
@@ -265,8 +265,8 @@ class AgentChardev(ProtocolChardev):
         self._device = AgentDevice(server)
         super().__init__(id, lambda: self._device, description="the SPICE server")
 
-    async def stop(self) -> None:
-        await super().stop()
+    async def aclose(self) -> None:
+        await super().aclose()
         self._device.detach()
 
 
@@ -289,6 +289,6 @@ class PortChardev(ProtocolChardev):
         await super().start()
         self._device.attach()
 
-    async def stop(self) -> None:
-        await super().stop()
+    async def aclose(self) -> None:
+        await super().aclose()
         self._device.detach()

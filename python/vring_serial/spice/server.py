@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from vring_serial.accept import Acceptor
 from vring_serial.errors import ConfigError, LocalProtocolError, ResourceError
+from vring_serial.lifetime import Starting
 from vring_serial.spice.core import ClientEvent, CoreInterface
 from vring_serial.spice.device import AgentChardev, AgentDevice, PortChardev
 from vring_serial.spice.library import load
@@ -28,7 +29,7 @@ _SECURITY_NONE = 1 << 0
 _SECURITY_SSL = 1 << 1
 
 
-class SpiceServer:
+class SpiceServer(Starting):
     """One SPICE server, for stock clients.
 
     The ports that it serves are made with :meth:`agent_chardev` and :meth:`port_chardev`, before or
@@ -101,7 +102,7 @@ class SpiceServer:
             self._acceptor = Acceptor(self._accepted, name="SPICE", peer="client", yields=True)
             self._acceptor.open(self._listener.sockets)
         except BaseException:
-            await self.stop()
+            await self.aclose()
             raise
         self.addresses = list(self._listener.addresses)
         if self._options.has_tls:
@@ -113,7 +114,7 @@ class SpiceServer:
                 ", ".join(self.addresses),
             )
 
-    async def stop(self) -> None:
+    async def aclose(self) -> None:
         """Disconnect clients and forget the server. Safe twice, and after a failed start."""
         if self._acceptor is not None:
             self._acceptor.close()

@@ -81,7 +81,7 @@ async def test_a_client_that_leaves_in_the_middle_gives_up_its_turn(bench, tmp_p
     await asyncio.sleep(0.05)
     assert not waiting.done()
     leaver.send(FileXferStatus(start.id, FileXferResult.CAN_SEND_DATA))
-    await leaver.close()
+    await leaver.aclose()
     assert same(await waiting, bench.files)
 
 

@@ -119,7 +119,7 @@ async def test_a_newcomer_is_told_who_owns_what_and_a_leaver_takes_it_along(make
     second = await bench.client()
     assert await second.wait_clipboard(Selection.PRIMARY) == (TEXT,)
     assert await second.wait_clipboard() == (TEXT,)
-    await first.close()
+    await first.aclose()
     await bench.until(lambda: not second.clipboard_types(Selection.PRIMARY))
     assert await second.get_clipboard() == "guest's"
     with pytest.raises(ClipboardEmptyError):
@@ -490,7 +490,7 @@ async def test_clients_that_left_leave_nothing_running(make_bench):
         bench.router.clients[-1]._forward(UnknownMessage(99))
         bench.router.clients[-1].clipboard.took_request(ClipboardRequest(0, TEXT))
         await asyncio.sleep(0)
-        await client.close()
+        await client.aclose()
         await bench.until(lambda: len(bench.router.clients) == 1)
     await asyncio.sleep(0)
     assert len(asyncio.all_tasks()) == before
@@ -513,7 +513,7 @@ async def test_an_owner_that_leaves_in_the_middle_of_its_clipboard(make_bench, m
     bench.guest._client_left = lambda: left.append(True)
     sending = asyncio.ensure_future(other.send_file(make_file("whole", 16 << 20)))
     await asyncio.sleep(0.02)
-    await owner.close()
+    await owner.aclose()
     with pytest.raises(ClipboardEmptyError):
         await pasting
     await sending

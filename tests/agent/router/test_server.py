@@ -215,7 +215,7 @@ async def test_a_server_that_drops_the_agent_gets_it_again(served, monkeypatch):
     monkeypatch.setattr(router_module, "SERVER_RETRY", 0.01)
     bench, _, server = served
     spice = await server()
-    await spice.close()
+    await spice.aclose()
     again = await server(1)
     assert (await again.receive(AnnounceCapabilities)).request
     assert len(bench.router.clients) == 1

@@ -160,7 +160,7 @@ async def left_behind(bench, count):
     await bench.until(lambda: all(t.is_offered for t in bench.router._transfers.open.values()))
     bench.router._link.pause_writing()
     for client in clients:
-        await client.close()
+        await client.aclose()
     await bench.until(lambda: not bench.router.clients)
 
 
@@ -188,7 +188,7 @@ async def test_clients_that_come_and_go_with_files_are_not_heard_of_by_a_paused_
         client = await greeted(bench)
         client.send(FileXferStart(1, FileInfo("x", 1).pack()))
         await bench.until(lambda: bench.router._transfers.open)
-        await client.close()
+        await client.aclose()
         await bench.until(lambda: not bench.router.clients)
     assert len(bench.router._link._queues[1]) == 128
     bench.router._link.resume_writing()
@@ -331,7 +331,7 @@ async def test_an_owner_that_dies_in_the_middle_fails_nobodys_file(make_bench, m
     )
     await started.wait()
     owner, pasting = await offered(bench)
-    await owner.close()
+    await owner.aclose()
     with pytest.raises(ClipboardEmptyError):
         await pasting
     assert not sending.done()
@@ -351,7 +351,7 @@ async def test_an_owner_that_dies_in_the_middle_does_not_end_the_client_that_pas
     owner.writer.write(owner.connection.start_body(Clipboard(0, PNG), 16 * MIB))
     owner.writer.write(owner.connection.send_body(bytes(9 * MIB)))
     await owner.writer.drain()
-    await owner.close()
+    await owner.aclose()
     with pytest.raises(ClipboardEmptyError):
         await asking
     await other.set_monitors([Monitor(800, 600)])

@@ -241,7 +241,7 @@ async def test_a_controller_that_has_stopped_has_told_every_protocol(make_contro
     await guest.ready(1)
     guest.open(1)
     await guest.until(lambda: sinks and sinks[0].transport)
-    await controller.stop()
+    await controller.aclose()
     assert sinks[0].lost
 
 
@@ -572,8 +572,8 @@ async def test_garbage_in_the_rings_harms_no_one_else(make_controller, make_gues
             guest.memory.write(at, rng.randbytes(rng.randrange(1, 4)))
             os.eventfd_write(ring.kick_fd, 1)
             if rng.randrange(3) == 0:
-                controller.ports[0].chardev.close()
-                controller.ports[0].chardev.open()
+                controller.ports[0].chardev.disconnect()
+                controller.ports[0].chardev.connect()
                 await asyncio.sleep(0)
         for _ in range(5):
             await asyncio.sleep(0.001)

@@ -58,7 +58,7 @@ class PairChardev(Chardev):
     def guest_opened(self, is_open: bool) -> None:
         self.guest.append(is_open)
 
-    async def stop(self) -> None:
+    async def aclose(self) -> None:
         self._close_end()
         for end in (self._ours, self.peer):
             if end is not None:
@@ -401,7 +401,7 @@ async def test_a_device_that_stops_tells_of_bytes_that_nobody_took(rig):
     controller.on_event = events.append
     guest.send(5, bytes(4 << 20), split=65536)  # of one chain the socket takes a part
     await asyncio.sleep(0.1)
-    await controller.stop()
+    await controller.aclose()
     (lost,) = [event for event in events if isinstance(event, ev.OutputDropped)]
     assert lost.nr == 1
     assert 0 < lost.count < 4 << 20

@@ -386,13 +386,13 @@ async def test_a_session_ends_only_after_what_was_written_in_it(rig):
 async def test_what_a_closed_guest_left_is_delivered_to_the_first_who_comes(rig):
     built = await rig()
     guest, chardev = built.guest, built.port.chardev
-    chardev.close()
+    chardev.disconnect()
     guest.write(1, b"a note for later")
     guest.close_port(1)
     await guest.until(lambda: not built.port.guest_open)
     await guest.settle()
     assert not guest.completed(1)
-    chardev.open()
+    chardev.connect()
     await guest.until(lambda: len(built.protocols) == 2 and "lost" in built.last.calls)
     assert built.last.data == b"a note for later"
     assert built.last.calls == ["made", "eof", "lost"]
@@ -490,7 +490,7 @@ async def test_a_factory_may_close_its_own_end(rig):
     built = None
 
     def close_and_make():
-        built.port.chardev.close()
+        built.port.chardev.disconnect()
         return Recorder()
 
     built = await rig(factory=close_and_make, is_open=False)

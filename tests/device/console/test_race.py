@@ -55,7 +55,7 @@ class PairChardev(Chardev):
         self.ours.close()
         self.ours = None
 
-    async def stop(self) -> None:
+    async def aclose(self) -> None:
         if self.ours is not None:
             self.disconnect()
 

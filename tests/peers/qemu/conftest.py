@@ -139,7 +139,7 @@ class Shared:
 
     async def kill(self) -> None:
         if self.guest is not None:
-            await self.guest.stop()
+            await self.guest.aclose()
             self.guest = None
 
 
@@ -158,4 +158,4 @@ async def shared(
         await bench.serve(way.transport, **way.served)
         yield shared
     finally:
-        await bench.close()
+        await bench.aclose()

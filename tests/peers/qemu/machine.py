@@ -192,7 +192,7 @@ class QemuMachine:
             await self._qmp.connect(str(self.qmp_path))
         return await self._qmp.execute(command, arguments)
 
-    async def stop(self) -> None:
+    async def aclose(self) -> None:
         """Kill it. Safe to call twice."""
         if self._qmp is not None:
             with suppress(Exception):  # it may be gone already, and then it was meant to be

@@ -46,14 +46,14 @@ async def test_a_guest_reads_it_as_hwrng(tmp_path, eventually, way):
         assert len(first) == len(second) == BYTES
         assert first != second
         assert len(zlib.compress(first)) > BYTES, "random bytes cannot be compressed"
-        await machine.stop()
+        await machine.aclose()
         example.terminate()
         async with asyncio.timeout(20):
             _, said = await example.communicate()
         assert example.returncode == 0
         assert b"Traceback" not in said
     finally:
-        await machine.stop()
+        await machine.aclose()
         if example.returncode is None:
             example.kill()
             await example.communicate()

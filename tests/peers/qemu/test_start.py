@@ -40,4 +40,4 @@ async def test_qemu_starts_without_a_warning(bench_type, tmp_path, caplog, optio
         assert qemu.returncode == 0
         assert [r.getMessage() for r in caplog.records if r.levelname != "INFO"] == []
     finally:
-        await bench.close()
+        await bench.aclose()

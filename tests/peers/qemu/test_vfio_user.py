@@ -41,4 +41,4 @@ async def test_bytes_both_ways(bench_type, tmp_path, options, times):
             exchange = Exchange(stream, "/dev/vport0p1", payload, times)
             await check(guest, exchange, expected=payload.sha256(times), timeout=120)
     finally:
-        await bench.close()
+        await bench.aclose()

@@ -207,9 +207,9 @@ class EmbeddedSide:
         path = self._downloads / name
         return path.read_bytes() if path.exists() else None
 
-    async def stop(self) -> None:
+    async def aclose(self) -> None:
         await self.stop_agent()
-        await self._guest.stop()
+        await self._guest.aclose()
 
 
 class UmlSide:
@@ -275,8 +275,8 @@ class UmlSide:
         path.unlink()
         return data
 
-    async def stop(self) -> None:
-        await self._guest.stop()
+    async def aclose(self) -> None:
+        await self._guest.aclose()
 
 
 class Bench:
@@ -343,15 +343,15 @@ class Bench:
             await client.kill()
         self._clients.clear()
 
-    async def close(self) -> None:
+    async def aclose(self) -> None:
         await self.kill_clients()
         if self.guest is not None:
-            await self.guest.stop()
-        await self.backend.stop()
-        await self.controller.stop()
-        await self.server.stop()
+            await self.guest.aclose()
+        await self.backend.aclose()
+        await self.controller.aclose()
+        await self.server.aclose()
         if self.router is not None:
-            await self.router.close()
+            await self.router.aclose()
         if self._others is not None:
             self._others.close()
             await self._others.wait_closed()
@@ -367,7 +367,7 @@ async def running(
         await bench.start(kind)
         yield bench
     finally:
-        await bench.close()
+        await bench.aclose()
 
 
 @pytest.fixture(autouse=True)

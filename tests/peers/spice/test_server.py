@@ -150,7 +150,7 @@ async def test_certificates_and_ports_that_do_not_do(tmp_path, unused_port):
             await server.start()
     server = SpiceServer(SpiceOptions(tls_port=unused_port, **common))
     await server.start()
-    await server.stop()
+    await server.aclose()
 
 
 async def test_plain_clients_are_refused_where_channels_have_to_use_tls(
@@ -171,7 +171,7 @@ async def test_the_server_stops_under_a_client_and_starts_again(bench_with, time
         for _ in range(times):
             client = await bench.connect()
             await client.wait_agent()
-            await bench.server.stop()
+            await bench.server.aclose()
             await client.wait("channel-event", "MainChannel")
             await client.kill()
             # The agent is where it was; it opens its port anew for the server that comes.
@@ -222,10 +222,10 @@ class PortBench:
         return self
 
     async def __aexit__(self, *_):
-        await self.guest.stop()
-        await self.backend.stop()
-        await self.controller.stop()
-        await self.server.stop()
+        await self.guest.aclose()
+        await self.backend.aclose()
+        await self.controller.aclose()
+        await self.server.aclose()
 
     async def until_host(self, connected):
         while self.port.host_connected != connected:

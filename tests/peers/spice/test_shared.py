@@ -32,7 +32,7 @@ async def host(bench):
     await loop.create_unix_connection(host.protocol_factory, str(bench.socket))
     await host.wait_ready()
     yield host
-    await host.close()
+    await host.aclose()
 
 
 async def vring_agent(bench, *arguments):

@@ -33,7 +33,7 @@ async def bench(bench_type: type[Any], tmp_path: Path) -> AsyncIterator[Any]:
     try:
         yield bench
     finally:
-        await bench.close()
+        await bench.aclose()
 
 
 class Payload:

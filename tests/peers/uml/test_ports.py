@@ -207,7 +207,7 @@ async def test_one_guest_after_another_even_killed(bench):
         await guest.run(f"echo guest {number} >/dev/vport0p1")
         async with asyncio.timeout(10):
             assert await reader.readline() == f"guest {number}\n".encode()
-        await guest.stop()
+        await guest.aclose()
     writer.close()
     await writer.wait_closed()
 

@@ -59,7 +59,7 @@ async def test_options_as_in_the_readme(tmp_path):
             assert await process.wait() == 0
         assert os.listdir(tmp_path) == []
     finally:
-        await guest.stop()
+        await guest.aclose()
         if process.returncode is None:
             process.kill()
         await process.wait()
@@ -107,7 +107,7 @@ async def test_all_of_a_long_console_output_reaches_a_terminal(tmp_path, kind):
             assert await process.wait() == 0
             assert b"dropped" not in log
     finally:
-        await guest.stop()
+        await guest.aclose()
         if process.returncode is None:
             process.kill()
             await process.communicate()

@@ -29,7 +29,7 @@ async def desktop(bench):
     try:
         yield desktop
     finally:
-        await host.close()
+        await host.aclose()
 
 
 async def test_capabilities_resolution_and_clipboard(desktop):

@@ -139,7 +139,7 @@ def test_an_access_serves_the_queue_before_it_returns(emulator, host, kind):
         assert emulator.levels == [True, False]
         emulator.levels.clear()
     front.close()
-    host.complete(device.stop())
+    host.complete(device.aclose())
 
 
 @pytest.mark.parametrize("kind", ["pci", "mmio"])
@@ -154,7 +154,7 @@ def test_a_notification_carries_data(emulator, host, kind):
     assert emulator.take() == b"WITH DATA"
     assert front.notification_data(TRANSMITQ) == (TRANSMITQ, driver.avail_index, False)
     front.close()
-    host.complete(device.stop())
+    host.complete(device.aclose())
 
 
 def test_without_synchronous_service_only_poll_serves(emulator):
@@ -171,7 +171,7 @@ def test_without_synchronous_service_only_poll_serves(emulator):
     assert host.poll() is None
     assert emulator.take() == b"WORD"
     pci.close()
-    host.complete(device.stop())
+    host.complete(device.aclose())
     host.close()
     pci.close()
     host.close()
@@ -247,7 +247,7 @@ def test_a_descriptor_end_works_without_anybody_else_s_loop(emulator, host):
     finally:
         os.close(terminal)
     pci.close()
-    host.complete(device.stop())
+    host.complete(device.aclose())
 
 
 def test_msi_x_messages_are_what_the_guest_wrote(emulator, host):
@@ -263,7 +263,7 @@ def test_msi_x_messages_are_what_the_guest_wrote(emulator, host):
     assert (0xFEE0_0000, 0x40) in emulator.messages
     assert emulator.levels == []
     pci.close()
-    host.complete(device.stop())
+    host.complete(device.aclose())
 
 
 def test_a_function_is_found_where_the_guest_has_mapped_it(emulator, host):
@@ -281,7 +281,7 @@ def test_a_function_is_found_where_the_guest_has_mapped_it(emulator, host):
     assert pci.find(0xE010_3004, io=True) is None
     assert pci.find(0xE010_0000 + pci.bars[4].size) is None
     pci.close()
-    host.complete(device.stop())
+    host.complete(device.aclose())
 
 
 def test_the_machine_is_reset(emulator, host):
@@ -298,7 +298,7 @@ def test_the_machine_is_reset(emulator, host):
     assert emulator.take() == b"WORD", "what came before"
     assert emulator.take() == b""
     pci.close()
-    host.complete(device.stop())
+    host.complete(device.aclose())
 
 
 async def test_beside_a_loop(emulator):
@@ -312,7 +312,7 @@ async def test_beside_a_loop(emulator):
             await asyncio.sleep(0.001)
     assert emulator.take() == b"WORD"
     pci.close()
-    await device.stop()
+    await device.aclose()
 
 
 async def test_from_another_thread(emulator):
@@ -351,7 +351,7 @@ async def test_from_another_thread(emulator):
     assert words == [b"ONE", b"TWO", b"THREE"]
     assert levels[-1] is False
     pci.close()
-    await device.stop()
+    await device.aclose()
 
 
 def test_misuse_of_fronts_and_hosts_is_a_named_error(emulator, host):
@@ -364,7 +364,7 @@ def test_misuse_of_fronts_and_hosts_is_a_named_error(emulator, host):
         emulator.pci(host, device)
     pci.close()
     emulator.pci(host, device).close()  # it may have another one afterwards
-    host.complete(device.stop())
+    host.complete(device.aclose())
 
     closed = PolledHost()
     closed.close()
@@ -395,4 +395,4 @@ def test_a_driver_that_nothing_can_be_done_for_is_told_of(emulator, host, caplog
         mmio.write(0x70, mmio.read(0x70, 4) | status, 4)
     assert "the driver is ready, but no guest memory is mapped" in caplog.text
     mmio.close()
-    host.complete(device.stop())
+    host.complete(device.aclose())

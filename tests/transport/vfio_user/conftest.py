@@ -91,7 +91,7 @@ class Server:
         self.run(wait())
 
     def close(self) -> None:
-        self.run(self.server.stop())
+        self.run(self.server.aclose())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()

@@ -485,7 +485,7 @@ def test_stopping_sends_the_client_away_and_removes_the_socket(
     server: Any, client: Any, device: Any
 ) -> None:
     client.boot(0)
-    server.run(server.server.stop())
+    server.run(server.server.aclose())
     assert client.is_sent_away()
     assert not server.path.exists()
     assert device.on_config_change is None

@@ -292,8 +292,8 @@ async def test_stopping_stops_the_queues_and_removes_the_socket(
     frontend = connect()
     await frontend.negotiate(OFFERED)
     await frontend.set_up(0)
-    await backend.stop()
-    await backend.stop()
+    await backend.aclose()
+    await backend.aclose()
     assert device.told[-1] == ("stop", 0, 0)
     assert not path.exists()
     assert await frontend.is_sent_away()
@@ -342,7 +342,7 @@ async def test_connecting_to_a_frontend_that_listens(
                 with sock:
                     await loop.sock_sendall(sock, header(1, 1, 0))
                     assert (await loop.sock_recv(sock, 100))[:12] == header(1, 5, 8)
-        await backend.stop()
+        await backend.aclose()
     assert path.exists()
 
 
@@ -374,7 +374,7 @@ async def test_connecting_goes_on_after_a_lack_of_descriptors(
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     await settled(lambda: caplog.text.count("no frontend yet: No such file or directory") == 2)
-    await backend.stop()
+    await backend.aclose()
     assert caplog.text.count("no frontend yet: Too many open files") == 1
 
 

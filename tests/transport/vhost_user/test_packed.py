@@ -24,7 +24,7 @@ async def backend(device: Any, path: Path) -> AsyncIterator[VhostUserBackend]:
     served = VhostUserBackend(device, str(path), packed=True)
     await served.start()
     yield served
-    await served.stop()
+    await served.aclose()
 
 
 @pytest.fixture

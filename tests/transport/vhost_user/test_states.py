@@ -163,7 +163,7 @@ def in_a_loop(
                 await play(frontend)
             finally:
                 frontend.close()
-                await backend.stop()
+                await backend.aclose()
             assert not device.running
 
     asyncio.run(run())

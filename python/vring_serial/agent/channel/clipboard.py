@@ -198,7 +198,7 @@ class ClipboardChannel:
         for requests in self._requests.values():
             requests.clear()
 
-    async def close(self) -> None:
+    async def aclose(self) -> None:
         """End the session and the tasks that answer requests."""
         self.end_session()
         answering = list(self._answering.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING
 
 from vring_serial.agent.channel.clipboard import ANY_SIZE, ClipboardChannel
@@ -98,11 +99,12 @@ class RouterClient:
             most=ANY_SIZE,
         )
 
-    async def close(self) -> None:
+    async def aclose(self) -> None:
         """End what runs for this client."""
-        await self.clipboard.close()
-        await self._forwarding.close()
-        await self.relay.close()
+        async with contextlib.AsyncExitStack() as stack:  # each, also if this is cancelled
+            stack.push_async_callback(self.relay.aclose)
+            stack.push_async_callback(self._forwarding.aclose)
+            stack.push_async_callback(self.clipboard.aclose)
 
     # --- what the router tells it
 

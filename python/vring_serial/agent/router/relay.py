@@ -188,7 +188,7 @@ class Relay:
         if self._task is not None:
             self._task.cancel()
 
-    async def close(self) -> None:
+    async def aclose(self) -> None:
         """As ``stop``, and wait for the end of the task."""
         task = self._task
         self.stop()

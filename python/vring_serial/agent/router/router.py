@@ -25,6 +25,7 @@ which is how it knows that.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 from collections.abc import Callable
@@ -49,6 +50,7 @@ from vring_serial.agent.router.guest_files import GuestFileList, GuestFiles
 from vring_serial.agent.router.relay import DataPieces, Passing
 from vring_serial.agent.router.transfers import ClientTransfers
 from vring_serial.callbacks import tell
+from vring_serial.lifetime import Ending
 from vring_serial.proto.agent import (
     AGENT_AWAY,
     AGENT_FULL,
@@ -91,7 +93,7 @@ _ANSWERED = (MessageType.MONITORS_CONFIG, MessageType.DISPLAY_CONFIG)
 _LAYOUT = (Capability.CLIPBOARD_SELECTION, Capability.CLIPBOARD_GRAB_SERIAL)
 
 
-class AgentRouter:
+class AgentRouter(Ending):
     """Shares one agent between clients.
 
     Connect the agent's side with ``ProtocolEnd(router.protocol_factory)`` or any asyncio transport,
@@ -178,7 +180,7 @@ class AgentRouter:
         else:
             await replies.ask(None, lambda: link.send(message, ChunkPort.SERVER))
 
-    async def close(self) -> None:
+    async def aclose(self) -> None:
         """Close all connections and end what runs on them."""
         self._closed = True
         for task in self._servers:
@@ -188,11 +190,11 @@ class AgentRouter:
         clients = list(self.clients)
         for client in (*clients, *self.turned_away):
             client.link.close()
-        # Whoever is cancelled from here on has left nothing open.
-        await asyncio.gather(*self._servers, return_exceptions=True)
-        for client in clients:
-            await client.close()
-        await self.clipboard.close()
+        async with contextlib.AsyncExitStack() as stack:  # each, also if this is cancelled
+            stack.push_async_callback(self.clipboard.aclose)
+            for client in clients:
+                stack.push_async_callback(client.aclose)
+            await asyncio.gather(*self._servers, return_exceptions=True)
 
     # --- SPICE servers
 

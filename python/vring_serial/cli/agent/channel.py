@@ -61,7 +61,7 @@ class Channel:
                 raise AgentTimeoutError(text) from None
             yield agent
         finally:
-            await agent.close()
+            await agent.aclose()
 
     def run(
         self,

@@ -17,6 +17,7 @@ from vring_serial.device.console.port import Port
 from vring_serial.device.served import Discarder
 from vring_serial.device.virtqueue import RunningQueue, is_fresh
 from vring_serial.errors import LocalProtocolError, ProtocolError
+from vring_serial.lifetime import Starting
 from vring_serial.proto import control as ctl
 from vring_serial.proto.console import (
     DEVICE_ID,
@@ -42,7 +43,7 @@ DEFAULT_FEATURES = (
 )
 
 
-class Controller:
+class Controller(Starting):
     """A console device (virtio 1.3, 5.3), for any transport: see ``device.base.VirtioDevice``.
 
     All methods are for the event loop's thread.
@@ -57,7 +58,7 @@ class Controller:
 
     Attributes:
         on_event: called with everything that happens.
-        started: between :meth:`start` and :meth:`stop`.
+        started: between :meth:`start` and :meth:`aclose`.
         on_config_change, on_needs_reset: see VirtioDevice.
     """
 
@@ -175,7 +176,7 @@ class Controller:
         self._serve_unclaimed()
         self._console_changed()
         self.emit(ev.PortRemoved(nr))
-        await port.chardev.stop()
+        await port.chardev.aclose()
         await asyncio.sleep(0)  # a protocol hears of it in the loop's next turn
 
     async def start(self) -> None:
@@ -189,11 +190,11 @@ class Controller:
             for port in list(self._ports.values()):
                 await port.chardev.start()
         except BaseException:
-            await self.stop()
+            await self.aclose()
             raise
         self.started = True
 
-    async def stop(self) -> None:
+    async def aclose(self) -> None:
         """Leave all queues and stop all chardevs. Safe to call twice.
 
         All of them are stopped, also if one fails to or if this is cancelled; that is raised then.
@@ -204,7 +205,7 @@ class Controller:
             async with contextlib.AsyncExitStack() as stack:
                 for port in reversed(self._ports.values()):
                     stack.callback(port.report_residue)
-                    stack.push_async_callback(port.chardev.stop)
+                    stack.push_async_callback(port.chardev.aclose)
             await asyncio.sleep(0)  # as in remove_port
         finally:
             self._close_pump()

@@ -26,6 +26,7 @@ from vring_serial.device.registers.driver_registers import DriverRegisters
 from vring_serial.device.registers.host import Host, LoopThread
 from vring_serial.device.registers.interrupts import InterruptSink
 from vring_serial.errors import ConfigError
+from vring_serial.lifetime import Closing
 from vring_serial.proto.virtio import VENDOR_ID
 
 #: Transitional PCI device ids by device type (4.1.2.1).
@@ -67,7 +68,7 @@ class NotifyOffset:
     size: int
 
 
-class PciDevice:
+class PciDevice(Closing):
     """The registers of one PCI function that has a virtio device behind them.
 
     Accesses have any offset and size; values are numbers, their bytes little-endian. Where nothing

@@ -14,6 +14,7 @@ from vring_serial.device.registers.driver_registers import DriverRegisters
 from vring_serial.device.registers.host import Host, LoopThread
 from vring_serial.device.registers.interrupts import Event, EventStatus
 from vring_serial.errors import ConfigError
+from vring_serial.lifetime import Closing
 from vring_serial.proto.virtio import MMIO_MAGIC, VENDOR_ID
 from vring_serial.ratelimit import RateLimitedLog
 
@@ -25,7 +26,7 @@ _SIZE_MIN = 0x200
 _ONES = 0xFFFFFFFF
 
 
-class MmioDevice:
+class MmioDevice(Closing):
     """The registers of one virtio-mmio device.
 
     Accesses have any offset and size; values are numbers, their bytes little-endian. Where nothing

@@ -15,6 +15,7 @@ from vring_serial.device.pci import Bar, PciDevice
 from vring_serial.device.registers.host import Host
 from vring_serial.device.registers.mmio import MmioDevice
 from vring_serial.errors import LocalProtocolError
+from vring_serial.lifetime import Closing
 from vring_serial.ratelimit import RateLimitedLog
 from vring_serial.transport.inprocess.hosts import LoopHost, PolledHost
 
@@ -51,7 +52,7 @@ class Window:
         self.write = write
 
 
-class InProcessPci:
+class InProcessPci(Closing):
     """A PCI function for an emulator that has a PCI bus.
 
     The emulator gives the function a place on its bus, hands accesses to configuration space to
@@ -144,7 +145,7 @@ class InProcessPci:
             self._host.run(self._function.close)
 
 
-class InProcessMmio(Window):
+class InProcessMmio(Window, Closing):
     """A virtio-mmio device for an emulator without a PCI bus: one window.
 
     Args:

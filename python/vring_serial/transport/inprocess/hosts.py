@@ -10,6 +10,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from vring_serial.errors import LocalProtocolError
+from vring_serial.lifetime import Closing
 
 T = TypeVar("T")
 
@@ -17,7 +18,7 @@ T = TypeVar("T")
 POLL_TURNS = 64
 
 
-class PolledHost:
+class PolledHost(Closing):
     """For emulators without asyncio: a loop that runs only while one of these methods does.
 
     Nothing happens in the background but the pump's copying. The emulator calls :meth:`poll` when

@@ -12,6 +12,7 @@ from vring_serial.callbacks import tell
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.pci import PciDevice
 from vring_serial.errors import LocalProtocolError
+from vring_serial.lifetime import Starting
 from vring_serial.ratelimit import RateLimitedLog
 from vring_serial.transport.door import (
     DESCRIPTORS_PER_QUEUE,
@@ -26,7 +27,7 @@ from vring_serial.transport.vfio_user.session import Session
 log = logging.getLogger(__name__)
 
 
-class VfioUserServer:
+class VfioUserServer(Starting):
     """Serves ``controller`` as a PCI function on the unix socket ``path``.
 
     One client at a time; the next one waits in the backlog until the first has gone. Whatever a
@@ -101,7 +102,7 @@ class VfioUserServer:
         if self._pci is None:
             self._pci = self._make_pci()
 
-    async def stop(self) -> None:
+    async def aclose(self) -> None:
         """Send the client away, remove the socket and leave the device. Safe to call twice."""
         self._started = False
         self._door.close()

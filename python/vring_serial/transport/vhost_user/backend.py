@@ -11,6 +11,7 @@ from vring.errors import RingError
 from vring_serial.callbacks import tell
 from vring_serial.device.base import VirtioDevice, check_unserved
 from vring_serial.errors import ConfigError, LocalProtocolError, ResourceError
+from vring_serial.lifetime import Starting
 from vring_serial.proto.vhost_user import ProtocolFeature
 from vring_serial.ratelimit import RateLimitedLog
 from vring_serial.transport.door import (
@@ -38,7 +39,7 @@ PROTOCOL_FEATURES = (
 MAX_QUEUES = 256
 
 
-class VhostUserBackend:
+class VhostUserBackend(Starting):
     """Serves ``controller`` on the unix socket ``path``.
 
     One frontend at a time; the next one waits in the backlog until the first has gone. Whatever a
@@ -117,7 +118,7 @@ class VhostUserBackend:
         self._device.on_config_change = self._config_changed
         self._device.on_needs_reset = self._ring_broken
 
-    async def stop(self) -> None:
+    async def aclose(self) -> None:
         """Send the frontend away and remove the socket. Safe to call twice."""
         if not self._started:
             return
