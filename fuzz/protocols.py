@@ -119,7 +119,7 @@ def control(data: bytes) -> None:
         if event & 0x80:
             message = body
         for side in (device, driver):
-            for answer in side.receive_data(message + body):
+            for answer in side.receive_message(message + body):
                 if isinstance(answer, events.PortAdded):
                     driver.port_ready(answer.nr, not nr & 16)
             assert len(side.outbox) <= Outbox.MAX_PER_ID * (PORTS + 1)
@@ -171,7 +171,7 @@ def vhost(data: bytes) -> None:
             struct.pack("<III", kind % 48, 1 | flags & 8, len(body)) + body
             for kind, flags, body in records(stream)
         )
-    socket_messages(lambda: vhost_user.MessageParser(kinds), stream)
+    socket_messages(lambda: vhost_user.VhostUserParser(kinds), stream)
 
 
 def vfio(data: bytes) -> None:
@@ -183,7 +183,7 @@ def vfio(data: bytes) -> None:
             struct.pack("<HHIII", nr, kind % 20, 16 + len(body), nr & 0x31, 0) + body
             for kind, nr, body in records(stream)
         )
-    socket_messages(vfio_user.MessageParser, stream)
+    socket_messages(vfio_user.VfioUserParser, stream)
 
 
 # --- what a user writes

@@ -25,8 +25,8 @@ from vring_serial.chardev.null import NullChardev
 from vring_serial.device.console.controller import Controller
 from vring_serial.device.console.port import Port
 from vring_serial.device.pci import PciDevice
-from vring_serial.proto.payload import Payload
-from vring_serial.proto.vfio_user import MessageParser, reply, request
+from vring_serial.proto.framing import Payload
+from vring_serial.proto.vfio_user import VfioUserParser, reply, request
 from vring_serial.proto.vfio_user_version import Version
 from vring_serial.proto.vfio_user_wire import (
     Command,
@@ -157,7 +157,7 @@ class Client:
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
-        self.parser = MessageParser()
+        self.parser = VfioUserParser()
         self.memfd = os.memfd_create("fuzz", os.MFD_CLOEXEC)
         os.ftruncate(self.memfd, MEMORY)
         for queue in range(4):
@@ -237,7 +237,7 @@ async def _next_client_works(pci: PciDevice, rings: RemoteRings) -> None:
     with theirs:
         theirs.sendall(request(Command.VERSION, 1, Version()))
         theirs.sendall(request(Command.REGION_READ, 2, RegionRead(0, 7, 4)))
-        parser = MessageParser()
+        parser = VfioUserParser()
         found: list[bytes] = []
         async with asyncio.timeout(5):
             while len(found) < 2:

@@ -227,8 +227,8 @@ class Guest:
         if CONTROL_RECEIVEQ in self.rings:
             received = self.collect(CONTROL_RECEIVEQ)
             for data in received:
-                self.messages.append(ControlMessage.unpack_from(data))
-                for event in self.control.receive_data(data):
+                self.messages.append(ControlMessage.unpack(data))
+                for event in self.control.receive_message(data):
                     if isinstance(event, PortAdded):
                         self.give_buffers(queues_of_port(event.nr)[0])
                         self.control.port_ready(event.nr)

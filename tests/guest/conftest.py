@@ -75,7 +75,7 @@ class ScriptedBackend:
         self.script: dict[vu.Request, bytes | None] = {}
         self.refuse: set[vu.Request] = set()
         self.lost: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
-        self.channel = Channel(sock, vu.MessageParser(vu.Request), self._message, self._lose)
+        self.channel = Channel(sock, vu.VhostUserParser(vu.Request), self._message, self._lose)
 
     def _lose(self, error: Exception | None) -> None:
         self.lost.set_result(error)
@@ -207,7 +207,7 @@ class ScriptedDevice:
 
     async def next_control(self) -> tuple[int, int, int]:
         """(id, event, value) of the driver's next control message."""
-        message = ControlMessage.unpack_from(await self.receive(CONTROL_TRANSMITQ))
+        message = ControlMessage.unpack(await self.receive(CONTROL_TRANSMITQ))
         assert message.payload == b""
         return message.id, message.event, message.value
 

@@ -141,7 +141,7 @@ async def test_a_request_that_is_cancelled_in_the_middle_of_its_bytes(
         await asyncio.sleep(0)
     await cancel(calling)
     telling = asyncio.ensure_future(frontend.tell(vu.Request.SET_OWNER))
-    parser = vu.MessageParser(vu.Request)
+    parser = vu.VhostUserParser(vu.Request)
     seen: list[str] = []
     async with asyncio.timeout(5):
         while len(seen) < 2:

@@ -221,7 +221,7 @@ async def test_the_backend_channel(scripted, frontend: Frontend, until) -> None:
         refused = vu.request(vu.BackendRequest.VRING_ERR, vu.VringState(1), need_reply=True)
         unknown = vu.Header(999, 9, 0).pack()
         await loop.sock_sendall(channel, ask + refused + unknown)
-        parser = vu.MessageParser(vu.BackendRequest, replies=True)
+        parser = vu.VhostUserParser(vu.BackendRequest, replies=True)
         answers: list[int] = []
         while len(answers) < 3:
             parser.receive_data(await loop.sock_recv(channel, 4096))

@@ -37,7 +37,7 @@ E = ControlEvent
 def drain(outbox: Outbox) -> list[ControlMessage]:
     messages = []
     while (data := outbox.peek()) is not None:
-        messages.append(ControlMessage.unpack_from(data))
+        messages.append(ControlMessage.unpack(data))
         outbox.sent()
     return messages
 
@@ -65,25 +65,25 @@ def test_the_sequence_of_linux_at_boot():
     device.set_host_open(1, True)
     device.set_size(0, 80, 25)
     assert not device.outbox
-    assert device.receive_data(said(NO_PORT, E.DEVICE_READY)) == [PeerReady(True)]
+    assert device.receive_message(said(NO_PORT, E.DEVICE_READY)) == [PeerReady(True)]
     assert drain(device.outbox) == [
         ControlMessage(0, E.PORT_ADD, 1),
         ControlMessage(1, E.PORT_ADD, 1),
     ]
-    assert device.receive_data(said(0, E.PORT_READY)) == [PortReady(0, True)]
+    assert device.receive_message(said(0, E.PORT_READY)) == [PortReady(0, True)]
     assert drain(device.outbox) == [
         ControlMessage(0, E.CONSOLE_PORT, 1),
         ControlMessage(0, E.PORT_NAME, 1, b"org.test.0"),
         ControlMessage(0, E.RESIZE, 0, Size(80, 25).pack()),
     ]
-    assert device.receive_data(said(0, E.PORT_OPEN)) == [PortOpened(0)]
-    assert device.receive_data(said(1, E.PORT_READY)) == [PortReady(1, True)]
+    assert device.receive_message(said(0, E.PORT_OPEN)) == [PortOpened(0)]
+    assert device.receive_message(said(1, E.PORT_READY)) == [PortReady(1, True)]
     assert drain(device.outbox) == [
         ControlMessage(1, E.PORT_NAME, 1, b"org.test.1"),
         ControlMessage(1, E.PORT_OPEN, 1),
     ]
-    assert device.receive_data(said(1, E.PORT_OPEN)) == [PortOpened(1)]
-    assert device.receive_data(said(1, E.PORT_OPEN, 0)) == [PortClosed(1)]
+    assert device.receive_message(said(1, E.PORT_OPEN)) == [PortOpened(1)]
+    assert device.receive_message(said(1, E.PORT_OPEN, 0)) == [PortClosed(1)]
     assert device.state(1) is PortState.CLOSED
     assert not device.outbox
 
@@ -92,17 +92,17 @@ def test_linux_resuming_is_answered_with_the_host_ends_state_though_it_says_no_d
     device = device_with(1, 2)
     device.set_host_open(1, True)
     device.set_host_open(2, True)
-    device.receive_data(said(NO_PORT, E.DEVICE_READY))
-    device.receive_data(said(1, E.PORT_READY))
-    device.receive_data(said(1, E.PORT_OPEN))
+    device.receive_message(said(NO_PORT, E.DEVICE_READY))
+    device.receive_message(said(1, E.PORT_READY))
+    device.receive_message(said(1, E.PORT_OPEN))
     assert device.reset() == [PortClosed(1)]
     assert not device.driver_ready
-    assert device.receive_data(said(1, E.PORT_READY)) == [PortReady(1, True)]
+    assert device.receive_message(said(1, E.PORT_READY)) == [PortReady(1, True)]
     assert ControlMessage(1, E.PORT_OPEN, 1) in drain(device.outbox)
-    assert device.receive_data(said(1, E.PORT_OPEN)) == [PortOpened(1)]
+    assert device.receive_message(said(1, E.PORT_OPEN)) == [PortOpened(1)]
     assert device.driver_ready
     # and some say only that the port is open
-    assert device.receive_data(said(2, E.PORT_OPEN)) == [PortOpened(2)]
+    assert device.receive_message(said(2, E.PORT_OPEN)) == [PortOpened(2)]
     assert drain(device.outbox) == [ControlMessage(2, E.PORT_OPEN, 1)]
     # a port added later is announced to it
     device.add_port(3)
@@ -113,34 +113,34 @@ def test_windows_repeats_itself_at_every_power_up():
     device = device_with(1)
     device.set_host_open(1, True)
     for power_up in range(3):
-        events = device.receive_data(said(NO_PORT, E.DEVICE_READY))
+        events = device.receive_message(said(NO_PORT, E.DEVICE_READY))
         assert events == [PeerReady(True)]
-        assert device.receive_data(said(1, E.PORT_READY)) == [PortReady(1, True)]
-        assert device.receive_data(said(1, E.PORT_OPEN)) == [PortOpened(1)]
+        assert device.receive_message(said(1, E.PORT_READY)) == [PortReady(1, True)]
+        assert device.receive_message(said(1, E.PORT_OPEN)) == [PortOpened(1)]
         assert drain(device.outbox) == [
             ControlMessage(1, E.PORT_ADD, 1),
             ControlMessage(1, E.PORT_NAME, 1, b"org.test.1"),
             ControlMessage(1, E.PORT_OPEN, 1),
         ], power_up
-        assert device.receive_data(said(1, E.PORT_OPEN, 0)) == [PortClosed(1)]
+        assert device.receive_message(said(1, E.PORT_OPEN, 0)) == [PortClosed(1)]
 
 
 def test_a_second_device_ready_closes_what_was_open():
     device = device_with(1)
-    device.receive_data(said(NO_PORT, E.DEVICE_READY))
-    device.receive_data(said(1, E.PORT_READY))
-    device.receive_data(said(1, E.PORT_OPEN))
-    assert device.receive_data(said(NO_PORT, E.DEVICE_READY)) == [PeerReady(True), PortClosed(1)]
+    device.receive_message(said(NO_PORT, E.DEVICE_READY))
+    device.receive_message(said(1, E.PORT_READY))
+    device.receive_message(said(1, E.PORT_OPEN))
+    assert device.receive_message(said(NO_PORT, E.DEVICE_READY)) == [PeerReady(True), PortClosed(1)]
     assert device.state(1) is PortState.ADDED
 
 
 def test_a_driver_that_failed_hears_of_nothing():
     device = device_with(1)
-    assert device.receive_data(said(NO_PORT, E.DEVICE_READY, 0)) == [PeerReady(False)]
+    assert device.receive_message(said(NO_PORT, E.DEVICE_READY, 0)) == [PeerReady(False)]
     device.add_port(2)
     assert not device.outbox
-    device.receive_data(said(NO_PORT, E.DEVICE_READY))
-    assert device.receive_data(said(2, E.PORT_READY, 0)) == [PortReady(2, False)]
+    device.receive_message(said(NO_PORT, E.DEVICE_READY))
+    assert device.receive_message(said(2, E.PORT_READY, 0)) == [PortReady(2, False)]
     drain(device.outbox)
     device.set_host_open(2, True)
     assert not device.outbox
@@ -159,12 +159,12 @@ def test_a_driver_that_failed_hears_of_nothing():
 )
 def test_what_makes_no_sense_is_refused_and_everything_else_goes_on(data, why):
     device = device_with(1)
-    (event,) = device.receive_data(data)
+    (event,) = device.receive_message(data)
     assert isinstance(event, Refused)
     assert why in event.why
     assert not device.outbox
-    device.receive_data(said(NO_PORT, E.DEVICE_READY))
-    assert device.receive_data(said(1, E.PORT_READY) + b"more") == [PortReady(1, True)]
+    device.receive_message(said(NO_PORT, E.DEVICE_READY))
+    assert device.receive_message(said(1, E.PORT_READY) + b"more") == [PortReady(1, True)]
 
 
 def test_names_and_numbers_of_ports_are_checked():
@@ -184,20 +184,20 @@ def test_names_and_numbers_of_ports_are_checked():
 
 def test_a_number_is_used_again_after_the_removal_was_announced():
     device = device_with(1)
-    device.receive_data(said(NO_PORT, E.DEVICE_READY))
+    device.receive_message(said(NO_PORT, E.DEVICE_READY))
     drain(device.outbox)
-    device.receive_data(said(1, E.PORT_READY))
-    device.receive_data(said(1, E.PORT_OPEN))
+    device.receive_message(said(1, E.PORT_READY))
+    device.receive_message(said(1, E.PORT_OPEN))
     device.remove_port(1)
     device.add_port(1, b"another")
     # what the driver still says about the first port is not about the second
-    (event,) = device.receive_data(said(1, E.PORT_OPEN))
+    (event,) = device.receive_message(said(1, E.PORT_OPEN))
     assert isinstance(event, Refused)
     assert drain(device.outbox) == [
         ControlMessage(1, E.PORT_REMOVE, 1),
         ControlMessage(1, E.PORT_ADD, 1),
     ]
-    assert device.receive_data(said(1, E.PORT_READY)) == [PortReady(1, True)]
+    assert device.receive_message(said(1, E.PORT_READY)) == [PortReady(1, True)]
     assert drain(device.outbox) == [ControlMessage(1, E.PORT_NAME, 1, b"another")]
 
 
@@ -205,21 +205,21 @@ def test_a_port_that_the_driver_never_heard_of_goes_without_a_word():
     device = device_with(1)
     device.remove_port(1)
     device.add_port(1)
-    device.receive_data(said(NO_PORT, E.DEVICE_READY))
+    device.receive_message(said(NO_PORT, E.DEVICE_READY))
     device.remove_port(1)
     assert not device.outbox
     # but one that it knew before it repeated itself
     device.add_port(2)
     drain(device.outbox)
-    device.receive_data(said(NO_PORT, E.DEVICE_READY))
+    device.receive_message(said(NO_PORT, E.DEVICE_READY))
     device.remove_port(2)
     assert drain(device.outbox) == [ControlMessage(2, E.PORT_REMOVE, 1)]
 
 
 def test_toggles_collapse_to_the_last_two():
     device = device_with(1)
-    device.receive_data(said(NO_PORT, E.DEVICE_READY))
-    device.receive_data(said(1, E.PORT_READY))
+    device.receive_message(said(NO_PORT, E.DEVICE_READY))
+    device.receive_message(said(1, E.PORT_READY))
     drain(device.outbox)
     for is_open in (True, False, True):
         device.set_host_open(1, is_open)
@@ -231,9 +231,9 @@ def test_toggles_collapse_to_the_last_two():
 
 def test_sizes_that_nobody_saw_are_not_sent():
     device = device_with(0, 1, console=True)
-    device.receive_data(said(NO_PORT, E.DEVICE_READY))
-    device.receive_data(said(0, E.PORT_READY))
-    device.receive_data(said(1, E.PORT_READY))
+    device.receive_message(said(NO_PORT, E.DEVICE_READY))
+    device.receive_message(said(0, E.PORT_READY))
+    device.receive_message(said(1, E.PORT_READY))
     drain(device.outbox)
     device.set_size(1, 80, 25)  # no console
     for cols in range(100, 200):
@@ -246,7 +246,7 @@ def test_sizes_that_nobody_saw_are_not_sent():
 def test_no_bytes_make_the_device_fail(messages):
     device = device_with(0, 1, 2, console=True)
     for message in messages:
-        device.receive_data(message)
+        device.receive_message(message)
     assert len(device.outbox) <= 3 * Outbox.MAX_PER_ID
 
 
@@ -271,7 +271,7 @@ class DeviceMachine(RuleBasedStateMachine):
             data = self.device.outbox.peek()
             if data is None:
                 return
-            message = ControlMessage.unpack_from(data)
+            message = ControlMessage.unpack(data)
             self.device.outbox.sent()
             match message.event:
                 case E.PORT_ADD:
@@ -311,16 +311,16 @@ class DeviceMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.known)
     def driver_speaks(self, event: ControlEvent, value: int) -> None:
         for nr in self.known:
-            self.device.receive_data(said(nr, event, value))
+            self.device.receive_message(said(nr, event, value))
 
     @rule(id=st.integers(3, 0xFFFFFFFF), event=st.integers(0, 0xFFFF), value=st.integers(0, 3))
     def driver_raves(self, id: int, event: int, value: int) -> None:
         if event != E.DEVICE_READY:
-            self.device.receive_data(said(id, event, value))
+            self.device.receive_message(said(id, event, value))
 
     @rule()
     def driver_starts(self) -> None:
-        self.device.receive_data(said(NO_PORT, E.DEVICE_READY))
+        self.device.receive_message(said(NO_PORT, E.DEVICE_READY))
 
     @rule()
     def driver_resets(self) -> None:
@@ -349,12 +349,12 @@ class DeviceMachine(RuleBasedStateMachine):
 def test_a_close_that_waited_when_the_driver_repeated_itself_is_not_lost():
     device = device_with(1)
     device.set_host_open(1, True)
-    device.receive_data(said(NO_PORT, E.DEVICE_READY))
-    device.receive_data(said(1, E.PORT_READY))
+    device.receive_message(said(NO_PORT, E.DEVICE_READY))
+    device.receive_message(said(1, E.PORT_READY))
     drain(device.outbox)
     device.set_host_open(1, False)
-    device.receive_data(said(NO_PORT, E.DEVICE_READY))
-    device.receive_data(said(1, E.PORT_READY))
+    device.receive_message(said(NO_PORT, E.DEVICE_READY))
+    device.receive_message(said(1, E.PORT_READY))
     assert drain(device.outbox)[-1] == ControlMessage(1, E.PORT_OPEN, 0)
 
 
@@ -371,7 +371,7 @@ def sent_by_driver(driver: ControlDriver) -> list[tuple[int, int, int]]:
 
 def driver_with_port(nr: int = 1) -> ControlDriver:
     driver = ControlDriver(8)
-    driver.receive_data(said(nr, E.PORT_ADD))
+    driver.receive_message(said(nr, E.PORT_ADD))
     driver.port_ready(nr)
     drain(driver.outbox)
     return driver
@@ -380,12 +380,12 @@ def driver_with_port(nr: int = 1) -> ControlDriver:
 def test_the_driver_says_what_linux_says():
     driver = ControlDriver(2)
     driver.start()
-    assert driver.receive_data(said(1, E.PORT_ADD)) == [PortAdded(1)]
+    assert driver.receive_message(said(1, E.PORT_ADD)) == [PortAdded(1)]
     driver.port_ready(1)
-    assert driver.receive_data(ControlMessage(1, E.PORT_NAME, 1, b"org.x\0").pack()) == [
+    assert driver.receive_message(ControlMessage(1, E.PORT_NAME, 1, b"org.x\0").pack()) == [
         PortNamed(1, b"org.x")
     ]
-    assert driver.receive_data(said(1, E.PORT_OPEN)) == [PortOpened(1)]
+    assert driver.receive_message(said(1, E.PORT_OPEN)) == [PortOpened(1)]
     driver.open(1)
     driver.close(1)
     assert sent_by_driver(driver) == [
@@ -395,34 +395,34 @@ def test_the_driver_says_what_linux_says():
         (1, E.PORT_OPEN, 0),
     ]
     # the first name wins, as with Linux
-    assert driver.receive_data(ControlMessage(1, E.PORT_NAME, 1, b"later").pack()) == []
+    assert driver.receive_message(ControlMessage(1, E.PORT_NAME, 1, b"later").pack()) == []
     assert driver.ports[1].name == b"org.x"
-    assert driver.receive_data(said(1, E.PORT_OPEN)) == []
-    assert driver.receive_data(said(1, E.PORT_OPEN, 0)) == [PortClosed(1)]
+    assert driver.receive_message(said(1, E.PORT_OPEN)) == []
+    assert driver.receive_message(said(1, E.PORT_OPEN, 0)) == [PortClosed(1)]
 
 
 def test_the_driver_answers_a_repeated_port_add_with_port_ready():
     driver = driver_with_port()
-    assert driver.receive_data(said(1, E.PORT_ADD)) == []
+    assert driver.receive_message(said(1, E.PORT_ADD)) == []
     assert sent_by_driver(driver) == [(1, E.PORT_READY, 1)]
 
 
 def test_a_console_is_opened_by_the_driver_itself_and_follows_sizes():
     driver = driver_with_port(0)
     size = ControlMessage(0, E.RESIZE, 0, Size(132, 43).pack()).pack()
-    assert driver.receive_data(size) == []  # no console yet
-    assert driver.receive_data(said(0, E.CONSOLE_PORT)) == [PortIsConsole(0)]
-    assert driver.receive_data(said(0, E.CONSOLE_PORT)) == []
+    assert driver.receive_message(size) == []  # no console yet
+    assert driver.receive_message(said(0, E.CONSOLE_PORT)) == [PortIsConsole(0)]
+    assert driver.receive_message(said(0, E.CONSOLE_PORT)) == []
     assert sent_by_driver(driver) == [(0, E.PORT_OPEN, 1)]
-    assert driver.receive_data(size) == [PortResized(0, 132, 43)]
-    (event,) = driver.receive_data(size[:-1])
+    assert driver.receive_message(size) == [PortResized(0, 132, 43)]
+    (event,) = driver.receive_message(size[:-1])
     assert isinstance(event, Refused)
 
 
 def test_a_removed_port_is_forgotten_with_what_waited_about_it():
     driver = driver_with_port()
     driver.open(1)
-    assert driver.receive_data(said(1, E.PORT_REMOVE)) == [PortRemoved(1)]
+    assert driver.receive_message(said(1, E.PORT_REMOVE)) == [PortRemoved(1)]
     assert not driver.outbox
     assert not driver.ports
     with pytest.raises(LocalProtocolError, match="CLOSE while it is ABSENT"):
@@ -431,7 +431,7 @@ def test_a_removed_port_is_forgotten_with_what_waited_about_it():
 
 def test_a_port_that_cannot_be_set_up_is_refused_to_the_device():
     driver = ControlDriver(8)
-    driver.receive_data(said(1, E.PORT_ADD))
+    driver.receive_message(said(1, E.PORT_ADD))
     driver.port_ready(1, False)
     assert sent_by_driver(driver) == [(1, E.PORT_READY, 0)]
     assert not driver.ports
@@ -439,10 +439,10 @@ def test_a_port_that_cannot_be_set_up_is_refused_to_the_device():
 
 def test_the_driver_resumes_as_linux():
     driver = driver_with_port()
-    driver.receive_data(said(2, E.PORT_ADD))
+    driver.receive_message(said(2, E.PORT_ADD))
     driver.port_ready(2)
     driver.open(2)
-    driver.receive_data(said(1, E.PORT_OPEN))
+    driver.receive_message(said(1, E.PORT_OPEN))
     drain(driver.outbox)
     driver.resume()
     assert sent_by_driver(driver) == [
@@ -450,7 +450,7 @@ def test_the_driver_resumes_as_linux():
         (2, E.PORT_READY, 1),
         (2, E.PORT_OPEN, 1),
     ]
-    assert driver.receive_data(said(1, E.PORT_OPEN)) == [PortOpened(1)]
+    assert driver.receive_message(said(1, E.PORT_OPEN)) == [PortOpened(1)]
 
 
 @pytest.mark.parametrize(
@@ -465,15 +465,15 @@ def test_the_driver_resumes_as_linux():
 )
 def test_what_a_device_may_not_say_is_refused(data, why):
     driver = driver_with_port()
-    (event,) = driver.receive_data(data)
+    (event,) = driver.receive_message(data)
     assert isinstance(event, Refused)
     assert why in event.why
 
 
 def test_messages_between_port_add_and_its_answer_are_refused():
     driver = ControlDriver(8)
-    driver.receive_data(said(1, E.PORT_ADD))
-    (event,) = driver.receive_data(said(1, E.CONSOLE_PORT))
+    driver.receive_message(said(1, E.PORT_ADD))
+    (event,) = driver.receive_message(said(1, E.CONSOLE_PORT))
     assert isinstance(event, Refused)
     assert not driver.ports[1].console
 
@@ -506,13 +506,13 @@ def test_driver_and_device_agree_after_any_quarrel(messages):
     """A device's words, distorted by strangers, never break the driver, nor fill its memory."""
     driver = ControlDriver(3)
     for message in messages:
-        for event in driver.receive_data(message.pack()):
+        for event in driver.receive_message(message.pack()):
             if isinstance(event, PortAdded):
                 driver.port_ready(event.nr)
     assert len(driver.outbox) <= 3 * Outbox.MAX_PER_ID
     device = device_with(0, 1, 2, max_ports=3)
     for nr in list(driver.ports):
-        driver.receive_data(said(nr, E.PORT_REMOVE))
+        driver.receive_message(said(nr, E.PORT_REMOVE))
     driver.outbox.clear()
     driver.start()
     exchange(device, driver)
@@ -526,9 +526,9 @@ def exchange(device: ControlDevice, driver: ControlDriver) -> None:
     """Carry messages both ways until both are silent."""
     while device.outbox or driver.outbox:
         for message in drain(driver.outbox):
-            assert not any(isinstance(e, Refused) for e in device.receive_data(message.pack()))
+            assert not any(isinstance(e, Refused) for e in device.receive_message(message.pack()))
         for message in drain(device.outbox):
-            for event in driver.receive_data(message.pack()):
+            for event in driver.receive_message(message.pack()):
                 assert not isinstance(event, Refused)
                 if isinstance(event, PortAdded):
                     driver.port_ready(event.nr)

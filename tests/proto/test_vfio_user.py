@@ -10,15 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vring_serial.errors import LocalProtocolError
-from vring_serial.proto.payload import MAX_FDS, Empty, Payload
+from vring_serial.errors import LocalProtocolError, ProtocolError
+from vring_serial.proto.framing import MAX_FDS, Empty, Payload
 from vring_serial.proto.vfio_user import (
     MAX_PAYLOAD,
     SHAPES,
     FramingError,
     Message,
-    MessageParser,
     VfioUserError,
+    VfioUserParser,
     error_reply,
     reply,
     request,
@@ -98,10 +98,10 @@ def test_any_other_length_is_refused(payload: Payload) -> None:
     if isinstance(payload, (DmaAccess, Version)):
         wire = wire[: kind.STRUCT.size]
     else:
-        with pytest.raises(ValueError, match=r"payload of|unknown|no region"):
+        with pytest.raises(ProtocolError, match=r"payload of|unknown|no region"):
             kind.unpack(wire + b"\0")
     for length in range(len(wire)):
-        with pytest.raises(ValueError, match="payload of"):
+        with pytest.raises(ProtocolError, match="payload of"):
             kind.unpack(wire[:length])
 
 
@@ -109,7 +109,7 @@ def test_header() -> None:
     data = request(Command.DMA_MAP, 0x1234, DmaMap(3, 0, 0, 4096))
     assert data[:16] == struct.pack("=HHIII", 0x1234, 2, 48, 0, 0)
     posted = request(Command.REGION_WRITE, 1, RegionAccess(0, 4, 1, b"x"), no_reply=True)
-    assert Header.unpack_from(posted).flags == HeaderFlag.NO_REPLY
+    assert Header.unpack(posted[: Header.SIZE]).flags == HeaderFlag.NO_REPLY
     assert reply(Command.DEVICE_RESET, 9) == struct.pack("=HHIII", 9, 13, 16, 1, 0)
     failed = error_reply(Command.DMA_MAP, 9, errno.EEXIST)
     assert failed == struct.pack("=HHIII", 9, 2, 16, 0x21, errno.EEXIST)
@@ -164,7 +164,7 @@ def test_what_is_common_is_a_subset_and_no_longer(numbers: dict[str, int]) -> No
 
 @given(st.binary(max_size=200))
 def test_any_bytes_as_version_are_decoded_or_refused(data: bytes) -> None:
-    with suppress(ValueError):
+    with suppress(ProtocolError):
         assert isinstance(Version.unpack(data), Version)
 
 
@@ -180,7 +180,7 @@ STREAM = [
 ]
 
 
-def messages_of(parser: MessageParser) -> list[Message]:
+def messages_of(parser: VfioUserParser) -> list[Message]:
     found = []
     while (message := parser.next_message()) is not None:
         found.append(message)
@@ -190,7 +190,7 @@ def messages_of(parser: MessageParser) -> list[Message]:
 @pytest.mark.parametrize("step", [1, 2, 15, 16, 17, 1000])
 def test_split_anywhere(step: int) -> None:
     """A read ends with the first piece that has descriptors; they come with its last byte."""
-    parser = MessageParser()
+    parser = VfioUserParser()
     found = []
     for data, fds in STREAM:
         for at in range(0, len(data), step):
@@ -205,7 +205,7 @@ def test_split_anywhere(step: int) -> None:
 
 
 def test_all_at_once_between_descriptors() -> None:
-    parser = MessageParser()
+    parser = VfioUserParser()
     head = b"".join(data for data, _ in STREAM[:1])
     parser.receive_data(head + STREAM[1][0][:5], (10,))
     parser.receive_data(STREAM[1][0][5:] + STREAM[2][0] + STREAM[3][0][:1], (11, 12, 13))
@@ -214,7 +214,7 @@ def test_all_at_once_between_descriptors() -> None:
 
 
 def test_descriptors_of_a_stream_that_ends_early_come_back() -> None:
-    parser = MessageParser()
+    parser = VfioUserParser()
     parser.receive_data(STREAM[3][0][:20], (11, 12, 13))
     assert parser.next_message() is None
     assert parser.take_fds() == (11, 12, 13)
@@ -223,7 +223,7 @@ def test_descriptors_of_a_stream_that_ends_early_come_back() -> None:
 
 def test_descriptors_without_a_byte() -> None:
     with pytest.raises(LocalProtocolError):
-        MessageParser().receive_data(b"", (3,))
+        VfioUserParser().receive_data(b"", (3,))
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_descriptors_without_a_byte() -> None:
     ],
 )
 def test_a_header_that_cannot_be_believed(header: Header, fds: tuple[int, ...], cause: str) -> None:
-    parser = MessageParser()
+    parser = VfioUserParser()
     parser.receive_data(header.pack(), fds)
     for _ in range(2):
         with pytest.raises(FramingError, match=cause):
@@ -248,7 +248,7 @@ def test_a_header_that_cannot_be_believed(header: Header, fds: tuple[int, ...], 
 
 
 def test_the_largest_message_is_taken() -> None:
-    parser = MessageParser()
+    parser = VfioUserParser()
     data = request(Command.DMA_WRITE, 1, DmaAccess(0, 1 << 20, bytes(1 << 20)))
     parser.receive_data(data)
     (message,) = messages_of(parser)
@@ -260,7 +260,7 @@ def test_any_bytes_are_messages_or_an_error(data: bytes, step: int) -> None:
     """Whole and in pieces, with the same outcome."""
 
     def outcome(step: int) -> tuple[list[Message], str]:
-        parser = MessageParser()
+        parser = VfioUserParser()
         found: list[Message] = []
         try:
             for at in range(0, len(data), step):

@@ -22,12 +22,12 @@ from vring_serial.proto.vhost_user import (
     MemoryRegion,
     MemoryTable,
     Message,
-    MessageParser,
     Payload,
     ProtocolFeature,
     Request,
     SingleRegion,
     VhostUserError,
+    VhostUserParser,
     VringAddress,
     VringDescriptor,
     VringState,
@@ -98,7 +98,7 @@ STREAM = [
 
 
 def parse_all(chunks: list[tuple[bytes, tuple[int, ...]]]) -> list[Message]:
-    parser = MessageParser()
+    parser = VhostUserParser()
     found = []
     for data, fds in chunks:
         parser.receive_data(data, fds)
@@ -138,7 +138,7 @@ def test_a_stream_byte_by_byte_and_with_exact_reads() -> None:
         parse_all([(data[i : i + 1], fds if i == 0 else ()) for data, fds in STREAM
                    for i in range(len(data))])
     )  # fmt: skip
-    parser = MessageParser()
+    parser = VhostUserParser()
     found = []
     for data, fds in STREAM:
         rest, beside = data, fds
@@ -173,7 +173,7 @@ def test_reads_that_glue_messages_end_with_the_one_that_has_descriptors() -> Non
     ],
 )
 def test_headers_that_cannot_be_believed(header: bytes, why: str) -> None:
-    parser = MessageParser()
+    parser = VhostUserParser()
     parser.receive_data(header[:11])
     assert parser.next_message() is None
     parser.receive_data(header[11:])
@@ -184,14 +184,14 @@ def test_headers_that_cannot_be_believed(header: bytes, why: str) -> None:
 
 
 def test_a_request_where_a_reply_belongs() -> None:
-    parser = MessageParser(replies=True)
+    parser = VhostUserParser(replies=True)
     parser.receive_data(request(Request.GET_FEATURES))
     with pytest.raises(FramingError, match="a request"):
         parser.next_message()
 
 
 def test_too_many_descriptors_are_held_until_they_are_taken_back() -> None:
-    parser = MessageParser()
+    parser = VhostUserParser()
     data = request(Request.SET_MEM_TABLE, MemoryTable((REGION,)))
     parser.receive_data(data[:12], range(253))
     assert parser.next_message() is None
@@ -204,7 +204,7 @@ def test_too_many_descriptors_are_held_until_they_are_taken_back() -> None:
 
 def test_descriptors_need_a_byte_to_belong_to() -> None:
     with pytest.raises(LocalProtocolError):
-        MessageParser().receive_data(b"", (3,))
+        VhostUserParser().receive_data(b"", (3,))
 
 
 def message(kind: Request | int, payload: bytes, fds: tuple[int, ...] = ()) -> Message:
@@ -265,7 +265,7 @@ def test_a_region_to_remove_may_come_with_a_descriptor() -> None:
 
 
 def test_replies_are_unpacked_as_what_was_asked() -> None:
-    parser = MessageParser(replies=True)
+    parser = VhostUserParser(replies=True)
     parser.receive_data(reply(Request.GET_VRING_BASE, VringState(2, 77)))
     parser.receive_data(reply(Request.GET_VRING_BASE, VringState(2, 77)), (3,))
     answer = parser.next_message()
@@ -283,7 +283,7 @@ def test_replies_are_unpacked_as_what_was_asked() -> None:
 def test_any_bytes_give_messages_or_a_protocol_error_and_no_descriptor_is_lost(
     data: bytes, cuts: list[int]
 ) -> None:
-    parser = MessageParser()
+    parser = VhostUserParser()
     given_fds = iter(range(1000))
     sent: list[int] = []
     got: list[int] = []

@@ -32,9 +32,9 @@ from vring_serial.proto.vhost_user import (
     MemoryRegion,
     MemoryTable,
     Message,
-    MessageParser,
     Payload,
     Request,
+    VhostUserParser,
     VringAddress,
     VringDescriptor,
     VringState,
@@ -187,7 +187,7 @@ class ScriptedFrontend:
         self.sock = sock
         self.sock.setblocking(False)
         self.packed = False
-        self.parser = MessageParser(Request, replies=True)
+        self.parser = VhostUserParser(Request, replies=True)
         self.memfd = os.memfd_create("guest", os.MFD_CLOEXEC)
         os.ftruncate(self.memfd, MEMORY_SIZE + 4096)
         # As User-Mode Linux has it: the region does not begin where its file does.
@@ -198,7 +198,7 @@ class ScriptedFrontend:
         self.kicks: dict[int, int] = {}
         self.calls: dict[int, int] = {}
         self.channel: socket.socket | None = None
-        self.channel_parser = MessageParser(BackendRequest)
+        self.channel_parser = VhostUserParser(BackendRequest)
 
     def close(self) -> None:
         self.sock.close()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from vring_serial import unix_fds
 from vring_serial.errors import ProtocolError
-from vring_serial.proto.vhost_user import MAX_FDS, Message, MessageParser
+from vring_serial.proto.vhost_user import MAX_FDS, Message, VhostUserParser
 
 #: Bytes per read; a console's messages are far smaller.
 READ_SIZE = 4096
@@ -28,7 +28,7 @@ class Channel:
     def __init__(
         self,
         sock: socket.socket,
-        parser: MessageParser,
+        parser: VhostUserParser,
         on_message: Callable[[Message], None],
         on_lost: Callable[[Exception | None], None],
     ) -> None:

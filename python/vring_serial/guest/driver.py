@@ -144,7 +144,7 @@ class ConsoleDriver:
         rx.queue.disable_notifications()
         slots, messages = rx.take(CONTROL_BATCH)
         for message in messages:
-            for event in control.receive_data(bytes(message)):
+            for event in control.receive_message(bytes(message)):
                 self._handle(event)
         self._send_control()
         if messages:

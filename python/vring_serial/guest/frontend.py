@@ -95,7 +95,7 @@ class Frontend:
 
     def attach(self, sock: socket.socket) -> None:
         """Use a connected socket, which then belongs to this object."""
-        parser = vu.MessageParser(vu.Request, replies=True)
+        parser = vu.VhostUserParser(vu.Request, replies=True)
         self._channel = Channel(sock, parser, self._reply, self._lost)
 
     def close(self) -> None:
@@ -279,7 +279,7 @@ class Frontend:
     async def _open_backend_channel(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         ours.setblocking(False)
-        parser = vu.MessageParser(vu.BackendRequest)
+        parser = vu.VhostUserParser(vu.BackendRequest)
         self._backend_channel = Channel(
             ours, parser, self._backend_request, self._backend_channel_lost
         )

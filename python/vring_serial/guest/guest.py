@@ -202,7 +202,7 @@ class EmbeddedGuest(Starting):
         data = await self._frontend.read_config(0, CONFIG_BYTES)
         if data is None:
             return
-        self.config = ConsoleConfig.unpack_from(data.ljust(ConsoleConfig.SIZE, b"\0"))
+        self.config = ConsoleConfig.unpack(data.ljust(ConsoleConfig.SIZE, b"\0"))
         multiport = bool(self.features & ConsoleFeature.MULTIPORT)
         if multiport and not 1 <= self.config.max_nr_ports <= MAX_PORTS:
             raise BackendError(

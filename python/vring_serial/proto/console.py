@@ -9,8 +9,11 @@ from __future__ import annotations
 import enum
 import struct
 from dataclasses import dataclass
+from typing import Self, TypeAlias
 
 from vring_serial.errors import ProtocolError
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
 
 #: The virtio device type (5.3.1).
 DEVICE_ID = 3
@@ -55,13 +58,11 @@ class ConsoleConfig:
         return self.STRUCT.pack(self.cols, self.rows, self.max_nr_ports, self.emerg_wr)
 
     @classmethod
-    def unpack_from(cls, data: bytes | bytearray | memoryview, offset: int = 0) -> ConsoleConfig:
-        """Parse 12 bytes. Raises ProtocolError if there are fewer."""
-        if len(data) - offset < cls.SIZE:
-            raise ProtocolError(
-                f"console configuration: {len(data) - offset} bytes, {cls.SIZE} expected"
-            )
-        return cls(*cls.STRUCT.unpack_from(data, offset))
+    def unpack(cls, data: Buffer) -> Self:
+        """Parse 12 bytes; more are ignored. Raises ProtocolError if there are fewer."""
+        if len(data) < cls.SIZE:
+            raise ProtocolError(f"console configuration: {len(data)} bytes, {cls.SIZE} expected")
+        return cls(*cls.STRUCT.unpack_from(data))
 
 
 # --- control messages -----------------------------------------------------------------------------
@@ -109,18 +110,18 @@ class ControlMessage:
         return self.STRUCT.pack(self.id, self.event, self.value) + self.payload
 
     @classmethod
-    def unpack_from(cls, data: bytes | bytearray | memoryview, offset: int = 0) -> ControlMessage:
-        """Parse one message, which runs to the end of ``data``.
+    def unpack(cls, data: Buffer) -> Self:
+        """Parse all bytes of one message.
 
         Raises ProtocolError if the header is not whole. An event that is not in ControlEvent is the
         receiver's to refuse.
         """
-        if len(data) - offset < cls.STRUCT.size:
+        if len(data) < cls.STRUCT.size:
             raise ProtocolError(
-                f"control message: {len(data) - offset} bytes, at least {cls.STRUCT.size} expected"
+                f"control message: {len(data)} bytes, at least {cls.STRUCT.size} expected"
             )
-        port, event, value = cls.STRUCT.unpack_from(data, offset)
-        return cls(port, event, value, bytes(data[offset + cls.STRUCT.size :]))
+        port, event, value = cls.STRUCT.unpack_from(data)
+        return cls(port, event, value, bytes(data[cls.STRUCT.size :]))
 
     def __str__(self) -> str:
         try:
@@ -145,11 +146,11 @@ class Size:
         return self.STRUCT.pack(self.cols, self.rows)
 
     @classmethod
-    def unpack_from(cls, data: bytes | bytearray | memoryview, offset: int = 0) -> Size:
-        """Parse 4 bytes. Raises ProtocolError if there are fewer."""
-        if len(data) - offset < cls.STRUCT.size:
-            raise ProtocolError(f"console size: {len(data) - offset} bytes, 4 expected")
-        return cls(*cls.STRUCT.unpack_from(data, offset))
+    def unpack(cls, data: Buffer) -> Self:
+        """Parse 4 bytes; more are ignored. Raises ProtocolError if there are fewer."""
+        if len(data) < cls.STRUCT.size:
+            raise ProtocolError(f"console size: {len(data)} bytes, 4 expected")
+        return cls(*cls.STRUCT.unpack_from(data))
 
 
 # --- queue numbers --------------------------------------------------------------------------------

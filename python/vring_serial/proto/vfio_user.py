@@ -7,7 +7,7 @@ are opaque integers that travel beside the bytes. The payloads, of
 the commands as :data:`SHAPES` says.
 
 Sending is :func:`request`, :func:`reply` and :func:`error_reply`. Receiving is a
-:class:`MessageParser`::
+:class:`VfioUserParser`::
 
     parser.receive_data(data, fds)
     while (message := parser.next_message()) is not None:
@@ -16,14 +16,20 @@ Sending is :func:`request`, :func:`reply` and :func:`error_reply`. Receiving is 
 
 from __future__ import annotations
 
-import enum
 import errno
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from vring_serial.errors import ProtocolError
-from vring_serial.proto.payload import MAX_FDS, DescriptorStream, Empty, Payload
+from vring_serial.proto.framing import (
+    MAX_FDS,
+    BadMessageError,
+    Empty,
+    FramingError,
+    MessageParser,
+    Payload,
+    kind_name,
+)
 from vring_serial.proto.vfio_user_version import Version
 from vring_serial.proto.vfio_user_wire import (
     DEFAULT_DATA_XFER_SIZE,
@@ -51,24 +57,18 @@ MAX_PAYLOAD = DEFAULT_DATA_XFER_SIZE + 64
 T = TypeVar("T", bound=Payload)
 
 
-class VfioUserError(ProtocolError):
-    """The peer sent a message that the protocol does not allow, or asks for what cannot be.
+class VfioUserError(BadMessageError):
+    """The peer sent a message that the protocol does not allow, or asks for what cannot be done.
 
     Attributes:
         message: name of the message, such as ``DMA_MAP``.
         cause: what is wrong with it.
-        errno: what the reply says.
+        errno: the error number for the reply.
     """
 
     def __init__(self, message: str, cause: str, errno: int = errno.EINVAL) -> None:
-        super().__init__(f"{message}: {cause}")
-        self.message = message
-        self.cause = cause
+        super().__init__(message, cause)
         self.errno = errno
-
-
-class FramingError(VfioUserError):
-    """The header cannot be believed, so nobody knows where the next message begins: close."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,11 +128,6 @@ def _message(command: int, message_id: int, flags: int, payload: Payload | None)
     return Header(message_id, command, Header.SIZE + len(data), flags).pack() + data
 
 
-def command_name(command: Command | int) -> str:
-    """For errors and logs."""
-    return command.name if isinstance(command, enum.IntEnum) else f"command {command}"
-
-
 @dataclass(frozen=True, slots=True)
 class Message:
     """A message as it came: well framed, its payload not yet looked at.
@@ -156,7 +151,7 @@ class Message:
     @property
     def name(self) -> str:
         """For errors and logs."""
-        return command_name(self.command)
+        return kind_name(self.command, "command")
 
     @property
     def is_reply(self) -> bool:
@@ -194,7 +189,7 @@ class Message:
             )
         try:
             return shape.payload.unpack(self.payload)
-        except ValueError as error:
+        except ProtocolError as error:
             raise VfioUserError(self.name, str(error)) from None
 
     def check_success(self) -> None:
@@ -211,83 +206,42 @@ class Message:
         self.check_success()
         try:
             return expected.unpack(self.payload)
-        except ValueError as error:
+        except ProtocolError as error:
             raise VfioUserError(f"reply to {self.name}", str(error)) from None
 
 
-class MessageParser:
-    """Takes a stream apart into messages.
+class VfioUserParser(MessageParser[Header, Message]):
+    """Splits a stream into messages.
 
     Args:
-        max_payload: bytes; a larger one ends the connection.
-
-    A parser never holds more than one incomplete message beside what one call brought.
+        max_payload: bytes; a larger payload ends the connection.
     """
 
     def __init__(self, max_payload: int = MAX_PAYLOAD) -> None:
+        super().__init__(Header.SIZE)
         self._max_payload = max_payload
-        self._stream = DescriptorStream()
-        self._error: FramingError | None = None
 
-    def receive_data(self, data: bytes, fds: Sequence[int] = ()) -> None:
-        """Bytes, and descriptors that one ``recvmsg`` returned with them.
+    def _unpack_header(self, data: bytes) -> Header:
+        return Header.unpack(data)
 
-        Until a message is handed out its descriptors are held here; :meth:`take_fds` gives them
-        back when the stream ends early.
+    def _check(self, header: Header) -> None:
+        size = header.size - Header.SIZE
+        if header.flags & TYPE_MASK > HeaderFlag.REPLY:
+            cause = f"type {header.flags & TYPE_MASK}, no command and no reply"
+        elif size < 0:
+            cause = f"{header.size} bytes, and a header alone has {Header.SIZE}"
+        elif size > self._max_payload:
+            cause = f"payload of {size} bytes, at most {self._max_payload}"
+        else:
+            return
+        raise FramingError(self._name(header), cause)
 
-        Raises:
-            LocalProtocolError: descriptors without any byte.
-        """
-        self._stream.receive(data, fds)
-
-    def next_message(self) -> Message | None:
-        """The next whole message, or None when more bytes are needed.
-
-        Raises:
-            FramingError: neither command nor reply, a size that cannot be or is above the limit, or
-                more than MAX_FDS descriptors. It is raised again by every later call.
-        """
-        if self._error is not None:
-            raise self._error
-        if len(self._stream) < Header.SIZE:
-            self._check_fds("message", len(self._stream.fds_within(Header.SIZE)))
-            return None
-        header = Header.unpack_from(self._stream.head)
-        fds = self._stream.fds_within(header.size)
-        command = _command(header.command)
-        try:
-            self._check(command_name(command), header, len(fds))
-        except FramingError as error:
-            self._error = error
-            raise
-        if len(self._stream) < header.size:
-            return None
-        payload = self._stream.take(header.size)[Header.SIZE :]
+    def _message(self, header: Header, payload: bytes, fds: tuple[int, ...]) -> Message:
+        command = _COMMANDS.get(header.command, header.command)
         return Message(command, header.message_id, header.flags, payload, fds, header.error)
 
-    def take_fds(self) -> tuple[int, ...]:
-        """All descriptors still held, for the caller to close: the stream is over."""
-        return self._stream.take_fds()
-
-    def _check(self, name: str, header: Header, fds: int) -> None:
-        if header.flags & TYPE_MASK > HeaderFlag.REPLY:
-            raise FramingError(name, f"type {header.flags & TYPE_MASK}, no command and no reply")
-        if header.size < Header.SIZE:
-            raise FramingError(name, f"{header.size} bytes, and a header alone has {Header.SIZE}")
-        if header.size - Header.SIZE > self._max_payload:
-            raise FramingError(
-                name, f"payload of {header.size - Header.SIZE} bytes, at most {self._max_payload}"
-            )
-        self._check_fds(name, fds)
-
-    def _check_fds(self, name: str, fds: int) -> None:
-        if fds > MAX_FDS:
-            self._error = FramingError(name, f"{fds} descriptors, at most {MAX_FDS}")
-            raise self._error
+    def _name(self, header: Header) -> str:
+        return kind_name(_COMMANDS.get(header.command, header.command), "command")
 
 
 _COMMANDS = {int(command): command for command in Command}
-
-
-def _command(number: int) -> Command | int:
-    return _COMMANDS.get(number, number)

@@ -7,7 +7,8 @@ import struct
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
-from vring_serial.proto.payload import at_least
+from vring_serial.errors import ProtocolError
+from vring_serial.proto.framing import at_least
 from vring_serial.proto.vfio_user_wire import DEFAULT_DATA_XFER_SIZE, DEFAULT_MSG_FDS
 
 #: The protocol version that is spoken.
@@ -62,15 +63,15 @@ class Capabilities:
 
     @classmethod
     def from_json(cls, data: bytes) -> Self:
-        """Raises ValueError if it is no such JSON; capabilities with other names are ignored."""
+        """Raises ProtocolError if it is no such JSON; capabilities with other names are ignored."""
         if len(data) > MAX_VERSION_DATA:
-            raise ValueError(f"{len(data)} bytes of JSON, at most {MAX_VERSION_DATA} are taken")
+            raise ProtocolError(f"{len(data)} bytes of JSON, at most {MAX_VERSION_DATA} are taken")
         if not data.endswith(b"\0"):
-            raise ValueError("the JSON does not end with a NUL")
+            raise ProtocolError("the JSON does not end with a NUL")
         try:
             document = json.loads(data[:-1].decode())
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"not JSON: {error}") from None
+            raise ProtocolError(f"not JSON: {error}") from None
         found = _object(_object(document, "version data").get("capabilities", {}), "capabilities")
         values: dict[str, Any] = {
             name: _number(found[name], name) for name in _NUMBERS if name in found
@@ -130,17 +131,17 @@ class Version:
 
 def _object(value: object, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"{name} is no JSON object")
+        raise ProtocolError(f"{name} is no JSON object")
     return value
 
 
 def _number(value: object, name: str) -> int:
     if type(value) is not int or not 0 <= value <= MAX_NUMBER:
-        raise ValueError(f"{name} is no number from 0 to {MAX_NUMBER}")
+        raise ProtocolError(f"{name} is no number from 0 to {MAX_NUMBER}")
     return value
 
 
 def _boolean(value: object, name: str) -> bool:
     if not isinstance(value, bool):
-        raise ValueError(f"{name} is neither true nor false")
+        raise ProtocolError(f"{name} is neither true nor false")
     return value

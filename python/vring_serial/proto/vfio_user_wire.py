@@ -12,7 +12,8 @@ import struct
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
-from vring_serial.proto.payload import at_least, exactly
+from vring_serial.errors import ProtocolError
+from vring_serial.proto.framing import at_least, exactly
 
 #: Most bytes of data that one access moves, unless VERSION says otherwise.
 DEFAULT_DATA_XFER_SIZE = 1 << 20
@@ -166,9 +167,14 @@ class Header:
     def pack(self) -> bytes:
         return self.STRUCT.pack(self.message_id, self.command, self.size, self.flags, self.error)
 
+    @property
+    def message_size(self) -> int:
+        """Bytes of the message, with this header."""
+        return self.size
+
     @classmethod
-    def unpack_from(cls, data: bytes | bytearray | memoryview, offset: int = 0) -> Self:
-        return cls(*cls.STRUCT.unpack_from(data, offset))
+    def unpack(cls, data: bytes) -> Self:
+        return cls(*exactly(cls.STRUCT, data))
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,11 +203,11 @@ class DmaMap:
         argsz, flags, offset, address, size = exactly(cls.STRUCT, data)
         _check_argsz(argsz, cls.STRUCT.size)
         if flags & ~int(DmaFlag.READ | DmaFlag.WRITE):
-            raise ValueError(f"unknown flags {flags:#x}")
+            raise ProtocolError(f"unknown flags {flags:#x}")
         if not size or address + size > 1 << 64:
-            raise ValueError(f"{size:#x} bytes at {address:#x} are no region")
+            raise ProtocolError(f"{size:#x} bytes at {address:#x} are no region")
         if offset + size > 1 << 63:
-            raise ValueError(f"{size:#x} bytes at offset {offset:#x} are in no file")
+            raise ProtocolError(f"{size:#x} bytes at offset {offset:#x} are in no file")
         return cls(flags, offset, address, size)
 
 
@@ -229,12 +235,12 @@ class DmaUnmap:
         argsz, flags, address, size = at_least(cls.STRUCT, data)
         _check_argsz(argsz, cls.STRUCT.size)
         if flags & UnmapFlag.GET_DIRTY_BITMAP:
-            raise ValueError("dirty pages are not logged")
+            raise ProtocolError("dirty pages are not logged")
         if flags & ~int(UnmapFlag.ALL):
-            raise ValueError(f"unknown flags {flags:#x}")
+            raise ProtocolError(f"unknown flags {flags:#x}")
         exactly(cls.STRUCT, data)
         if flags & UnmapFlag.ALL and (address or size):
-            raise ValueError(f"all regions, and {size:#x} bytes at {address:#x}")
+            raise ProtocolError(f"all regions, and {size:#x} bytes at {address:#x}")
         return cls(address, size, flags)
 
 
@@ -327,10 +333,10 @@ class IoEventFd:
         )
 
     @classmethod
-    def unpack_from(cls, data: bytes, offset: int = 0) -> Self:
-        at, size, fd_index, kind, flags, _, datamatch = cls.STRUCT.unpack_from(data, offset)
+    def unpack(cls, data: bytes) -> Self:
+        at, size, fd_index, kind, flags, _, datamatch = exactly(cls.STRUCT, data)
         if kind != IoFdType.IOEVENTFD:
-            raise ValueError(f"sub-region of type {kind}")
+            raise ProtocolError(f"sub-region of type {kind}")
         return cls(at, size, fd_index, flags, datamatch)
 
 
@@ -361,12 +367,12 @@ class RegionIoFds:
         argsz, flags, index, count = at_least(cls.STRUCT, data)
         _check_argsz(argsz, cls.STRUCT.size)
         if flags:
-            raise ValueError(f"unknown flags {flags:#x}")
+            raise ProtocolError(f"unknown flags {flags:#x}")
         step = IoEventFd.STRUCT.size
         if len(data) != cls.SIZE + count * step:
-            raise ValueError(f"payload of {len(data)} bytes for {count} sub-regions")
+            raise ProtocolError(f"payload of {len(data)} bytes for {count} sub-regions")
         starts = range(cls.SIZE, len(data), step)
-        return cls(index, tuple(IoEventFd.unpack_from(data, at) for at in starts), argsz)
+        return cls(index, tuple(IoEventFd.unpack(data[at : at + step]) for at in starts), argsz)
 
     @classmethod
     def needed(cls, count: int) -> int:
@@ -433,10 +439,10 @@ class IrqSet:
         _check_argsz(argsz, cls.SIZE)
         kind, action = flags & IRQ_SET_DATA, flags & IRQ_SET_ACTION
         if kind | action != flags or kind.bit_count() != 1 or action.bit_count() != 1:
-            raise ValueError(f"flags {flags:#x} are not one kind of data and one action")
+            raise ProtocolError(f"flags {flags:#x} are not one kind of data and one action")
         wanted = count if kind == IrqSetFlag.DATA_BOOL else 0
         if len(data) - cls.SIZE != wanted:
-            raise ValueError(f"payload of {len(data)} bytes instead of {cls.SIZE + wanted}")
+            raise ProtocolError(f"payload of {len(data)} bytes instead of {cls.SIZE + wanted}")
         return cls(flags, index, start, count, data[cls.SIZE :])
 
 
@@ -485,7 +491,7 @@ class RegionWrite(RegionAccess):
     def unpack(cls, data: bytes) -> Self:
         offset, region, count = at_least(cls.STRUCT, data)
         if len(data) != cls.SIZE + count:
-            raise ValueError(f"payload of {len(data)} bytes instead of {cls.SIZE + count}")
+            raise ProtocolError(f"payload of {len(data)} bytes instead of {cls.SIZE + count}")
         return cls(offset, region, count, data[cls.SIZE :])
 
 
@@ -510,14 +516,14 @@ class WriteMulti:
     def unpack(cls, data: bytes) -> Self:
         (count,) = at_least(cls.COUNT, data)
         if count > MAX_MULTI_WRITES:
-            raise ValueError(f"{count} writes, at most {MAX_MULTI_WRITES} are taken")
+            raise ProtocolError(f"{count} writes, at most {MAX_MULTI_WRITES} are taken")
         wanted = cls.COUNT.size + count * cls.STRUCT.size
         if len(data) != wanted:
-            raise ValueError(f"payload of {len(data)} bytes instead of {wanted}")
+            raise ProtocolError(f"payload of {len(data)} bytes instead of {wanted}")
         writes = []
         for offset, region, size, content in cls.STRUCT.iter_unpack(data[cls.COUNT.size :]):
             if size > MULTI_DATA:
-                raise ValueError(f"a write of {size} bytes, at most {MULTI_DATA} fit")
+                raise ProtocolError(f"a write of {size} bytes, at most {MULTI_DATA} fit")
             writes.append(RegionWrite(offset, region, size, content[:size]))
         return cls(tuple(writes))
 
@@ -566,4 +572,4 @@ class DmaAccess:
 
 def _check_argsz(argsz: int, needed: int) -> None:
     if argsz < needed:
-        raise ValueError(f"argsz is {argsz}, and {needed} bytes are needed")
+        raise ProtocolError(f"argsz is {argsz}, and {needed} bytes are needed")

@@ -5,7 +5,7 @@ Both ends use this module. The *frontend* owns the guest's memory and sends :cla
 :class:`BackendRequest` and the frontend answers. File descriptors are opaque integers that travel
 beside the bytes. The payloads, of :mod:`vring_serial.proto.vhost_user_wire`, are offered here too.
 
-Sending is :func:`request` and :func:`reply`. Receiving is a :class:`MessageParser`::
+Sending is :func:`request` and :func:`reply`. Receiving is a :class:`VhostUserParser`::
 
     parser.receive_data(data, fds)
     while (message := parser.next_message()) is not None:
@@ -14,13 +14,19 @@ Sending is :func:`request` and :func:`reply`. Receiving is a :class:`MessagePars
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from vring_serial.errors import ProtocolError
-from vring_serial.proto.payload import MAX_FDS, DescriptorStream, Empty, Payload
+from vring_serial.proto.framing import (
+    MAX_FDS,
+    BadMessageError,
+    Empty,
+    FramingError,
+    MessageParser,
+    Payload,
+    kind_name,
+)
 from vring_serial.proto.vhost_user_wire import (
     F_PROTOCOL_FEATURES,
     MAX_CONFIG_SIZE,
@@ -49,7 +55,7 @@ __all__ = [
     "request",
     "reply",
     "Message",
-    "MessageParser",
+    "VhostUserParser",
     "VhostUserError",
     "FramingError",
     "F_PROTOCOL_FEATURES",
@@ -78,22 +84,8 @@ __all__ = [
 T = TypeVar("T", bound=Payload)
 
 
-class VhostUserError(ProtocolError):
-    """The peer sent a message that the protocol does not allow.
-
-    Attributes:
-        message: name of the message, such as ``SET_VRING_NUM``.
-        cause: what is wrong with it.
-    """
-
-    def __init__(self, message: str, cause: str) -> None:
-        super().__init__(f"{message}: {cause}")
-        self.message = message
-        self.cause = cause
-
-
-class FramingError(VhostUserError):
-    """The header cannot be believed, so nobody knows where the next message begins: close."""
+class VhostUserError(BadMessageError):
+    """The peer sent a vhost-user message that the protocol does not allow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +183,7 @@ class Message:
     @property
     def name(self) -> str:
         """For errors and logs."""
-        return self.kind.name if isinstance(self.kind, enum.IntEnum) else f"message {self.kind}"
+        return kind_name(self.kind, "message")
 
     @property
     def need_reply(self) -> bool:
@@ -217,7 +209,7 @@ class Message:
             raise VhostUserError(self.name, "not supported")
         try:
             payload = shape.payload.unpack(self.payload)
-        except ValueError as error:
+        except ProtocolError as error:
             raise VhostUserError(self.name, str(error)) from None
         self._check_descriptors(shape, payload)
         return payload
@@ -226,7 +218,7 @@ class Message:
         """The payload of a reply. Raises VhostUserError if it is another or has descriptors."""
         try:
             payload = expected.unpack(self.payload)
-        except ValueError as error:
+        except ProtocolError as error:
             raise VhostUserError(f"reply to {self.name}", str(error)) from None
         if self.fds:
             raise VhostUserError(f"reply to {self.name}", f"{len(self.fds)} descriptors")
@@ -243,89 +235,43 @@ class Message:
             raise VhostUserError(self.name, f"{len(self.fds)} descriptors instead of {wanted}")
 
 
-class MessageParser:
-    """Takes a stream apart into messages.
+class VhostUserParser(MessageParser[Header, Message]):
+    """Splits a stream into messages.
 
     Args:
         kinds: Request on the main socket, BackendRequest on the backend channel.
         replies: whether this end receives replies (True) or requests (False).
-
-    A parser never holds more than one incomplete message beside what one call brought.
     """
 
     def __init__(
         self, kinds: type[Request] | type[BackendRequest] = Request, *, replies: bool = False
     ) -> None:
+        super().__init__(Header.STRUCT.size)
         self._kinds = kinds
         self._replies = replies
-        self._stream = DescriptorStream()
-        self._error: FramingError | None = None
 
-    @property
-    def wanted(self) -> int:
-        """Bytes that complete the current header or message; at least 1."""
-        if len(self._stream) < Header.STRUCT.size:
-            return Header.STRUCT.size - len(self._stream)
-        size = Header.unpack_from(self._stream.head).size
-        return max(1, Header.STRUCT.size + size - len(self._stream))
+    def _unpack_header(self, data: bytes) -> Header:
+        return Header.unpack(data)
 
-    def receive_data(self, data: bytes, fds: Sequence[int] = ()) -> None:
-        """Bytes, and descriptors that one ``recvmsg`` returned with them.
+    def _check(self, header: Header) -> None:
+        if header.flags & 3 != VERSION:
+            cause = f"version {header.flags & 3} instead of {VERSION}"
+        elif bool(header.flags & HeaderFlag.REPLY) != self._replies:
+            cause = "a request" if self._replies else "a reply nobody asked for"
+        elif header.size > MAX_PAYLOAD:
+            cause = f"payload of {header.size} bytes, at most {MAX_PAYLOAD}"
+        else:
+            return
+        raise FramingError(self._name(header), cause)
 
-        Until a message is handed out its descriptors are held here; :meth:`take_fds` gives them
-        back when the stream ends early.
+    def _message(self, header: Header, payload: bytes, fds: tuple[int, ...]) -> Message:
+        return Message(self._kind(header.request), header.flags, payload, fds)
 
-        Raises:
-            LocalProtocolError: descriptors without any byte.
-        """
-        self._stream.receive(data, fds)
-
-    def next_message(self) -> Message | None:
-        """The next whole message, or None when more bytes are needed.
-
-        Raises:
-            FramingError: wrong version, wrong direction, a size above MAX_PAYLOAD, or more than
-                MAX_FDS descriptors. It is raised again by every later call.
-        """
-        if self._error is not None:
-            raise self._error
-        if len(self._stream) < Header.STRUCT.size:
-            self._check_fds("message", len(self._stream.fds_within(Header.STRUCT.size)))
-            return None
-        header = Header.unpack_from(self._stream.head)
-        kind = self._kind(header.request)
-        end = Header.STRUCT.size + header.size
-        fds = self._stream.fds_within(end)
-        try:
-            self._check(Message(kind, header.flags, b"").name, header, len(fds))
-        except FramingError as error:
-            self._error = error
-            raise
-        if len(self._stream) < end:
-            return None
-        payload = self._stream.take(end)[Header.STRUCT.size :]
-        return Message(kind, header.flags, payload, fds)
-
-    def take_fds(self) -> tuple[int, ...]:
-        """All descriptors still held, for the caller to close: the stream is over."""
-        return self._stream.take_fds()
+    def _name(self, header: Header) -> str:
+        return kind_name(self._kind(header.request), "message")
 
     def _kind(self, number: int) -> Request | BackendRequest | int:
         try:
             return self._kinds(number)
         except ValueError:
             return number
-
-    def _check(self, name: str, header: Header, fds: int) -> None:
-        if header.flags & 3 != VERSION:
-            raise FramingError(name, f"version {header.flags & 3} instead of {VERSION}")
-        if bool(header.flags & HeaderFlag.REPLY) != self._replies:
-            raise FramingError(name, "a request" if self._replies else "a reply nobody asked for")
-        if header.size > MAX_PAYLOAD:
-            raise FramingError(name, f"payload of {header.size} bytes, at most {MAX_PAYLOAD}")
-        self._check_fds(name, fds)
-
-    def _check_fds(self, name: str, fds: int) -> None:
-        if fds > MAX_FDS:
-            self._error = FramingError(name, f"{fds} descriptors, at most {MAX_FDS}")
-            raise self._error

@@ -11,7 +11,8 @@ import struct
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
-from vring_serial.proto.payload import at_least, exactly
+from vring_serial.errors import ProtocolError
+from vring_serial.proto.framing import at_least, exactly
 
 #: Feature bit that offers the protocol features; no driver ever sees it.
 F_PROTOCOL_FEATURES = 30
@@ -141,9 +142,14 @@ class Header:
     def pack(self) -> bytes:
         return self.STRUCT.pack(self.request, self.flags, self.size)
 
+    @property
+    def message_size(self) -> int:
+        """Bytes of the message, with this header."""
+        return self.STRUCT.size + self.size
+
     @classmethod
-    def unpack_from(cls, data: bytes | bytearray | memoryview, offset: int = 0) -> Self:
-        return cls(*cls.STRUCT.unpack_from(data, offset))
+    def unpack(cls, data: bytes) -> Self:
+        return cls(*exactly(cls.STRUCT, data))
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +238,7 @@ class VringDescriptor:
     def unpack(cls, data: bytes) -> Self:
         (value,) = exactly(cls.STRUCT, data)
         if value & ~(cls.INDEX_MASK | cls.NO_FD):
-            raise ValueError(f"unknown bits in {value:#x}")
+            raise ProtocolError(f"unknown bits in {value:#x}")
         return cls(value & cls.INDEX_MASK, bool(value & cls.NO_FD))
 
 
@@ -258,8 +264,8 @@ class MemoryRegion:
         return self.STRUCT.pack(self.guest_address, self.size, self.user_address, self.mmap_offset)
 
     @classmethod
-    def unpack_from(cls, data: bytes, offset: int = 0) -> Self:
-        return cls(*cls.STRUCT.unpack_from(data, offset))
+    def unpack(cls, data: bytes) -> Self:
+        return cls(*exactly(cls.STRUCT, data))
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,12 +287,13 @@ class MemoryTable:
         head, step = cls.STRUCT.size, MemoryRegion.STRUCT.size
         count, _ = at_least(cls.STRUCT, data)
         if count > MAX_TABLE_REGIONS:
-            raise ValueError(f"{count} regions, at most {MAX_TABLE_REGIONS} fit")
+            raise ProtocolError(f"{count} regions, at most {MAX_TABLE_REGIONS} fit")
         if not head + count * step <= len(data) <= head + MAX_TABLE_REGIONS * step:
-            raise ValueError(
+            raise ProtocolError(
                 f"payload of {len(data)} bytes instead of {head + count * step} for {count} regions"
             )
-        return cls(tuple(MemoryRegion.unpack_from(data, head + i * step) for i in range(count)))
+        fields = MemoryRegion.STRUCT.iter_unpack(data[head : head + count * step])
+        return cls(tuple(MemoryRegion(*region) for region in fields))
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,8 +309,8 @@ class SingleRegion:
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
-        exactly(cls.STRUCT, data)
-        return cls(MemoryRegion.unpack_from(data, 8))
+        _, *region = exactly(cls.STRUCT, data)
+        return cls(MemoryRegion(*region))
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,9 +339,9 @@ class ConfigAccess:
         head = cls.STRUCT.size
         offset, size, flags = at_least(cls.STRUCT, data)
         if size > MAX_CONFIG_SIZE:
-            raise ValueError(f"access of {size} bytes, at most {MAX_CONFIG_SIZE}")
+            raise ProtocolError(f"access of {size} bytes, at most {MAX_CONFIG_SIZE}")
         if offset + size > 1 << 32:
-            raise ValueError(f"access of {size} bytes at {offset:#x} wraps around")
+            raise ProtocolError(f"access of {size} bytes at {offset:#x} wraps around")
         if len(data) != head + size:
-            raise ValueError(f"payload of {len(data)} bytes instead of {head + size}")
+            raise ProtocolError(f"payload of {len(data)} bytes instead of {head + size}")
         return cls(offset, data[head:], flags)

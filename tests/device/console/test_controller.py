@@ -307,7 +307,7 @@ async def test_configuration_space(make_controller):
     controller = make_controller(max_ports=7)
     port = python_port(0, console=True)
     controller.add_port(port)
-    assert ConsoleConfig.unpack_from(controller.read_config(0, 12)) == ConsoleConfig(0, 0, 7, 0)
+    assert ConsoleConfig.unpack(controller.read_config(0, 12)) == ConsoleConfig(0, 0, 7, 0)
     changes = []
     controller.on_config_change = lambda: changes.append(controller.read_config(0, 4))
     port.end_resized(80, 25)

@@ -20,8 +20,8 @@ from vring import GuestMemory, Region, SplitDriver
 from vring_serial import unix_fds
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.testing import ANY_FEATURE, PciDriver
-from vring_serial.proto.payload import Payload
-from vring_serial.proto.vfio_user import Message, MessageParser, error_reply, reply, request
+from vring_serial.proto.framing import Payload
+from vring_serial.proto.vfio_user import Message, VfioUserParser, error_reply, reply, request
 from vring_serial.proto.vfio_user_version import Capabilities, Version
 from vring_serial.proto.vfio_user_wire import (
     Command,
@@ -104,7 +104,7 @@ class Client:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.settimeout(TIMEOUT)
         self.sock.connect(str(path))
-        self.parser = MessageParser()
+        self.parser = VfioUserParser()
         self.memfd = os.memfd_create("guest", os.MFD_CLOEXEC)
         os.ftruncate(self.memfd, MEMORY_SIZE)
         self.memory = GuestMemory([Region.map(self.memfd, MEMORY_SIZE, guest_addr=0)])

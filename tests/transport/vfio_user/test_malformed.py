@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from vring_serial.proto.payload import MAX_FDS, Payload
+from vring_serial.proto.framing import MAX_FDS, Payload
 from vring_serial.proto.vfio_user import request
 from vring_serial.proto.vfio_user_wire import (
     Command,

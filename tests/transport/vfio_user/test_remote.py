@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from vring_serial.proto.vfio_user import MessageParser, reply, request
+from vring_serial.proto.vfio_user import VfioUserParser, reply, request
 from vring_serial.proto.vfio_user_version import Capabilities
 from vring_serial.proto.vfio_user_wire import Command, DmaAccess, DmaMap, DmaUnmap
 from vring_serial.proto.virtio import Status
@@ -250,7 +250,7 @@ def twin(client: Any) -> Iterator[Any]:
     assert agreed.twin_socket
     assert agreed.twin_fd_index == 0
     sock = socket.socket(fileno=client.received_fds.pop())
-    parser = MessageParser()
+    parser = VfioUserParser()
 
     def serve() -> None:
         while data := sock.recv(65536):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from vring_serial.device.testing import ANY_FEATURE
-from vring_serial.proto.payload import Empty
+from vring_serial.proto.framing import Empty
 from vring_serial.proto.vfio_user import request
 from vring_serial.proto.vfio_user_version import Capabilities, Version
 from vring_serial.proto.vfio_user_wire import (

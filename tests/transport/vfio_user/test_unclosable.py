@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from vring_serial import unix_fds
-from vring_serial.proto.payload import Payload
+from vring_serial.proto.framing import Payload
 from vring_serial.proto.vfio_user_wire import (
     Command,
     DeviceInfo,

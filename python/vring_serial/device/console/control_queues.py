@@ -112,7 +112,7 @@ class ControlQueues:
             return [
                 Refused(f"control message: {chain.readable_bytes} bytes, at most {MESSAGE_MAX}")
             ]
-        return self._control.receive_data(chain.read())
+        return self._control.receive_message(chain.read())
 
     def _serve_receive(self) -> bool:
         served = self._receive

@@ -9,10 +9,10 @@ the ports' descriptions and the messages that wait.
   repeats itself at every power-up.
 - :class:`ControlDriver` is the driver, as Linux's behaves: same messages, same order.
 
-Both take received messages with ``receive_data`` (one call per message: on a queue, one buffer is
-one message) and return what happened as a list of events. Messages to send wait in an
-:class:`Outbox`, because a peer may have no buffer for them: they are never dropped and yet bounded,
-because of what waits about one port only the last state counts.
+Both take messages with ``receive_message`` (on a queue, one buffer is one message) and return what
+happened as a list of events. Messages to send wait in an :class:`Outbox`, because a peer may have
+no buffer for them: they are never dropped and yet bounded, because of what waits about one port
+only the last state counts.
 """
 
 from __future__ import annotations

@@ -6,7 +6,14 @@ import enum
 from dataclasses import dataclass
 
 from vring_serial.errors import LocalProtocolError, ProtocolError
-from vring_serial.proto.console import MAX_NAME, MAX_PORTS, ControlEvent, ControlMessage, Size
+from vring_serial.proto.console import (
+    MAX_NAME,
+    MAX_PORTS,
+    Buffer,
+    ControlEvent,
+    ControlMessage,
+    Size,
+)
 from vring_serial.proto.control.events import (
     DeviceSideEvent,
     PeerReady,
@@ -192,10 +199,10 @@ class ControlDevice:
 
     # what the driver sends
 
-    def receive_data(self, data: bytes | bytearray | memoryview) -> list[DeviceSideEvent]:
+    def receive_message(self, data: Buffer) -> list[DeviceSideEvent]:
         """Take one message from the driver. Whatever it is, everything else goes on."""
         try:
-            message = ControlMessage.unpack_from(data)
+            message = ControlMessage.unpack(data)
         except ProtocolError as error:
             return [Refused(str(error))]
         if message.event == ControlEvent.DEVICE_READY:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from vring_serial.errors import LocalProtocolError, ProtocolError
-from vring_serial.proto.console import MAX_NAME, NO_PORT, ControlEvent, ControlMessage, Size
+from vring_serial.proto.console import MAX_NAME, NO_PORT, Buffer, ControlEvent, ControlMessage, Size
 from vring_serial.proto.control.events import (
     DriverSideEvent,
     PortAdded,
@@ -159,10 +159,10 @@ class ControlDriver:
 
     # what the device sends
 
-    def receive_data(self, data: bytes | bytearray | memoryview) -> list[DriverSideEvent]:
+    def receive_message(self, data: Buffer) -> list[DriverSideEvent]:
         """Take one message from the device."""
         try:
-            message = ControlMessage.unpack_from(data)
+            message = ControlMessage.unpack(data)
         except ProtocolError as error:
             return [Refused(str(error))]
         if message.event == ControlEvent.PORT_ADD:
@@ -198,7 +198,7 @@ class ControlDriver:
 
     def _receive_resize(self, port: DriverPort, message: ControlMessage) -> list[DriverSideEvent]:
         try:
-            size = Size.unpack_from(message.payload)
+            size = Size.unpack(message.payload)
         except ProtocolError as error:
             return [Refused(f"{message}: {error}")]
         if not port.console:

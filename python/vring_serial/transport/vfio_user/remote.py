@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from vring_serial.errors import ProtocolError
-from vring_serial.proto.payload import Payload
+from vring_serial.proto.framing import Payload
 from vring_serial.proto.vfio_user import Message, VfioUserError, request
 from vring_serial.proto.vfio_user_wire import Command, DmaAccess
 

@@ -17,11 +17,11 @@ from vring_serial import unix_fds
 from vring_serial.device.pci import PciDevice
 from vring_serial.device.registers.interrupts import NoInterrupts
 from vring_serial.errors import ProtocolError
-from vring_serial.proto.payload import MAX_FDS, Empty, Payload
+from vring_serial.proto.framing import MAX_FDS, BadMessageError, Empty, Payload
 from vring_serial.proto.vfio_user import (
     Message,
-    MessageParser,
     VfioUserError,
+    VfioUserParser,
     error_reply,
     reply,
 )
@@ -141,11 +141,11 @@ class Session:
         self._greeted = greeted
         self._ended = ended
         self._closed = False
-        self._parser = MessageParser()
+        self._parser = VfioUserParser()
         self._said = said
         self._client: Capabilities | None = None
         self._twin: Connection | None = None
-        self._twin_parser = MessageParser()
+        self._twin_parser = VfioUserParser()
         self._dma = DmaTable(MAX_DMA_MAPS, watch)
         self._memory_changed = False
         self._beside: list[int] = []  # descriptors that go with the next reply
@@ -233,7 +233,7 @@ class Session:
                 if self._closer.full:
                     raise FatalError("the descriptors that it sent cannot be closed")
             self._use_memory()
-        except (FatalError, VfioUserError) as error:
+        except (FatalError, BadMessageError) as error:
             self.send_away(str(error))
             return False
         return more
@@ -368,7 +368,7 @@ class Session:
                 self._handle_reply(message)
                 if self._closed:
                     return False
-        except (FatalError, VfioUserError) as error:
+        except (FatalError, BadMessageError) as error:
             self.send_away(str(error))
             return False
         return True

@@ -15,8 +15,8 @@ from vring_serial.proto.vhost_user import (
     U64,
     BackendRequest,
     Empty,
-    MessageParser,
     Payload,
+    VhostUserParser,
     VringState,
     request,
 )
@@ -49,7 +49,7 @@ class BackendChannel:
         self._acks = acks
         self._name = name
         self._closer = closer
-        self._parser = MessageParser(BackendRequest, replies=True)
+        self._parser = VhostUserParser(BackendRequest, replies=True)
         # A dict for its order: what is asked twice before it could be sent is sent once.
         self._waiting: dict[tuple[BackendRequest, Payload], None] = {}
         self._unacknowledged = False

@@ -13,6 +13,7 @@ from vring.errors import MemoryLostError, RingError, VringError
 from vring_serial import unix_fds
 from vring_serial.device.base import VirtioDevice
 from vring_serial.errors import ProtocolError
+from vring_serial.proto.framing import BadMessageError
 from vring_serial.proto.vhost_user import (
     F_PROTOCOL_FEATURES,
     MAX_FDS,
@@ -22,12 +23,12 @@ from vring_serial.proto.vhost_user import (
     MemoryRegion,
     MemoryTable,
     Message,
-    MessageParser,
     Payload,
     ProtocolFeature,
     Request,
     SingleRegion,
     VhostUserError,
+    VhostUserParser,
     VringAddress,
     VringDescriptor,
     VringState,
@@ -100,7 +101,7 @@ class Session:
         self._name = name
         self._greeted = greeted
         self._ended = ended
-        self._parser = MessageParser(Request)
+        self._parser = VhostUserParser(Request)
         self._said = said
         self._closed = False
         self._paused = False
@@ -204,7 +205,7 @@ class Session:
                     return False
                 if self._closer.full:
                     raise FatalError("the descriptors that it sent cannot be closed")
-        except (FatalError, VhostUserError) as error:
+        except (FatalError, BadMessageError) as error:
             self.send_away(str(error))
             return False
         return True

@@ -1,0 +1,205 @@
+"""Framing of vhost-user and vfio-user: a stream of messages with file descriptors beside its bytes.
+
+A message is a header, which says how long the message is, and a payload. All types that are on the
+wire follow one convention: ``pack()`` returns the bytes, ``unpack(data)`` takes exactly the bytes
+of one and raises ProtocolError saying what is wrong with them.
+"""
+
+from __future__ import annotations
+
+import abc
+import enum
+import struct
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, Self, TypeVar
+
+from vring_serial.errors import LocalProtocolError, ProtocolError
+
+#: Most descriptors that one message carries: what the kernel passes at once (SCM_MAX_FD). With room
+#: for as many, none is ever cut off.
+MAX_FDS = 253
+
+
+class Payload(Protocol):
+    """What follows a header."""
+
+    def pack(self) -> bytes:
+        """Return the bytes on the wire."""
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Self:
+        """Parse all bytes of one payload. Raises ProtocolError."""
+
+
+@dataclass(frozen=True, slots=True)
+class Empty:
+    """No payload."""
+
+    def pack(self) -> bytes:
+        return b""
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Self:
+        if data:
+            raise ProtocolError(f"payload of {len(data)} bytes instead of none")
+        return cls()
+
+
+def exactly(layout: struct.Struct, data: bytes) -> tuple[Any, ...]:
+    """Return the fields of a payload of fixed size. Raises ProtocolError on any other size."""
+    if len(data) != layout.size:
+        raise ProtocolError(f"payload of {len(data)} bytes instead of {layout.size}")
+    return layout.unpack(data)
+
+
+def at_least(layout: struct.Struct, data: bytes) -> tuple[Any, ...]:
+    """Return the fields at the start of a payload. Raises ProtocolError if it is too short."""
+    if len(data) < layout.size:
+        raise ProtocolError(f"payload of {len(data)} bytes instead of at least {layout.size}")
+    return layout.unpack_from(data)
+
+
+class BadMessageError(ProtocolError):
+    """The peer sent a message that the protocol does not allow.
+
+    Attributes:
+        message: name of the message, such as ``SET_VRING_NUM``.
+        cause: what is wrong with it.
+    """
+
+    def __init__(self, message: str, cause: str) -> None:
+        super().__init__(f"{message}: {cause}")
+        self.message = message
+        self.cause = cause
+
+
+class FramingError(BadMessageError):
+    """The header is invalid, so the next message cannot be found: close the connection."""
+
+
+class Header(Protocol):
+    """The start of every message."""
+
+    @property
+    def message_size(self) -> int:
+        """Bytes of the whole message, as the header claims."""
+
+
+def kind_name(kind: int, noun: str) -> str:
+    """Return the name of a message type for errors and logs: ``noun`` and its number if unknown."""
+    return kind.name if isinstance(kind, enum.IntEnum) else f"{noun} {kind}"
+
+
+HeaderT = TypeVar("HeaderT", bound=Header)
+MessageT = TypeVar("MessageT")
+
+
+class MessageParser(abc.ABC, Generic[HeaderT, MessageT]):
+    """Splits a stream into messages; holds at most one incomplete message beside one read.
+
+    A read on a unix socket ends with the first piece of the stream that has descriptors, so they
+    belong to the message of the last byte that was read. They are held until their message is
+    handed out.
+
+    Args:
+        header_size: bytes of a header.
+    """
+
+    def __init__(self, header_size: int) -> None:
+        self._header_size = header_size
+        self._buffer = bytearray()
+        self._consumed = 0
+        # (position in the stream of the byte they came with, descriptors)
+        self._fds: deque[tuple[int, tuple[int, ...]]] = deque()
+        self._error: FramingError | None = None
+
+    @property
+    def wanted(self) -> int:
+        """Bytes that complete the current header or message; at least 1."""
+        size = self._header_size
+        if len(self._buffer) >= size:
+            size = self._unpack_header(bytes(self._buffer[:size])).message_size
+        return max(1, size - len(self._buffer))
+
+    def receive_data(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Take bytes of the stream, and the descriptors that one ``recvmsg`` returned with them.
+
+        Raises:
+            LocalProtocolError: descriptors without any byte.
+        """
+        if fds and not data:
+            raise LocalProtocolError("descriptors without a byte of a message")
+        self._buffer += data
+        if fds:
+            self._fds.append((self._consumed + len(self._buffer) - 1, tuple(fds)))
+
+    def next_message(self) -> MessageT | None:
+        """Return the next whole message, or None if more bytes are needed.
+
+        The message's descriptors belong to the caller from then on.
+
+        Raises:
+            FramingError: the header is invalid, the payload is too large, or the message has more
+                than MAX_FDS descriptors. Every later call raises it again.
+        """
+        if self._error is not None:
+            raise self._error
+        try:
+            return self._next()
+        except FramingError as error:
+            self._error = error
+            raise
+
+    def take_fds(self) -> tuple[int, ...]:
+        """Return all descriptors still held, for the caller to close: the stream has ended."""
+        held = tuple(fd for _, fds in self._fds for fd in fds)
+        self._fds.clear()
+        return held
+
+    @abc.abstractmethod
+    def _unpack_header(self, data: bytes) -> HeaderT:
+        """Parse a header, believing nothing of it yet."""
+
+    @abc.abstractmethod
+    def _check(self, header: HeaderT) -> None:
+        """Raise FramingError if the header is invalid or its payload too large."""
+
+    @abc.abstractmethod
+    def _message(self, header: HeaderT, payload: bytes, fds: tuple[int, ...]) -> MessageT:
+        """Build a message from its parts."""
+
+    @abc.abstractmethod
+    def _name(self, header: HeaderT) -> str:
+        """Return the message's name for errors."""
+
+    def _next(self) -> MessageT | None:
+        start = self._header_size
+        if len(self._buffer) < start:
+            _check_count(self._fds_within(start), "message")
+            return None
+        header = self._unpack_header(bytes(self._buffer[:start]))
+        self._check(header)
+        end = header.message_size
+        fds = self._fds_within(end) if self._fds else ()
+        if len(fds) > MAX_FDS:
+            _check_count(fds, self._name(header))
+        if len(self._buffer) < end:
+            return None
+        payload = bytes(self._buffer[start:end])
+        del self._buffer[:end]
+        self._consumed += end
+        while self._fds and self._fds[0][0] < self._consumed:
+            self._fds.popleft()
+        return self._message(header, payload, fds)
+
+    def _fds_within(self, length: int) -> tuple[int, ...]:
+        """Return the descriptors that came with the next ``length`` bytes."""
+        end = self._consumed + length
+        return tuple(fd for at, fds in self._fds if at < end for fd in fds)
+
+
+def _check_count(fds: tuple[int, ...], name: str) -> None:
+    if len(fds) > MAX_FDS:
+        raise FramingError(name, f"{len(fds)} descriptors, at most {MAX_FDS}")
