@@ -19,7 +19,7 @@ from typing import Any
 from lxml import etree
 
 from vring_serial.config import domain_xml, qemu_options
-from vring_serial.errors import ConfigError, ProtocolError
+from vring_serial.errors import ConfigError, RemoteProtocolError
 from vring_serial.proto import vfio_user, vhost_user
 from vring_serial.proto.agent import AgentConnection, AgentProtocolError, ChunkError
 from vring_serial.proto.agent.connection import (
@@ -138,7 +138,7 @@ def messages(parser: Any, parts: Iterable[bytes], fds: Iterator[int]) -> tuple[l
     given = 0
     for part in parts:
         parser.receive_data(part, (next(fds),))
-        with suppress(ProtocolError):
+        with suppress(RemoteProtocolError):
             while (message := parser.next_message()) is not None:
                 given += len(message.fds)
                 said.append((message.name, message.flags, message.payload))
@@ -148,7 +148,7 @@ def messages(parser: Any, parts: Iterable[bytes], fds: Iterator[int]) -> tuple[l
 
 def _decode(message: Any) -> None:
     """A payload that is understood says the same again when it is packed."""
-    with suppress(ProtocolError):
+    with suppress(RemoteProtocolError):
         payload = message.decode()
         assert type(payload).unpack(payload.pack()) == payload, payload
 

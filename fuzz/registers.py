@@ -21,7 +21,7 @@ from vring_serial.chardev.protocol import ProtocolChardev
 from vring_serial.device.console.controller import DEFAULT_FEATURES, Controller
 from vring_serial.device.console.port import Port
 from vring_serial.device.testing import LegacyPciDriver, MmioDriver, PciDriver, RegisterDriver
-from vring_serial.errors import ProtocolError
+from vring_serial.errors import RemoteProtocolError
 from vring_serial.proto.virtio import Feature, Status
 from vring_serial.transport.inprocess.fronts import InProcessMmio, InProcessPci, PolledHost, Window
 
@@ -105,7 +105,7 @@ class Rig:
             case 2:
                 window.write(offset, value * 0x1_0000_0001, size)
             case 3 if where & 1:  # negotiated as it should be, but for what is accepted
-                with suppress(ProtocolError):
+                with suppress(RemoteProtocolError):
                     self.driver.accept(value << 32 * (where >> 1 & 1) | Feature.VERSION_1)
                 self.driver.status |= Status.DRIVER_OK
             case 3:

@@ -95,6 +95,7 @@ if TYPE_CHECKING:
         DependencyError as DependencyError,
         LocalProtocolError as LocalProtocolError,
         ProtocolError as ProtocolError,
+        RemoteProtocolError as RemoteProtocolError,
         ResourceError as ResourceError,
         VringSerialError as VringSerialError,
     )
@@ -182,8 +183,8 @@ _HOME = {
         "vring_serial.spice.options": "SpiceOptions",
         "vring_serial.spice.server": "SpiceServer",
         "vring_serial.errors": (
-            "ConfigError DependencyError LocalProtocolError ProtocolError ResourceError "
-            "VringSerialError"
+            "ConfigError DependencyError LocalProtocolError ProtocolError RemoteProtocolError "
+            "ResourceError VringSerialError"
         ),
         "vring_serial.agent.errors": (
             "AgentError AgentGoneError AgentRefusedError AgentTimeoutError "

@@ -26,11 +26,15 @@ class ResourceError(VringSerialError):
 
 
 class ProtocolError(VringSerialError):
+    """One side of a protocol did what it does not allow; the subclass says which."""
+
+
+class RemoteProtocolError(ProtocolError):
     """Base of all remote misbehaviour: a peer sent what its protocol does not allow."""
 
 
-class LocalProtocolError(VringSerialError):
-    """Our side asked a protocol object for what its state does not allow: a bug of ours."""
+class LocalProtocolError(ProtocolError):
+    """Our side asked an object for what its state does not allow: a bug of the calling program."""
 
 
 class DependencyError(VringSerialError):

@@ -17,7 +17,7 @@ from vring.testing import GuestQueue
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.queue_device import QueueDevice
 from vring_serial.device.testing import ANY_FEATURE, MmioDriver
-from vring_serial.errors import LocalProtocolError, ProtocolError
+from vring_serial.errors import LocalProtocolError, RemoteProtocolError
 from vring_serial.proto.virtio import Status
 from vring_serial.transport.inprocess.fronts import InProcessMmio, PolledHost
 
@@ -106,7 +106,7 @@ def test_the_configuration_changes_and_the_driver_is_told(host):
 
 def test_misuse_has_a_name():
     device = Plain("plain", 42, 1)
-    with pytest.raises(ProtocolError, match="plain"):
+    with pytest.raises(RemoteProtocolError, match="plain"):
         device.set_driver_features(1 << 50)
     with pytest.raises(LocalProtocolError, match="queue 1"):
         device.start_queue(1, None)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from vring_serial.errors import ProtocolError
+from vring_serial.errors import RemoteProtocolError
 from vring_serial.proto.console import (
     MAX_PORTS,
     ConsoleConfig,
@@ -47,13 +47,13 @@ def test_control_messages_on_the_wire(message, wire):
 def test_every_cut_of_a_header_is_an_error_that_counts_its_bytes():
     wire = ControlMessage(1, ControlEvent.PORT_OPEN, 1).pack()
     for cut in range(len(wire)):
-        with pytest.raises(ProtocolError, match=f"control message: {cut} bytes"):
+        with pytest.raises(RemoteProtocolError, match=f"control message: {cut} bytes"):
             ControlMessage.unpack(wire[:cut])
     for cut in range(4):
-        with pytest.raises(ProtocolError, match=f"console size: {cut} bytes"):
+        with pytest.raises(RemoteProtocolError, match=f"console size: {cut} bytes"):
             Size.unpack(bytes(cut))
     for cut in range(12):
-        with pytest.raises(ProtocolError, match=f"console configuration: {cut} bytes"):
+        with pytest.raises(RemoteProtocolError, match=f"console configuration: {cut} bytes"):
             ConsoleConfig.unpack(bytes(cut))
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vring_serial.errors import LocalProtocolError, ProtocolError
+from vring_serial.errors import LocalProtocolError, RemoteProtocolError
 from vring_serial.proto.framing import MAX_FDS, Empty, Payload
 from vring_serial.proto.vfio_user import (
     MAX_PAYLOAD,
@@ -98,10 +98,10 @@ def test_any_other_length_is_refused(payload: Payload) -> None:
     if isinstance(payload, (DmaAccess, Version)):
         wire = wire[: kind.STRUCT.size]
     else:
-        with pytest.raises(ProtocolError, match=r"payload of|unknown|no region"):
+        with pytest.raises(RemoteProtocolError, match=r"payload of|unknown|no region"):
             kind.unpack(wire + b"\0")
     for length in range(len(wire)):
-        with pytest.raises(ProtocolError, match="payload of"):
+        with pytest.raises(RemoteProtocolError, match="payload of"):
             kind.unpack(wire[:length])
 
 
@@ -164,7 +164,7 @@ def test_what_is_common_is_a_subset_and_no_longer(numbers: dict[str, int]) -> No
 
 @given(st.binary(max_size=200))
 def test_any_bytes_as_version_are_decoded_or_refused(data: bytes) -> None:
-    with suppress(ProtocolError):
+    with suppress(RemoteProtocolError):
         assert isinstance(Version.unpack(data), Version)
 
 

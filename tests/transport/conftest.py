@@ -24,7 +24,7 @@ from vring import (
 )
 from vring_serial import unix_fds
 from vring_serial.device.virtqueue import RunningQueue
-from vring_serial.errors import LocalProtocolError, ProtocolError
+from vring_serial.errors import LocalProtocolError, RemoteProtocolError
 from vring_serial.proto.vhost_user import (
     U64,
     BackendRequest,
@@ -84,7 +84,7 @@ class EchoDevice:
 
     def set_driver_features(self, bits: int) -> None:
         if bits & ~FEATURES:
-            raise ProtocolError(f"features {bits & ~FEATURES:#x} were not offered")
+            raise RemoteProtocolError(f"features {bits & ~FEATURES:#x} were not offered")
         self.told.append(("features", bits))
 
     def read_config(self, offset: int, length: int) -> bytes:

@@ -15,7 +15,7 @@ import pytest
 
 from vring_serial.device.queue_device import QueueDevice
 from vring_serial.device.virtqueue import RunningQueue
-from vring_serial.errors import ProtocolError
+from vring_serial.errors import RemoteProtocolError
 from vring_serial.proto.vhost_user import Request, VringDescriptor
 from vring_serial.transport.event_fds import check_event_descriptor
 from vring_serial.transport.vhost_user.backend import VhostUserBackend
@@ -191,10 +191,10 @@ def test_what_could_hold_us_up_is_refused() -> None:
         for writable in (False, True):
             check_event_descriptor(eventfd, writable=writable)
             for bad in (reader, writer, tcp.fileno()):
-                with pytest.raises(ProtocolError, match="not an eventfd"):
+                with pytest.raises(RemoteProtocolError, match="not an eventfd"):
                     check_event_descriptor(bad, writable=writable)
         check_event_descriptor(a.fileno(), writable=True)
-        with pytest.raises(ProtocolError, match="not an eventfd"):
+        with pytest.raises(RemoteProtocolError, match="not an eventfd"):
             check_event_descriptor(a.fileno(), writable=False)
         assert a.send(b"still open") == 10
     finally:

@@ -68,7 +68,7 @@ class VirtioDevice(Protocol):
         ...
 
     def set_driver_features(self, bits: int) -> None:
-        """The driver accepted these features. Raises ProtocolError on bits not offered."""
+        """The driver accepted these features. Raises RemoteProtocolError on bits not offered."""
         ...
 
     def read_config(self, offset: int, length: int) -> bytes:

@@ -11,7 +11,7 @@ from vring import RingError
 from vring_serial.callbacks import tell
 from vring_serial.device.served import ServedQueue
 from vring_serial.device.virtqueue import RunningQueue
-from vring_serial.errors import LocalProtocolError, ProtocolError
+from vring_serial.errors import LocalProtocolError, RemoteProtocolError
 from vring_serial.proto.virtio import QUEUE_SIZE_MAX, Feature, Status
 from vring_serial.ratelimit import RateLimitedLog
 
@@ -94,7 +94,7 @@ class QueueDevice(abc.ABC):
 
     def set_driver_features(self, bits: int) -> None:
         if bits & ~self.device_features:
-            raise ProtocolError(f"{self.name}: the driver accepted features {bits:#x}")
+            raise RemoteProtocolError(f"{self.name}: the driver accepted features {bits:#x}")
         self.driver_features = bits
 
     def read_config(self, offset: int, length: int) -> bytes:

@@ -9,7 +9,7 @@ import struct
 from collections.abc import Callable
 from typing import Protocol
 
-from vring_serial.errors import ProtocolError
+from vring_serial.errors import RemoteProtocolError
 from vring_serial.proto.virtio import MMIO_MAGIC, Feature, Status
 
 Read = Callable[[int, int], int]
@@ -35,7 +35,7 @@ class RegisterDriver(Protocol):
     def accept(self, wanted: int) -> int:
         """Reset the device and accept those of ``wanted`` that it offers; returns them.
 
-        Raises ProtocolError if the device does not take them.
+        Raises RemoteProtocolError if the device does not take them.
         """
         ...
 
@@ -74,14 +74,14 @@ class RegisterDriver(Protocol):
 def _negotiate(driver: RegisterDriver, write_features: Callable[[], None], modern: bool) -> None:
     driver.status = Status(0)
     if driver.status != 0:
-        raise ProtocolError("the device is not reset")
+        raise RemoteProtocolError("the device is not reset")
     driver.status = Status.ACKNOWLEDGE
     driver.status = _READY
     write_features()
     if modern:
         driver.status = _READY | Status.FEATURES_OK
         if not driver.status & Status.FEATURES_OK:
-            raise ProtocolError("the device does not take these features")
+            raise RemoteProtocolError("the device does not take these features")
 
 
 class PciDriver:
@@ -256,14 +256,14 @@ class LegacyPciDriver:
 class MmioDriver:
     """Drives a virtio-mmio device of either version.
 
-    Raises ProtocolError if there is none.
+    Raises RemoteProtocolError if there is none.
     """
 
     def __init__(self, read: Read, write: Write) -> None:
         self._read = read
         self._write = write
         if read(0, 4) != MMIO_MAGIC:
-            raise ProtocolError("no virtio-mmio device")
+            raise RemoteProtocolError("no virtio-mmio device")
         self.version = read(4, 4)
         self.alignment = 4096 if self.version == 1 else 0
 

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Callable, Sequence
 
 from vring_serial import unix_fds
-from vring_serial.errors import ProtocolError
+from vring_serial.errors import RemoteProtocolError
 from vring_serial.proto.vhost_user import MAX_FDS, Message, VhostUserParser
 
 #: Bytes per read; a console's messages are far smaller.
@@ -20,9 +20,9 @@ class Channel:
     Args:
         sock: belongs to the channel from now on.
         parser: takes the stream apart.
-        on_message: takes each message and the descriptors in it; may raise ProtocolError.
+        on_message: takes each message and the descriptors in it; may raise RemoteProtocolError.
         on_lost: told once that the peer closed (None, or the OSError) or broke the protocol
-            (ProtocolError); the channel is not closed by then. Not told after :meth:`close`.
+            (RemoteProtocolError); the channel is not closed by then. Not told after :meth:`close`.
     """
 
     def __init__(
@@ -63,9 +63,9 @@ class Channel:
         try:
             if self._sock.send(data) == len(data):
                 return
-            self._lose(ProtocolError("the peer does not read its replies"))
+            self._lose(RemoteProtocolError("the peer does not read its replies"))
         except BlockingIOError:
-            self._lose(ProtocolError("the peer does not read its replies"))
+            self._lose(RemoteProtocolError("the peer does not read its replies"))
         except OSError as error:
             self._lose(error)
 
@@ -97,10 +97,12 @@ class Channel:
         try:
             self._parser.receive_data(received.data, received.fds)
             if received.truncated:
-                raise ProtocolError("more descriptors than a message may carry, or than fit here")
+                raise RemoteProtocolError(
+                    "more descriptors than a message may carry, or than fit here"
+                )
             while self._open and (message := self._parser.next_message()) is not None:
                 self._on_message(message)
-        except ProtocolError as error:
+        except RemoteProtocolError as error:
             self._lose(error)
 
     def _lose(self, error: Exception | None) -> None:

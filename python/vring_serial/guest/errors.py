@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from vring_serial.errors import ProtocolError, ResourceError, VringSerialError
+from vring_serial.errors import RemoteProtocolError, ResourceError, VringSerialError
 
 
-class BackendError(ProtocolError):
+class BackendError(RemoteProtocolError):
     """The vhost-user backend sent, or put into shared memory, what its protocols do not allow."""
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from vring_serial import unix_fds
-from vring_serial.errors import ProtocolError, ResourceError
+from vring_serial.errors import RemoteProtocolError, ResourceError
 from vring_serial.guest.channel import Channel
 from vring_serial.guest.errors import (
     BackendClosedError,
@@ -108,7 +108,7 @@ class Frontend:
             self.on_closed(error)
 
     def _lost(self, error: Exception | None) -> None:
-        if isinstance(error, ProtocolError):
+        if isinstance(error, RemoteProtocolError):
             self.fail(BackendError(f"{self.path}: {error}"))
         else:
             why = f": {error}" if error is not None else ""
@@ -158,7 +158,7 @@ class Frontend:
     def _decode(self, message: vu.Message, expected: type[T]) -> T:
         try:
             return message.decode_reply(expected)
-        except ProtocolError as error:
+        except RemoteProtocolError as error:
             unix_fds.close_all(message.fds)
             self._lost(error)
             raise self.closed or error from None
@@ -262,7 +262,7 @@ class Frontend:
                     self.on_config_change()
             else:
                 raise vu.VhostUserError(message.name, "not expected from a console")
-        except ProtocolError as error:
+        except RemoteProtocolError as error:
             log.warning("%s: backend channel: %s", self.path, error)
             result = errno.EINVAL
         finally:
@@ -271,7 +271,7 @@ class Frontend:
             self._backend_channel.send_now(vu.reply(message.kind, vu.U64(result)))
 
     def _backend_channel_lost(self, error: Exception | None) -> None:
-        if isinstance(error, ProtocolError):
+        if isinstance(error, RemoteProtocolError):
             self.fail(BackendError(f"{self.path}: backend channel: {error}"))
         elif self._backend_channel is not None:
             self._backend_channel.close()

@@ -11,7 +11,7 @@ import struct
 from dataclasses import dataclass
 from typing import Self, TypeAlias
 
-from vring_serial.errors import ProtocolError
+from vring_serial.errors import RemoteProtocolError
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -59,9 +59,11 @@ class ConsoleConfig:
 
     @classmethod
     def unpack(cls, data: Buffer) -> Self:
-        """Parse 12 bytes; more are ignored. Raises ProtocolError if there are fewer."""
+        """Parse 12 bytes; more are ignored. Raises RemoteProtocolError if there are fewer."""
         if len(data) < cls.SIZE:
-            raise ProtocolError(f"console configuration: {len(data)} bytes, {cls.SIZE} expected")
+            raise RemoteProtocolError(
+                f"console configuration: {len(data)} bytes, {cls.SIZE} expected"
+            )
         return cls(*cls.STRUCT.unpack_from(data))
 
 
@@ -113,11 +115,11 @@ class ControlMessage:
     def unpack(cls, data: Buffer) -> Self:
         """Parse all bytes of one message.
 
-        Raises ProtocolError if the header is not whole. An event that is not in ControlEvent is the
-        receiver's to refuse.
+        Raises RemoteProtocolError if the header is not whole. An event that is not in ControlEvent
+        is the receiver's to refuse.
         """
         if len(data) < cls.STRUCT.size:
-            raise ProtocolError(
+            raise RemoteProtocolError(
                 f"control message: {len(data)} bytes, at least {cls.STRUCT.size} expected"
             )
         port, event, value = cls.STRUCT.unpack_from(data)
@@ -147,9 +149,9 @@ class Size:
 
     @classmethod
     def unpack(cls, data: Buffer) -> Self:
-        """Parse 4 bytes; more are ignored. Raises ProtocolError if there are fewer."""
+        """Parse 4 bytes; more are ignored. Raises RemoteProtocolError if there are fewer."""
         if len(data) < cls.STRUCT.size:
-            raise ProtocolError(f"console size: {len(data)} bytes, 4 expected")
+            raise RemoteProtocolError(f"console size: {len(data)} bytes, 4 expected")
         return cls(*cls.STRUCT.unpack_from(data))
 
 

@@ -2,7 +2,7 @@
 
 A message is a header, which says how long the message is, and a payload. All types that are on the
 wire follow one convention: ``pack()`` returns the bytes, ``unpack(data)`` takes exactly the bytes
-of one and raises ProtocolError saying what is wrong with them.
+of one and raises RemoteProtocolError saying what is wrong with them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, Self, TypeVar
 
-from vring_serial.errors import LocalProtocolError, ProtocolError
+from vring_serial.errors import LocalProtocolError, RemoteProtocolError
 
 #: Most descriptors that one message carries: what the kernel passes at once (SCM_MAX_FD). With room
 #: for as many, none is ever cut off.
@@ -30,7 +30,7 @@ class Payload(Protocol):
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
-        """Parse all bytes of one payload. Raises ProtocolError."""
+        """Parse all bytes of one payload. Raises RemoteProtocolError."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,25 +43,25 @@ class Empty:
     @classmethod
     def unpack(cls, data: bytes) -> Self:
         if data:
-            raise ProtocolError(f"payload of {len(data)} bytes instead of none")
+            raise RemoteProtocolError(f"payload of {len(data)} bytes instead of none")
         return cls()
 
 
 def exactly(layout: struct.Struct, data: bytes) -> tuple[Any, ...]:
-    """Return the fields of a payload of fixed size. Raises ProtocolError on any other size."""
+    """Return the fields of a payload of fixed size. Raises RemoteProtocolError on another."""
     if len(data) != layout.size:
-        raise ProtocolError(f"payload of {len(data)} bytes instead of {layout.size}")
+        raise RemoteProtocolError(f"payload of {len(data)} bytes instead of {layout.size}")
     return layout.unpack(data)
 
 
 def at_least(layout: struct.Struct, data: bytes) -> tuple[Any, ...]:
-    """Return the fields at the start of a payload. Raises ProtocolError if it is too short."""
+    """Return the fields at a payload's start. Raises RemoteProtocolError if it is too short."""
     if len(data) < layout.size:
-        raise ProtocolError(f"payload of {len(data)} bytes instead of at least {layout.size}")
+        raise RemoteProtocolError(f"payload of {len(data)} bytes instead of at least {layout.size}")
     return layout.unpack_from(data)
 
 
-class BadMessageError(ProtocolError):
+class BadMessageError(RemoteProtocolError):
     """The peer sent a message that the protocol does not allow.
 
     Attributes:

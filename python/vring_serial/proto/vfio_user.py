@@ -20,7 +20,7 @@ import errno
 from dataclasses import dataclass
 from typing import TypeVar
 
-from vring_serial.errors import ProtocolError
+from vring_serial.errors import RemoteProtocolError
 from vring_serial.proto.framing import (
     MAX_FDS,
     BadMessageError,
@@ -189,7 +189,7 @@ class Message:
             )
         try:
             return shape.payload.unpack(self.payload)
-        except ProtocolError as error:
+        except RemoteProtocolError as error:
             raise VfioUserError(self.name, str(error)) from None
 
     def check_success(self) -> None:
@@ -206,7 +206,7 @@ class Message:
         self.check_success()
         try:
             return expected.unpack(self.payload)
-        except ProtocolError as error:
+        except RemoteProtocolError as error:
             raise VfioUserError(f"reply to {self.name}", str(error)) from None
 
 

@@ -7,7 +7,7 @@ import struct
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
-from vring_serial.errors import ProtocolError
+from vring_serial.errors import RemoteProtocolError
 from vring_serial.proto.framing import at_least
 from vring_serial.proto.vfio_user_wire import DEFAULT_DATA_XFER_SIZE, DEFAULT_MSG_FDS
 
@@ -63,15 +63,17 @@ class Capabilities:
 
     @classmethod
     def from_json(cls, data: bytes) -> Self:
-        """Raises ProtocolError if it is no such JSON; capabilities with other names are ignored."""
+        """Raises RemoteProtocolError if it is no such JSON; other capabilities are ignored."""
         if len(data) > MAX_VERSION_DATA:
-            raise ProtocolError(f"{len(data)} bytes of JSON, at most {MAX_VERSION_DATA} are taken")
+            raise RemoteProtocolError(
+                f"{len(data)} bytes of JSON, at most {MAX_VERSION_DATA} are taken"
+            )
         if not data.endswith(b"\0"):
-            raise ProtocolError("the JSON does not end with a NUL")
+            raise RemoteProtocolError("the JSON does not end with a NUL")
         try:
             document = json.loads(data[:-1].decode())
         except (ValueError, RecursionError) as error:
-            raise ProtocolError(f"not JSON: {error}") from None
+            raise RemoteProtocolError(f"not JSON: {error}") from None
         found = _object(_object(document, "version data").get("capabilities", {}), "capabilities")
         values: dict[str, Any] = {
             name: _number(found[name], name) for name in _NUMBERS if name in found
@@ -131,17 +133,17 @@ class Version:
 
 def _object(value: object, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ProtocolError(f"{name} is no JSON object")
+        raise RemoteProtocolError(f"{name} is no JSON object")
     return value
 
 
 def _number(value: object, name: str) -> int:
     if type(value) is not int or not 0 <= value <= MAX_NUMBER:
-        raise ProtocolError(f"{name} is no number from 0 to {MAX_NUMBER}")
+        raise RemoteProtocolError(f"{name} is no number from 0 to {MAX_NUMBER}")
     return value
 
 
 def _boolean(value: object, name: str) -> bool:
     if not isinstance(value, bool):
-        raise ProtocolError(f"{name} is neither true nor false")
+        raise RemoteProtocolError(f"{name} is neither true nor false")
     return value

@@ -12,7 +12,7 @@ import struct
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
-from vring_serial.errors import ProtocolError
+from vring_serial.errors import RemoteProtocolError
 from vring_serial.proto.framing import at_least, exactly
 
 #: Most bytes of data that one access moves, unless VERSION says otherwise.
@@ -203,11 +203,11 @@ class DmaMap:
         argsz, flags, offset, address, size = exactly(cls.STRUCT, data)
         _check_argsz(argsz, cls.STRUCT.size)
         if flags & ~int(DmaFlag.READ | DmaFlag.WRITE):
-            raise ProtocolError(f"unknown flags {flags:#x}")
+            raise RemoteProtocolError(f"unknown flags {flags:#x}")
         if not size or address + size > 1 << 64:
-            raise ProtocolError(f"{size:#x} bytes at {address:#x} are no region")
+            raise RemoteProtocolError(f"{size:#x} bytes at {address:#x} are no region")
         if offset + size > 1 << 63:
-            raise ProtocolError(f"{size:#x} bytes at offset {offset:#x} are in no file")
+            raise RemoteProtocolError(f"{size:#x} bytes at offset {offset:#x} are in no file")
         return cls(flags, offset, address, size)
 
 
@@ -235,12 +235,12 @@ class DmaUnmap:
         argsz, flags, address, size = at_least(cls.STRUCT, data)
         _check_argsz(argsz, cls.STRUCT.size)
         if flags & UnmapFlag.GET_DIRTY_BITMAP:
-            raise ProtocolError("dirty pages are not logged")
+            raise RemoteProtocolError("dirty pages are not logged")
         if flags & ~int(UnmapFlag.ALL):
-            raise ProtocolError(f"unknown flags {flags:#x}")
+            raise RemoteProtocolError(f"unknown flags {flags:#x}")
         exactly(cls.STRUCT, data)
         if flags & UnmapFlag.ALL and (address or size):
-            raise ProtocolError(f"all regions, and {size:#x} bytes at {address:#x}")
+            raise RemoteProtocolError(f"all regions, and {size:#x} bytes at {address:#x}")
         return cls(address, size, flags)
 
 
@@ -336,7 +336,7 @@ class IoEventFd:
     def unpack(cls, data: bytes) -> Self:
         at, size, fd_index, kind, flags, _, datamatch = exactly(cls.STRUCT, data)
         if kind != IoFdType.IOEVENTFD:
-            raise ProtocolError(f"sub-region of type {kind}")
+            raise RemoteProtocolError(f"sub-region of type {kind}")
         return cls(at, size, fd_index, flags, datamatch)
 
 
@@ -367,10 +367,10 @@ class RegionIoFds:
         argsz, flags, index, count = at_least(cls.STRUCT, data)
         _check_argsz(argsz, cls.STRUCT.size)
         if flags:
-            raise ProtocolError(f"unknown flags {flags:#x}")
+            raise RemoteProtocolError(f"unknown flags {flags:#x}")
         step = IoEventFd.STRUCT.size
         if len(data) != cls.SIZE + count * step:
-            raise ProtocolError(f"payload of {len(data)} bytes for {count} sub-regions")
+            raise RemoteProtocolError(f"payload of {len(data)} bytes for {count} sub-regions")
         starts = range(cls.SIZE, len(data), step)
         return cls(index, tuple(IoEventFd.unpack(data[at : at + step]) for at in starts), argsz)
 
@@ -439,10 +439,12 @@ class IrqSet:
         _check_argsz(argsz, cls.SIZE)
         kind, action = flags & IRQ_SET_DATA, flags & IRQ_SET_ACTION
         if kind | action != flags or kind.bit_count() != 1 or action.bit_count() != 1:
-            raise ProtocolError(f"flags {flags:#x} are not one kind of data and one action")
+            raise RemoteProtocolError(f"flags {flags:#x} are not one kind of data and one action")
         wanted = count if kind == IrqSetFlag.DATA_BOOL else 0
         if len(data) - cls.SIZE != wanted:
-            raise ProtocolError(f"payload of {len(data)} bytes instead of {cls.SIZE + wanted}")
+            raise RemoteProtocolError(
+                f"payload of {len(data)} bytes instead of {cls.SIZE + wanted}"
+            )
         return cls(flags, index, start, count, data[cls.SIZE :])
 
 
@@ -491,7 +493,7 @@ class RegionWrite(RegionAccess):
     def unpack(cls, data: bytes) -> Self:
         offset, region, count = at_least(cls.STRUCT, data)
         if len(data) != cls.SIZE + count:
-            raise ProtocolError(f"payload of {len(data)} bytes instead of {cls.SIZE + count}")
+            raise RemoteProtocolError(f"payload of {len(data)} bytes instead of {cls.SIZE + count}")
         return cls(offset, region, count, data[cls.SIZE :])
 
 
@@ -516,14 +518,14 @@ class WriteMulti:
     def unpack(cls, data: bytes) -> Self:
         (count,) = at_least(cls.COUNT, data)
         if count > MAX_MULTI_WRITES:
-            raise ProtocolError(f"{count} writes, at most {MAX_MULTI_WRITES} are taken")
+            raise RemoteProtocolError(f"{count} writes, at most {MAX_MULTI_WRITES} are taken")
         wanted = cls.COUNT.size + count * cls.STRUCT.size
         if len(data) != wanted:
-            raise ProtocolError(f"payload of {len(data)} bytes instead of {wanted}")
+            raise RemoteProtocolError(f"payload of {len(data)} bytes instead of {wanted}")
         writes = []
         for offset, region, size, content in cls.STRUCT.iter_unpack(data[cls.COUNT.size :]):
             if size > MULTI_DATA:
-                raise ProtocolError(f"a write of {size} bytes, at most {MULTI_DATA} fit")
+                raise RemoteProtocolError(f"a write of {size} bytes, at most {MULTI_DATA} fit")
             writes.append(RegionWrite(offset, region, size, content[:size]))
         return cls(tuple(writes))
 
@@ -572,4 +574,4 @@ class DmaAccess:
 
 def _check_argsz(argsz: int, needed: int) -> None:
     if argsz < needed:
-        raise ProtocolError(f"argsz is {argsz}, and {needed} bytes are needed")
+        raise RemoteProtocolError(f"argsz is {argsz}, and {needed} bytes are needed")

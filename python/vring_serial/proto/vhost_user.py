@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeVar
 
-from vring_serial.errors import ProtocolError
+from vring_serial.errors import RemoteProtocolError
 from vring_serial.proto.framing import (
     MAX_FDS,
     BadMessageError,
@@ -209,7 +209,7 @@ class Message:
             raise VhostUserError(self.name, "not supported")
         try:
             payload = shape.payload.unpack(self.payload)
-        except ProtocolError as error:
+        except RemoteProtocolError as error:
             raise VhostUserError(self.name, str(error)) from None
         self._check_descriptors(shape, payload)
         return payload
@@ -218,7 +218,7 @@ class Message:
         """The payload of a reply. Raises VhostUserError if it is another or has descriptors."""
         try:
             payload = expected.unpack(self.payload)
-        except ProtocolError as error:
+        except RemoteProtocolError as error:
             raise VhostUserError(f"reply to {self.name}", str(error)) from None
         if self.fds:
             raise VhostUserError(f"reply to {self.name}", f"{len(self.fds)} descriptors")

@@ -11,7 +11,7 @@ import struct
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
-from vring_serial.errors import ProtocolError
+from vring_serial.errors import RemoteProtocolError
 from vring_serial.proto.framing import at_least, exactly
 
 #: Feature bit that offers the protocol features; no driver ever sees it.
@@ -238,7 +238,7 @@ class VringDescriptor:
     def unpack(cls, data: bytes) -> Self:
         (value,) = exactly(cls.STRUCT, data)
         if value & ~(cls.INDEX_MASK | cls.NO_FD):
-            raise ProtocolError(f"unknown bits in {value:#x}")
+            raise RemoteProtocolError(f"unknown bits in {value:#x}")
         return cls(value & cls.INDEX_MASK, bool(value & cls.NO_FD))
 
 
@@ -287,9 +287,9 @@ class MemoryTable:
         head, step = cls.STRUCT.size, MemoryRegion.STRUCT.size
         count, _ = at_least(cls.STRUCT, data)
         if count > MAX_TABLE_REGIONS:
-            raise ProtocolError(f"{count} regions, at most {MAX_TABLE_REGIONS} fit")
+            raise RemoteProtocolError(f"{count} regions, at most {MAX_TABLE_REGIONS} fit")
         if not head + count * step <= len(data) <= head + MAX_TABLE_REGIONS * step:
-            raise ProtocolError(
+            raise RemoteProtocolError(
                 f"payload of {len(data)} bytes instead of {head + count * step} for {count} regions"
             )
         fields = MemoryRegion.STRUCT.iter_unpack(data[head : head + count * step])
@@ -339,9 +339,9 @@ class ConfigAccess:
         head = cls.STRUCT.size
         offset, size, flags = at_least(cls.STRUCT, data)
         if size > MAX_CONFIG_SIZE:
-            raise ProtocolError(f"access of {size} bytes, at most {MAX_CONFIG_SIZE}")
+            raise RemoteProtocolError(f"access of {size} bytes, at most {MAX_CONFIG_SIZE}")
         if offset + size > 1 << 32:
-            raise ProtocolError(f"access of {size} bytes at {offset:#x} wraps around")
+            raise RemoteProtocolError(f"access of {size} bytes at {offset:#x} wraps around")
         if len(data) != head + size:
-            raise ProtocolError(f"payload of {len(data)} bytes instead of {head + size}")
+            raise RemoteProtocolError(f"payload of {len(data)} bytes instead of {head + size}")
         return cls(offset, data[head:], flags)

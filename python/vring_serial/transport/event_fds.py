@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 
-from vring_serial.errors import ProtocolError
+from vring_serial.errors import RemoteProtocolError
 
 #: What :func:`describe` says of an eventfd.
 EVENTFD = "anon_inode:[eventfd]"
@@ -30,15 +30,15 @@ def check_event_descriptor(fd: int, *, writable: bool) -> None:
     socket (User-Mode Linux has those for calls) takes none. See vring.notify and vring.drain.
 
     Raises:
-        ProtocolError: it is no eventfd, or, if it is to be written to, unix socket.
+        RemoteProtocolError: it is no eventfd, or, if it is to be written to, unix socket.
     """
     what = describe(fd)
     if what == EVENTFD:
         return
     if not writable:
-        raise ProtocolError("its descriptor is not an eventfd")
+        raise RemoteProtocolError("its descriptor is not an eventfd")
     if what.startswith("socket:"):
         with socket.socket(fileno=os.dup(fd)) as sock:
             if sock.family == socket.AF_UNIX:
                 return
-    raise ProtocolError("its descriptor is not an eventfd or a unix socket")
+    raise RemoteProtocolError("its descriptor is not an eventfd or a unix socket")

@@ -17,7 +17,7 @@ from vring_serial.device.console import events as ev
 from vring_serial.device.console.controller import DEFAULT_FEATURES, Controller
 from vring_serial.device.console.events import Side
 from vring_serial.device.console.port import Port
-from vring_serial.errors import LocalProtocolError, ProtocolError
+from vring_serial.errors import LocalProtocolError, RemoteProtocolError
 from vring_serial.proto.console import (
     CONTROL_RECEIVEQ,
     CONTROL_TRANSMITQ,
@@ -296,7 +296,7 @@ async def test_numbers_and_names_are_checked_and_nothing_is_left_behind(make_con
 
 async def test_features_that_were_not_offered_are_refused(make_controller):
     controller = make_controller()
-    with pytest.raises(ProtocolError, match="not offered: RING_PACKED"):
+    with pytest.raises(RemoteProtocolError, match="not offered: RING_PACKED"):
         controller.set_driver_features(DEFAULT_FEATURES | Feature.RING_PACKED)
     assert controller.driver_features == 0
     controller.set_driver_features(DEFAULT_FEATURES)

@@ -16,7 +16,7 @@ from vring_serial.device.console.events import DeviceEvent, Side
 from vring_serial.device.console.port import Port
 from vring_serial.device.served import Discarder
 from vring_serial.device.virtqueue import RunningQueue, is_fresh
-from vring_serial.errors import LocalProtocolError, ProtocolError
+from vring_serial.errors import LocalProtocolError, RemoteProtocolError
 from vring_serial.lifetime import Starting
 from vring_serial.proto import control as ctl
 from vring_serial.proto.console import (
@@ -235,10 +235,12 @@ class Controller(Starting):
         return not bits & ConsoleFeature.MULTIPORT
 
     def set_driver_features(self, bits: int) -> None:
-        """The driver accepted these features. Raises ProtocolError on bits not offered."""
+        """The driver accepted these features. Raises RemoteProtocolError on bits not offered."""
         if bits & ~self.device_features:
             extra = feature_names(bits & ~self.device_features, ConsoleFeature)
-            raise ProtocolError(f"{self.name}: the driver accepted what was not offered: {extra}")
+            raise RemoteProtocolError(
+                f"{self.name}: the driver accepted what was not offered: {extra}"
+            )
         if bits != self._driver_features:
             self._driver_features = bits
             self.emit(ev.FeaturesNegotiated(bits))

@@ -11,7 +11,7 @@ from vring import GuestMemory, NotificationData, RingError, notify
 from vring_serial.device.base import VirtioDevice, check_unserved
 from vring_serial.device.registers.host import Host
 from vring_serial.device.registers.queues import QueueSetup, QueueTable
-from vring_serial.errors import ConfigError, ProtocolError
+from vring_serial.errors import ConfigError, RemoteProtocolError
 from vring_serial.proto.virtio import Feature, Status, feature_names
 from vring_serial.ratelimit import RateLimitedLog
 
@@ -171,7 +171,7 @@ class DriverRegisters:
             return False
         try:
             self.device.set_driver_features(wanted & self.device.device_features)
-        except ProtocolError as error:
+        except RemoteProtocolError as error:
             self._log.warning("%s", error)
             return False
         self.queues.features = wanted

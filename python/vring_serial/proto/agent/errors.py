@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from vring_serial.errors import ProtocolError
+from vring_serial.errors import RemoteProtocolError
 
 
-class AgentProtocolError(ProtocolError):
+class AgentProtocolError(RemoteProtocolError):
     """Base of all misbehaviour on an agent channel.
 
     Attributes:

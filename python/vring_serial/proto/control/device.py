@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from vring_serial.errors import LocalProtocolError, ProtocolError
+from vring_serial.errors import LocalProtocolError, RemoteProtocolError
 from vring_serial.proto.console import (
     MAX_NAME,
     MAX_PORTS,
@@ -203,7 +203,7 @@ class ControlDevice:
         """Take one message from the driver. Whatever it is, everything else goes on."""
         try:
             message = ControlMessage.unpack(data)
-        except ProtocolError as error:
+        except RemoteProtocolError as error:
             return [Refused(str(error))]
         if message.event == ControlEvent.DEVICE_READY:
             return self._receive_device_ready(bool(message.value))

@@ -6,7 +6,7 @@ import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from vring_serial.errors import LocalProtocolError, ProtocolError
+from vring_serial.errors import LocalProtocolError, RemoteProtocolError
 from vring_serial.proto.console import MAX_NAME, NO_PORT, Buffer, ControlEvent, ControlMessage, Size
 from vring_serial.proto.control.events import (
     DriverSideEvent,
@@ -163,7 +163,7 @@ class ControlDriver:
         """Take one message from the device."""
         try:
             message = ControlMessage.unpack(data)
-        except ProtocolError as error:
+        except RemoteProtocolError as error:
             return [Refused(str(error))]
         if message.event == ControlEvent.PORT_ADD:
             return self._receive_port_add(message)
@@ -199,7 +199,7 @@ class ControlDriver:
     def _receive_resize(self, port: DriverPort, message: ControlMessage) -> list[DriverSideEvent]:
         try:
             size = Size.unpack(message.payload)
-        except ProtocolError as error:
+        except RemoteProtocolError as error:
             return [Refused(f"{message}: {error}")]
         if not port.console:
             return []

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vring import GuestMemory, MemoryWatch, Region
-from vring_serial.errors import ProtocolError
+from vring_serial.errors import RemoteProtocolError
 from vring_serial.proto.vfio_user import VfioUserError
 from vring_serial.proto.vfio_user_wire import DmaFlag, DmaMap, DmaUnmap, UnmapFlag
 from vring_serial.transport.vfio_user.copies import Copy, make_copy
@@ -95,7 +95,7 @@ class DmaTable:
                 descriptor cannot be mapped so.
         """
         if not asked.flags:
-            raise ProtocolError("a region that can be neither read nor written")
+            raise RemoteProtocolError("a region that can be neither read nor written")
         end = asked.address + asked.size
         for other in self._regions.values():
             if other.address < end and asked.address < other.end:

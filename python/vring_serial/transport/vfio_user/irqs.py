@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from vring import notify
 from vring_serial.device.kicks import KickWatch
-from vring_serial.errors import ProtocolError
+from vring_serial.errors import RemoteProtocolError
 from vring_serial.proto.vfio_user_wire import (
     IRQ_SET_ACTION,
     IRQ_SET_DATA,
@@ -102,28 +102,28 @@ class Interrupts:
         return len(self._lines)
 
     def info(self, index: int) -> IrqInfo:
-        """What there is of a type. Raises ProtocolError if there is no such type."""
+        """What there is of a type. Raises RemoteProtocolError if there is no such type."""
         return IrqInfo(index, _FLAGS.get(index, 0), len(self._type(index)))
 
     def set(self, irqs: IrqSet, fds: list[int]) -> None:
         """DEVICE_SET_IRQS; descriptors that are kept are taken out of ``fds``.
 
         Raises:
-            ProtocolError: no such interrupts, an action that they do not have, or descriptors that
-                do not fit; nothing is changed then.
+            RemoteProtocolError: no such interrupts, an action that they do not have, or
+                descriptors that do not fit; nothing is changed then.
         """
         lines = self._type(irqs.index)
         if irqs.start + irqs.count > len(lines):
-            raise ProtocolError(
+            raise RemoteProtocolError(
                 f"interrupts {irqs.start} to {irqs.start + irqs.count - 1} of {len(lines)}"
             )
         kind, action = IrqSetFlag(irqs.flags & IRQ_SET_DATA), irqs.flags & IRQ_SET_ACTION
         if fds and kind != IrqSetFlag.DATA_EVENTFD:
-            raise ProtocolError(f"{len(fds)} descriptors with {kind.name}")
+            raise RemoteProtocolError(f"{len(fds)} descriptors with {kind.name}")
         if action == IrqSetFlag.ACTION_TRIGGER:
             self._set_trigger(irqs, kind, lines, fds)
         elif irqs.index != IrqIndex.INTX:
-            raise ProtocolError(f"type {irqs.index} cannot be masked")
+            raise RemoteProtocolError(f"type {irqs.index} cannot be masked")
         elif kind == IrqSetFlag.DATA_EVENTFD:
             self._set_unmask_event(action, fds)
         else:
@@ -143,14 +143,14 @@ class Interrupts:
         try:
             return self._lines[index]
         except KeyError:
-            raise ProtocolError(f"there is no interrupt type {index}") from None
+            raise RemoteProtocolError(f"there is no interrupt type {index}") from None
 
     def _set_trigger(
         self, irqs: IrqSet, kind: IrqSetFlag, lines: list[_Line], fds: list[int]
     ) -> None:
         if kind == IrqSetFlag.DATA_EVENTFD:
             if len(fds) not in (0, irqs.count):
-                raise ProtocolError(f"{len(fds)} descriptors for {irqs.count} interrupts")
+                raise RemoteProtocolError(f"{len(fds)} descriptors for {irqs.count} interrupts")
             for fd in fds:
                 check_event_descriptor(fd, writable=True)
             old = _replace(_chosen(irqs, lines), fds or [-1] * irqs.count)
@@ -171,7 +171,9 @@ class Interrupts:
     def _set_unmask_event(self, action: int, fds: list[int]) -> None:
         """The client gives, or takes away, an event that unmasks INTx without a message."""
         if action == IrqSetFlag.ACTION_MASK or len(fds) > 1:
-            raise ProtocolError("events can unmask INTx, one descriptor for it, and not mask it")
+            raise RemoteProtocolError(
+                "events can unmask INTx, one descriptor for it, and not mask it"
+            )
         for fd in fds:
             check_event_descriptor(fd, writable=False)
         self._watch_unmask(fds[0] if fds else -1)

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vring_serial.errors import ProtocolError
+from vring_serial.errors import RemoteProtocolError
 from vring_serial.proto.framing import Payload
 from vring_serial.proto.vfio_user import Message, VfioUserError, request
 from vring_serial.proto.vfio_user_wire import Command, DmaAccess
@@ -89,10 +89,10 @@ class RemoteMemory:
         return self._ask(Command.DMA_WRITE, address, bytearray(data))
 
     def handle_reply(self, message: Message) -> None:
-        """Raises ProtocolError if nobody asked for this reply."""
+        """Raises RemoteProtocolError if nobody asked for this reply."""
         asked = self._asked.pop(message.message_id, None)
         if asked is None or asked[0].command != message.command:
-            raise ProtocolError("a reply that nobody asked for")
+            raise RemoteProtocolError("a reply that nobody asked for")
         access, at, size = asked
         self._asked_bytes -= size
         self._silent = 0

@@ -16,7 +16,7 @@ from vring.errors import VringError
 from vring_serial import unix_fds
 from vring_serial.device.pci import PciDevice
 from vring_serial.device.registers.interrupts import NoInterrupts
-from vring_serial.errors import ProtocolError
+from vring_serial.errors import RemoteProtocolError
 from vring_serial.proto.framing import MAX_FDS, BadMessageError, Empty, Payload
 from vring_serial.proto.vfio_user import (
     Message,
@@ -98,7 +98,7 @@ _ACCESS = RegionFlag.READ | RegionFlag.WRITE
 Handler = Callable[[Any, list[int]], Payload | None]
 
 
-class FatalError(ProtocolError):
+class FatalError(RemoteProtocolError):
     """There is no answer to this but closing the connection."""
 
 
@@ -249,7 +249,7 @@ class Session:
             raise FatalError(f"{message.name}: {error}") from None
         except VfioUserError as error:
             self._refuse(message, error)
-        except (ProtocolError, VringError) as error:
+        except (RemoteProtocolError, VringError) as error:
             self._refuse(message, VfioUserError(message.name, str(error)))
         except MemoryError:
             self._refuse(message, VfioUserError(message.name, "out of memory", errno.ENOMEM))
@@ -270,9 +270,9 @@ class Session:
         self._closer.close(message.fds)
         try:
             if self._rings.client is None:
-                raise ProtocolError("a reply that nobody asked for")
+                raise RemoteProtocolError("a reply that nobody asked for")
             self._rings.client.remote.handle_reply(message)
-        except ProtocolError as error:
+        except RemoteProtocolError as error:
             raise FatalError(f"{message.name}: {error}") from None
 
     def _answer(self, message: Message, fds: list[int]) -> Payload | None:
@@ -312,7 +312,7 @@ class Session:
 
     def _version(self, version: Version, fds: list[int]) -> Version:
         if self._client is not None:
-            raise ProtocolError("it came twice")
+            raise RemoteProtocolError("it came twice")
         if version.major != MAJOR:
             raise FatalError(f"version {version.major}.{version.minor} instead of {MAJOR}.{MINOR}")
         proposed = version.capabilities
@@ -381,7 +381,7 @@ class Session:
         if index == RegionIndex.CONFIG:
             return CONFIG_SIZE
         if index >= NUM_REGIONS:
-            raise ProtocolError(f"there is no region {index}")
+            raise RemoteProtocolError(f"there is no region {index}")
         return self._bars.get(index, 0)
 
     def _get_region_info(self, asked: RegionInfo, fds: list[int]) -> RegionInfo:
@@ -391,9 +391,9 @@ class Session:
     def _get_region_io_fds(self, asked: RegionIoFds, fds: list[int]) -> RegionIoFds:
         """Where queues are notified, with eventfds: for those that can watch the guest for that."""
         if asked.sub_regions:
-            raise ProtocolError("sub-regions in a request")
+            raise RemoteProtocolError("sub-regions in a request")
         if not self._region_size(asked.index):
-            raise ProtocolError(f"the device has no region {asked.index}")
+            raise RemoteProtocolError(f"the device has no region {asked.index}")
         assert self._client is not None
         # The other queues are notified by messages.
         places = [place for place in self._pci.notify_offsets if place.bar == asked.index]
@@ -481,7 +481,7 @@ class Session:
     def _check_access(self, region: int, offset: int, count: int) -> None:
         size = self._region_size(region)
         if not count or offset + count > size:
-            raise ProtocolError(
+            raise RemoteProtocolError(
                 f"{count} bytes at {offset:#x} of region {region}, which has {size}"
             )
 

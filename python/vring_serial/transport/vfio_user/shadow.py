@@ -26,7 +26,7 @@ from vring import GuestMemory, SplitQueue, drain, need_event, notify
 from vring.errors import AddressError, VringError
 from vring_serial.device.kicks import KickWatch
 from vring_serial.device.virtqueue import RunningQueue
-from vring_serial.errors import ProtocolError
+from vring_serial.errors import RemoteProtocolError
 from vring_serial.transport.vfio_user.copies import LARGE_BYTES, Held, LargeChains, Room
 from vring_serial.transport.vfio_user.dma import DmaTable
 from vring_serial.transport.vfio_user.remote import RemoteMemory
@@ -103,7 +103,7 @@ class ShadowRing:
         owed: what :meth:`stop` returned of the ring before this one.
 
     Raises:
-        ProtocolError: the ring is packed, or a part of it is in shared memory.
+        RemoteProtocolError: the ring is packed, or a part of it is in shared memory.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class ShadowRing:
     ) -> None:
         queue = running.queue
         if not isinstance(queue, SplitQueue):
-            raise ProtocolError(f"{queue.name}: a packed ring needs memory with a descriptor")
+            raise RemoteProtocolError(f"{queue.name}: a packed ring needs memory with a descriptor")
         self._loop = asyncio.get_running_loop()
         self._outer = running
         self._size = queue.size
@@ -178,7 +178,7 @@ class ShadowRing:
         for address, length in zip(self._outer.queue.rings, parts, strict=True):
             if sum(size for _, size in self._add_remote(held, address, length)) != length:
                 name = self._outer.queue.name
-                raise ProtocolError(f"{name}: a part of its ring is in memory that is shared")
+                raise RemoteProtocolError(f"{name}: a part of its ring is in memory that is shared")
         held.hold()
         return held
 
@@ -196,7 +196,7 @@ class ShadowRing:
                 self._kicked.clear()
                 while await self._fetch():
                     pass
-        except (ProtocolError, VringError, OSError) as error:
+        except (RemoteProtocolError, VringError, OSError) as error:
             self._failure.tell(error)
 
     async def _fetch(self) -> bool:
@@ -231,11 +231,13 @@ class ShadowRing:
         """Bring what the device may read; what is wrong with the chain is the device's to find."""
         name = self.queue.queue.name
         if head in self._chains:
-            raise ProtocolError(f"{name}: descriptor {head} is available, and in use already")
+            raise RemoteProtocolError(f"{name}: descriptor {head} is available, and in use already")
         chain = await self._walk(head, table)
         cost = chain.held.cost
         if cost > LARGE_BYTES:
-            raise ProtocolError(f"{name}: a chain of {cost} bytes, at most {LARGE_BYTES} are taken")
+            raise RemoteProtocolError(
+                f"{name}: a chain of {cost} bytes, at most {LARGE_BYTES} are taken"
+            )
         if not self._room.has(cost):
             self._offer()
             await self._room.wait_for(cost)
@@ -364,7 +366,7 @@ class ShadowRing:
                 self._told = now
                 if await self._wanted(now, before):
                     notify(self._outer.call_fd)
-        except (ProtocolError, OSError) as error:
+        except (RemoteProtocolError, OSError) as error:
             self._failure.tell(error)
         finally:
             self._telling = None

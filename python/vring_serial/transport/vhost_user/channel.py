@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from vring import drain
 from vring_serial import unix_fds
-from vring_serial.errors import ProtocolError
+from vring_serial.errors import RemoteProtocolError
 from vring_serial.proto.vhost_user import (
     U64,
     BackendRequest,
@@ -39,7 +39,7 @@ class BackendChannel:
         said: where they go; one for all channels, of which a frontend can make any number.
 
     Raises:
-        ProtocolError: ``fd`` is not a connected unix stream socket.
+        RemoteProtocolError: ``fd`` is not a connected unix stream socket.
     """
 
     def __init__(
@@ -118,14 +118,14 @@ class BackendChannel:
                 self._acknowledged(message.decode_reply(U64).value, message.name)
         except BlockingIOError:
             return
-        except (OSError, ProtocolError) as error:
+        except (OSError, RemoteProtocolError) as error:
             self._fail(f"{error}")
             return
         self._send()
 
     def _acknowledged(self, status: int, name: str) -> None:
         if not self._unacknowledged:
-            raise ProtocolError(f"reply to {name}, which was not asked")
+            raise RemoteProtocolError(f"reply to {name}, which was not asked")
         self._unacknowledged = False
         if status:
             self._said.warning("%s: the frontend refused %s: status %d", self._name, name, status)
@@ -170,9 +170,9 @@ def _stream_socket(fd: int) -> socket.socket:
     try:
         sock = socket.socket(fileno=fd)
     except OSError:
-        raise ProtocolError("its descriptor is not a socket") from None
+        raise RemoteProtocolError("its descriptor is not a socket") from None
     if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
         sock.detach()
-        raise ProtocolError("its descriptor is not a unix stream socket")
+        raise RemoteProtocolError("its descriptor is not a unix stream socket")
     sock.setblocking(False)
     return sock

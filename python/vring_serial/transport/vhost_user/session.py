@@ -12,7 +12,7 @@ from vring import GuestMemory, MemoryWatch, Region
 from vring.errors import MemoryLostError, RingError, VringError
 from vring_serial import unix_fds
 from vring_serial.device.base import VirtioDevice
-from vring_serial.errors import ProtocolError
+from vring_serial.errors import RemoteProtocolError
 from vring_serial.proto.framing import BadMessageError
 from vring_serial.proto.vhost_user import (
     F_PROTOCOL_FEATURES,
@@ -60,7 +60,7 @@ _GREETINGS = (Request.SET_OWNER, Request.SET_FEATURES, Request.SET_PROTOCOL_FEAT
 Handler = Callable[[Any, list[int]], Payload | None]
 
 
-class FatalError(ProtocolError):
+class FatalError(RemoteProtocolError):
     """The specification leaves no answer to this but closing the connection."""
 
 
@@ -219,7 +219,7 @@ class Session:
         except VhostUserError as error:
             self._refuse(message, error)
             return
-        except (ProtocolError, VringError, OSError) as error:
+        except (RemoteProtocolError, VringError, OSError) as error:
             self._refuse(message, VhostUserError(message.name, str(error)))
             return
         except MemoryError:
@@ -236,7 +236,7 @@ class Session:
         payload = message.decode()
         handler = self._handlers.get(message.kind)
         if handler is None:
-            raise ProtocolError("not supported")
+            raise RemoteProtocolError("not supported")
         answer = handler(payload, fds)
         if message.kind in _GREETINGS:
             self._greeted()
@@ -310,7 +310,7 @@ class Session:
             if not self._has(ProtocolFeature.STATUS):
                 self._device.set_status(Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK)
         elif bits != self._features & ~_PROTOCOL_FEATURES_BIT:
-            raise ProtocolError(f"other features while {running} runs")
+            raise RemoteProtocolError(f"other features while {running} runs")
         if not self._rings_start_disabled:
             # What runs because nobody spoke of enabling goes on running.
             for vring in self._vrings:
@@ -320,7 +320,7 @@ class Session:
         self._run_all()
 
     def _accept_features(self, bits: int) -> None:
-        """Raises ProtocolError on what was not offered."""
+        """Raises RemoteProtocolError on what was not offered."""
         packed = bool(bits & self._features_offered & Feature.RING_PACKED)
         self._device.set_driver_features(bits & ~int(Feature.RING_PACKED) if packed else bits)
         for vring in self._vrings:
@@ -351,7 +351,7 @@ class Session:
 
     def _set_backend_req_fd(self, _: Empty, fds: list[int]) -> None:
         if not self._has(ProtocolFeature.BACKEND_REQ):
-            raise ProtocolError("BACKEND_REQ was not negotiated")
+            raise RemoteProtocolError("BACKEND_REQ was not negotiated")
         if self._channel is not None:
             self._channel.close()
         acks = self._has(ProtocolFeature.REPLY_ACK)
@@ -368,7 +368,7 @@ class Session:
 
     def _set_config(self, access: ConfigAccess, fds: list[int]) -> None:
         if access.flags & ~ConfigAccess.FOR_MIGRATION:
-            raise ProtocolError(f"unknown flags {access.flags:#x}")
+            raise RemoteProtocolError(f"unknown flags {access.flags:#x}")
         if access.flags != ConfigAccess.FOR_MIGRATION:
             self._device.write_config(access.offset, access.data)
 
@@ -377,7 +377,7 @@ class Session:
 
     def _set_status(self, status: U64, fds: list[int]) -> None:
         if status.value > 0xFF:
-            raise ProtocolError(f"status {status.value:#x} has more than 8 bits")
+            raise RemoteProtocolError(f"status {status.value:#x} has more than 8 bits")
         # 0 comes for a reset and for a VM that is stopped and will go on, where it must not lose
         # its ports. The device itself notices a new driver, by its rings and its first words.
         self._paused = status.value == 0
@@ -433,7 +433,7 @@ class Session:
 
     def _add_mem_reg(self, added: SingleRegion, fds: list[int]) -> None:
         if len(self._memory.regions) >= MAX_MEM_SLOTS:
-            raise ProtocolError(f"all {MAX_MEM_SLOTS} memory slots are taken")
+            raise RemoteProtocolError(f"all {MAX_MEM_SLOTS} memory slots are taken")
         self._set_memory(self._memory.with_region(self._map(added.region, fds[0])))
 
     def _rem_mem_reg(self, removed: SingleRegion, fds: list[int]) -> None:
@@ -450,7 +450,7 @@ class Session:
 
     def _vring(self, index: int) -> Vring:
         if index >= len(self._vrings):
-            raise ProtocolError(f"queue {index} of {len(self._vrings)}")
+            raise RemoteProtocolError(f"queue {index} of {len(self._vrings)}")
         return self._vrings[index]
 
     def _set_vring_num(self, state: VringState, fds: list[int]) -> None:
@@ -495,7 +495,7 @@ class Session:
     def _set_vring_enable(self, state: VringState, fds: list[int]) -> None:
         vring = self._vring(state.index)
         if state.num not in (0, 1):
-            raise ProtocolError(f"{vring}: enable is {state.num} instead of 0 or 1")
+            raise RemoteProtocolError(f"{vring}: enable is {state.num} instead of 0 or 1")
         vring.enabled = bool(state.num)
         if vring.enabled:
             self._run(vring)
@@ -505,7 +505,7 @@ class Session:
     def _vring_kick(self, state: VringState, fds: list[int]) -> None:
         vring = self._vring(state.index)
         if not self._has(ProtocolFeature.INBAND_NOTIFICATIONS):
-            raise ProtocolError("INBAND_NOTIFICATIONS was not negotiated")
+            raise RemoteProtocolError("INBAND_NOTIFICATIONS was not negotiated")
         if not vring.started:
             vring.set_kick(-1)
             self._run(vring)
@@ -524,11 +524,11 @@ class Session:
 
     def _run_all(self) -> None:
         """All that are to run; one that cannot does not keep the others from it."""
-        failed: ProtocolError | VringError | None = None
+        failed: RemoteProtocolError | VringError | None = None
         for vring in self._vrings:
             try:
                 self._run(vring)
-            except (ProtocolError, VringError) as error:
+            except (RemoteProtocolError, VringError) as error:
                 failed = failed or error
         if failed is not None:
             raise failed

@@ -8,7 +8,7 @@ from vring import GuestMemory, PackedDriver, SplitDriver, VirtQueue, notify
 from vring.errors import AddressError
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.virtqueue import FRESH_PACKED_INDEX, RunningQueue, make_queue
-from vring_serial.errors import ProtocolError
+from vring_serial.errors import RemoteProtocolError
 from vring_serial.proto.vhost_user import VringAddress
 from vring_serial.transport.closer import Closer
 from vring_serial.unix_fds import make_eventfd
@@ -68,16 +68,16 @@ class Vring:
         return self._queue is not None
 
     def set_size(self, size: int) -> None:
-        """Raises ProtocolError if it runs, or the size is not one that we offer."""
+        """Raises RemoteProtocolError if it runs, or the size is not one that we offer."""
         self._refuse_while_running()
         largest = self._device.queue_size_max
         if not 0 < size <= largest or (size & (size - 1) and not self.packed):
             kind = "a size" if self.packed else "a power of two"
-            raise ProtocolError(f"{self}: size {size} is not {kind} up to {largest}")
+            raise RemoteProtocolError(f"{self}: size {size} is not {kind} up to {largest}")
         self.size = size
 
     def set_base(self, base: int) -> None:
-        """Raises ProtocolError if it runs, or a split ring's index has more than 16 bits.
+        """Raises RemoteProtocolError if it runs, or a split ring's index has more than 16 bits.
 
         A packed ring's base has the used index in its upper half. They differ if buffers are in
         flight elsewhere, which this device will not complete. Frontends that say nothing there
@@ -85,7 +85,7 @@ class Vring:
         """
         self._refuse_while_running()
         if base > 0xFFFF and not self.packed:
-            raise ProtocolError(f"{self}: available index {base} has more than 16 bits")
+            raise RemoteProtocolError(f"{self}: available index {base} has more than 16 bits")
         self.base = base & 0xFFFF
         self.used = base >> 16 or None
 
@@ -143,8 +143,8 @@ class Vring:
         """Set where the parts are; a ring that runs is stopped, to be run again.
 
         Raises:
-            ProtocolError: size and memory are known and the parts cannot be there; the ring goes on
-                as it was.
+            RemoteProtocolError: size and memory are known and the parts cannot be there; the ring
+                goes on as it was.
         """
         if self.size and memory.regions:
             self._translate(memory, address)
@@ -163,7 +163,7 @@ class Vring:
             Whether it runs now and did not before.
 
         Raises:
-            ProtocolError, VringError: the parts cannot be where they are said to be.
+            RemoteProtocolError, VringError: the parts cannot be where they are said to be.
         """
         wanted = self.started and (enabled if self.enabled is None else self.enabled)
         if self.running or not wanted or not self.size or self.address is None:
@@ -221,7 +221,7 @@ class Vring:
 
     def _refuse_while_running(self) -> None:
         if self.running:
-            raise ProtocolError(f"{self} is running")
+            raise RemoteProtocolError(f"{self} is running")
 
     def _translate(self, memory: GuestMemory, address: VringAddress) -> tuple[int, int, int]:
         """Guest addresses of the three areas (2.6)."""
@@ -235,9 +235,9 @@ class Vring:
         ):
             where = f"{self}: {part} at user address {user:#x}"
             if user % alignment:
-                raise ProtocolError(f"{where} is not aligned to {alignment} bytes")
+                raise RemoteProtocolError(f"{where} is not aligned to {alignment} bytes")
             try:
                 found.append(memory.user_to_guest(user, length))
             except AddressError:
-                raise ProtocolError(f"{where}, {length} bytes: not in guest memory") from None
+                raise RemoteProtocolError(f"{where}, {length} bytes: not in guest memory") from None
         return found[0], found[1], found[2]
