@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
 import os
 import random
 import socket
@@ -405,6 +406,20 @@ async def test_a_device_that_stops_tells_of_bytes_that_nobody_took(rig):
     (lost,) = [event for event in events if isinstance(event, ev.OutputDropped)]
     assert lost.nr == 1
     assert 0 < lost.count < 4 << 20
+
+
+async def test_a_port_whose_peer_breaks_in_a_loop_fills_no_log(rig, caplog):
+    caplog.set_level(logging.INFO)
+    _, guest, chardev = await rig()
+    for count in range(1, 16):
+        guest.write(1, b"unread")
+        await guest.until(lambda: guest.completed(1))
+        chardev.peer.close()  # a socket that had bytes unread resets its connection
+        await guest.until(lambda count=count: len(chardev.gone) == count)
+        assert chardev.gone[-1] is not None
+        chardev.connect()
+    lines = [record for record in caplog.records if "PairChardev" in record.getMessage()]
+    assert len(lines) == 10
 
 
 # --- consoles -------------------------------------------------------------------------------------
