@@ -32,6 +32,7 @@ class PairChardev(Chardev):
         self.connected = connected
         self.peer: socket.socket | None = None
         self._ours: socket.socket | None = None
+        self.stays = False
         self.gone: list[OSError | None] = []
         self.guest: list[bool] = []
 
@@ -46,6 +47,14 @@ class PairChardev(Chardev):
         self._open_end(DescriptorEnd(self._ours.fileno(), self._ours.fileno()))
         return self.peer
 
+    def replace(self) -> socket.socket:
+        """Other descriptors and another ``peer``, in silence. Returns the end that was ours."""
+        old, (self._ours, self.peer) = self._ours, socket.socketpair()
+        self._ours.setblocking(False)
+        self.peer.setblocking(False)
+        self._replace_end(DescriptorEnd(self._ours.fileno(), self._ours.fileno()))
+        return old
+
     def disconnect(self) -> socket.socket:
         """The end closes; what the peer has not read it can still read."""
         self._close_end()
@@ -54,7 +63,8 @@ class PairChardev(Chardev):
 
     def peer_gone(self, reason: OSError | None = None) -> None:
         self.gone.append(reason)
-        self.disconnect()
+        if not self.stays:
+            self.disconnect()
 
     def guest_opened(self, is_open: bool) -> None:
         self.guest.append(is_open)
@@ -338,6 +348,42 @@ async def test_a_chain_taken_in_part_is_finished_while_the_vm_is_paused(rig):
     assert controller.ports[1].guest_open
 
 
+async def test_the_rest_of_a_chain_goes_to_the_descriptors_that_replaced_the_first(rig):
+    _, guest, chardev = await rig(memory=16 << 20)
+    data = pattern(2 << 20)
+    guest.send(5, data, split=1 << 20)
+    await guest.settle()
+    guest.pause()
+    got = bytearray(received(chardev.peer, 100_000))
+    await asyncio.sleep(0)  # the rest is being written
+    old, ours = chardev.peer, chardev.replace()
+    got += received(old, len(data))
+    async with asyncio.timeout(5):
+        while len(got) < len(data):
+            got += received(chardev.peer)
+            await asyncio.sleep(0)
+    assert got == data
+    old.close()
+    ours.close()
+
+
+async def test_an_end_that_failed_and_stays_is_written_to_no_more(rig):
+    """The guest may still read what its peer sent before it left."""
+    controller, guest, chardev = await rig(connected=False)
+    chardev.stays = True
+    chardev.connect().shutdown(socket.SHUT_RD)
+    guest.write(1, b"nobody takes this")
+    await guest.until(lambda: chardev.gone)
+    for _ in range(3):
+        guest.pause()
+        guest.resume()
+        await guest.settle(3)
+    assert len(chardev.gone) == 1
+    chardev.peer.send(b"last words")
+    await guest.until(lambda: guest.read(1) == b"last words")
+    assert controller.ports[1].host_open
+
+
 async def test_a_peer_that_leaves_before_it_took_the_rest_of_a_chain_is_noticed(rig):
     """While the VM is paused, no queue runs whose flow would see it."""
     controller, guest, chardev = await rig(memory=16 << 20)
@@ -511,6 +557,10 @@ async def test_a_ring_that_breaks_under_the_pump_stops_one_direction(rig, queue)
         assert await gather(guest, chardev.peer, 7) == b"goes on"
     else:
         await guest.until(lambda: guest.read(1) == b"for the guest")
+    # nor is it served again because the host end is another
+    chardev.disconnect().close()
+    chardev.connect()
+    await guest.settle()
     assert len(told) == 1
     assert chardev.gone == []
 

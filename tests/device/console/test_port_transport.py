@@ -267,6 +267,25 @@ async def test_a_half_delivered_chain_of_a_driver_that_is_gone_is_not_missed(
     )
 
 
+async def test_what_is_discarded_is_not_missing_from_what_comes_after(rig):
+    class Leaver(Recorder):
+        def data_received(self, data):
+            super().data_received(data)
+            if len(data) > 1000:
+                self.transport.abort()
+
+    built = await rig(console=True, factory=Leaver, memory=16 << 20)
+    guest, first = built.guest, built.last
+    guest.send(1, bytes(5_000_000), split=500_000)  # in pieces, of which it takes some
+    await guest.until(lambda: "lost" in first.calls and guest.completed(0))
+    assert len(first.data) < 5_000_000
+    built.port.chardev.connect()
+    await guest.until(lambda: built.last is not first and built.last.calls == ["made"])
+    guest.write(0, b"login: ")
+    await guest.until(lambda: guest.completed(0))
+    assert built.last.data == b"login: "
+
+
 async def test_the_write_buffer_has_marks_and_the_guests_buffers_drain_it(rig):
     built = await rig()
     guest, protocol = built.guest, built.last
@@ -403,12 +422,12 @@ async def test_what_a_closed_guest_left_is_delivered_to_the_first_who_comes(rig)
 async def test_it_is_delivered_when_the_vm_goes_on_if_somebody_came_while_it_was_paused(rig):
     built = await rig()
     guest, chardev = built.guest, built.port.chardev
-    chardev.close()
+    chardev.disconnect()
     guest.write(1, b"a note for later")
     guest.close_port(1)
     await guest.until(lambda: not built.port.guest_open)
     guest.pause()
-    chardev.open()
+    chardev.connect()
     guest.resume()
     await guest.until(lambda: len(built.protocols) == 2 and "lost" in built.last.calls)
     assert built.last.data == b"a note for later"
