@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import termios
 
-TerminalAttributes = list[int | list[bytes | int]]
-
 
 def terminal_size(fd: int) -> tuple[int, int] | None:
     """Columns and rows in characters; None if nobody has set them or this is no terminal."""

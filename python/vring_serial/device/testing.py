@@ -9,6 +9,12 @@ import struct
 from collections.abc import Callable
 from typing import Protocol
 
+from vring_serial.device.pci.config_space import Command, Register
+from vring_serial.device.pci.layout import MSIX_CAPABILITY, VENDOR_CAPABILITY, CapabilityType
+from vring_serial.device.pci.legacy import PAGE, LegacyRegister
+from vring_serial.device.pci.modern import COMMON_AREAS, CommonRegister
+from vring_serial.device.registers.mmio import MMIO_AREAS, MmioRegister
+from vring_serial.device.registers.state import NO_VECTOR
 from vring_serial.errors import RemoteProtocolError
 from vring_serial.proto.virtio import MMIO_MAGIC, Feature, Status
 
@@ -44,7 +50,7 @@ class RegisterDriver(Protocol):
         ...
 
     def start_queue(
-        self, index: int, size: int, areas: tuple[int, int, int], *, vector: int = 0xFFFF
+        self, index: int, size: int, areas: tuple[int, int, int], *, vector: int = NO_VECTOR
     ) -> None:
         """Enable a queue: guest addresses of descriptor, driver and device area."""
         ...
@@ -106,25 +112,25 @@ class PciDriver:
         self.window_capability = 0
         self._multiplier = 0
         self._walk()
-        config_write(0x04, 0b110, 2)  # memory space and bus mastering
-        self._bar, self._common, _ = self.structures[1]
+        config_write(Register.COMMAND, Command.MEMORY_SPACE | Command.BUS_MASTER, 2)
+        self._bar, self._common, _ = self.structures[CapabilityType.COMMON_CFG]
         self._read, self._write = bar(self._bar)
-        _, self._notify_at, _ = self.structures[2]
+        _, self._notify_at, _ = self.structures[CapabilityType.NOTIFY_CFG]
 
     def _walk(self) -> None:
-        at = self._config_read(0x34, 1)
+        at = self._config_read(Register.CAPABILITIES, 1)
         while at:
             kind = self._config_read(at, 1)
-            if kind == 0x11:
+            if kind == MSIX_CAPABILITY:
                 self.msix_capability = at
-            elif kind == 0x09:
+            elif kind == VENDOR_CAPABILITY:
                 raw = self._config_read(at, 20).to_bytes(20, "little")
                 cfg_type, bar, offset, length, extra = struct.unpack_from("<3xBB3xIII", raw)
-                if cfg_type == 5:
+                if cfg_type == CapabilityType.PCI_CFG:
                     self.window_capability = at
                 else:
                     self.structures.setdefault(cfg_type, (bar, offset, length))
-                    if cfg_type == 2:
+                    if cfg_type == CapabilityType.NOTIFY_CFG:
                         self._multiplier = extra
             at = self._config_read(at + 1, 1)
 
@@ -138,18 +144,18 @@ class PciDriver:
 
     @property
     def status(self) -> int:
-        return self.read_common(20, 1)
+        return self.read_common(CommonRegister.DEVICE_STATUS, 1)
 
     @status.setter
     def status(self, value: int) -> None:
-        self.write_common(20, value, 1)
+        self.write_common(CommonRegister.DEVICE_STATUS, value, 1)
 
     def offered(self) -> int:
         """The device's features."""
         bits = 0
         for word in (0, 1):
-            self.write_common(0, word, 4)
-            bits |= self.read_common(4, 4) << 32 * word
+            self.write_common(CommonRegister.DEVICE_FEATURE_SELECT, word, 4)
+            bits |= self.read_common(CommonRegister.DEVICE_FEATURE, 4) << 32 * word
         return bits
 
     def accept(self, wanted: int) -> int:
@@ -157,100 +163,112 @@ class PciDriver:
 
         def write() -> None:
             for word in (0, 1):
-                self.write_common(8, word, 4)
-                self.write_common(12, bits >> 32 * word & 0xFFFFFFFF, 4)
+                self.write_common(CommonRegister.DRIVER_FEATURE_SELECT, word, 4)
+                self.write_common(CommonRegister.DRIVER_FEATURE, bits >> 32 * word & 0xFFFFFFFF, 4)
 
         _negotiate(self, write, modern=True)
         return bits
 
     def queue_size(self, index: int) -> int:
-        self.write_common(22, index, 2)
-        return self.read_common(24, 2)
+        self.write_common(CommonRegister.QUEUE_SELECT, index, 2)
+        return self.read_common(CommonRegister.QUEUE_SIZE, 2)
 
     def start_queue(
-        self, index: int, size: int, areas: tuple[int, int, int], *, vector: int = 0xFFFF
+        self, index: int, size: int, areas: tuple[int, int, int], *, vector: int = NO_VECTOR
     ) -> None:
-        self.write_common(22, index, 2)
-        self.write_common(24, size, 2)
-        self.write_common(26, vector, 2)
-        for offset, address in zip((32, 40, 48), areas, strict=True):
+        self.write_common(CommonRegister.QUEUE_SELECT, index, 2)
+        self.write_common(CommonRegister.QUEUE_SIZE, size, 2)
+        self.write_common(CommonRegister.QUEUE_MSIX_VECTOR, vector, 2)
+        for offset, address in zip(COMMON_AREAS, areas, strict=True):
             self.write_common(offset, address & 0xFFFFFFFF, 4)
             self.write_common(offset + 4, address >> 32, 4)
-        self.write_common(28, 1, 2)
+        self.write_common(CommonRegister.QUEUE_ENABLE, 1, 2)
 
     def reset_queue(self, index: int) -> None:
-        self.write_common(22, index, 2)
-        self.write_common(58, 1, 2)
+        self.write_common(CommonRegister.QUEUE_SELECT, index, 2)
+        self.write_common(CommonRegister.QUEUE_RESET, 1, 2)
 
     def notify(self, index: int, data: int | None = None) -> None:
-        self.write_common(22, index, 2)
-        offset = self._notify_at + self.read_common(30, 2) * self._multiplier
+        self.write_common(CommonRegister.QUEUE_SELECT, index, 2)
+        offset = (
+            self._notify_at
+            + self.read_common(CommonRegister.QUEUE_NOTIFY_OFF, 2) * self._multiplier
+        )
         if data is None:
             self._write(offset, index, 2)
         else:
             self._write(offset, data, 4)
 
     def take_events(self) -> int:
-        return self._read(self.structures[3][1], 1)
+        return self._read(self.structures[CapabilityType.ISR_CFG][1], 1)
 
     def read_config(self, offset: int, size: int) -> int:
-        return self._read(self.structures[4][1] + offset, size)
+        return self._read(self.structures[CapabilityType.DEVICE_CFG][1] + offset, size)
 
     def write_config(self, offset: int, value: int, size: int) -> None:
-        self._write(self.structures[4][1] + offset, value, size)
+        self._write(self.structures[CapabilityType.DEVICE_CFG][1] + offset, value, size)
 
 
 class LegacyPciDriver:
-    """Drives a transitional PCI function through its I/O registers."""
+    """Drives a transitional PCI function through its I/O registers.
 
-    alignment = 4096
+    Attributes:
+        msix: set by the caller while MSI-X is enabled, which moves the configuration.
+    """
+
+    alignment = PAGE
 
     def __init__(self, config_write: Write, read: Read, write: Write) -> None:
-        config_write(0x04, 0b101, 2)  # I/O space and bus mastering
+        config_write(Register.COMMAND, Command.IO_SPACE | Command.BUS_MASTER, 2)
         self._read = read
         self._write = write
-        self.msix = False  # enabled: the configuration lies elsewhere
+        self.msix = False
+
+    @property
+    def _config(self) -> int:
+        reg = LegacyRegister
+        return reg.CONFIG_WITH_MSIX if self.msix else reg.CONFIG_WITHOUT_MSIX
 
     @property
     def status(self) -> int:
-        return self._read(18, 1)
+        return self._read(LegacyRegister.DEVICE_STATUS, 1)
 
     @status.setter
     def status(self, value: int) -> None:
-        self._write(18, value, 1)
+        self._write(LegacyRegister.DEVICE_STATUS, value, 1)
 
     def accept(self, wanted: int) -> int:
-        bits = self._read(0, 4) & wanted
-        _negotiate(self, lambda: self._write(4, bits, 4), modern=False)
+        bits = self._read(LegacyRegister.DEVICE_FEATURES, 4) & wanted
+        _negotiate(self, lambda: self._write(LegacyRegister.DRIVER_FEATURES, bits, 4), modern=False)
         return bits
 
     def queue_size(self, index: int) -> int:
-        self._write(14, index, 2)
-        return self._read(12, 2)
+        self._write(LegacyRegister.QUEUE_SELECT, index, 2)
+        return self._read(LegacyRegister.QUEUE_SIZE, 2)
 
     def start_queue(
-        self, index: int, size: int, areas: tuple[int, int, int], *, vector: int = 0xFFFF
+        self, index: int, size: int, areas: tuple[int, int, int], *, vector: int = NO_VECTOR
     ) -> None:
-        self._write(14, index, 2)
-        self._write(8, areas[0] >> 12, 4)
+        self._write(LegacyRegister.QUEUE_SELECT, index, 2)
+        self._write(LegacyRegister.QUEUE_ADDRESS, areas[0] // PAGE, 4)
         if self.msix:
-            self._write(22, vector, 2)
+            self._write(LegacyRegister.QUEUE_MSIX_VECTOR, vector, 2)
 
     def reset_queue(self, index: int) -> None:
-        self._write(14, index, 2)
-        self._write(8, 0, 4)
+        self._write(LegacyRegister.QUEUE_SELECT, index, 2)
+        self._write(LegacyRegister.QUEUE_ADDRESS, 0, 4)
 
     def notify(self, index: int, data: int | None = None) -> None:
-        self._write(16, index, 2)
+        self._write(LegacyRegister.QUEUE_NOTIFY, index, 2)
 
     def take_events(self) -> int:
-        return self._read(19, 1)
+        return self._read(LegacyRegister.ISR_STATUS, 1)
 
     def read_config(self, offset: int, size: int) -> int:
-        return self._read((24 if self.msix else 20) + offset, size)
+        return self._read(self._config + offset, size)
 
     def write_config(self, offset: int, value: int, size: int) -> None:
-        self._write((24 if self.msix else 20) + offset, value, size)
+        self._write(self._config + offset, value, size)
 
 
 class MmioDriver:
@@ -262,25 +280,25 @@ class MmioDriver:
     def __init__(self, read: Read, write: Write) -> None:
         self._read = read
         self._write = write
-        if read(0, 4) != MMIO_MAGIC:
+        if read(MmioRegister.MAGIC_VALUE, 4) != MMIO_MAGIC:
             raise RemoteProtocolError("no virtio-mmio device")
-        self.version = read(4, 4)
-        self.alignment = 4096 if self.version == 1 else 0
+        self.version = read(MmioRegister.VERSION, 4)
+        self.alignment = PAGE if self.version == 1 else 0
 
     @property
     def status(self) -> int:
-        return self._read(0x70, 4)
+        return self._read(MmioRegister.STATUS, 4)
 
     @status.setter
     def status(self, value: int) -> None:
-        self._write(0x70, value, 4)
+        self._write(MmioRegister.STATUS, value, 4)
 
     def offered(self) -> int:
         """The device's features."""
         bits = 0
         for word in (0, 1):
-            self._write(0x14, word, 4)
-            bits |= self._read(0x10, 4) << 32 * word
+            self._write(MmioRegister.DEVICE_FEATURES_SEL, word, 4)
+            bits |= self._read(MmioRegister.DEVICE_FEATURES, 4) << 32 * word
         return bits
 
     def accept(self, wanted: int) -> int:
@@ -288,49 +306,50 @@ class MmioDriver:
 
         def write() -> None:
             for word in (0, 1):
-                self._write(0x24, word, 4)
-                self._write(0x20, bits >> 32 * word & 0xFFFFFFFF, 4)
+                self._write(MmioRegister.DRIVER_FEATURES_SEL, word, 4)
+                self._write(MmioRegister.DRIVER_FEATURES, bits >> 32 * word & 0xFFFFFFFF, 4)
             if self.version == 1:
-                self._write(0x28, 4096, 4)
+                self._write(MmioRegister.GUEST_PAGE_SIZE, PAGE, 4)
 
         _negotiate(self, write, modern=self.version == 2)
         return bits
 
     def queue_size(self, index: int) -> int:
-        self._write(0x30, index, 4)
-        return self._read(0x34, 4)
+        self._write(MmioRegister.QUEUE_SEL, index, 4)
+        return self._read(MmioRegister.QUEUE_NUM_MAX, 4)
 
     def start_queue(
-        self, index: int, size: int, areas: tuple[int, int, int], *, vector: int = 0xFFFF
+        self, index: int, size: int, areas: tuple[int, int, int], *, vector: int = NO_VECTOR
     ) -> None:
-        self._write(0x30, index, 4)
-        self._write(0x38, size, 4)
+        self._write(MmioRegister.QUEUE_SEL, index, 4)
+        self._write(MmioRegister.QUEUE_NUM, size, 4)
         if self.version == 1:
-            self._write(0x3C, self.alignment, 4)
-            self._write(0x40, areas[0] // 4096, 4)
+            self._write(MmioRegister.QUEUE_ALIGN, self.alignment, 4)
+            self._write(MmioRegister.QUEUE_PFN, areas[0] // PAGE, 4)
             return
-        for offset, address in zip((0x80, 0x90, 0xA0), areas, strict=True):
+        for offset, address in zip(MMIO_AREAS, areas, strict=True):
             self._write(offset, address & 0xFFFFFFFF, 4)
             self._write(offset + 4, address >> 32, 4)
-        self._write(0x44, 1, 4)
+        self._write(MmioRegister.QUEUE_READY, 1, 4)
 
     def reset_queue(self, index: int) -> None:
-        self._write(0x30, index, 4)
-        self._write(0x40 if self.version == 1 else 0x44, 0, 4)
+        self._write(MmioRegister.QUEUE_SEL, index, 4)
+        legacy = self.version == 1
+        self._write(MmioRegister.QUEUE_PFN if legacy else MmioRegister.QUEUE_READY, 0, 4)
 
     def notify(self, index: int, data: int | None = None) -> None:
-        self._write(0x50, index if data is None else data, 4)
+        self._write(MmioRegister.QUEUE_NOTIFY, index if data is None else data, 4)
 
     def take_events(self) -> int:
-        events = self._read(0x60, 4)
-        self._write(0x64, events, 4)
+        events = self._read(MmioRegister.INTERRUPT_STATUS, 4)
+        self._write(MmioRegister.INTERRUPT_ACK, events, 4)
         return events
 
     def read_config(self, offset: int, size: int) -> int:
-        return self._read(0x100 + offset, size)
+        return self._read(MmioRegister.CONFIG + offset, size)
 
     def write_config(self, offset: int, value: int, size: int) -> None:
-        self._write(0x100 + offset, value, size)
+        self._write(MmioRegister.CONFIG + offset, value, size)
 
 
 _NOT_ANY = int(Feature.RING_PACKED | Feature.IN_ORDER | Feature.NOTIFICATION_DATA)

@@ -250,7 +250,8 @@ async def test_a_descriptor_is_not_told_without_bus_mastering(guest):
         await guest.until(lambda: guest.collect(3) is not None and not guest.rings[3].buffers)
         os.eventfd_read(event)
         machine.pci.config_write(4, 2, 2)
-        assert not any(queue.direct for queue in machine.pci._registers.queues)
+        queues = machine.pci._registers.queues
+        assert not any(queues.is_routed(queue) for queue in queues)
         guest.controller.on_config_change()
         with pytest.raises(BlockingIOError):
             os.eventfd_read(event)

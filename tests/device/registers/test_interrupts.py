@@ -7,13 +7,14 @@ import time
 
 from vring_serial.device.pci.msix import Msix
 from vring_serial.device.registers.interrupts import Event, EventStatus
+from vring_serial.device.registers.state import DriverState
 
 ROUNDS = 3000
 
 
 def test_the_line_follows_events_and_masks():
     levels: list[bool] = []
-    status = EventStatus(levels.append)
+    status = EventStatus(DriverState(), levels.append)
     status.set(Event.QUEUE)
     status.set(Event.CONFIGURATION)
     assert levels == [True]
@@ -33,7 +34,7 @@ def test_the_line_follows_events_and_masks():
 
 def test_no_event_is_lost_between_threads_and_the_line_ends_low():
     levels: list[bool] = []
-    status = EventStatus(levels.append)
+    status = EventStatus(DriverState(), levels.append)
     done = threading.Event()
     taken = 0
 
@@ -91,4 +92,4 @@ def test_a_vector_that_is_fired_while_it_is_unmasked_is_not_lost():
     stop.set()
     thread.join(20)
     assert sink.count == ROUNDS
-    assert msix.pending == 0
+    assert msix.state.pending == 0

@@ -10,6 +10,7 @@ import pytest
 from vring import GuestMemory, Region
 from vring_serial.device.queue_device import RING_FEATURES, QueueDevice
 from vring_serial.device.registers.queues import QueueTable
+from vring_serial.device.registers.state import DriverState
 from vring_serial.device.virtqueue import RunningQueue
 from vring_serial.proto.virtio import Status
 
@@ -78,8 +79,10 @@ class Caller(QueueDevice):
 async def test_a_call_that_nobody_has_seen_goes_where_calls_go_from_now_on():
     device = Caller()
     called: list[int] = []
-    table = QueueTable(device, 16, called.append, lambda index, error: pytest.fail(f"{error}"))
-    table.features = RING_FEATURES
+    state = DriverState(features=RING_FEATURES)
+    table = QueueTable(
+        device, state, 16, called.append, lambda index, error: pytest.fail(f"{error}")
+    )
     table.memory = GuestMemory([Region(0, bytearray(1 << 16))])
     setup = table[0]
     setup.descriptor_area, setup.driver_area, setup.device_area = 0x1000, 0x2000, 0x3000

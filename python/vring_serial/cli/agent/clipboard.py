@@ -276,7 +276,8 @@ def watch_command(channel: Channel, selection: str, as_json: bool) -> None:
                     case ClipboardReleased(changed) if changed == which:
                         await _tell(agent, which, (), as_json)
                     case AgentGone(reason, closed=True):
-                        raise AgentGoneError(f"the agent went away{f': {reason}' * bool(reason)}")
+                        because = f": {reason}" if reason else ""
+                        raise AgentGoneError(f"the agent went away{because}")
 
     channel.run(work)
 

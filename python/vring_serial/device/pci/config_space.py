@@ -65,12 +65,16 @@ class Bar:
 
     @property
     def register(self) -> int:
-        """Where it lies in configuration space."""
+        """The offset in configuration space."""
         return Register.BAR0 + 4 * self.index
 
 
 class ConfigSpace:
-    """Bytes with a mask of those bits that software can write, and hooks for what writes do."""
+    """The bytes, a mask of the bits that software can write, and hooks on accesses.
+
+    Attributes:
+        data: the present contents, which are all the state.
+    """
 
     def __init__(self) -> None:
         self.data = bytearray(SIZE)
@@ -84,7 +88,7 @@ class ConfigSpace:
     # --- to make it
 
     def set(self, offset: int, value: int, size: int, writable: int = 0) -> None:
-        """Put a field, of which software can write the bits ``writable``."""
+        """Set a field of ``size`` bytes, of which software can write the bits ``writable``."""
         self.data[offset : offset + size] = value.to_bytes(size, "little")
         self._writable[offset : offset + size] = writable.to_bytes(size, "little")
 
@@ -94,11 +98,14 @@ class ConfigSpace:
         self.set(bar.register, space, 4, 0x1_0000_0000 - bar.size)
 
     def add_capability(self, body: bytes, writable: bytes = b"") -> int:
-        """Append a capability; returns its offset.
+        """Append a capability and return its offset.
 
         Args:
             body: all of it, with a zero at the place of the link, the second byte.
-            writable: mask of what software can write in it; may be shorter.
+            writable: mask of the bits that software can write; may be shorter.
+
+        Raises:
+            ValueError: the space is full.
         """
         at = self._next_capability
         end = (at + len(body) + 3) & ~3
@@ -122,25 +129,25 @@ class ConfigSpace:
         self._write_hooks.append((offset, offset + size, hook))
 
     def seal(self) -> None:
-        """What is there now is what a reset brings back."""
+        """Make the present contents those after a reset."""
         self._initial = bytes(self.data)
 
     # --- to use it
 
     def reset(self) -> None:
-        """As after power-on; calls no hooks."""
+        """Restore the contents of :meth:`seal`, without calling hooks."""
         self.data[:] = self._initial
 
     def word(self, offset: int) -> int:
-        """16 bits, without hooks."""
+        """Return 16 bits, without calling hooks."""
         return self.data[offset] | self.data[offset + 1] << 8
 
     def double_word(self, offset: int) -> int:
-        """32 bits, without hooks."""
+        """Return 32 bits, without calling hooks."""
         return int.from_bytes(self.data[offset : offset + 4], "little")
 
     def read(self, offset: int, size: int) -> int:
-        """``size`` bytes as a little-endian number; beyond the end: ones, as from no device."""
+        """Return ``size`` bytes as a little-endian number; beyond the end all bits are ones."""
         for start, end, hook in self._read_hooks:
             if offset < end and start < offset + size:
                 hook()
@@ -151,7 +158,7 @@ class ConfigSpace:
         return value
 
     def write(self, offset: int, value: int, size: int) -> None:
-        """Write ``size`` bytes; bits that are not writable stay."""
+        """Write ``size`` bytes; bits that software cannot write stay."""
         end = min(offset + size, SIZE)
         for at in range(offset, end):
             writable = self._writable[at]

@@ -53,13 +53,13 @@ _MSIX_FUNCTION_MASK = 1 << 14
 
 @dataclass(frozen=True, slots=True)
 class NotifyOffset:
-    """Where the driver of a queue notifies: for those who can watch that place themselves.
+    """The place where a driver notifies a queue, for callers that can watch it themselves.
 
     Attributes:
         queue: its index.
         bar, offset: the place.
-        size: bytes that are written there; 4 with NOTIFICATION_DATA. Whoever watches the place
-            should take any length and any value.
+        size: bytes that drivers write there; 4 with NOTIFICATION_DATA. A watch should accept any
+            length and any value.
     """
 
     queue: int
@@ -69,17 +69,17 @@ class NotifyOffset:
 
 
 class PciDevice(Closing):
-    """The registers of one PCI function that has a virtio device behind them.
+    """The registers of a PCI function with a virtio device behind them.
 
-    Accesses have any offset and size; values are numbers, their bytes little-endian. Where nothing
-    is, writes are ignored, and reads give zero, or ones beyond the 256 bytes of configuration
+    Accesses have any offset and size; values are numbers, their bytes little-endian. Outside of
+    registers, writes are ignored and reads give zero, or ones beyond the 256 bytes of configuration
     space. No access raises.
 
     All methods are for the event loop's thread, unless ``host`` brings them there.
 
     Args:
-        device: any virtio device; it belongs to this object until :meth:`close`.
-        transitional: drivers of before virtio 1.0 may use it too.
+        device: any virtio device; this object drives it until :meth:`close`.
+        transitional: support legacy (pre-1.0) drivers as well.
         packed: offer packed rings.
         queue_size: of every queue, unless the driver chooses less; 0: what the device allows, at
             most 256.
@@ -141,7 +141,7 @@ class PciDevice(Closing):
             self._legacy = LegacyRegisters(
                 self._registers, self._interrupts, self._interrupts.read_isr
             )
-            self._banks[at.LEGACY_BAR] = self._legacy.banks[False]
+            self._banks[at.LEGACY_BAR] = self._legacy.without_msix
             bars.insert(0, self._legacy.bar)
         self.bars: tuple[Bar, ...] = tuple(bars)
         self.notify_offsets = tuple(
@@ -153,7 +153,7 @@ class PciDevice(Closing):
     # --- what the guest accesses
 
     def config_read(self, offset: int, size: int) -> int:
-        """``size`` bytes of the configuration space."""
+        """Return ``size`` bytes of the configuration space."""
         return self._config.read(offset, size)
 
     def config_write(self, offset: int, value: int, size: int) -> None:
@@ -161,12 +161,12 @@ class PciDevice(Closing):
         self._config.write(offset, value, size)
 
     def bar_read(self, bar: int, offset: int, size: int) -> int:
-        """``size`` bytes at ``offset`` behind base address register ``bar``."""
+        """Return ``size`` bytes at ``offset`` in BAR ``bar``."""
         bank = self._banks.get(bar)
         return 0 if bank is None else bank.read(offset, size)
 
     def bar_write(self, bar: int, offset: int, value: int, size: int) -> None:
-        """Write ``size`` bytes at ``offset`` behind base address register ``bar``."""
+        """Write ``size`` bytes at ``offset`` in BAR ``bar``."""
         bank = self._banks.get(bar)
         if bank is not None:
             bank.write(offset, value, size)
@@ -174,7 +174,7 @@ class PciDevice(Closing):
     def bar_access(
         self, bar: int
     ) -> tuple[Callable[[int, int], int], Callable[[int, int, int], None]]:
-        """:meth:`bar_read` and :meth:`bar_write` for one BAR, the shortest way there is."""
+        """Return the fastest equivalents of :meth:`bar_read` and :meth:`bar_write` for one BAR."""
         if bar == at.LEGACY_BAR or bar not in self._banks:
             return partial(self.bar_read, bar), partial(self.bar_write, bar)
         return self._banks[bar].read, self._banks[bar].write
@@ -182,31 +182,41 @@ class PciDevice(Closing):
     # --- what the machine does
 
     def set_memory(self, memory: GuestMemory | None) -> None:
-        """Exchange the guest's memory; queues that run go on in it without losing anything.
+        """Exchange the guest's memory; running queues continue in it without loss.
 
-        None: queues stand still until there is memory again.
+        None: queues stop until there is memory again.
         """
         self._registers.set_memory(memory)
 
     def set_irq_sink(self, sink: InterruptSink, *, client_masks: bool = False) -> None:
-        """Deliver interrupts there. ``client_masks``: MSI-X table and masks are kept by the
-        client of ``sink``; those in the BAR do not count."""
+        """Deliver interrupts to ``sink``.
+
+        ``client_masks``: the client behind ``sink`` keeps the MSI-X table and masks; those in the
+        BAR do not count.
+        """
         self._msix.sink = sink
         self._msix.client_masks = client_masks
         self.vectors_changed()
 
     def vectors_changed(self) -> None:
-        """The sink's answers have changed: ask it for descriptors, and deliver what is pending."""
+        """Ask the sink for its descriptors again, and deliver pending interrupts."""
         self._interrupts.masks_changed()
 
     def kick_fd(self, queue: int) -> int:
-        """An eventfd that notifies the queue, the device's own until :meth:`close`: for those who
-        watch its NotifyOffset themselves. Raises OSError if there are no more descriptors."""
+        """Return an eventfd that notifies the queue, for callers that watch its NotifyOffset.
+
+        It belongs to the device and stays open until :meth:`close`.
+
+        Raises:
+            OSError: there are no more descriptors.
+        """
         return self._registers.queues.kick_fd(queue)
 
     def notification_data(self, queue: int) -> NotificationData | None:
-        """What the driver's last notification of a queue carried (2.9): its word, and no more than
-        a hint. None: nothing yet, or NOTIFICATION_DATA is not negotiated."""
+        """Return what the driver's last notification of a queue carried (2.9), which is a hint.
+
+        None before the first one, or if NOTIFICATION_DATA is not negotiated.
+        """
         return self._registers.notification_data(queue)
 
     @property
@@ -219,17 +229,12 @@ class PciDevice(Closing):
         """Entries of the MSI-X table."""
         return self._msix.vectors
 
-    @property
-    def msix_enabled(self) -> bool:
-        """Whether MSI-X is enabled, and INTx is not used."""
-        return self._msix.enabled
-
     def msix_message(self, vector: int) -> tuple[int, int]:
-        """Address and data of the vector's message, for a sink that delivers messages."""
+        """Return address and data of the vector's message, for a sink that delivers messages."""
         return self._msix.message(vector)
 
     def bar_address(self, bar: int) -> int | None:
-        """Where the guest has mapped the BAR; None while it is disabled, or is not there."""
+        """Return the address of the BAR as the guest has mapped it; None if disabled or absent."""
         found = next((each for each in self.bars if each.index == bar), None)
         if found is None:
             return None
@@ -239,7 +244,7 @@ class PciDevice(Closing):
         return self._config.double_word(found.register) & -found.size
 
     def reset(self) -> None:
-        """As after power-on: the device is reset, and the function's configuration."""
+        """Reset the device and the function's configuration to their state after power-on."""
         self._config.reset()
         self._msix.reset()
         self._registers.reset()
@@ -247,7 +252,7 @@ class PciDevice(Closing):
         self._msix_written()
 
     def close(self) -> None:
-        """Reset and leave the device; close all descriptors. Safe to call twice."""
+        """Reset the device, let go of it and close all descriptors. Safe to call twice."""
         self._registers.close()
 
     # --- its parts
@@ -328,7 +333,9 @@ class PciDevice(Closing):
         control = self._config.word(self._msix_at + _MSIX_CONTROL) if self.vectors else 0
         self._interrupts.set_msix(bool(control & _MSIX_ENABLE), bool(control & _MSIX_FUNCTION_MASK))
         if self._legacy is not None:
-            self._banks[at.LEGACY_BAR] = self._legacy.banks[self._msix.enabled]
+            legacy = self._legacy
+            bank = legacy.with_msix if self._msix.enabled else legacy.without_msix
+            self._banks[at.LEGACY_BAR] = bank
 
     # --- the PCI configuration access capability (4.1.4.9)
 
@@ -340,7 +347,7 @@ class PciDevice(Closing):
         self._config.on_write(self._window_at + 16, 4, self._write_window)
 
     def _window(self) -> tuple[int, int, int] | None:
-        """BAR, offset and size of the access that the driver asks for; None if it is none."""
+        """Return BAR, offset and size of the access that the driver asks for; None if invalid."""
         bar = self._config.data[self._window_at + 4]
         offset = self._config.double_word(self._window_at + 8)
         size = self._config.double_word(self._window_at + 12)

@@ -1,4 +1,4 @@
-"""Where a virtio function has its structures, and the capabilities that say so (4.1.4)."""
+"""The places of the structures of a virtio function, and their capabilities (4.1.4)."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ NOTIFY_CFG = 0x3000
 #: Bytes between the places where two queues are notified; a driver with NOTIFICATION_DATA writes 4.
 NOTIFY_MULTIPLIER = 4
 
-_VENDOR_CAPABILITY = 0x09
-_MSIX_CAPABILITY = 0x11
+#: Capability ids.
+VENDOR_CAPABILITY = 0x09
+MSIX_CAPABILITY = 0x11
 _PBA_ALIGNMENT = 0x800
 
 
@@ -59,25 +60,25 @@ class Layout:
 
     @property
     def pba_offset(self) -> int:
-        """Of the pending bit array in its BAR."""
+        """Offset of the pending bit array in its BAR."""
         return -(-ENTRY_SIZE * self.vectors // _PBA_ALIGNMENT) * _PBA_ALIGNMENT
 
     @property
     def virtio_bar(self) -> Bar:
-        """All virtio structures."""
+        """The BAR of all virtio structures."""
         return Bar(VIRTIO_BAR, power_of_two(NOTIFY_CFG + self.notify_size))
 
     @property
     def msix_bar(self) -> Bar:
-        """The MSI-X table and pending bits."""
+        """The BAR of the MSI-X table and pending bits."""
         pba_size = (self.vectors + 63) // 64 * 8
         return Bar(MSIX_BAR, max(power_of_two(self.pba_offset + pba_size), 0x1000))
 
     def msix_capability(self) -> bytes:
-        """The MSI-X capability (PCI 3.0, 6.8.2)."""
+        """Return the MSI-X capability (PCI 3.0, 6.8.2)."""
         return struct.pack(
             "<BBHII",
-            _MSIX_CAPABILITY,
+            MSIX_CAPABILITY,
             0,
             self.vectors - 1,
             MSIX_BAR,
@@ -85,7 +86,7 @@ class Layout:
         )
 
     def virtio_capabilities(self) -> list[bytes]:
-        """Those of the four structures in the BAR, in the order that drivers should try them."""
+        """Return the capabilities of the structures in the BAR, the preferred ones first."""
         common = virtio_capability(CapabilityType.COMMON_CFG, COMMON_CFG, COMMON_CFG_SIZE)
         multiplier = struct.pack("<I", NOTIFY_MULTIPLIER)
         notify = virtio_capability(
@@ -99,14 +100,14 @@ class Layout:
 
 
 def virtio_capability(kind: CapabilityType, offset: int, length: int, extra: bytes = b"") -> bytes:
-    """A struct virtio_pci_cap (4.1.4) with what follows it."""
+    """Return a struct virtio_pci_cap (4.1.4) followed by ``extra``."""
     size = 16 + len(extra)
     head = struct.pack(
-        "<BBBBBB2xII", _VENDOR_CAPABILITY, 0, size, kind, VIRTIO_BAR, 0, offset, length
+        "<BBBBBB2xII", VENDOR_CAPABILITY, 0, size, kind, VIRTIO_BAR, 0, offset, length
     )
     return head + extra
 
 
 def power_of_two(size: int) -> int:
-    """The smallest one that is not less."""
+    """Return the smallest power of two that is at least ``size``."""
     return 1 << (size - 1).bit_length()

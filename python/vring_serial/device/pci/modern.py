@@ -2,21 +2,65 @@
 
 from __future__ import annotations
 
+import enum
 from functools import partial
 from typing import Protocol
 
 from vring_serial.device.pci.layout import COMMON_CFG
-from vring_serial.device.registers.bank import RegisterBank
+from vring_serial.device.registers.bank import ReadHandler, RegisterBank, WriteHandler
 from vring_serial.device.registers.driver_registers import DriverRegisters
+from vring_serial.device.registers.state import QUEUE_AREAS
 
 
 class VectorRegisters(Protocol):
     """The registers that map events to MSI-X vectors; drivers read back what they got."""
 
-    def read_config_vector(self) -> int: ...
-    def write_config_vector(self, vector: int) -> None: ...
-    def read_queue_vector(self) -> int: ...
-    def write_queue_vector(self, vector: int) -> None: ...
+    def read_config_vector(self) -> int:
+        """Return config_msix_vector."""
+        ...
+
+    def write_config_vector(self, vector: int) -> None:
+        """Set config_msix_vector, or NO_VECTOR if there is no such vector."""
+        ...
+
+    def read_queue_vector(self) -> int:
+        """Return queue_msix_vector of the selected queue."""
+        ...
+
+    def write_queue_vector(self, vector: int) -> None:
+        """Set queue_msix_vector of the selected queue, or NO_VECTOR if there is no such vector."""
+        ...
+
+
+class CommonRegister(enum.IntEnum):
+    """Offsets in struct virtio_pci_common_cfg."""
+
+    DEVICE_FEATURE_SELECT = 0
+    DEVICE_FEATURE = 4
+    DRIVER_FEATURE_SELECT = 8
+    DRIVER_FEATURE = 12
+    CONFIG_MSIX_VECTOR = 16
+    NUM_QUEUES = 18
+    DEVICE_STATUS = 20
+    CONFIG_GENERATION = 21
+    QUEUE_SELECT = 22
+    QUEUE_SIZE = 24
+    QUEUE_MSIX_VECTOR = 26
+    QUEUE_ENABLE = 28
+    QUEUE_NOTIFY_OFF = 30
+    QUEUE_DESC = 32
+    QUEUE_DRIVER = 40
+    QUEUE_DEVICE = 48
+    QUEUE_NOTIF_CONFIG_DATA = 56
+    QUEUE_RESET = 58
+
+
+#: The addresses of the areas, 8 bytes each.
+COMMON_AREAS = (
+    CommonRegister.QUEUE_DESC,
+    CommonRegister.QUEUE_DRIVER,
+    CommonRegister.QUEUE_DEVICE,
+)
 
 
 class CommonConfig:
@@ -25,71 +69,54 @@ class CommonConfig:
     def __init__(
         self, registers: DriverRegisters, vectors: VectorRegisters, bank: RegisterBank
     ) -> None:
-        self._registers = registers
-        at = partial(bank.register)
-        base = COMMON_CFG
-        at(base + 0, 4, self._read_device_feature_select, self._write_device_feature_select)
-        at(base + 4, 4, registers.read_device_feature)
-        at(base + 8, 4, self._read_driver_feature_select, self._write_driver_feature_select)
-        at(base + 12, 4, registers.read_driver_feature, registers.write_driver_feature)
-        at(base + 16, 2, vectors.read_config_vector, vectors.write_config_vector)
-        at(base + 18, 2, self._read_num_queues)
-        at(base + 20, 1, registers.read_status, registers.write_status)
-        at(base + 21, 1, self._read_generation)
-        at(base + 22, 2, self._read_queue_select, self._write_queue_select)
-        at(base + 24, 2, registers.read_queue_size, registers.write_queue_size)
-        at(base + 26, 2, vectors.read_queue_vector, vectors.write_queue_vector)
-        at(base + 28, 2, registers.read_queue_enable, self._write_queue_enable)
-        at(base + 30, 2, self._read_queue_notify_off)
-        areas = ("descriptor_area", "driver_area", "device_area")
-        for offset, area in zip((32, 40, 48), areas, strict=True):
+        self._selected = selected = registers.selected
+        features, state, reg = registers.features, registers.state, CommonRegister
+
+        def at(
+            offset: int,
+            width: int,
+            read: ReadHandler | None = None,
+            write: WriteHandler | None = None,
+        ) -> None:
+            bank.register(COMMON_CFG + offset, width, read, write)
+
+        for offset, width, name in (
+            (reg.DEVICE_FEATURE_SELECT, 4, "device_feature_select"),
+            (reg.DRIVER_FEATURE_SELECT, 4, "driver_feature_select"),
+            (reg.QUEUE_SELECT, 2, "queue_select"),
+        ):
+            at(offset, width, partial(getattr, state, name), partial(setattr, state, name))
+        at(reg.DEVICE_FEATURE, 4, features.read_device)
+        at(reg.DRIVER_FEATURE, 4, features.read_driver, features.write_driver)
+        at(reg.CONFIG_MSIX_VECTOR, 2, vectors.read_config_vector, vectors.write_config_vector)
+        at(reg.NUM_QUEUES, 2, lambda: len(registers.queues))
+        at(reg.DEVICE_STATUS, 1, registers.read_status, registers.write_status)
+        at(reg.CONFIG_GENERATION, 1, lambda: state.config_generation)
+        at(reg.QUEUE_SIZE, 2, selected.read_size, selected.write_size)
+        at(reg.QUEUE_MSIX_VECTOR, 2, vectors.read_queue_vector, vectors.write_queue_vector)
+        at(reg.QUEUE_ENABLE, 2, selected.read_enable, self._write_queue_enable)
+        at(reg.QUEUE_NOTIFY_OFF, 2, self._read_queue_index)
+        for offset, area in zip(COMMON_AREAS, QUEUE_AREAS, strict=True):
             for half in (0, 1):
                 at(
-                    base + offset + 4 * half,
+                    offset + 4 * half,
                     4,
-                    partial(registers.read_area, area, 32 * half),
-                    partial(registers.write_area, area, 32 * half),
+                    partial(selected.read_area, area, 32 * half),
+                    partial(selected.write_area, area, 32 * half),
                 )
-        at(base + 56, 2, self._read_notif_config_data)
+        at(reg.QUEUE_NOTIF_CONFIG_DATA, 2, self._read_queue_index)
         # A reset is over before the write that asks for it returns: it never reads as 1.
-        at(base + 58, 2, None, self._write_queue_reset)
-
-    def _read_device_feature_select(self) -> int:
-        return self._registers.device_feature_select
-
-    def _write_device_feature_select(self, value: int) -> None:
-        self._registers.device_feature_select = value
-
-    def _read_driver_feature_select(self) -> int:
-        return self._registers.driver_feature_select
-
-    def _write_driver_feature_select(self, value: int) -> None:
-        self._registers.driver_feature_select = value
-
-    def _read_num_queues(self) -> int:
-        return len(self._registers.queues)
-
-    def _read_generation(self) -> int:
-        return self._registers.generation
-
-    def _read_queue_select(self) -> int:
-        return self._registers.queue_select
-
-    def _write_queue_select(self, value: int) -> None:
-        self._registers.queue_select = value
+        at(reg.QUEUE_RESET, 2, None, self._write_queue_reset)
 
     def _write_queue_enable(self, value: int) -> None:
         # A driver must not write 0 here; RING_RESET is the way.
         if value == 1:
-            self._registers.enable_queue()
+            self._selected.enable()
 
-    def _read_queue_notify_off(self) -> int:
-        index = self._registers.queue_select
-        return index if index < len(self._registers.queues) else 0
-
-    def _read_notif_config_data(self) -> int:
-        return self._read_queue_notify_off()
+    def _read_queue_index(self) -> int:
+        setup = self._selected.setup
+        return 0 if setup is None else setup.index
 
     def _write_queue_reset(self, value: int) -> None:
         if value == 1:
-            self._registers.reset_queue()
+            self._selected.reset()

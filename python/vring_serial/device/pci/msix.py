@@ -1,12 +1,13 @@
-"""MSI-X: the table, the pending bits, and who is told (PCI 3.0, 6.8.2)."""
+"""MSI-X: the table, the pending bits, and delivery (PCI 3.0, 6.8.2)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from threading import RLock
 
 from vring_serial.device.registers.interrupts import InterruptSink, NoInterrupts
-from vring_serial.device.registers.queues import NO_VECTOR
+from vring_serial.device.registers.state import NO_VECTOR
 
 ENTRY_SIZE = 16
 MAX_VECTORS = 0x800
@@ -16,6 +17,19 @@ _MASKED = 1
 _WRITABLE = _MASKED << 96 | 0xFFFFFFFF << 64 | 0xFFFFFFFF_FFFFFFFC
 
 
+@dataclass(slots=True)
+class MsixState:
+    """The state of MSI-X that is not in configuration space.
+
+    Attributes:
+        table: ENTRY_SIZE bytes for each vector.
+        pending: the pending bits, vector 0 lowest.
+    """
+
+    table: bytearray
+    pending: int = 0
+
+
 class Msix:
     """The table and the pending bit array of one function.
 
@@ -23,7 +37,8 @@ class Msix:
         vectors: entries of the table.
 
     Attributes:
-        sink: where vectors are delivered.
+        sink: delivers vectors.
+        state: the table and the pending bits.
         client_masks: table and masks are kept elsewhere (a vfio-user client keeps them), and
             whoever has the sink decides what can be delivered.
         enabled, function_masked: message control, as configuration space has it.
@@ -37,65 +52,61 @@ class Msix:
         self.client_masks = False
         self.enabled = False
         self.function_masked = False
-        self._table = bytearray(ENTRY_SIZE * vectors)
-        self._pending = 0
+        self.state = MsixState(bytearray(ENTRY_SIZE * vectors))
         # A driver may unmask in another thread than vectors are fired in.
         self._lock = RLock()
         self.reset()
 
-    @property
-    def pending(self) -> int:
-        """The pending bits, vector 0 lowest."""
-        return self._pending
-
     def reset(self) -> None:
-        """All vectors masked, none pending, MSI-X disabled."""
+        """Mask all vectors, forget what is pending, and disable MSI-X."""
         self.set_control(False, False)
         self.forget_pending()
         for vector in range(self.vectors):
             at = vector * ENTRY_SIZE
-            self._table[at : at + ENTRY_SIZE] = bytes(_CONTROL) + b"\1\0\0\0"
+            self.state.table[at : at + ENTRY_SIZE] = bytes(_CONTROL) + b"\1\0\0\0"
 
     def set_control(self, enabled: bool, function_masked: bool) -> None:
-        """Message control was written."""
+        """Handle a write to Message Control."""
         with self._lock:
             self.enabled = enabled
             self.function_masked = function_masked
 
     def forget_pending(self) -> None:
-        """What was to be delivered is of no interest any more."""
-        self._pending = 0
+        """Clear all pending bits."""
+        self.state.pending = 0
 
     def message(self, vector: int) -> tuple[int, int]:
-        """Address and data of the vector's message: what a write to memory would be."""
+        """Return address and data of the vector's message."""
         at = vector * ENTRY_SIZE
-        address = int.from_bytes(self._table[at : at + 8], "little")
-        return address, int.from_bytes(self._table[at + 8 : at + _CONTROL], "little")
+        address = int.from_bytes(self.state.table[at : at + 8], "little")
+        return address, int.from_bytes(self.state.table[at + 8 : at + _CONTROL], "little")
 
     def masked(self, vector: int) -> bool:
-        """Whether the vector must stay pending for now."""
+        """Return whether the vector must stay pending for now."""
         if not self.may_send():
             return True
         if self.client_masks:
             return False
-        return self.function_masked or bool(self._table[vector * ENTRY_SIZE + _CONTROL] & _MASKED)
+        return self.function_masked or bool(
+            self.state.table[vector * ENTRY_SIZE + _CONTROL] & _MASKED
+        )
 
     def fire(self, vector: int) -> None:
-        """Deliver the vector now, or when it can be; NO_VECTOR and what is no vector: never."""
+        """Deliver the vector, now or when it is unmasked; ignore NO_VECTOR and unknown vectors."""
         if vector == NO_VECTOR or vector >= self.vectors:
             return
         with self._lock:
             if not self.enabled:
                 return
             if self.masked(vector) or not self.sink.raise_msix(vector):
-                self._pending |= 1 << vector
+                self.state.pending |= 1 << vector
 
     def deliver_pending(self) -> None:
-        """Deliver what was masked or impossible, and is no more."""
+        """Deliver pending vectors that are no longer masked."""
         with self._lock:
             if not self.enabled:
                 return
-            pending, self._pending = self._pending, 0
+            pending, self.state.pending = self.state.pending, 0
             while pending:
                 vector = (pending & -pending).bit_length() - 1
                 pending &= pending - 1
@@ -104,16 +115,18 @@ class Msix:
     # --- the two structures in memory
 
     def read_table(self, offset: int, size: int) -> int:
-        return int.from_bytes(self._table[offset : offset + size], "little")
+        """Return ``size`` bytes of the table."""
+        return int.from_bytes(self.state.table[offset : offset + size], "little")
 
     def write_table(self, offset: int, value: int, size: int) -> None:
+        """Write ``size`` bytes of the table; reserved bits stay."""
         with self._lock:
             for at in range(offset, offset + size):
                 self._write_byte(at, value >> 8 * (at - offset) & 0xFF)
 
     def _write_byte(self, at: int, value: int) -> None:
         writable = _WRITABLE >> 8 * (at % ENTRY_SIZE) & 0xFF
-        self._table[at] = self._table[at] & ~writable & 0xFF | value & writable
+        self.state.table[at] = self.state.table[at] & ~writable & 0xFF | value & writable
 
     @property
     def pba_size(self) -> int:
@@ -121,7 +134,8 @@ class Msix:
         return (self.vectors + 63) // 64 * 8
 
     def read_pba(self, offset: int, size: int) -> int:
-        return self._pending >> 8 * offset & (1 << 8 * size) - 1
+        """Return ``size`` bytes of the pending bit array."""
+        return self.state.pending >> 8 * offset & (1 << 8 * size) - 1
 
     def write_pba(self, offset: int, value: int, size: int) -> None:
-        """Read-only."""
+        """Ignore the write: the array is read-only."""

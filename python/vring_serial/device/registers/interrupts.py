@@ -7,6 +7,8 @@ from collections.abc import Callable
 from threading import RLock
 from typing import Protocol
 
+from vring_serial.device.registers.state import DriverState
+
 
 class InterruptSink(Protocol):
     """Where the interrupts of a PCI function go.
@@ -15,16 +17,18 @@ class InterruptSink(Protocol):
     """
 
     def raise_msix(self, vector: int) -> bool:
-        """Deliver the MSI-X vector; False if that is impossible now, and it is to stay pending."""
+        """Deliver the MSI-X vector; return False to leave it pending, if that is impossible now."""
         ...
 
     def set_intx(self, level: bool) -> None:
-        """The level of the interrupt line INTA#; called when it changes."""
+        """Set the interrupt line INTA# to ``level``; called when that changes."""
         ...
 
     def msix_descriptor(self, vector: int) -> int:
-        """An event descriptor that delivers the vector when 8 bytes are written to it, valid until
-        ``PciDevice.vectors_changed`` is called; -1 if there is none: then ``raise_msix`` is used.
+        """Return an eventfd that delivers the vector when 8 bytes are written to it.
+
+        It must stay valid until ``PciDevice.vectors_changed`` is called. -1 if there is none: the
+        device calls ``raise_msix`` instead.
         """
         ...
 
@@ -55,21 +59,22 @@ class EventStatus:
     The driver may acknowledge in another thread than events happen in.
 
     Args:
-        changed: called with the line's new level.
+        state: holds the events.
+        changed: must set the line to this level.
     """
 
-    def __init__(self, changed: Callable[[bool], None]) -> None:
+    def __init__(self, state: DriverState, changed: Callable[[bool], None]) -> None:
+        self._state = state
         self._changed = changed
-        self._bits = 0
         self._masked = False
         self._level = False
-        # Held while the change is told: levels must arrive in the order in which they came about.
+        # Held during the callback: levels must arrive in the order in which they came about.
         self._lock = RLock()
 
     @property
     def bits(self) -> int:
         """The events, without acknowledging any."""
-        return self._bits
+        return self._state.events
 
     @property
     def level(self) -> bool:
@@ -88,28 +93,28 @@ class EventStatus:
             self._update()
 
     def set(self, event: int) -> None:
-        """An event happened."""
+        """Record an event."""
         with self._lock:
-            self._bits |= event
+            self._state.events |= event
             self._update()
 
     def acknowledge(self, events: int) -> None:
-        """The driver has handled these."""
+        """Remove events that the driver has handled."""
         with self._lock:
-            self._bits &= ~events
+            self._state.events &= ~events
             self._update()
 
     def take(self) -> int:
-        """The events, all of which are acknowledged by this."""
+        """Return the events and acknowledge all of them."""
         with self._lock:
-            bits = self._bits
+            bits = self._state.events
             if bits:
-                self._bits = 0
+                self._state.events = 0
                 self._update()
             return bits
 
     def _update(self) -> None:
-        level = bool(self._bits) and not self._masked
+        level = bool(self._state.events) and not self._masked
         if level is not self._level:
             self._level = level
             self._changed(level)

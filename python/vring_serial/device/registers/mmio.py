@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +14,7 @@ from vring_serial.device.registers.bank import RegisterBank
 from vring_serial.device.registers.driver_registers import DriverRegisters
 from vring_serial.device.registers.host import Host, LoopThread
 from vring_serial.device.registers.interrupts import Event, EventStatus
+from vring_serial.device.registers.state import QUEUE_AREAS
 from vring_serial.errors import ConfigError
 from vring_serial.lifetime import Closing
 from vring_serial.proto.virtio import MMIO_MAGIC, VENDOR_ID
@@ -20,7 +22,47 @@ from vring_serial.ratelimit import RateLimitedLog
 
 log = logging.getLogger(__name__)
 
-_CONFIG = 0x100
+
+class MmioRegister(enum.IntEnum):
+    """Offsets of registers (4.2.2); those of the legacy interface alone are marked (4.2.4)."""
+
+    MAGIC_VALUE = 0x000
+    VERSION = 0x004
+    DEVICE_ID = 0x008
+    VENDOR_ID = 0x00C
+    DEVICE_FEATURES = 0x010
+    DEVICE_FEATURES_SEL = 0x014
+    DRIVER_FEATURES = 0x020
+    DRIVER_FEATURES_SEL = 0x024
+    GUEST_PAGE_SIZE = 0x028  # legacy
+    QUEUE_SEL = 0x030
+    QUEUE_NUM_MAX = 0x034
+    QUEUE_NUM = 0x038
+    QUEUE_ALIGN = 0x03C  # legacy
+    QUEUE_PFN = 0x040  # legacy
+    QUEUE_READY = 0x044
+    QUEUE_NOTIFY = 0x050
+    INTERRUPT_STATUS = 0x060
+    INTERRUPT_ACK = 0x064
+    STATUS = 0x070
+    QUEUE_DESC_LOW = 0x080
+    QUEUE_DRIVER_LOW = 0x090
+    QUEUE_DEVICE_LOW = 0x0A0
+    SHM_LEN_LOW = 0x0B0
+    SHM_LEN_HIGH = 0x0B4
+    SHM_BASE_LOW = 0x0B8
+    SHM_BASE_HIGH = 0x0BC
+    QUEUE_RESET = 0x0C0
+    CONFIG_GENERATION = 0x0FC
+    CONFIG = 0x100
+
+
+#: Registers of the areas' addresses, low half first; the high half follows.
+MMIO_AREAS = (
+    MmioRegister.QUEUE_DESC_LOW,
+    MmioRegister.QUEUE_DRIVER_LOW,
+    MmioRegister.QUEUE_DEVICE_LOW,
+)
 #: What device trees usually give a device.
 _SIZE_MIN = 0x200
 _ONES = 0xFFFFFFFF
@@ -35,7 +77,7 @@ class MmioDevice(Closing):
     All methods are for the event loop's thread, unless ``host`` brings them there.
 
     Args:
-        device: any virtio device; it belongs to this object until :meth:`close`.
+        device: any virtio device; this object drives it until :meth:`close`.
         version: 2, or 1 for legacy drivers.
         packed: offer packed rings; not with version 1.
         notification_data: offer NOTIFICATION_DATA, with version 2. Whoever watches QueueNotify for
@@ -47,8 +89,8 @@ class MmioDevice(Closing):
 
     Attributes:
         size: bytes of the range, a power of two.
-        on_interrupt: called with the level of the interrupt line when it changes: in the event
-            loop's thread, or within the driver's access that acknowledges.
+        on_interrupt: must set the interrupt line to the level that it gets; called when that
+            changes, in the event loop's thread or within the driver's access that acknowledges.
 
     Raises:
         ConfigError: the device cannot be served so.
@@ -72,8 +114,7 @@ class MmioDevice(Closing):
         self.version = version
         self.on_interrupt: Callable[[bool], None] | None = None
         self._said = RateLimitedLog(log)
-        self.size = 1 << (max(_CONFIG + device.config_size, _SIZE_MIN) - 1).bit_length()
-        self._events = EventStatus(self._level_changed)
+        self.size = 1 << (max(MmioRegister.CONFIG + device.config_size, _SIZE_MIN) - 1).bit_length()
         self._registers = DriverRegisters(
             device,
             queue_size=queue_size,
@@ -85,7 +126,8 @@ class MmioDevice(Closing):
             config_changed=self._config_changed,
             was_reset=self._was_reset,
         )
-        self._page_size = 0
+        self._state = self._registers.state
+        self._events = EventStatus(self._state, self._level_changed)
         self._bank = RegisterBank(self.size)
         self._place_common()
         if version == 2:
@@ -98,20 +140,27 @@ class MmioDevice(Closing):
         self.write: Callable[[int, int, int], None] = self._bank.write
 
     def set_memory(self, memory: GuestMemory | None) -> None:
-        """Exchange the guest's memory; queues that run go on in it without losing anything.
+        """Exchange the guest's memory; running queues continue in it without loss.
 
-        None: queues stand still until there is memory again.
+        None: queues stop until there is memory again.
         """
         self._registers.set_memory(memory)
 
     def kick_fd(self, queue: int) -> int:
-        """An eventfd that notifies the queue, the device's own until :meth:`close`: for those who
-        watch QueueNotify (offset 0x50) themselves. OSError if there are no more descriptors."""
+        """Return an eventfd that notifies the queue, for callers that watch QueueNotify themselves.
+
+        It belongs to the device and stays open until :meth:`close`.
+
+        Raises:
+            OSError: there are no more descriptors.
+        """
         return self._registers.queues.kick_fd(queue)
 
     def notification_data(self, queue: int) -> NotificationData | None:
-        """What the driver's last notification of a queue carried (2.9): its word, and no more than
-        a hint. None: nothing yet, or NOTIFICATION_DATA is not negotiated."""
+        """Return what the driver's last notification of a queue carried (2.9), which is a hint.
+
+        None before the first one, or if NOTIFICATION_DATA is not negotiated.
+        """
         return self._registers.notification_data(queue)
 
     @property
@@ -120,85 +169,90 @@ class MmioDevice(Closing):
         return self._events.level
 
     def reset(self) -> None:
-        """As after power-on."""
+        """Reset the device and all registers to their state after power-on."""
         self._registers.reset()
 
     def close(self) -> None:
-        """Reset and leave the device; close all descriptors. Safe to call twice."""
+        """Reset the device, let go of it and close all descriptors. Safe to call twice."""
         self._registers.close()
 
     # --- registers
 
     def _place_common(self) -> None:
-        registers, at = self._registers, partial(self._bank.register)
-        at(0x000, 4, lambda: MMIO_MAGIC)
-        at(0x004, 4, lambda: self.version)
-        at(0x008, 4, lambda: self.device.device_id)
-        at(0x00C, 4, lambda: VENDOR_ID)
-        at(0x014, 4, None, partial(setattr, registers, "device_feature_select"))
-        at(0x024, 4, None, partial(setattr, registers, "driver_feature_select"))
-        at(0x030, 4, None, partial(setattr, registers, "queue_select"))
-        at(0x034, 4, self._read_queue_size_max)
-        at(0x038, 4, None, registers.write_queue_size)
-        at(0x050, 4, None, registers.notify_queue, also_written_as=(1, 2))
-        at(0x060, 4, lambda: self._events.bits)
-        at(0x064, 4, None, self._events.acknowledge)
-        at(0x070, 4, registers.read_status, registers.write_status)
-        config_size = self.device.config_size
-        if config_size:
-            self._bank.window(_CONFIG, config_size, registers.read_config, registers.write_config)
+        registers, state, at = self._registers, self._state, self._bank.register
+        reg = MmioRegister
+        at(reg.MAGIC_VALUE, 4, lambda: MMIO_MAGIC)
+        at(reg.VERSION, 4, lambda: self.version)
+        at(reg.DEVICE_ID, 4, lambda: self.device.device_id)
+        at(reg.VENDOR_ID, 4, lambda: VENDOR_ID)
+        at(reg.DEVICE_FEATURES_SEL, 4, None, partial(setattr, state, "device_feature_select"))
+        at(reg.DRIVER_FEATURES_SEL, 4, None, partial(setattr, state, "driver_feature_select"))
+        at(reg.QUEUE_SEL, 4, None, partial(setattr, state, "queue_select"))
+        at(reg.QUEUE_NUM_MAX, 4, self._read_queue_size_max)
+        at(reg.QUEUE_NUM, 4, None, registers.selected.write_size)
+        at(reg.QUEUE_NOTIFY, 4, None, registers.notify_queue, also_written_as=(1, 2))
+        at(reg.INTERRUPT_STATUS, 4, lambda: self._events.bits)
+        at(reg.INTERRUPT_ACK, 4, None, self._events.acknowledge)
+        at(reg.STATUS, 4, registers.read_status, registers.write_status)
+        size = self.device.config_size
+        if size:
+            self._bank.window(reg.CONFIG, size, registers.read_config, registers.write_config)
 
     def _place_version_2(self) -> None:
-        registers, at = self._registers, self._bank.register
-        at(0x010, 4, registers.read_device_feature)
-        at(0x020, 4, None, registers.write_driver_feature)
-        at(0x044, 4, registers.read_queue_enable, self._write_queue_ready)
-        areas = ("descriptor_area", "driver_area", "device_area")
-        for offset, area in zip((0x080, 0x090, 0x0A0), areas, strict=True):
-            at(offset, 4, None, partial(registers.write_area, area, 0))
-            at(offset + 4, 4, None, partial(registers.write_area, area, 32))
-        for offset in (0x0B0, 0x0B4, 0x0B8, 0x0BC):
+        features, selected = self._registers.features, self._registers.selected
+        at = self._bank.register
+        reg = MmioRegister
+        at(reg.DEVICE_FEATURES, 4, features.read_device)
+        at(reg.DRIVER_FEATURES, 4, None, features.write_driver)
+        at(reg.QUEUE_READY, 4, selected.read_enable, self._write_queue_ready)
+        for offset, area in zip(MMIO_AREAS, QUEUE_AREAS, strict=True):
+            at(offset, 4, None, partial(selected.write_area, area, 0))
+            at(offset + 4, 4, None, partial(selected.write_area, area, 32))
+        for offset in (
+            *(reg.SHM_LEN_LOW, reg.SHM_LEN_HIGH),
+            *(reg.SHM_BASE_LOW, reg.SHM_BASE_HIGH),
+        ):
             # There is no shared memory: length and address are -1, whatever SHMSel says.
             at(offset, 4, lambda: _ONES)
         # A reset is over before the write that asks for it returns: it never reads as 1.
-        at(0x0C0, 4, None, self._write_queue_reset)
-        at(0x0FC, 4, lambda: registers.generation)
+        at(reg.QUEUE_RESET, 4, None, self._write_queue_reset)
+        at(reg.CONFIG_GENERATION, 4, lambda: self._state.config_generation)
 
     def _place_version_1(self) -> None:
-        registers, at = self._registers, self._bank.register
-        at(0x010, 4, registers.read_legacy_device_feature)
-        at(0x020, 4, None, registers.write_legacy_driver_feature)
-        at(0x028, 4, None, self._write_page_size)
-        at(0x03C, 4, None, self._write_queue_align)
-        at(0x040, 4, self._read_queue_page, self._write_queue_page)
+        selected, at = self._registers.selected, self._bank.register
+        reg = MmioRegister
+        at(reg.DEVICE_FEATURES, 4, self._registers.features.read_device_legacy)
+        at(reg.DRIVER_FEATURES, 4, None, self._write_legacy_features)
+        at(reg.GUEST_PAGE_SIZE, 4, None, partial(setattr, self._state, "page_size"))
+        at(reg.QUEUE_ALIGN, 4, None, selected.write_legacy_alignment)
+        at(reg.QUEUE_PFN, 4, self._read_queue_page, self._write_queue_page)
 
     def _read_queue_size_max(self) -> int:
         registers = self._registers
-        return registers.queues.size_max if registers.queue_select < len(registers.queues) else 0
+        return 0 if registers.selected.setup is None else registers.queues.size_max
 
     def _write_queue_ready(self, value: int) -> None:
         if value == 1:
-            self._registers.enable_queue()
+            self._registers.selected.enable()
         elif value == 0:
-            self._registers.disable_queue()
+            self._registers.selected.disable()
 
     def _write_queue_reset(self, value: int) -> None:
         if value == 1:
-            self._registers.reset_queue()
+            self._registers.selected.reset()
 
     # --- registers of version 1 alone
 
-    def _write_page_size(self, value: int) -> None:
-        self._page_size = value
-
-    def _write_queue_align(self, value: int) -> None:
-        self._registers.write_legacy_alignment(value)
+    def _write_legacy_features(self, word: int) -> None:
+        if self._state.driver_feature_select == 0:
+            self._registers.write_legacy_features(word)
 
     def _read_queue_page(self) -> int:
-        return self._registers.read_legacy_address() // self._page_size if self._page_size else 0
+        page_size = self._state.page_size
+        return self._registers.selected.read_legacy_address() // page_size if page_size else 0
 
     def _write_queue_page(self, value: int) -> None:
-        self._registers.write_legacy_address(value * self._page_size)
+        self._registers.selected.write_legacy_address(value * self._state.page_size)
 
     # --- interrupts
 
@@ -209,7 +263,7 @@ class MmioDevice(Closing):
         self._events.set(Event.CONFIGURATION)
 
     def _was_reset(self) -> None:
-        self._page_size = 0
+        self._state.page_size = 0
         self._events.take()
 
     def _level_changed(self, level: bool) -> None:

@@ -8,81 +8,41 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from vring import GuestMemory, drain, notify
 from vring.errors import AddressError, VringError
 from vring_serial.device.base import VirtioDevice
+from vring_serial.device.registers.state import DriverState, QueueSetup
 from vring_serial.device.virtqueue import RunningQueue, make_queue
 from vring_serial.errors import VringSerialError
 from vring_serial.proto.virtio import Feature
 from vring_serial.unix_fds import make_eventfd
 
-#: queue_msix_vector and config_msix_vector without a vector (4.1.5.1.2).
-NO_VECTOR = 0xFFFF
-_LEGACY_ALIGNMENT = 4096
+#: An eventfd's increment by one.
+_ONE = (1).to_bytes(8, sys.byteorder)
 
 
-class QueueSetup:
-    """What the driver has said of one queue.
+@dataclass(slots=True)
+class _Descriptors:
+    """The eventfds of one queue, made when they are needed; -1 before.
 
     Attributes:
-        index: which queue.
-        size: descriptors.
-        descriptor_area, driver_area, device_area: guest addresses.
-        enabled: the driver lets the device use it.
-        vector: of MSI-X, where the layout has that; else NO_VECTOR.
-        alignment: of the device area, where legacy drivers lay the queue out.
-        running: the device has it.
-        notified: what the driver wrote to notify it last.
+        kick_fd: readable when the driver has notified the queue.
+        kick_shared: others have ``kick_fd``, and may have made it blocking.
+        call_fd: the device writes to it. The number stays while the queue runs; it is redirected by
+            exchanging the file behind it.
+        direct: ``call_fd`` is somebody else's eventfd, instead of our own that the loop watches.
+        running: the device has both.
     """
 
-    __slots__ = (
-        "alignment",
-        "call_fd",
-        "descriptor_area",
-        "device_area",
-        "direct",
-        "driver_area",
-        "enabled",
-        "failed",
-        "index",
-        "kick_fd",
-        "kick_shared",
-        "notified",
-        "position",
-        "running",
-        "size",
-        "vector",
-    )
-
-    def __init__(self, index: int, size: int) -> None:
-        self.index = index
-        self.running = False
-        self.kick_fd = -1
-        self.kick_shared = False  # others have it, and may make it blocking
-        # The device keeps this number while the queue runs; what it stands for is exchanged.
-        self.call_fd = -1
-        self.direct = False  # call_fd is someone else's event, not one of ours that is watched
-        self.forget(size)
-
-    def forget(self, size: int) -> None:
-        """As after a reset."""
-        self.size = size
-        self.descriptor_area = self.driver_area = self.device_area = 0
-        self.enabled = False
-        self.failed = False  # until it is enabled anew
-        self.vector = NO_VECTOR
-        self.alignment = _LEGACY_ALIGNMENT
-        self.notified: int | None = None
-        self.position: int | None = None  # available index to go on from; None: a fresh ring
-
-    def place_legacy(self, address: int) -> None:
-        """Set the areas as legacy drivers lay them out, from ``address`` on (2.7.2)."""
-        self.descriptor_area = address
-        self.driver_area = address + 16 * self.size
-        end = self.driver_area + 2 * (3 + self.size)
-        self.device_area = (end + self.alignment - 1) & -self.alignment
+    kick_fd: int = -1
+    kick_shared: bool = False
+    call_fd: int = -1
+    direct: bool = False
+    running: bool = False
 
 
 class QueueTable:
@@ -94,6 +54,7 @@ class QueueTable:
 
     Args:
         device: has the queues.
+        state: the accepted features decide how rings are laid out.
         size_max: largest size that drivers may choose, and the size of a queue after a reset.
         called: gets the index of a queue whose driver wants to know of used buffers.
         failed: gets the index of a queue that cannot run as the driver set it up, and why.
@@ -102,18 +63,20 @@ class QueueTable:
     def __init__(
         self,
         device: VirtioDevice,
+        state: DriverState,
         size_max: int,
         called: Callable[[int], None],
         failed: Callable[[int, Exception], None],
     ) -> None:
         self.size_max = size_max
-        self.features = 0
+        self._state = state
         self._device = device
         self._called = called
         self._failed = failed
         self._memory: GuestMemory | None = None
         self._live = False
         self._queues = [QueueSetup(index, size_max) for index in range(device.num_queues)]
+        self._descriptors = [_Descriptors() for _ in self._queues]
 
     def __len__(self) -> int:
         return len(self._queues)
@@ -124,14 +87,14 @@ class QueueTable:
     # --- what the driver does
 
     def set_size(self, queue: QueueSetup, size: int) -> None:
-        """A size that is none, is not offered, or comes while the queue is enabled is ignored."""
+        """Choose the queue's size; ignored if it is not offered or the queue is enabled."""
         if queue.enabled or not 0 < size <= self.size_max:
             return
-        if self.features & Feature.RING_PACKED or size & (size - 1) == 0:
+        if self._state.features & Feature.RING_PACKED or size & (size - 1) == 0:
             queue.size = size
 
     def enable(self, queue: QueueSetup) -> None:
-        """The device may use the queue from now on."""
+        """Let the device use the queue."""
         if not queue.enabled:
             queue.enabled = True
             queue.failed = False
@@ -139,13 +102,13 @@ class QueueTable:
             self._update(queue)
 
     def disable(self, queue: QueueSetup) -> None:
-        """The device leaves the queue alone; enabled again, it starts anew."""
+        """Take the queue from the device; enabled again, it starts anew."""
         queue.enabled = False
         self._update(queue)
         self._device.reset_queue(queue.index)
 
     def reset(self, queue: QueueSetup) -> None:
-        """The driver resets this queue alone (2.6.1): its state is the default state."""
+        """Reset this queue alone to its default state (2.6.1)."""
         self.disable(queue)
         queue.forget(self.size_max)
         self._drain(queue)
@@ -183,7 +146,6 @@ class QueueTable:
     def reset_all(self) -> None:
         """Stop all queues, and forget what the driver said."""
         self._live = False
-        self.features = 0
         self._update_all()
         for queue in self._queues:
             queue.forget(self.size_max)
@@ -192,26 +154,63 @@ class QueueTable:
     def close(self) -> None:
         """Stop all queues and close all descriptors. Safe to call twice."""
         self.reset_all()
-        for queue in self._queues:
-            for fd in (queue.kick_fd, queue.call_fd):
+        for fds in self._descriptors:
+            for fd in (fds.kick_fd, fds.call_fd):
                 if fd >= 0:
                     os.close(fd)
-            queue.kick_fd = queue.call_fd = -1
+            fds.kick_fd = fds.call_fd = -1
 
     # --- descriptors
 
     def kick_fd(self, index: int) -> int:
-        """The eventfd of the queue's kicks: the table's own, the same one until :meth:`close`.
+        """Return the eventfd of the queue's kicks, which stays the table's own until :meth:`close`.
 
         Raises OSError if there are no more descriptors.
         """
-        self._queues[index].kick_shared = True
-        return self._kick_fd(self._queues[index])
+        self._descriptors[index].kick_shared = True
+        return self._kick_fd(self._descriptors[index])
 
-    def _kick_fd(self, queue: QueueSetup) -> int:
-        if queue.kick_fd < 0:
-            queue.kick_fd = make_eventfd()
-        return queue.kick_fd
+    def _kick_fd(self, fds: _Descriptors) -> int:
+        if fds.kick_fd < 0:
+            fds.kick_fd = make_eventfd()
+        return fds.kick_fd
+
+    def notifier(
+        self, index: int, not_set_up: Callable[[int], None], notified: Callable[[], None]
+    ) -> Callable[[int], None]:
+        """Return what notifies the queue, in any thread, with the value that its driver wrote.
+
+        Args:
+            not_set_up: gets the index when the queue is not enabled.
+            notified: called after each notification.
+        """
+        # A busy driver does little else: as few calls as can be between it and the descriptor.
+        queue = self._queues[index]
+        fds = self._descriptors[index]
+
+        def notify_queue(value: int) -> None:
+            queue.notified = value
+            if not queue.enabled:
+                not_set_up(index)
+            if fds.kick_shared:
+                notify(fds.kick_fd)
+            elif fds.kick_fd >= 0:
+                # contextlib.suppress costs half as much as the write.
+                try:  # noqa: SIM105
+                    os.write(fds.kick_fd, _ONE)
+                except BlockingIOError:
+                    pass
+            notified()
+
+        return notify_queue
+
+    def is_running(self, queue: QueueSetup) -> bool:
+        """Return whether the device has the queue."""
+        return self._descriptors[queue.index].running
+
+    def is_routed(self, queue: QueueSetup) -> bool:
+        """Return whether the queue's calls go straight to somebody else's event."""
+        return self._descriptors[queue.index].direct
 
     def route(self, queue: QueueSetup, fd: int) -> None:
         """Let the queue's calls go straight to the event ``fd``, or with -1 to ``called``."""
@@ -221,26 +220,27 @@ class QueueTable:
             self._fail(queue, error)
 
     def _route(self, queue: QueueSetup, fd: int) -> None:
-        if fd < 0 and not queue.direct:
+        fds = self._descriptors[queue.index]
+        if fd < 0 and not fds.direct:
             return
-        if queue.call_fd < 0:
-            queue.call_fd = make_eventfd()
+        if fds.call_fd < 0:
+            fds.call_fd = make_eventfd()
         if fd >= 0:
-            waiting = os.dup(queue.call_fd) if not queue.direct else -1
+            waiting = os.dup(fds.call_fd) if not fds.direct else -1
             self._unwatch(queue)
-            os.dup2(fd, queue.call_fd, inheritable=False)
-            queue.direct = True
+            os.dup2(fd, fds.call_fd, inheritable=False)
+            fds.direct = True
             if waiting >= 0:
                 # Calls that came before, and that nobody has seen yet.
                 if drain(waiting):
-                    notify(queue.call_fd)
+                    notify(fds.call_fd)
                 os.close(waiting)
             return
         event = make_eventfd()
-        os.dup2(event, queue.call_fd, inheritable=False)
+        os.dup2(event, fds.call_fd, inheritable=False)
         os.close(event)
-        queue.direct = False
-        if queue.running:
+        fds.direct = False
+        if fds.running:
             self._watch(queue)
 
     # --- internals
@@ -250,9 +250,13 @@ class QueueTable:
             self._update(queue)
 
     def _update(self, queue: QueueSetup, *, waits: bool = False) -> None:
-        """Let the queue run or not, as it should. ``waits``: for its ring to be in memory."""
-        if queue.running and not (queue.enabled and self._live and self._memory is not None):
-            queue.running = False
+        """Start or stop the queue as its state demands.
+
+        ``waits``: a ring outside of memory is no failure, the queue waits for other memory.
+        """
+        fds = self._descriptors[queue.index]
+        if fds.running and not (queue.enabled and self._live and self._memory is not None):
+            fds.running = False
             queue.position = self._device.stop_queue(queue.index)
             self._unwatch(queue)
         try:
@@ -267,36 +271,41 @@ class QueueTable:
 
     def _start_if_wanted(self, queue: QueueSetup) -> None:
         memory = self._memory
-        if queue.running or queue.failed or not queue.enabled or not self._live or memory is None:
+        fds = self._descriptors[queue.index]
+        if fds.running or queue.failed or not queue.enabled or not self._live or memory is None:
             return
         areas = (queue.descriptor_area, queue.driver_area, queue.device_area)
         name = f"queue {queue.index}"
-        ring = make_queue(memory, queue.size, areas, self.features, index=queue.position, name=name)
-        if queue.call_fd < 0:
-            queue.call_fd = make_eventfd()
-        running = RunningQueue(ring, self._kick_fd(queue), queue.call_fd)
+        features = self._state.features
+        ring = make_queue(memory, queue.size, areas, features, index=queue.position, name=name)
+        if fds.call_fd < 0:
+            fds.call_fd = make_eventfd()
+        running = RunningQueue(ring, self._kick_fd(fds), fds.call_fd)
         self._watch(queue)
         try:
             self._device.start_queue(queue.index, running)
         except BaseException:
             self._unwatch(queue)
             raise
-        queue.running = True
+        fds.running = True
 
     def _watch(self, queue: QueueSetup) -> None:
-        if not queue.direct:
+        fds = self._descriptors[queue.index]
+        if not fds.direct:
             loop = asyncio.get_running_loop()
-            loop.add_reader(queue.call_fd, self._call_waits, queue)
+            loop.add_reader(fds.call_fd, self._call_waits, queue.index)
 
     def _unwatch(self, queue: QueueSetup) -> None:
-        if not queue.direct and queue.call_fd >= 0:
-            asyncio.get_running_loop().remove_reader(queue.call_fd)
+        fds = self._descriptors[queue.index]
+        if not fds.direct and fds.call_fd >= 0:
+            asyncio.get_running_loop().remove_reader(fds.call_fd)
 
-    def _call_waits(self, queue: QueueSetup) -> None:
-        if drain(queue.call_fd):
-            self._called(queue.index)
+    def _call_waits(self, index: int) -> None:
+        if drain(self._descriptors[index].call_fd):
+            self._called(index)
 
     def _drain(self, queue: QueueSetup) -> None:
-        """Forget calls, which were about a ring that is no more. Kicks are never read."""
-        if queue.call_fd >= 0 and not queue.direct:
-            drain(queue.call_fd)
+        """Drop pending calls, which were about the old ring. Kicks are never read."""
+        fds = self._descriptors[queue.index]
+        if fds.call_fd >= 0 and not fds.direct:
+            drain(fds.call_fd)
