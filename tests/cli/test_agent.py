@@ -67,8 +67,11 @@ class Session:
     def agent(self, *arguments: object) -> subprocess.Popen[str]:
         return self.start("agent", "--socket", self.socket, *arguments)
 
-    def run(self, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-        command = [*VRING, "agent", "--socket", str(self.socket), *map(str, arguments)]
+    def run(
+        self, *arguments: object, address: str = "", **options: Any
+    ) -> subprocess.CompletedProcess[str]:
+        socket_path = address or str(self.socket)
+        command = [*VRING, "agent", "--socket", socket_path, *map(str, arguments)]
         return subprocess.run(
             command, capture_output=True, text=True, timeout=30, check=False, **options
         )
@@ -124,6 +127,22 @@ def test_paste_once_ends_by_itself_and_files_are_sources(session, tmp_path):
     result = session.run("clipboard", "get", "--selection", "primary", "--output", output)
     assert (result.returncode, result.stderr) == (0, "")
     assert output.read_text() == TEXT * 1000
+
+
+def test_in_the_background_the_guest_knows_of_it_when_the_command_returns(session):
+    """The command's output ends as well: nothing behind holds it. The guest pastes and selects."""
+    result = session.run("clipboard", "set", "--background", "behind")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    wait_until(
+        lambda: session.run("clipboard", "get", "--selection", "primary").stdout == "behind",
+        "the guest pasted the text",
+    )
+
+
+def test_what_cannot_begin_in_the_background_fails_in_front(session):
+    result = session.run("--timeout", "0.5", "clipboard", "set", "--background", "x", address="no")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == "vring: --socket no: No such file or directory\n"
 
 
 def test_watch_tells_changes(session):
@@ -190,7 +209,10 @@ def test_interrupt_cancels_in_the_guest(session, tmp_path):
 def test_monitor_decodes(session):
     monitor = session.agent("monitor")
     try:
-        assert "AnnounceCapabilities" in monitor.stdout.readline()
+        announced = monitor.stdout.readline()
+        assert " AnnounceCapabilities: " in announced
+        assert " MONITORS_CONFIG " in announced
+        assert "Capabilities(" not in announced
     finally:
         monitor.send_signal(signal.SIGINT)
         monitor.communicate(timeout=20)
@@ -276,6 +298,18 @@ def test_a_channel_that_stays_silent(tmp_path):
         result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert result.returncode == 1
     assert "no SPICE agent within 0.5 s" in result.stderr
+    assert f"; another client may have --socket {path}" in result.stderr
+
+
+def test_a_backend_that_stays_silent(tmp_path):
+    path = tmp_path / "silent.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        command = [*VRING, "guest", "--vhost-user", str(path), "--timeout", "0.5", "--list"]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.endswith(" in 0.5 s; another frontend may have it\n")
 
 
 def test_agent_socket_needs_one_spicevmc_port(tmp_path):

@@ -1,0 +1,168 @@
+"""Agent commands on a real terminal: bars, what is said while one waits, what a guest says."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import pty
+import re
+import sys
+import termios
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.waiting import DEADLINE
+from vring_serial.agent.guest import GuestAgent
+from vring_serial.proto.agent import Selection
+
+#: Clears the screen, sets the title, and goes to the left.
+HOSTILE = "\x1b[2J\x1b]0;owned\x07\r\u009b1m\u202e"
+
+
+class Terminal:
+    """A command with a terminal of its own, which it controls."""
+
+    def __init__(self, process: asyncio.subprocess.Process, master: int) -> None:
+        self.text = ""
+        self._process = process
+        self._master = master
+        self._more = asyncio.Event()
+        self._ended = False
+        asyncio.get_running_loop().add_reader(master, self._read)
+
+    def _read(self) -> None:
+        try:
+            data = os.read(self._master, 1 << 16)
+        except OSError:  # nobody has the other side any more
+            data = b""
+        self.text += data.decode(errors="replace")
+        self._more.set()
+        if not data:
+            self._ended = True
+            asyncio.get_running_loop().remove_reader(self._master)
+
+    async def said(self, pattern: str) -> None:
+        try:
+            async with asyncio.timeout(DEADLINE):
+                while not re.search(pattern, self.text):
+                    assert not self._ended, self.text
+                    await self._more.wait()
+                    self._more.clear()
+        except TimeoutError:
+            raise AssertionError(f"{pattern!r} was not said: {self.text!r}") from None
+
+    def interrupt(self) -> None:
+        """Type Ctrl-C."""
+        os.write(self._master, b"\x03")
+
+    async def status(self) -> int:
+        """Wait for the end of the command and of all that it says."""
+        async with asyncio.timeout(DEADLINE):
+            while not self._ended:
+                await self._more.wait()
+                self._more.clear()
+            return await self._process.wait()
+
+    async def close(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._master)
+        os.close(self._master)
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        await self._process.wait()
+
+
+class Place:
+    """An agent at a socket, and terminals beside it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.agent = GuestAgent(downloads=directory)
+        self.terminals: list[Terminal] = []
+
+    async def run(self, *arguments: str | Path) -> Terminal:
+        """Run ``vring agent`` on a terminal of 80 columns."""
+        master, slave = pty.openpty()
+        termios.tcsetwinsize(slave, (24, 80))
+        command = (sys.executable, "-m", "vring_serial", "agent", "--socket", "a", *arguments)
+        try:
+            process = await asyncio.create_subprocess_exec(
+                # The shell's terminal becomes the controlling one: Ctrl-C is for the command.
+                *("setsid", "--ctty", "--wait", *command),
+                cwd=self.directory,
+                env={**os.environ, "TERM": "xterm", "COLUMNS": "80"},
+                stdin=slave,
+                stdout=slave,
+                stderr=slave,
+            )
+        finally:
+            os.close(slave)
+        self.terminals.append(Terminal(process, master))
+        return self.terminals[-1]
+
+
+@pytest.fixture
+async def place(tmp_path: Path) -> AsyncIterator[Place]:
+    place = Place(tmp_path)
+    loop = asyncio.get_running_loop()
+    server = await loop.create_unix_server(place.agent.protocol_factory, tmp_path / "a")
+    yield place
+    for terminal in place.terminals:
+        await terminal.close()
+    await place.agent.close()
+    server.close()
+
+
+async def test_an_interrupted_transfer_says_so_and_draws_no_bar_again(place: Place) -> None:
+    large = place.directory / "from" / "large"
+    large.parent.mkdir()
+    with large.open("wb") as file:
+        file.truncate(1 << 35)
+    terminal = await place.run("send", large)
+    await terminal.said(r"/32.0 GiB.* MB/s")
+    terminal.interrupt()
+    assert await terminal.status() == 130
+    # What is after the last removal of the bars stays on the screen.
+    *_, left = re.split(r"\x1b\[2K", terminal.text)
+    left = re.sub(r"\x1b\[[0-9?;]*[A-Za-z]", "", left)
+    assert left.split() == ["cancelled"]
+
+
+async def test_setting_a_clipboard_says_what_it_waits_for_on_a_terminal(place: Place) -> None:
+    terminal = await place.run("clipboard", "set", "text", "--selection", "secondary")
+    await terminal.said(r"\n")
+    assert terminal.text == "until something in the guest takes the secondary, or Ctrl-C\r\n"
+    place.agent.set_clipboard("mine", Selection.SECONDARY)
+    assert await terminal.status() == 0
+    assert len(terminal.text.splitlines()) == 1
+
+
+async def test_text_of_a_guest_drives_no_terminal(place: Place) -> None:
+    place.agent.set_clipboard(f"first\tline\n{HOSTILE}last")
+    terminal = await place.run("clipboard", "get")
+    assert await terminal.status() == 0
+    assert terminal.text == ("first\tline\r\n\\x1b[2J\\x1b]0;owned\\x07\\r\\x9b1m\\u202elast")
+
+
+@pytest.mark.parametrize("null", [False, True])
+async def test_paths_of_a_guest_forge_no_line(place: Place, null: bool) -> None:
+    names = ["plain", f"a{HOSTILE}\nb"]
+    for name in names:
+        (place.directory / name).touch()
+    place.agent.copy_files([place.directory / name for name in names])
+    terminal = await place.run("clipboard", "get", "--type", "files", *["-0"] * null)
+    assert await terminal.status() == 0
+    escaped = "a\\x1b[2J\\x1b]0;owned\\x07\\r\\x9b1m\\u202e\\nb"
+    if null:
+        shown = "".join(f"{place.directory}/{name}\0" for name in names).replace("\n", "\r\n")
+    else:
+        shown = "".join(f"{place.directory}/{name}\r\n" for name in ("plain", escaped))
+    assert terminal.text == shown
+
+
+async def test_data_that_are_no_text_are_not_for_a_terminal(place: Place) -> None:
+    terminal = await place.run("clipboard", "get", "--type", "png")
+    assert await terminal.status() == 2
+    assert terminal.text == "vring: --output: png data are not for a terminal: name a file\r\n"
