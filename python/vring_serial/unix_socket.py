@@ -98,8 +98,7 @@ class UnixListener:
         try:
             self.socket.bind(name)
         except FileNotFoundError:
-            directory = os.path.dirname(self.path)
-            raise SocketPathError(self.path, f"there is no directory {directory}") from None
+            raise _no_directory(self.path) from None
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise
@@ -107,7 +106,35 @@ class UnixListener:
             self.socket.bind(name)
 
 
+def check_can_listen(path: str) -> None:
+    """Check what can be checked without making a socket; the listener itself may fail all the same.
+
+    Raises:
+        SocketPathError: a :class:`UnixListener` cannot be there.
+    """
+    name = encode_path(path)
+    directory = os.path.dirname(path) or "."
+    if not os.path.isdir(directory):
+        raise _no_directory(path)
+    try:
+        if os.path.lexists(path):
+            _check_stale(path, name)
+        elif not os.access(directory, os.W_OK | os.X_OK):
+            raise SocketPathError(path, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise SocketPathError(path, error.strerror or str(error)) from None
+
+
+def _no_directory(path: str) -> SocketPathError:
+    return SocketPathError(path, f"there is no directory {os.path.dirname(path)}")
+
+
 def _remove_stale(path: str, name: bytes) -> None:
+    _check_stale(path, name)
+    os.unlink(path)
+
+
+def _check_stale(path: str, name: bytes) -> None:
     """Raises SocketPathError unless ``path`` is a socket that nobody has open."""
     if not stat.S_ISSOCK(os.lstat(path).st_mode):
         raise SocketPathError(path, "exists and is not a socket")
@@ -119,7 +146,6 @@ def _remove_stale(path: str, name: bytes) -> None:
         raise SocketPathError(path, "exists, another process listens on it")
     if answer != errno.ECONNREFUSED:
         raise SocketPathError(path, f"exists, {os.strerror(answer)}")
-    os.unlink(path)
 
 
 def _identity(path: str) -> tuple[int, int]:

@@ -111,7 +111,7 @@ async def place(tmp_path: Path) -> AsyncIterator[Place]:
     yield place
     for terminal in place.terminals:
         await terminal.close()
-    await place.agent.close()
+    await place.agent.aclose()
     server.close()
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -283,6 +286,51 @@ async def test_the_size_of_the_msix_table(
         assert await server.stop() == 0
         writer.close()
         await writer.wait_closed()
+
+
+@pytest.mark.parametrize("way", ["--vhost-user", "--vfio-user"])
+async def test_an_address_is_said_to_be_asked_for(serve: Serve, way: str) -> None:
+    """Where the guest sees the controller is the emulator's to decide."""
+    async with serve(way, "v", "--domain", str(EXAMPLES / "spice-agent.xml")) as server:
+        line = await server.logged("on v")
+        assert re.search(r": 1 of \d+ ports, 0000:00:05\.0 asked for, on v$", line), line
+        assert await server.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("domain", "said"),
+    [
+        ("<domain", "vring: standard input:1: not XML: "),
+        ("<domain><devices><channel type='none'/></devices></domain>", "vring: standard input:1: "),
+    ],
+)
+def test_a_domain_on_standard_input_is_called_so(domain: str, said: str) -> None:
+    done = subprocess.run(
+        (sys.executable, "-m", "vring_serial", "serve", "--vhost-user", "v", "--domain", "-"),
+        input=domain,
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(said)
+
+
+@pytest.mark.parametrize("sockets", [("none/v", "w"), ("v", "none/w"), ("v", "domain.xml")])
+async def test_no_port_is_reported_before_all_sockets_are_there(
+    serve: Serve, tmp_path: Path, sockets: tuple[str, str]
+) -> None:
+    path = tmp_path / "domain.xml"
+    domain = (EXAMPLES / "two-controllers.xml").read_text()
+    path.write_text(domain.replace("/run/two-controllers.bulk", "bulk"))
+    arguments = (*("--vhost-user", sockets[0]), *("--vhost-user", sockets[1]))
+    async with serve(*arguments, "--domain", str(path), ready="") as server:
+        assert await server.exit_status() == 1
+        assert not [line for line in server.lines if ": port " in line or " asked for" in line]
+        (line,) = server.lines
+        assert line.startswith(f"vring: {sockets[0] if 'none' in sockets[0] else sockets[1]}: ")
 
 
 # --- what cannot be served

@@ -23,6 +23,7 @@ from vring_serial.device.console.controller import Controller
 from vring_serial.errors import ConfigError, ResourceError
 from vring_serial.transport.vfio_user.server import VfioUserServer
 from vring_serial.transport.vhost_user.backend import VhostUserBackend
+from vring_serial.unix_socket import check_can_listen
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +104,9 @@ async def _start(
 
     ``controllers`` gets all of them.
     """
+    if settings.vfio_user or not settings.connect:
+        for socket in settings.sockets:  # before the log tells of ports that nobody will reach
+            check_can_listen(socket)
     pump = stack.enter_context(_running_pump(settings.busy_poll))
     agents = AgentEnds(settings.agent_socket)
     stack.push_async_callback(agents.aclose)
@@ -125,11 +129,12 @@ async def _start(
     for controller in controllers:
         stack.push_async_callback(controller.aclose)
         await controller.start()
-    for config, controller, backend, socket in zip(
-        topology.controllers, controllers, backends, settings.sockets, strict=True
-    ):
+    for backend in backends:
         stack.push_async_callback(backend.aclose)
         await backend.start()
+    for config, controller, socket in zip(
+        topology.controllers, controllers, settings.sockets, strict=True
+    ):
         _log_ports(config, controller)
         emit(
             logging.INFO,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -44,3 +46,14 @@ def test_one_who_has_said_its_version_stays(connect: Callable[[], Any]) -> None:
     first.close()
     second.sock.settimeout(5)
     assert second.receive().is_reply
+
+
+def test_what_was_agreed_is_said_in_plain_words(
+    connect: Callable[[], Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    connect().negotiate()
+    (line,) = [r.getMessage() for r in caplog.records if "agreed on" in r.getMessage()]
+    words = line.partition("agreed on ")[2]
+    assert re.fullmatch(r"[a-z_]+ [0-9a-fx]+(, [a-z_]+( [0-9a-fx]+)?)+", words), line
+    assert "pgsizes 0x1000" in words

@@ -34,7 +34,7 @@ from vring_serial.proto.vhost_user import (
     VringState,
     reply,
 )
-from vring_serial.proto.virtio import Feature, Status
+from vring_serial.proto.virtio import Feature, Status, feature_names
 from vring_serial.ratelimit import RateLimitedLog
 from vring_serial.transport.closer import Closer
 from vring_serial.transport.connection import Connection
@@ -103,6 +103,7 @@ class Session:
         self._ended = ended
         self._parser = VhostUserParser(Request)
         self._said = said
+        self._told: set[str] = set()  # warnings of this session that are not repeated
         self._closed = False
         self._paused = False
         self._protocol_features = ProtocolFeature(0)
@@ -166,6 +167,12 @@ class Session:
         if self._channel is not None:
             self._channel.close()
         self._closer.close(self._parser.take_fds())
+
+    def _say_once(self, text: str) -> None:
+        """Warn of what the frontend will go on doing for as long as it is there."""
+        if text not in self._told:
+            self._told.add(text)
+            self._said.warning("%s: %s", self._name, text)
 
     def _lost(self, error: OSError | None) -> None:
         if (loss := describe_loss(self._memory)) is not None:
@@ -323,6 +330,10 @@ class Session:
         """Raises RemoteProtocolError on what was not offered."""
         packed = bool(bits & self._features_offered & Feature.RING_PACKED)
         self._device.set_driver_features(bits & ~int(Feature.RING_PACKED) if packed else bits)
+        if packed and not self._features & Feature.RING_PACKED:
+            text = "%s: the driver accepted of the rings %s"
+            name = feature_names(Feature.RING_PACKED)
+            self._said.log(logging.INFO, text, self._name, name)
         for vring in self._vrings:
             vring.packed = packed
 
@@ -390,9 +401,7 @@ class Session:
             fresh = status.value & Status.DRIVER_OK & ~self._device.status
             self._device.set_status(status.value)
             if fresh and not self._memory.regions:
-                self._said.warning(
-                    "%s: the driver is ready, but no guest memory is mapped", self._name
-                )
+                self._say_once("the driver is ready, but no guest memory is mapped")
 
     def _reset_device(self, _: Empty, fds: list[int]) -> None:
         for vring in self._vrings:
@@ -509,13 +518,21 @@ class Session:
         if not vring.started:
             vring.set_kick(-1)
             self._run(vring)
+        if not vring.size or vring.address is None:
+            self._say_once(
+                "the driver notified a queue that it never set up: "
+                "was this guest restored from a saved state?"
+            )
         vring.kick()
 
     def _run(self, vring: Vring) -> None:
         """Hand the queue to the device if it is to run; see :meth:`Vring.run`."""
         if self._has(ProtocolFeature.INBAND_NOTIFICATIONS) and not vring.called:
             vring.set_call(self._calls.descriptor(vring.index))
-        if not vring.run(self._memory, self._features, enabled=not self._rings_start_disabled):
+        enabled = not self._rings_start_disabled
+        if not vring.run(self._memory, self._features, enabled=enabled):
+            if vring.may_run(enabled) and not self._memory.regions:
+                self._say_once("the driver is ready, but no guest memory is mapped")
             return
         if not self._has(ProtocolFeature.STATUS):
             self._device.set_status(self._device.status | Status.DRIVER_OK)

@@ -67,6 +67,10 @@ class Vring:
         """The device has it."""
         return self._queue is not None
 
+    def may_run(self, enabled: bool) -> bool:
+        """Return whether it is started and enabled; ``enabled`` counts without SET_VRING_ENABLE."""
+        return self.started and (enabled if self.enabled is None else self.enabled)
+
     def set_size(self, size: int) -> None:
         """Raises RemoteProtocolError if it runs, or the size is not one that we offer."""
         self._refuse_while_running()
@@ -165,8 +169,7 @@ class Vring:
         Raises:
             RemoteProtocolError, VringError: the parts cannot be where they are said to be.
         """
-        wanted = self.started and (enabled if self.enabled is None else self.enabled)
-        if self.running or not wanted or not self.size or self.address is None:
+        if self.running or not self.may_run(enabled) or not self.size or self.address is None:
             return False
         areas = self._translate(memory, self.address)
         queue = make_queue(
