@@ -28,8 +28,8 @@ class Pair:
         self.downloads = downloads
         self.host_events = []
         self.guest_events = []
-        self.host = HostAgent(on_event=self.host_events.append, timeout=5)
-        self.guest = GuestAgent(downloads=downloads, on_event=self.guest_events.append, timeout=5)
+        self.host = HostAgent(on_event=self.host_events.append, timeout=30)
+        self.guest = GuestAgent(downloads=downloads, on_event=self.guest_events.append, timeout=30)
         self.running = None
         self.writer = None
 
@@ -52,7 +52,7 @@ class Pair:
         await self.until(lambda: self.host.capabilities is None)
 
     async def until(self, condition):
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while not condition():
                 await asyncio.sleep(0.005)
 
@@ -66,7 +66,7 @@ class Pair:
 async def pair():
     pair = Pair()
     yield pair
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         await pair.aclose()
 
 
@@ -76,7 +76,7 @@ async def file_pair(tmp_path):
     pair = Pair(tmp_path / "downloads")
     await pair.connect()
     yield pair
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         await pair.aclose()
 
 
@@ -93,7 +93,7 @@ class RawEnd:
 
     async def receive(self, kind, port=ChunkPort.CLIENT):
         """The next message of this class on this port; those before it are dropped."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while True:
                 event = self.connection.next_event()
                 if event is NEED_DATA:
@@ -109,7 +109,7 @@ class RawEnd:
 
     async def at_eof(self):
         """Wait until the other end has closed the channel."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while await self.reader.read(65536):
                 pass
 
@@ -175,7 +175,7 @@ class RouterBench:
         self.downloads = downloads
         self.router_events = []
         self.router = AgentRouter(on_event=self.router_events.append, **options)
-        self.guest = GuestAgent(downloads=downloads, timeout=5)
+        self.guest = GuestAgent(downloads=downloads, timeout=30)
         self.clients = []
         self.running = None
         self.writer = None
@@ -188,6 +188,11 @@ class RouterBench:
         await loop.create_connection(self.router.protocol_factory, sock=ours)
         await self.until(lambda: self.router.capabilities is not None)
 
+    async def start_guest_with(self, capabilities):
+        """Another agent than the one before."""
+        self.guest = GuestAgent(capabilities=capabilities, downloads=self.downloads, timeout=30)
+        await self.start_guest()
+
     async def stop_guest(self):
         self.running.cancel()
         await asyncio.gather(self.running, return_exceptions=True)
@@ -197,7 +202,7 @@ class RouterBench:
         await self.until(lambda: self.router.capabilities is None)
 
     async def client(self, **options):
-        host = HostAgent(timeout=5, **options)
+        host = HostAgent(timeout=30, **options)
         host.events = []
         host._on_event = host.events.append
         await self.router.connect(host.protocol_factory)
@@ -214,7 +219,7 @@ class RouterBench:
         return client
 
     async def until(self, condition):
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while not condition():
                 await asyncio.sleep(0.005)
 
@@ -237,7 +242,7 @@ async def make_bench(tmp_path):
         return bench
 
     yield make
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         for bench in benches:
             await bench.aclose()
 

@@ -49,7 +49,7 @@ MONITORS = MessageType.MONITORS_CONFIG
 @pytest.fixture
 async def asked(raw_agent):
     """A host that an agent has greeted, which owns its clipboard and answers nothing by itself."""
-    host = HostAgent(timeout=5, capabilities=HOST_CAPABILITIES.with_(FILES_FROM_GUEST))
+    host = HostAgent(timeout=30, capabilities=HOST_CAPABILITIES.with_(FILES_FROM_GUEST))
     agent = await raw_agent(host)
     await agent.greet()
     agent.send(ClipboardGrab(0, (TEXT, PNG, LIST)))
@@ -178,7 +178,7 @@ async def test_whoever_waits_is_told_that_the_agent_is_closed(asked, tmp_path, n
     task = begin(name, host, tmp_path / "file")
     await let_wait(task)
     await host.aclose()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         if name == "events":
             await task
         else:
@@ -234,7 +234,7 @@ async def test_an_agent_that_never_answered_is_asked_again(asked, monkeypatch):
     host, agent = asked
     with pytest.raises(AgentTimeoutError):
         await host.set_monitors([Monitor(1, 1)], timeout=0.05)
-    setting = asyncio.ensure_future(host.set_monitors([Monitor(2, 2)], timeout=5))
+    setting = asyncio.ensure_future(host.set_monitors([Monitor(2, 2)], timeout=30))
     for _ in range(2):
         await agent.receive(MonitorsConfig)
     agent.send(Reply(MONITORS, ReplyError.SUCCESS))

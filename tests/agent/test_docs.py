@@ -58,7 +58,7 @@ async def test_watch(served, capsys):
     await loop.create_unix_connection(agent.protocol_factory, path)
     await agent.wait_ready()
     await agent.aclose()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         await watching
     assert capsys.readouterr().out.splitlines()[-1] == "gone: in good order"
 
@@ -83,7 +83,7 @@ async def test_share(served, tmp_path):
     await router.aclose()
     server.close()
     await server.wait_closed()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not isinstance(events[-1], AgentGone):
             await asyncio.sleep(0.005)
     assert isinstance(events[0], AgentReady)

@@ -150,7 +150,7 @@ async def test_a_guest_that_takes_no_files(pair, make_file):
     ],
 )
 async def test_refusals_are_explained(raw_agent, make_file, status, match):
-    host = HostAgent(timeout=5)
+    host = HostAgent(timeout=30)
     agent = await raw_agent(host)
     await agent.greet()
     await host.wait_ready()
@@ -183,12 +183,12 @@ async def test_an_agent_that_does_not_answer_is_told_that_it_is_over(raw_agent, 
 
 async def test_a_status_for_a_transfer_that_never_was(raw_agent):
     events = []
-    host = HostAgent(timeout=5, on_event=events.append)
+    host = HostAgent(timeout=30, on_event=events.append)
     agent = await raw_agent(host)
     await agent.greet()
     agent.send(FileXferStatus(99, FileXferResult.SUCCESS))
     await host.wait_ready()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not events or not isinstance(events[-1], AgentTrouble):
             await asyncio.sleep(0)
     assert "transfer 99 does not exist" in str(events[-1].error)

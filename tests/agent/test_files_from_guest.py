@@ -43,7 +43,7 @@ async def pair_with_files(file_pair, tmp_path):
     await file_pair.disconnect()
     file_pair.host = HostAgent(
         on_event=file_pair.host_events.append,
-        timeout=5,
+        timeout=30,
         capabilities=HOST_CAPABILITIES.with_(FILES_FROM_GUEST),
     )
     await file_pair.connect()
@@ -129,7 +129,7 @@ async def test_a_guest_that_offers_files_unasked_or_lies(raw_agent, tmp_path):
     agent.send(FileXferStart(number, FileInfo("x", 5).pack()))
     assert await agent.receive(FileXferStatus) == FileXferStatus(number, FileXferResult.CANCELLED)
     agent.send(ClipboardGrab(0, (ClipboardType.FILE_LIST,)))
-    await host.wait_clipboard(timeout=5)
+    await host.wait_clipboard(timeout=30)
     getting = asyncio.ensure_future(host.get_files(tmp_path / "in"))
     await agent.receive(ClipboardRequest)
     agent.send(Clipboard(0, ClipboardType.FILE_LIST, b"steal\0/x"))

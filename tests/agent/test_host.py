@@ -26,6 +26,7 @@ from vring_serial.agent import (
 )
 from vring_serial.agent import host as host_module
 from vring_serial.agent.channel import link as link_module
+from vring_serial.agent.channel.clipboard import REQUESTS_MAX
 from vring_serial.agent.guest import GUEST_CAPABILITIES, HostLeft
 from vring_serial.proto.agent import (
     AnnounceCapabilities,
@@ -164,7 +165,7 @@ async def test_max_clipboard_is_respected_on_both_sides(pair):
 
 
 async def test_too_large_a_clipboard_is_refused_and_the_channel_goes_on(raw_agent):
-    host = HostAgent(max_clipboard=1000, timeout=5)
+    host = HostAgent(max_clipboard=1000, timeout=30)
     agent = await raw_agent(host)
     await agent.greet()
     agent.send(ClipboardGrab(0, (TEXT,)))
@@ -175,6 +176,35 @@ async def test_too_large_a_clipboard_is_refused_and_the_channel_goes_on(raw_agen
         agent.send(Clipboard(0, TEXT, bytes(size)))
         with pytest.raises(ClipboardTooLargeError, match=str(size)):
             await asking
+
+
+async def test_requests_that_wait_are_bounded(raw_agent):
+    events = []
+    host = HostAgent(timeout=30, on_event=events.append)
+    agent = await raw_agent(host)
+    await agent.greet()
+    await host.wait_ready()
+    opened, go_on = asyncio.Event(), asyncio.Event()
+
+    async def pieces():
+        opened.set()
+        await go_on.wait()
+        yield b"x"
+
+    await host.set_clipboard({TEXT: StreamSource(1, pieces)})
+    agent.send(ClipboardRequest(0, TEXT))
+    await opened.wait()
+    for _ in range(3 * REQUESTS_MAX):
+        agent.send(ClipboardRequest(0, TEXT))
+    agent.send(ClipboardGrab(Selection.PRIMARY, (TEXT,)))
+    await host.wait_clipboard(Selection.PRIMARY)  # so it has all requests
+    go_on.set()
+    for _ in range(1 + REQUESTS_MAX):
+        assert (await agent.receive(Clipboard)).data == b"x"
+    # Now that those are answered the next one is kept again, and no other is left.
+    agent.send(ClipboardRequest(0, ClipboardType.IMAGE_PNG))
+    assert (await agent.receive(Clipboard)).type == ClipboardType.NONE
+    assert not [event for event in events if isinstance(event, AgentTrouble)]
 
 
 async def test_an_agent_that_comes_back_is_asked_and_offered_again(pair):
@@ -194,7 +224,7 @@ async def test_an_agent_that_comes_back_is_asked_and_offered_again(pair):
 
 
 async def test_an_agent_that_restarts_on_the_same_channel(raw_agent):
-    host = HostAgent(timeout=5)
+    host = HostAgent(timeout=30)
     agent = await raw_agent(host)
     await agent.greet()
     await host.wait_ready()
@@ -223,7 +253,7 @@ async def test_an_agent_that_never_answers(raw_agent):
     agent = await raw_agent(host)
     await agent.greet()
     agent.send(ClipboardGrab(0, (TEXT,)))
-    await host.wait_clipboard(timeout=5)
+    await host.wait_clipboard(timeout=30)
     with pytest.raises(AgentTimeoutError, match="MONITORS_CONFIG within"):
         await host.set_monitors([Monitor(1, 1)])
     with pytest.raises(AgentTimeoutError, match="no clipboard data"):
@@ -233,7 +263,7 @@ async def test_an_agent_that_never_answers(raw_agent):
 
 
 async def test_what_the_agent_has_not_announced(raw_agent):
-    host = HostAgent(timeout=5)
+    host = HostAgent(timeout=30)
     agent = await raw_agent(host)
     await agent.greet(
         GUEST_CAPABILITIES.without(Capability.MONITORS_CONFIG, Capability.CLIPBOARD_SELECTION)
@@ -248,7 +278,7 @@ async def test_what_the_agent_has_not_announced(raw_agent):
 
 
 async def test_an_agent_without_a_clipboard(raw_agent):
-    host = HostAgent(timeout=5)
+    host = HostAgent(timeout=30)
     await (await raw_agent(host)).greet(Capabilities.of(Capability.REPLY))
     await host.wait_ready()
     with pytest.raises(AgentUnsupportedError, match="CLIPBOARD_BY_DEMAND"):
@@ -256,7 +286,7 @@ async def test_an_agent_without_a_clipboard(raw_agent):
 
 
 async def test_an_agent_without_reply_is_not_waited_for(raw_agent):
-    host = HostAgent(timeout=5)
+    host = HostAgent(timeout=30)
     await (await raw_agent(host)).greet(GUEST_CAPABILITIES.without(Capability.REPLY))
     await host.wait_ready()
     async with asyncio.timeout(2):
@@ -278,7 +308,7 @@ async def test_physical_sizes_are_left_out_for_an_agent_that_does_not_answer(raw
 
 
 async def test_a_guest_whose_lines_end_in_crlf(raw_agent):
-    host = HostAgent(timeout=5)
+    host = HostAgent(timeout=30)
     agent = await raw_agent(host)
     await agent.greet(
         Capabilities.of(Capability.CLIPBOARD_BY_DEMAND, Capability.GUEST_LINEEND_CRLF)
@@ -295,7 +325,7 @@ async def test_a_guest_whose_lines_end_in_crlf(raw_agent):
 
 
 async def test_an_empty_answer_is_asked_for_again(raw_agent):
-    host = HostAgent(timeout=5)
+    host = HostAgent(timeout=30)
     agent = await raw_agent(host)
     await agent.greet()
     agent.send(ClipboardGrab(0, (TEXT,)))
@@ -311,7 +341,7 @@ async def test_an_empty_answer_is_asked_for_again(raw_agent):
 async def test_an_owner_that_is_silent_after_an_empty_answer(raw_agent, monkeypatch):
     """As 0.23 is when it has lost a clipboard: empty is what is known of it."""
     monkeypatch.setattr(host_module, "ASK_AGAIN_WAIT", 0.05)
-    host = HostAgent(timeout=5)
+    host = HostAgent(timeout=30)
     agent = await raw_agent(host)
     await agent.greet()
     agent.send(ClipboardGrab(0, (TEXT,)))
@@ -324,7 +354,7 @@ async def test_an_owner_that_is_silent_after_an_empty_answer(raw_agent, monkeypa
 
 
 async def test_requests_for_what_we_do_not_have_are_answered_with_nothing(raw_agent):
-    host = HostAgent(timeout=5)
+    host = HostAgent(timeout=30)
     agent = await raw_agent(host)
     await agent.greet()
     agent.send(ClipboardRequest(1, TEXT))
@@ -334,7 +364,7 @@ async def test_requests_for_what_we_do_not_have_are_answered_with_nothing(raw_ag
 
 async def test_a_wrong_message_is_reported_and_the_channel_goes_on(raw_agent):
     events = []
-    host = HostAgent(timeout=5, on_event=events.append)
+    host = HostAgent(timeout=30, on_event=events.append)
     agent = await raw_agent(host)
     agent.writer.write(struct.pack("<II", 1, 21) + struct.pack("<IIQI", 1, 3, 0, 1) + b"x")
     await agent.greet()
@@ -345,7 +375,7 @@ async def test_a_wrong_message_is_reported_and_the_channel_goes_on(raw_agent):
 @pytest.mark.parametrize("garbage", [bytes(100), struct.pack("<II", 1, 0xFFFFFFFF)])
 async def test_lost_framing_resets_the_channel(raw_agent, garbage):
     events = []
-    host = HostAgent(timeout=5, on_event=events.append)
+    host = HostAgent(timeout=30, on_event=events.append)
     agent = await raw_agent(host)
     await agent.greet()
     waiting = asyncio.ensure_future(host.set_monitors([Monitor(1, 1)]))
@@ -376,7 +406,7 @@ async def test_an_agent_that_asks_and_never_reads_is_given_up(raw_agent, monkeyp
 
 async def test_a_second_connection_takes_over(raw_agent):
     events = []
-    host = HostAgent(timeout=5, on_event=events.append)
+    host = HostAgent(timeout=30, on_event=events.append)
     first = await raw_agent(host)
     await first.greet()
     await host.wait_ready()
@@ -400,7 +430,7 @@ async def test_events_can_be_iterated(pair):
     with pair.host.events() as events, pair.host.events() as others:
         pair.guest.set_clipboard("one")
         pair.guest.clear_clipboard()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             assert await anext(events) == ClipboardGrabbed(0, (TEXT,))
             async for event in events:
                 assert event == ClipboardReleased(0)
@@ -411,12 +441,12 @@ async def test_events_can_be_iterated(pair):
 
 async def test_an_end_in_the_middle_of_a_message_is_told(raw_agent):
     events = []
-    host = HostAgent(timeout=5, on_event=events.append)
+    host = HostAgent(timeout=30, on_event=events.append)
     agent = await raw_agent(host)
     await agent.greet()
     agent.writer.write(struct.pack("<II", 1, 100) + b"\x01\0")
     await agent.aclose()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not isinstance(events[-1], AgentGone):
             await asyncio.sleep(0.005)
     assert "in the middle of a message" in events[-1].reason

@@ -37,7 +37,7 @@ async def guest_and_host(tmp_path):
 
 
 async def until(condition):
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not condition():
             await asyncio.sleep(0.005)
 

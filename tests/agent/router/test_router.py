@@ -23,6 +23,7 @@ from vring_serial.agent import (
 )
 from vring_serial.agent.channel import replies as replies_module
 from vring_serial.agent.channel.clipboard import pieces_of
+from vring_serial.agent.guest import GUEST_CAPABILITIES
 from vring_serial.agent.router import client as client_module
 from vring_serial.agent.router import router as router_module
 from vring_serial.proto.agent import (
@@ -274,6 +275,31 @@ async def test_an_agent_that_goes_ends_what_was_under_way(make_bench, make_file)
     assert (await raw.receive(Reply)).error == ReplyError.ERROR
 
 
+async def test_an_agent_that_goes_leaves_the_layout_of_messages_as_it_was(make_bench):
+    bench = await make_bench()
+    owner, other = await bench.raw_client(), await bench.raw_client()
+    for client in (owner, other):
+        await client.greet()
+    await bench.stop_guest()
+    for client in (owner, other):
+        away = await client.receive(AnnounceCapabilities)
+        assert set(away.capabilities) == {
+            AGENT_AWAY,
+            Capability.CLIPBOARD_SELECTION,
+            Capability.CLIPBOARD_GRAB_SERIAL,
+        }
+    owner.send(ClipboardGrab(Selection.PRIMARY, (TEXT,), 0))
+    assert await other.receive(ClipboardGrab) == ClipboardGrab(Selection.PRIMARY, (TEXT,), 0)
+    # It is that of the agent which left, not of any agent.
+    await bench.start_guest_with(GUEST_CAPABILITIES.without(Capability.CLIPBOARD_GRAB_SERIAL))
+    await bench.stop_guest()
+    late = await bench.raw_client()
+    assert set((await late.receive(AnnounceCapabilities)).capabilities) == {
+        AGENT_AWAY,
+        Capability.CLIPBOARD_SELECTION,
+    }
+
+
 async def test_what_the_filter_forbids(make_bench, make_file):
     bench = await make_bench(filter=AgentFilter(copy_paste=False, file_xfer=False))
     client = await bench.client()
@@ -470,7 +496,7 @@ async def test_a_message_is_forwarded_that_comes_when_the_queue_has_just_been_em
 
     bench.router.to_agent = to_agent
     client._forward(UnknownMessage(99))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while len(sent) < 50:
             await asyncio.sleep(0.01)
 
