@@ -11,21 +11,32 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from vring_serial.chardev.protocol import ProtocolChardev
 from vring_serial.errors import ResourceError
 from vring_serial.ratelimit import RateLimitedLog
-from vring_serial.spice.library import callback_failed
-
-if TYPE_CHECKING:
-    from vring_serial.spice.server import SpiceServer
+from vring_serial.spice.library import Library, callback_failed
 
 log = logging.getLogger("vring_serial.spice")
 
 _NOTIFY_WRITABLE = 1 << 0
 _PORT_EVENT_OPENED = 0
 _PORT_EVENT_CLOSED = 1
+
+
+class CharDeviceServer(Protocol):
+    """The server that char devices attach to.
+
+    Attributes:
+        library: libspice-server.
+        handle: the library's server while it runs, else None.
+        devices: the char devices that are attached; each adds and removes itself.
+    """
+
+    library: Library
+    handle: Any
+    devices: set[CharDevice]
 
 
 class CharDevice(asyncio.Protocol):
@@ -40,7 +51,7 @@ class CharDevice(asyncio.Protocol):
         closed: set when a connection has been lost.
     """
 
-    def __init__(self, server: SpiceServer, subtype: str, name: str = "") -> None:
+    def __init__(self, server: CharDeviceServer, subtype: str, name: str = "") -> None:
         self.closed = asyncio.Event()
         self._server = server
         self._library = server.library
@@ -211,7 +222,7 @@ class CharDevice(asyncio.Protocol):
 class AgentDevice(CharDevice):
     """The agent channel: the server has an agent while the guest has the port open."""
 
-    def __init__(self, server: SpiceServer) -> None:
+    def __init__(self, server: CharDeviceServer) -> None:
         super().__init__(server, "vdagent")
 
     def _opened(self) -> None:
@@ -235,7 +246,7 @@ class AgentDevice(CharDevice):
 class PortDevice(CharDevice):
     """A port channel: there for clients all the time, connected while one of them has it open."""
 
-    def __init__(self, server: SpiceServer, name: str, chardev: PortChardev) -> None:
+    def __init__(self, server: CharDeviceServer, name: str, chardev: PortChardev) -> None:
         super().__init__(server, "port", name)
         self._chardev = chardev
 
@@ -261,7 +272,7 @@ class PortDevice(CharDevice):
 class AgentChardev(ProtocolChardev):
     """The host end of ``com.redhat.spice.0``: the SPICE server."""
 
-    def __init__(self, id: str, server: SpiceServer) -> None:
+    def __init__(self, id: str, server: CharDeviceServer) -> None:
         self._device = AgentDevice(server)
         super().__init__(id, lambda: self._device, description="the SPICE server")
 
@@ -279,7 +290,7 @@ class PortChardev(ProtocolChardev):
         name: the channel's name for clients, such as ``org.spice-space.webdav.0``.
     """
 
-    def __init__(self, id: str, server: SpiceServer, name: str) -> None:
+    def __init__(self, id: str, server: CharDeviceServer, name: str) -> None:
         self._device = PortDevice(server, name, self)
         super().__init__(
             id, lambda: self._device, connected=False, description=f"SPICE port {name}"

@@ -7,19 +7,16 @@ import os
 import socket
 import ssl
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vring_serial.accept import Acceptor
 from vring_serial.errors import ConfigError, LocalProtocolError, ResourceError
 from vring_serial.lifetime import Starting
 from vring_serial.spice.core import ClientEvent, CoreInterface
-from vring_serial.spice.device import AgentChardev, AgentDevice, PortChardev
+from vring_serial.spice.device import AgentChardev, AgentDevice, CharDevice, PortChardev
 from vring_serial.spice.library import load
 from vring_serial.spice.listener import Listener, bind, bind_first_free, is_local
 from vring_serial.spice.options import SpiceOptions
-
-if TYPE_CHECKING:
-    from vring_serial.spice.device import CharDevice
 
 log = logging.getLogger("vring_serial.spice")
 
