@@ -130,9 +130,9 @@ def begin(name, host, path):
     """Begin to wait in one of them."""
     path.write_bytes(bytes(1000))
     if name == "wait_ready":
-        host.capabilities = None
+        host._handshake.remote = None
     if name == "send":
-        host._link.pause_writing()
+        host._handshake.link.pause_writing()
     return asyncio.ensure_future(WAITING[name](host, path))
 
 
@@ -142,9 +142,9 @@ async def test_a_call_that_is_cancelled_leaves_the_channel_usable(asked, tmp_pat
     capabilities = host.capabilities
     await cancel(begin(name, host, tmp_path / "file"))
     if name == "wait_ready":
-        host.capabilities = capabilities
+        host._handshake.remote = capabilities
     if name == "send":
-        host._link.resume_writing()
+        host._handshake.link.resume_writing()
     if name == "send_body":
         # The half message is dropped with the session, and the next one begins.
         assert (await agent.receive(AnnounceCapabilities)).request
@@ -320,10 +320,10 @@ async def test_the_guests_paste_is_cancelled(pair):
     await pair.connect()
     await pair.host.set_clipboard("here")
     await pair.until(lambda: pair.guest._clipboard.remote_types)
-    pair.host._clipboard.took_request = lambda message: None
+    pair.host._clipboard._receive_request = lambda message: None
     await cancel(asyncio.ensure_future(pair.guest.get_clipboard()))
-    del pair.host._clipboard.took_request
-    pair.host._link.post(Clipboard(0, ClipboardType.NONE))
+    del pair.host._clipboard._receive_request
+    pair.host._handshake.link.post(Clipboard(0, ClipboardType.NONE))
     assert await pair.guest.get_clipboard() == b"here"
 
 
@@ -338,7 +338,7 @@ async def test_whoever_waits_in_the_guest_is_told_that_it_is_closed(pair):
     await pair.connect()
     await pair.host.set_clipboard("here")
     await pair.until(lambda: pair.guest._clipboard.remote_types)
-    pair.host._clipboard.took_request = lambda message: None
+    pair.host._clipboard._receive_request = lambda message: None
     asking = asyncio.ensure_future(pair.guest.get_clipboard())
     await let_wait(asking)
     await pair.guest.aclose()
@@ -350,12 +350,12 @@ async def test_a_message_of_the_routers_own_is_cancelled(make_bench):
     bench = await make_bench()
     client = await bench.client()
     await client.wait_ready()
-    bench.router._link.pause_writing()
+    bench.router.agent_link.pause_writing()
     for message in (UnknownMessage(99), MonitorsConfig((Monitor(0, 0),))):
         await cancel(asyncio.ensure_future(bench.router.send(message)))
     sending = asyncio.ensure_future(bench.router.send(UnknownMessage(99)))
     await let_wait(sending)
-    bench.router._link.resume_writing()
+    bench.router.agent_link.resume_writing()
     await sending
     await client.set_monitors([Monitor(8, 6)])
 

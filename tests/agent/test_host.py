@@ -419,8 +419,8 @@ async def test_a_second_connection_takes_over(raw_agent):
 
 async def test_what_needs_no_action_is_an_event(pair):
     await pair.connect()
-    pair.guest._link.post(Reply(77, 1))
-    pair.guest._link.post(UnknownMessage(78, b"new"))
+    pair.guest._handshake.link.post(Reply(77, 1))
+    pair.guest._handshake.link.post(UnknownMessage(78, b"new"))
     expected = [OtherMessage(Reply(77, 1)), OtherMessage(UnknownMessage(78, b"new"))]
     await pair.until(lambda: pair.host_events[-2:] == expected)
 
@@ -436,7 +436,7 @@ async def test_events_can_be_iterated(pair):
                 assert event == ClipboardReleased(0)
                 break
             assert await anext(others) == ClipboardGrabbed(0, (TEXT,))
-    assert not pair.host._streams
+    assert not pair.host._listening
 
 
 async def test_an_end_in_the_middle_of_a_message_is_told(raw_agent):

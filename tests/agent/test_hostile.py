@@ -165,7 +165,7 @@ def test_guest(tmp_path, messages):
         await exchange(guest.protocol_factory, encode(Side.HOST, messages))
         await guest.aclose()
         assert guest.host is None
-        assert not guest._files._incoming
+        assert not guest._receiver._incoming
 
     run_without_failures(run())
 

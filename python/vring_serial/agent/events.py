@@ -88,25 +88,28 @@ class EventStream(Closing):
     """Events as an asynchronous iterator, for as long as its ``with`` block runs.
 
     It ends, after what it still has, when the agent is closed.
+
+    Args:
+        listening: gets every event; this is in it within the block.
     """
 
-    def __init__(self, streams: set[EventStream]) -> None:
-        self._streams = streams
+    def __init__(self, listening: set[EventStream]) -> None:
+        self._listening = listening
         self._events: deque[tuple[AgentEvent, int]] = deque()
         self._bytes = 0
         self._ended = False
         self._changed = asyncio.Event()
 
     def __enter__(self) -> Self:
-        self._streams.add(self)
+        self._listening.add(self)
         return self
 
     def close(self) -> None:
         """Take no more events. Safe to call twice."""
-        self._streams.discard(self)
+        self._listening.discard(self)
 
     def put(self, event: AgentEvent) -> None:
-        """Add an event (for who tells them)."""
+        """Add an event (for the agent)."""
         event, size = _to_keep(event)
         self._events.append((event, size))
         self._bytes += size
@@ -115,7 +118,7 @@ class EventStream(Closing):
         self._changed.set()
 
     def end(self) -> None:
-        """No more will come (for who tells them)."""
+        """End the iteration behind what is left (for the agent)."""
         self._ended = True
         self._changed.set()
 

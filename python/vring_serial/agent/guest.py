@@ -9,11 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from vring_serial.agent.channel.clipboard import ANY_SIZE, ClipboardChannel, Offer, StreamSource
-from vring_serial.agent.channel.files import FROM_GUEST, FileSender
+from vring_serial.agent.channel.clipboard import (
+    ANY_SIZE,
+    ClipboardChannel,
+    Offer,
+    StreamSource,
+    as_offer,
+)
+from vring_serial.agent.channel.handshake import Handshake
 from vring_serial.agent.channel.link import AgentLink, BodySink
 from vring_serial.agent.channel.receiver import FileReceiver
 from vring_serial.agent.channel.streams import run_on_streams
+from vring_serial.agent.channel.transfers import FileTransfers
 from vring_serial.agent.errors import (
     AgentError,
     AgentGoneError,
@@ -122,7 +129,6 @@ class GuestAgent(Ending):
         monitors: the last configuration that was accepted.
         mouse, display, volume, graphics: the last message of its kind, or None. ``volume`` has one
             for playback (True) and one for recording (False).
-        host: what the host announced last, or None.
     """
 
     def __init__(
@@ -141,14 +147,13 @@ class GuestAgent(Ending):
         self.display: DisplayConfig | None = None
         self.graphics: GraphicsDeviceInfo | None = None
         self.volume: dict[bool, AudioVolumeSync] = {}
-        self.host: Capabilities | None = None
-        self._announced = capabilities
         self._timeout = timeout
         self._on_event = on_event
-        self._said = RateLimitedLog(log)
-        self._link: AgentLink | None = None
-        self._files = FileReceiver(downloads, self._send_status)
-        self._sender = FileSender(FROM_GUEST)
+        self._log = RateLimitedLog(log)
+        self._handshake = Handshake(capabilities)
+        self._transfers = FileTransfers(Side.GUEST)
+        self._receiver = FileReceiver(downloads, self._transfers.post_status)
+        self._transfers.receiver = self._receiver
         self._sending: set[asyncio.Task[None]] = set()
         self._clipboard = ClipboardChannel(
             Side.GUEST,
@@ -157,6 +162,11 @@ class GuestAgent(Ending):
             on_trouble=lambda error: self._emit(AgentTrouble(error)),
             most=max_clipboard,
         )
+
+    @property
+    def host(self) -> Capabilities | None:
+        """What the host announced, or None while it has no client."""
+        return self._handshake.remote
 
     async def run(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve the channel until the host end goes away or breaks the protocol (logged)."""
@@ -181,11 +191,7 @@ class GuestAgent(Ending):
         self, content: str | bytes | Offer, selection: int = Selection.CLIPBOARD
     ) -> None:
         """Own a clipboard, as an application does in which somebody copies."""
-        if isinstance(content, str):
-            content = content.encode("utf-8", "replace")
-        if isinstance(content, bytes):
-            content = {ClipboardType.UTF8_TEXT: content}
-        self._clipboard.offer(selection, content)
+        self._clipboard.offer(selection, as_offer(content))
 
     def copy_files(
         self, paths: Sequence[Path], selection: int = Selection.CLIPBOARD, *, cut: bool = False
@@ -208,20 +214,21 @@ class GuestAgent(Ending):
 
     async def _list_and_send(self, packed: bytes, paths: list[Path]) -> AsyncIterator[Buffer]:
         yield packed
-        if self.host is not None and FILES_FROM_GUEST in self.host:
+        if self._handshake.has(FILES_FROM_GUEST):
             task = asyncio.ensure_future(self._send_files(paths))
             self._sending.add(task)
             task.add_done_callback(self._sending.discard)
 
     async def _send_files(self, paths: list[Path]) -> None:
+        sender = self._transfers.sender
         for path in paths:
             try:
-                await self._sender.send(path, name=None, on_progress=None, timeout=self._timeout)
+                await sender.send(path, name=None, on_progress=None, timeout=self._timeout)
             except FileRefusedError as error:
                 log.warning("agent: %s", error)
             except FileTransferError as error:
                 log.warning("agent: %s", error)
-                self._sender.refuse(path)
+                sender.refuse(path)
             except (AgentTimeoutError, AgentGoneError) as error:
                 log.warning("agent: %s", error)
                 return
@@ -245,16 +252,14 @@ class GuestAgent(Ending):
     # --- LinkOwner
 
     def link_up(self, link: AgentLink) -> None:
-        self._link = link
-        self._clipboard.begin_session(link)
-        self._sender.begin_session(link)
-        link.post(AnnounceCapabilities(True, self._announced))
+        self._handshake.link_up(link)
+        self._begin_session(link)
+        self._handshake.ask()
 
     def link_down(self, link: AgentLink, reason: Exception | None) -> None:
-        if link is self._link:
+        if self._handshake.link_down(link):
             if reason is not None:
                 log.warning("agent channel: %s", reason)
-            self._link = None
             self._client_left()
 
     def link_message(
@@ -262,31 +267,29 @@ class GuestAgent(Ending):
     ) -> None:
         match message:
             case AnnounceCapabilities():
-                self._took_capabilities(link, message)
+                self._receive_capabilities(link, message)
             case MonitorsConfig():
-                self._took_monitors(link, ChunkPort(port), message)
+                self._set_monitors(link, ChunkPort(port), message)
             case ClipboardGrab() | ClipboardRelease() | ClipboardRequest() | Clipboard():
-                self._clipboard.took(message)
+                self._clipboard.receive(message)
             case MaxClipboard():
                 self._clipboard.remote_most = max(message.max, ANY_SIZE)
-            case FileXferStart():
-                self._files.start(message)
-            case FileXferData():
-                self._files.data(message.id, message.data)
-            case FileXferStatus():
-                self._took_status(message)
+            case FileXferStart() | FileXferData() | FileXferStatus():
+                if (error := self._transfers.receive(message)) is not None:
+                    self.link_trouble(link, error)
             case ClientDisconnected():
                 self._client_left()
             case _:
-                self._keep(message)
+                self._keep(link, message)
 
     def link_body(
         self, link: AgentLink, port: int, head: StreamedMessage, size: int
     ) -> BodySink | None:
-        if isinstance(head, Clipboard):
-            return self._clipboard.took_head(head, size)
-        if isinstance(head, FileXferData):
-            return self._files.body(head.id)
+        match head:
+            case Clipboard():
+                return self._clipboard.begin_data(head, size)
+            case FileXferData():
+                return self._transfers.body(head)
         return None
 
     def link_trouble(self, link: AgentLink, error: AgentProtocolError) -> None:
@@ -296,21 +299,22 @@ class GuestAgent(Ending):
     # --- how it is done
 
     def _emit(self, event: GuestAgentEvent) -> None:
-        tell(self._said, "on_event", self._on_event, event)
+        tell(self._log, "on_event", self._on_event, event)
 
-    def _took_capabilities(self, link: AgentLink, message: AnnounceCapabilities) -> None:
+    def _begin_session(self, link: AgentLink) -> None:
+        self._clipboard.begin_session(link)
+        self._transfers.begin_session(link)
+
+    def _receive_capabilities(self, link: AgentLink, message: AnnounceCapabilities) -> None:
         if message.request:
-            # A client that asks is a new one: serials begin anew, and it owns nothing.
-            self._files.cancel_all()
-            self._clipboard.begin_session(link)
-            self._sender.begin_session(link)
-            link.post(AnnounceCapabilities(False, self._announced))
-        self.host = message.capabilities
-        self._files.detailed = Capability.FILE_XFER_DETAILED_ERRORS in message.capabilities
-        self._clipboard.announce()
+            self._begin_session(link)  # with a new client
+        if self._handshake.receive(message):
+            self._handshake.answer()
+        self._receiver.detailed = self._handshake.has(Capability.FILE_XFER_DETAILED_ERRORS)
+        self._clipboard.tell_owned()
         self._emit(HostAnnounced(message.capabilities))
 
-    def _took_monitors(self, link: AgentLink, port: ChunkPort, message: MonitorsConfig) -> None:
+    def _set_monitors(self, link: AgentLink, port: ChunkPort, message: MonitorsConfig) -> None:
         sizes = [(m.width, m.height) for m in message.monitors if m.width or m.height]
         possible = bool(sizes) and all(width and height for width, height in sizes)
         error = ReplyError.SUCCESS if possible else ReplyError.ERROR
@@ -319,35 +323,21 @@ class GuestAgent(Ending):
             self._emit(MonitorsSet(message.monitors))
         link.post(Reply(MessageType.MONITORS_CONFIG, error), port)
 
-    def _took_status(self, message: FileXferStatus) -> None:
-        mine = message.id >= FROM_GUEST
-        error = self._sender.took_status(message) if mine else self._files.status(message)
-        if error is not None:
-            log.warning("agent channel: %s", error)
-            self._emit(AgentTrouble(error))
-
-    def _send_status(self, status: FileXferStatus) -> None:
-        if self._link is not None:
-            self._link.post(status)
-
     def _client_left(self) -> None:
-        self._files.cancel_all()
         self._clipboard.end_session()
-        self._sender.end_session("the host's client left")
-        if self._link is not None:
-            self._clipboard.begin_session(self._link)
-            self._sender.begin_session(self._link)
-        self.host = None
+        self._transfers.end_session("the host's client left")
+        if self._handshake.link is not None:
+            self._begin_session(self._handshake.link)
+        self._handshake.remote = None
         self._emit(HostLeft())
 
-    def _keep(self, message: TypedMessage | UnknownMessage) -> None:
+    def _keep(self, link: AgentLink, message: TypedMessage | UnknownMessage) -> None:
         match message:
             case MouseState():
                 self.mouse = message
             case DisplayConfig():
                 self.display = message
-                if self._link is not None:
-                    self._link.post(Reply(MessageType.DISPLAY_CONFIG, ReplyError.SUCCESS))
+                link.post(Reply(MessageType.DISPLAY_CONFIG, ReplyError.SUCCESS))
             case AudioVolumeSync():
                 self.volume[message.is_playback] = message
             case GraphicsDeviceInfo():

@@ -13,14 +13,16 @@ from vring_serial.agent.channel.body import users_sink
 from vring_serial.agent.channel.clipboard import (
     ClipboardChannel,
     Offer,
+    as_offer,
     need_clipboard,
 )
-from vring_serial.agent.channel.files import FROM_GUEST, FileSender, Progress
+from vring_serial.agent.channel.files import Progress
+from vring_serial.agent.channel.handshake import Handshake
 from vring_serial.agent.channel.link import AgentLink, BodySink
 from vring_serial.agent.channel.receiver import FileReceiver
-from vring_serial.agent.channel.replies import Replies, ReplyCall
+from vring_serial.agent.channel.replies import ReplyCall, ReplyCalls
+from vring_serial.agent.channel.transfers import FileTransfers
 from vring_serial.agent.errors import (
-    AgentError,
     AgentGoneError,
     AgentRefusedError,
     AgentTimeoutError,
@@ -56,7 +58,6 @@ from vring_serial.proto.agent import (
     ClipboardType,
     FileList,
     FileXferData,
-    FileXferResult,
     FileXferStart,
     FileXferStatus,
     Message,
@@ -108,8 +109,7 @@ class HostAgent(Ending):
             event, and with the bytes of its payload; returns what takes these, or None. Without it
             such messages are discarded.
 
-    Attributes:
-        capabilities: what the agent announced, or None while there is none.
+    A channel that several clients share may be open and have no agent at its end (AGENT_AWAY).
     """
 
     def __init__(
@@ -121,32 +121,33 @@ class HostAgent(Ending):
         on_event: Callable[[AgentEvent], None] | None = None,
         on_body: Callable[[UnknownMessage, int], BodySink | None] | None = None,
     ) -> None:
-        self.capabilities: Capabilities | None = None
         self._on_body = on_body
-        self._announced = capabilities
         self._timeout = timeout
         self._on_event = on_event
-        self._said = RateLimitedLog(log)
-        self._streams: set[EventStream] = set()
-        self._link: AgentLink | None = None
-        self._asked = False
-        self._away = False
-        self._turned_away = False
+        self._log = RateLimitedLog(log)
+        self._listening: set[EventStream] = set()
+        self._handshake = Handshake(capabilities)
+        self._is_away = False
+        self._is_turned_away = False
         self._last_end: str | None = None
-        self._closed = False
+        self._is_closed = False
         self._changed = asyncio.Event()
-        self._replies: dict[int, Replies[ReplyCall]] = {}
-        self._files = FileSender()
-        self._receiver: FileReceiver | None = None
+        self._replies = ReplyCalls()
+        self._transfers = FileTransfers(Side.HOST)
         self._arrivals: Arrivals | None = None
         self._fetching = asyncio.Lock()
         self._clipboard = ClipboardChannel(
             Side.HOST,
-            on_grab=self._took_grab,
+            on_grab=self._clipboard_grabbed,
             on_release=lambda selection: self._emit(ClipboardReleased(selection)),
             on_trouble=lambda error: self._emit(AgentTrouble(error)),
             most=max_clipboard,
         )
+
+    @property
+    def capabilities(self) -> Capabilities | None:
+        """What the agent announced, or None while there is none."""
+        return self._handshake.remote
 
     def protocol_factory(self) -> asyncio.Protocol:
         """A protocol for one connection of the channel."""
@@ -157,13 +158,14 @@ class HostAgent(Ending):
 
         Methods that wait raise AgentGoneError, and iterations over events end.
         """
-        self._closed = True
-        link, self._link = self._link, None
+        self._is_closed = True
+        link = self._handshake.link
         if link is not None:
+            self._handshake.link_down(link)
             link.close()
-            self._agent_left()
+            self._end_session("the agent went away")
             self._emit(AgentGone())
-        for stream in self._streams:
+        for stream in self._listening:
             stream.end()
         self._notify()
         await self._clipboard.aclose()
@@ -176,8 +178,8 @@ class HostAgent(Ending):
         An iterator that lags EVENTS_MAX events or EVENTS_BYTES behind loses the oldest. It ends
         when the agent is closed.
         """
-        stream = EventStream(self._streams)
-        if self._closed:
+        stream = EventStream(self._listening)
+        if self._is_closed:
             stream.end()
         return stream
 
@@ -200,18 +202,18 @@ class HostAgent(Ending):
             ) from None
 
     def _how_far(self) -> str:
-        if self._away:
+        if self._is_away:
             return "who shares the channel has none at the moment"
-        if self._link is not None:
+        if self._handshake.link is not None:
             return "it is open but silent"
         if self._last_end is None:
             return "nobody opened the channel"
         return f"the channel was closed at its other end{self._last_end}"
 
     def _check_open(self) -> None:
-        if self._closed:
+        if self._is_closed:
             raise AgentGoneError("the agent was closed")
-        if self._turned_away:
+        if self._is_turned_away:
             raise AgentGoneError("who shares the agent takes no more clients")
 
     async def set_monitors(
@@ -246,11 +248,8 @@ class HostAgent(Ending):
         Raises AgentUnsupportedError if the agent has no such clipboard, AgentGoneError.
         """
         self._need_clipboard(selection)
-        if isinstance(content, str):
-            content = content.encode("utf-8", "replace")
-        if isinstance(content, bytes):
-            content = {ClipboardType.UTF8_TEXT: self._line_ends_for_guest(content)}
-        self._clipboard.offer(selection, content)
+        crlf = self._has(Capability.GUEST_LINEEND_CRLF)
+        self._clipboard.offer(selection, as_offer(content, crlf=crlf))
 
     async def clear_clipboard(self, selection: int = Selection.CLIPBOARD) -> None:
         """Give up a clipboard that ``set_clipboard`` took. Does nothing if it is not ours."""
@@ -346,7 +345,7 @@ class HostAgent(Ending):
         if self._has(Capability.FILE_XFER_DISABLED):
             raise AgentUnsupportedError("the agent takes no files (FILE_XFER_DISABLED)")
         seconds = self._timeout if timeout is None else timeout
-        await self._files.send(path, name=name, on_progress=on_progress, timeout=seconds)
+        await self._transfers.sender.send(path, name=name, on_progress=on_progress, timeout=seconds)
 
     async def get_files(
         self,
@@ -362,16 +361,17 @@ class HostAgent(Ending):
         Raises FileTransferError if not all of them came, besides what get_clipboard_data raises;
         then, and if it is cancelled, those that came are removed again.
         """
-        link = self._need()
-        if not (self._has(FILES_FROM_GUEST) and FILES_FROM_GUEST in self._announced):
+        self._need()
+        if not (self._has(FILES_FROM_GUEST) and FILES_FROM_GUEST in self._handshake.local):
             raise AgentUnsupportedError(
                 "files come from the guest only if both ends have announced FILES_FROM_GUEST"
             )
         seconds = self._timeout if timeout is None else timeout
         async with self._fetching:
             self._arrivals = arrivals = Arrivals()
-            self._receiver = FileReceiver(directory, link.post, arrivals.ended)
-            self._receiver.detailed = True
+            receiver = FileReceiver(directory, self._transfers.post_status, arrivals.ended)
+            receiver.detailed = True
+            self._transfers.receiver = receiver
             try:
                 data = await self.get_clipboard_data(
                     ClipboardType.FILE_LIST, selection, timeout=timeout
@@ -381,14 +381,12 @@ class HostAgent(Ending):
                 arrivals.remove()
                 raise
             finally:
-                self._receiver.cancel_all()
-                self._receiver = self._arrivals = None
+                receiver.cancel_all()
+                self._transfers.receiver = self._arrivals = None
 
     async def send(self, message: Message) -> None:
         """Send any message as it is. Raises AgentGoneError."""
-        if self._link is None:
-            raise AgentGoneError("no agent is connected")
-        await self._link.send(message)
+        await self._need_link().send(message)
 
     async def send_body(
         self, head: StreamedMessage, size: int, source: AsyncIterable[Buffer]
@@ -398,28 +396,27 @@ class HostAgent(Ending):
         Raises AgentGoneError, AgentError if it has other than ``size`` bytes, and what the source
         raises; the agent's session then begins anew.
         """
-        if self._link is None:
-            raise AgentGoneError("no agent is connected")
-        await self._link.send_body(head, size, source)
+        await self._need_link().send_body(head, size, source)
 
     # --- how it is done
 
     def _has(self, capability: int) -> bool:
-        return self.capabilities is not None and capability in self.capabilities
+        return self._handshake.has(capability)
 
-    def _line_ends_for_guest(self, text: bytes) -> bytes:
-        if self._has(Capability.GUEST_LINEEND_CRLF):
-            return text.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
-        return text
+    def _need_link(self) -> AgentLink:
+        if self._handshake.link is None:
+            raise AgentGoneError("no agent is connected")
+        return self._handshake.link
 
     def _need(self, *needed: Capability) -> AgentLink:
-        if self._link is None or self.capabilities is None:
+        link = self._need_link()
+        if self.capabilities is None:
             raise AgentGoneError("no agent is connected")
         for capability in needed:
             if capability not in self.capabilities:
                 name = capability_name(capability)
                 raise AgentUnsupportedError(f"the agent has not announced {name}")
-        return self._link
+        return link
 
     def _need_clipboard(self, selection: int) -> None:
         self._need()
@@ -429,47 +426,37 @@ class HostAgent(Ending):
     async def _ask(
         self, link: AgentLink, call: ReplyCall, message: Message, timeout: float
     ) -> None:
-        """Send a message that the agent answers with REPLY, and wait for that if it sends any.
-
-        An answer to an earlier message of the same call counts for this one as well.
-        """
+        """Send a message that the agent answers with REPLY, and wait for that if it sends any."""
         if not self._has(Capability.REPLY):
             await link.send(message)
             return
-        kind = message.type_number
-
-        async def send() -> None:
-            async with asyncio.timeout(timeout):
-                await link.send(message)
-
-        try:
-            await self._replies.setdefault(kind, Replies()).ask(call, send)
-            async with asyncio.timeout(timeout):
-                error = await asyncio.shield(call.reply)
-        except TimeoutError:
-            raise AgentTimeoutError(
-                f"the agent did not answer {message_name(kind)} within {timeout:g} s"
-            ) from None
+        error = await self._replies.ask(link, call, message, timeout)
         if error != ReplyError.SUCCESS:
-            raise AgentRefusedError(f"the agent failed to do {message_name(kind)} (error {error})")
+            name = message_name(message.type_number)
+            raise AgentRefusedError(f"the agent failed to do {name} (error {error})")
 
     def _emit(self, event: AgentEvent) -> None:
-        for stream in self._streams:
+        for stream in self._listening:
             stream.put(event)
-        tell(self._said, "on_event", self._on_event, event)
+        tell(self._log, "on_event", self._on_event, event)
 
     def _begin_session(self, link: AgentLink) -> None:
-        """Both sides start anew, because we ask the agent for its capabilities."""
+        """Start anew on both sides, and ask the agent for its capabilities."""
+        self._end_arrivals()
         self._clipboard.begin_session(link)
-        self._files.begin_session(link)
-        self._fail_replies("the agent started anew")
-        self._asked = True
-        link.post(AnnounceCapabilities(True, self._announced))
+        self._transfers.begin_session(link)
+        self._replies.fail("the agent started anew")
+        self._handshake.ask()
 
-    def _fail_replies(self, why: str) -> None:
-        for replies in self._replies.values():
-            for call in replies.clear():
-                call.fail(AgentGoneError(f"{why} before it answered"))
+    def _end_session(self, why: str) -> None:
+        self._end_arrivals()
+        self._clipboard.end_session()
+        self._transfers.end_session(why)
+        self._replies.fail(why)
+
+    def _end_arrivals(self) -> None:
+        if self._arrivals is not None:
+            self._arrivals.agent_left()
 
     def _notify(self) -> None:
         self._changed.set()
@@ -478,117 +465,79 @@ class HostAgent(Ending):
     # --- LinkOwner
 
     def link_up(self, link: AgentLink) -> None:
-        if self._closed:
+        if self._is_closed:
             link.close()
             return
-        if self._link is not link:
-            if self._link is not None:
-                self._link.fail(AgentError("another connection took over the agent channel"))
-            self._link = link
-            self._away = self._turned_away = False
-            self.capabilities = None
+        if self._handshake.link_up(link):
+            self._is_away = self._is_turned_away = False
         self._begin_session(link)
 
     def link_down(self, link: AgentLink, reason: Exception | None) -> None:
-        if link is not self._link:
-            return
-        self._link = None
-        self._last_end = f": {reason}" if reason else ""
-        self._agent_left()
-        self._emit(AgentGone(str(reason) if reason else ""))
-
-    def _agent_left(self) -> None:
-        self.capabilities = None
-        self._clipboard.end_session()
-        self._files.end_session("the agent went away")
-        if self._receiver is not None and self._arrivals is not None:
-            self._arrivals.agent_left()
-            self._receiver.cancel_all()
-        self._fail_replies("the agent went away")
+        if self._handshake.link_down(link):
+            self._last_end = f": {reason}" if reason else ""
+            self._end_session("the agent went away")
+            self._emit(AgentGone(str(reason) if reason else ""))
 
     def link_message(
         self, link: AgentLink, port: int, message: TypedMessage | UnknownMessage
     ) -> None:
-        if link is not self._link:
+        if link is not self._handshake.link:
             return
-        if isinstance(message, AnnounceCapabilities):
-            self._took_capabilities(link, message)
-        elif isinstance(message, ClipboardGrab | ClipboardRelease | ClipboardRequest | Clipboard):
-            self._clipboard.took(message)
-        elif isinstance(message, FileXferStatus):
-            self._took_status(message)
-        elif isinstance(message, FileXferStart):
-            if self._receiver is not None:
-                self._receiver.start(message)
-            else:
-                link.post(FileXferStatus(message.id, FileXferResult.CANCELLED))
-        elif isinstance(message, FileXferData):
-            if self._receiver is not None:
-                self._receiver.data(message.id, message.data)
-        elif isinstance(message, Reply):
-            self._took_reply(message)
-        else:
-            self._emit(OtherMessage(message))
+        match message:
+            case AnnounceCapabilities():
+                self._receive_capabilities(link, message)
+            case ClipboardGrab() | ClipboardRelease() | ClipboardRequest() | Clipboard():
+                self._clipboard.receive(message)
+            case FileXferStart() | FileXferData() | FileXferStatus():
+                if (error := self._transfers.receive(message)) is not None:
+                    self._emit(AgentTrouble(error))
+            case Reply() if self._replies.receive(message):
+                pass
+            case _:
+                self._emit(OtherMessage(message))
 
     def link_body(
         self, link: AgentLink, port: int, head: StreamedMessage, size: int
     ) -> BodySink | None:
-        if link is self._link and isinstance(head, Clipboard):
-            return self._clipboard.took_head(head, size)
-        if link is self._link and isinstance(head, FileXferData) and self._receiver is not None:
-            return self._receiver.body(head.id)
-        if link is self._link and isinstance(head, UnknownMessage) and self._on_body is not None:
-            return users_sink(self._said, self._on_body, head, size)
+        if link is not self._handshake.link:
+            return None
+        match head:
+            case Clipboard():
+                return self._clipboard.begin_data(head, size)
+            case FileXferData():
+                return self._transfers.body(head)
+            case UnknownMessage() if self._on_body is not None:
+                return users_sink(self._log, self._on_body, head, size)
         return None
 
     def link_trouble(self, link: AgentLink, error: AgentProtocolError) -> None:
         self._emit(AgentTrouble(error))
 
-    def _took_capabilities(self, link: AgentLink, message: AnnounceCapabilities) -> None:
+    def _receive_capabilities(self, link: AgentLink, message: AnnounceCapabilities) -> None:
         if AGENT_AWAY in message.capabilities:
-            was_there = self.capabilities is not None
-            self._asked = False
-            self._away = True
-            self._turned_away = AGENT_FULL in message.capabilities
-            self._agent_left()
-            if self._turned_away:
-                link.close()
-            self._notify()
-            if was_there:
-                self._emit(AgentGone("", closed=False))
+            self._receive_away(link, is_full=AGENT_FULL in message.capabilities)
             return
-        self._away = False
-        before, self.capabilities = self.capabilities, message.capabilities
-        if message.request and not self._asked:
-            # An agent that asks after it had answered us has started anew on the same channel.
+        self._is_away = False
+        before = self.capabilities
+        if self._handshake.receive(message):
             self._begin_session(link)
-        elif message.request:
-            link.post(AnnounceCapabilities(False, self._announced))
-        else:
-            self._asked = False
         self._notify()
-        if not self._clipboard.announced or before != message.capabilities:
+        if not self._clipboard.has_told or before != message.capabilities:
             self._emit(AgentReady(message.capabilities))
-        self._clipboard.announce()
+        self._clipboard.tell_owned()
 
-    def _took_grab(self, selection: int, types: tuple[int, ...]) -> None:
+    def _receive_away(self, link: AgentLink, *, is_full: bool) -> None:
+        was_there = self.capabilities is not None
+        self._handshake.refuse()
+        self._is_away = True
+        self._is_turned_away = is_full
+        self._end_session("the agent went away")
+        if is_full:
+            link.close()
+        self._notify()
+        if was_there:
+            self._emit(AgentGone("", closed=False))
+
+    def _clipboard_grabbed(self, selection: int, types: tuple[int, ...]) -> None:
         self._notify()
         self._emit(ClipboardGrabbed(selection, types))
-
-    def _took_status(self, status: FileXferStatus) -> None:
-        if status.id < FROM_GUEST:
-            error = self._files.took_status(status)
-        elif self._receiver is not None:
-            error = self._receiver.status(status)
-        else:
-            return  # of a transfer that nobody waits for any more
-        if error is not None:
-            self._emit(AgentTrouble(error))
-
-    def _took_reply(self, message: Reply) -> None:
-        replies = self._replies.get(message.to)
-        call = replies.answered() if replies is not None else None
-        if call is None:
-            self._emit(OtherMessage(message))
-        elif not call.reply.done():
-            call.reply.set_result(message.error)

@@ -115,7 +115,7 @@ async def nothing(paths):
 
 async def leave_soon(client):
     await asyncio.sleep(0.2)
-    client._link.fail(ConnectionResetError("had enough"))
+    client._handshake.link.fail(ConnectionResetError("had enough"))
 
 
 async def test_an_agent_that_goes_in_the_middle(bench, tmp_path):
@@ -135,9 +135,10 @@ async def test_files_that_nobody_asked_for_are_refused(bench):
     client = await bench.client(capabilities=TAKING)
     await client.wait_clipboard()
     statuses = []
-    bench.guest._took_status = statuses.append
+    bench.guest._transfers.receive = statuses.append
+    link = bench.guest._handshake.link
     for number in (1, 1 << 31):
-        bench.guest._link.post(FileXferStart(number, b"[vdagent-file-xfer]\nname=z\nsize=9\n"))
+        link.post(FileXferStart(number, b"[vdagent-file-xfer]\nname=z\nsize=9\n"))
     await bench.until(lambda: len(statuses) == 2)
     assert {s.result for s in statuses} == {FileXferResult.CANCELLED}
 

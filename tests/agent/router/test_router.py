@@ -146,7 +146,7 @@ async def test_an_owner_that_does_not_answer_costs_an_empty_answer(make_bench, m
     await first.wait_ready()
     await first.set_clipboard("never told")
     await second.wait_clipboard()
-    first._clipboard.took_request = lambda message: None
+    first._clipboard._receive_request = lambda message: None
     with pytest.raises(ClipboardEmptyError):
         await second.get_clipboard()
 
@@ -189,7 +189,7 @@ async def test_a_client_that_vanishes_in_the_middle_leaves_the_next_transfer_who
         )
     )
     await started.wait()
-    first._link.fail(ConnectionResetError("killed"))
+    first._handshake.link.fail(ConnectionResetError("killed"))
     with pytest.raises(AgentGoneError):
         await lost
     whole = make_file("whole", 1 << 20)
@@ -320,11 +320,11 @@ async def test_unknown_messages_pass_both_ways(make_bench):
     client = await bench.client()
     await client.wait_ready()
     kept = []
-    bench.guest._keep = kept.append
+    bench.guest._keep = lambda _, message: kept.append(message)
     await client.send(UnknownMessage(99, b"to the guest"))
     await bench.until(lambda: kept)
     assert kept == [UnknownMessage(99, b"to the guest")]
-    bench.guest._link.post(UnknownMessage(98, b"to all"))
+    bench.guest._handshake.link.post(UnknownMessage(98, b"to all"))
     await bench.until(
         lambda: any(
             getattr(e, "message", None) == UnknownMessage(98, b"to all") for e in client.events
@@ -353,7 +353,7 @@ async def test_long_unknown_messages_pass_both_ways(make_bench):
     assert (sink.head, sink.size) == (UnknownMessage(77, opaque=5), len(data))
     assert sink.data == data
     sinks.clear()
-    await bench.guest._link.send_body(UnknownMessage(78), len(data), pieces_of(data))
+    await bench.guest._handshake.link.send_body(UnknownMessage(78), len(data), pieces_of(data))
     await bench.until(lambda: len(sinks) == 2 and all(sink.complete for sink in sinks))
     assert all(sink.data == data and sink.head == UnknownMessage(78) for sink in sinks)
     await sender.set_monitors([Monitor(1, 1)])
@@ -367,15 +367,15 @@ async def test_a_long_message_waits_whole_and_not_in_memory_for_who_does_not_rea
     other = await bench.client()
     await slow.wait_ready()
     await other.wait_ready()
-    slow._link.hold_reading()
+    slow._handshake.link.hold_reading()
     size = 64 << 20
     tracemalloc.start()
-    await bench.guest._link.send_body(UnknownMessage(78), size, zeros(size))
+    await bench.guest._handshake.link.send_body(UnknownMessage(78), size, zeros(size))
     await other.set_monitors([Monitor(800, 600)])
     assert tracemalloc.get_traced_memory()[1] < 8 << 20
     tracemalloc.stop()
     assert not sinks
-    slow._link.release_reading()
+    slow._handshake.link.release_reading()
     await bench.until(lambda: sinks and sinks[0].complete)
     assert len(sinks[0].data) == size
     await bench.until(lambda: bench.router._room.used == 0)
@@ -391,7 +391,7 @@ async def test_a_message_that_breaks_off_is_not_passed_on(make_bench):
     bench.guest._client_left = lambda: left.append(True)
     sending = asyncio.ensure_future(first.send_body(UnknownMessage(77), 4 << 20, endless(3 << 20)))
     await bench.until(lambda: bench.router._room.used >= 2 << 20)
-    first._link.fail(ConnectionResetError("killed"))
+    first._handshake.link.fail(ConnectionResetError("killed"))
     await bench.until(lambda: bench.router._room.used == 0)
     await second.set_monitors([Monitor(1, 1)])
     assert not sinks
@@ -413,13 +413,13 @@ async def test_an_answer_to_one_is_not_taken_by_another(make_bench, monkeypatch)
     silent, other = await bench.raw_client(), await bench.client()
     await silent.greet()
     await other.wait_ready()
-    took = bench.guest._took_monitors
+    took = bench.guest._set_monitors
 
     def took_monitors(link, port, message):
         if message.monitors[0].width != 13:
             took(link, port, message)
 
-    bench.guest._took_monitors = took_monitors
+    bench.guest._set_monitors = took_monitors
     silent.send(MonitorsConfig((Monitor(13, 13),)))
     await bench.until(lambda: len(bench.router._replies[1, MessageType.MONITORS_CONFIG]))
     await other.set_monitors([Monitor(800, 600)])
@@ -431,7 +431,7 @@ async def test_an_answer_to_one_is_not_taken_by_another(make_bench, monkeypatch)
 
 async def test_an_older_client_gets_older_statuses(make_bench, make_file):
     bench = await make_bench()
-    bench.guest._files._directory = None  # it refuses with DISABLED
+    bench.guest._receiver._directory = None  # it refuses with DISABLED
     old, new = await bench.raw_client(), await bench.raw_client()
     await old.greet(HOST_CAPABILITIES.without(Capability.FILE_XFER_DETAILED_ERRORS))
     await new.greet()
@@ -472,7 +472,7 @@ async def test_a_client_that_does_not_read_is_given_up(make_bench, monkeypatch):
     await slow.wait_clipboard()
     asking = asyncio.ensure_future(slow.get_clipboard())
     await asyncio.sleep(0)
-    slow._link.hold_reading()
+    slow._handshake.link.hold_reading()
     await bench.until(lambda: not bench.router.clients)
     asking.cancel()
     await asyncio.gather(asking, return_exceptions=True)
@@ -504,7 +504,7 @@ async def test_a_message_is_forwarded_that_comes_when_the_queue_has_just_been_em
 async def test_clients_that_left_leave_nothing_running(make_bench):
     """An agent that reads nothing, for a guest may be paused, and clients that come and go."""
     bench = await make_bench()
-    link = bench.router._link
+    link = bench.router.agent_link
     link.pause_writing()
     owner = await bench.client()
     await owner.wait_ready()
@@ -514,7 +514,7 @@ async def test_clients_that_left_leave_nothing_running(make_bench):
         client = await bench.client()
         await client.wait_ready()
         bench.router.clients[-1]._forward(UnknownMessage(99))
-        bench.router.clients[-1].clipboard.took_request(ClipboardRequest(0, TEXT))
+        bench.router.clients[-1].clipboard.receive(ClipboardRequest(0, TEXT))
         await asyncio.sleep(0)
         await client.aclose()
         await bench.until(lambda: len(bench.router.clients) == 1)
@@ -579,7 +579,7 @@ async def test_what_a_users_code_raises_costs_the_channel_nothing(make_bench, ca
         client._on_event = on_event
     await client.wait_ready()
     data = os.urandom(1 << 20)
-    await bench.guest._link.send_body(UnknownMessage(78), len(data), pieces_of(data))
+    await bench.guest._handshake.link.send_body(UnknownMessage(78), len(data), pieces_of(data))
     await bench.until(lambda: where in called)
     await client.set_monitors([Monitor(1, 1)])
     await bench.until(lambda: "failed" in caplog.text)

@@ -112,7 +112,7 @@ async def test_messages_on_the_servers_port_stay_there(served):
     assert [port for port, _ in seen] == [2, 2, 2, 2, 1]
     assert bench.guest.mouse == mouse
     assert bench.guest.graphics == graphics
-    bench.guest._link.post(UnknownMessage(98, b"for the server"), SERVER)
+    bench.guest._handshake.link.post(UnknownMessage(98, b"for the server"), SERVER)
     assert await spice.receive(UnknownMessage, SERVER) == UnknownMessage(98, b"for the server")
     await other.set_monitors([Monitor(1, 1)])
     assert not [e for e in other.events if isinstance(e, OtherMessage)]

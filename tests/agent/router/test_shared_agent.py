@@ -135,7 +135,7 @@ async def test_an_agent_that_announces_in_a_loop_ends_no_stopped_client(make_ben
     stop(stopped)
     (other,) = await ready(bench, 1)
     other_kinds = GUEST_CAPABILITIES.without(Capability.MOUSE_STATE)
-    link = bench.guest._link
+    link = bench.guest._handshake.link
     for number in range(20_000):
         kinds = GUEST_CAPABILITIES if number % 2 else other_kinds
         await link.send(AnnounceCapabilities(False, kinds))
@@ -149,7 +149,7 @@ async def test_an_agent_that_announces_in_a_loop_ends_no_stopped_client(make_ben
 
 async def left_behind(bench, count):
     """Clients that leave with all of their transfers open, while the agent is paused."""
-    bench.guest._files.start = lambda message: None
+    bench.guest._receiver.start = lambda message: None
     clients = []
     for _ in range(count):
         client = await greeted(bench)
@@ -158,7 +158,7 @@ async def left_behind(bench, count):
         clients.append(client)
     await bench.until(lambda: len(bench.router._transfers.open) == count * 128)
     await bench.until(lambda: all(t.is_offered for t in bench.router._transfers.open.values()))
-    bench.router._link.pause_writing()
+    bench.router.agent_link.pause_writing()
     for client in clients:
         await client.aclose()
     await bench.until(lambda: not bench.router.clients)
@@ -170,7 +170,7 @@ async def test_clients_that_leave_with_all_their_transfers_do_not_end_a_paused_a
     monkeypatch.setattr(link_module, "CROWDED_TIMEOUT", 0.01)
     bench = await make_bench()
     await left_behind(bench, 12)
-    link = bench.router._link
+    link = bench.router.agent_link
     assert len(link._queues[1]) == 12 * 128
     # Who sends something now is not read before the agent has read.
     late = await greeted(bench)
@@ -190,8 +190,8 @@ async def test_clients_that_come_and_go_with_files_are_not_heard_of_by_a_paused_
         await bench.until(lambda: bench.router._transfers.open)
         await client.aclose()
         await bench.until(lambda: not bench.router.clients)
-    assert len(bench.router._link._queues[1]) == 128
-    bench.router._link.resume_writing()
+    assert len(bench.router.agent_link._queues[1]) == 128
+    bench.router.agent_link.resume_writing()
     (other,) = await ready(bench, 1)
     await other.set_monitors([Monitor(1, 1)])
 
@@ -199,7 +199,7 @@ async def test_clients_that_come_and_go_with_files_are_not_heard_of_by_a_paused_
 async def test_clients_that_hung_up_while_they_were_held_keep_nobody_out(make_bench, monkeypatch):
     monkeypatch.setattr(router_module, "CLIENTS_MAX", 4)
     bench = await make_bench()
-    bench.router._link.pause_writing()
+    bench.router.agent_link.pause_writing()
     for _ in range(4):
         client = await greeted(bench)
         for _ in range(10):
@@ -208,7 +208,7 @@ async def test_clients_that_hung_up_while_they_were_held_keep_nobody_out(make_be
         client.writer.transport.abort()
     assert len(bench.router.clients) == 4
     await ready(bench, 3)
-    bench.router._link.resume_writing()
+    bench.router.agent_link.resume_writing()
 
 
 async def test_who_asks_and_does_not_read_is_not_read_either(make_bench):
@@ -238,7 +238,7 @@ async def test_a_client_that_does_not_read_its_clipboard_delays_nobody(make_benc
     await slow.receive(ClipboardGrab)
     stop(slow)
     slow.send(ClipboardRequest(0, PNG))
-    await bench.until(lambda: bench.router._room.used or bench.router._link._sinks)
+    await bench.until(lambda: bench.router._room.used or bench.router.agent_link._sinks)
     for other in others:
         await other.set_monitors([Monitor(800, 600)])
         assert await other.get_clipboard_data(PNG) == data
@@ -276,14 +276,16 @@ async def test_a_client_that_is_alone_may_read_as_slowly_as_it_likes(
     (client,) = await ready(bench, 1, capabilities=HOST_CAPABILITIES.with_(FILES_FROM_GUEST))
     await client.wait_clipboard()
     getting = asyncio.ensure_future(client.get_files(tmp_path / "in"))
-    await bench.until(lambda: client._receiver is not None and client._receiver._incoming)
-    client._link.hold_reading()
+    await bench.until(
+        lambda: client._transfers.receiver is not None and client._transfers.receiver._incoming
+    )
+    client._handshake.link.hold_reading()
     await bench.until(lambda: bench.router.clients[0].relay._held is not None)
     checks = []
     relay = bench.router.clients[0].relay
     check, relay._check_hold = relay._check_hold, lambda taken: checks.append(check(taken))
     await bench.until(lambda: len(checks) > 3)
-    client._link.release_reading()
+    client._handshake.link.release_reading()
     assert (await getting)[0].read_bytes() == path.read_bytes()
 
 
@@ -486,7 +488,7 @@ async def test_short_messages_for_a_stopped_client_keep_no_more_than_themselves(
     stop(stopped)
     bench.router.clients[0].link.pause_writing()
     with no_more_than(16 * MIB):
-        await filled(bench.guest._link, 400)
+        await filled(bench.guest._handshake.link, 400)
         await other.set_monitors([Monitor(1, 1)])
     assert len(bench.router.clients[0].relay._queue) > 300
     bench.router.clients[0].link.resume_writing()
@@ -496,11 +498,11 @@ async def test_short_messages_for_a_stopped_client_keep_no_more_than_themselves(
 async def test_short_messages_for_a_paused_agent_keep_no_more_than_themselves(make_bench):
     bench = await make_bench()
     (client,) = await ready(bench, 1)
-    bench.router._link.pause_writing()
+    bench.router.agent_link.pause_writing()
     with no_more_than(16 * MIB):
-        await filled(client._link, 400)
+        await filled(client._handshake.link, 400)
         await bench.until(lambda: len(bench.router.clients[0]._forwarding._queue) > 300)
-    bench.router._link.resume_writing()
+    bench.router.agent_link.resume_writing()
 
 
 async def test_events_that_nobody_takes_keep_no_more_than_themselves(make_bench):
@@ -509,9 +511,9 @@ async def test_events_that_nobody_takes_keep_no_more_than_themselves(make_bench)
     client.events = type(client).events.__get__(client)
     client._on_event = None
     with client.events() as events, no_more_than(24 * MIB):
-        await filled(bench.guest._link, 400)
+        await filled(bench.guest._handshake.link, 400)
         for _ in range(400):
-            await bench.guest._link.send(UnknownMessage(98, bytes(100_000)))
+            await bench.guest._handshake.link.send(UnknownMessage(98, bytes(100_000)))
         await client.set_monitors([Monitor(1, 1)])
         assert 30 < len(events._events) < 50
 
@@ -530,8 +532,8 @@ async def test_a_turn_is_not_held_by_admitting_a_file_again_and_again(
     holder = await greeted(bench, capabilities=taking)
     (other,) = await ready(bench, 1, capabilities=taking)
     await other.wait_clipboard()
-    took, statuses = bench.guest._took_status, []
-    bench.guest._took_status = statuses.append  # a guest that never sends
+    receive, statuses = bench.guest._transfers.receive, []
+    bench.guest._transfers.receive = statuses.append  # a guest that never sends
     holder.send(ClipboardRequest(0, ClipboardType.FILE_LIST))
     start = await holder.receive(FileXferStart)
 
@@ -542,7 +544,7 @@ async def test_a_turn_is_not_held_by_admitting_a_file_again_and_again(
 
     holding = asyncio.ensure_future(hold())
     await bench.until(lambda: any(s.result == FileXferResult.CANCELLED for s in statuses))
-    bench.guest._took_status = took
+    bench.guest._transfers.receive = receive
     assert [p.read_bytes() for p in await other.get_files(tmp_path / "in")] == [path.read_bytes()]
     assert sum(s.result == FileXferResult.CAN_SEND_DATA for s in statuses) == 1
     holding.cancel()
@@ -557,8 +559,9 @@ async def test_a_guest_may_begin_as_many_files_as_it_has_listed(make_bench, make
     client.send(ClipboardRequest(0, ClipboardType.FILE_LIST))
     await client.receive(FileXferStart)
     statuses = []
-    bench.guest._took_status = statuses.append
+    bench.guest._transfers.receive = statuses.append
+    link = bench.guest._handshake.link
     for number in range(5000):
-        bench.guest._link.post(FileXferStart((1 << 31) + 100 + number, FileInfo("x", 1).pack()))
+        link.post(FileXferStart((1 << 31) + 100 + number, FileInfo("x", 1).pack()))
     await bench.until(lambda: len(statuses) >= 5000)
     assert {s.result for s in statuses} == {FileXferResult.CANCELLED}

@@ -97,6 +97,20 @@ Source: TypeAlias = bytes | StreamSource | ForwardedSource
 Offer: TypeAlias = Mapping[int, Source]
 
 
+def as_offer(content: str | bytes | Offer, *, crlf: bool = False) -> Offer:
+    """Return what to offer for text, for text in UTF-8, or for sources by ClipboardType.
+
+    With ``crlf``, lines of text end in CR LF.
+    """
+    if isinstance(content, str):
+        content = content.encode("utf-8", "replace")
+    if not isinstance(content, bytes):
+        return content
+    if crlf:
+        content = content.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+    return {ClipboardType.UTF8_TEXT: content}
+
+
 async def pieces_of(data: bytes) -> AsyncGenerator[Buffer]:
     """Data that are all there, in pieces."""
     view = memoryview(data)
@@ -150,7 +164,7 @@ class ClipboardChannel:
     Attributes:
         remote_types: per selection, the types that the other end has, while it owns the clipboard.
         remote_most: bytes of clipboard data that the other end takes, or ANY_SIZE.
-        announced: the other end of this session has been told what we own.
+        has_told: the other end of this session has been told what we own.
     """
 
     def __init__(
@@ -168,7 +182,7 @@ class ClipboardChannel:
         self._on_trouble = on_trouble
         self._most = most
         self._link: AgentLink | None = None
-        self.announced = False
+        self.has_told = False
         self._offers: dict[int, Offer] = {}
         self._serials = dict.fromkeys(Selection, 0)
         self._told: set[int] = set()
@@ -183,14 +197,14 @@ class ClipboardChannel:
         """The other end starts anew: serials count from 0, and it owns nothing."""
         self.end_session()
         self._link = link
-        self.announced = False
+        self.has_told = False
 
     def end_session(self) -> None:
-        """The other end is gone. What we own stays ours, for :meth:`announce`."""
+        """The other end is gone. What we own stays ours, for :meth:`tell_owned`."""
         self._link = None
         self._serials = dict.fromkeys(Selection, 0)
         for selection in list(self.remote_types):
-            self.took_release(ClipboardRelease(selection))
+            self._receive_release(ClipboardRelease(selection))
         self._told.clear()
         for owed in self._owed.values():
             for reader in owed.clear():
@@ -214,7 +228,7 @@ class ClipboardChannel:
     # --- what we own
 
     def offer(self, selection: int, offer: Offer) -> None:
-        """Own a clipboard; one that is offered too early is announced by :meth:`announce`."""
+        """Own a clipboard; if it is too early to say so, :meth:`tell_owned` does."""
         self._offers[selection] = dict(offer)
         self.remote_types.pop(selection, None)
         waiting = self._owed[selection].next
@@ -222,10 +236,10 @@ class ClipboardChannel:
             waiting.fail(ClipboardEmptyError("the clipboard has another owner now"))
         self._tell(selection)
 
-    def announce(self) -> None:
-        """Capabilities are known: tell the other end what we own, once a session."""
-        if self._link is not None and not self.announced:
-            self.announced = True
+    def tell_owned(self) -> None:
+        """Tell the other end, whose capabilities are known now, what we own; once a session."""
+        if self._link is not None and not self.has_told:
+            self.has_told = True
             for selection in self._offers:
                 self._tell(selection)
 
@@ -240,11 +254,11 @@ class ClipboardChannel:
         Only the last of many changes is told, so a serial is counted when it is sent.
         """
         link = self._link
-        if link is not None and self.announced:
+        if link is not None and self.has_told:
             link.post_latest(("clipboard", selection), lambda: self._state(link, selection))
 
     def _state(self, link: AgentLink, selection: int) -> Message | None:
-        if link is not self._link or not self.announced:
+        if link is not self._link or not self.has_told:
             return None
         if selection not in self._offers:
             if selection not in self._told:
@@ -322,24 +336,24 @@ class ClipboardChannel:
 
     # --- messages from the other end
 
-    def took(
+    def receive(
         self, message: ClipboardGrab | ClipboardRelease | ClipboardRequest | Clipboard
     ) -> None:
-        """Any whole message about a clipboard arrived; outside of a session it means nothing."""
+        """Take any whole message about a clipboard; outside of a session it means nothing."""
         if self._link is None:
             return
         match message:
             case ClipboardGrab():
-                self.took_grab(message)
+                self._receive_grab(message)
             case ClipboardRelease():
-                self.took_release(message)
+                self._receive_release(message)
             case ClipboardRequest():
-                self.took_request(message)
+                self._receive_request(message)
             case Clipboard():
-                self.took_data(message)
+                self._receive_data(message)
 
-    def took_grab(self, message: ClipboardGrab) -> None:
-        """A GRAB arrived; it is discarded if its serial says that ours is newer."""
+    def _receive_grab(self, message: ClipboardGrab) -> None:
+        """Take a GRAB; it is discarded if its serial says that ours is newer."""
         assert self._link is not None
         selection = Selection(message.selection)
         if self._link.connection.layout.serials:
@@ -353,20 +367,20 @@ class ClipboardChannel:
         self.remote_types[selection] = message.types
         self._on_grab(selection, message.types)
 
-    def took_release(self, message: ClipboardRelease) -> None:
-        """A RELEASE arrived."""
+    def _receive_release(self, message: ClipboardRelease) -> None:
+        """Take a RELEASE."""
         if self.remote_types.pop(message.selection, None) is not None:
             self._on_release(message.selection)
 
-    def took_data(self, message: Clipboard) -> None:
-        """A whole answer arrived."""
-        sink = self.took_head(message, len(message.data))
+    def _receive_data(self, message: Clipboard) -> None:
+        """Take a whole answer."""
+        sink = self.begin_data(message, len(message.data))
         if sink is not None:
             sink.feed(message.data)
             sink.end(complete=True)
 
-    def took_head(self, head: Clipboard, size: int) -> BodySink | None:
-        """An answer begins; None if nobody asked, or whoever did has stopped waiting."""
+    def begin_data(self, head: Clipboard, size: int) -> BodySink | None:
+        """Return the sink of an answer that begins; None if nobody waits for it."""
         owed = self._owed[head.selection]
         reader = owed.next
         if reader is None or head.type not in (reader.kind, ClipboardType.NONE):
@@ -377,8 +391,8 @@ class ClipboardChannel:
         reader.begin(head.type, size)
         return reader
 
-    def took_request(self, message: ClipboardRequest) -> None:
-        """A REQUEST arrived: it is answered in its turn, with type NONE if we have no such data.
+    def _receive_request(self, message: ClipboardRequest) -> None:
+        """Take a REQUEST: it is answered in its turn, with type NONE if we have no such data.
 
         A clipboard whose owner is slow to answer does not delay the others.
         """

@@ -111,8 +111,8 @@ class FileSender:
                 outgoing.ended.exception()  # it may be that nobody is waiting at this moment
         self._outgoing.clear()
 
-    def took_status(self, status: FileXferStatus) -> MessageError | None:
-        """A STATUS arrived. Returns an error if it belongs to no transfer that could have one."""
+    def receive_status(self, status: FileXferStatus) -> MessageError | None:
+        """Take a STATUS; return an error if it belongs to no transfer that could have one."""
         outgoing = self._outgoing.get(status.id)
         if outgoing is None:
             if self._first_id <= status.id <= self._last_id:

@@ -12,7 +12,9 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
-from vring_serial.agent.errors import AgentGoneError
+from vring_serial.agent.channel.link import AgentLink
+from vring_serial.agent.errors import AgentGoneError, AgentTimeoutError
+from vring_serial.proto.agent import Message, Reply, message_name
 
 Asker = TypeVar("Asker")
 
@@ -94,3 +96,45 @@ class ReplyCall:
         if not self.reply.done():
             self.reply.set_exception(error)
             self.reply.exception()  # it may be that nobody is waiting at this moment
+
+
+class ReplyCalls:
+    """The calls of one end that wait for REPLYs to what they sent, by the type of the message."""
+
+    def __init__(self) -> None:
+        self._replies: dict[int, Replies[ReplyCall]] = {}
+
+    async def ask(self, link: AgentLink, call: ReplyCall, message: Message, timeout: float) -> int:
+        """Send a message and wait for the REPLY to it; return the error number that it says.
+
+        An answer to an earlier message of the same call counts for this one as well. Raises
+        AgentTimeoutError, AgentGoneError.
+        """
+        kind = message.type_number
+
+        async def send() -> None:
+            async with asyncio.timeout(timeout):
+                await link.send(message)
+
+        try:
+            await self._replies.setdefault(kind, Replies()).ask(call, send)
+            async with asyncio.timeout(timeout):
+                return await asyncio.shield(call.reply)
+        except TimeoutError:
+            raise AgentTimeoutError(
+                f"the agent did not answer {message_name(kind)} within {timeout:g} s"
+            ) from None
+
+    def receive(self, message: Reply) -> bool:
+        """Give a REPLY to the call that it answers; return whether there was one."""
+        replies = self._replies.get(message.to)
+        call = replies.answered() if replies is not None else None
+        if call is not None and not call.reply.done():
+            call.reply.set_result(message.error)
+        return call is not None
+
+    def fail(self, why: str) -> None:
+        """End all calls with AgentGoneError, because no answer will come."""
+        for replies in self._replies.values():
+            for call in replies.clear():
+                call.fail(AgentGoneError(f"{why} before it answered"))

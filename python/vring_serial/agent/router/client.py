@@ -198,7 +198,7 @@ class RouterClient:
             case AnnounceCapabilities():
                 self._took_capabilities(message)
             case ClipboardGrab() | ClipboardRelease() | ClipboardRequest() | Clipboard():
-                self.clipboard.took(message)
+                self.clipboard.receive(message)
             case MaxClipboard():
                 self.clipboard.remote_most = max(message.max, ANY_SIZE)
             case _:
@@ -215,7 +215,7 @@ class RouterClient:
                 head, size, ChunkPort(port), self._take_long, idle=ANSWER_TIMEOUT
             )
         if isinstance(head, Clipboard):
-            return self.clipboard.took_head(head, size)
+            return self.clipboard.begin_data(head, size)
         return DataPieces(head.id, self._forward)
 
     def _take_long(self, passing: Passing) -> None:
@@ -229,9 +229,9 @@ class RouterClient:
         if message.request:
             self.clipboard.begin_session(self.link)
             self._router.introduce(self, request=False)
-        if not self.clipboard.announced:
+        if not self.clipboard.has_told:
             self._router.offer_all(self)
-            self.clipboard.announce()
+            self.clipboard.tell_owned()
 
     def _session_ended(self) -> None:
         """The client behind a SPICE server left; another may come, and begins anew."""

@@ -464,7 +464,7 @@ class AgentRouter(Ending):
             case AnnounceCapabilities():
                 self._took_capabilities(link, message)
             case ClipboardGrab() | ClipboardRelease() | ClipboardRequest() | Clipboard():
-                self.clipboard.took(message)
+                self.clipboard.receive(message)
             case FileXferStart() | FileXferData():
                 self.guest_files.from_guest(message)
             case FileXferStatus():
@@ -506,7 +506,7 @@ class AgentRouter(Ending):
         if port == ChunkPort.SERVER:
             return None
         if isinstance(head, Clipboard):
-            return self.clipboard.took_head(head, size)
+            return self.clipboard.begin_data(head, size)
         return DataPieces(head.id, self.guest_files.from_guest)
 
     def link_trouble(self, link: AgentLink, error: AgentProtocolError) -> None:
@@ -529,7 +529,7 @@ class AgentRouter(Ending):
             # No other agent is told of a capability that is ours alone.
             self._announced = self._announced.with_(FILES_FROM_GUEST)
             link.post(AnnounceCapabilities(False, self._announced))
-        self.clipboard.announce()
+        self.clipboard.tell_owned()
         if self.capabilities != before or message.request:
             self.emit(AgentReady(self.capabilities))
             for client in self.clients:
