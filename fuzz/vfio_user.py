@@ -45,8 +45,9 @@ from vring_serial.proto.vfio_user_wire import (
 )
 from vring_serial.ratelimit import RateLimitedLog
 from vring_serial.transport.closer import Closer
+from vring_serial.transport.session import SessionContext
 from vring_serial.transport.vfio_user.rings import RemoteRings
-from vring_serial.transport.vfio_user.session import Session
+from vring_serial.transport.vfio_user.session import VfioUserSession
 
 _SAID = RateLimitedLog(logging.getLogger(__name__))
 MEMORY = 1 << 20
@@ -219,20 +220,26 @@ class Client:
             os.pwrite(self.memfd, word, 0x10000 + 2 * choose.below(0x1800))
 
 
+def _context(name: str, closer: Closer) -> SessionContext:
+    return SessionContext(
+        name=name,
+        log=_SAID,
+        watch=MemoryWatch(),
+        closer=closer,
+        greeted=lambda: None,
+        ended=lambda: None,
+    )
+
+
 async def _next_client_works(pci: PciDevice, rings: RemoteRings) -> None:
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     theirs.setblocking(False)
-    session = Session(
+    session = VfioUserSession(
         ours,
         pci,
         rings,
-        name="next",
-        said=_SAID,
-        watch=MemoryWatch(),
-        closer=Closer(),
-        greeted=lambda: None,
-        ended=lambda: None,
+        _context("next", Closer()),
     )
     with theirs:
         theirs.sendall(request(Command.VERSION, 1, Version()))
@@ -267,16 +274,11 @@ async def run(data: bytes) -> None:
     theirs.setblocking(False)
     client = Client(theirs)
     closer = Closer()
-    session = Session(
+    session = VfioUserSession(
         ours,
         pci,
         rings,
-        name="fuzz",
-        said=_SAID,
-        watch=MemoryWatch(),
-        closer=closer,
-        greeted=lambda: None,
-        ended=lambda: None,
+        _context("fuzz", closer),
     )
     if choose.below(8):
         client.send(request(Command.VERSION, 1, Version()))

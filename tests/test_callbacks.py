@@ -69,7 +69,7 @@ async def test_every_callback_of_a_vhost_user_backend(
     controller.on_event = raising(told)
     await controller.start()
     backend = VhostUserBackend(controller, str(tmp_path / "v"))
-    backend.on_frontend = raising(told)
+    backend.on_peer = raising(told)
     await backend.start()
     for _ in range(3):
         await served_once(tmp_path / "v")
@@ -79,7 +79,7 @@ async def test_every_callback_of_a_vhost_user_backend(
     assert told.count(("connected",)) == 3
     await backend.aclose()
     await controller.aclose()
-    assert "on_frontend failed" in caplog.text
+    assert "on_peer failed" in caplog.text
     assert "on_event failed" in caplog.text
     assert len(caplog.records) < 200
 
@@ -87,7 +87,7 @@ async def test_every_callback_of_a_vhost_user_backend(
 async def test_the_callback_of_a_vfio_user_server(tmp_path: Path) -> None:
     told: list[object] = []
     server = VfioUserServer(Controller(), str(tmp_path / "v"))
-    server.on_client = raising(told)
+    server.on_peer = raising(told)
     await server.start()
     for count in range(1, 4):
         async with asyncio.timeout(DEADLINE):

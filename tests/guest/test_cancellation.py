@@ -230,7 +230,7 @@ async def test_a_guest_is_cancelled_while_it_starts_or_stops(
 ) -> None:
     await served.works()
     gone = []
-    served.backend.on_frontend = gone.append
+    served.backend.on_peer = gone.append
     gc.collect()
     await until(lambda: served.backend._session is None)
     before = open_fds()

@@ -69,7 +69,7 @@ class Server:
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._thread.start()
         self.server = VfioUserServer(device, str(path), **options)
-        self.server.on_client = self.clients.append
+        self.server.on_peer = self.clients.append
         self.run(self.server.start())
 
     def run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -81,7 +81,7 @@ class Server:
         self.run(asyncio.sleep(0.02))
 
     def wait_for(self, *states: str) -> None:
-        """Until ``on_client`` has told these."""
+        """Until ``on_peer`` has told these."""
 
         async def wait() -> None:
             async with asyncio.timeout(TIMEOUT):

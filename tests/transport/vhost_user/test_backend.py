@@ -236,7 +236,7 @@ async def test_a_frontend_may_leave_at_any_point(
     device: Any,
 ) -> None:
     events: list[str] = []
-    backend.on_frontend = events.append
+    backend.on_peer = events.append
     open_before, mapped_before = descriptors(), mappings()
     first = connect()
     await first.ask(Request.GET_FEATURES)
@@ -351,7 +351,7 @@ async def test_frontends_that_come_and_go_do_not_fill_the_log(
 ) -> None:
     caplog.set_level(logging.INFO)
     gone = []
-    backend.on_frontend = gone.append
+    backend.on_peer = gone.append
     for number in range(1, 101):
         frontend = connect()
         frontend.sock.send(header(99, 1, 0))

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import logging
 import os
 import socket
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
-from vring import MemoryWatch
-from vring.errors import VringError
+from vring import GuestMemory
 from vring_serial import unix_fds
 from vring_serial.device.pci import PciDevice
 from vring_serial.device.registers.interrupts import NoInterrupts
@@ -47,16 +43,13 @@ from vring_serial.proto.vfio_user_wire import (
     WriteMulti,
     WriteMultiDone,
 )
-from vring_serial.ratelimit import RateLimitedLog
-from vring_serial.transport.closer import Closer
 from vring_serial.transport.connection import MAX_UNREAD, Connection
-from vring_serial.transport.lost_memory import describe_loss
+from vring_serial.transport.session import FatalError, Handler, Session, SessionContext
 from vring_serial.transport.vfio_user.dma import DmaTable
 from vring_serial.transport.vfio_user.irqs import Interrupts
 from vring_serial.transport.vfio_user.remote import WINDOW_BYTES, RemoteMemory
 from vring_serial.transport.vfio_user.rings import RemoteRings
 from vring_serial.transport.vfio_user.shadow import ClientMemory
-from vring_serial.turns import Turn
 from vring_serial.unix_socket import refuse_descriptors
 
 #: Regions that a client may map; each with a descriptor is a mapping of this process.
@@ -94,19 +87,12 @@ CAPABILITIES = Capabilities(
 
 _ACCESS = RegionFlag.READ | RegionFlag.WRITE
 
-#: A handler gets the payload and the descriptors; those that it leaves in the list are closed.
-Handler = Callable[[Any, list[int]], Payload | None]
-
-
-class FatalError(RemoteProtocolError):
-    """There is no answer to this but closing the connection."""
-
 
 class NotThereError(VfioUserError):
     """What the client asks for need not be there: nothing is wrong with that."""
 
 
-class Session:
+class VfioUserSession(Session[Message]):
     """Serves a PCI function to one client over a connected socket.
 
     Args:
@@ -114,155 +100,58 @@ class Session:
         pci: what is served. It is reset when the session ends: queues that went on with the next
             client's memory would write into what is another guest's.
         rings: between ``pci`` and its device.
-        name: for log lines.
-        said: what is logged of this session goes there.
-        watch: tells of lost memory; no other session uses it meanwhile.
-        closer: closes the client's descriptors.
-        greeted: called when the client has said its first words; may be called again.
-        ended: called once, when the client has gone or was sent away; not by :meth:`close`.
+        context: of the server.
     """
 
     def __init__(
-        self,
-        sock: socket.socket,
-        pci: PciDevice,
-        rings: RemoteRings,
-        *,
-        name: str,
-        said: RateLimitedLog,
-        watch: MemoryWatch,
-        closer: Closer,
-        greeted: Callable[[], None],
-        ended: Callable[[], None],
+        self, sock: socket.socket, pci: PciDevice, rings: RemoteRings, context: SessionContext
     ) -> None:
         self._pci = pci
         self._rings = rings
-        self._name = name
-        self._greeted = greeted
-        self._ended = ended
-        self._closed = False
-        self._parser = VfioUserParser()
-        self._said = said
         self._client: Capabilities | None = None
         self._twin: Connection | None = None
         self._twin_parser = VfioUserParser()
-        self._dma = DmaTable(MAX_DMA_MAPS, watch)
+        self._dma = DmaTable(MAX_DMA_MAPS, context.watch)
         self._memory_changed = False
         self._beside: list[int] = []  # descriptors that go with the next reply
         self._interrupts = Interrupts(
-            pci.vectors, lambda: pci.intx_level, self._vectors_changed, closer
+            pci.vectors, lambda: pci.intx_level, self._vectors_changed, context.closer
         )
         self._bars = {bar.index: bar.size for bar in pci.bars}
         self._handlers = self._handler_table()
         pci.set_irq_sink(self._interrupts, client_masks=True)
-        self._watch = watch
-        self._closer = closer
-        self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(watch, self._memory_lost)
-        self._connection = Connection(
+        super().__init__(
             sock,
+            VfioUserParser(),
+            context,
             read_size=READ_SIZE,
-            max_fds=MAX_FDS,
-            closer=closer,
-            received=self._received,
-            go_on=self._handle_messages,
-            lost=self._lost,
             max_unread=MAX_UNREAD_BY_CLIENT,
         )
 
-    def close(self) -> None:
-        """Reset the device, unmap the guest's memory, close all descriptors. Safe to call twice."""
-        if self._closed:
-            return
-        self._closed = True
-        self._loop.remove_reader(self._watch)
-        self._connection.close()
+    # --- what a session needs
+
+    def _release(self) -> None:
         if self._twin is not None:
             self._twin.close()
         self._pci.set_irq_sink(NoInterrupts())
         self._pci.set_memory(None)
         self._pci.reset()
         self._dma.close()
-        del self._watch  # open as long as it is referred to
         if self._rings.client is not None:
             self._rings.client.remote.close()
             self._rings.client = None
         self._interrupts.close()
-        self._closer.close(self._parser.take_fds())
 
-    # --- the connection
-
-    def _lost(self, error: OSError | None) -> None:
-        if (why := describe_loss(self._dma.mapped)) is not None:
-            self._said.warning("%s: %s", self._name, why)
-        elif error is not None:
-            lost = error.strerror or error
-            self._said.log(logging.INFO, "%s: connection lost: %s", self._name, lost)
-        self._end()
-
-    def send_away(self, why: str) -> None:
-        """End the session, for the reason given."""
-        self._said.warning("%s: %s; connection closed", self._name, why)
-        self._end()
-
-    def _end(self) -> None:
-        try:
-            self.close()
-        finally:  # whatever the device says to that, the next one may come
-            self._ended()
-
-    def _received(self, received: unix_fds.Received) -> bool:
-        self._parser.receive_data(received.data, received.fds)
-        if received.truncated:
-            self.send_away("there is no room for the descriptors that it sent")
-            return False
-        return self._handle_messages()
-
-    def _handle_messages(self) -> bool:
-        """Returns whether there may be more."""
-        turn = Turn()
-        more = True
-        try:
-            while turn.another():
-                if (message := self._parser.next_message()) is None:
-                    more = False
-                    break
-                self._handle(message)
-                if self._closed:
-                    return False
-                if self._closer.full:
-                    raise FatalError("the descriptors that it sent cannot be closed")
-            self._use_memory()
-        except (FatalError, BadMessageError) as error:
-            self.send_away(str(error))
-            return False
-        return more
+    def _mapped(self) -> GuestMemory:
+        return self._dma.mapped
 
     def _handle(self, message: Message) -> None:
         if message.is_reply:
             self._handle_reply(message)
             return
-        fds = list(message.fds)
         try:
-            answer = self._answer(message, fds)
-        except FatalError as error:
-            raise FatalError(f"{message.name}: {error}") from None
-        except VfioUserError as error:
-            self._refuse(message, error)
-        except (RemoteProtocolError, VringError) as error:
-            self._refuse(message, VfioUserError(message.name, str(error)))
-        except MemoryError:
-            self._refuse(message, VfioUserError(message.name, "out of memory", errno.ENOMEM))
-        except OSError as error:
-            why = error.strerror or str(error)
-            self._refuse(message, VfioUserError(message.name, why, error.errno or errno.EIO))
-        else:
-            if not message.no_reply:
-                data = reply(message.command, message.message_id, answer)
-                self._connection.send(data, self._beside)
-                self._beside = []
+            super()._handle(message)
         finally:
-            self._closer.close(fds)
             unix_fds.close_all(self._beside)
             self._beside = []
 
@@ -283,12 +172,29 @@ class Session:
         if handler is None:
             raise VfioUserError(message.name, "not supported", errno.EOPNOTSUPP)
         if message.command not in (Command.DMA_MAP, Command.DMA_UNMAP):
-            self._use_memory()
+            self._settle()
         return handler(payload, fds)
 
-    def _refuse(self, message: Message, error: VfioUserError) -> None:
+    def _reply(self, message: Message, answer: Payload | None) -> None:
+        if not message.no_reply:
+            data = reply(message.command, message.message_id, answer)
+            self._connection.send(data, self._beside)
+            self._beside = []
+
+    def _refusal(self, message: Message, error: Exception) -> VfioUserError:
+        if isinstance(error, VfioUserError):
+            return error
+        cause, number = str(error), errno.EINVAL
+        if isinstance(error, MemoryError):
+            cause, number = "out of memory", errno.ENOMEM
+        elif isinstance(error, OSError):
+            cause, number = error.strerror or str(error), error.errno or errno.EIO
+        return VfioUserError(message.name, cause, number)
+
+    def _refuse(self, message: Message, error: BadMessageError) -> None:
+        assert isinstance(error, VfioUserError)
         level = logging.DEBUG if isinstance(error, NotThereError) else logging.WARNING
-        self._said.log(level, "%s: refused %s", self._name, error)
+        self._log.log(level, "%s: refused %s", self._name, error)
         if not message.no_reply:
             self._connection.send(error_reply(message.command, message.message_id, error.errno))
 
@@ -331,7 +237,7 @@ class Session:
             agreed = replace(agreed, twin_fd_index=0)
         remote = RemoteMemory(send, agreed.max_data_xfer_size)
         self._rings.client = ClientMemory(self._dma, remote)
-        self._said.log(logging.INFO, "%s: agreed on %s", self._name, agreed)
+        self._log.log(logging.INFO, "%s: agreed on %s", self._name, agreed)
         self._greeted()
         return Version(MAJOR, MINOR, agreed if proposed is not None else None)
 
@@ -358,20 +264,12 @@ class Session:
         return self._handle_replies()
 
     def _handle_replies(self) -> bool:
-        turn = Turn()
-        try:
-            while turn.another():
-                if (message := self._twin_parser.next_message()) is None:
-                    return False
-                if not message.is_reply:
-                    raise FatalError(f"{message.name}: a command on the socket for replies")
-                self._handle_reply(message)
-                if self._closed:
-                    return False
-        except (FatalError, BadMessageError) as error:
-            self.send_away(str(error))
-            return False
-        return True
+        return self._take_turn(self._twin_parser, self._handle_twin)
+
+    def _handle_twin(self, message: Message) -> None:
+        if not message.is_reply:
+            raise FatalError(f"{message.name}: a command on the socket for replies")
+        self._handle_reply(message)
 
     def _get_info(self, _: DeviceInfo, fds: list[int]) -> DeviceInfo:
         return DeviceInfo(DeviceFlag.PCI | DeviceFlag.RESET, NUM_REGIONS, self._interrupts.types)
@@ -422,13 +320,6 @@ class Session:
 
     # --- memory
 
-    def _memory_lost(self) -> None:
-        self._watch.clear()
-        why = describe_loss(self._dma.mapped)
-        # The client may have unmapped meanwhile what it cut off.
-        if why is not None:
-            self.send_away(why)
-
     def _dma_map(self, asked: DmaMap, fds: list[int]) -> None:
         self._dma.map(asked, fds[0] if fds else -1)
         self._memory_changed = True
@@ -438,7 +329,7 @@ class Session:
         self._memory_changed = True
         return asked
 
-    def _use_memory(self) -> None:
+    def _settle(self) -> None:
         """Give the device the memory as it is mapped now.
 
         Maps come many at a time, and each exchange stops and starts the queues: once for all that

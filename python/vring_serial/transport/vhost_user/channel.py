@@ -23,7 +23,7 @@ from vring_serial.proto.vhost_user import (
 from vring_serial.ratelimit import RateLimitedLog
 from vring_serial.transport.closer import Closer
 
-log = logging.getLogger(__name__)
+_debug = logging.getLogger(__name__).debug
 
 _READ_SIZE = 4096
 
@@ -36,14 +36,14 @@ class BackendChannel:
         acks: REPLY_ACK is negotiated: one request at a time, each acknowledged.
         name: for log lines.
         closer: closes ``fd``.
-        said: where they go; one for all channels, of which a frontend can make any number.
+        log: gets log lines; one for all channels, of which a frontend can make any number.
 
     Raises:
         RemoteProtocolError: ``fd`` is not a connected unix stream socket.
     """
 
     def __init__(
-        self, fd: int, *, acks: bool, name: str, said: RateLimitedLog, closer: Closer
+        self, fd: int, *, acks: bool, name: str, log: RateLimitedLog, closer: Closer
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._acks = acks
@@ -53,7 +53,7 @@ class BackendChannel:
         # A dict for its order: what is asked twice before it could be sent is sent once.
         self._waiting: dict[tuple[BackendRequest, Payload], None] = {}
         self._unacknowledged = False
-        self._said = said
+        self._log = log
         self._rest = b""
         self._sock = _stream_socket(fd)
         self._loop.add_reader(self._sock, self._readable)
@@ -110,7 +110,7 @@ class BackendChannel:
             self._closer.close(received.fds)
             if not received.data:
                 # As a rule the frontend itself is going.
-                log.debug("%s: the frontend closed its backend channel", self._name)
+                _debug("%s: the frontend closed its backend channel", self._name)
                 self.close()
                 return
             self._parser.receive_data(received.data)
@@ -128,10 +128,10 @@ class BackendChannel:
             raise RemoteProtocolError(f"reply to {name}, which was not asked")
         self._unacknowledged = False
         if status:
-            self._said.warning("%s: the frontend refused %s: status %d", self._name, name, status)
+            self._log.warning("%s: the frontend refused %s: status %d", self._name, name, status)
 
     def _fail(self, why: str) -> None:
-        self._said.log(logging.INFO, "%s: backend channel: %s", self._name, why)
+        self._log.log(logging.INFO, "%s: backend channel: %s", self._name, why)
         self.close()
 
 

@@ -5,18 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Callable
-from typing import Any
 
-from vring import GuestMemory, MemoryWatch, Region
+from vring import GuestMemory, Region
 from vring.errors import MemoryLostError, RingError, VringError
-from vring_serial import unix_fds
 from vring_serial.device.base import VirtioDevice
 from vring_serial.errors import RemoteProtocolError
 from vring_serial.proto.framing import BadMessageError
 from vring_serial.proto.vhost_user import (
     F_PROTOCOL_FEATURES,
-    MAX_FDS,
     U64,
     ConfigAccess,
     Empty,
@@ -35,14 +31,10 @@ from vring_serial.proto.vhost_user import (
     reply,
 )
 from vring_serial.proto.virtio import Feature, Status, feature_names
-from vring_serial.ratelimit import RateLimitedLog
-from vring_serial.transport.closer import Closer
-from vring_serial.transport.connection import Connection
 from vring_serial.transport.event_fds import check_event_descriptor
-from vring_serial.transport.lost_memory import describe_loss
+from vring_serial.transport.session import FatalError, Handler, Session, SessionContext
 from vring_serial.transport.vhost_user.channel import BackendChannel, CallRelay
 from vring_serial.transport.vhost_user.vring import Vring
-from vring_serial.turns import Turn
 
 #: Regions that a frontend may map in all (ADD_MEM_REG).
 MAX_MEM_SLOTS = 64
@@ -56,55 +48,31 @@ _INBAND_NEEDS = ProtocolFeature.BACKEND_REQ | ProtocolFeature.REPLY_ACK
 #: A frontend that has sent one of them is there to stay: the others are sent by all who ask.
 _GREETINGS = (Request.SET_OWNER, Request.SET_FEATURES, Request.SET_PROTOCOL_FEATURES)
 
-#: A handler gets the payload and the descriptors; those that it leaves in the list are closed.
-Handler = Callable[[Any, list[int]], Payload | None]
 
-
-class FatalError(RemoteProtocolError):
-    """The specification leaves no answer to this but closing the connection."""
-
-
-class Session:
+class VhostUserSession(Session[Message]):
     """Serves the device to one frontend over a connected socket.
 
     Args:
         sock: connected and non-blocking; taken over.
         device: what is served. Its queues are stopped when the session ends; all else it keeps, for
             the frontend may come back and go on.
+        context: of the backend.
         offered: protocol features.
         packed: offer packed rings.
-        name: for log lines.
-        said: what is logged of this session goes there.
-        watch: tells of lost memory; no other session uses it meanwhile.
-        closer: closes the frontend's descriptors.
-        greeted: called when the frontend has said its first words; may be called again.
-        ended: called once, when the frontend has gone or was sent away; not by :meth:`close`.
     """
 
     def __init__(
         self,
         sock: socket.socket,
         device: VirtioDevice,
+        context: SessionContext,
         *,
         offered: ProtocolFeature,
         packed: bool,
-        name: str,
-        said: RateLimitedLog,
-        watch: MemoryWatch,
-        closer: Closer,
-        greeted: Callable[[], None],
-        ended: Callable[[], None],
     ) -> None:
-        self._loop = asyncio.get_running_loop()
         self._device = device
         self._offered = offered
-        self._name = name
-        self._greeted = greeted
-        self._ended = ended
-        self._parser = VhostUserParser(Request)
-        self._said = said
         self._told: set[str] = set()  # warnings of this session that are not repeated
-        self._closed = False
         self._paused = False
         self._protocol_features = ProtocolFeature(0)
         self._features_offered = int(device.device_features)
@@ -112,23 +80,12 @@ class Session:
             self._features_offered |= Feature.RING_PACKED
         self._features = 0
         self._memory = GuestMemory()
-        self._vrings = [Vring(index, device, closer) for index in range(device.num_queues)]
+        self._vrings = [Vring(index, device, context.closer) for index in range(device.num_queues)]
         self._channel: BackendChannel | None = None
         self._calls = CallRelay(self._call_inband)
         self._poll_timer: asyncio.TimerHandle | None = None
         self._handlers = self._handler_table()
-        self._watch = watch
-        self._closer = closer
-        self._loop.add_reader(watch, self._memory_lost)
-        self._connection = Connection(
-            sock,
-            read_size=READ_SIZE,
-            max_fds=MAX_FDS,
-            closer=closer,
-            received=self._received,
-            go_on=self._handle_messages,
-            lost=self._lost,
-        )
+        super().__init__(sock, VhostUserParser(Request), context, read_size=READ_SIZE)
 
     # --- what the device tells ------------------------------------------------------------------
 
@@ -141,103 +98,33 @@ class Session:
         """The driver broke a ring; the device has set NEEDS_RESET."""
         if isinstance(error, MemoryLostError):
             return  # the watch tells, and of the cause
-        self._said.warning("%s: the guest's driver broke %s", self._name, error)
+        self._log.warning("%s: the guest's driver broke %s", self._name, error)
         for vring in self._vrings:
             if repr(vring) == error.queue and not vring.report_error():
                 self._tell_error_inband(vring)
         if self._has(ProtocolFeature.STATUS):
             self.config_changed()
 
-    # --- the connection -------------------------------------------------------------------------
+    # --- what a session needs -------------------------------------------------------------------
 
-    def close(self) -> None:
-        """Stop all queues, unmap the guest's memory, close every descriptor. Safe to call twice."""
-        if self._closed:
-            return
-        self._closed = True
-        self._loop.remove_reader(self._watch)
-        self._connection.close()
+    def _release(self) -> None:
         if self._poll_timer is not None:
             self._poll_timer.cancel()
         for vring in self._vrings:
             vring.reset()
         self._memory = GuestMemory()
-        del self._watch  # open as long as it is referred to
         self._calls.close()
         if self._channel is not None:
             self._channel.close()
-        self._closer.close(self._parser.take_fds())
 
-    def _say_once(self, text: str) -> None:
-        """Warn of what the frontend will go on doing for as long as it is there."""
+    def _mapped(self) -> GuestMemory:
+        return self._memory
+
+    def _warn_once(self, text: str) -> None:
+        """Log what the frontend will go on doing for as long as it is there."""
         if text not in self._told:
             self._told.add(text)
-            self._said.warning("%s: %s", self._name, text)
-
-    def _lost(self, error: OSError | None) -> None:
-        if (loss := describe_loss(self._memory)) is not None:
-            self._said.warning("%s: %s", self._name, loss)
-        elif error is not None:
-            why = error.strerror or error
-            self._said.log(logging.INFO, "%s: connection lost: %s", self._name, why)
-        self._end()
-
-    def send_away(self, why: str) -> None:
-        """End the session, for the reason given."""
-        self._said.warning("%s: %s; connection closed", self._name, why)
-        self._end()
-
-    def _end(self) -> None:
-        try:
-            self.close()
-        finally:  # whatever the device says to that, the next one may come
-            self._ended()
-
-    def _received(self, received: unix_fds.Received) -> bool:
-        self._parser.receive_data(received.data, received.fds)
-        if received.truncated:
-            self.send_away("there is no room for the descriptors that it sent")
-            return False
-        return self._handle_messages()
-
-    def _handle_messages(self) -> bool:
-        """Returns whether there may be more."""
-        turn = Turn()
-        try:
-            while turn.another():
-                if (message := self._parser.next_message()) is None:
-                    return False
-                self._handle(message)
-                if self._closed:
-                    return False
-                if self._closer.full:
-                    raise FatalError("the descriptors that it sent cannot be closed")
-        except (FatalError, BadMessageError) as error:
-            self.send_away(str(error))
-            return False
-        return True
-
-    def _handle(self, message: Message) -> None:
-        fds = list(message.fds)
-        try:
-            answer = self._answer(message, fds)
-        except FatalError as error:
-            raise FatalError(f"{message.name}: {error}") from None
-        except VhostUserError as error:
-            self._refuse(message, error)
-            return
-        except (RemoteProtocolError, VringError, OSError) as error:
-            self._refuse(message, VhostUserError(message.name, str(error)))
-            return
-        except MemoryError:
-            self._refuse(message, VhostUserError(message.name, "out of memory"))
-            return
-        finally:
-            self._closer.close(fds)
-        if answer is not None:
-            self._connection.send(reply(message.kind, answer))
-        elif self._wants_acknowledgement(message):
-            self._connection.send(reply(message.kind, U64(0)))
+            self._log.warning("%s: %s", self._name, text)
 
     def _answer(self, message: Message, fds: list[int]) -> Payload | None:
         payload = message.decode()
@@ -249,14 +136,26 @@ class Session:
             self._greeted()
         return answer
 
-    def _refuse(self, message: Message, error: VhostUserError) -> None:
+    def _reply(self, message: Message, answer: Payload | None) -> None:
+        if answer is not None:
+            self._connection.send(reply(message.kind, answer))
+        elif self._wants_acknowledgement(message):
+            self._connection.send(reply(message.kind, U64(0)))
+
+    def _refusal(self, message: Message, error: Exception) -> BadMessageError:
+        if isinstance(error, VhostUserError):
+            return error
+        cause = "out of memory" if isinstance(error, MemoryError) else str(error)
+        return VhostUserError(message.name, cause)
+
+    def _refuse(self, message: Message, error: BadMessageError) -> None:
         if message.kind == Request.GET_CONFIG:
             refusal: Payload = Empty()
         elif self._wants_acknowledgement(message):
             refusal = U64(1)
         else:
             raise error
-        self._said.warning("%s: refused %s", self._name, error)
+        self._log.warning("%s: refused %s", self._name, error)
         self._connection.send(reply(message.kind, refusal))
 
     def _wants_acknowledgement(self, message: Message) -> bool:
@@ -333,7 +232,7 @@ class Session:
         if packed and not self._features & Feature.RING_PACKED:
             text = "%s: the driver accepted of the rings %s"
             name = feature_names(Feature.RING_PACKED)
-            self._said.log(logging.INFO, text, self._name, name)
+            self._log.log(logging.INFO, text, self._name, name)
         for vring in self._vrings:
             vring.packed = packed
 
@@ -355,7 +254,7 @@ class Session:
             raise FatalError("INBAND_NOTIFICATIONS needs BACKEND_REQ and REPLY_ACK")
         self._protocol_features = wanted
         names = wanted.name or "none"
-        self._said.log(logging.INFO, "%s: protocol features %s", self._name, names)
+        self._log.log(logging.INFO, "%s: protocol features %s", self._name, names)
 
     def _get_queue_num(self, _: Empty, fds: list[int]) -> U64:
         return U64(len(self._vrings))
@@ -367,7 +266,7 @@ class Session:
             self._channel.close()
         acks = self._has(ProtocolFeature.REPLY_ACK)
         self._channel = BackendChannel(
-            fds[0], acks=acks, name=self._name, said=self._said, closer=self._closer
+            fds[0], acks=acks, name=self._name, log=self._log, closer=self._closer
         )
         fds.clear()
 
@@ -401,7 +300,7 @@ class Session:
             fresh = status.value & Status.DRIVER_OK & ~self._device.status
             self._device.set_status(status.value)
             if fresh and not self._memory.regions:
-                self._say_once("the driver is ready, but no guest memory is mapped")
+                self._warn_once("the driver is ready, but no guest memory is mapped")
 
     def _reset_device(self, _: Empty, fds: list[int]) -> None:
         for vring in self._vrings:
@@ -414,13 +313,6 @@ class Session:
             self._device.reset()
 
     # --- memory ---------------------------------------------------------------------------------
-
-    def _memory_lost(self) -> None:
-        self._watch.clear()
-        why = describe_loss(self._memory)
-        # The frontend may have taken back meanwhile what it cut off.
-        if why is not None:
-            self.send_away(why)
 
     def _map(self, region: MemoryRegion, fd: int) -> Region:
         """Raises MemoryMapError if the descriptor cannot be mapped so."""
@@ -519,7 +411,7 @@ class Session:
             vring.set_kick(-1)
             self._run(vring)
         if not vring.size or vring.address is None:
-            self._say_once(
+            self._warn_once(
                 "the driver notified a queue that it never set up: "
                 "was this guest restored from a saved state?"
             )
@@ -532,7 +424,7 @@ class Session:
         enabled = not self._rings_start_disabled
         if not vring.run(self._memory, self._features, enabled=enabled):
             if vring.may_run(enabled) and not self._memory.regions:
-                self._say_once("the driver is ready, but no guest memory is mapped")
+                self._warn_once("the driver is ready, but no guest memory is mapped")
             return
         if not self._has(ProtocolFeature.STATUS):
             self._device.set_status(self._device.status | Status.DRIVER_OK)

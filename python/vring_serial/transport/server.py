@@ -1,0 +1,145 @@
+"""What the servers of either protocol are: a device on a unix socket, for one peer at a time."""
+
+from __future__ import annotations
+
+import abc
+import logging
+import socket
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+from vring import MemoryWatch
+from vring_serial.callbacks import Listener, tell
+from vring_serial.errors import LocalProtocolError
+from vring_serial.lifetime import Starting
+from vring_serial.ratelimit import RateLimitedLog
+from vring_serial.transport.door import (
+    DESCRIPTORS_PER_QUEUE,
+    HANDSHAKE_SECONDS,
+    OTHER_DESCRIPTORS,
+    Door,
+)
+from vring_serial.transport.lost_memory import make_watch
+from vring_serial.transport.session import Session, SessionContext
+
+SessionT = TypeVar("SessionT", bound=Session[Any])
+
+
+class Server(Starting, abc.ABC, Generic[SessionT]):
+    """Serves a device on the unix socket ``path``, to one peer after another.
+
+    Args:
+        path: of the socket.
+        protocol: its name, for log lines.
+        peer: what a peer is called in them.
+        listen: make the socket; False: connect to a peer that listens.
+        queues: number of queues that a peer sets up.
+
+    Attributes:
+        on_peer: called with "connected" and "gone". One listener at a time: setting another one
+            raises LocalProtocolError, None removes it.
+    """
+
+    on_peer = Listener[Callable[[str], None]]()
+
+    def __init__(
+        self, path: str, *, protocol: str, peer: str, listen: bool = True, queues: int
+    ) -> None:
+        self._path = path
+        self._name = f"{protocol} {path}"
+        self._peer = peer
+        self._door = Door(
+            path,
+            name=self._name,
+            peer=peer,
+            listen=listen,
+            came=self._serve,
+            silent=self._silent,
+            descriptors=DESCRIPTORS_PER_QUEUE * queues + OTHER_DESCRIPTORS,
+        )
+        self._session: SessionT | None = None
+        self._watch: MemoryWatch | None = None
+        # One for all sessions: a peer can come as often as it likes.
+        self._log = RateLimitedLog(logging.getLogger(type(self).__module__), burst=60, seconds=20)
+        self._started = False
+
+    async def start(self) -> None:
+        """Listen, or begin to connect.
+
+        Raises:
+            ResourceError: the socket exists or cannot be made; the message names it and the reason.
+            LocalProtocolError: started already, or another front or server has the device.
+        """
+        if self._started:
+            raise LocalProtocolError(f"{self._name} is started already")
+        self._check()
+        self._watch = make_watch(self._name)
+        try:
+            self._door.open()  # a peer that listens already comes at once
+            self._attach()
+        except BaseException:
+            self._door.close()
+            self._watch = None
+            raise
+        self._started = True
+
+    async def aclose(self) -> None:
+        """Send the peer away, remove the socket and leave the device. Safe to call twice."""
+        self._started = False
+        self._door.close()
+        session, self._session = self._session, None
+        try:
+            if session is not None:
+                session.close()
+        finally:
+            self._watch = None
+            self._detach()
+
+    # --- what a protocol adds
+
+    def _check(self) -> None:
+        """Raise LocalProtocolError if the device cannot be attached now."""
+
+    @abc.abstractmethod
+    def _attach(self) -> None:
+        """Take the device."""
+
+    @abc.abstractmethod
+    def _detach(self) -> None:
+        """Leave the device if it was taken."""
+
+    @abc.abstractmethod
+    def _make_session(self, sock: socket.socket, context: SessionContext) -> SessionT:
+        """Serve the peer at ``sock``."""
+
+    # --- what the door tells
+
+    def _serve(self, sock: socket.socket) -> None:
+        assert self._watch is not None
+        context = SessionContext(
+            name=self._name,
+            log=self._log,
+            watch=self._watch,
+            closer=self._door.closer,
+            greeted=self._door.greeted,
+            ended=self._ended,
+        )
+        self._session = self._make_session(sock, context)
+        self._tell("connected")
+
+    def _silent(self) -> None:
+        if self._session is not None:
+            self._session.send_away(
+                f"no first words in {HANDSHAKE_SECONDS:g} s, and another one waits"
+            )
+
+    def _ended(self) -> None:
+        self._session = None
+        self._door.gone()
+        self._tell("gone")
+
+    def _tell(self, what: str) -> None:
+        fields = {"socket": self._path, "state": what}
+        extra = {"event": self._peer, "fields": fields}
+        self._log.log(logging.INFO, "%s: %s %s", self._name, self._peer, what, extra=extra)
+        tell(self._log, f"{self._name}: on_peer", self.on_peer, what)
