@@ -22,14 +22,16 @@ from vring.testing import GuestQueue
 ROUNDS = 1000
 #: Of a prime length, so that a shifted stream does not match again soon.
 PATTERN = random.Random(5).randbytes(65_521)
-TWICE = PATTERN * 3
 SIZE, SLOT = 64, 2048
+#: Any part as long as all buffers of a queue together, whatever it starts with.
+REPEATED = PATTERN * (2 + SIZE * SLOT // len(PATTERN))
 
 
 def expected(start: int, length: int) -> bytes:
     """This part of the stream that both directions carry."""
     start %= len(PATTERN)
-    return TWICE[start : start + length]
+    assert start + length <= len(REPEATED)
+    return REPEATED[start : start + length]
 
 
 class Guest(threading.Thread):
