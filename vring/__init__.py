@@ -11,12 +11,13 @@ from __future__ import annotations
 import os
 
 try:
+    from vring import _layout as layout
     from vring._chains import Batch, Chain
     from vring._core import VirtQueue
     from vring._driver import Driver, need_event
     from vring._guard import MemoryWatch
     from vring._memory import GuestMemory, Region
-    from vring._notify import drain, notify
+    from vring._notify import Drained, drain, notify
     from vring._packed import PackedQueue
     from vring._packed_driver import PackedDriver
     from vring._pump import Flow, FlowCounters, FlowEvent, Pump
@@ -31,10 +32,19 @@ except ModuleNotFoundError as _error:
 
 from vring.errors import (
     AddressError,
+    AvailableIndexError,
+    BufferAddressError,
+    ChainError,
+    ChainOrderError,
+    DescriptorFlagsError,
+    HeadError,
+    IndirectError,
     LocalMisuseError,
+    MemoryLostError,
     MemoryMapError,
     QueueFullError,
     RingError,
+    UsedRingError,
     VringError,
 )
 from vring.notification import NotificationData
@@ -55,6 +65,8 @@ __all__ = [
     "NotificationData",
     "notify",
     "drain",
+    "Drained",
+    "layout",
     "Pump",
     "Flow",
     "FlowEvent",
@@ -66,9 +78,21 @@ __all__ = [
     "MemoryMapError",
     "AddressError",
     "RingError",
+    "AvailableIndexError",
+    "HeadError",
+    "ChainError",
+    "ChainOrderError",
+    "DescriptorFlagsError",
+    "IndirectError",
+    "BufferAddressError",
+    "MemoryLostError",
+    "UsedRingError",
 ]
+
+#: The version of the package `vring`, which holds vring_serial too (PEP 440).
+__version__ = "0.1.0.dev0"
 
 
 def get_include() -> str:
-    """The directory to put into Cython's include_path for ``cimport vring``."""
+    """Return the directory to put into Cython's include_path for ``cimport vring``."""
     return os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

@@ -1,11 +1,21 @@
 # Descriptor chains as the device's side sees them: tables of host segments, filled by the queues.
 
 cimport cython
+from cpython.object cimport PyObject
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from vring._memory cimport GuestMemory
 from vring._walk cimport vr_chain
 from vring._wire cimport iovec
+
+cdef extern from "Python.h":
+    Py_ssize_t Py_REFCNT(PyObject* o)
+
+
+cdef inline bint held_once(PyObject* o) noexcept:
+    # Whether the one reference that the caller's structure holds is all there is: nobody else can
+    # see the object, which may be used again.
+    return Py_REFCNT(o) == 1
 
 
 cdef uint32_t checked_length(object value) except? 0

@@ -20,7 +20,6 @@ from vring._wire cimport UINT32_MAX, vr_copy
 from vring.errors import LocalMisuseError, MemoryLostError
 
 cdef extern from "Python.h":
-    Py_ssize_t Py_REFCNT(PyObject* o)
     Py_ssize_t PyTuple_GET_SIZE(object o)
     PyObject* PyTuple_GET_ITEM(PyObject* o, Py_ssize_t i)  # borrowed
 
@@ -308,10 +307,6 @@ cdef class Batch:
         self.check_memory()
         return total
 
-    def gather_chain(self, Py_ssize_t i):
-        """The device-readable bytes of one chain, as a copy."""
-        return self[i].read()
-
     def scatter(self, data):
         """Copies data into the device-writable parts, chain by chain, until data or room ends.
 
@@ -385,10 +380,7 @@ cdef inline int release_views(tuple views) except -1:
     """
     cdef Py_ssize_t i
     for i in range(PyTuple_GET_SIZE(views)):
-        if (
-            Py_REFCNT(PyTuple_GET_ITEM(<PyObject*>views, i)) > 1
-            or Py_REFCNT(<PyObject*>views) > 1
-        ):
+        if not held_once(PyTuple_GET_ITEM(<PyObject*>views, i)) or not held_once(<PyObject*>views):
             try:
                 views[i].release()
             except BufferError:
@@ -419,8 +411,8 @@ cdef class _Chains:
         cdef Chain chain = self.older
         if self.batch is None or self.at >= self.batch.count:
             raise StopIteration
-        self.older = self.last
-        if chain is None or Py_REFCNT(<PyObject*>chain) != 1:
+        self.older = self.last          # the reference to the older one is the variable's now
+        if chain is None or not held_once(<PyObject*>chain):
             chain = new_chain(self.batch, self.at)
         else:
             chain.index = self.at

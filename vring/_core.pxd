@@ -96,6 +96,7 @@ cdef class VirtQueue:
     cdef object make_fault(self)
     cdef int fill(self, Batch batch, uint32_t limit, uint64_t max_bytes) except -1
     cdef Batch take_batch(self)
+    cdef bint has_spare_chain(self) noexcept
     cdef Chain take_chain(self)
     cdef int check_free(self) except -1
     cdef uint16_t check_index(self, object index) except? 0

@@ -6,8 +6,9 @@ cimport cython
 from cpython.number cimport PyNumber_Index
 from cpython.object cimport PyObject
 
-from vring._chains cimport checked_length, plain_lengths
+from vring._chains cimport checked_length, held_once, plain_lengths
 from vring._linux cimport vr_get_flag, vr_set_flag
+from vring._layout cimport QUEUE_SIZE_MAX
 from vring._memory cimport VR_HINTS
 from vring._walk cimport (
     FAULT_ADDRESS, FAULT_AVAIL_INDEX, FAULT_FULL, FAULT_HEAD, FAULT_INDIRECT_ADDRESS,
@@ -15,14 +16,11 @@ from vring._walk cimport (
     FAULT_MEMORY_LOST, FAULT_NEXT, FAULT_NONE, FAULT_ORDER, FAULT_TOO_LONG, FAULT_TOO_MANY_BYTES,
     FAULT_TOO_MANY_SEGMENTS, VR_SEGMENTS_MAX
 )
-from vring._wire cimport QUEUE_SIZE_MAX, UINT64_MAX
+from vring._wire cimport UINT64_MAX
 from vring.errors import (
     AddressError, AvailableIndexError, BufferAddressError, ChainError, ChainOrderError,
     DescriptorFlagsError, HeadError, IndirectError, LocalMisuseError, MemoryLostError
 )
-
-cdef extern from "Python.h":
-    Py_ssize_t Py_REFCNT(PyObject* o)
 
 cdef enum:
     # Segments of a batch: enough for most queues, and small enough to stay in the first cache.
@@ -207,38 +205,34 @@ cdef class VirtQueue:
         raise self.make_fault()
 
     cdef Batch take_batch(self):
-        """A batch that nobody refers to any more, or a new one.
+        """Return a batch that nobody else refers to, or a new one.
 
         Best the one used last, whose tables are in the cache; a loop's variable may still have it.
         """
-        cdef Batch batch = self._spare_batch
-        # Two references: ours, and the variable.
-        if batch is None or Py_REFCNT(<PyObject*>batch) != 2:
-            batch = self._older_batch
-            self._older_batch = self._spare_batch
-            if batch is None or Py_REFCNT(<PyObject*>batch) != 1:
-                batch = Batch.make(self.size, max(self.size, <uint32_t>BATCH_SEGMENTS))
-            self._spare_batch = batch
-        batch.forget_views()
-        return batch
+        if self._spare_batch is None or not held_once(<PyObject*>self._spare_batch):
+            self._spare_batch, self._older_batch = self._older_batch, self._spare_batch
+            if self._spare_batch is None or not held_once(<PyObject*>self._spare_batch):
+                self._spare_batch = Batch.make(self.size, max(self.size, <uint32_t>BATCH_SEGMENTS))
+        self._spare_batch.forget_views()
+        return self._spare_batch
+
+    cdef bint has_spare_chain(self) noexcept:
+        """Whether nobody else refers to `_spare_chain` or its batch."""
+        return (
+            self._spare_chain is not None and held_once(<PyObject*>self._spare_chain)
+            and held_once(<PyObject*>self._spare_chain.batch)
+        )
 
     cdef Chain take_chain(self):
-        """The same for a single chain, which has a batch of its own."""
-        cdef Chain chain = self._spare_chain
-        if chain is None or Py_REFCNT(<PyObject*>chain) != 2 or (
-            Py_REFCNT(<PyObject*>chain.batch) != 1
-        ):
-            chain = self._older_chain
-            self._older_chain = self._spare_chain
-            if chain is None or Py_REFCNT(<PyObject*>chain) != 1 or (
-                Py_REFCNT(<PyObject*>chain.batch) != 1
-            ):
-                chain = Chain.__new__(Chain)
-                chain.batch = Batch.make(1, CHAIN_SEGMENTS)
-            self._spare_chain = chain
-        chain.written = 0
-        chain.forget_views()
-        return chain
+        """Return a single chain that nobody else refers to, with a batch of its own."""
+        if not self.has_spare_chain():
+            self._spare_chain, self._older_chain = self._older_chain, self._spare_chain
+            if not self.has_spare_chain():
+                self._spare_chain = Chain.__new__(Chain)
+                self._spare_chain.batch = Batch.make(1, CHAIN_SEGMENTS)
+        self._spare_chain.written = 0
+        self._spare_chain.forget_views()
+        return self._spare_chain
 
     cdef int fill(self, Batch batch, uint32_t limit, uint64_t max_bytes) except -1:
         """Pops into a batch; the number of chains."""

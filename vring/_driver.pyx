@@ -4,15 +4,31 @@ from __future__ import annotations
 
 import numpy as np
 
-from cpython.long cimport PyLong_CheckExact
+from cpython.long cimport PyLong_AsLongLongAndOverflow, PyLong_CheckExact
 from cpython.number cimport PyNumber_Index
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
-from vring._wire cimport (
-    DESC_F_WRITE, DESC_SIZE, QUEUE_SIZE_MAX, UINT32_MAX, UINT64_MAX, vr_need_event
-)
+from vring._layout cimport DESC_SIZE, QUEUE_SIZE_MAX
+from vring._wire cimport DESC_F_WRITE, UINT32_MAX, UINT64_MAX, vr_need_event
 from vring.errors import LocalMisuseError, QueueFullError, UsedRingError
+
+_ARRAY = np.ndarray
+_UINT32 = np.dtype(np.uint32)
+_UINT64 = np.dtype(np.uint64)
+
+
+cdef bint plain_numbers(list values, uint64_t most) except -1:
+    """Whether all are plain ints of 0 to `most` that a signed number of 64 bits holds."""
+    cdef long long number
+    cdef int overflow = 0
+    for value in values:
+        if not PyLong_CheckExact(value):
+            return False
+        number = PyLong_AsLongLongAndOverflow(value, &overflow)
+        if overflow or number < 0 or <uint64_t>number > most:
+            return False
+    return True
 
 
 def need_event(uint16_t event, uint16_t after, uint16_t before):
@@ -109,8 +125,10 @@ cdef class Driver:
 
     cdef object check_numbers(self, object values, object kind, uint64_t most, str what):
         """The values as an array of `kind`, none of them changed by that."""
-        if isinstance(values, np.ndarray) and values.dtype == kind:
+        if isinstance(values, _ARRAY) and values.dtype == kind:
             return np.ascontiguousarray(values)
+        if type(values) is list and plain_numbers(<list>values, most):
+            return np.ascontiguousarray(values, kind)
         values = np.asarray(values)
         if values.size == 0:
             return np.empty(0, kind)
@@ -291,10 +309,10 @@ cdef class Driver:
         """
         cdef uint32_t flags = DESC_F_WRITE if writable else 0
         cdef const uint64_t[::1] at = self.check_numbers(
-            addresses, np.uint64, UINT64_MAX, "addresses"
+            addresses, _UINT64, UINT64_MAX, "addresses"
         )
         cdef const uint32_t[::1] length = self.check_numbers(
-            lengths, np.uint32, UINT32_MAX, "lengths"
+            lengths, _UINT32, UINT32_MAX, "lengths"
         )
         if at.shape[0] != length.shape[0]:
             raise LocalMisuseError(f"{at.shape[0]} addresses, {length.shape[0]} lengths")

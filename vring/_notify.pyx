@@ -11,6 +11,7 @@ waits for none, and nothing is ever written to what is neither an eventfd nor a 
 
 from __future__ import annotations
 
+import enum
 import os
 
 from libc.stdint cimport uint64_t
@@ -154,35 +155,48 @@ cdef bint notify_any(int fd, bint is_socket) noexcept nogil:
     return False
 
 
-def notify(int fd):
-    """Write the 8 bytes of a kick or call to an eventfd or a socket; never waits.
+class Drained(enum.Enum):
+    """What `drain` found."""
 
-    One that is full has told already. One that is broken, or is something else, is the peer's own
-    doing; that the peer has gone is noticed elsewhere.
+    READ = "read"       # a kick or call, which is read now
+    EMPTY = "empty"     # none so far
+    ENDED = "ended"     # none, now or later: the end of a pipe or socket, or an error
+
+
+def notify(int fd):
+    """Write the 8 bytes of a kick or call to an eventfd or a socket; never waits (2.9, 2.10).
+
+    A descriptor that is full already tells its reader. One that is broken or of another kind
+    is left alone: that a peer has left is noticed elsewhere.
+
+    Args:
+        fd: descriptor number, the caller's; any number is allowed.
     """
     with nogil:
         notify_any(fd, False)
 
 
 def drain(int fd):
-    """Read what a kick or call wrote; never waits.
+    """Read what a kick or call wrote; never waits, except for a blocking eventfd of an old kernel.
+
+    Args:
+        fd: descriptor number, the caller's; any number is allowed.
 
     Returns:
-        True if it read something, None if there is nothing, False if there will never be: at the
-        end of a pipe or socket, or on an error.
+        A `Drained`. Compare it: every member is true.
     """
     buffer = bytearray(8)
     try:
-        return os.preadv(fd, [buffer], -1, os.RWF_NOWAIT) > 0
+        return Drained.READ if os.preadv(fd, [buffer], -1, os.RWF_NOWAIT) else Drained.ENDED
     except BlockingIOError:
-        return None
+        return Drained.EMPTY
     except OSError as error:
         if error.errno != EOPNOTSUPP:
-            return False
+            return Drained.ENDED
     try:
         # An old kernel's, or a pipe of our own.
-        return len(os.read(fd, 8)) > 0
+        return Drained.READ if os.read(fd, 8) else Drained.ENDED
     except BlockingIOError:
-        return None
+        return Drained.EMPTY
     except OSError:
-        return False
+        return Drained.ENDED

@@ -6,6 +6,7 @@ cimport cython
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 
 from vring._core cimport VR_BROKEN
+from vring._layout cimport DESC_ALIGN, DESC_SIZE, EVENT_ALIGN, EVENT_SIZE, PACKED_FLAGS, WRAP
 from vring._memory cimport GuestMemory, vr_lookup, vr_region
 from vring._walk cimport (
     FAULT_AVAIL_INDEX, FAULT_INDIRECT_ADDRESS, FAULT_INDIRECT_NESTED, FAULT_INDIRECT_NEXT,
@@ -13,15 +14,11 @@ from vring._walk cimport (
     vr_locate_table, vr_read_scattered, vr_room, vr_single, vr_start_chain, vr_walk
 )
 from vring._wire cimport (
-    DESC_F_AVAIL, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_USED, DESC_F_WRITE, DESC_SIZE, EVENT_DESC,
-    EVENT_DISABLE, EVENT_ENABLE, iovec, vr_entry, vr_fence, vr_likely,
-    vr_load16_acquire, vr_load32, vr_need_event, vr_read_packed, vr_store32, vr_unlikely,
-    vr_write_packed_used
+    DESC_F_AVAIL, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_USED, DESC_F_WRITE, EVENT_DESC,
+    EVENT_DISABLE, EVENT_ENABLE, iovec, vr_entry, vr_fence, vr_likely, vr_load16_acquire,
+    vr_load32, vr_need_event, vr_read_packed, vr_store32, vr_unlikely, vr_write_packed_used
 )
 from vring.errors import LocalMisuseError
-
-cdef enum:
-    WRAP = 1 << 15                  # in a state word and in an event structure: the wrap counter
 
 
 cdef inline bint is_available(uint32_t flags, bint wrap) noexcept nogil:
@@ -59,7 +56,7 @@ cdef uint32_t pop_singles(
     for i in range(limit):
         entry = ring + <size_t>slot * DESC_SIZE
         # Written last by the driver, so read first.
-        flags = vr_load16_acquire(entry + 14)
+        flags = vr_load16_acquire(entry + PACKED_FLAGS)
         if flags & (DESC_F_AVAIL | DESC_F_USED | DESC_F_NEXT | DESC_F_INDIRECT) != expected:
             limit = i
             break
@@ -171,10 +168,14 @@ cdef class PackedQueue(VirtQueue):
 
     cdef int locate_rings(self, GuestMemory memory) except -1:
         cdef uint8_t* desc = self.locate(
-            memory, self.areas[0], self.size * DESC_SIZE, 16, "descriptor ring"
+            memory, self.areas[0], self.size * DESC_SIZE, DESC_ALIGN, "descriptor ring"
         )
-        cdef uint8_t* driver = self.locate(memory, self.areas[1], 4, 4, "driver event area")
-        cdef uint8_t* device = self.locate(memory, self.areas[2], 4, 4, "device event area")
+        cdef uint8_t* driver = self.locate(
+            memory, self.areas[1], EVENT_SIZE, EVENT_ALIGN, "driver event area"
+        )
+        cdef uint8_t* device = self.locate(
+            memory, self.areas[2], EVENT_SIZE, EVENT_ALIGN, "device event area"
+        )
         self.ring = desc
         self.driver_event = driver
         self.device_event = device
@@ -233,7 +234,7 @@ cdef class PackedQueue(VirtQueue):
         walk.segment = segments + i
         while i < max_chains:
             # The flags of a chain's first descriptor are written last: read them first.
-            flags = vr_load16_acquire(ring + <size_t>slot * DESC_SIZE + 14)
+            flags = vr_load16_acquire(ring + <size_t>slot * DESC_SIZE + PACKED_FLAGS)
             if not is_available(flags, wrap):
                 break
             chain = &chains[i]
@@ -363,7 +364,7 @@ cdef class PackedQueue(VirtQueue):
 
     cdef bint ready(self) noexcept nogil:
         return is_available(
-            vr_load16_acquire(self.ring + <size_t>self.next_avail * DESC_SIZE + 14),
+            vr_load16_acquire(self.ring + <size_t>self.next_avail * DESC_SIZE + PACKED_FLAGS),
             self.avail_wrap
         )
 

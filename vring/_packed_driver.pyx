@@ -7,15 +7,15 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
 from vring._driver cimport vr_buffer
+from vring._layout cimport (
+    DESC_ALIGN, DESC_SIZE, EVENT_ALIGN, EVENT_SIZE, PACKED_FLAGS, PACKED_ID, WRAP
+)
 from vring._wire cimport (
-    DESC_F_AVAIL, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_USED, DESC_SIZE, EVENT_DESC, EVENT_DISABLE,
+    DESC_F_AVAIL, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_USED, EVENT_DESC, EVENT_DISABLE,
     EVENT_ENABLE, vr_fence, vr_load16, vr_load16_acquire, vr_load32, vr_need_event,
     vr_read_packed, vr_store16_release, vr_store32, vr_write_desc
 )
 from vring.errors import LocalMisuseError
-
-cdef enum:
-    WRAP = 1 << 15                  # in a state word and in an event structure: the wrap counter
 
 
 @cython.final
@@ -25,15 +25,15 @@ cdef class PackedDriver(Driver):
     @staticmethod
     def layout(size):
         """Bytes of descriptor ring, driver and device event suppression structures."""
-        return DESC_SIZE * size, 4, 4
+        return DESC_SIZE * size, EVENT_SIZE, EVENT_SIZE
 
     def __cinit__(self, memory, size, desc, avail, used, *, index=None, **features):
         index = self.check_number(WRAP if index is None else index, 0xFFFF, "index")
         if index & ~WRAP >= self.size:
             raise LocalMisuseError(f"{self.name}: index {index:#x} is not in a ring of {self.size}")
-        self.ring = self.locate(desc, DESC_SIZE * self.size, 16)
-        self.driver_event = self.locate(avail, 4, 4)
-        self.device_event = self.locate(used, 4, 4)
+        self.ring = self.locate(desc, DESC_SIZE * self.size, DESC_ALIGN)
+        self.driver_event = self.locate(avail, EVENT_SIZE, EVENT_ALIGN)
+        self.device_event = self.locate(used, EVENT_SIZE, EVENT_ALIGN)
         self.ids = <uint16_t*>calloc(self.size, sizeof(uint16_t))
         if self.ids == NULL:
             raise MemoryError
@@ -66,7 +66,7 @@ cdef class PackedDriver(Driver):
         if self.held_slots == 0:
             self.held = self.next_slot
             self.held_flags = flags
-            flags = vr_load16(slot + 14)
+            flags = vr_load16(slot + PACKED_FLAGS)
         vr_write_desc(slot, address, length, id, <uint16_t>flags)
         self.advance(1)
 
@@ -113,7 +113,7 @@ cdef class PackedDriver(Driver):
             return False
         # The device reads in order, so the first descriptor shows it all of them: last.
         vr_store16_release(
-            self.ring + <size_t>self.held * DESC_SIZE + 14, <uint16_t>self.held_flags
+            self.ring + <size_t>self.held * DESC_SIZE + PACKED_FLAGS, <uint16_t>self.held_flags
         )
         self.held_slots = 0
         # What is available must be visible before the device's wish is read, or both may sleep.
@@ -128,7 +128,7 @@ cdef class PackedDriver(Driver):
         return bool(vr_need_event(offset, self.next_slot, <uint16_t>(self.next_slot - slots)))
 
     cdef bint is_used(self, uint32_t slot, bint wrap) noexcept nogil:
-        cdef uint32_t flags = vr_load16_acquire(self.ring + <size_t>slot * DESC_SIZE + 14)
+        cdef uint32_t flags = vr_load16_acquire(self.ring + <size_t>slot * DESC_SIZE + PACKED_FLAGS)
         return ((flags & DESC_F_AVAIL) != 0) == wrap and ((flags & DESC_F_USED) != 0) == wrap
 
     cdef bint next_element(self, uint32_t* head, uint32_t* length) except -1:
@@ -164,7 +164,7 @@ cdef class PackedDriver(Driver):
         while slots < wanted:
             if chains == self.flying or not self.is_used(slot, wrap):
                 return False
-            head = vr_load16(self.ring + <size_t>slot * DESC_SIZE + 12)
+            head = vr_load16(self.ring + <size_t>slot * DESC_SIZE + PACKED_ID)
             if head >= self.size or self.descriptors[head] == 0:
                 return True         # get_used tells what is wrong
             while True:

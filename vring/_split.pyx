@@ -5,6 +5,11 @@ from __future__ import annotations
 cimport cython
 
 from vring._core cimport VR_BROKEN
+from vring._layout cimport (
+    AVAIL_ALIGN, AVAIL_ENTRY, AVAIL_FLAGS, AVAIL_INDEX, AVAIL_RING, DESC_ALIGN, DESC_SIZE,
+    USED_ALIGN, USED_ENTRY, USED_FLAGS, USED_INDEX, USED_RING, avail_event_at, avail_size,
+    used_event_at, used_size
+)
 from vring._memory cimport GuestMemory, vr_lookup, vr_region
 from vring._walk cimport (
     FAULT_AVAIL_INDEX, FAULT_HEAD, FAULT_INDIRECT_ADDRESS, FAULT_INDIRECT_NESTED, FAULT_NEXT,
@@ -12,8 +17,8 @@ from vring._walk cimport (
     vr_locate_table, vr_read_scattered, vr_room, vr_single, vr_start_chain, vr_walk
 )
 from vring._wire cimport (
-    AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, DESC_SIZE, USED_F_NO_NOTIFY,
-    iovec, vr_entry, vr_fence, vr_follow, vr_likely, vr_load16, vr_load16_acquire, vr_need_event,
+    AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, USED_F_NO_NOTIFY, iovec,
+    vr_entry, vr_fence, vr_follow, vr_likely, vr_load16, vr_load16_acquire, vr_need_event,
     vr_read_desc, vr_store16, vr_store16_release, vr_unlikely, vr_write_used
 )
 from vring.errors import LocalMisuseError
@@ -123,7 +128,7 @@ cdef uint32_t pop_singles(
     cdef uint32_t i, at, size = room.size, index = avail.index
     cdef uint32_t ready = min(avail.ready, <uint32_t>(room.end - segment))
     for i in range(ready):
-        at = vr_load16(heads + 2 * <size_t>((index + i) & (size - 1)))
+        at = vr_load16(heads + AVAIL_ENTRY * <size_t>((index + i) & (size - 1)))
         if vr_unlikely(at >= size):
             ready = i
             break
@@ -169,7 +174,7 @@ cdef uint32_t pop_plain(
     cdef bint whole
     cdef vr_chain* chain = chains + i
     while i < avail.ready:
-        at = vr_load16(avail.heads + 2 * <size_t>((avail.index + i) & (room.size - 1)))
+        at = vr_load16(avail.heads + AVAIL_ENTRY * <size_t>((avail.index + i) & (room.size - 1)))
         table = avail.table
         entries = room.size
         if vr_unlikely(at >= entries):
@@ -262,16 +267,15 @@ cdef class SplitQueue(VirtQueue):
         self.memory = self._memory
 
     cdef int locate_rings(self, GuestMemory memory) except -1:
-        # The event indices at the ends exist only with EVENT_IDX.
-        cdef uint64_t event = 2 if self.event_idx else 0
         cdef uint8_t* desc = self.locate(
-            memory, self.areas[0], self.size * DESC_SIZE, 16, "descriptor table"
+            memory, self.areas[0], self.size * DESC_SIZE, DESC_ALIGN, "descriptor table"
         )
         cdef uint8_t* avail = self.locate(
-            memory, self.areas[1], 4 + self.size * 2 + event, 2, "available ring"
+            memory, self.areas[1], avail_size(self.size, self.event_idx), AVAIL_ALIGN,
+            "available ring"
         )
         cdef uint8_t* used = self.locate(
-            memory, self.areas[2], 4 + self.size * 8 + event, 4, "used ring"
+            memory, self.areas[2], used_size(self.size, self.event_idx), USED_ALIGN, "used ring"
         )
         self.desc = desc
         self.avail = avail
@@ -302,8 +306,8 @@ cdef class SplitQueue(VirtQueue):
         cdef uint32_t i = 0
         cdef int code = 0
         avail.index = self.next_avail
-        avail.ready = <uint16_t>(vr_load16_acquire(self.avail + 2) - avail.index)
-        avail.heads = self.avail + 4
+        avail.ready = <uint16_t>(vr_load16_acquire(self.avail + AVAIL_INDEX) - avail.index)
+        avail.heads = self.avail + AVAIL_RING
         avail.table = self.desc
         avail.indirect = self.indirect
         if self.fault.code:
@@ -326,7 +330,9 @@ cdef class SplitQueue(VirtQueue):
             i = pop_plain(&avail, i, chains, &room, &segments, &max_bytes)
             if vr_likely(i == avail.ready):
                 break
-            walk.at = vr_load16(avail.heads + 2 * <size_t>((avail.index + i) & (self.size - 1)))
+            walk.at = vr_load16(
+                avail.heads + AVAIL_ENTRY * <size_t>((avail.index + i) & (self.size - 1))
+            )
             if walk.at < self.size:
                 chain = &chains[i]
                 chain.head = walk.at
@@ -359,22 +365,22 @@ cdef class SplitQueue(VirtQueue):
         cdef uint16_t after = before + n
         cdef uint32_t mask = self.size - 1
         cdef uint32_t i
-        cdef uint8_t* elements = self.used + 4
+        cdef uint8_t* elements = self.used + USED_RING
         for i in range(n):
             vr_write_used(
-                elements + 8 * <size_t>((before + i) & mask), chains[i].head,
+                elements + USED_ENTRY * <size_t>((before + i) & mask), chains[i].head,
                 written[i] if written != NULL else 0
             )
-        vr_store16_release(self.used + 2, after)
+        vr_store16_release(self.used + USED_INDEX, after)
         self.next_used = after
         self.pushed += n
         # The index must be visible before the driver's wish is read, or both sides may sleep.
         vr_fence()
         if self.event_idx:
             return vr_need_event(
-                vr_load16(self.avail + 4 + 2 * <size_t>self.size), after, before
+                vr_load16(self.avail + used_event_at(self.size)), after, before
             )
-        return not vr_load16(self.avail) & AVAIL_F_NO_INTERRUPT
+        return not vr_load16(self.avail + AVAIL_FLAGS) & AVAIL_F_NO_INTERRUPT
 
     cdef void unpop_c(self, uint32_t n) noexcept nogil:
         self.next_avail -= n
@@ -382,26 +388,28 @@ cdef class SplitQueue(VirtQueue):
 
     cdef bint enable_notifications_c(self) noexcept nogil:
         if self.event_idx:
-            vr_store16(self.used + 4 + 8 * <size_t>self.size, self.next_avail)
+            vr_store16(self.used + avail_event_at(self.size), self.next_avail)
         else:
-            vr_store16(self.used, 0)
+            vr_store16(self.used + USED_FLAGS, 0)
         # The wish must be visible before the index is read again: the driver may have added a
         # chain after the last pop and before it could see the wish.
         vr_fence()
-        return vr_load16(self.avail + 2) != self.next_avail
+        return vr_load16(self.avail + AVAIL_INDEX) != self.next_avail
 
     cdef bint enable_notifications_after_c(self, uint16_t n) noexcept nogil:
         if n <= 1 or not self.event_idx:
             return self.enable_notifications_c()
-        vr_store16(self.used + 4 + 8 * <size_t>self.size, <uint16_t>(self.next_avail + n - 1))
+        vr_store16(self.used + avail_event_at(self.size), <uint16_t>(self.next_avail + n - 1))
         vr_fence()
-        return <uint16_t>(vr_load16(self.avail + 2) - self.next_avail) >= n
+        return <uint16_t>(vr_load16(self.avail + AVAIL_INDEX) - self.next_avail) >= n
 
     cdef void disable_notifications_c(self) noexcept nogil:
         # With EVENT_IDX the event index stays behind, which asks for nothing until it is set.
         if not self.event_idx:
-            vr_store16(self.used, USED_F_NO_NOTIFY)
+            vr_store16(self.used + USED_FLAGS, USED_F_NO_NOTIFY)
 
     cdef uint32_t available_c(self) noexcept nogil:
-        cdef uint32_t ready = <uint16_t>(vr_load16_acquire(self.avail + 2) - self.next_avail)
+        cdef uint32_t ready = <uint16_t>(
+            vr_load16_acquire(self.avail + AVAIL_INDEX) - self.next_avail
+        )
         return 0 if self.fault.code or ready > self.size else ready

@@ -7,10 +7,14 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
 from vring._driver cimport vr_buffer
+from vring._layout cimport (
+    AVAIL_ALIGN, AVAIL_ENTRY, AVAIL_FLAGS, AVAIL_INDEX, AVAIL_RING, DESC_ALIGN, DESC_SIZE,
+    USED_ALIGN, USED_ENTRY, USED_FLAGS, USED_INDEX, USED_RING, avail_event_at, avail_size,
+    used_event_at, used_size
+)
 from vring._wire cimport (
-    AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, DESC_F_NEXT, DESC_SIZE, USED_F_NO_NOTIFY, vr_fence,
-    vr_load16, vr_load16_acquire, vr_load32, vr_need_event, vr_store16, vr_store16_release,
-    vr_write_desc
+    AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, DESC_F_NEXT, USED_F_NO_NOTIFY, vr_fence, vr_load16,
+    vr_load16_acquire, vr_load32, vr_need_event, vr_store16, vr_store16_release, vr_write_desc
 )
 from vring.errors import LocalMisuseError, UsedRingError
 
@@ -22,16 +26,16 @@ cdef class SplitDriver(Driver):
     @staticmethod
     def layout(size):
         """Bytes of descriptor table, available ring and used ring, event indices included."""
-        return DESC_SIZE * size, 6 + 2 * size, 6 + 8 * size
+        return DESC_SIZE * size, avail_size(size, True), used_size(size, True)
 
     def __cinit__(self, memory, size, desc, avail, used, *, index=None, **features):
         if self.size & (self.size - 1):
             raise LocalMisuseError(f"{self.name}: size {self.size} is not a power of two")
         index = self.check_number(0 if index is None else index, 0xFFFF, "index")
         desc_bytes, avail_bytes, used_bytes = SplitDriver.layout(self.size)
-        self.desc = self.locate(desc, desc_bytes, 16)
-        self.avail = self.locate(avail, avail_bytes, 2)
-        self.used = self.locate(used, used_bytes, 4)
+        self.desc = self.locate(desc, desc_bytes, DESC_ALIGN)
+        self.avail = self.locate(avail, avail_bytes, AVAIL_ALIGN)
+        self.used = self.locate(used, used_bytes, USED_ALIGN)
         self.next = <uint16_t*>calloc(self.size, sizeof(uint16_t))
         if self.next == NULL:
             raise MemoryError
@@ -46,12 +50,12 @@ cdef class SplitDriver(Driver):
             self.next[i] = <uint16_t>(i + 1) & <uint16_t>(self.size - 1)
         self.free_head = 0
         self.next_avail = self.published = self.next_used = index
-        vr_store16(self.avail + 2, index)
+        vr_store16(self.avail + AVAIL_INDEX, index)
         self.enable_notifications()
 
     cdef void restart(self) noexcept:
-        memset(self.avail, 0, 4)
-        memset(self.used, 0, 4)
+        memset(self.avail, 0, AVAIL_RING)
+        memset(self.used, 0, USED_RING)
         self.start(0)
 
     cdef uint16_t take(self) noexcept nogil:
@@ -104,7 +108,7 @@ cdef class SplitDriver(Driver):
 
     cdef void offer(self, uint16_t head) noexcept nogil:
         cdef uint16_t slot = self.next_avail & <uint16_t>(self.size - 1)
-        vr_store16(self.avail + 4 + 2 * <size_t>slot, head)
+        vr_store16(self.avail + AVAIL_RING + AVAIL_ENTRY * <size_t>slot, head)
         self.next_avail += 1
 
     cdef uint16_t put_one(self, uint64_t address, uint32_t length, uint32_t flags) noexcept nogil:
@@ -118,18 +122,18 @@ cdef class SplitDriver(Driver):
         cdef uint16_t before = self.published
         if before == self.next_avail:
             return False
-        vr_store16_release(self.avail + 2, self.next_avail)
+        vr_store16_release(self.avail + AVAIL_INDEX, self.next_avail)
         self.published = self.next_avail
         # The index must be visible before the device's wish is read, or both sides may sleep.
         vr_fence()
         if self.event_idx:
             return bool(vr_need_event(
-                vr_load16(self.used + 4 + 8 * <size_t>self.size), self.published, before
+                vr_load16(self.used + avail_event_at(self.size)), self.published, before
             ))
-        return not vr_load16(self.used) & USED_F_NO_NOTIFY
+        return not vr_load16(self.used + USED_FLAGS) & USED_F_NO_NOTIFY
 
     cdef bint next_element(self, uint32_t* head, uint32_t* length) except -1:
-        cdef uint16_t ready = vr_load16_acquire(self.used + 2) - self.next_used
+        cdef uint16_t ready = vr_load16_acquire(self.used + USED_INDEX) - self.next_used
         cdef const uint8_t* element
         if ready > <uint16_t>(self.published - self.next_used):
             raise UsedRingError(
@@ -138,7 +142,9 @@ cdef class SplitDriver(Driver):
             )
         if ready == 0:
             return False
-        element = self.used + 4 + 8 * <size_t>(self.next_used & <uint16_t>(self.size - 1))
+        element = self.used + USED_RING + USED_ENTRY * <size_t>(
+            self.next_used & <uint16_t>(self.size - 1)
+        )
         head[0] = vr_load32(element)
         length[0] = vr_load32(element + 4)
         return True
@@ -161,20 +167,20 @@ cdef class SplitDriver(Driver):
             raise LocalMisuseError(f"{self.name}: after {after} of {self.size} descriptors")
         if self.event_idx:
             vr_store16(
-                self.avail + 4 + 2 * <size_t>self.size, <uint16_t>(self.next_used + after - 1)
+                self.avail + used_event_at(self.size), <uint16_t>(self.next_used + after - 1)
             )
         else:
-            vr_store16(self.avail, 0)
+            vr_store16(self.avail + AVAIL_FLAGS, 0)
         vr_fence()
-        return <uint16_t>(vr_load16(self.used + 2) - self.next_used) >= after
+        return <uint16_t>(vr_load16(self.used + USED_INDEX) - self.next_used) >= after
 
     def disable_notifications(self):
         """Tells the device that notifications are not needed; it may still send some."""
         if self.event_idx:
             # The flag must stay 0 then (2.7.7): an event as far away as can be.
-            vr_store16(self.avail + 4 + 2 * <size_t>self.size, <uint16_t>(self.next_used - 1))
+            vr_store16(self.avail + used_event_at(self.size), <uint16_t>(self.next_used - 1))
         else:
-            vr_store16(self.avail, AVAIL_F_NO_INTERRUPT)
+            vr_store16(self.avail + AVAIL_FLAGS, AVAIL_F_NO_INTERRUPT)
 
     @property
     def avail_index(self):

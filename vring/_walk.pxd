@@ -2,10 +2,10 @@
 
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 
+from vring._layout cimport DESC_SIZE
 from vring._memory cimport vr_lookup, vr_map, vr_region
 from vring._wire cimport (
-    DESC_F_NEXT, DESC_F_WRITE, DESC_SIZE, iovec, vr_copy, vr_entry, vr_likely, vr_store_one_of,
-    vr_unlikely
+    DESC_F_NEXT, DESC_F_WRITE, iovec, vr_copy, vr_entry, vr_likely, vr_store_one_of, vr_unlikely
 )
 
 cdef struct vr_chain:

@@ -1,5 +1,6 @@
-# What lies in guest memory and how it is touched: ring layouts (virtio 1.3, 2.7 and 2.8), flags,
-# atomics and the one wrap-safe event comparison. Declared once; everything else cimports it.
+# How guest memory is touched: entries of rings (virtio 1.3, 2.7 and 2.8), flags, atomics and the
+# one wrap-safe event comparison. Declared once; everything else cimports it. Where what lies is in
+# _layout.
 #
 # Every access to shared memory goes through a function of this file. They load or store exactly
 # once (atomic or volatile), so that a driver that changes memory meanwhile cannot show two values,
@@ -80,9 +81,6 @@ cdef extern from * nogil:
     static inline uint32_t vr_load32(const void *p) {
         return le32toh(__atomic_load_n((const vr_u32 *)p, __ATOMIC_RELAXED));
     }
-    static inline uint64_t vr_load64(const void *p) {
-        return le64toh(__atomic_load_n((const vr_u64 *)p, __ATOMIC_RELAXED));
-    }
     static inline void vr_store16(void *p, uint16_t v) {
         __atomic_store_n((vr_u16 *)p, htole16(v), __ATOMIC_RELAXED);
     }
@@ -92,12 +90,8 @@ cdef extern from * nogil:
     static inline void vr_store32(void *p, uint32_t v) {
         __atomic_store_n((vr_u32 *)p, htole32(v), __ATOMIC_RELAXED);
     }
-    static inline void vr_store64(void *p, uint64_t v) {
-        __atomic_store_n((vr_u64 *)p, htole64(v), __ATOMIC_RELAXED);
-    }
     /* Store-load ordering: our index before our reading of the other side's suppression state. */
     static inline void vr_fence(void) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
-    static inline void vr_fence_acquire(void) { __atomic_thread_fence(__ATOMIC_ACQUIRE); }
 
     /* A descriptor that was read, with fields as wide as registers like them. */
     typedef struct {
@@ -233,13 +227,10 @@ cdef extern from * nogil:
     uint16_t vr_load16(const void* p)
     uint16_t vr_load16_acquire(const void* p)
     uint32_t vr_load32(const void* p)
-    uint64_t vr_load64(const void* p)
     void vr_store16(void* p, uint16_t value)
     void vr_store16_release(void* p, uint16_t value)
     void vr_store32(void* p, uint32_t value)
-    void vr_store64(void* p, uint64_t value)
     void vr_fence()
-    void vr_fence_acquire()
     vr_entry vr_read_desc(const void* p)
     vr_entry vr_read_packed(const void* p)
     void vr_write_packed_used(void* p, uint32_t len, uint16_t id, uint16_t flags)
@@ -260,7 +251,6 @@ cdef enum:
     DESC_F_INDIRECT = 4
     DESC_F_AVAIL = 1 << 7
     DESC_F_USED = 1 << 15
-    DESC_SIZE = 16
     # flags of the split rings (2.7.6, 2.7.8)
     AVAIL_F_NO_INTERRUPT = 1
     USED_F_NO_NOTIFY = 1
@@ -268,4 +258,3 @@ cdef enum:
     EVENT_ENABLE = 0
     EVENT_DISABLE = 1
     EVENT_DESC = 2
-    QUEUE_SIZE_MAX = 32768

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from vring import _layout as layout
 from vring._memory import GuestMemory, Region
 from vring._split import SplitQueue
 from vring._split_driver import SplitDriver
@@ -55,7 +56,9 @@ class GuestQueue:
         self.driver = SplitDriver(
             self.memory, size, desc, avail, used, event_idx=event_idx, index=index
         )
-        self.memory.write(used + 2, index.to_bytes(2, "little"))  # as a device left it
+        self.memory.write(
+            used + layout.USED_INDEX, index.to_bytes(2, "little")
+        )  # as a device left it
         buffers = np.frombuffer(memoryview(data), np.uint8, size * slot, first - guest_addr)
         self.slots = buffers.reshape(size, slot)
         self.addresses = first + slot * np.arange(size, dtype=np.uint64)

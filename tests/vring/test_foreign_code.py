@@ -259,7 +259,7 @@ def test_chains_of_before_a_reset_touch_nothing(packed: bool) -> None:
     before = ring.data.copy()
     uses: list[Callable[[], object]] = [
         lambda: batch.scatter(b"x" * 16), batch.gather, lambda: batch.gather_into(bytearray(99)),
-        lambda: batch.gather_chain(0), lambda: row.write(b"x"), row.read, lambda: row.readable,
+        lambda: batch[0].read(), lambda: row.write(b"x"), row.read, lambda: row.readable,
         lambda: chain.writable, lambda: chain.write(b"x"), lambda: iterated.write(b"x"),
         lambda: chain.head, lambda: ring.queue.push(chain), lambda: ring.queue.unpop(batch),
         lambda: ring.queue.push_many(batch, 1), lambda: [c.write(b"x") for c in batch],

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vring import Pump, drain, notify
+from vring import Drained, Pump, drain, notify
 from vring.testing import GuestQueue
 
 FULL = 2**64 - 2
@@ -121,7 +121,7 @@ def test_nothing_is_written_to_what_is_neither(tmp_path: Path) -> None:
     try:
         for fd in (writer, file):
             notify(fd)
-        assert drain(reader) is None
+        assert drain(reader) is Drained.EMPTY
         assert os.fstat(file).st_size == 0
     finally:
         for fd in (reader, writer, file):
@@ -129,11 +129,11 @@ def test_nothing_is_written_to_what_is_neither(tmp_path: Path) -> None:
 
 
 def test_an_empty_eventfd_is_not_waited_for(eventfd: int) -> None:
-    assert drain(eventfd) is None
+    assert drain(eventfd) is Drained.EMPTY
     os.eventfd_write(eventfd, 3)
-    assert drain(eventfd) is True
-    assert drain(eventfd) is None
-    assert drain(-1) is False
+    assert drain(eventfd) is Drained.READ
+    assert drain(eventfd) is Drained.EMPTY
+    assert drain(-1) is Drained.ENDED
 
 
 @pytest.mark.parametrize("incoming", [False, True])

@@ -34,7 +34,7 @@ def test_gather_and_scatter(packed: bool) -> None:
     batch = ring.queue.pop_many()
     assert len(batch) == 3
     assert batch.gather() == b"\1\1\1\2\2\2\2\2\1\1"
-    assert batch.gather_chain(0) == b"\1\1\1\2\2\2\2\2"
+    assert batch[0].read() == b"\1\1\1\2\2\2\2\2"
     out = bytearray(12)
     assert batch.gather_into(out) == 10
     assert out == b"\1\1\1\2\2\2\2\2\1\1\0\0"

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from vring import PackedDriver, SplitDriver, drain, notify
+from vring import Drained, PackedDriver, SplitDriver, drain, notify
 from vring.errors import RingError
 from vring_serial import unix_fds
 from vring_serial.guest.errors import BackendError
@@ -78,7 +78,7 @@ class DriverQueue:
 
     def _call(self) -> None:
         # The device's process has both eventfds too, and may make them block: see vring.notify.
-        if drain(self.call_fd) and self._called is not None:
+        if drain(self.call_fd) is Drained.READ and self._called is not None:
             self._called()
 
     # Whatever the device breaks is found here. The queue is dead from then on: it looks empty and

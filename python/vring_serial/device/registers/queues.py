@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vring import GuestMemory, drain, notify
+from vring import Drained, GuestMemory, drain, notify
 from vring.errors import AddressError, VringError
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.registers.state import DriverState, QueueSetup
@@ -232,7 +232,7 @@ class QueueTable:
             fds.direct = True
             if waiting >= 0:
                 # Calls that came before, and that nobody has seen yet.
-                if drain(waiting):
+                if drain(waiting) is Drained.READ:
                     notify(fds.call_fd)
                 os.close(waiting)
             return
@@ -301,7 +301,7 @@ class QueueTable:
             asyncio.get_running_loop().remove_reader(fds.call_fd)
 
     def _call_waits(self, index: int) -> None:
-        if drain(self._descriptors[index].call_fd):
+        if drain(self._descriptors[index].call_fd) is Drained.READ:
             self._called(index)
 
     def _drain(self, queue: QueueSetup) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vring import SplitDriver
+
 #: The areas of a queue, as :class:`QueueSetup` names them, in the order of their registers.
 QUEUE_AREAS = ("descriptor_area", "driver_area", "device_area")
 #: queue_msix_vector and config_msix_vector without a vector (4.1.5.1.2).
@@ -85,6 +87,7 @@ class QueueSetup:
     def place_legacy(self, address: int) -> None:
         """Set the areas in the legacy layout, which begins at guest address ``address`` (2.7.2)."""
         self.descriptor_area = address
-        self.driver_area = address + 16 * self.size
-        end = self.driver_area + 2 * (3 + self.size)
+        table, available, _ = SplitDriver.layout(self.size)
+        self.driver_area = address + table
+        end = self.driver_area + available
         self.device_area = (end + self.alignment - 1) & -self.alignment

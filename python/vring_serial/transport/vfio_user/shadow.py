@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
-from vring import GuestMemory, SplitQueue, drain, need_event, notify
+from vring import GuestMemory, SplitDriver, SplitQueue, drain, need_event, notify
 from vring.errors import AddressError, VringError
 from vring_serial.device.kicks import KickWatch
 from vring_serial.device.virtqueue import RunningQueue
@@ -174,7 +174,7 @@ class ShadowRing:
 
     def _hold_ring(self) -> Held:
         held = Held()
-        parts = (16 * self._size, 6 + 2 * self._size, 6 + 8 * self._size)
+        parts = SplitDriver.layout(self._size)
         for address, length in zip(self._outer.queue.rings, parts, strict=True):
             if sum(size for _, size in self._add_remote(held, address, length)) != length:
                 name = self._outer.queue.name

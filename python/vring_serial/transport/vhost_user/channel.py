@@ -8,7 +8,7 @@ import os
 import socket
 from collections.abc import Callable
 
-from vring import drain
+from vring import Drained, drain
 from vring_serial import unix_fds
 from vring_serial.errors import RemoteProtocolError
 from vring_serial.proto.vhost_user import (
@@ -162,7 +162,7 @@ class CallRelay:
         self._fds.clear()
 
     def _readable(self, index: int, fd: int) -> None:
-        if drain(fd):
+        if drain(fd) is Drained.READ:
             self._called(index)
 
 

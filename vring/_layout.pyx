@@ -1,0 +1,31 @@
+"""Sizes and offsets of ring parts in bytes, both layouts (virtio 1.3, 2.7 and 2.8).
+
+The numbers are those that the rings themselves work with. The sizes of whole areas are
+``SplitDriver.layout`` and ``PackedDriver.layout``.
+"""
+
+from __future__ import annotations
+
+
+def used_event_offset(uint32_t size):
+    """Return where `used_event` is in the available ring of a split queue (2.7.7).
+
+    Args:
+        size: descriptors of the queue.
+
+    Returns:
+        Bytes from the start of the available ring.
+    """
+    return used_event_at(size)
+
+
+def avail_event_offset(uint32_t size):
+    """Return where `avail_event` is in the used ring of a split queue (2.7.10).
+
+    Args:
+        size: descriptors of the queue.
+
+    Returns:
+        Bytes from the start of the used ring.
+    """
+    return avail_event_at(size)
