@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import re
 import runpy
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.leaks import held
 from vring_serial.bench.rig import Rig
 from vring_serial.chardev.file import FileChardev, FileOptions
 from vring_serial.chardev.socket import SocketChardev, SocketOptions
@@ -22,12 +22,6 @@ from vring_serial.errors import ResourceError
 
 ROOT = Path(__file__).parents[1]
 (README_EXAMPLE,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-
-
-def held() -> tuple[int, int]:
-    """Threads, those of native code included, and descriptors of this process."""
-    gc.collect()
-    return len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
 
 
 @pytest.fixture(autouse=True)

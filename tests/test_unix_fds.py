@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.support.leaks import held
 from vring_serial import unix_fds
 
 
@@ -17,10 +18,6 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
     a, b = socket.socketpair()
     with a, b:
         yield a, b
-
-
-def open_fds() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 def test_descriptors_arrive_with_the_first_byte_and_are_not_inherited(
@@ -60,13 +57,13 @@ def test_more_descriptors_than_a_message_may_have_are_told(
     pair: tuple[socket.socket, socket.socket],
 ) -> None:
     a, b = pair
-    before = open_fds()
+    before = held()
     unix_fds.send(a, b"x", [0] * 9)
     got = unix_fds.receive(b, 1, 8)
     assert got.truncated
     assert len(got.fds) == 9, "the kernel would close the others here"
     unix_fds.close_all(got.fds)
-    assert open_fds() == before
+    assert held() == before
 
 
 def test_descriptors_that_this_process_may_not_open_are_told(

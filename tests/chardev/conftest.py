@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import asyncio
-import contextlib
 import os
 import socket
 import struct
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.leaks import held
 from vring_serial.chardev.base import Chardev, DescriptorEnd, End, ProtocolEnd
 from vring_serial.chardev.file import FileChardev, FileOptions
 from vring_serial.chardev.null import NullChardev
@@ -24,15 +24,6 @@ from vring_serial.chardev.socket import SocketChardev, SocketOptions
 from vring_serial.chardev.stdio import StdioChardev
 
 DEADLINE = 5.0  # seconds in which anything that happens at all has happened
-
-
-def open_descriptors() -> dict[str, str]:
-    """Descriptor number → what it is open on, of this process."""
-    found = {}
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(FileNotFoundError):  # the one of the listing itself
-            found[name] = os.readlink(f"/proc/self/fd/{name}")
-    return found
 
 
 async def readable(fd: int) -> None:
@@ -553,13 +544,13 @@ WITH_LAST_WORDS = [n for n in LEAVING if KINDS[n].sends and not KINDS[n].in_memo
 async def peer(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Peer]:
     """Every kind in turn; nothing of a chardev is open any more when the test has ended."""
     peer = KINDS[request.param](tmp_path)
-    before = open_descriptors()
+    before = held()
     yield peer
     await peer.chardev.aclose()
     await peer.disconnect()
-    after = open_descriptors()
+    after = held()
     await peer.aclose()
-    assert not set(after) - set(before)
+    assert not after.descriptors.keys() - before.descriptors.keys()
 
 
 @pytest.fixture(autouse=True)
@@ -571,9 +562,9 @@ def quick_ptys(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def no_leak() -> Iterator[None]:
     """The test leaves no descriptor open; for tests that make their own chardevs."""
-    before = open_descriptors()
+    before = held()
     yield
-    assert not set(open_descriptors()) - set(before)
+    assert not held().descriptors.keys() - before.descriptors.keys()
 
 
 def reset_connection(sock: socket.socket) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import inspect
 import socket
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.chardev.conftest import Guest, Peer, open_descriptors
+from tests.chardev.conftest import Guest, Peer
+from tests.support.leaks import held
 from vring_serial.chardev.base import Chardev
 from vring_serial.chardev.socket import SocketChardev, SocketOptions
 from vring_serial.errors import ResourceError
@@ -36,13 +36,11 @@ async def after(turns: int, task: asyncio.Future[Any]) -> None:
 
 @pytest.mark.parametrize("turns", range(5))
 async def test_a_start_is_cancelled(peer: Peer, turns: int, request: pytest.FixtureRequest) -> None:
-    gc.collect()
-    before = open_descriptors()
+    before = held()
     await after(turns, asyncio.ensure_future(peer.chardev.start()))
     await peer.chardev.aclose()
-    gc.collect()
     if "stdio" not in request.node.name:  # whose test exchanges the standard descriptors
-        assert open_descriptors() == before
+        assert held() == before
     guest = Guest(peer.chardev)
     await peer.chardev.start()
     await peer.connect()
@@ -85,8 +83,7 @@ async def test_a_socket_that_waits_for_its_peer(tmp_path: Path, kind: str, what:
             full.bind(str(path))
             full.listen(0)
             first.connect(str(path))
-        gc.collect()
-        before = open_descriptors()
+        before = held()
         chardev = SocketChardev("c", options(kind, path))
         starting = asyncio.ensure_future(chardev.start())
         for _ in range(10):
@@ -99,6 +96,5 @@ async def test_a_socket_that_waits_for_its_peer(tmp_path: Path, kind: str, what:
             await after(1, asyncio.ensure_future(chardev.aclose()))
             for result in await asyncio.gather(starting, return_exceptions=True):
                 assert result is None or isinstance(result, ResourceError)
-        gc.collect()
-        assert open_descriptors() == before
+        assert held() == before
         assert path.exists() == (kind == "waiting its turn")

@@ -18,8 +18,8 @@ from tests.chardev.conftest import (
     WITH_LAST_WORDS,
     Guest,
     Peer,
-    open_descriptors,
 )
+from tests.support.leaks import held
 from vring_serial.chardev.base import DescriptorEnd
 from vring_serial.errors import LocalProtocolError, ResourceError
 
@@ -69,9 +69,9 @@ async def test_start_again_after_stop(peer: Peer) -> None:
 
 async def test_start_twice_does_nothing(peer: Peer) -> None:
     guest = await connected(peer)
-    before = open_descriptors()
+    before = held()
     await peer.chardev.start()
-    assert open_descriptors() == before
+    assert held() == before
     assert guest.events == ["opened"]
 
 
@@ -244,7 +244,7 @@ async def test_running_out_of_descriptors_leaves_nothing_behind(peer: Peer) -> N
     await peer.chardev.aclose()
     guest.events.clear()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    before = open_descriptors()
+    before = held().descriptors
     files = sorted(os.listdir(peer.directory))
     highest = max(map(int, before))
     # Numbers below the highest may be free; take them, so that the limit counts.
@@ -261,7 +261,7 @@ async def test_running_out_of_descriptors_leaves_nothing_behind(peer: Peer) -> N
         if failure is None:
             break
         assert "dut" in failure
-        assert len(open_descriptors()) == len(before) + len(fillers)
+        assert len(held().descriptors) == len(before) + len(fillers)
         assert sorted(os.listdir(peer.directory)) == files
         assert guest.events == []
     else:

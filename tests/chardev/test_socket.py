@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 
 from tests.chardev.conftest import (
     Guest,
-    open_descriptors,
     read_exactly,
     reset_connection,
     tcp_server,
     unix_client,
     unix_server,
 )
+from tests.support.leaks import held
 from vring_serial.chardev.socket import SocketChardev, SocketOptions
 from vring_serial.errors import ConfigError, ResourceError
 
@@ -43,11 +43,11 @@ def has_ipv6() -> bool:
 
 async def refused(chardev: SocketChardev, *words: str) -> str:
     """Start fails with all these words, and leaves nothing open or behind."""
-    before = open_descriptors()
+    before = held()
     with pytest.raises(ResourceError) as caught:
         async with asyncio.timeout(5):
             await chardev.start()
-    assert open_descriptors() == before
+    assert held() == before
     assert chardev.end is None
     message = str(caught.value)
     for word in ("dut", *words):

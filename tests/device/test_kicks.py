@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 from collections.abc import Iterator
 
 import pytest
 
+from tests.support.leaks import held
 from vring_serial.device.kicks import KickWatch
 
 MANY = 1 << 40
@@ -99,8 +99,7 @@ async def test_a_watch_may_end_another_as_it_is_told(semaphore: int) -> None:
 
 
 async def test_descriptors_come_back(semaphore: int) -> None:
-    gc.collect()
-    before = len(os.listdir("/proc/self/fd"))
+    before = held()
     for _ in range(3):
         closed = os.eventfd(0)
         copy = os.dup(closed)
@@ -113,4 +112,4 @@ async def test_descriptors_come_back(semaphore: int) -> None:
         os.close(copy)
     with pytest.raises(OSError, match="Bad file descriptor"):
         KickWatch(999_999, lambda: None)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert held() == before

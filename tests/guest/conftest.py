@@ -266,9 +266,3 @@ def until() -> Callable[[Callable[[], object]], Awaitable[None]]:
                 await asyncio.sleep(0.001)
 
     return wait
-
-
-@pytest.fixture
-def open_fds() -> Callable[[], int]:
-    """Counts this process's open descriptors."""
-    return lambda: len(os.listdir("/proc/self/fd"))

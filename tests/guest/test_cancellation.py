@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import inspect
 import itertools
 import socket
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.guest.conftest import ScriptedDevice, ScriptedServer
+from tests.support.leaks import held
 from vring_serial import unix_fds
 from vring_serial.chardev.ringbuf import RingbufChardev
 from vring_serial.device.console.controller import Controller
@@ -155,23 +155,21 @@ async def test_a_request_that_is_cancelled_in_the_middle_of_its_bytes(
     theirs.close()
 
 
-async def test_connecting_is_cancelled(tmp_path: Path, open_fds: Callable[[], int]) -> None:
+async def test_connecting_is_cancelled(tmp_path: Path) -> None:
     path = tmp_path / "full.sock"
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen(0)
         with socket.socket(socket.AF_UNIX) as first:
             first.connect(str(path))
-            gc.collect()
-            before = open_fds()
+            before = held()
             for turns in range(4):
                 connecting = asyncio.ensure_future(Frontend(str(path)).connect())
                 for _ in range(turns):
                     await asyncio.sleep(0)
                 connecting.cancel()
                 await asyncio.gather(connecting, return_exceptions=True)
-            gc.collect()
-            assert open_fds() == before
+            assert held() == before
 
 
 async def test_whoever_waits_for_an_answer_is_told_of_the_end(
@@ -226,14 +224,13 @@ async def served(tmp_path: Path) -> Any:
 @pytest.mark.parametrize("turns", [0, 1, 2, 3, 5, 10, 20, 40, 80, 160])
 @pytest.mark.parametrize("what", ["start", "aclose"])
 async def test_a_guest_is_cancelled_while_it_starts_or_stops(
-    served: Served, open_fds: Callable[[], int], until: Until, what: str, turns: int
+    served: Served, until: Until, what: str, turns: int
 ) -> None:
     await served.works()
     gone = []
     served.backend.on_peer = gone.append
-    gc.collect()
     await until(lambda: served.backend._session is None)
-    before = open_fds()
+    before = held()
     guest = EmbeddedGuest(served.path, memory=32 << 20)
     if what == "aclose":
         await guest.start()
@@ -248,12 +245,7 @@ async def test_a_guest_is_cancelled_while_it_starts_or_stops(
         await guest.aclose()  # it had not begun
     del guest, task
     await until(lambda: served.backend._session is None)
-
-    def closed() -> bool:
-        gc.collect()
-        return open_fds() <= before
-
-    await until(closed)
+    await until(lambda: held() == before)
     await served.works()
 
 

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from tests.support.leaks import held
 from vring_serial.guest.errors import (
     BackendClosedError,
     BackendError,
@@ -473,16 +474,16 @@ async def test_a_port_without_memory_is_not_ready(scripted, scripted_device) -> 
     ],
 )
 async def test_a_start_that_fails_leaves_nothing_behind(
-    scripted, open_fds, until, attribute: str, value: object, why: str
+    scripted, until, attribute: str, value: object, why: str
 ) -> None:
-    before = open_fds()
+    before = held().descriptors
     scripted.prepare = lambda backend: setattr(backend, attribute, value)
     guest = EmbeddedGuest(scripted.path, timeout=1)
     with pytest.raises(BackendError, match=why):
         await guest.start()
     await until(lambda: scripted.backend.lost.done())
     scripted.backend.close()
-    assert open_fds() == before
+    assert held().descriptors == before
 
 
 async def test_a_device_that_does_not_take_the_features(scripted) -> None:

@@ -7,11 +7,12 @@ import gc
 import os
 import resource
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
+from tests.support.leaks import held
 from vring_serial.errors import ResourceError
 from vring_serial.guest.errors import (
     BackendClosedError,
@@ -236,16 +237,16 @@ async def test_the_backend_channel(scripted, frontend: Frontend, until) -> None:
 
 
 async def test_descriptors_with_replies_are_refused_and_closed(
-    scripted, frontend: Frontend, until, open_fds: Callable[[], int]
+    scripted, frontend: Frontend, until
 ) -> None:
     scripted.backend.script[vu.Request.GET_FEATURES] = None
     asking = asyncio.ensure_future(frontend.ask(vu.Request.GET_FEATURES, vu.U64))
     await until(lambda: "GET_FEATURES" in scripted.backend.requests)
-    before = open_fds()
+    before = len(held().descriptors)
     await scripted.backend.channel.send(vu.reply(vu.Request.GET_FEATURES, vu.U64(0)), [0, 0])
     with pytest.raises(BackendError, match="2 descriptors"):
         await asking
-    assert open_fds() == before - 1  # its socket: the connection is over
+    assert len(held().descriptors) == before - 1  # its socket: the connection is over
     frontend.close()
 
 

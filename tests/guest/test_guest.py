@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import hashlib
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.leaks import held
 from vring_serial.chardev.protocol import ProtocolChardev
 from vring_serial.chardev.socket import SocketChardev, SocketOptions
 from vring_serial.device.console.controller import Controller
@@ -324,17 +324,15 @@ def test_impossible_numbers(options: dict[str, int], why: str) -> None:
         EmbeddedGuest("path", **options)
 
 
-async def test_nothing_stays_open(setup: Setup, open_fds) -> None:
+async def test_nothing_stays_open(setup: Setup) -> None:
     async with EmbeddedGuest(setup.path) as guest:
         await guest.wait_port(2)
     await asyncio.sleep(0.05)
-    gc.collect()  # of the tests before: a MemoryWatch stays open while it is referred to
-    before = open_fds()
+    before = held()
     for _ in range(3):
         async with EmbeddedGuest(setup.path) as guest:
             port: GuestPort = await guest.wait_port(2)
             _, writer = await port.open()
             writer.write(b"unread")
     await asyncio.sleep(0.05)
-    gc.collect()
-    assert open_fds() == before
+    assert held() == before

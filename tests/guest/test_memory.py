@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from tests.support.leaks import held
 from vring_serial.errors import ResourceError
 from vring_serial.guest.errors import GuestMemoryError
 from vring_serial.guest.memory import PAGE, GuestRam
@@ -45,7 +46,7 @@ def test_it_ends() -> None:
 
 @pytest.mark.parametrize("size", [1 << 62, 0, -1])
 def test_an_impossible_size_is_a_named_error(size: int) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = held()
     with pytest.raises(ResourceError, match="guest RAM"):
         GuestRam(size)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert held() == before

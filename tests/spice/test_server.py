@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from tests.support.leaks import held
 from vring_serial.chardev.base import ProtocolEnd
 from vring_serial.errors import ConfigError, LocalProtocolError, ResourceError
 from vring_serial.spice import SpiceOptions
@@ -23,21 +24,17 @@ def local(**values):
     return SpiceServer(SpiceOptions(**{**usual, **values}))
 
 
-def open_descriptors():
-    return len(os.listdir("/proc/self/fd"))
-
-
 async def test_it_starts_and_stops_as_often_as_one_likes():
     server = local()
     await server.start()
     await server.aclose()
-    before = open_descriptors()
+    before = held()
     for _ in range(5):
         await server.start()
         assert server.addresses[0].startswith("127.0.0.1:")
         await server.aclose()
         await server.aclose()
-    assert open_descriptors() == before
+    assert held() == before
 
 
 async def test_two_servers_at_once():

@@ -15,7 +15,7 @@ class Held:
 
     Attributes:
         descriptors: what each open descriptor refers to, by number.
-        mappings: the file and length in bytes of each shared mapping, sorted.
+        mappings: the file and length in bytes of each mapping that is shared and writable, sorted.
         threads: names of all threads but the workers of an event loop, which live as long as it.
     """
 
@@ -49,11 +49,11 @@ def _descriptors() -> dict[int, str]:
 
 
 def _mappings() -> tuple[tuple[str, int], ...]:
-    """Shared ones, as guest memory is; libraries come with the first test that needs them."""
+    """Shared and writable ones, as guest memory is; not the kernel's own, which stay."""
     found = []
     for line in Path("/proc/self/maps").read_text().splitlines():
         addresses, permissions, _, _, _, *file = line.split(maxsplit=5)
-        if permissions.endswith("s"):
+        if permissions == "rw-s" and not (file and file[0].startswith("/[aio]")):
             start, end = (int(address, 16) for address in addresses.split("-"))
             found.append((file[0] if file else "", end - start))
     return tuple(sorted(found))

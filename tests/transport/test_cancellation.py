@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import inspect
-import os
 
 import pytest
 
+from tests.support.leaks import held
 from vring_serial.chardev.null import NullChardev
 from vring_serial.chardev.socket import SocketChardev, SocketOptions
 from vring_serial.device.console.controller import Controller
@@ -42,11 +41,6 @@ async def after(turns, work):
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     return task
-
-
-def open_fds():
-    gc.collect()
-    return len(os.listdir("/proc/self/fd"))
 
 
 class Slow(NullChardev):
@@ -92,13 +86,13 @@ def is_stopped(controller, tmp_path):
 
 @pytest.mark.parametrize("turns", range(8))
 async def test_a_controller_is_cancelled_while_it_starts(tmp_path, turns):
-    before = open_fds()
+    before = held()
     controller = make(tmp_path)
     task = await after(turns, controller.start())
     if not task.cancelled():
         await controller.aclose()
     assert is_stopped(controller, tmp_path)
-    assert open_fds() == before
+    assert held() == before
     await controller.start()
     await controller.aclose()
 
@@ -106,18 +100,18 @@ async def test_a_controller_is_cancelled_while_it_starts(tmp_path, turns):
 @pytest.mark.parametrize("turns", range(1, 8))
 async def test_a_controller_is_cancelled_while_it_stops(tmp_path, turns):
     """All of its chardevs are stopped by then, and its pump is closed."""
-    before = open_fds()
+    before = held()
     controller = make(tmp_path)
     await controller.start()
     await after(turns, controller.aclose())
     assert is_stopped(controller, tmp_path)
-    assert open_fds() == before
+    assert held() == before
     await controller.start()
     await controller.aclose()
 
 
 async def test_a_chardev_that_cannot_be_stopped_keeps_no_other_from_it(tmp_path):
-    before = open_fds()
+    before = held()
     controller = make(tmp_path)
     controller.add_port(Port(4, "failing", Failing("failing")))
     controller.add_port(Port(5, "slow too", Slow("slow5")))
@@ -125,7 +119,7 @@ async def test_a_chardev_that_cannot_be_stopped_keeps_no_other_from_it(tmp_path)
     with pytest.raises(RuntimeError, match="cannot be stopped"):
         await controller.aclose()
     assert is_stopped(controller, tmp_path)
-    assert open_fds() == before
+    assert held() == before
 
 
 @pytest.mark.parametrize("turns", range(4))
@@ -151,7 +145,7 @@ async def test_plugging_and_removing_are_cancelled(tmp_path, turns):
 @pytest.mark.parametrize("what", ["start", "aclose"])
 async def test_a_transport_is_cancelled(tmp_path, transport, what, turns):
     path = tmp_path / "device.sock"
-    before = open_fds()
+    before = held()
     controller = Controller()
     backend = transport(controller, str(path))
     if what == "aclose":
@@ -168,7 +162,7 @@ async def test_a_transport_is_cancelled(tmp_path, transport, what, turns):
         await controller.aclose()
     await backend.aclose()
     del backend, controller
-    assert open_fds() == before
+    assert held() == before
 
 
 async def test_reading_a_clients_memory_is_cancelled():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 from collections.abc import Callable
@@ -10,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.support.leaks import held
+from tests.support.waiting import until
 from vring_serial.proto.vhost_user import Request, SingleRegion
 from vring_serial.transport.vhost_user.backend import VhostUserBackend
 
@@ -39,7 +40,7 @@ async def test_the_frontend_is_sent_away_and_the_next_is_served(
     left: int,
 ) -> None:
     """Nothing left, no ring left, no buffers left."""
-    open_before = len(os.listdir("/proc/self/fd"))
+    before = held().descriptors
     frontend = await start(connect)
     frontend.put(0, b"before it is cut off")
     os.ftruncate(frontend.memfd, left)
@@ -51,8 +52,7 @@ async def test_the_frontend_is_sent_away_and_the_next_is_served(
     frontend.close()
     following = await start(connect)
     following.close()
-    await asyncio.sleep(0.05)
-    assert len(os.listdir("/proc/self/fd")) == open_before
+    await until(lambda: held().descriptors == before, "something stays open")
 
 
 async def test_what_the_frontend_took_back_may_be_cut_off(

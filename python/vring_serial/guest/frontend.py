@@ -179,9 +179,14 @@ class Frontend:
             self._waiting = None
             self._lock.release()
             raise
-        exchange.add_done_callback(lambda _: self._lock.release())
+        exchange.add_done_callback(self._exchanged)
         # Whoever is cancelled from here on leaves an exchange that goes on to its end.
         return await asyncio.shield(exchange)
+
+    def _exchanged(self, exchange: asyncio.Task[vu.Message | None]) -> None:
+        self._lock.release()
+        if not exchange.cancelled():
+            exchange.exception()  # nobody's, where whoever asked was cancelled: no error to log
 
     async def _begin(
         self,

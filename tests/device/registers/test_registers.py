@@ -9,6 +9,7 @@ import random
 
 import pytest
 
+from tests.support.leaks import held
 from vring import GuestMemory, Region
 from vring_serial.chardev.pipe import PipeChardev, PipeOptions
 from vring_serial.device.console.controller import DEFAULT_FEATURES
@@ -330,7 +331,7 @@ async def test_features_are_refused_without_version_1_and_what_is_not_offered(
 async def test_no_descriptor_stays_open(make_controller, make_register_guest, kind):
     controller = make_controller(max_ports=2)
     await controller.start()
-    before = len(os.listdir("/proc/self/fd"))
+    before = held()
     guest = make_register_guest(controller, kind)
     guest.boot()
     await guest.settle(3)
@@ -338,7 +339,7 @@ async def test_no_descriptor_stays_open(make_controller, make_register_guest, ki
     guest.boot()
     await guest.settle(3)
     guest.close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert held() == before
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import errno
-import gc
 import os
 import struct
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.leaks import held
+from tests.support.waiting import wait_until
 from vring_serial.proto.framing import MAX_FDS, Payload
 from vring_serial.proto.vfio_user import request
 from vring_serial.proto.vfio_user_wire import (
@@ -40,24 +40,6 @@ UNMASK = IrqSetFlag.ACTION_UNMASK
 TRIGGER = IrqSetFlag.ACTION_TRIGGER
 MSIX, INTX = IrqIndex.MSIX, IrqIndex.INTX
 SIZE = 1 << 20
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_garbage() -> None:
-    """What earlier tests left to the collector is not counted."""
-    gc.collect()
-
-
-def open_count() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
-def wait_for_count(count: int) -> None:
-    """Until so many descriptors are open: some are closed in a thread."""
-    until = time.monotonic() + 5
-    while open_count() != count:
-        assert time.monotonic() < until, f"{open_count()} descriptors instead of {count}"
-        time.sleep(0.001)
 
 
 @pytest.fixture
@@ -252,9 +234,9 @@ def test_refused_with_an_error(
     error: int,
 ) -> None:
     client.negotiate()
-    before = open_count()
+    before = held()
     assert client.refused(command, payload, tuple(fds[name] for name in names)) == error
-    wait_for_count(before)
+    wait_until(lambda: held() == before, "descriptors are closed in a thread")
     (line,) = log()
     assert f": refused {command.name}: " in line
     # The next request finds everything as it was.
@@ -327,12 +309,12 @@ def test_refused_as_it_is_on_the_wire(
     client: Any, fds: dict[str, int], command: int, data: bytes, error: int
 ) -> None:
     client.negotiate()
-    before = open_count()
+    before = held()
     with_fds = tuple(fds[name] for name in ("memory", "event"))
     # The descriptors make no request right, and none of them stays.
     assert client.error_of(client.send_raw(command, data, with_fds)) == error
     assert client.error_of(client.send_raw(command, data)) == error
-    wait_for_count(before)
+    wait_until(lambda: held() == before, "descriptors are closed in a thread")
     # Nothing was done in part: the command register is as it was.
     assert client.read(7, 4, 2) == 0
 
@@ -399,13 +381,13 @@ def test_ends_the_connection(
     why: str,
 ) -> None:
     server.wait_for("connected")
-    before = open_count()
+    before = len(held().descriptors)
     client.send_raw(command, data, (fds["event"],) * (flags == 2), flags)
     assert client.is_sent_away()
     server.wait_for("connected", "gone")
     assert why in log()[0]
     assert log()[0].endswith("; connection closed")
-    wait_for_count(before - 1)
+    wait_until(lambda: len(held().descriptors) == before - 1, "not closed")
 
 
 @pytest.mark.parametrize(
@@ -451,14 +433,14 @@ def test_too_many_descriptors_end_the_connection(
     client: Any, server: Any, fds: dict[str, int], log: Callable[[], list[str]], at: int
 ) -> None:
     client.negotiate()
-    before = open_count()
+    before = len(held().descriptors)
     # The kernel passes no more than that at once.
     message = request(Command.DEVICE_RESET, 1)
     client.send_bytes(message[:at], (fds["event"],) * MAX_FDS)
     client.send_bytes(message[at:], (fds["event"],))
     assert client.is_sent_away()
     server.wait_for("connected", "gone")
-    assert open_count() < before
+    assert len(held().descriptors) < before
     assert f"{MAX_FDS + 1} descriptors, at most {MAX_FDS}; connection closed" in log()[0]
 
 
@@ -467,7 +449,7 @@ def test_descriptors_that_trickle_in_end_the_connection(
 ) -> None:
     """Each read brings a few, and the message has them all."""
     client.negotiate()
-    before = open_count()
+    before = len(held().descriptors)
     for byte in Header(1, Command.DMA_MAP, 48, 0).pack() + bytes(31):
         try:
             client.send_bytes(bytes([byte]), (fds["event"],) * 10)
@@ -476,7 +458,7 @@ def test_descriptors_that_trickle_in_end_the_connection(
         server.settle()
     assert client.is_sent_away()
     server.wait_for("connected", "gone")
-    assert open_count() < before
+    assert len(held().descriptors) < before
 
 
 def test_an_error_flag_in_a_request_means_nothing(client: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.leaks import held
 from vring_serial.device.testing import ANY_FEATURE
 from vring_serial.proto.framing import Empty
 from vring_serial.proto.vfio_user import request
@@ -43,10 +44,6 @@ NOTIFY_BAR = 4
 NOTIFY = 0x3000
 TRIGGER = IrqSetFlag.ACTION_TRIGGER
 MEMORY_SIZE = 1 << 20
-
-
-def open_count() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 # --- negotiation
@@ -134,9 +131,9 @@ def test_descriptors_of_all_vectors_in_one_message(
     client = new_client(make_server(device, vectors=vectors))
     proposed = Capabilities(max_msg_fds=1, named=frozenset({"max_msg_fds"}))
     client.ask(Command.VERSION, Version(0, 1, proposed), Version)
-    before = open_count()
+    before = len(held().descriptors)
     fds = client.set_eventfd(IrqIndex.MSIX, 0, vectors)
-    assert open_count() == before + 2 * vectors
+    assert len(held().descriptors) == before + 2 * vectors
     told = IrqSet(IrqSetFlag.DATA_NONE | TRIGGER, IrqIndex.MSIX, 0, vectors)
     client.do(Command.DEVICE_SET_IRQS, told)
     assert [os.eventfd_read(fd) for fd in fds] == [1] * vectors
@@ -466,7 +463,7 @@ def test_a_client_that_goes_in_the_middle_leaves_the_device_ready(
         server.wait_for(*("connected", "gone") * (turn + 1))
         assert not device.running
         assert device.status == 0
-        now = open_count()
+        now = held().descriptors  # the clients keep their mappings
         before = before or now
         assert now == before
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.leaks import held
 from vring_serial.errors import ConfigError, LocalProtocolError, ResourceError
 from vring_serial.proto.vhost_user import (
     U64,
@@ -39,20 +40,6 @@ def header(kind: int, flags: int, size: int) -> bytes:
 
 def u64(value: int) -> bytes:
     return struct.pack("=Q", value)
-
-
-def descriptors() -> list[str]:
-    """What this process has open."""
-    return sorted(
-        os.readlink(f"/proc/self/fd/{fd}")
-        for fd in os.listdir("/proc/self/fd")
-        if os.path.islink(f"/proc/self/fd/{fd}")
-    )
-
-
-def mappings() -> int:
-    """Mappings of guest memory in this process, the frontend's own among them."""
-    return Path("/proc/self/maps").read_text().count("memfd:guest")
 
 
 async def settled(condition: Callable[[], bool]) -> None:
@@ -237,7 +224,7 @@ async def test_a_frontend_may_leave_at_any_point(
 ) -> None:
     events: list[str] = []
     backend.on_peer = events.append
-    open_before, mapped_before = descriptors(), mappings()
+    before = held()
     first = connect()
     await first.ask(Request.GET_FEATURES)
     kick, call = first.eventfds(0)
@@ -261,8 +248,7 @@ async def test_a_frontend_may_leave_at_any_point(
     first.close()
     await settled(lambda: events == ["connected", "gone"])
     assert not device.running
-    assert descriptors() == open_before
-    assert mappings() == mapped_before
+    assert held() == before
     second = connect()
     await second.negotiate(OFFERED)
     await second.set_up(0)
@@ -284,7 +270,7 @@ async def test_the_next_frontend_waits_for_the_first_to_go(
 async def test_stopping_stops_the_queues_and_removes_the_socket(
     path: Path, device: Any, connect: Callable[[], Any]
 ) -> None:
-    before = descriptors()
+    before = held().descriptors
     backend = VhostUserBackend(device, str(path))
     await backend.start()
     with pytest.raises(LocalProtocolError):
@@ -299,7 +285,7 @@ async def test_stopping_stops_the_queues_and_removes_the_socket(
     assert await frontend.is_sent_away()
     assert device.on_config_change is None
     frontend.close()
-    assert descriptors() == before
+    assert held().descriptors == before
 
 
 async def test_sockets_that_cannot_be_made_are_named(path: Path, device: Any) -> None:

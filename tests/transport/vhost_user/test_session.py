@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.leaks import held
 from vring_serial.proto.vhost_user import (
     U64,
     ConfigAccess,
@@ -37,10 +38,6 @@ MEMORY_SIZE = 1 << 20
 QUEUE_SIZE = 64
 OFFERED = int(PROTOCOL_FEATURES)
 WITHOUT_REPLY_ACK = int(PROTOCOL_FEATURES & ~ProtocolFeature.REPLY_ACK)
-
-
-def open_count() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 @pytest.fixture
@@ -304,15 +301,15 @@ async def test_refused(
     log: Callable[[], list[str]],
 ) -> None:
     kind, payload, fd_names, why = REFUSED[name]
-    before = open_count()
+    before = held().descriptors
     frontend = await ready(connect, OFFERED if acks else WITHOUT_REPLY_ACK)
     fds = tuple((odd_fds | {"memory": frontend.memfd})[fd] for fd in fd_names)
     if acks:
         await frontend.ask(Request.GET_FEATURES)
-        inside = open_count()
+        inside = held().descriptors
         assert await frontend.acked(kind, payload, fds) != 0
         async with asyncio.timeout(5):
-            while open_count() != inside:  # some are closed in a thread
+            while held().descriptors != inside:  # some are closed in a thread
                 await asyncio.sleep(0.001)
         # The same frontend goes on.
         await frontend.enable(0)
@@ -332,7 +329,7 @@ async def test_refused(
     assert await following.echo(0, b"the next")
     following.close()
     async with asyncio.timeout(5):
-        while device.running or open_count() != before:
+        while device.running or held().descriptors != before:
             await asyncio.sleep(0.001)
 
 
@@ -386,7 +383,7 @@ async def test_ended(
 ) -> None:
     """What leaves nothing to answer, REPLY_ACK or not."""
     data, count, why = ENDED[name]
-    before = open_count()
+    before = held().descriptors
     frontend = await ready(connect)
     await frontend.enable(0)
     frontend.send_bytes(data, (frontend.memfd,) * count)
@@ -400,7 +397,7 @@ async def test_ended(
     assert await following.echo(0, b"the next")
     following.close()
     async with asyncio.timeout(5):
-        while device.running or open_count() != before:
+        while device.running or held().descriptors != before:
             await asyncio.sleep(0.001)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.support.leaks import held
 from vring_serial.proto.vhost_user import (
     U64,
     MemoryTable,
@@ -177,7 +178,7 @@ def test_any_order_of_messages(
     steps: list[tuple[str, int]], device: Any, frontend_at: Callable[[Path], Any]
 ) -> None:
     device.__init__()
-    before = len(os.listdir("/proc/self/fd"))
+    before = held()
 
     async def play(frontend: Any) -> None:
         game = Play(frontend, device)
@@ -185,4 +186,4 @@ def test_any_order_of_messages(
             await game.step(name, index)
 
     in_a_loop(device, frontend_at, play)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert held() == before

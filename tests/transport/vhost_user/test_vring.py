@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.leaks import held
 from vring_serial.proto.vhost_user import (
     U64,
     MemoryRegion,
@@ -327,10 +328,10 @@ async def test_memory_slots(frontend: Any, device: Any) -> None:
     assert await frontend.acked(Request.ADD_MEM_REG, regions[-1], (frontend.memfd,)) != 0
     assert await frontend.echo(0, b"with many")
     # A descriptor beside it is tolerated, and closed.
-    before = len(os.listdir("/proc/self/fd"))
+    before = held().descriptors
     for region in regions[:-1]:
         assert await frontend.acked(Request.REM_MEM_REG, region, (frontend.memfd,)) == 0
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert held().descriptors == before
     assert await frontend.echo(0, b"with one")
 
 
