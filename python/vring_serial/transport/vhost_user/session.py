@@ -34,6 +34,7 @@ from vring_serial.proto.virtio import Feature, Status, feature_names
 from vring_serial.transport.event_fds import check_event_descriptor
 from vring_serial.transport.session import FatalError, Handler, Session, SessionContext
 from vring_serial.transport.vhost_user.channel import BackendChannel, CallRelay
+from vring_serial.transport.vhost_user.state import FrontendState, VringSetup
 from vring_serial.transport.vhost_user.vring import Vring
 
 #: Regions that a frontend may map in all (ADD_MEM_REG).
@@ -73,14 +74,15 @@ class VhostUserSession(Session[Message]):
         self._device = device
         self._offered = offered
         self._told: set[str] = set()  # warnings of this session that are not repeated
-        self._paused = False
-        self._protocol_features = ProtocolFeature(0)
         self._features_offered = int(device.device_features)
         if packed:
             self._features_offered |= Feature.RING_PACKED
-        self._features = 0
         self._memory = GuestMemory()
-        self._vrings = [Vring(index, device, context.closer) for index in range(device.num_queues)]
+        self._state = FrontendState(vrings=[VringSetup() for _ in range(device.num_queues)])
+        self._vrings = [
+            Vring(index, setup, device, context.closer)
+            for index, setup in enumerate(self._state.vrings)
+        ]
         self._channel: BackendChannel | None = None
         self._calls = CallRelay(self._call_inband)
         self._poll_timer: asyncio.TimerHandle | None = None
@@ -199,7 +201,7 @@ class VhostUserSession(Session[Message]):
         }
 
     def _has(self, feature: ProtocolFeature) -> bool:
-        return feature in self._protocol_features
+        return feature in self._state.protocol_features
 
     def _ignore(self, _: Empty, fds: list[int]) -> None:
         return
@@ -215,30 +217,26 @@ class VhostUserSession(Session[Message]):
             self._accept_features(bits)
             if not self._has(ProtocolFeature.STATUS):
                 self._device.set_status(Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK)
-        elif bits != self._features & ~_PROTOCOL_FEATURES_BIT:
+        elif bits != self._state.features & ~_PROTOCOL_FEATURES_BIT:
             raise RemoteProtocolError(f"other features while {running} runs")
-        if not self._rings_start_disabled:
+        if not self._state.rings_start_disabled:
             # What runs because nobody spoke of enabling goes on running.
             for vring in self._vrings:
-                if vring.running and vring.enabled is None:
-                    vring.enabled = True
-        self._features = features.value
+                if vring.running and vring.setup.enabled is None:
+                    vring.setup.enabled = True
+        self._state.features = features.value
         self._run_all()
 
     def _accept_features(self, bits: int) -> None:
         """Raises RemoteProtocolError on what was not offered."""
         packed = bool(bits & self._features_offered & Feature.RING_PACKED)
         self._device.set_driver_features(bits & ~int(Feature.RING_PACKED) if packed else bits)
-        if packed and not self._features & Feature.RING_PACKED:
+        if packed and not self._state.features & Feature.RING_PACKED:
             text = "%s: the driver accepted of the rings %s"
             name = feature_names(Feature.RING_PACKED)
             self._log.log(logging.INFO, text, self._name, name)
         for vring in self._vrings:
-            vring.packed = packed
-
-    @property
-    def _rings_start_disabled(self) -> bool:
-        return bool(self._features & _PROTOCOL_FEATURES_BIT)
+            vring.setup.packed = packed
 
     def _get_protocol_features(self, _: Empty, fds: list[int]) -> U64:
         return U64(self._offered)
@@ -252,7 +250,7 @@ class VhostUserSession(Session[Message]):
             raise FatalError(f"{ProtocolFeature(refused)!r} was not offered")
         if ProtocolFeature.INBAND_NOTIFICATIONS in wanted and _INBAND_NEEDS not in wanted:
             raise FatalError("INBAND_NOTIFICATIONS needs BACKEND_REQ and REPLY_ACK")
-        self._protocol_features = wanted
+        self._state.protocol_features = wanted
         names = wanted.name or "none"
         self._log.log(logging.INFO, "%s: protocol features %s", self._name, names)
 
@@ -283,15 +281,15 @@ class VhostUserSession(Session[Message]):
             self._device.write_config(access.offset, access.data)
 
     def _get_status(self, _: Empty, fds: list[int]) -> U64:
-        return U64(0 if self._paused else self._device.status)
+        return U64(0 if self._state.paused else self._device.status)
 
     def _set_status(self, status: U64, fds: list[int]) -> None:
         if status.value > 0xFF:
             raise RemoteProtocolError(f"status {status.value:#x} has more than 8 bits")
         # 0 comes for a reset and for a VM that is stopped and will go on, where it must not lose
         # its ports. The device itself notices a new driver, by its rings and its first words.
-        self._paused = status.value == 0
-        if self._paused:
+        self._state.paused = status.value == 0
+        if self._state.paused:
             # Either way the frontend sets rings up again; until then their memory is the guest's.
             for vring in self._vrings:
                 vring.forget_driver()
@@ -327,24 +325,29 @@ class VhostUserSession(Session[Message]):
 
     def _set_mem_table(self, table: MemoryTable, fds: list[int]) -> None:
         pairs = zip(table.regions, fds, strict=True)
-        self._set_memory(GuestMemory([self._map(region, fd) for region, fd in pairs]))
+        memory = GuestMemory([self._map(region, fd) for region, fd in pairs])
+        self._set_memory(memory, list(table.regions))
 
     def _get_max_mem_slots(self, _: Empty, fds: list[int]) -> U64:
         return U64(MAX_MEM_SLOTS)
 
     def _add_mem_reg(self, added: SingleRegion, fds: list[int]) -> None:
-        if len(self._memory.regions) >= MAX_MEM_SLOTS:
+        if len(self._state.regions) >= MAX_MEM_SLOTS:
             raise RemoteProtocolError(f"all {MAX_MEM_SLOTS} memory slots are taken")
-        self._set_memory(self._memory.with_region(self._map(added.region, fds[0])))
+        memory = self._memory.with_region(self._map(added.region, fds[0]))
+        self._set_memory(memory, [*self._state.regions, added.region])
 
     def _rem_mem_reg(self, removed: SingleRegion, fds: list[int]) -> None:
-        region = removed.region
-        self._set_memory(self._memory.without_region(region.guest_address, region.size))
+        address = removed.region.guest_address
+        memory = self._memory.without_region(address, removed.region.size)
+        left = [region for region in self._state.regions if region.guest_address != address]
+        self._set_memory(memory, left)
 
-    def _set_memory(self, memory: GuestMemory) -> None:
+    def _set_memory(self, memory: GuestMemory, regions: list[MemoryRegion]) -> None:
         """Exchange the memory under the running queues; user addresses are translated anew."""
         self._stop_all()
         self._memory = memory
+        self._state.regions = regions
         self._run_all()
 
     # --- queues ---------------------------------------------------------------------------------
@@ -369,7 +372,7 @@ class VhostUserSession(Session[Message]):
 
     def _set_vring_addr(self, address: VringAddress, fds: list[int]) -> None:
         vring = self._vring(address.index)
-        if not vring.running or vring.address != address:
+        if not vring.running or vring.setup.address != address:
             vring.set_address(address, self._memory)
             self._run(vring)
 
@@ -397,8 +400,8 @@ class VhostUserSession(Session[Message]):
         vring = self._vring(state.index)
         if state.num not in (0, 1):
             raise RemoteProtocolError(f"{vring}: enable is {state.num} instead of 0 or 1")
-        vring.enabled = bool(state.num)
-        if vring.enabled:
+        vring.setup.enabled = bool(state.num)
+        if vring.setup.enabled:
             self._run(vring)
         else:
             vring.stop()
@@ -407,10 +410,10 @@ class VhostUserSession(Session[Message]):
         vring = self._vring(state.index)
         if not self._has(ProtocolFeature.INBAND_NOTIFICATIONS):
             raise RemoteProtocolError("INBAND_NOTIFICATIONS was not negotiated")
-        if not vring.started:
+        if not vring.setup.started:
             vring.set_kick(-1)
             self._run(vring)
-        if not vring.size or vring.address is None:
+        if not vring.setup.size or vring.setup.address is None:
             self._warn_once(
                 "the driver notified a queue that it never set up: "
                 "was this guest restored from a saved state?"
@@ -419,16 +422,16 @@ class VhostUserSession(Session[Message]):
 
     def _run(self, vring: Vring) -> None:
         """Hand the queue to the device if it is to run; see :meth:`Vring.run`."""
-        if self._has(ProtocolFeature.INBAND_NOTIFICATIONS) and not vring.called:
+        if self._has(ProtocolFeature.INBAND_NOTIFICATIONS) and not vring.setup.called:
             vring.set_call(self._calls.descriptor(vring.index))
-        enabled = not self._rings_start_disabled
-        if not vring.run(self._memory, self._features, enabled=enabled):
+        enabled = not self._state.rings_start_disabled
+        if not vring.run(self._memory, self._state.features, enabled=enabled):
             if vring.may_run(enabled) and not self._memory.regions:
                 self._warn_once("the driver is ready, but no guest memory is mapped")
             return
         if not self._has(ProtocolFeature.STATUS):
             self._device.set_status(self._device.status | Status.DRIVER_OK)
-        if vring.polled and self._poll_timer is None:
+        if vring.setup.polled and self._poll_timer is None:
             self._poll()
 
     def _run_all(self) -> None:
@@ -448,7 +451,7 @@ class VhostUserSession(Session[Message]):
 
     def _poll(self) -> None:
         """Kick the queues whose frontends do not, as long as there are any."""
-        polled = [vring for vring in self._vrings if vring.polled and vring.running]
+        polled = [vring for vring in self._vrings if vring.setup.polled and vring.running]
         for vring in polled:
             vring.kick()
         again = self._loop.call_later(POLL_INTERVAL, self._poll) if polled else None

@@ -11,6 +11,7 @@ from vring_serial.device.virtqueue import FRESH_PACKED_INDEX, RunningQueue, make
 from vring_serial.errors import RemoteProtocolError
 from vring_serial.proto.vhost_user import VringAddress
 from vring_serial.transport.closer import Closer
+from vring_serial.transport.vhost_user.state import VringSetup
 from vring_serial.unix_fds import make_eventfd
 
 _SPLIT_AREAS = ("descriptor table", "available ring", "used ring")
@@ -23,33 +24,21 @@ class Vring:
     A ring runs when it is *started* (SET_VRING_KICK, or a VRING_KICK in band), *enabled* and
     configured; it is handed to the device at that moment, without waiting for a kick.
 
+    Args:
+        index: which queue.
+        setup: kept up to date here.
+        device: which the queue belongs to.
+        closer: closes the frontend's descriptors.
+
     Attributes:
         index: which queue.
-        size: descriptors; 0 until SET_VRING_NUM.
-        packed: the driver accepted RING_PACKED.
-        base: available index to go on from, with the wrap counter in bit 15 if the ring is packed;
-            None: it starts anew. While the ring runs the device knows better.
-        used: used index of a packed ring likewise, None: the same as ``base``. That of a split ring
-            is in guest memory.
-        address: user addresses; None until SET_VRING_ADDR.
-        started: a kick descriptor or a kick has come since the ring was stopped.
-        enabled: None until SET_VRING_ENABLE.
-        polled: the frontend does not kick; ``kick`` has to be called now and then.
-        called: SET_VRING_CALL has come.
+        setup: what the frontend has set up.
     """
 
-    def __init__(self, index: int, device: VirtioDevice, closer: Closer) -> None:
+    def __init__(self, index: int, setup: VringSetup, device: VirtioDevice, closer: Closer) -> None:
         self._close = closer.close
         self.index = index
-        self.size = 0
-        self.packed = False
-        self.base: int | None = None
-        self.used: int | None = None
-        self.address: VringAddress | None = None
-        self.started = False
-        self.enabled: bool | None = None
-        self.polled = False
-        self.called = False
+        self.setup = setup
         self._device = device
         self._queue: VirtQueue | None = None  # while the device has it
         self._kick_fd = -1
@@ -69,16 +58,18 @@ class Vring:
 
     def may_run(self, enabled: bool) -> bool:
         """Return whether it is started and enabled; ``enabled`` counts without SET_VRING_ENABLE."""
-        return self.started and (enabled if self.enabled is None else self.enabled)
+        return self.setup.started and (
+            enabled if self.setup.enabled is None else self.setup.enabled
+        )
 
     def set_size(self, size: int) -> None:
         """Raises RemoteProtocolError if it runs, or the size is not one that we offer."""
         self._refuse_while_running()
         largest = self._device.queue_size_max
-        if not 0 < size <= largest or (size & (size - 1) and not self.packed):
-            kind = "a size" if self.packed else "a power of two"
+        if not 0 < size <= largest or (size & (size - 1) and not self.setup.packed):
+            kind = "a size" if self.setup.packed else "a power of two"
             raise RemoteProtocolError(f"{self}: size {size} is not {kind} up to {largest}")
-        self.size = size
+        self.setup.size = size
 
     def set_base(self, base: int) -> None:
         """Raises RemoteProtocolError if it runs, or a split ring's index has more than 16 bits.
@@ -88,17 +79,17 @@ class Vring:
         mean that none are.
         """
         self._refuse_while_running()
-        if base > 0xFFFF and not self.packed:
+        if base > 0xFFFF and not self.setup.packed:
             raise RemoteProtocolError(f"{self}: available index {base} has more than 16 bits")
-        self.base = base & 0xFFFF
-        self.used = base >> 16 or None
+        self.setup.base = base & 0xFFFF
+        self.setup.used = base >> 16 or None
 
     def get_base(self) -> int:
         """What GET_VRING_BASE answers for a ring that does not run."""
-        if self.packed:
-            base = FRESH_PACKED_INDEX if self.base is None else self.base
-            return base | (base if self.used is None else self.used) << 16
-        return self.base or 0
+        if self.setup.packed:
+            base = FRESH_PACKED_INDEX if self.setup.base is None else self.setup.base
+            return base | (base if self.setup.used is None else self.setup.used) << 16
+        return self.setup.base or 0
 
     def set_kick(self, fd: int, *, polled: bool = False) -> None:
         """Take ``fd`` over, or with -1 make one of our own; start the ring. It must not run."""
@@ -106,12 +97,12 @@ class Vring:
         self._close([self._kick_fd])
         self._kick_ours = fd < 0
         self._kick_fd = new
-        self.polled = polled
-        self.started = True
+        self.setup.polled = polled
+        self.setup.started = True
 
     def set_call(self, fd: int) -> None:
         """Take ``fd`` over, also while the ring runs; -1 when the frontend polls."""
-        self.called = True
+        self.setup.called = True
         new = make_eventfd() if fd < 0 else fd
         if self._call_fd < 0:
             self._call_fd = new
@@ -150,10 +141,10 @@ class Vring:
             RemoteProtocolError: size and memory are known and the parts cannot be there; the ring
                 goes on as it was.
         """
-        if self.size and memory.regions:
+        if self.setup.size and memory.regions:
             self._translate(memory, address)
         self.stop()
-        self.address = address
+        self.setup.address = address
 
     def run(self, memory: GuestMemory, features: int, *, enabled: bool) -> bool:
         """Hand the ring to the device if it is to run and does not.
@@ -169,15 +160,20 @@ class Vring:
         Raises:
             RemoteProtocolError, VringError: the parts cannot be where they are said to be.
         """
-        if self.running or not self.may_run(enabled) or not self.size or self.address is None:
+        if (
+            self.running
+            or not self.may_run(enabled)
+            or not self.setup.size
+            or self.setup.address is None
+        ):
             return False
-        areas = self._translate(memory, self.address)
+        areas = self._translate(memory, self.setup.address)
         queue = make_queue(
             memory,
-            self.size,
+            self.setup.size,
             areas,
             features,
-            index=self.base,
+            index=self.setup.base,
             used_index=self._used_index(memory, areas[2]),
             name=repr(self),
         )
@@ -191,13 +187,13 @@ class Vring:
         """Take the ring back from the device; it stays as it is configured."""
         if self._queue is not None:
             queue, self._queue = self._queue, None
-            self.base = self._device.stop_queue(self.index)
-            self.used = queue.used_index if self.packed else None
+            self.setup.base = self._device.stop_queue(self.index)
+            self.setup.used = queue.used_index if self.setup.packed else None
 
     def end(self) -> None:
         """GET_VRING_BASE: stopped until it is started anew, with new descriptors."""
         self.stop()
-        self.started = self.polled = self.called = False
+        self.setup.started = self.setup.polled = self.setup.called = False
         self._close([self._kick_fd, self._call_fd])
         self._kick_fd = self._call_fd = -1
         self._kick_ours = False
@@ -208,18 +204,18 @@ class Vring:
         Where it stood stays, for a paused VM looks like this too and goes on there.
         """
         self.end()
-        self.size = 0
-        self.address = self.enabled = None
+        self.setup.size = 0
+        self.setup.address = self.setup.enabled = None
 
     def reset(self) -> None:
         """As if no message had ever named this queue; closes all descriptors."""
         self.forget_driver()
         self.set_error(-1)
-        self.base = self.used = None
+        self.setup.base = self.setup.used = None
 
     def _used_index(self, memory: GuestMemory, device_area: int) -> int | None:
-        if self.packed or self.base is None:
-            return self.used
+        if self.setup.packed or self.setup.base is None:
+            return self.setup.used
         return memory.load16(device_area + 2)
 
     def _refuse_while_running(self) -> None:
@@ -230,10 +226,10 @@ class Vring:
         """Guest addresses of the three areas (2.6)."""
         found = []
         for part, user, length, alignment in zip(
-            _PACKED_AREAS if self.packed else _SPLIT_AREAS,
+            _PACKED_AREAS if self.setup.packed else _SPLIT_AREAS,
             (address.descriptor, address.available, address.used),
-            (PackedDriver if self.packed else SplitDriver).layout(self.size),
-            (16, 4, 4) if self.packed else (16, 2, 4),
+            (PackedDriver if self.setup.packed else SplitDriver).layout(self.setup.size),
+            (16, 4, 4) if self.setup.packed else (16, 2, 4),
             strict=True,
         ):
             where = f"{self}: {part} at user address {user:#x}"

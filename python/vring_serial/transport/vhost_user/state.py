@@ -1,0 +1,67 @@
+"""What a frontend has set up, apart from descriptors, mappings and what runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vring_serial.proto.vhost_user import (
+    F_PROTOCOL_FEATURES,
+    MemoryRegion,
+    ProtocolFeature,
+    VringAddress,
+)
+
+NO_FEATURES = ProtocolFeature(0)
+
+
+@dataclass(slots=True)
+class VringSetup:
+    """The setup of one queue.
+
+    Attributes:
+        size: descriptors; 0 until SET_VRING_NUM.
+        packed: the driver accepted RING_PACKED.
+        base: available index to go on from, with the wrap counter in bit 15 if the ring is packed;
+            None: it starts anew. Not up to date while the ring runs: the device has the index then.
+        used: used index of a packed ring likewise, None: the same as ``base``. That of a split ring
+            is in guest memory.
+        address: user addresses; None until SET_VRING_ADDR.
+        enabled: None until SET_VRING_ENABLE.
+        started: a kick descriptor or a kick has come since the ring was stopped.
+        polled: the frontend does not kick.
+        called: SET_VRING_CALL has come.
+    """
+
+    size: int = 0
+    packed: bool = False
+    base: int | None = None
+    used: int | None = None
+    address: VringAddress | None = None
+    enabled: bool | None = None
+    started: bool = False
+    polled: bool = False
+    called: bool = False
+
+
+@dataclass(slots=True)
+class FrontendState:
+    """The setup of the whole device.
+
+    Attributes:
+        features: as SET_FEATURES brought them, with F_PROTOCOL_FEATURES.
+        protocol_features: those in use.
+        paused: the status was last set to 0, and reads as 0 whatever the device's is.
+        regions: guest memory, in the order in which it was mapped.
+        vrings: one setup for each queue of the device.
+    """
+
+    features: int = 0
+    protocol_features: ProtocolFeature = NO_FEATURES
+    paused: bool = False
+    regions: list[MemoryRegion] = field(default_factory=list)
+    vrings: list[VringSetup] = field(default_factory=list)
+
+    @property
+    def rings_start_disabled(self) -> bool:
+        """Whether queues need SET_VRING_ENABLE: so if protocol features were negotiated."""
+        return bool(self.features >> F_PROTOCOL_FEATURES & 1)
