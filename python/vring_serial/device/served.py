@@ -62,7 +62,8 @@ class ServedQueue:
         if self._stopped or self._inside:
             # What happens inside `serve` is seen by its own loop.
             return
-        self._cancel_turn()
+        if self._turn is not None:
+            self._cancel_turn()
         self._inside = True
         try:
             more = self._serve()

@@ -6,14 +6,13 @@ import asyncio
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vring import Batch, RingError
-from vring_serial.device.served import BATCH_BYTES, BATCH_CHAINS, TURN_BATCHES, ServedQueue
+from vring import RingError
+from vring_serial.device.console.delivery import Delivery
+from vring_serial.device.console.write_buffer import WriteBuffer
 from vring_serial.device.virtqueue import RunningQueue
 
 #: Bytes that a console's protocol may leave waiting while it does not read; more are dropped.
 BACKLOG_MAX = 1 << 20
-#: Default limits of the write buffer in bytes, as asyncio's.
-HIGH_WATER = 64 * 1024
 
 
 class PortTransport(asyncio.Transport):
@@ -49,82 +48,67 @@ class PortTransport(asyncio.Transport):
         self._protocol = protocol
         self._lossy = lossy
         self._on_lost = on_lost
-        self._on_broken = on_broken
         self._on_dropped = on_dropped
-        self._transmit: ServedQueue | None = None
-        self._receive: ServedQueue | None = None
+        self._delivery = Delivery(
+            self._wants_data,
+            self._received,
+            self._all_received,
+            lambda error: on_broken(True, error),
+        )
+        self._output = WriteBuffer(self._written, lambda error: on_broken(False, error))
         self._connected = False
         self._closing = False
         self._lost = False
         self._paused = False
-        self._last_chains: int | None = None  # of a guest that closed; None while it has not
-        self._large: Batch | None = None  # one chain, delivered in pieces
-        self._delivered = 0  # bytes of it
         self._backlog = bytearray()
         self._dropping = False
         self.dropped = 0
-        self._output = bytearray()
-        self._writing_paused = False
-        self.set_write_buffer_limits()
         self._loop.call_soon(self._connect)
 
     # --- for the port
 
     def start_transmitq(self, running: RunningQueue, delivered: int = 0) -> None:
-        """Take the guest's bytes from here; ``delivered`` is what stop_transmitq returned."""
-        self._delivered = delivered
-        self._transmit = ServedQueue(
-            running, self._serve_transmit, lambda error: self._on_broken(True, error)
-        )
+        """Take the guest's bytes from here; ``delivered`` is what stop_transmitq returned.
+
+        Raises OSError if its kick cannot be watched.
+        """
+        self._delivery.start(running, delivered)
 
     def stop_transmitq(self) -> int:
         """Leave the queue alone, with nothing in flight.
 
         Returns how many bytes of the next chain have been delivered already.
         """
-        if self._transmit is not None:
-            self._transmit.stop()
-            if self._large is not None:
-                self._transmit.queue.unpop(self._large)
-                self._large = None
-            self._transmit = None
-        delivered, self._delivered = self._delivered, 0
-        return delivered
+        return self._delivery.stop()
 
     def start_receiveq(self, running: RunningQueue) -> None:
-        """Give the guest its bytes here."""
-        self._receive = ServedQueue(
-            running, self._serve_receive, lambda error: self._on_broken(False, error)
-        )
+        """Give the guest its bytes here. Raises OSError if its kick cannot be watched."""
+        self._output.start(running)
 
     def stop_receiveq(self) -> None:
         """Leave the queue alone. What was written stays in the write buffer."""
-        if self._receive is not None:
-            self._receive.stop()
-            self._receive = None
+        self._output.stop()
 
     def guest_closed(self) -> None:
-        """The guest closed its side: the connection ends once what it wrote before is delivered."""
+        """End the connection once everything that the guest wrote before it closed is delivered."""
         if self._closing:
             self._finish(None, by_protocol=True)
-        elif self._transmit is None:
+        elif not self._delivery.has_queue:
             self._finish(None)
-        else:
-            self._last_chains = self._transmit.queue.available() + (self._large is not None)
-            if self._last_chains == 0:
-                self._finish(None, eof=True)
+        elif not self._delivery.end_here():
+            self._finish(None, eof=True)
 
     @property
     def ending(self) -> bool:
-        """The guest closed its side, and not all that it wrote before is delivered."""
-        return self._last_chains is not None
+        """Whether the guest closed its side, and not all that it wrote before is delivered."""
+        return self._delivery.ending
 
     def disconnect(self) -> None:
-        """The connection is over now."""
+        """End the connection now."""
         self._finish(None)
 
     def emergency(self, data: bytes) -> None:
-        """Bytes for the protocol that did not come through the queue."""
+        """Deliver bytes that did not come through the queue."""
         self._received(data)
 
     # --- asyncio.Transport, reading
@@ -147,8 +131,7 @@ class PortTransport(asyncio.Transport):
             self._backlog.clear()
             self._dropping = False
             self._deliver(data)
-        if self._transmit is not None:
-            self._transmit.run()
+        self._delivery.run()
 
     # --- asyncio.Transport, writing
 
@@ -157,28 +140,17 @@ class PortTransport(asyncio.Transport):
             raise TypeError(f"data must be bytes-like, not {type(data).__name__}")
         if self._closing or not data:
             return
-        self._output += data
-        if self._receive is not None:
-            self._receive.run()
-        if len(self._output) > self._high_water and not self._writing_paused:
-            self._writing_paused = True
+        if self._output.write(data):
             self._call(self._protocol.pause_writing)
 
     def get_write_buffer_size(self) -> int:
-        return len(self._output)
+        return len(self._output.data)
 
     def get_write_buffer_limits(self) -> tuple[int, int]:
-        return self._low_water, self._high_water
+        return self._output.low, self._output.high
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
-        if high is None:
-            high = HIGH_WATER if low is None else 4 * low
-        if low is None:
-            low = high // 4
-        if not 0 <= low <= high:
-            raise ValueError(f"high ({high}) must be >= low ({low}) must be >= 0")
-        self._high_water = high
-        self._low_water = low
+        self._output.set_limits(high, low)
 
     def can_write_eof(self) -> bool:
         return False
@@ -197,7 +169,7 @@ class PortTransport(asyncio.Transport):
     def close(self) -> None:
         if not self._closing:
             self._closing = True
-            if not self._output:
+            if not self._output.data:
                 self._loop.call_soon(self._finish, None, True)
 
     def abort(self) -> None:
@@ -219,7 +191,7 @@ class PortTransport(asyncio.Transport):
         if self._lost:
             return
         self._lost = self._closing = True
-        self._last_chains = None
+        self._delivery.forget_end()
         self._output.clear()
         if self._connected:
             self._loop.call_soon(self._tell_lost, error, eof)
@@ -248,73 +220,11 @@ class PortTransport(asyncio.Transport):
 
     # --- guest to host
 
-    def _serve_transmit(self) -> bool:
-        served = self._transmit
-        assert served is not None
-        queue = served.queue
-        for _ in range(TURN_BATCHES):
-            if not self._lossy and (self._paused or self._closing or not self._connected):
-                queue.disable_notifications()
-                return False
-            if self._large is not None:
-                self._serve_large(served, self._large)
-            else:
-                limit = BATCH_CHAINS if self._last_chains is None else self._last_chains
-                batch = queue.pop_many(min(limit, BATCH_CHAINS), BATCH_BYTES)
-                if not batch:
-                    if queue.enable_notifications():
-                        continue
-                    return False
-                if self._delivered or (len(batch) == 1 and batch[0].readable_bytes > BATCH_BYTES):
-                    # After a delivered part only its own chain may come.
-                    if len(batch) > 1:
-                        queue.unpop(batch)
-                        batch = queue.pop_many(1)
-                    self._large = batch
-                    continue
-                self._serve_batch(served, batch)
-            if self._transmit is not served:
-                return False
-        return True
+    def _wants_data(self) -> bool:
+        return self._lossy or not (self._paused or self._closing or not self._connected)
 
-    def _serve_batch(self, served: ServedQueue, batch: Batch) -> None:
-        count = len(batch)
-        data = batch.gather()
-        # Completed first: what the protocol does in answer may stop the queue.
-        if served.queue.push_many(batch):
-            served.running.call()
-        self._received(data)
-        self._count_last(count)
-
-    def _serve_large(self, served: ServedQueue, batch: Batch) -> None:
-        """Deliver the next piece of a chain too large to be copied at once."""
-        piece = bytearray()
-        passed = 0
-        for view in batch[0].readable:
-            start = max(0, self._delivered - passed)
-            passed += len(view)
-            if start < len(view):
-                piece += view[start : start + BATCH_BYTES - len(piece)]
-            if len(piece) == BATCH_BYTES:
-                break
-        if served.queue.memory.lost:
-            served.queue.pop_many()  # raises: the piece may be zeros that the guest did not send
-        self._delivered += len(piece)
-        done = self._delivered >= batch[0].readable_bytes
-        if done:
-            self._large = None
-            self._delivered = 0
-            if served.queue.push_many(batch):
-                served.running.call()
-        self._received(bytes(piece))
-        if done:
-            self._count_last(1)
-
-    def _count_last(self, count: int) -> None:
-        if self._last_chains is not None:
-            self._last_chains -= count
-            if self._last_chains <= 0:
-                self._finish(None, eof=True)
+    def _all_received(self) -> None:
+        self._finish(None, eof=True)
 
     def _received(self, data: bytes) -> None:
         if self._closing:
@@ -336,35 +246,8 @@ class PortTransport(asyncio.Transport):
 
     # --- host to guest
 
-    def _serve_receive(self) -> bool:
-        served = self._receive
-        assert served is not None
-        queue = served.queue
-        for _ in range(TURN_BATCHES):
-            if not self._output:
-                queue.disable_notifications()
-                return False
-            batch = queue.pop_many(BATCH_CHAINS)
-            if not batch:
-                if queue.enable_notifications():
-                    continue
-                return False
-            with memoryview(self._output) as output, output[:BATCH_BYTES] as head:
-                used, written = batch.scatter(head)
-            notify = queue.push_many(batch, written, used)
-            if batch:
-                queue.unpop(batch)
-            if notify:
-                served.running.call()
-            del self._output[: int(written.sum())]
-            self._written()
-            if self._receive is not served:
-                return False
-        return True
-
     def _written(self) -> None:
-        if self._closing and not self._output:
+        if self._closing and not self._output.data:
             self._loop.call_soon(self._finish, None, True)
-        elif self._writing_paused and len(self._output) <= self._low_water:
-            self._writing_paused = False
+        elif self._output.take_room():
             self._call(self._protocol.resume_writing)
