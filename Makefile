@@ -3,6 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
+# How long `make mutants` begins breakages, which ones, and of what (all rooms).
+MUTANT_SECONDS ?= 600
+MUTANT_SEED ?= 1
+MUTANT_PATHS ?=
 # Where `make peers-qemu` keeps its Debian root; tests/peers/qemu looks there.
 export QEMU_ROOT ?= /var/cache/vring/qemu-root
 # Where `make peers-vdagent` keeps a newer SPICE agent.
@@ -11,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 SOURCES := $(wildcard vring/*.pyx vring/*.pxd)
 
-.PHONY: help build run test check bench fuzz sanitize tsan format wheel wheel-check peers \
+.PHONY: help build run test check bench fuzz sanitize tsan mutants format wheel wheel-check peers \
 	peers-qemu peers-vdagent clean
 .DEFAULT_GOAL := help
 
@@ -88,6 +92,9 @@ sanitize: build ## the ring's tests and fuzzing under AddressSanitizer and UBSan
 THREADS := build/tsan
 THREAD_SANITIZER = LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" PYTHONPATH=$(THREADS) \
 	TSAN_OPTIONS=halt_on_error=1:handle_sigbus=0:suppressions=$(abspath fuzz/tsan.supp) setarch -R
+mutants: build ## breakages that no test notices, begun for MUTANT_SECONDS, chosen by MUTANT_SEED
+	$(BIN)/python scripts/mutants.py --seconds $(MUTANT_SECONDS) --seed $(MUTANT_SEED) $(MUTANT_PATHS)
+
 tsan: build ## the pump's tests and a hostile driver under ThreadSanitizer (in build/tsan)
 	VRING_SANITIZE=thread $(BIN)/python setup.py -q build --build-lib $(THREADS) \
 		--build-temp $(THREADS)-objects
