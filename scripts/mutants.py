@@ -148,6 +148,10 @@ class Finder(ast.NodeVisitor):
         if len(node.ops) == 1:
             left, right = node.left, node.comparators[0]
             operator = SWAPPED[type(node.ops[0])]
+            if self._text(left).endswith("fd") and self._text(right) == "0":
+                # Whether there is a descriptor; nobody has descriptor 0.
+                self._negate(node)
+                return
             text = f"({self._text(left)}) {operator} ({self._text(right)})"
             self._add(node, "comparison swapped", text)
         for value in (node.left, *node.comparators):

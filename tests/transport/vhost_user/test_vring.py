@@ -8,11 +8,13 @@ import logging
 import os
 import re
 import socket
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from tests.support.leaks import held
+from tests.support.waiting import DEADLINE
 from vring_serial.proto.vhost_user import (
     U64,
     MemoryRegion,
@@ -24,7 +26,7 @@ from vring_serial.proto.vhost_user import (
     VringDescriptor,
     VringState,
 )
-from vring_serial.transport.vhost_user.backend import PROTOCOL_FEATURES
+from vring_serial.transport.vhost_user.backend import PROTOCOL_FEATURES, VhostUserBackend
 
 FEATURES = 1 << 32 | 1 << 29 | 1 << 28
 BIT_30 = 1 << 30
@@ -511,6 +513,24 @@ class TestInBand:
         frontend.send(Request.SET_PROTOCOL_FEATURES, U64(INBAND & ~missing), need_reply=True)
         assert await frontend.is_sent_away()
         assert "INBAND_NOTIFICATIONS needs BACKEND_REQ and REPLY_ACK" in caplog.text
+
+    async def test_a_session_leaves_no_descriptor(
+        self, backend: VhostUserBackend, connect: Callable[[], Any]
+    ) -> None:
+        gone = asyncio.Event()
+        backend.on_peer = lambda what: gone.set() if what == "gone" else None
+        before = held().descriptors
+        frontend = connect()
+        await frontend.negotiate(INBAND)
+        await frontend.open_channel()
+        await self.set_up(frontend, 1)
+        frontend.put(1, b"text")
+        assert await frontend.acked(Request.VRING_KICK, VringState(1)) == 0
+        assert await frontend.used(1) == [4]
+        frontend.close()
+        async with asyncio.timeout(DEADLINE):
+            await gone.wait()
+        assert held().descriptors == before
 
     async def test_kicks_that_are_malformed(self, frontend: Any) -> None:
         await frontend.negotiate(INBAND)
