@@ -25,6 +25,7 @@ from vring_serial.agent.channel import replies as replies_module
 from vring_serial.agent.channel.clipboard import pieces_of
 from vring_serial.agent.guest import GUEST_CAPABILITIES
 from vring_serial.agent.router import client as client_module
+from vring_serial.agent.router import clipboards as clipboards_module
 from vring_serial.agent.router import router as router_module
 from vring_serial.proto.agent import (
     AGENT_AWAY,
@@ -139,7 +140,7 @@ async def test_a_large_clipboard_between_clients(make_bench):
 
 
 async def test_an_owner_that_does_not_answer_costs_an_empty_answer(make_bench, monkeypatch):
-    monkeypatch.setattr(router_module, "ANSWER_TIMEOUT", 0.05)
+    monkeypatch.setattr(clipboards_module, "ANSWER_TIMEOUT", 0.05)
     monkeypatch.setattr(replies_module, "REPLY_WAIT", 0.05)
     bench = await make_bench()
     first, second = await bench.client(), await bench.client()

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from vring_serial.agent import OtherMessage, StreamSource
-from vring_serial.agent.router import router as router_module
+from vring_serial.agent.router import servers as servers_module
 from vring_serial.proto.agent import (
     AnnounceCapabilities,
     Capability,
@@ -212,7 +212,7 @@ async def test_an_agent_that_comes_back_at_once(served):
 
 
 async def test_a_server_that_drops_the_agent_gets_it_again(served, monkeypatch):
-    monkeypatch.setattr(router_module, "SERVER_RETRY", 0.01)
+    monkeypatch.setattr(servers_module, "SERVER_RETRY", 0.01)
     bench, _, server = served
     spice = await server()
     await spice.aclose()
@@ -224,7 +224,7 @@ async def test_a_server_that_drops_the_agent_gets_it_again(served, monkeypatch):
 async def test_a_server_that_no_descriptor_is_left_for_comes_later(
     make_bench, out_of_descriptors, monkeypatch, caplog
 ):
-    monkeypatch.setattr(router_module, "SERVER_RETRY", 0.01)
+    monkeypatch.setattr(servers_module, "SERVER_RETRY", 0.01)
     bench = await make_bench()
     device = Device()
     with out_of_descriptors():

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import Protocol
 
 from vring_serial.agent.channel.clipboard import ANY_SIZE, ClipboardChannel
 from vring_serial.agent.channel.link import AgentLink, BodySink
 from vring_serial.agent.errors import AgentError
-from vring_serial.agent.events import AgentTrouble
+from vring_serial.agent.events import AgentEvent, AgentTrouble
+from vring_serial.agent.router.clipboards import ANSWER_TIMEOUT, SharedClipboards
 from vring_serial.agent.router.relay import DataPieces, Passing, Relay
 from vring_serial.proto.agent import (
     AGENT_AWAY,
     AGENT_FULL,
     FILES_FROM_GUEST,
+    AgentFilter,
     AgentProtocolError,
     AnnounceCapabilities,
     Capabilities,
@@ -40,16 +43,60 @@ from vring_serial.proto.agent import (
     UnknownMessage,
 )
 
-if TYPE_CHECKING:
-    from vring_serial.agent.router.router import AgentRouter
-
 CLIENT_STALL = 30.0
 """Seconds for which a client may leave what it is sent unread, as in the SPICE server."""
 TURNED_AWAY_WAIT = 1.0
 """Seconds for which a client that finds no room may read that it is so."""
-ANSWER_TIMEOUT = 30.0
-"""Seconds for the owner of a clipboard to answer another end's request, and for the next part of a
-long message."""
+
+
+class ClientsRouter(Protocol):
+    """What a client needs of its router.
+
+    Attributes:
+        filter: what is allowed.
+        clients: those that are connected.
+        clipboards: what all ends share.
+    """
+
+    filter: AgentFilter
+    clients: list[RouterClient]
+    clipboards: SharedClipboards
+
+    @property
+    def agent_link(self) -> AgentLink | None:
+        """The connection to the agent, if there is one."""
+
+    def emit(self, event: AgentEvent) -> None:
+        """Pass an event to whoever listens."""
+
+    def client_came(self, client: RouterClient) -> bool:
+        """Admit a client, and tell it of the agent if there is one; return whether it may stay."""
+
+    def may_linger(self, client: RouterClient) -> bool:
+        """Return whether a client that found no room may stay until it has read that."""
+
+    def client_left(self, client: RouterClient) -> None:
+        """Forget the client; what it had begun is ended, what others do is not touched."""
+
+    def end_work_of(self, client: RouterClient) -> None:
+        """End what the client had begun."""
+
+    def introduce(self, client: RouterClient, *, request: bool) -> None:
+        """Tell a client what the agent can do, or that there is none."""
+
+    async def to_agent(self, client: RouterClient, passing: Passing) -> None:
+        """Send a client's message to the agent, when the agent takes it."""
+
+    def spool(
+        self,
+        head: UnknownMessage,
+        size: int,
+        port: ChunkPort,
+        take: Callable[[Passing], None],
+        *,
+        idle: float | None,
+    ) -> BodySink | None:
+        """Keep a long message that arrives; ``take`` gets it when it is whole."""
 
 
 class RouterClient:
@@ -69,7 +116,7 @@ class RouterClient:
         gone: set when the connection has ended.
     """
 
-    def __init__(self, router: AgentRouter, *, is_server: bool = False) -> None:
+    def __init__(self, router: ClientsRouter, *, is_server: bool = False) -> None:
         # A SPICE server looks after slow clients itself.
         self.link = AgentLink(Side.GUEST, self, stall_timeout=None if is_server else CLIENT_STALL)
         self.is_server = is_server
@@ -93,8 +140,12 @@ class RouterClient:
         self._forwarding = Relay(lambda passing: router.to_agent(self, passing), trouble)
         self.clipboard = ClipboardChannel(
             Side.GUEST,
-            on_grab=lambda selection, types: router.grabbed(self.clipboard, selection, types),
-            on_release=lambda selection: router.released(self.clipboard, selection),
+            on_grab=lambda selection, types: router.clipboards.offer_to_others(
+                self.clipboard, selection, types
+            ),
+            on_release=lambda selection: router.clipboards.release_to_others(
+                self.clipboard, selection
+            ),
             on_trouble=trouble,
             most=ANY_SIZE,
         )
@@ -168,11 +219,9 @@ class RouterClient:
         # They may wait for an end that does not read, and clients come and go meanwhile.
         self._forwarding.stop()
         self.relay.stop()
-        self._router.turned_away.discard(self)
-        if self._admitted:
-            if reason is not None:
-                self._router.emit(AgentTrouble(AgentError(f"a client was lost: {reason}")))
-            self._router.client_left(self)
+        if self._admitted and reason is not None:
+            self._router.emit(AgentTrouble(AgentError(f"a client was lost: {reason}")))
+        self._router.client_left(self)
         self.gone.set()
 
     def link_message(
@@ -182,21 +231,21 @@ class RouterClient:
             return
         self.has_spoken = True
         if self._router.filter.passes(message.type_number):
-            self._took(port, message)
+            self._receive(port, message)
         agent = self._router.agent_link
         if agent is not None:
             agent.hold_while_crowded(link)
 
-    def _took(self, port: int, message: TypedMessage | UnknownMessage) -> None:
+    def _receive(self, port: int, message: TypedMessage | UnknownMessage) -> None:
         if isinstance(message, ClientDisconnected):
-            self._session_ended()
+            self._servers_client_left()
             return
         if port == ChunkPort.SERVER:
             self._forward(message, ChunkPort.SERVER)
             return
         match message:
             case AnnounceCapabilities():
-                self._took_capabilities(message)
+                self._receive_capabilities(message)
             case ClipboardGrab() | ClipboardRelease() | ClipboardRequest() | Clipboard():
                 self.clipboard.receive(message)
             case MaxClipboard():
@@ -224,19 +273,19 @@ class RouterClient:
     def link_trouble(self, link: AgentLink, error: AgentProtocolError) -> None:
         self._router.emit(AgentTrouble(error))
 
-    def _took_capabilities(self, message: AnnounceCapabilities) -> None:
+    def _receive_capabilities(self, message: AnnounceCapabilities) -> None:
         self.capabilities = message.capabilities
         if message.request:
             self.clipboard.begin_session(self.link)
             self._router.introduce(self, request=False)
         if not self.clipboard.has_told:
-            self._router.offer_all(self)
+            self._router.clipboards.offer_all_to(self)
             self.clipboard.tell_owned()
 
-    def _session_ended(self) -> None:
+    def _servers_client_left(self) -> None:
         """The client behind a SPICE server left; another may come, and begins anew."""
         self._forwarding.clear()
-        self._router.session_ended(self)
+        self._router.end_work_of(self)
         self.capabilities = None
         self.clipboard.begin_session(self.link)
 

@@ -30,7 +30,7 @@ import logging
 import socket
 from collections.abc import Callable
 
-from vring_serial.agent.channel.clipboard import ANY_SIZE, ClipboardChannel, ForwardedSource, Offer
+from vring_serial.agent.channel.handshake import Handshake
 from vring_serial.agent.channel.link import AgentLink, BodySink
 from vring_serial.agent.channel.replies import Replies
 from vring_serial.agent.channel.spool import Spool, SpoolRoom
@@ -40,14 +40,14 @@ from vring_serial.agent.events import (
     AgentGone,
     AgentReady,
     AgentTrouble,
-    ClipboardGrabbed,
-    ClipboardReleased,
     OtherMessage,
 )
 from vring_serial.agent.host_capabilities import HOST_CAPABILITIES
-from vring_serial.agent.router.client import ANSWER_TIMEOUT, RouterClient
-from vring_serial.agent.router.guest_files import GuestFileList, GuestFiles
+from vring_serial.agent.router.client import RouterClient
+from vring_serial.agent.router.clipboards import SharedClipboards
+from vring_serial.agent.router.guest_files import GuestFiles
 from vring_serial.agent.router.relay import DataPieces, Passing
+from vring_serial.agent.router.servers import ServerConnections
 from vring_serial.agent.router.transfers import ClientTransfers
 from vring_serial.callbacks import tell
 from vring_serial.lifetime import Ending
@@ -65,7 +65,6 @@ from vring_serial.proto.agent import (
     ClipboardGrab,
     ClipboardRelease,
     ClipboardRequest,
-    ClipboardType,
     FileXferData,
     FileXferStart,
     FileXferStatus,
@@ -86,8 +85,6 @@ CLIENTS_MAX = 64
 """Clients at once; more are turned away."""
 REPLIES_MAX = 256
 """REPLYs of the agent that may be outstanding."""
-SERVER_RETRY = 1.0
-"""Seconds until a SPICE server that dropped the agent, or could not be connected, gets it again."""
 
 _ANSWERED = (MessageType.MONITORS_CONFIG, MessageType.DISPLAY_CONFIG)
 _LAYOUT = (Capability.CLIPBOARD_SELECTION, Capability.CLIPBOARD_GRAB_SERIAL)
@@ -110,6 +107,7 @@ class AgentRouter(Ending):
         clients: those that are connected.
         turned_away: those that found no room, while they are told so.
         guest_files: the transfers that the guest began.
+        clipboards: what all ends share.
     """
 
     def __init__(
@@ -124,27 +122,18 @@ class AgentRouter(Ending):
         self.clients: list[RouterClient] = []
         self.turned_away: set[RouterClient] = set()
         self.guest_files = GuestFiles(self._post_status)
-        self._announced = filter.rewrite(capabilities)
         self._on_event = on_event
-        self._link: AgentLink | None = None
-        self._asked = False
+        self._log = RateLimitedLog(log)
+        self._handshake = Handshake(filter.rewrite(capabilities))
         self._away = Capabilities.of(AGENT_AWAY)
         self._replies: dict[tuple[int, int], Replies[RouterClient | None]] = {
             (port, kind): Replies() for port in ChunkPort for kind in _ANSWERED
         }
         self._transfers = ClientTransfers(self._post_status)
         self._room = SpoolRoom()
-        self._servers: list[asyncio.Task[None]] = []
-        self._agent_there = asyncio.Event()
-        self._closed = False
-        self._said = RateLimitedLog(log)
-        self.clipboard = ClipboardChannel(
-            Side.HOST,
-            on_grab=lambda selection, types: self.grabbed(self.clipboard, selection, types),
-            on_release=lambda selection: self.released(self.clipboard, selection),
-            on_trouble=lambda error: self.emit(AgentTrouble(error)),
-            most=ANY_SIZE,
-        )
+        self._servers = ServerConnections(self._connect_server, self._log)
+        self._is_closed = False
+        self.clipboards = SharedClipboards(self.clients, self.guest_files, self._room, self.emit)
 
     def protocol_factory(self) -> asyncio.Protocol:
         """A protocol for one connection to the agent; a new one replaces the one before."""
@@ -164,17 +153,17 @@ class AgentRouter(Ending):
         ``device`` is its side of one connection after another, and sets ``closed`` when it has lost
         one, as SpiceServer.agent_device does.
         """
-        self._servers.append(asyncio.ensure_future(self._keep_connected(device, closed)))
+        self._servers.add(device, closed)
 
     async def send(self, message: Message) -> None:
         """Send a message of the server's own, such as MouseState or GraphicsDeviceInfo.
 
         What the agent answers is an OtherMessage event. Raises AgentGoneError.
         """
-        if self._link is None:
+        link = self.agent_link
+        if link is None:
             raise AgentGoneError("no agent is connected")
         replies = self._replies.get((ChunkPort.SERVER, message.type_number))
-        link = self._link
         if replies is None:
             await link.send(message, ChunkPort.SERVER)
         else:
@@ -182,42 +171,23 @@ class AgentRouter(Ending):
 
     async def aclose(self) -> None:
         """Close all connections and end what runs on them."""
-        self._closed = True
-        for task in self._servers:
-            task.cancel()
-        if self._link is not None:
-            self._link.close()
+        self._is_closed = True
+        self._servers.stop()
+        if self.agent_link is not None:
+            self.agent_link.close()
         clients = list(self.clients)
         for client in (*clients, *self.turned_away):
             client.link.close()
         async with contextlib.AsyncExitStack() as stack:  # each, also if this is cancelled
-            stack.push_async_callback(self.clipboard.aclose)
+            stack.push_async_callback(self.clipboards.agent.aclose)
             for client in clients:
                 stack.push_async_callback(client.aclose)
-            await asyncio.gather(*self._servers, return_exceptions=True)
+            await self._servers.wait_stopped()
 
-    # --- SPICE servers
-
-    async def _keep_connected(self, device: asyncio.Protocol, closed: asyncio.Event) -> None:
-        failed = ""
-        while True:
-            await self._agent_there.wait()
-            link = self._link
-            client = RouterClient(self, is_server=True)
-            closed.clear()
-            try:
-                await self._connect(client, lambda: device)
-            except OSError as error:  # no descriptor is left, most likely
-                if (why := error.strerror or str(error)) != failed:
-                    failed = why
-                    self._said.warning("the SPICE server cannot be connected to the agent: %s", why)
-                await asyncio.sleep(SERVER_RETRY)
-                continue
-            failed = ""
-            await client.gone.wait()
-            await closed.wait()
-            if self._link is link:
-                await asyncio.sleep(SERVER_RETRY)
+    async def _connect_server(self, device: asyncio.Protocol) -> RouterClient:
+        client = RouterClient(self, is_server=True)
+        await self._connect(client, lambda: device)
+        return client
 
     async def _connect(self, client: RouterClient, factory: Callable[[], asyncio.Protocol]) -> None:
         loop = asyncio.get_running_loop()
@@ -236,15 +206,15 @@ class AgentRouter(Ending):
     @property
     def agent_link(self) -> AgentLink | None:
         """The connection to the agent, if there is one."""
-        return self._link
+        return self._handshake.link
 
     def emit(self, event: AgentEvent) -> None:
-        """Tell an event."""
-        tell(self._said, "on_event", self._on_event, event)
+        """Pass an event to ``on_event``."""
+        tell(self._log, "on_event", self._on_event, event)
 
     def client_came(self, client: RouterClient) -> bool:
-        """Whether the client is admitted; it is told of the agent if there is one."""
-        if client.is_server and self._link is None:
+        """Admit a client, and tell it of the agent if there is one; return whether it may stay."""
+        if client.is_server and self.agent_link is None:
             return False
         if len(self.clients) >= CLIENTS_MAX and not self._make_room():
             return False
@@ -253,7 +223,7 @@ class AgentRouter(Ending):
         return True
 
     def may_linger(self, client: RouterClient) -> bool:
-        """Whether a client that found no room may stay until it has read that."""
+        """Return whether a client that found no room may stay until it has read that."""
         if len(self.turned_away) >= CLIENTS_MAX:
             return False
         self.turned_away.add(client)
@@ -282,18 +252,19 @@ class AgentRouter(Ending):
 
     def client_left(self, client: RouterClient) -> None:
         """Forget the client; what it had begun is ended, what others do is not touched."""
+        self.turned_away.discard(client)
         if client in self.clients:
             self.clients.remove(client)
-            self.session_ended(client)
+            self.end_work_of(client)
 
-    def session_ended(self, client: RouterClient) -> None:
+    def end_work_of(self, client: RouterClient) -> None:
         """End what the client had begun."""
         self._transfers.client_left(client)
         self.guest_files.client_left(client)
 
     def _post_status(self, status: FileXferStatus) -> None:
-        if self._link is not None:
-            self._link.post(status)
+        if self.agent_link is not None:
+            self.agent_link.post(status)
 
     def spool(
         self,
@@ -324,10 +295,10 @@ class AgentRouter(Ending):
     async def to_agent(self, client: RouterClient, passing: Passing) -> None:
         """Send a client's message to the agent, when the agent takes it."""
         message = passing.message
-        if self._link is None or self.capabilities is None:
+        link = self.agent_link
+        if link is None or self.capabilities is None:
             client.refuse(message, passing.port)
             return
-        link = self._link
         if isinstance(message, FileXferStart):
             await self._transfers.start(link, client, message)
             return
@@ -346,76 +317,20 @@ class AgentRouter(Ending):
         else:
             client.refuse(message, passing.port)
 
-    # --- clipboards
-
-    def grabbed(self, owner: ClipboardChannel, selection: int, types: tuple[int, ...]) -> None:
-        """One end owns a clipboard: offer it to all others on its behalf."""
-        if owner is not self.clipboard:
-            self.clipboard.offer(selection, self._offer(owner, selection, types, None))
-        for client in self.clients:
-            if client.clipboard is not owner:
-                client.clipboard.offer(selection, self._offer(owner, selection, types, client))
-        if owner is self.clipboard:
-            self.emit(ClipboardGrabbed(selection, types))
-
-    def _offer(
-        self,
-        owner: ClipboardChannel,
-        selection: int,
-        types: tuple[int, ...],
-        client: RouterClient | None,
-    ) -> Offer:
-        """What one end owns, for another, which is the agent if it is no client."""
-        offer: dict[int, ForwardedSource] = {
-            kind: ForwardedSource(owner, selection, kind, ANSWER_TIMEOUT, self._room)
-            for kind in types
-        }
-        if owner is self.clipboard and client is not None and ClipboardType.FILE_LIST in offer:
-            offer[ClipboardType.FILE_LIST] = GuestFileList(
-                owner,
-                selection,
-                ClipboardType.FILE_LIST,
-                ANSWER_TIMEOUT,
-                self._room,
-                self.guest_files,
-                client,
-            )
-        return offer
-
-    def released(self, owner: ClipboardChannel, selection: int) -> None:
-        """One end gave up a clipboard, or left with it."""
-        for channel in self._channels():
-            if channel is not owner:
-                channel.release(selection)
-        if owner is self.clipboard:
-            self.emit(ClipboardReleased(selection))
-
-    def _channels(self) -> list[ClipboardChannel]:
-        return [self.clipboard, *(client.clipboard for client in self.clients)]
-
-    def offer_all(self, client: RouterClient) -> None:
-        """Tell a newcomer who owns what."""
-        for owner in self._channels():
-            if owner is not client.clipboard:
-                for selection, types in owner.remote_types.items():
-                    client.clipboard.offer(selection, self._offer(owner, selection, types, client))
-
     # --- LinkOwner, the agent's side
 
     def link_up(self, link: AgentLink) -> None:
-        if self._link is not link:
-            if self._link is not None:
-                self._link.fail(AgentError("another connection took over the agent channel"))
+        if link is not self.agent_link:
+            if self.agent_link is not None:
                 self._agent_left()
-            self._link = link
-            self._agent_there.set()
+            self._handshake.link_up(link)
+            self._servers.agent_came(link)
         self._begin_session(link)
 
     def _begin_session(self, link: AgentLink) -> None:
-        self.clipboard.begin_session(link)
+        self.clipboards.agent.begin_session(link)
         self._forget()
-        self._asked = True
-        link.post(AnnounceCapabilities(True, self._announced))
+        self._handshake.ask()
 
     def _forget(self) -> None:
         """The agent knows no transfer and owes no reply any more."""
@@ -427,12 +342,10 @@ class AgentRouter(Ending):
         self.guest_files.guest_left()
 
     def link_down(self, link: AgentLink, reason: Exception | None) -> None:
-        if link is not self._link:
-            return
-        self._link = None
-        self._agent_there.clear()
-        self._agent_left()
-        self.emit(AgentGone(str(reason) if reason else ""))
+        if self._handshake.link_down(link):
+            self._servers.agent_left()
+            self._agent_left()
+            self.emit(AgentGone(str(reason) if reason else ""))
 
     def _agent_left(self) -> None:
         """Tell all clients, each in its way."""
@@ -442,33 +355,33 @@ class AgentRouter(Ending):
             self._away = Capabilities.of(AGENT_AWAY, *kept)
         self.capabilities = None
         for client in list(self.clients):
-            if client.is_server or self._closed:
+            if client.is_server or self._is_closed:
                 client.link.close()
             else:
                 client.announce(self._away, request=False)
-        self.clipboard.end_session()
+        self.clipboards.agent.end_session()
         self._forget()
 
     def link_message(
         self, link: AgentLink, port: int, message: TypedMessage | UnknownMessage
     ) -> None:
-        if link is not self._link or not self.filter.passes(message.type_number):
+        if link is not self.agent_link or not self.filter.passes(message.type_number):
             return
         if isinstance(message, Reply) and (port, message.to) in self._replies:
-            self._took_reply(ChunkPort(port), message)
+            self._receive_reply(ChunkPort(port), message)
             return
         if port == ChunkPort.SERVER:
             self._pass_to_servers(link, message)
             return
         match message:
             case AnnounceCapabilities():
-                self._took_capabilities(link, message)
+                self._receive_capabilities(link, message)
             case ClipboardGrab() | ClipboardRelease() | ClipboardRequest() | Clipboard():
-                self.clipboard.receive(message)
+                self.clipboards.agent.receive(message)
             case FileXferStart() | FileXferData():
                 self.guest_files.from_guest(message)
             case FileXferStatus():
-                self._took_status(message)
+                self._receive_status(message)
             case _:
                 for client in self.clients:
                     client.relay.put(link, Passing(message))
@@ -476,14 +389,14 @@ class AgentRouter(Ending):
     def _pass_to_clients(self, passing: Passing) -> None:
         """A long message from the agent is whole."""
         assert passing.body is not None
-        if self._link is not None:
+        if self.agent_link is not None:
             for client in list(self.clients):
                 if client.is_server or passing.port == ChunkPort.CLIENT:
                     shared = Passing(passing.message, passing.port, passing.body.share())
-                    client.relay.put(self._link, shared)
+                    client.relay.put(self.agent_link, shared)
         passing.close()
 
-    def _took_reply(self, port: ChunkPort, message: Reply) -> None:
+    def _receive_reply(self, port: ChunkPort, message: Reply) -> None:
         client = self._replies[port, message.to].answered()
         if client is not None:
             client.link.post(message, port)
@@ -499,42 +412,38 @@ class AgentRouter(Ending):
     def link_body(
         self, link: AgentLink, port: int, head: StreamedMessage, size: int
     ) -> BodySink | None:
-        if link is not self._link or not self.filter.passes(head.type_number):
+        if link is not self.agent_link or not self.filter.passes(head.type_number):
             return None
         if isinstance(head, UnknownMessage):
             return self.spool(head, size, ChunkPort(port), self._pass_to_clients, idle=None)
         if port == ChunkPort.SERVER:
             return None
         if isinstance(head, Clipboard):
-            return self.clipboard.begin_data(head, size)
+            return self.clipboards.agent.begin_data(head, size)
         return DataPieces(head.id, self.guest_files.from_guest)
 
     def link_trouble(self, link: AgentLink, error: AgentProtocolError) -> None:
         self.emit(AgentTrouble(error))
 
-    def _took_capabilities(self, link: AgentLink, message: AnnounceCapabilities) -> None:
-        if message.request and not self._asked:
+    def _receive_capabilities(self, link: AgentLink, message: AnnounceCapabilities) -> None:
+        if self._handshake.receive(message):
             self._begin_session(link)
-        elif message.request:
-            link.post(AnnounceCapabilities(False, self._announced))
-        else:
-            self._asked = False
-        before = self.capabilities
+        before, local = self.capabilities, self._handshake.local
         self.capabilities = self.filter.rewrite(message.capabilities).without(
             AGENT_AWAY, AGENT_FULL
         )
         if not self.filter.file_xfer:
             self.capabilities = self.capabilities.without(FILES_FROM_GUEST)
-        elif FILES_FROM_GUEST in self.capabilities and FILES_FROM_GUEST not in self._announced:
+        elif FILES_FROM_GUEST in self.capabilities and FILES_FROM_GUEST not in local:
             # No other agent is told of a capability that is ours alone.
-            self._announced = self._announced.with_(FILES_FROM_GUEST)
-            link.post(AnnounceCapabilities(False, self._announced))
-        self.clipboard.tell_owned()
+            self._handshake.local = local.with_(FILES_FROM_GUEST)
+            self._handshake.answer()
+        self.clipboards.agent.tell_owned()
         if self.capabilities != before or message.request:
             self.emit(AgentReady(self.capabilities))
             for client in self.clients:
                 client.announce(self.capabilities, request=True)
 
-    def _took_status(self, status: FileXferStatus) -> None:
+    def _receive_status(self, status: FileXferStatus) -> None:
         if not self.guest_files.from_guest(status):
-            self._transfers.took_status(status)
+            self._transfers.receive_status(status)

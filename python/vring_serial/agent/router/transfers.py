@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from vring_serial.agent.channel.files import FROM_GUEST
 from vring_serial.agent.channel.link import AgentLink
+from vring_serial.agent.router.client import RouterClient
 from vring_serial.proto.agent import FileXferData, FileXferResult, FileXferStart, FileXferStatus
-
-if TYPE_CHECKING:
-    from vring_serial.agent.router.client import RouterClient
 
 CLIENT_TRANSFERS_MAX = 128
 """Transfers of one client at once, as many as a Linux agent takes."""
@@ -70,7 +67,7 @@ class ClientTransfers:
         self._end(number)
         return FileXferStatus(number, message.result, message.detail)
 
-    def took_status(self, status: FileXferStatus) -> None:
+    def receive_status(self, status: FileXferStatus) -> None:
         """Pass a status of the agent's on. That a transfer is admitted is told once."""
         transfer = self.open.get(status.id)
         if transfer is None:
