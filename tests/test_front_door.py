@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import vring
 import vring_serial
 
 NAMES = """
@@ -29,12 +30,12 @@ OtherMessage
 AgentFilter Capabilities Capability ClipboardType Monitor Selection
 EmbeddedGuest GuestPort GuestEvent BackendLost UmlGuest
 SpiceOptions SpiceServer
-VringSerialError ConfigError ResourceError DependencyError
+Error VringSerialError ConfigError ResourceError DependencyError
 ProtocolError RemoteProtocolError LocalProtocolError
 AgentError AgentGoneError AgentRefusedError AgentTimeoutError AgentUnsupportedError
 ClipboardEmptyError ClipboardTooLargeError FileTransferError FileRefusedError
 BackendError BackendClosedError BackendRefusedError BackendTimeoutError
-GuestMemoryError PortBusyError PortRemovedError
+GuestEndedError GuestMemoryError GuestTimeoutError PortBusyError PortRemovedError
 """
 EXPORTED = set(NAMES.split())
 
@@ -76,6 +77,10 @@ def test_type_checkers_see_no_other_name() -> None:
     assert set(imports_of_type_checkers()) == EXPORTED
 
 
+def test_the_version_is_that_of_vring() -> None:
+    assert vring_serial.__version__ is vring.__version__
+
+
 def test_a_name_that_is_not_there() -> None:
     with pytest.raises(
         AttributeError, match=r"module 'vring_serial' has no attribute 'Kontroller'"
@@ -91,8 +96,9 @@ def loaded_by(statement: str) -> set[str]:
 
 
 def test_the_import_alone_loads_nothing_of_others() -> None:
-    loaded = loaded_by("import vring_serial")
-    assert not loaded & {"numpy", "asyncio", "lxml", "rich", "cffi", "click", "vring"}
+    for module in ("vring_serial", "vring_serial.errors", "vring"):
+        loaded = loaded_by(f"import {module}")
+        assert not loaded & {"numpy", "asyncio", "lxml", "rich", "cffi", "click"}
 
 
 def test_no_name_but_the_spice_servers_loads_cffi() -> None:

@@ -4,31 +4,16 @@ The device's side is :class:`SplitQueue` or :class:`PackedQueue`, the driver's :
 or :class:`PackedDriver`; all work in a :class:`GuestMemory`. Rings and memory are the guest's and
 hostile: what it does wrong raises a :class:`~vring.errors.RingError`. Other Cython extensions
 ``cimport vring`` (see get_include).
+
+Compiled modules, and numpy with them, are loaded when a name of theirs is first used: what needs
+only the errors does not pay for them.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
-
-try:
-    from vring import _layout as layout
-    from vring._chains import Batch, Chain
-    from vring._core import VirtQueue
-    from vring._driver import Driver, need_event
-    from vring._guard import MemoryWatch
-    from vring._memory import GuestMemory, Region
-    from vring._notify import Drained, drain, notify
-    from vring._packed import PackedQueue
-    from vring._packed_driver import PackedDriver
-    from vring._pump import Flow, FlowCounters, FlowEvent, Pump
-    from vring._split import SplitQueue
-    from vring._split_driver import SplitDriver
-except ModuleNotFoundError as _error:
-    if _error.name is None or not _error.name.startswith("vring._"):
-        raise
-    raise ImportError(
-        f"{_error.name} is not compiled: run `make build` in the source tree, or leave it"
-    ) from _error
+from typing import TYPE_CHECKING
 
 from vring.errors import (
     AddressError,
@@ -37,6 +22,7 @@ from vring.errors import (
     ChainError,
     ChainOrderError,
     DescriptorFlagsError,
+    Error,
     HeadError,
     IndirectError,
     LocalMisuseError,
@@ -47,7 +33,27 @@ from vring.errors import (
     UsedRingError,
     VringError,
 )
+from vring.lazy import exports
 from vring.notification import NotificationData
+
+if TYPE_CHECKING:
+    from vring import _layout as layout
+    from vring._chains import Batch, Chain
+    from vring._core import VirtQueue
+    from vring._driver import Driver, need_event
+    from vring._guard import MemoryWatch
+    from vring._memory import GuestMemory, Region
+    from vring._notify import Drained, drain, notify
+    from vring._packed import PackedQueue
+    from vring._packed_driver import PackedDriver
+    from vring._pump import (
+        Flow,
+        FlowCounters,
+        FlowEvent,
+        Pump,
+    )
+    from vring._split import SplitQueue
+    from vring._split_driver import SplitDriver
 
 __all__ = [
     "SplitQueue",
@@ -72,6 +78,7 @@ __all__ = [
     "FlowEvent",
     "FlowCounters",
     "get_include",
+    "Error",
     "VringError",
     "LocalMisuseError",
     "QueueFullError",
@@ -82,9 +89,9 @@ __all__ = [
     "HeadError",
     "ChainError",
     "ChainOrderError",
-    "DescriptorFlagsError",
     "IndirectError",
     "BufferAddressError",
+    "DescriptorFlagsError",
     "MemoryLostError",
     "UsedRingError",
 ]
@@ -96,3 +103,34 @@ __version__ = "0.1.0.dev0"
 def get_include() -> str:
     """Return the directory to put into Cython's include_path for ``cimport vring``."""
     return os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+if not TYPE_CHECKING:  # type checkers take the imports above
+    _get, __dir__ = exports(
+        __name__,
+        {
+            "vring._split": "SplitQueue",
+            "vring._packed": "PackedQueue",
+            "vring._core": "VirtQueue",
+            "vring._chains": "Batch Chain",
+            "vring._split_driver": "SplitDriver",
+            "vring._packed_driver": "PackedDriver",
+            "vring._driver": "Driver need_event",
+            "vring._memory": "GuestMemory Region",
+            "vring._guard": "MemoryWatch",
+            "vring._notify": "notify drain Drained",
+            "vring._pump": "Pump Flow FlowEvent FlowCounters",
+        },
+    )
+
+    def __getattr__(name: str) -> object:
+        try:
+            if name == "layout":
+                return importlib.import_module("vring._layout")
+            return _get(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not error.name.startswith("vring._"):
+                raise
+            raise ImportError(
+                f"{error.name} is not compiled: run `make build` in the source tree, or leave it"
+            ) from error

@@ -8,7 +8,11 @@ contained (the queue stops, the device asks for a reset, everything else goes on
 from __future__ import annotations
 
 
-class VringError(Exception):
+class Error(Exception):
+    """Base of whatever `vring` and `vring_serial` raise of their own."""
+
+
+class VringError(Error):
     """Base of every error of this package."""
 
 

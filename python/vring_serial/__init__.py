@@ -11,10 +11,13 @@ A name is imported when it is first used: a process pays only for what it uses.
 # ruff: noqa: I001 - one import for each module, which isort would split for its "as"
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
 
+from vring import __version__ as __version__
+from vring.lazy import exports
+
 if TYPE_CHECKING:
+    from vring.errors import Error as Error
     from vring_serial.agent.channel.clipboard import (
         ANY_SIZE as ANY_SIZE,
         StreamSource as StreamSource,
@@ -104,7 +107,9 @@ if TYPE_CHECKING:
         BackendError as BackendError,
         BackendRefusedError as BackendRefusedError,
         BackendTimeoutError as BackendTimeoutError,
+        GuestEndedError as GuestEndedError,
         GuestMemoryError as GuestMemoryError,
+        GuestTimeoutError as GuestTimeoutError,
         PortBusyError as PortBusyError,
         PortRemovedError as PortRemovedError,
     )
@@ -137,77 +142,65 @@ if TYPE_CHECKING:
     from vring_serial.transport.vfio_user.server import VfioUserServer as VfioUserServer
     from vring_serial.transport.vhost_user.backend import VhostUserBackend as VhostUserBackend
 
-# Public name → the module that it is imported from.
-_HOME = {
-    name: module
-    for module, names in {
-        "vring_serial.device.console.controller": "Controller",
-        "vring_serial.device.console.port": "Port",
-        "vring_serial.device.console.events": (
-            "DeviceEvent DeviceReset DriverReady EmergencyWrite FeaturesNegotiated "
-            "MessageRefused OutputDropped PortAdded PortClosed PortOpened PortReady PortRemoved "
-            "QueueBroken Side"
-        ),
-        "vring_serial.device.base": "VirtioDevice",
-        "vring_serial.device.queue_device": "QueueDevice",
-        "vring_serial.device.virtqueue": "RunningQueue",
-        "vring_serial.chardev.base": "Chardev ChardevUser DescriptorEnd End ProtocolEnd",
-        "vring_serial.chardev.file": "FileChardev FileOptions",
-        "vring_serial.chardev.null": "NullChardev NullOptions",
-        "vring_serial.chardev.pipe": "PipeChardev PipeOptions",
-        "vring_serial.chardev.protocol": "ProtocolChardev",
-        "vring_serial.chardev.pty": "PtyChardev PtyOptions",
-        "vring_serial.chardev.ringbuf": "RingbufChardev RingbufOptions",
-        "vring_serial.chardev.socket": "SocketChardev SocketOptions",
-        "vring_serial.chardev.stdio": "StdioChardev StdioOptions",
-        "vring_serial.transport.vhost_user.backend": "VhostUserBackend",
-        "vring_serial.transport.vfio_user.server": "VfioUserServer",
-        "vring_serial.transport.inprocess.fronts": "InProcessMmio InProcessPci Window",
-        "vring_serial.transport.inprocess.hosts": "LoopHost PolledHost",
-        "vring_serial.device.pci": "Bar",
-        "vring_serial.agent.host": "HostAgent",
-        "vring_serial.agent.host_capabilities": "HOST_CAPABILITIES",
-        "vring_serial.agent.router.router": "AgentRouter",
-        "vring_serial.agent.guest": "GuestAgent",
-        "vring_serial.agent.channel.clipboard": "ANY_SIZE StreamSource",
-        "vring_serial.agent.events": (
-            "AgentEvent AgentGone AgentReady AgentTrouble ClipboardGrabbed ClipboardReleased "
-            "EventStream OtherMessage"
-        ),
-        "vring_serial.proto.agent": (
-            "AgentFilter Capabilities Capability ClipboardType Monitor Selection"
-        ),
-        "vring_serial.guest.guest": "BackendLost EmbeddedGuest GuestEvent",
-        "vring_serial.guest.port": "GuestPort",
-        "vring_serial.guest.uml": "UmlGuest",
-        "vring_serial.spice.options": "SpiceOptions",
-        "vring_serial.spice.server": "SpiceServer",
-        "vring_serial.errors": (
-            "ConfigError DependencyError LocalProtocolError ProtocolError RemoteProtocolError "
-            "ResourceError VringSerialError"
-        ),
-        "vring_serial.agent.errors": (
-            "AgentError AgentGoneError AgentRefusedError AgentTimeoutError "
-            "AgentUnsupportedError ClipboardEmptyError ClipboardTooLargeError FileRefusedError "
-            "FileTransferError"
-        ),
-        "vring_serial.guest.errors": (
-            "BackendClosedError BackendError BackendRefusedError BackendTimeoutError "
-            "GuestMemoryError PortBusyError PortRemovedError"
-        ),
-    }.items()
-    for name in names.split()
+# Module → the public names that it has.
+_EXPORTS = {
+    "vring_serial.device.console.controller": "Controller",
+    "vring_serial.device.console.port": "Port",
+    "vring_serial.device.console.events": (
+        "DeviceEvent DeviceReset DriverReady EmergencyWrite FeaturesNegotiated "
+        "MessageRefused OutputDropped PortAdded PortClosed PortOpened PortReady PortRemoved "
+        "QueueBroken Side"
+    ),
+    "vring_serial.device.base": "VirtioDevice",
+    "vring_serial.device.queue_device": "QueueDevice",
+    "vring_serial.device.virtqueue": "RunningQueue",
+    "vring_serial.chardev.base": "Chardev ChardevUser DescriptorEnd End ProtocolEnd",
+    "vring_serial.chardev.file": "FileChardev FileOptions",
+    "vring_serial.chardev.null": "NullChardev NullOptions",
+    "vring_serial.chardev.pipe": "PipeChardev PipeOptions",
+    "vring_serial.chardev.protocol": "ProtocolChardev",
+    "vring_serial.chardev.pty": "PtyChardev PtyOptions",
+    "vring_serial.chardev.ringbuf": "RingbufChardev RingbufOptions",
+    "vring_serial.chardev.socket": "SocketChardev SocketOptions",
+    "vring_serial.chardev.stdio": "StdioChardev StdioOptions",
+    "vring_serial.transport.vhost_user.backend": "VhostUserBackend",
+    "vring_serial.transport.vfio_user.server": "VfioUserServer",
+    "vring_serial.transport.inprocess.fronts": "InProcessMmio InProcessPci Window",
+    "vring_serial.transport.inprocess.hosts": "LoopHost PolledHost",
+    "vring_serial.device.pci": "Bar",
+    "vring_serial.agent.host": "HostAgent",
+    "vring_serial.agent.host_capabilities": "HOST_CAPABILITIES",
+    "vring_serial.agent.router.router": "AgentRouter",
+    "vring_serial.agent.guest": "GuestAgent",
+    "vring_serial.agent.channel.clipboard": "ANY_SIZE StreamSource",
+    "vring_serial.agent.events": (
+        "AgentEvent AgentGone AgentReady AgentTrouble ClipboardGrabbed ClipboardReleased "
+        "EventStream OtherMessage"
+    ),
+    "vring_serial.proto.agent": (
+        "AgentFilter Capabilities Capability ClipboardType Monitor Selection"
+    ),
+    "vring_serial.guest.guest": "BackendLost EmbeddedGuest GuestEvent",
+    "vring_serial.guest.port": "GuestPort",
+    "vring_serial.guest.uml": "UmlGuest",
+    "vring_serial.spice.options": "SpiceOptions",
+    "vring_serial.spice.server": "SpiceServer",
+    "vring_serial.errors": (
+        "ConfigError DependencyError LocalProtocolError ProtocolError RemoteProtocolError "
+        "ResourceError VringSerialError"
+    ),
+    "vring_serial.agent.errors": (
+        "AgentError AgentGoneError AgentRefusedError AgentTimeoutError "
+        "AgentUnsupportedError ClipboardEmptyError ClipboardTooLargeError FileRefusedError "
+        "FileTransferError"
+    ),
+    "vring_serial.guest.errors": (
+        "BackendClosedError BackendError BackendRefusedError BackendTimeoutError "
+        "GuestEndedError GuestMemoryError GuestTimeoutError PortBusyError PortRemovedError"
+    ),
+    "vring.errors": "Error",
 }
 
 if not TYPE_CHECKING:  # type checkers take the imports above
-    __all__ = list(_HOME)
-
-    def __getattr__(name: str) -> object:
-        module = _HOME.get(name)
-        if module is None:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = globals()[name] = getattr(importlib.import_module(module), name)
-        return value
-
-    def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__})
+    __getattr__, __dir__ = exports(__name__, _EXPORTS)
+    __all__ = [name for names in _EXPORTS.values() for name in names.split()]

@@ -1,9 +1,64 @@
-"""What vring_serial raises: configuration is the user's, protocol the peer's; each says where."""
+"""What vring_serial raises, and how it belongs together with what vring raises.
+
+Time-outs are a :class:`TimeoutError` too, and peers that have gone a :class:`ConnectionError`::
+
+    Error                           whatever vring and vring_serial raise of their own
+        VringError                  rings and guest memory (vring.errors)
+            LocalMisuseError        a bug of the calling program
+                QueueFullError
+            MemoryMapError
+            AddressError
+            RingError               the other side broke the ring
+                AvailableIndexError
+                HeadError
+                ChainError
+                ChainOrderError
+                IndirectError
+                BufferAddressError
+                DescriptorFlagsError
+                MemoryLostError
+                UsedRingError
+                ClientMemoryError   a vfio-user client's memory could not be read or written
+        VringSerialError            everything above the rings
+            ConfigError             the user asked for something impossible
+            ResourceError           something outside refused
+                SocketPathError
+                GuestMemoryError
+                GuestTimeoutError   (TimeoutError)
+                GuestEndedError     (ConnectionError)
+            DependencyError         an optional part is not installed
+            ProtocolError
+                LocalProtocolError  a bug of the calling program
+                RemoteProtocolError the peer did what its protocol does not allow
+                    AgentProtocolError
+                        ChunkError
+                        MessageError
+                    BadMessageError
+                        VhostUserError
+                        VfioUserError
+                    BackendError    the embedded guest's backend
+                        BackendRefusedError
+                        BackendTimeoutError (TimeoutError)
+                        BackendClosedError  (ConnectionError)
+            AgentError              an agent, or what shares it, did not do what was asked
+                AgentGoneError      (ConnectionError)
+                AgentTimeoutError   (TimeoutError)
+                AgentUnsupportedError
+                AgentRefusedError
+                ClipboardEmptyError
+                ClipboardTooLargeError
+                FileTransferError
+                    FileRefusedError
+            PortBusyError
+            PortRemovedError        (ConnectionError)
+"""
 
 from __future__ import annotations
 
+from vring.errors import Error
 
-class VringSerialError(Exception):
+
+class VringSerialError(Error):
     """Base of every error of this package; the command line prints it as one line, status 1."""
 
 

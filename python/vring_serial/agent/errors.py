@@ -9,11 +9,11 @@ class AgentError(VringSerialError):
     """Base of what a peer of the agent channel can fail with."""
 
 
-class AgentGoneError(AgentError):
+class AgentGoneError(AgentError, ConnectionError):
     """The channel closed, or was never open, while something was to be done over it."""
 
 
-class AgentTimeoutError(AgentError):
+class AgentTimeoutError(AgentError, TimeoutError):
     """The other end did not answer in time."""
 
 

@@ -15,9 +15,10 @@ from typing import Any, NoReturn
 
 import click
 
+from vring.errors import Error
 from vring_serial.cli import limits
 from vring_serial.cli.plain import escaped
-from vring_serial.errors import ConfigError, VringSerialError
+from vring_serial.errors import ConfigError
 
 #: Exit statuses: what the user asked for is impossible, and everything else that goes wrong.
 STATUS_USAGE = 2
@@ -161,7 +162,7 @@ def _report(error: Exception) -> int:
     """One line on standard error about ``error``; returns the exit status."""
     if isinstance(error, BrokenPipeError):  # whoever read our output has gone: nobody to tell
         return STATUS_ERROR
-    expected = isinstance(error, (VringSerialError, OSError)) or _is_vring_error(error)
+    expected = isinstance(error, (Error, OSError))
     text = escaped(" ".join(str(error).split())) or type(error).__name__
     if (exhausted := limits.exhausted(error)) is not None:
         text = exhausted
@@ -178,12 +179,6 @@ def _say(text: str) -> None:
         click.echo(text, err=True)
     else:
         logs.say(text)
-
-
-def _is_vring_error(error: Exception) -> bool:
-    """Whether ``error`` comes from the package ``vring``, which not every command imports."""
-    errors = sys.modules.get("vring.errors")
-    return errors is not None and isinstance(error, errors.VringError)
 
 
 def _print_version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:

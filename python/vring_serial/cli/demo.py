@@ -90,11 +90,9 @@ class Report:
         try:
             async with asyncio.timeout(timeout):
                 result = await work
-        except TimeoutError:
-            self.add(what, f"nothing happened for {timeout:g} s", ok=False)
-            return None
         except (VringSerialError, OSError, asyncio.IncompleteReadError) as error:
-            self.add(what, " ".join(str(error).split()), ok=False)
+            why = " ".join(str(error).split()) or f"nothing happened for {timeout:g} s"
+            self.add(what, why, ok=False)
             return None
         self.add(what, str(result))
         return result

@@ -25,6 +25,14 @@ class GuestMemoryError(ResourceError):
     """The guest's RAM has no room left for rings and buffers; start it with more."""
 
 
+class GuestTimeoutError(ResourceError, TimeoutError):
+    """A guest with a real kernel did not do in time what was asked of it."""
+
+
+class GuestEndedError(ResourceError, ConnectionError):
+    """The kernel of a guest ended; the message has its last lines."""
+
+
 class PortBusyError(VringSerialError):
     """The port is open already; as with Linux's /dev/vport0p1, one opener at a time."""
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vring_serial.errors import DependencyError, ResourceError
+from vring_serial.guest.errors import GuestEndedError, GuestTimeoutError
 from vring_serial.lifetime import Starting
 
 log = logging.getLogger(__name__)
@@ -153,27 +154,34 @@ class UmlGuest(Starting):
             async with asyncio.timeout(timeout):
                 words, output = await self._read_until(b"@ready ")
         except TimeoutError:
-            raise ResourceError(f"the guest kernel did not boot in {timeout:g} s") from None
+            raise GuestTimeoutError(f"the guest kernel did not boot in {timeout:g} s") from None
         if words != ["0"]:
             raise ResourceError(f"the guest could not load virtio_console: {output.strip()}")
 
     async def run(self, script: str, timeout: float = 60) -> CommandResult:
         """Run a shell script in the guest and wait for it.
 
-        Raises TimeoutError and ResourceError if it died. A script that nobody waits for any more
-        runs on, and the next one after it.
+        A script that nobody waits for any more runs on, and the next one after it.
+
+        Raises:
+            GuestTimeoutError: it did not end within ``timeout`` seconds.
+            GuestEndedError: the guest died.
         """
         assert self._process is not None
         assert self._process.stdin is not None
-        async with self._lock, asyncio.timeout(timeout):
-            self._count += 1
-            (self._directory / f"command.{self._count}").write_text(script)
-            self._process.stdin.write(f"{self._count}\n".encode())
-            await self._process.stdin.drain()
-            words, output = await self._read_until(b"@done ")
-            while words[0] != str(self._count):
-                # Of a script that nobody waits for any more.
-                words, output = await self._read_until(b"@done ")
+        async with self._lock:
+            try:
+                async with asyncio.timeout(timeout):
+                    self._count += 1
+                    (self._directory / f"command.{self._count}").write_text(script)
+                    self._process.stdin.write(f"{self._count}\n".encode())
+                    await self._process.stdin.drain()
+                    words, output = await self._read_until(b"@done ")
+                    while words[0] != str(self._count):
+                        # Of a script that nobody waits for any more.
+                        words, output = await self._read_until(b"@done ")
+            except TimeoutError:
+                raise GuestTimeoutError(f"a script in the guest took over {timeout:g} s") from None
         log.debug("guest ran %r: %s %s", script, words, output)
         return CommandResult(int(words[1]), output.strip("\r\n"))
 
@@ -189,7 +197,7 @@ class UmlGuest(Starting):
                 continue  # a line beyond the stream's limit; the rest of it follows
             if not line:
                 tail = b"".join(lines[-20:]).decode(errors="replace").strip()
-                raise ResourceError(f"the guest kernel ended: {tail or 'it said nothing'}")
+                raise GuestEndedError(f"the guest kernel ended: {tail or 'it said nothing'}")
             if line.startswith(marker):
                 output = b"".join(lines).decode(errors="replace").replace("\r\n", "\n")
                 return line[len(marker) :].decode().split(), output

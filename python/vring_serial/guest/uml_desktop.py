@@ -10,6 +10,7 @@ import shlex
 import shutil
 
 from vring_serial.errors import DependencyError, ResourceError
+from vring_serial.guest.errors import GuestTimeoutError
 from vring_serial.guest.uml import UmlGuest
 
 #: RAM that the kernel, the X server and the agent need, in MiB.
@@ -93,7 +94,7 @@ class UmlDesktop:
         return int(match[1]), int(match[2])
 
     async def wait_resolution(self, width: int, height: int, timeout: float = 15) -> None:
-        """Wait until the X screen has this size. Raises ResourceError with the size it has."""
+        """Wait until the X screen has this size. Raises GuestTimeoutError with the size it has."""
         size = (0, 0)
         try:
             async with asyncio.timeout(timeout):
@@ -102,7 +103,7 @@ class UmlDesktop:
                     with contextlib.suppress(ResourceError):
                         size = await self.resolution()
         except TimeoutError:
-            raise ResourceError(
+            raise GuestTimeoutError(
                 f"the guest's screen is {size[0]}x{size[1]}, not {width}x{height}"
             ) from None
 
@@ -122,14 +123,14 @@ class UmlDesktop:
     async def wait_paste(
         self, text: str, selection: str = "clipboard", timeout: float = 15
     ) -> None:
-        """Wait until this text can be pasted. Raises ResourceError with what there is instead."""
+        """Wait until this text can be pasted. Raises GuestTimeoutError with what there is."""
         pasted: str | None = None
         try:
             async with asyncio.timeout(timeout):
                 while pasted != text:
                     pasted = await self.paste(selection)
         except TimeoutError:
-            raise ResourceError(f"what is pasted in the guest is {pasted!r}") from None
+            raise GuestTimeoutError(f"what is pasted in the guest is {pasted!r}") from None
 
     async def logs(self) -> str:
         """What the X server and the agent wrote to their logs."""

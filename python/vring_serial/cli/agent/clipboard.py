@@ -144,6 +144,8 @@ def _output(path: str | None) -> Iterator[BinaryIO]:
         # What was copied may be a password.
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
             yield file
+    except AgentError:
+        raise
     except OSError as error:
         raise ResourceError(f"--output {path}: {error.strerror}") from None
 

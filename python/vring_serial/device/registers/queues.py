@@ -13,11 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from vring import Drained, GuestMemory, drain, notify
-from vring.errors import AddressError, VringError
+from vring.errors import AddressError, Error
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.registers.state import DriverState, QueueSetup
 from vring_serial.device.virtqueue import RunningQueue, make_queue
-from vring_serial.errors import VringSerialError
 from vring_serial.proto.virtio import Feature
 from vring_serial.unix_fds import make_eventfd
 
@@ -261,7 +260,7 @@ class QueueTable:
             self._unwatch(queue)
         try:
             self._start_if_wanted(queue)
-        except (VringError, VringSerialError, OSError) as error:
+        except (Error, OSError) as error:
             if not (waits and isinstance(error, AddressError)):
                 self._fail(queue, error)
 
