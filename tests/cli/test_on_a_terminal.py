@@ -66,7 +66,7 @@ class Terminal:
                 self._more.clear()
             return await self._process.wait()
 
-    async def close(self) -> None:
+    async def aclose(self) -> None:
         asyncio.get_running_loop().remove_reader(self._master)
         os.close(self._master)
         with contextlib.suppress(ProcessLookupError):
@@ -110,7 +110,7 @@ async def place(tmp_path: Path) -> AsyncIterator[Place]:
     server = await loop.create_unix_server(place.agent.protocol_factory, tmp_path / "a")
     yield place
     for terminal in place.terminals:
-        await terminal.close()
+        await terminal.aclose()
     await place.agent.aclose()
     server.close()
 
