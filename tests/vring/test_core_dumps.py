@@ -66,7 +66,7 @@ def test_the_embedded_guest() -> None:
 
 
 def test_copies_of_memory_that_only_the_client_has() -> None:
-    table = DmaTable(4, make_watch("test"))
+    table = DmaTable(4, make_watch("test"), {})
     table.map(DmaMap(DmaFlag.READ | DmaFlag.WRITE, 0, 0, SIZE), -1)
     (region,) = table.memory.regions
     assert not is_dumped(region)

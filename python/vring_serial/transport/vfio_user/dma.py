@@ -5,33 +5,13 @@ from __future__ import annotations
 import errno
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from vring import GuestMemory, MemoryWatch, Region
 from vring_serial.errors import RemoteProtocolError
 from vring_serial.proto.vfio_user import VfioUserError
 from vring_serial.proto.vfio_user_wire import DmaFlag, DmaMap, DmaUnmap, UnmapFlag
 from vring_serial.transport.vfio_user.copies import Copy, make_copy
-
-
-@dataclass(frozen=True, slots=True)
-class DmaRegion:
-    """One mapping.
-
-    Attributes:
-        address, size: where, and how many bytes.
-        flags: DmaFlag.
-        region: the mapped memory; None if there is no descriptor.
-    """
-
-    address: int
-    size: int
-    flags: int
-    region: Region | None
-
-    @property
-    def end(self) -> int:
-        return self.address + self.size
+from vring_serial.transport.vfio_user.state import DmaRegion
 
 
 class DmaTable:
@@ -39,21 +19,22 @@ class DmaTable:
 
     Args:
         most: mappings that there may be at once.
-        watch: tells of lost memory.
+        watch: reports lost memory.
+        regions: the mappings, by address; kept up to date here.
     """
 
-    def __init__(self, most: int, watch: MemoryWatch) -> None:
+    def __init__(self, most: int, watch: MemoryWatch, regions: dict[int, DmaRegion]) -> None:
         self._most = most
         self._watch: MemoryWatch | None = watch
-        self._regions: dict[int, DmaRegion] = {}  # by address
+        self._regions = regions
+        self._mapped: dict[int, Region] = {}  # of regions with a descriptor, by address
         self._copies: dict[int, Copy | None] = {}  # of regions without a descriptor
         self._remote: list[DmaRegion] | None = None  # those, by address; None: to be made
 
     @property
     def mapped(self) -> GuestMemory:
         """The memory that is shared with the client."""
-        found = (each.region for each in self._regions.values())
-        return GuestMemory(region for region in found if region is not None)
+        return GuestMemory(self._mapped.values())
 
     @property
     def memory(self) -> GuestMemory:
@@ -62,7 +43,7 @@ class DmaTable:
         A copy stays the same as long as its region is mapped.
         """
         for each in self._regions.values():
-            if each.region is None and each.address not in self._copies:
+            if not each.shared and each.address not in self._copies:
                 self._copies[each.address] = make_copy(each.address, each.size)
         copies = (copy.region for copy in self._copies.values() if copy is not None)
         return GuestMemory((*self.mapped.regions, *copies))
@@ -77,7 +58,7 @@ class DmaTable:
         The copy is None where there was not enough memory for one.
         """
         if self._remote is None:
-            remote = (each for each in self._regions.values() if each.region is None)
+            remote = (each for each in self._regions.values() if not each.shared)
             self._remote = sorted(remote, key=_address)
         at = max(bisect_right(self._remote, address, key=_address) - 1, 0)
         for each in self._remote[at:]:
@@ -107,8 +88,10 @@ class DmaTable:
                 )
         if len(self._regions) >= self._most:
             raise VfioUserError("DMA_MAP", f"all {self._most} mappings are taken", errno.ENOSPC)
-        region = self._map(asked, fd) if fd >= 0 else None
-        self._regions[asked.address] = DmaRegion(asked.address, asked.size, asked.flags, region)
+        at, shared = asked.address, fd >= 0
+        if shared:
+            self._mapped[at] = self._map(asked, fd)
+        self._regions[at] = DmaRegion(at, asked.size, asked.flags, asked.offset, shared)
         self._remote = None
 
     def close(self) -> None:
@@ -133,11 +116,13 @@ class DmaTable:
                 errno.ENOENT,
             )
         del self._regions[asked.address]
+        self._mapped.pop(asked.address, None)
         self._copies.pop(asked.address, None)
         self._remote = None
 
     def _clear(self) -> None:
         self._regions.clear()
+        self._mapped.clear()
         self._copies.clear()
         self._remote = None
 

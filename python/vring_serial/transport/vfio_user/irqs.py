@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 
 from vring import notify
 from vring_serial.device.kicks import KickWatch
@@ -21,24 +20,13 @@ from vring_serial.proto.vfio_user_wire import (
 )
 from vring_serial.transport.closer import Closer
 from vring_serial.transport.event_fds import check_event_descriptor
+from vring_serial.transport.vfio_user.state import ClientState
 
 _FLAGS: dict[int, int] = {
     IrqIndex.INTX: IrqFlag.EVENTFD | IrqFlag.MASKABLE | IrqFlag.AUTOMASKED,
     # Without NORESIZE: each vector may get its descriptor when the driver first uses it.
     IrqIndex.MSIX: IrqFlag.EVENTFD,
 }
-
-
-@dataclass(slots=True)
-class _Line:
-    """One interrupt: the client's event descriptor or -1, and whether it may be told now."""
-
-    fd: int = -1
-    masked: bool = False
-
-    @property
-    def open_fd(self) -> int:
-        return -1 if self.masked else self.fd
 
 
 class Interrupts:
@@ -53,6 +41,7 @@ class Interrupts:
         intx_level: whether the device asserts INTA#.
         vectors_changed: called when vectors have other descriptors than before.
         closer: closes descriptors.
+        state: of the client; ``intx_masked`` is kept up to date here.
     """
 
     def __init__(
@@ -61,14 +50,17 @@ class Interrupts:
         intx_level: Callable[[], bool],
         vectors_changed: Callable[[], None],
         closer: Closer,
+        state: ClientState,
     ) -> None:
+        self._state = state
         self._close_all = closer.close
         self._intx_level = intx_level
         self._vectors_changed = vectors_changed
-        self._lines: dict[int, list[_Line]] = {
-            IrqIndex.INTX: [_Line()],
+        # By type: the client's event descriptor of each interrupt, or -1.
+        self._fds: dict[int, list[int]] = {
+            IrqIndex.INTX: [-1],
             IrqIndex.MSI: [],
-            IrqIndex.MSIX: [_Line() for _ in range(vectors)],
+            IrqIndex.MSIX: [-1] * vectors,
         }
         self._unmask_fd = -1
         self._unmask_kicks: KickWatch | None = None
@@ -84,14 +76,14 @@ class Interrupts:
 
     def set_intx(self, level: bool) -> None:
         """See InterruptSink."""
-        line = self._lines[IrqIndex.INTX][0]
-        if level and line.open_fd >= 0:
-            line.masked = True
-            notify(line.fd)
+        fd = self._fds[IrqIndex.INTX][0]
+        if level and fd >= 0 and not self._state.intx_masked:
+            self._state.intx_masked = True
+            notify(fd)
 
     def msix_descriptor(self, vector: int) -> int:
         """See InterruptSink."""
-        return self._lines[IrqIndex.MSIX][vector].open_fd
+        return self._fds[IrqIndex.MSIX][vector]
 
     # --- for the client
 
@@ -99,7 +91,7 @@ class Interrupts:
     def types(self) -> int:
         """How many types there are. Indices from there on (ERR, REQ) are errors, to which QEMU says
         nothing; if the answer is that there are none of them, it warns."""
-        return len(self._lines)
+        return len(self._fds)
 
     def info(self, index: int) -> IrqInfo:
         """What there is of a type. Raises RemoteProtocolError if there is no such type."""
@@ -112,55 +104,55 @@ class Interrupts:
             RemoteProtocolError: no such interrupts, an action that they do not have, or
                 descriptors that do not fit; nothing is changed then.
         """
-        lines = self._type(irqs.index)
-        if irqs.start + irqs.count > len(lines):
+        present = len(self._type(irqs.index))
+        if irqs.start + irqs.count > present:
             raise RemoteProtocolError(
-                f"interrupts {irqs.start} to {irqs.start + irqs.count - 1} of {len(lines)}"
+                f"interrupts {irqs.start} to {irqs.start + irqs.count - 1} of {present}"
             )
         kind, action = IrqSetFlag(irqs.flags & IRQ_SET_DATA), irqs.flags & IRQ_SET_ACTION
         if fds and kind != IrqSetFlag.DATA_EVENTFD:
             raise RemoteProtocolError(f"{len(fds)} descriptors with {kind.name}")
         if action == IrqSetFlag.ACTION_TRIGGER:
-            self._set_trigger(irqs, kind, lines, fds)
+            self._set_trigger(irqs, kind, fds)
         elif irqs.index != IrqIndex.INTX:
             raise RemoteProtocolError(f"type {irqs.index} cannot be masked")
         elif kind == IrqSetFlag.DATA_EVENTFD:
             self._set_unmask_event(action, fds)
         else:
-            for line in _chosen(irqs, lines):
-                line.masked = action == IrqSetFlag.ACTION_MASK
+            if _chosen(irqs):
+                self._state.intx_masked = action == IrqSetFlag.ACTION_MASK
             self._tell_level()
 
     def close(self) -> None:
         """Close all descriptors; nobody is told anything. Safe to call twice."""
         self._watch_unmask(-1)
-        for lines in self._lines.values():
-            self._close_all(_replace(lines, [-1] * len(lines)))
+        for index, fds in self._fds.items():
+            self._close_all(self._replace(index, 0, [-1] * len(fds)))
 
     # --- internals
 
-    def _type(self, index: int) -> list[_Line]:
+    def _type(self, index: int) -> list[int]:
         try:
-            return self._lines[index]
+            return self._fds[index]
         except KeyError:
             raise RemoteProtocolError(f"there is no interrupt type {index}") from None
 
-    def _set_trigger(
-        self, irqs: IrqSet, kind: IrqSetFlag, lines: list[_Line], fds: list[int]
-    ) -> None:
+    def _set_trigger(self, irqs: IrqSet, kind: IrqSetFlag, fds: list[int]) -> None:
         if kind == IrqSetFlag.DATA_EVENTFD:
             if len(fds) not in (0, irqs.count):
                 raise RemoteProtocolError(f"{len(fds)} descriptors for {irqs.count} interrupts")
             for fd in fds:
                 check_event_descriptor(fd, writable=True)
-            old = _replace(_chosen(irqs, lines), fds or [-1] * irqs.count)
+            old = self._replace(irqs.index, irqs.start, fds or [-1] * irqs.count)
             fds.clear()
         elif irqs.count == 0 and kind == IrqSetFlag.DATA_NONE:
-            old = _replace(lines, [-1] * len(lines))
+            old = self._replace(irqs.index, 0, [-1] * len(self._fds[irqs.index]))
         else:
-            for line in _chosen(irqs, lines):
-                if line.open_fd >= 0:
-                    notify(line.fd)
+            masked = irqs.index == IrqIndex.INTX and self._state.intx_masked
+            for number in _chosen(irqs):
+                fd = self._fds[irqs.index][number]
+                if fd >= 0 and not masked:
+                    notify(fd)
             return
         if irqs.index == IrqIndex.MSIX:
             self._vectors_changed()
@@ -187,26 +179,26 @@ class Interrupts:
         self._unmask_fd, self._unmask_kicks = fd, kicks
 
     def _unmask_event(self) -> None:
-        self._lines[IrqIndex.INTX][0].masked = False
+        self._state.intx_masked = False
         self._tell_level()
 
     def _tell_level(self) -> None:
         with suppress(OSError):
             self.set_intx(self._intx_level())
 
+    def _replace(self, index: int, start: int, fds: list[int]) -> list[int]:
+        """Give interrupts other descriptors, unmasked, and return the old ones."""
+        part = slice(start, start + len(fds))
+        old = self._fds[index][part]
+        self._fds[index][part] = fds
+        if index == IrqIndex.INTX and fds:
+            self._state.intx_masked = False
+        return old
 
-def _chosen(irqs: IrqSet, lines: list[_Line]) -> list[_Line]:
-    """The interrupts that the action is for."""
-    lines = lines[irqs.start : irqs.start + irqs.count]
+
+def _chosen(irqs: IrqSet) -> list[int]:
+    """Return the numbers of the interrupts that the action is for."""
+    numbers = range(irqs.start, irqs.start + irqs.count)
     if irqs.flags & IrqSetFlag.DATA_BOOL:
-        return [line for line, wanted in zip(lines, irqs.data, strict=True) if wanted]
-    return lines
-
-
-def _replace(lines: list[_Line], fds: list[int]) -> list[int]:
-    """Give them other descriptors, unmasked. Returns the old ones."""
-    old = [line.fd for line in lines]
-    for line, fd in zip(lines, fds, strict=True):
-        line.fd = fd
-        line.masked = False
-    return old
+        return [number for number, wanted in zip(numbers, irqs.data, strict=True) if wanted]
+    return list(numbers)

@@ -50,6 +50,7 @@ from vring_serial.transport.vfio_user.irqs import Interrupts
 from vring_serial.transport.vfio_user.remote import WINDOW_BYTES, RemoteMemory
 from vring_serial.transport.vfio_user.rings import RemoteRings
 from vring_serial.transport.vfio_user.shadow import ClientMemory
+from vring_serial.transport.vfio_user.state import ClientState
 from vring_serial.unix_socket import refuse_descriptors
 
 #: Regions that a client may map; each with a descriptor is a mapping of this process.
@@ -108,14 +109,14 @@ class VfioUserSession(Session[Message]):
     ) -> None:
         self._pci = pci
         self._rings = rings
-        self._client: Capabilities | None = None
+        self._state = ClientState()
         self._twin: Connection | None = None
         self._twin_parser = VfioUserParser()
-        self._dma = DmaTable(MAX_DMA_MAPS, context.watch)
+        self._dma = DmaTable(MAX_DMA_MAPS, context.watch, self._state.regions)
         self._memory_changed = False
         self._beside: list[int] = []  # descriptors that go with the next reply
         self._interrupts = Interrupts(
-            pci.vectors, lambda: pci.intx_level, self._vectors_changed, context.closer
+            pci.vectors, lambda: pci.intx_level, self._vectors_changed, context.closer, self._state
         )
         self._bars = {bar.index: bar.size for bar in pci.bars}
         self._handlers = self._handler_table()
@@ -165,7 +166,7 @@ class VfioUserSession(Session[Message]):
             raise FatalError(f"{message.name}: {error}") from None
 
     def _answer(self, message: Message, fds: list[int]) -> Payload | None:
-        if self._client is None and message.command != Command.VERSION:
+        if self._state.agreed is None and message.command != Command.VERSION:
             raise FatalError("it came before VERSION")
         payload = message.decode()
         handler = self._handlers.get(message.command)
@@ -217,7 +218,7 @@ class VfioUserSession(Session[Message]):
     # --- negotiation and description
 
     def _version(self, version: Version, fds: list[int]) -> Version:
-        if self._client is not None:
+        if self._state.agreed is not None:
             raise RemoteProtocolError("it came twice")
         if version.major != MAJOR:
             raise FatalError(f"version {version.major}.{version.minor} instead of {MAJOR}.{MINOR}")
@@ -229,7 +230,7 @@ class VfioUserSession(Session[Message]):
                 f"max_data_xfer_size {proposed.max_data_xfer_size}, below {MIN_DATA_XFER_SIZE}"
             )
         agreed = CAPABILITIES.common(proposed or Capabilities())
-        self._client = agreed
+        self._state.agreed = agreed
         send = self._connection.send
         if agreed.twin_socket:
             self._twin = self._open_twin()
@@ -292,10 +293,10 @@ class VfioUserSession(Session[Message]):
             raise RemoteProtocolError("sub-regions in a request")
         if not self._region_size(asked.index):
             raise RemoteProtocolError(f"the device has no region {asked.index}")
-        assert self._client is not None
+        assert self._state.agreed is not None
         # The other queues are notified by messages.
         places = [place for place in self._pci.notify_offsets if place.bar == asked.index]
-        places = places[: self._client.max_msg_fds]
+        places = places[: self._state.agreed.max_msg_fds]
         needed = RegionIoFds.needed(len(places))
         if asked.argsz < needed:
             return RegionIoFds(asked.index, (), needed)
