@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.waiting import until
 from vring_serial import accept
 from vring_serial.accept import Acceptor
 from vring_serial.chardev.base import DescriptorEnd, End
@@ -112,9 +113,7 @@ Listening = Callable[[Path], AbstractAsyncContextManager[asyncio.Event]]
 
 
 async def until_logged(caplog: pytest.LogCaptureFixture, text: str) -> None:
-    async with asyncio.timeout(DEADLINE):
-        while text not in caplog.text:
-            await asyncio.sleep(0.01)
+    await until(lambda: text in caplog.text)
 
 
 @pytest.mark.parametrize("listening", LISTENERS)
@@ -141,9 +140,7 @@ async def test_it_is_said_once_and_tried_ever_less_often(
         with socket.socket(socket.AF_UNIX) as client:
             with out_of_descriptors():
                 client.connect(str(path))
-                async with asyncio.timeout(DEADLINE):
-                    while len(pauses) < 8:
-                        await asyncio.sleep(0.005)
+                await until(lambda: len(pauses) >= 8)
             assert not came.is_set()
             async with asyncio.timeout(DEADLINE):
                 await came.wait()
@@ -303,9 +300,7 @@ async def test_a_door_that_connects_goes_on_after_a_session_that_does_not_start(
         came=serve,
     )
     door.open()
-    async with asyncio.timeout(DEADLINE):
-        while len(calls) < 3:
-            await asyncio.sleep(0.01)
+    await until(lambda: len(calls) >= 3)
     assert [sock.fileno() < 0 for sock in calls] == [True, True, False]
     calls[2].close()
     door.close()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.waiting import until
 from vring import GuestMemory
 from vring.testing import GuestQueue
 from vring_serial.chardev.base import ProtocolEnd
@@ -73,9 +74,7 @@ async def test_every_callback_of_a_vhost_user_backend(
     await backend.start()
     for _ in range(3):
         await served_once(tmp_path / "v")
-    async with asyncio.timeout(DEADLINE):
-        while told.count(("gone",)) < 3:
-            await asyncio.sleep(0.01)
+    await until(lambda: told.count(("gone",)) >= 3)
     assert told.count(("connected",)) == 3
     await backend.aclose()
     await controller.aclose()
@@ -132,9 +131,7 @@ async def test_a_device_that_raises_shuts_no_door(tmp_path: Path, method: str) -
             writer.write(vfio_user.request(vfio_user.Command.VERSION, 1, Version()))
             assert await reader.readexactly(16)
             writer.close()
-    async with asyncio.timeout(DEADLINE):
-        while len(failures) < 3:
-            await asyncio.sleep(0.01)
+    await until(lambda: len(failures) >= 3)
     device.fails = set()
     await server.aclose()
 
@@ -229,9 +226,7 @@ async def test_a_control_message_is_completed_whatever_came_of_it(
         _, unused = await bad.open()
         await guest.wait_port(nr=2)
         unused.close()
-        async with asyncio.timeout(DEADLINE):
-            while "a message could not be acted upon" not in caplog.text:
-                await asyncio.sleep(0.01)
+        await until(lambda: "a message could not be acted upon" in caplog.text)
         reader, writer = await port.open()
         writer.write(b"hello")
         assert await reader.readexactly(5) == b"HELLO"

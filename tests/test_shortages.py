@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.waiting import until
 from vring_serial.chardev.base import DescriptorEnd, End
 from vring_serial.chardev.file import FileChardev, FileOptions
 from vring_serial.chardev.socket import SocketChardev, SocketOptions
@@ -52,9 +53,7 @@ class User:
 
 
 async def until_logged(caplog: pytest.LogCaptureFixture, text: str) -> None:
-    async with asyncio.timeout(DEADLINE):
-        while text not in caplog.text:
-            await asyncio.sleep(0.01)
+    await until(lambda: text in caplog.text)
 
 
 async def test_a_port_that_the_guest_opens(
@@ -141,9 +140,7 @@ async def test_a_door_that_connects(
         door.open()
         await until_logged(caplog, "no frontend yet: Too many open files")
         await asyncio.sleep(0.05)
-    async with asyncio.timeout(DEADLINE):
-        while not came:
-            await asyncio.sleep(0.01)
+    await until(lambda: came)
     assert caplog.text.count("Too many open files") == 1
     door.close()
     listener.close()

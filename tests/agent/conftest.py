@@ -9,6 +9,7 @@ import socket
 
 import pytest
 
+from tests.support.waiting import until
 from vring_serial.agent import HOST_CAPABILITIES, AgentRouter, HostAgent
 from vring_serial.agent.guest import GUEST_CAPABILITIES, GuestAgent
 from vring_serial.proto.agent import (
@@ -40,7 +41,7 @@ class Pair:
         self.running = asyncio.ensure_future(self.guest.run(reader, self.writer))
         await loop.create_connection(self.host.protocol_factory, sock=ours)
         await self.host.wait_ready()
-        await self.until(lambda: self.guest.host is not None)
+        await until(lambda: self.guest.host is not None)
 
     async def disconnect(self):
         """The guest closes the channel."""
@@ -49,12 +50,7 @@ class Pair:
         self.writer.close()
         with contextlib.suppress(ConnectionError):
             await self.writer.wait_closed()
-        await self.until(lambda: self.host.capabilities is None)
-
-    async def until(self, condition):
-        async with asyncio.timeout(30):
-            while not condition():
-                await asyncio.sleep(0.005)
+        await until(lambda: self.host.capabilities is None)
 
     async def aclose(self):
         await self.host.aclose()
@@ -186,7 +182,7 @@ class RouterBench:
         self.running = asyncio.ensure_future(self.guest.run(reader, self.writer))
         loop = asyncio.get_running_loop()
         await loop.create_connection(self.router.protocol_factory, sock=ours)
-        await self.until(lambda: self.router.capabilities is not None)
+        await until(lambda: self.router.capabilities is not None)
 
     async def start_guest_with(self, capabilities):
         """Another agent than the one before."""
@@ -199,7 +195,7 @@ class RouterBench:
         self.writer.close()
         with contextlib.suppress(ConnectionError):
             await self.writer.wait_closed()
-        await self.until(lambda: self.router.capabilities is None)
+        await until(lambda: self.router.capabilities is None)
 
     async def client(self, **options):
         host = HostAgent(timeout=30, **options)
@@ -218,17 +214,12 @@ class RouterBench:
         self.clients.append(client)
         return client
 
-    async def until(self, condition):
-        async with asyncio.timeout(30):
-            while not condition():
-                await asyncio.sleep(0.005)
-
     async def aclose(self):
         for client in self.clients:
             await client.aclose()
         await self.router.aclose()
         await self.stop_guest()
-        await self.until(lambda: not self.router.clients)
+        await until(lambda: not self.router.clients)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import inspect
 
 import pytest
 
+from tests.support.waiting import until
 from vring_serial.agent import (
     HOST_CAPABILITIES,
     AgentGone,
@@ -319,7 +320,7 @@ async def test_who_takes_the_clipboard_does_not_wait_for_the_owner_before(asked)
 async def test_the_guests_paste_is_cancelled(pair):
     await pair.connect()
     await pair.host.set_clipboard("here")
-    await pair.until(lambda: pair.guest._clipboard.remote_types)
+    await until(lambda: pair.guest._clipboard.remote_types)
     pair.host._clipboard._receive_request = lambda message: None
     await cancel(asyncio.ensure_future(pair.guest.get_clipboard()))
     del pair.host._clipboard._receive_request
@@ -337,7 +338,7 @@ async def test_the_guests_agent_is_cancelled_and_runs_again(pair):
 async def test_whoever_waits_in_the_guest_is_told_that_it_is_closed(pair):
     await pair.connect()
     await pair.host.set_clipboard("here")
-    await pair.until(lambda: pair.guest._clipboard.remote_types)
+    await until(lambda: pair.guest._clipboard.remote_types)
     pair.host._clipboard._receive_request = lambda message: None
     asking = asyncio.ensure_future(pair.guest.get_clipboard())
     await let_wait(asking)
@@ -370,7 +371,7 @@ async def test_connecting_a_client_is_cancelled(make_bench, turns):
     await asyncio.gather(connecting, return_exceptions=True)
     client = await bench.client()
     await client.wait_ready()
-    await bench.until(lambda: len(bench.router.clients) <= 2)
+    await until(lambda: len(bench.router.clients) <= 2)
 
 
 @pytest.mark.parametrize("turns", range(4))
@@ -384,4 +385,4 @@ async def test_closing_is_cancelled(make_bench, turns):
     closing.cancel()
     await asyncio.gather(closing, return_exceptions=True)
     await bench.router.aclose()
-    await bench.until(lambda: not bench.router.clients and client.capabilities is None)
+    await until(lambda: not bench.router.clients and client.capabilities is None)

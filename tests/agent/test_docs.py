@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.waiting import until
 from vring_serial.agent import AgentGone, AgentReady, HostAgent
 from vring_serial.agent.guest import GuestAgent
 from vring_serial.proto.agent import Capability, Monitor
@@ -83,7 +84,5 @@ async def test_share(served, tmp_path):
     await router.aclose()
     server.close()
     await server.wait_closed()
-    async with asyncio.timeout(30):
-        while not isinstance(events[-1], AgentGone):
-            await asyncio.sleep(0.005)
+    await until(lambda: isinstance(events[-1], AgentGone))
     assert isinstance(events[0], AgentReady)

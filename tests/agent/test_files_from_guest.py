@@ -7,6 +7,7 @@ import os
 
 import pytest
 
+from tests.support.waiting import until
 from vring_serial.agent import (
     HOST_CAPABILITIES,
     AgentGoneError,
@@ -93,12 +94,12 @@ async def test_a_cancelled_copy_leaves_no_file(pair_with_files, tmp_path):
     pair.guest.copy_files([*files, tmp_path / "missing"] * 20)
     await pair.host.wait_clipboard()
     getting = asyncio.ensure_future(pair.host.get_files(tmp_path / "in"))
-    await pair.until(lambda: len(list((tmp_path / "in").glob("*"))) > 3)
+    await until(lambda: len(list((tmp_path / "in").glob("*"))) > 3)
     getting.cancel()
     await asyncio.gather(getting, return_exceptions=True)
     assert not list((tmp_path / "in").iterdir())
     pair.guest.copy_files(files)
-    await pair.until(lambda: pair.host.clipboard_types())
+    await until(lambda: pair.host.clipboard_types())
     assert len(await pair.host.get_files(tmp_path / "again")) == len(files)
 
 
@@ -107,7 +108,7 @@ async def test_the_channel_closes(pair_with_files, tmp_path):
     pair.guest.copy_files(files[2:] * 50)
     await pair.host.wait_clipboard()
     getting = asyncio.ensure_future(pair.host.get_files(tmp_path / "in"))
-    await pair.until(lambda: (tmp_path / "in").exists())
+    await until(lambda: (tmp_path / "in").exists())
     await pair.disconnect()
     with pytest.raises(AgentGoneError, match="files missing"):
         await getting

@@ -7,6 +7,7 @@ import os
 
 import pytest
 
+from tests.support.waiting import until
 from vring_serial.agent import AgentGone, AgentTrouble, HostAgent
 from vring_serial.agent.guest import AGENT_PORT, GuestAgent, serve_agent
 from vring_serial.chardev.protocol import ProtocolChardev
@@ -34,12 +35,6 @@ async def guest_and_host(tmp_path):
     await backend.aclose()
     await controller.aclose()
     assert not [e for e in events if isinstance(e, AgentTrouble)]
-
-
-async def until(condition):
-    async with asyncio.timeout(30):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 async def test_everything_over_the_rings(guest_and_host, tmp_path):

@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Sequence
 import pytest
 
 from tests.chardev.conftest import DEADLINE, read_some
+from tests.support.waiting import until
 from vring_serial.chardev.stdio import StdioChardev
 from vring_serial.errors import ResourceError
 
@@ -203,9 +204,7 @@ async def test_after_a_stop_and_a_continuation_it_is_raw_again(terminal: Termina
     os.kill(terminal.process.pid, signal.SIGSTOP)
     termios.tcsetattr(terminal.slave, termios.TCSANOW, terminal.before)  # what a shell does
     os.kill(terminal.process.pid, signal.SIGCONT)
-    async with asyncio.timeout(DEADLINE):
-        while terminal.flag(3, termios.ICANON):
-            await asyncio.sleep(0.01)
+    await until(lambda: not terminal.flag(3, termios.ICANON))
 
 
 async def test_a_terminal_that_is_gone_closes_the_end(no_leak: None) -> None:

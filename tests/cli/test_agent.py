@@ -10,13 +10,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.waiting import wait_until
 from vring_serial.agent import AgentRouter
 from vring_serial.agent.guest import GuestAgent
 
@@ -27,13 +27,6 @@ DOMAIN = """\
 </devices></domain>
 """
 TEXT = "naïve café, 日本語, 🖥\nsecond line"
-
-
-def wait_until(condition: Callable[[], Any], what: str, timeout: float = 20) -> None:
-    end = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < end, what
-        time.sleep(0.02)
 
 
 class Session:

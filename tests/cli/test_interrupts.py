@@ -19,6 +19,8 @@ from typing import Any
 
 import pytest
 
+from tests.support.waiting import until
+
 TIMEOUT = 40.0
 #: Seconds for a command to end, far below the time-outs of what it may have waited for.
 SOON = 8.0
@@ -350,6 +352,4 @@ async def test_a_bench_that_is_killed_leaves_no_process_behind(
     await children(count)(command)
     assert len(processes_of(tmp_path)) > count
     os.kill(command.process.pid, signal.SIGKILL)
-    async with asyncio.timeout(SOON):
-        while processes_of(tmp_path):
-            await asyncio.sleep(0.02)
+    await until(lambda: not processes_of(tmp_path))

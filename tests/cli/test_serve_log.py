@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import NULL_PORT, TIMEOUT, Serve, guest_of
+from tests.support.waiting import until
 from vring_serial.guest.guest import EmbeddedGuest
 
 FILE_PORT = ("--chardev", "file,id=f,path=out", "--port", "chardev=f,nr=1")
@@ -49,9 +50,7 @@ async def started(
 
 
 async def there(path: Path) -> None:
-    async with asyncio.timeout(TIMEOUT):
-        while not path.exists():
-            await asyncio.sleep(0.01)
+    await until(path.exists)
 
 
 async def listening(path: Path) -> None:

@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -254,15 +254,3 @@ async def scripted(tmp_path: Path) -> AsyncIterator[ScriptedServer]:
 def scripted_device() -> type[ScriptedDevice]:
     """The class, for tests that decide when the rings are looked at."""
     return ScriptedDevice
-
-
-@pytest.fixture
-def until() -> Callable[[Callable[[], object]], Awaitable[None]]:
-    """``await until(condition)``: until it holds, five seconds at most."""
-
-    async def wait(condition: Callable[[], object]) -> None:
-        async with asyncio.timeout(5):
-            while not condition():
-                await asyncio.sleep(0.001)
-
-    return wait

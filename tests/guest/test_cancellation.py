@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import itertools
 import socket
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 
 from tests.guest.conftest import ScriptedDevice, ScriptedServer
 from tests.support.leaks import held
+from tests.support.waiting import until
 from vring_serial import unix_fds
 from vring_serial.chardev.ringbuf import RingbufChardev
 from vring_serial.device.console.controller import Controller
@@ -26,8 +27,6 @@ from vring_serial.guest.port import GuestPort
 from vring_serial.guest.queue import DriverQueue
 from vring_serial.proto import vhost_user as vu
 from vring_serial.transport.vhost_user.backend import VhostUserBackend
-
-Until = Callable[[Callable[[], object]], Awaitable[None]]
 
 
 def awaitables(kind: type) -> set[str]:
@@ -87,9 +86,7 @@ def everything(backend: Any) -> None:
 
 
 @pytest.mark.parametrize("name", REQUESTS)
-async def test_a_request_that_is_cancelled(
-    scripted: ScriptedServer, until: Until, name: str
-) -> None:
+async def test_a_request_that_is_cancelled(scripted: ScriptedServer, name: str) -> None:
     """Its answer, which comes when nobody waits for it, is not taken for the next one's."""
     scripted.prepare = everything
     frontend = Frontend(scripted.path)
@@ -172,9 +169,7 @@ async def test_connecting_is_cancelled(tmp_path: Path) -> None:
             assert held() == before
 
 
-async def test_whoever_waits_for_an_answer_is_told_of_the_end(
-    scripted: ScriptedServer, until: Until
-) -> None:
+async def test_whoever_waits_for_an_answer_is_told_of_the_end(scripted: ScriptedServer) -> None:
     frontend = Frontend(scripted.path)
     await frontend.connect()
     await until(lambda: scripted.accepted)
@@ -224,7 +219,7 @@ async def served(tmp_path: Path) -> Any:
 @pytest.mark.parametrize("turns", [0, 1, 2, 3, 5, 10, 20, 40, 80, 160])
 @pytest.mark.parametrize("what", ["start", "aclose"])
 async def test_a_guest_is_cancelled_while_it_starts_or_stops(
-    served: Served, until: Until, what: str, turns: int
+    served: Served, what: str, turns: int
 ) -> None:
     await served.works()
     gone = []
@@ -277,7 +272,7 @@ async def test_waiting_is_cancelled_and_ends_with_the_guest(served: Served, name
 
 
 async def test_taking_the_rings_is_cancelled(
-    scripted: ScriptedServer, scripted_device: type[ScriptedDevice], until: Until
+    scripted: ScriptedServer, scripted_device: type[ScriptedDevice]
 ) -> None:
     """The device has not heard of it yet. The port can be opened, and works, after that."""
     scripted.prepare = lambda backend: None

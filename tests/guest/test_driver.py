@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from tests.support.leaks import held
+from tests.support.waiting import until
 from vring_serial.guest.errors import (
     BackendClosedError,
     BackendError,
@@ -54,7 +55,7 @@ async def port(device, guest: EmbeddedGuest):
     return port
 
 
-async def test_the_life_of_a_port_in_linuxs_messages(device, guest: EmbeddedGuest, until) -> None:
+async def test_the_life_of_a_port_in_linuxs_messages(device, guest: EmbeddedGuest) -> None:
     device.control(1, PORT_ADD)
     # Its receive queue is full before PORT_READY.
     assert await device.next_control() == (1, PORT_READY, 1)
@@ -85,9 +86,7 @@ async def test_the_life_of_a_port_in_linuxs_messages(device, guest: EmbeddedGues
         await port.open()
 
 
-async def test_a_console_opens_itself_and_follows_its_size(
-    device, guest: EmbeddedGuest, until
-) -> None:
+async def test_a_console_opens_itself_and_follows_its_size(device, guest: EmbeddedGuest) -> None:
     device.control(0, PORT_ADD)
     assert await device.next_control() == (0, PORT_READY, 1)
     device.control(0, CONSOLE_PORT)
@@ -109,7 +108,7 @@ async def test_a_console_opens_itself_and_follows_its_size(
     writer.transport.abort()
 
 
-async def test_writers_block_while_the_host_end_is_closed(device, port, until) -> None:
+async def test_writers_block_while_the_host_end_is_closed(device, port) -> None:
     _, writer = await port.open()
     assert await device.next_control() == (1, PORT_OPEN, 1)
     device.control(1, PORT_OPEN, 0)
@@ -125,9 +124,7 @@ async def test_writers_block_while_the_host_end_is_closed(device, port, until) -
     writer.transport.abort()
 
 
-async def test_nothing_is_written_before_the_device_has_heard_of_the_opening(
-    device, port, until
-) -> None:
+async def test_nothing_is_written_before_the_device_has_heard_of_the_opening(device, port) -> None:
     _, writer = await port.open()
     writer.write(b"early")
     draining = asyncio.ensure_future(writer.drain())
@@ -219,9 +216,7 @@ async def test_end_of_file_comes_after_the_data_and_the_opening_goes_on(device, 
     await writer.wait_closed()
 
 
-async def test_a_host_end_that_flaps_before_a_slow_reader_loses_nothing(
-    device, port, until
-) -> None:
+async def test_a_host_end_that_flaps_before_a_slow_reader_loses_nothing(device, port) -> None:
     reader, writer = await port.open(limit=16)
     assert await device.next_control() == (1, PORT_OPEN, 1)
     device.send(PORT1_RX, b"x" * 100)
@@ -250,7 +245,7 @@ async def test_one_opener_at_a_time(device, port) -> None:
     writer.transport.abort()
 
 
-async def test_what_arrives_at_a_closed_port_is_discarded(device, port, until) -> None:
+async def test_what_arrives_at_a_closed_port_is_discarded(device, port) -> None:
     device.send(PORT1_RX, b"too early")
     await until(lambda: device.queues[PORT1_RX].available() == 64)
     reader, writer = await port.open()
@@ -259,7 +254,7 @@ async def test_what_arrives_at_a_closed_port_is_discarded(device, port, until) -
     writer.transport.abort()
 
 
-async def test_a_reader_that_does_not_read_stops_the_device(device, port, until) -> None:
+async def test_a_reader_that_does_not_read_stops_the_device(device, port) -> None:
     reader, writer = await port.open(limit=1024)
     device.send(PORT1_RX, b"a" * 4096)
     await until(lambda: not writer.transport.is_reading())
@@ -320,7 +315,7 @@ async def test_a_device_that_talks_nonsense_does_not_fill_the_log(
     assert len(caplog.records) == 21
 
 
-async def test_a_new_configuration_and_a_device_that_asks_for_a_reset(scripted, until) -> None:
+async def test_a_new_configuration_and_a_device_that_asks_for_a_reset(scripted) -> None:
     def prepare(backend) -> None:
         backend.features &= ~int(ConsoleFeature.MULTIPORT)
         backend.protocol_features |= vu.ProtocolFeature.STATUS
@@ -474,7 +469,7 @@ async def test_a_port_without_memory_is_not_ready(scripted, scripted_device) -> 
     ],
 )
 async def test_a_start_that_fails_leaves_nothing_behind(
-    scripted, until, attribute: str, value: object, why: str
+    scripted, attribute: str, value: object, why: str
 ) -> None:
     before = held().descriptors
     scripted.prepare = lambda backend: setattr(backend, attribute, value)

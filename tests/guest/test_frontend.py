@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.leaks import held
+from tests.support.waiting import until
 from vring_serial.errors import ResourceError
 from vring_serial.guest.errors import (
     BackendClosedError,
@@ -26,7 +27,7 @@ from vring_serial.proto import vhost_user as vu
 
 
 @pytest.fixture
-async def frontend(scripted, until) -> AsyncIterator[Frontend]:
+async def frontend(scripted) -> AsyncIterator[Frontend]:
     frontend = Frontend(scripted.path, timeout=0.5)
     await frontend.connect()
     await until(lambda: scripted.accepted)
@@ -184,7 +185,7 @@ async def test_a_backend_that_does_not_read_times_out() -> None:
             await flood()
 
 
-async def test_a_backend_that_leaves_while_it_is_asked(scripted, frontend: Frontend, until) -> None:
+async def test_a_backend_that_leaves_while_it_is_asked(scripted, frontend: Frontend) -> None:
     scripted.backend.script[vu.Request.GET_FEATURES] = None
     asking = asyncio.ensure_future(frontend.ask(vu.Request.GET_FEATURES, vu.U64))
     await until(lambda: "GET_FEATURES" in scripted.backend.requests)
@@ -211,7 +212,7 @@ async def test_a_refused_config_is_an_error(scripted, frontend: Frontend) -> Non
         await frontend.read_config(0, 8)
 
 
-async def test_the_backend_channel(scripted, frontend: Frontend, until) -> None:
+async def test_the_backend_channel(scripted, frontend: Frontend) -> None:
     changes: list[None] = []
     frontend.on_config_change = lambda: changes.append(None)
     await frontend.negotiate_protocol()
@@ -237,7 +238,7 @@ async def test_the_backend_channel(scripted, frontend: Frontend, until) -> None:
 
 
 async def test_descriptors_with_replies_are_refused_and_closed(
-    scripted, frontend: Frontend, until
+    scripted, frontend: Frontend
 ) -> None:
     scripted.backend.script[vu.Request.GET_FEATURES] = None
     asking = asyncio.ensure_future(frontend.ask(vu.Request.GET_FEATURES, vu.U64))

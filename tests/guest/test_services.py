@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+from tests.support.waiting import until
 from vring_serial.chardev.socket import SocketChardev, SocketOptions
 from vring_serial.device.console.controller import Controller
 from vring_serial.device.console.port import Port
@@ -24,7 +25,7 @@ async def moody(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
             writer.write(b"bye\n")
 
 
-async def test_failed_finished_and_cut_short(tmp_path: Path, caplog, until) -> None:
+async def test_failed_finished_and_cut_short(tmp_path: Path, caplog) -> None:
     controller = Controller(max_ports=2)
     options = SocketOptions(path=str(tmp_path / "port"), server=True, wait=False)
     controller.add_port(Port(1, "port", SocketChardev("port", options)))

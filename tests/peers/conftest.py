@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import importlib.util
 import sys
@@ -120,17 +119,3 @@ async def receive_digest(reader: asyncio.StreamReader, size: int) -> str:
 @pytest.fixture(scope="session")
 def digest_of() -> Callable[[asyncio.StreamReader, int], Awaitable[str]]:
     return receive_digest
-
-
-async def wait_for(condition: Callable[[], bool], what: str, timeout: float = 20) -> None:
-    """Poll until ``condition`` holds; the assertion names what did not come."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(timeout):
-            while not condition():
-                await asyncio.sleep(0.01)
-    assert condition(), what
-
-
-@pytest.fixture(scope="session")
-def eventually() -> Callable[..., Awaitable[None]]:
-    return wait_for

@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 
+from tests.support.waiting import until
 from vring_serial.agent import (
     AgentGone,
     AgentReady,
@@ -101,7 +102,7 @@ async def test_images_and_release(bench):
     assert ClipboardType.IMAGE_PNG in await bench.host.wait_clipboard()
     assert await bench.host.get_clipboard_data(ClipboardType.IMAGE_PNG) == png
     await bench.vdagent.end_helpers()
-    await bench.vdagent.until(lambda: ClipboardReleased(0) in bench.events)
+    await until(lambda: ClipboardReleased(0) in bench.events)
     await bench.host.set_clipboard({ClipboardType.IMAGE_PNG: png[::-1]})
     await bench.vdagent.until_paste(png[::-1], target="image/png")
 
@@ -162,7 +163,7 @@ async def test_clipboard_refusals(bench):
 async def test_the_agent_restarts_and_is_offered_the_clipboard_again(bench):
     await bench.host.set_clipboard("survives")
     await bench.vdagent.aclose()
-    await bench.vdagent.until(lambda: any(isinstance(e, AgentGone) for e in bench.events))
+    await until(lambda: any(isinstance(e, AgentGone) for e in bench.events))
     assert bench.host.capabilities is None
     bench.events.clear()
     await bench.vdagent.start()
@@ -173,7 +174,7 @@ async def test_the_agent_restarts_and_is_offered_the_clipboard_again(bench):
 
 async def test_a_lost_channel_comes_back(bench):
     bench.host._link.fail(ConnectionResetError("lost"))
-    await bench.vdagent.until(lambda: AgentGone("lost") in bench.events)
+    await until(lambda: AgentGone("lost") in bench.events)
     await bench.host.wait_ready(15)
     await bench.host.set_monitors([Monitor(800, 600)])
 
@@ -203,7 +204,7 @@ async def test_several_files_at_once_and_one_is_cancelled(bench, tmp_path):
         results = await asyncio.gather(*sending, return_exceptions=True)
     assert isinstance(results[0], asyncio.CancelledError)
     assert results[1:] == [None, None]
-    await bench.vdagent.until(lambda: not (bench.vdagent.downloads / "file0").exists())
+    await until(lambda: not (bench.vdagent.downloads / "file0").exists())
     for path in paths[1:]:
         assert (bench.vdagent.downloads / path.name).read_bytes() == path.read_bytes()
     await bench.host.set_monitors([Monitor(1024, 768)])

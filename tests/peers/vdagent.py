@@ -8,9 +8,10 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+
+from tests.support.waiting import until
 
 SCREEN = "2560x1600x24"
 PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
@@ -109,7 +110,7 @@ class VdAgentSession:
             "spice-vdagentd", "-x", "-d", "-d", "-X", "-f", "-u", str(uinput), *common
         )
         self._agents.append(daemon)
-        await self.until(session.exists)
+        await until(session.exists)
         agent = await self._spawn(
             "spice-vdagent", "-x", "-d", *common, "-f", str(self.downloads), "-o", "0"
         )
@@ -161,12 +162,6 @@ class VdAgentSession:
             raise
         assert process.returncode == 0, f"{name} {args} failed"
         return output
-
-    async def until(self, condition: Callable[[], bool], seconds: float = 10) -> None:
-        """Wait until the condition holds."""
-        async with asyncio.timeout(seconds):
-            while not condition():
-                await asyncio.sleep(0.02)
 
     async def until_resolution(self, width: int, height: int) -> None:
         """Wait until the X screen has this size."""

@@ -9,6 +9,7 @@ import subprocess
 
 import pytest
 
+from tests.support.waiting import until
 from vring_serial import accept
 from vring_serial.spice import SpiceOptions, admission
 from vring_serial.spice.server import SpiceServer
@@ -49,9 +50,7 @@ async def ended(reader):
 
 async def known(server, count):
     """Wait until the server has accepted so many."""
-    async with asyncio.timeout(DEADLINE):
-        while len(server._core.admission._deadlines) < count:
-            await asyncio.sleep(0.01)
+    await until(lambda: len(server._core.admission._deadlines) >= count)
 
 
 async def close(*writers):
@@ -96,9 +95,7 @@ async def test_a_number_that_is_used_again_is_a_new_connection(server):
         _, writer = await asyncio.open_connection("127.0.0.1", port)
         await known(server, 1)
         writer.close()
-        async with asyncio.timeout(DEADLINE):
-            while server._core.admission._deadlines:
-                await asyncio.sleep(0.01)
+        await until(lambda: not server._core.admission._deadlines)
         await close(writer)
 
 
@@ -109,9 +106,7 @@ async def test_out_of_descriptors(server, out_of_descriptors, monkeypatch, caplo
     with socket.socket() as client:
         with out_of_descriptors():
             client.connect(("127.0.0.1", port))
-            async with asyncio.timeout(DEADLINE):
-                while "cannot accept" not in caplog.text:
-                    await asyncio.sleep(0.01)
+            await until(lambda: "cannot accept" in caplog.text)
         await known(server, 1)
     lines = [record.getMessage() for record in caplog.records]
     assert sum("cannot accept a client: Too many open files" in line for line in lines) == 1

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 #: Seconds within which what is to happen has happened, on a machine that does much else.
-DEADLINE = 20.0
+DEADLINE = 30.0
 #: Seconds from one look to the next.
 PERIOD = 0.001
 

@@ -7,6 +7,7 @@ import socket
 
 import pytest
 
+from tests.support.waiting import until
 from vring_serial.transport.closer import Closer
 from vring_serial.transport.connection import MAX_UNREAD, Connection
 from vring_serial.unix_fds import Received
@@ -41,9 +42,7 @@ async def test_who_does_not_read_is_listened_to_so_long(max_unread: int, heard: 
         left = 3 << 20
         while left:
             left -= len(await asyncio.wait_for(loop.sock_recv(theirs, 1 << 20), 10))
-        async with asyncio.timeout(10):
-            while not got:
-                await asyncio.sleep(0.001)
+        await until(lambda: got)
         assert [each.data for each in got] == [b"x"]
     finally:
         connection.close()

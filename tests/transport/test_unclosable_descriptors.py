@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.waiting import until
 from vring_serial import unix_fds
 from vring_serial.proto.vhost_user import (
     U64,
@@ -38,9 +39,7 @@ def time_limit() -> Iterator[None]:
 
 
 async def closed(closer: Closer) -> None:
-    async with asyncio.timeout(10):
-        while closer.waiting:
-            await asyncio.sleep(0.001)
+    await until(lambda: not closer.waiting)
 
 
 REGION = MemoryRegion(4 << 20, 4096, 4 << 20, 0)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
+from tests.support.waiting import wait_until
 from vring import Flow, FlowEvent, Pump
 from vring.testing import GuestQueue
 
@@ -160,18 +161,7 @@ def make_rig(pump: Pump, sockets: object, descriptors: object) -> Iterator[Calla
 
 
 @pytest.fixture
-def wait_until() -> Callable[..., None]:
-    def wait(condition: Callable[[], object], timeout: float = 5) -> None:
-        end = time.monotonic() + timeout
-        while not condition():
-            assert time.monotonic() < end, "not in time"
-            time.sleep(0.001)
-
-    return wait
-
-
-@pytest.fixture
-def assert_asleep(wait_until: Callable) -> Callable[[], None]:
+def assert_asleep() -> Callable[[], None]:
     """Asserts that the pumps' threads come to rest and stay there: idle means no wake-ups."""
 
     def count() -> int:

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.waiting import wait_until
 from vring import FlowEvent, LocalMisuseError, Pump
 
 ALL = socket.MSG_WAITALL
@@ -24,9 +25,7 @@ ALL = socket.MSG_WAITALL
 
 @pytest.mark.parametrize("event_idx", [False, True])
 @pytest.mark.parametrize("index", [0, 65530])
-def test_guest_to_host(
-    make_rig: Callable, sockets, wait_until: Callable, event_idx: bool, index: int
-) -> None:
+def test_guest_to_host(make_rig: Callable, sockets, event_idx: bool, index: int) -> None:
     rig = make_rig(writable=False, event_idx=event_idx, index=index)
     flow = rig.write_to(sockets[0].fileno())
     for i in range(20):
@@ -55,9 +54,7 @@ def test_host_to_guest(make_rig: Callable, sockets, event_idx: bool, index: int)
     assert flow.counters.bytes == sum(1 + 5000 * i for i in range(20))
 
 
-def test_calls_and_kicks_are_few_in_a_stream(
-    make_rig: Callable, sockets, wait_until: Callable
-) -> None:
+def test_calls_and_kicks_are_few_in_a_stream(make_rig: Callable, sockets) -> None:
     """A driver that goes on is neither called nor made to kick for each of its chains; the last of
     them is announced all the same."""
     rig = make_rig(writable=False, event_idx=True, size=256, slot=64)
@@ -79,7 +76,7 @@ def test_calls_and_kicks_are_few_in_a_stream(
 
 
 def test_reader_that_is_behind_kicks_for_several_buffers_at_once(
-    make_rig: Callable, sockets, wait_until: Callable
+    make_rig: Callable, sockets
 ) -> None:
     rig = make_rig(writable=True, event_idx=True, size=64, slot=1024, index=65_500)
     flow = rig.read_from(sockets[0].fileno())
@@ -166,7 +163,7 @@ def test_chains_of_the_wrong_kind_are_bounded(make_rig: Callable, sockets) -> No
 
 
 def test_slow_reader_stops_its_own_queue_only(
-    make_rig: Callable, sockets, wait_until: Callable, assert_asleep: Callable
+    make_rig: Callable, sockets, assert_asleep: Callable
 ) -> None:
     rig = make_rig(writable=False, size=256)
     flow = rig.write_to(sockets[0].fileno())
@@ -261,7 +258,7 @@ def test_throttled_time_never_goes_backwards(make_rig: Callable, sockets) -> Non
         reader.wait()
 
 
-def test_driver_that_waits_for_several_chains(make_rig: Callable, sockets, wait_until) -> None:
+def test_driver_that_waits_for_several_chains(make_rig: Callable, sockets) -> None:
     rig = make_rig(writable=False, event_idx=True)
     flow = rig.write_to(sockets[0].fileno())
     assert not rig.driver.enable_notifications(after=4)
@@ -280,7 +277,7 @@ def test_driver_that_waits_for_several_chains(make_rig: Callable, sockets, wait_
 # --- events and life
 
 
-def test_no_event_after_detach(make_rig: Callable, sockets, pump: Pump, wait_until) -> None:
+def test_no_event_after_detach(make_rig: Callable, sockets, pump: Pump) -> None:
     rig, other = make_rig(writable=True), make_rig(writable=True)
     rig.read_from(sockets[0].fileno())
     other.read_from(sockets[0].fileno())
@@ -349,7 +346,7 @@ def test_exception_in_the_callback_delays_nothing_else(make_rig: Callable, socke
 
 
 def test_exception_in_the_callback_delays_the_flows_other_news(
-    make_rig: Callable, sockets, pump, wait_until
+    make_rig: Callable, sockets, pump
 ) -> None:
     """One flow with three things to tell, each of which raises."""
     rig = make_rig(writable=False)

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.support.waiting import wait_until
 from vring import FlowEvent, GuestMemory, Pump, Region, notify
 from vring.testing import GuestQueue
 
@@ -181,7 +182,7 @@ def test_descriptors_stay_open(make_rig: Callable, sockets) -> None:
 # --- notifiers
 
 
-def test_call_over_a_socket_is_eight_bytes(make_rig: Callable, sockets, wait_until) -> None:
+def test_call_over_a_socket_is_eight_bytes(make_rig: Callable, sockets) -> None:
     """User-Mode Linux reads its interrupts from a socket."""
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
@@ -204,7 +205,7 @@ def test_call_over_a_socket_is_eight_bytes(make_rig: Callable, sockets, wait_unt
         assert flow.detach() == b""
 
 
-def test_full_call_eventfd_blocks_nothing(make_rig: Callable, descriptors, wait_until) -> None:
+def test_full_call_eventfd_blocks_nothing(make_rig: Callable, descriptors) -> None:
     """The frontend chose the descriptor: it may be blocking, and full."""
     call = descriptors(os.eventfd(0))
     os.eventfd_write(call, 2**64 - 2)
@@ -264,7 +265,7 @@ def test_kick_over_a_socket_that_somebody_filled(make_rig: Callable, sockets) ->
         rig.flow.detach()
 
 
-def test_driver_without_calls(make_rig: Callable, sockets, wait_until: Callable) -> None:
+def test_driver_without_calls(make_rig: Callable, sockets) -> None:
     rig = make_rig(writable=False)
     flow = rig.write_to(sockets[0].fileno(), call_fd=-1)
     rig.send(b"x")
@@ -298,7 +299,7 @@ def test_chain_of_more_segments_than_a_call_takes(make_rig: Callable, sockets) -
     assert rig.guest.slots.tobytes()[:10_000] == STREAM[:10_000]
 
 
-def test_buffers_across_region_borders(make_rig: Callable, sockets, wait_until: Callable) -> None:
+def test_buffers_across_region_borders(make_rig: Callable, sockets) -> None:
     rig = make_rig(writable=False, size=64)
     data = np.frombuffer(rig.guest.memory.regions[0].buffer, np.uint8)
     start, cut = 0x10_0000, GuestQueue.bytes_needed(64, 4096) - 64 * 4096

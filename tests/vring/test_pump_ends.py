@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.support.waiting import wait_until
 from vring import FlowEvent, Pump
 from vring.errors import ChainError
 
@@ -107,7 +108,7 @@ def test_an_error_of_the_writer_is_told_although_nobody_reads(make_rig: Callable
 # --- residue
 
 
-def test_half_written_chain_becomes_residue(make_rig: Callable, sockets, wait_until) -> None:
+def test_half_written_chain_becomes_residue(make_rig: Callable, sockets) -> None:
     rig = make_rig(writable=False, size=8, slot=1 << 20)
     flow = rig.write_to(sockets[0].fileno())
     stream = random.Random(2).randbytes(3 << 20)
@@ -138,7 +139,7 @@ def test_half_written_chain_becomes_residue(make_rig: Callable, sockets, wait_un
         assert flow.detach() == b""
 
 
-def test_close_keeps_the_residue(make_rig: Callable, sockets, wait_until) -> None:
+def test_close_keeps_the_residue(make_rig: Callable, sockets) -> None:
     with Pump() as pump:
         rig = make_rig(pump=pump, writable=False, size=8, slot=1 << 20)
         flow = rig.write_to(sockets[0].fileno())

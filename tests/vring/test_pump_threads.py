@@ -12,6 +12,7 @@ from contextlib import suppress
 
 import pytest
 
+from tests.support.waiting import wait_until
 from vring import Flow, FlowEvent, LocalMisuseError, Pump, VirtQueue
 
 
@@ -43,7 +44,7 @@ def epoll_fds() -> set[int]:
 
 @pytest.mark.parametrize("what", ["kick_fd", "write_fd", "read_fd"])
 def test_a_descriptor_that_is_closed_before_its_flow_is_detached(
-    make_rig: Callable, sockets, descriptors: Callable, what: str, wait_until: Callable
+    make_rig: Callable, sockets, descriptors: Callable, what: str
 ) -> None:
     """Somebody else has the file still: what it does there is not about the flow any more."""
     before = epoll_fds()

@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from tests.support.waiting import until
 from vring_serial.agent import (
     HOST_CAPABILITIES,
     AgentGoneError,
@@ -67,7 +68,7 @@ async def test_a_client_that_takes_no_files_gets_the_list(bench, tmp_path):
         data = await plain.get_clipboard_data(ClipboardType.FILE_LIST)
         assert str(bench.files[0]).encode() in data
     assert same(await taking.get_files(tmp_path / "in"), bench.files)
-    await bench.until(lambda: not bench.router.guest_files._open)
+    await until(lambda: not bench.router.guest_files._open)
 
 
 async def test_a_client_that_leaves_in_the_middle_gives_up_its_turn(bench, tmp_path):
@@ -93,7 +94,7 @@ async def test_a_file_that_cannot_be_read_is_missed(bench, tmp_path):
         await client.get_files(tmp_path / "in")
     assert not list((tmp_path / "in").iterdir())  # those that came are removed again
     bench.guest.copy_files(bench.files)
-    await bench.until(lambda: ClipboardType.FILE_LIST in client.clipboard_types())
+    await until(lambda: ClipboardType.FILE_LIST in client.clipboard_types())
     assert same(await client.get_files(tmp_path / "next"), bench.files)
 
 
@@ -122,7 +123,7 @@ async def test_an_agent_that_goes_in_the_middle(bench, tmp_path):
     client = await bench.client(capabilities=TAKING)
     await client.wait_clipboard()
     getting = asyncio.ensure_future(client.get_files(tmp_path / "in"))
-    await bench.until(lambda: bench.router.guest_files._open)
+    await until(lambda: bench.router.guest_files._open)
     await bench.stop_guest()
     with pytest.raises(AgentGoneError):
         await getting
@@ -139,7 +140,7 @@ async def test_files_that_nobody_asked_for_are_refused(bench):
     link = bench.guest._handshake.link
     for number in (1, 1 << 31):
         link.post(FileXferStart(number, b"[vdagent-file-xfer]\nname=z\nsize=9\n"))
-    await bench.until(lambda: len(statuses) == 2)
+    await until(lambda: len(statuses) == 2)
     assert {s.result for s in statuses} == {FileXferResult.CANCELLED}
 
 

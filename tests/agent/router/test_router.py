@@ -8,6 +8,7 @@ import tracemalloc
 
 import pytest
 
+from tests.support.waiting import until
 from vring_serial.agent import (
     HOST_CAPABILITIES,
     AgentGone,
@@ -107,7 +108,7 @@ async def test_the_clipboard_passes_by_grab(make_bench):
     assert await first.get_clipboard() == "second's"
     assert await bench.guest.get_clipboard() == b"second's"
     bench.guest.set_clipboard("guest's")
-    await bench.until(lambda: second.clipboard_types())
+    await until(lambda: second.clipboard_types())
     assert await asyncio.gather(first.get_clipboard(), second.get_clipboard()) == ["guest's"] * 2
     assert first.clipboard_types(Selection.PRIMARY) == ()
 
@@ -122,7 +123,7 @@ async def test_a_newcomer_is_told_who_owns_what_and_a_leaver_takes_it_along(make
     assert await second.wait_clipboard(Selection.PRIMARY) == (TEXT,)
     assert await second.wait_clipboard() == (TEXT,)
     await first.aclose()
-    await bench.until(lambda: not second.clipboard_types(Selection.PRIMARY))
+    await until(lambda: not second.clipboard_types(Selection.PRIMARY))
     assert await second.get_clipboard() == "guest's"
     with pytest.raises(ClipboardEmptyError):
         await bench.guest.get_clipboard(Selection.PRIMARY)
@@ -172,7 +173,7 @@ async def test_transfers_with_the_same_number_do_not_meet(make_bench, make_file)
     assert results[1:] == [None, None]
     for path in files[1:]:
         assert (bench.downloads / path.name).read_bytes() == path.read_bytes()
-    await bench.until(lambda: not (bench.downloads / "file0").exists())
+    await until(lambda: not (bench.downloads / "file0").exists())
     assert not bench.router._transfers.open
 
 
@@ -196,7 +197,7 @@ async def test_a_client_that_vanishes_in_the_middle_leaves_the_next_transfer_who
     whole = make_file("whole", 1 << 20)
     await second.send_file(whole)
     assert (bench.downloads / "whole").read_bytes() == whole.read_bytes()
-    await bench.until(lambda: not (bench.downloads / "lost").exists())
+    await until(lambda: not (bench.downloads / "lost").exists())
 
 
 async def test_refusals_reach_who_asked(make_bench, make_file):
@@ -210,9 +211,9 @@ async def test_refusals_reach_who_asked(make_bench, make_file):
     await second.send_file(make_file("y", 10))
     for _ in range(2):
         await first.send(FileXferStart(5, b"[vdagent-file-xfer]\nname=z\nsize=9\n"))
-    await bench.until(lambda: bench.downloads.joinpath("z").exists())
+    await until(lambda: bench.downloads.joinpath("z").exists())
     # The client itself knows nothing of the number that was used behind its back.
-    await bench.until(lambda: sum(isinstance(e, AgentTrouble) for e in first.events) == 2)
+    await until(lambda: sum(isinstance(e, AgentTrouble) for e in first.events) == 2)
     assert not [e for e in second.events if isinstance(e, AgentTrouble)]
 
 
@@ -222,7 +223,7 @@ async def test_an_agent_that_goes_and_comes_back(make_bench):
     await first.wait_ready()
     await first.set_clipboard("first's")
     await bench.stop_guest()
-    await bench.until(lambda: AgentGone("", closed=False) in first.events)
+    await until(lambda: AgentGone("", closed=False) in first.events)
     assert first.capabilities is None
     with pytest.raises(AgentGoneError):
         await first.set_monitors([Monitor(1, 1)])
@@ -234,7 +235,7 @@ async def test_an_agent_that_goes_and_comes_back(make_bench):
         await client.wait_ready()
         await client.set_monitors([Monitor(800, 600)])
     # What was owned before is offered to the new agent.
-    await bench.until(lambda: bench.guest._clipboard.remote_types)
+    await until(lambda: bench.guest._clipboard.remote_types)
     assert await bench.guest.get_clipboard() == b"first's"
     await waiting.set_clipboard("after")
     await first.wait_clipboard()
@@ -262,7 +263,7 @@ async def test_an_agent_that_goes_ends_what_was_under_way(make_bench, make_file)
     await bench.stop_guest()
     with pytest.raises(AgentGoneError):
         await sending
-    await bench.until(lambda: not second.clipboard_types())
+    await until(lambda: not second.clipboard_types())
     assert not bench.router._transfers.open
     # One that has heard of no agent is answered all the same.
     raw = await bench.raw_client()
@@ -323,10 +324,10 @@ async def test_unknown_messages_pass_both_ways(make_bench):
     kept = []
     bench.guest._keep = lambda _, message: kept.append(message)
     await client.send(UnknownMessage(99, b"to the guest"))
-    await bench.until(lambda: kept)
+    await until(lambda: kept)
     assert kept == [UnknownMessage(99, b"to the guest")]
     bench.guest._handshake.link.post(UnknownMessage(98, b"to all"))
-    await bench.until(
+    await until(
         lambda: any(
             getattr(e, "message", None) == UnknownMessage(98, b"to all") for e in client.events
         )
@@ -349,13 +350,13 @@ async def test_long_unknown_messages_pass_both_ways(make_bench):
         await client.wait_ready()
     bench.guest.link_body = lambda link, port, head, size: take(head, size)
     await sender.send_body(UnknownMessage(77, opaque=5), len(data), pieces_of(data))
-    await bench.until(lambda: sinks and sinks[0].complete)
+    await until(lambda: sinks and sinks[0].complete)
     (sink,) = sinks
     assert (sink.head, sink.size) == (UnknownMessage(77, opaque=5), len(data))
     assert sink.data == data
     sinks.clear()
     await bench.guest._handshake.link.send_body(UnknownMessage(78), len(data), pieces_of(data))
-    await bench.until(lambda: len(sinks) == 2 and all(sink.complete for sink in sinks))
+    await until(lambda: len(sinks) == 2 and all(sink.complete for sink in sinks))
     assert all(sink.data == data and sink.head == UnknownMessage(78) for sink in sinks)
     await sender.set_monitors([Monitor(1, 1)])
     assert not [e for e in bench.router_events if isinstance(e, AgentTrouble)]
@@ -377,9 +378,9 @@ async def test_a_long_message_waits_whole_and_not_in_memory_for_who_does_not_rea
     tracemalloc.stop()
     assert not sinks
     slow._handshake.link.release_reading()
-    await bench.until(lambda: sinks and sinks[0].complete)
+    await until(lambda: sinks and sinks[0].complete)
     assert len(sinks[0].data) == size
-    await bench.until(lambda: bench.router._room.used == 0)
+    await until(lambda: bench.router._room.used == 0)
 
 
 async def test_a_message_that_breaks_off_is_not_passed_on(make_bench):
@@ -391,9 +392,9 @@ async def test_a_message_that_breaks_off_is_not_passed_on(make_bench):
     bench.guest.link_body = lambda link, port, head, size: sinks.append(Sink(head, size))
     bench.guest._client_left = lambda: left.append(True)
     sending = asyncio.ensure_future(first.send_body(UnknownMessage(77), 4 << 20, endless(3 << 20)))
-    await bench.until(lambda: bench.router._room.used >= 2 << 20)
+    await until(lambda: bench.router._room.used >= 2 << 20)
     first._handshake.link.fail(ConnectionResetError("killed"))
-    await bench.until(lambda: bench.router._room.used == 0)
+    await until(lambda: bench.router._room.used == 0)
     await second.set_monitors([Monitor(1, 1)])
     assert not sinks
     assert not left
@@ -422,7 +423,7 @@ async def test_an_answer_to_one_is_not_taken_by_another(make_bench, monkeypatch)
 
     bench.guest._set_monitors = took_monitors
     silent.send(MonitorsConfig((Monitor(13, 13),)))
-    await bench.until(lambda: len(bench.router._replies[1, MessageType.MONITORS_CONFIG]))
+    await until(lambda: len(bench.router._replies[1, MessageType.MONITORS_CONFIG]))
     await other.set_monitors([Monitor(800, 600)])
     with pytest.raises(AgentRefusedError):
         await other.set_monitors([Monitor(0, 0)])
@@ -448,7 +449,7 @@ async def test_the_servers_own_messages_and_their_answers_do_not_reach_clients(m
     await bench.router.send(MouseState(7, 8, MouseButton.LEFT))
     await bench.router.send(MonitorsConfig((Monitor(640, 480),)))
     answer = OtherMessage(Reply(MessageType.MONITORS_CONFIG))
-    await bench.until(lambda: answer in bench.router_events)
+    await until(lambda: answer in bench.router_events)
     assert bench.guest.mouse == MouseState(7, 8, MouseButton.LEFT)
     await client.set_monitors([Monitor(1, 1)])
     assert answer not in client.events
@@ -460,7 +461,7 @@ async def test_too_many_clients_are_turned_away(make_bench, monkeypatch):
     first = await bench.client()
     await first.wait_ready()
     second = await bench.client()
-    await bench.until(lambda: any(isinstance(e, AgentGone) for e in second.events))
+    await until(lambda: any(isinstance(e, AgentGone) for e in second.events))
     await first.set_monitors([Monitor(1, 1)])
 
 
@@ -474,7 +475,7 @@ async def test_a_client_that_does_not_read_is_given_up(make_bench, monkeypatch):
     asking = asyncio.ensure_future(slow.get_clipboard())
     await asyncio.sleep(0)
     slow._handshake.link.hold_reading()
-    await bench.until(lambda: not bench.router.clients)
+    await until(lambda: not bench.router.clients)
     asking.cancel()
     await asyncio.gather(asking, return_exceptions=True)
     other = await bench.client()
@@ -497,9 +498,7 @@ async def test_a_message_is_forwarded_that_comes_when_the_queue_has_just_been_em
 
     bench.router.to_agent = to_agent
     client._forward(UnknownMessage(99))
-    async with asyncio.timeout(30):
-        while len(sent) < 50:
-            await asyncio.sleep(0.01)
+    await until(lambda: len(sent) >= 50)
 
 
 async def test_clients_that_left_leave_nothing_running(make_bench):
@@ -518,7 +517,7 @@ async def test_clients_that_left_leave_nothing_running(make_bench):
         bench.router.clients[-1].clipboard.receive(ClipboardRequest(0, TEXT))
         await asyncio.sleep(0)
         await client.aclose()
-        await bench.until(lambda: len(bench.router.clients) == 1)
+        await until(lambda: len(bench.router.clients) == 1)
     await asyncio.sleep(0)
     assert len(asyncio.all_tasks()) == before
     link.resume_writing()
@@ -531,7 +530,7 @@ async def test_an_owner_that_leaves_in_the_middle_of_its_clipboard(make_bench, m
     await other.wait_ready()
     await owner.greet()
     owner.send(ClipboardGrab(0, (TEXT,)))
-    await bench.until(lambda: bench.guest._clipboard.remote_types)
+    await until(lambda: bench.guest._clipboard.remote_types)
     pasting = asyncio.ensure_future(bench.guest.get_clipboard())
     await owner.receive(ClipboardRequest)
     owner.writer.write(owner.connection.start_body(Clipboard(0, TEXT), 1 << 20))
@@ -581,7 +580,7 @@ async def test_what_a_users_code_raises_costs_the_channel_nothing(make_bench, ca
     await client.wait_ready()
     data = os.urandom(1 << 20)
     await bench.guest._handshake.link.send_body(UnknownMessage(78), len(data), pieces_of(data))
-    await bench.until(lambda: where in called)
+    await until(lambda: where in called)
     await client.set_monitors([Monitor(1, 1)])
-    await bench.until(lambda: "failed" in caplog.text)
+    await until(lambda: "failed" in caplog.text)
     assert called.count(where) == 1 or where == "on_event"

@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from tests.support.waiting import until
 from vring_serial.agent import OtherMessage, StreamSource
 from vring_serial.agent.router import servers as servers_module
 from vring_serial.proto.agent import (
@@ -81,7 +82,7 @@ async def served(make_bench, raw_client_type):
     bench.router.connect_server(device, device.closed)
 
     async def server(number=0):
-        await bench.until(lambda: len(device.connections) > number)
+        await until(lambda: len(device.connections) > number)
         client = raw_client_type(*device.connections[number])
         bench.clients.append(client)
         return client
@@ -108,7 +109,7 @@ async def test_messages_on_the_servers_port_stay_there(served):
         spice.send(message, SERVER)
     spice.send(UnknownMessage(99, b"!"))
     assert (await spice.receive(Reply, SERVER)).to == MessageType.MONITORS_CONFIG
-    await bench.until(lambda: len(seen) == 5)
+    await until(lambda: len(seen) == 5)
     assert [port for port, _ in seen] == [2, 2, 2, 2, 1]
     assert bench.guest.mouse == mouse
     assert bench.guest.graphics == graphics
@@ -133,11 +134,11 @@ async def test_the_pointer_passes_between_the_pieces_of_a_long_message(served):
         yield bytes(size // 2)
 
     await other.set_clipboard({TEXT: StreamSource(size, slowly)})
-    await bench.until(lambda: bench.guest._clipboard.remote_types)
+    await until(lambda: bench.guest._clipboard.remote_types)
     pasting = asyncio.ensure_future(bench.guest.get_clipboard())
     await halfway.wait()
     spice.send(MouseState(5, 6, MouseButton.LEFT), SERVER)
-    await bench.until(lambda: bench.guest.mouse is not None)
+    await until(lambda: bench.guest.mouse is not None)
     assert not pasting.done()
     go_on.set()
     assert await pasting == bytes(size)
@@ -165,7 +166,7 @@ async def test_a_client_of_the_server_that_leaves_takes_its_own_along_only(serve
     spice.writer.write(spice.connection.start_body(FileXferData(1), 90_000))
     spice.writer.write(spice.connection.send_body(bytes(5000)))
     spice.send(ClientDisconnected(), SERVER)
-    await bench.until(lambda: not other.clipboard_types())
+    await until(lambda: not other.clipboard_types())
     await sending
     assert (bench.downloads / "whole").stat().st_size == 8 << 20
     assert not (bench.downloads / "left").exists()
@@ -188,7 +189,7 @@ async def test_it_is_connected_while_the_agent_is_there(served):
     spice = await server()
     await bench.stop_guest()
     await spice.at_eof()
-    await bench.until(lambda: not device.live)
+    await until(lambda: not device.live)
     await asyncio.sleep(0.05)
     assert len(device.connections) == 1
     await bench.start_guest()
@@ -229,9 +230,9 @@ async def test_a_server_that_no_descriptor_is_left_for_comes_later(
     device = Device()
     with out_of_descriptors():
         bench.router.connect_server(device, device.closed)
-        await bench.until(lambda: "cannot be connected to the agent" in caplog.text)
+        await until(lambda: "cannot be connected to the agent" in caplog.text)
         await asyncio.sleep(0.05)
-    await bench.until(lambda: device.live == 1)
+    await until(lambda: device.live == 1)
     assert caplog.text.count("cannot be connected to the agent: Too many open files") == 1
 
 

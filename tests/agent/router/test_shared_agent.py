@@ -9,6 +9,7 @@ import tracemalloc
 
 import pytest
 
+from tests.support.waiting import until
 from vring_serial.agent import (
     HOST_CAPABILITIES,
     AgentGone,
@@ -98,9 +99,9 @@ async def test_a_burst_of_grabs_ends_nobody(make_bench):
     last = ClipboardGrab(0, (TEXT, PNG), next(serials))
     source.writer.write(b"".join(map(source.connection.send, [*burst, last])))
     for victim in victims:
-        await bench.until(lambda victim=victim: victim.clipboard_types() == (TEXT, PNG))
+        await until(lambda victim=victim: victim.clipboard_types() == (TEXT, PNG))
         await victim.set_monitors([Monitor(800, 600)])
-    await bench.until(lambda: bench.guest._clipboard.remote_types.get(0) == (TEXT, PNG))
+    await until(lambda: bench.guest._clipboard.remote_types.get(0) == (TEXT, PNG))
     asking = asyncio.ensure_future(victims[0].get_clipboard())
     assert await source.receive(ClipboardRequest) == ClipboardRequest(0, TEXT)
     source.send(Clipboard(0, TEXT, b"the last"))
@@ -119,7 +120,7 @@ async def test_a_client_that_is_stopped_is_told_the_last_of_a_burst_only(make_be
         source.send(ClipboardGrab(number % 3, kinds, number // 3))
         if number % 1000 == 0:
             await source.writer.drain()
-    await bench.until(lambda: other.clipboard_types(19_999 % 3) == (TEXT, PNG))
+    await until(lambda: other.clipboard_types(19_999 % 3) == (TEXT, PNG))
     assert len(bench.router.clients) == 3
     go_on(stopped)
     seen = 0
@@ -140,7 +141,7 @@ async def test_an_agent_that_announces_in_a_loop_ends_no_stopped_client(make_ben
         kinds = GUEST_CAPABILITIES if number % 2 else other_kinds
         await link.send(AnnounceCapabilities(False, kinds))
     await link.send(AnnounceCapabilities(False, GUEST_CAPABILITIES.with_(40)))
-    await bench.until(lambda: other.capabilities is not None and 40 in other.capabilities)
+    await until(lambda: other.capabilities is not None and 40 in other.capabilities)
     go_on(stopped)
     while 40 not in (await stopped.receive(AnnounceCapabilities)).capabilities:
         pass
@@ -156,12 +157,12 @@ async def left_behind(bench, count):
         for number in range(128):
             client.send(FileXferStart(number, FileInfo("x", 1).pack()))
         clients.append(client)
-    await bench.until(lambda: len(bench.router._transfers.open) == count * 128)
-    await bench.until(lambda: all(t.is_offered for t in bench.router._transfers.open.values()))
+    await until(lambda: len(bench.router._transfers.open) == count * 128)
+    await until(lambda: all(t.is_offered for t in bench.router._transfers.open.values()))
     bench.router.agent_link.pause_writing()
     for client in clients:
         await client.aclose()
-    await bench.until(lambda: not bench.router.clients)
+    await until(lambda: not bench.router.clients)
 
 
 async def test_clients_that_leave_with_all_their_transfers_do_not_end_a_paused_agent(
@@ -175,7 +176,7 @@ async def test_clients_that_leave_with_all_their_transfers_do_not_end_a_paused_a
     # Who sends something now is not read before the agent has read.
     late = await greeted(bench)
     late.send(MonitorsConfig((Monitor(1, 1),)))
-    await bench.until(lambda: bench.router.clients[0].link._readers_waiting)
+    await until(lambda: bench.router.clients[0].link._readers_waiting)
     assert link.is_open
     link.resume_writing()
     await late.receive(Reply)
@@ -187,9 +188,9 @@ async def test_clients_that_come_and_go_with_files_are_not_heard_of_by_a_paused_
     for _ in range(20):
         client = await greeted(bench)
         client.send(FileXferStart(1, FileInfo("x", 1).pack()))
-        await bench.until(lambda: bench.router._transfers.open)
+        await until(lambda: bench.router._transfers.open)
         await client.aclose()
-        await bench.until(lambda: not bench.router.clients)
+        await until(lambda: not bench.router.clients)
     assert len(bench.router.agent_link._queues[1]) == 128
     bench.router.agent_link.resume_writing()
     (other,) = await ready(bench, 1)
@@ -204,7 +205,7 @@ async def test_clients_that_hung_up_while_they_were_held_keep_nobody_out(make_be
         client = await greeted(bench)
         for _ in range(10):
             client.send(UnknownMessage(99, bytes(100_000)))
-        await bench.until(lambda: bench.router.clients[-1]._forwarding._held is not None)
+        await until(lambda: bench.router.clients[-1]._forwarding._held is not None)
         client.writer.transport.abort()
     assert len(bench.router.clients) == 4
     await ready(bench, 3)
@@ -238,14 +239,14 @@ async def test_a_client_that_does_not_read_its_clipboard_delays_nobody(make_benc
     await slow.receive(ClipboardGrab)
     stop(slow)
     slow.send(ClipboardRequest(0, PNG))
-    await bench.until(lambda: bench.router._room.used or bench.router.agent_link._sinks)
+    await until(lambda: bench.router._room.used or bench.router.agent_link._sinks)
     for other in others:
         await other.set_monitors([Monitor(800, 600)])
         assert await other.get_clipboard_data(PNG) == data
     go_on(slow)
     slow.connection.stream_above = 64 * MIB
     assert bytes((await slow.receive(Clipboard)).data) == data
-    await bench.until(lambda: bench.router._room.used == 0)
+    await until(lambda: bench.router._room.used == 0)
 
 
 async def test_a_client_that_does_not_read_its_files_is_given_up_for_the_others(
@@ -260,9 +261,9 @@ async def test_a_client_that_does_not_read_its_files_is_given_up_for_the_others(
     start = await slow.receive(FileXferStart)
     stop(slow)
     slow.send(FileXferStatus(start.id, FileXferResult.CAN_SEND_DATA))
-    await bench.until(lambda: bench.router.clients[0].relay._held is not None)
+    await until(lambda: bench.router.clients[0].relay._held is not None)
     await other.set_monitors([Monitor(800, 600)])
-    await bench.until(lambda: len(bench.router.clients) == 1)
+    await until(lambda: len(bench.router.clients) == 1)
     assert any("while others waited for it" in reason for reason in reasons(bench))
 
 
@@ -276,15 +277,15 @@ async def test_a_client_that_is_alone_may_read_as_slowly_as_it_likes(
     (client,) = await ready(bench, 1, capabilities=HOST_CAPABILITIES.with_(FILES_FROM_GUEST))
     await client.wait_clipboard()
     getting = asyncio.ensure_future(client.get_files(tmp_path / "in"))
-    await bench.until(
+    await until(
         lambda: client._transfers.receiver is not None and client._transfers.receiver._incoming
     )
     client._handshake.link.hold_reading()
-    await bench.until(lambda: bench.router.clients[0].relay._held is not None)
+    await until(lambda: bench.router.clients[0].relay._held is not None)
     checks = []
     relay = bench.router.clients[0].relay
     check, relay._check_hold = relay._check_hold, lambda taken: checks.append(check(taken))
-    await bench.until(lambda: len(checks) > 3)
+    await until(lambda: len(checks) > 3)
     client._handshake.link.release_reading()
     assert (await getting)[0].read_bytes() == path.read_bytes()
 
@@ -314,7 +315,7 @@ async def offered(bench, size=16 * MIB, sent=9 * MIB):
     """A client whose clipboard the guest has begun to paste; some of it is sent."""
     owner = await greeted(bench)
     owner.send(ClipboardGrab(0, (PNG,)))
-    await bench.until(lambda: bench.guest._clipboard.remote_types)
+    await until(lambda: bench.guest._clipboard.remote_types)
     pasting = asyncio.ensure_future(bench.guest.get_clipboard(kind=PNG))
     await owner.receive(ClipboardRequest)
     owner.writer.write(owner.connection.start_body(Clipboard(0, PNG), size))
@@ -391,7 +392,7 @@ async def test_an_owner_that_stops_in_the_middle_delays_nobody(make_bench, make_
     await other.send_file(make_file("whole", MIB))
     # Other clipboards go on, and this one as soon as somebody else owns it.
     await other.set_clipboard("selected", 1)
-    await bench.until(lambda: 1 in bench.guest._clipboard.remote_types)
+    await until(lambda: 1 in bench.guest._clipboard.remote_types)
     assert await bench.guest.get_clipboard(1) == b"selected"
     owner.writer.write(owner.connection.send_body(bytes(7 * MIB)))
     assert await pasting == bytes(16 * MIB)
@@ -402,13 +403,13 @@ async def test_an_owner_that_says_nothing_is_not_waited_for_when_there_is_anothe
     (other,) = await ready(bench, 1)
     owner = await greeted(bench)
     owner.send(ClipboardGrab(0, (TEXT,)))
-    await bench.until(lambda: bench.guest._clipboard.remote_types)
+    await until(lambda: bench.guest._clipboard.remote_types)
     pasting = asyncio.ensure_future(bench.guest.get_clipboard())
     await owner.receive(ClipboardRequest)
     await other.set_clipboard("another's")
     with pytest.raises(ClipboardEmptyError):
         await pasting
-    await bench.until(lambda: bench.guest._clipboard.remote_types)
+    await until(lambda: bench.guest._clipboard.remote_types)
     assert await bench.guest.get_clipboard() == b"another's"
 
 
@@ -429,7 +430,7 @@ async def test_what_is_too_long_or_cannot_be_kept_is_said(make_bench, monkeypatc
     assert any("long messages wait already" in reason for reason in reasons(bench))
     bench.router._room.used -= 2 * MIB
     assert await other.get_clipboard_data(TEXT) == bytes(2 * MIB)
-    await bench.until(lambda: bench.router._room.used == 0)
+    await until(lambda: bench.router._room.used == 0)
 
 
 async def test_a_long_message_that_does_not_go_on_is_given_up(make_bench, monkeypatch):
@@ -438,7 +439,7 @@ async def test_a_long_message_that_does_not_go_on_is_given_up(make_bench, monkey
     client = await greeted(bench)
     client.writer.write(client.connection.start_body(UnknownMessage(99), MIB))
     client.writer.write(client.connection.send_body(bytes(MIB // 2)))
-    await bench.until(lambda: any("no more of a message of type 99" in r for r in reasons(bench)))
+    await until(lambda: any("no more of a message of type 99" in r for r in reasons(bench)))
     assert bench.router._room.used == 0
     client.writer.write(client.connection.send_body(bytes(MIB // 2)))
     client.send(MonitorsConfig((Monitor(1, 1),)))
@@ -451,7 +452,7 @@ async def test_a_long_message_that_does_not_go_on_is_given_up(make_bench, monkey
 async def test_clients_that_say_nothing_keep_nobody_out(make_bench):
     bench = await make_bench()
     silent = [await bench.raw_client() for _ in range(router_module.CLIENTS_MAX)]
-    await bench.until(lambda: len(bench.router.clients) == router_module.CLIENTS_MAX)
+    await until(lambda: len(bench.router.clients) == router_module.CLIENTS_MAX)
     honest = await ready(bench, 3)
     for client in honest:
         await client.set_monitors([Monitor(800, 600)])
@@ -501,7 +502,7 @@ async def test_short_messages_for_a_paused_agent_keep_no_more_than_themselves(ma
     bench.router.agent_link.pause_writing()
     with no_more_than(16 * MIB):
         await filled(client._handshake.link, 400)
-        await bench.until(lambda: len(bench.router.clients[0]._forwarding._queue) > 300)
+        await until(lambda: len(bench.router.clients[0]._forwarding._queue) > 300)
     bench.router.agent_link.resume_writing()
 
 
@@ -543,7 +544,7 @@ async def test_a_turn_is_not_held_by_admitting_a_file_again_and_again(
             await asyncio.sleep(0.02)
 
     holding = asyncio.ensure_future(hold())
-    await bench.until(lambda: any(s.result == FileXferResult.CANCELLED for s in statuses))
+    await until(lambda: any(s.result == FileXferResult.CANCELLED for s in statuses))
     bench.guest._transfers.receive = receive
     assert [p.read_bytes() for p in await other.get_files(tmp_path / "in")] == [path.read_bytes()]
     assert sum(s.result == FileXferResult.CAN_SEND_DATA for s in statuses) == 1
@@ -563,5 +564,5 @@ async def test_a_guest_may_begin_as_many_files_as_it_has_listed(make_bench, make
     link = bench.guest._handshake.link
     for number in range(5000):
         link.post(FileXferStart((1 << 31) + 100 + number, FileInfo("x", 1).pack()))
-    await bench.until(lambda: len(statuses) >= 5000)
+    await until(lambda: len(statuses) >= 5000)
     assert {s.result for s in statuses} == {FileXferResult.CANCELLED}

@@ -9,6 +9,7 @@ import random
 
 import pytest
 
+from tests.support.waiting import until
 from vring import RingError
 from vring_serial.chardev.protocol import ProtocolChardev
 from vring_serial.device.base import VirtioDevice
@@ -481,16 +482,12 @@ async def test_a_broken_ring_stops_its_queue_and_nothing_else(make_controller, m
         sink_of(controller, 1).transport.write(b"to the guest")
     if queue == 2:
         controller.ports[2].end_closed()
-    async with asyncio.timeout(5):
-        while not told:
-            await asyncio.sleep(0.001)
+    await until(lambda: told)
     assert controller.status & Status.DEVICE_NEEDS_RESET
     assert told[0].queue == f"queue {queue}"
     if queue != 2:
         guest.write(2, b"goes on")
-        async with asyncio.timeout(5):
-            while not guest.completed(2):
-                await asyncio.sleep(0.001)
+        await until(lambda: guest.completed(2))
         assert sink_of(controller, 2).data == b"goes on"
     assert len(told) == 1
     controller.set_status(15)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.support.waiting import until
 from vring import GuestMemory, Region, RingError, SplitDriver, SplitQueue
 from vring_serial.chardev.protocol import ProtocolChardev
 from vring_serial.chardev.ringbuf import RingbufChardev
@@ -553,9 +554,7 @@ async def test_a_consoles_protocol_is_connected_without_the_guest_and_never_thro
     protocol.transport.write(bytes(2_000_000))
     protocol.transport.close()
     guest.write(0, b"anybody?")
-    async with asyncio.timeout(5):
-        while not guest.completed(0):
-            await asyncio.sleep(0.001)
+    await until(lambda: guest.completed(0))
 
 
 async def test_a_ring_buffer_keeps_the_newest(make_controller, make_guest):

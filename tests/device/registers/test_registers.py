@@ -10,6 +10,7 @@ import random
 import pytest
 
 from tests.support.leaks import held
+from tests.support.waiting import until
 from vring import GuestMemory, Region
 from vring_serial.chardev.pipe import PipeChardev, PipeOptions
 from vring_serial.device.console.controller import DEFAULT_FEATURES
@@ -155,9 +156,7 @@ async def test_interrupts_alone_are_enough_to_know_of_used_buffers(
         ring.driver.enable_notifications()
     machine.levels.clear()
     os.write(pipes.to_guest, b"hello")
-    async with asyncio.timeout(5):
-        while machine.levels != [True]:
-            await asyncio.sleep(0.001)
+    await until(lambda: machine.levels == [True])
     assert guest.registers.take_events() == 1
     assert machine.levels == [True, False]
     assert guest.registers.take_events() == 0

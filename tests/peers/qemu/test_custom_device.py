@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from machine import QemuMachine, modules
 
+from tests.support.waiting import until
+
 EXAMPLE = Path(__file__).parents[3] / "examples" / "custom_device.py"
 DRIVER = "kernel/drivers/char/hw_random/virtio-rng.ko.xz"
 BYTES = 1 << 16
@@ -28,7 +30,7 @@ def options(way, path):
 
 
 @pytest.mark.parametrize("way", ["vhost-user", "vfio-user"])
-async def test_a_guest_reads_it_as_hwrng(tmp_path, eventually, way):
+async def test_a_guest_reads_it_as_hwrng(tmp_path, way):
     path = tmp_path / "rng.sock"
     example = await asyncio.create_subprocess_exec(
         sys.executable, "-W", "error", EXAMPLE, f"--{way}", path, stderr=asyncio.subprocess.PIPE
@@ -36,7 +38,7 @@ async def test_a_guest_reads_it_as_hwrng(tmp_path, eventually, way):
     driver = lzma.decompress((modules() / DRIVER).read_bytes())
     machine = QemuMachine(tmp_path, options(way, path), files={"virtio-rng.ko": driver})
     try:
-        await eventually(path.exists, "the example listens")
+        await until(path.exists, "the example listens")
         await machine.start()
         await machine.run("insmod /virtio-rng.ko")
         current = await machine.run("cat /sys/class/misc/hw_random/rng_current")

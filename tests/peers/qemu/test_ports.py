@@ -10,6 +10,7 @@ import pytest
 import pytest_asyncio
 from exchange import MIB, Exchange, check, connections
 
+from tests.support.waiting import until
 from vring_serial.device.console.events import DeviceReset, PortClosed, PortOpened
 from vring_serial.proto.console import ConsoleFeature
 from vring_serial.proto.virtio import Feature
@@ -123,7 +124,7 @@ async def test_port_hot_added_and_removed(shared, guest):
                 pass
 
 
-async def test_paused_and_continued_under_traffic(shared, guest, eventually):
+async def test_paused_and_continued_under_traffic(shared, guest):
     times = 8
     async with ports(shared.bench, 1) as [stream]:
         exchange = Exchange(stream, "/dev/vport0p1", shared.payload, times)
@@ -131,7 +132,7 @@ async def test_paused_and_continued_under_traffic(shared, guest, eventually):
         moving = asyncio.create_task(check(guest, exchange, expected=expected, timeout=120))
         for number in range(12):
             more = exchange.moved + MIB
-            await eventually(lambda more=more: exchange.moved >= more, "bytes move")
+            await until(lambda more=more: exchange.moved >= more, "bytes move")
             await guest.qmp("stop")
             assert shared.bench.controller.ports[1].guest_open
             await asyncio.sleep(0.2 * (number % 4 == 0))

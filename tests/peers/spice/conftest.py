@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from tests.support.waiting import until
 from vring_serial.agent import AgentError, AgentRouter
 from vring_serial.agent.guest import AGENT_PORT, GuestAgent
 from vring_serial.chardev import Chardev
@@ -176,9 +177,9 @@ class EmbeddedSide:
         await asyncio.gather(self._serving, return_exceptions=True)
 
     async def resized(self, width: int, height: int) -> bool:
-        async with asyncio.timeout(10):
-            while [(m.width, m.height) for m in self.agent.monitors[:1]] != [(width, height)]:
-                await asyncio.sleep(0.01)
+        await until(
+            lambda: [(m.width, m.height) for m in self.agent.monitors[:1]] == [(width, height)]
+        )
         return True
 
     async def copy(self, text: str, selection: str) -> None:

@@ -9,6 +9,7 @@ import sys
 import pytest
 import pytest_asyncio
 
+from tests.support.waiting import until
 from vring_serial.agent import AgentGone, HostAgent
 from vring_serial.proto.agent import Capability, Monitor, Selection
 
@@ -171,9 +172,7 @@ async def test_the_agent_stops_and_starts_under_all_of_them(bench, host):
     client.events.clear()
     await bench.guest.stop_agent()
     await client.wait("agent", False)
-    async with asyncio.timeout(10):
-        while AgentGone("", closed=False) not in host.events:
-            await asyncio.sleep(0.01)
+    await until(lambda: AgentGone("", closed=False) in host.events)
     await bench.guest.start_agent()
     await client.wait_agent()
     await host.wait_ready()

@@ -7,6 +7,8 @@ import hashlib
 
 import pytest
 
+from tests.support.waiting import until
+
 MIB = 1 << 20
 AGENT = "com.redhat.spice.0"
 
@@ -64,7 +66,7 @@ async def test_guest_closes_and_opens_again(bench):
     await writer.wait_closed()
 
 
-async def test_host_disconnects_and_reconnects(bench, eventually):
+async def test_host_disconnects_and_reconnects(bench):
     port = bench.add_port(1, "data")
     await bench.serve()
     guest = await bench.boot()
@@ -72,7 +74,7 @@ async def test_host_disconnects_and_reconnects(bench, eventually):
     await guest.run("exec 3<>/dev/vport0p1; while :; do head -n 1 <&3; done >/tmp/got 2>&1 &")
     for number in range(3):
         _, writer = await bench.connect("data")
-        await eventually(lambda: port.guest_open, "the guest opens its port")
+        await until(lambda: port.guest_open, "the guest opens its port")
         writer.write(f"line {number}\n".encode())
         await writer.drain()
         got = ""
@@ -83,10 +85,10 @@ async def test_host_disconnects_and_reconnects(bench, eventually):
         await sent
         writer.close()
         await writer.wait_closed()
-        await eventually(lambda: not port.host_open, "the host end is closed")
+        await until(lambda: not port.host_open, "the host end is closed")
 
 
-async def test_guest_reads_end_of_file_and_writers_block_while_the_host_is_away(bench, eventually):
+async def test_guest_reads_end_of_file_and_writers_block_while_the_host_is_away(bench):
     port = bench.add_port(1, "data")
     await bench.serve()
     guest = await bench.boot()
@@ -100,7 +102,7 @@ async def test_guest_reads_end_of_file_and_writers_block_while_the_host_is_away(
     await writer.wait_closed()
 
 
-async def test_port_added_and_removed_while_the_guest_runs(bench, eventually):
+async def test_port_added_and_removed_while_the_guest_runs(bench):
     bench.add_port(1, "first")
     await bench.serve()
     guest = await bench.boot()
@@ -125,7 +127,7 @@ async def test_port_added_and_removed_while_the_guest_runs(bench, eventually):
         assert (await guest.run("ls /dev/vport0p2")).status != 0
 
 
-async def test_console_with_a_shell(bench, eventually):
+async def test_console_with_a_shell(bench):
     port = bench.add_port(0, "console", console=True)
     bench.add_port(1, "data")
     await bench.serve()

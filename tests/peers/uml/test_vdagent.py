@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 
+from tests.support.waiting import until
 from vring_serial.agent import HostAgent
 from vring_serial.chardev.protocol import ProtocolChardev
 from vring_serial.guest.uml_desktop import MEMORY_MIB, UmlDesktop
@@ -47,9 +46,7 @@ async def test_capabilities_resolution_and_clipboard(desktop):
         await host.set_clipboard(f"{TEXT} {name}", selection)
         await desktop.wait_paste(f"{TEXT} {name}", name)
         await desktop.copy(f"guest's {TEXT} {name}", name)
-        async with asyncio.timeout(20):
-            while not host.clipboard_types(selection):
-                await asyncio.sleep(0.05)
+        await until(lambda selection=selection: host.clipboard_types(selection))
         assert await host.get_clipboard(selection) == f"guest's {TEXT} {name}"
 
 

@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from tests.support.waiting import until
 from vring import GuestMemory
 from vring.testing import GuestQueue
 from vring_serial.chardev.protocol import ProtocolChardev
@@ -307,9 +308,7 @@ async def test_beside_a_loop(emulator):
     pci = emulator.pci(LoopHost(), device)
     emulator.boot()
     emulator.send(b"word")
-    async with asyncio.timeout(5):
-        while not emulator.levels:
-            await asyncio.sleep(0.001)
+    await until(lambda: emulator.levels)
     assert emulator.take() == b"WORD"
     pci.close()
     await device.aclose()

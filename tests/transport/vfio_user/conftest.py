@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import pytest
 
+from tests.support.waiting import until
 from vring import GuestMemory, Region, SplitDriver
 from vring_serial import unix_fds
 from vring_serial.device.base import VirtioDevice
@@ -84,9 +85,7 @@ class Server:
         """Until ``on_peer`` has told these."""
 
         async def wait() -> None:
-            async with asyncio.timeout(TIMEOUT):
-                while tuple(self.clients) != states:
-                    await asyncio.sleep(0.001)
+            await until(lambda: tuple(self.clients) == states)
 
         self.run(wait())
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.support.leaks import held
+from tests.support.waiting import until
 from vring_serial.errors import ConfigError, LocalProtocolError, ResourceError
 from vring_serial.proto.vhost_user import (
     U64,
@@ -40,12 +41,6 @@ def header(kind: int, flags: int, size: int) -> bytes:
 
 def u64(value: int) -> bytes:
     return struct.pack("=Q", value)
-
-
-async def settled(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0.001)
 
 
 async def exchange(frontend: Any, data: bytes, answer: bytes, fds: tuple[int, ...] = ()) -> None:
@@ -246,7 +241,7 @@ async def test_a_frontend_may_leave_at_any_point(
         first.send_bytes(data[:cut], fds)
     first.memory = first.drivers = None
     first.close()
-    await settled(lambda: events == ["connected", "gone"])
+    await until(lambda: events == ["connected", "gone"])
     assert not device.running
     assert held() == before
     second = connect()
@@ -312,9 +307,7 @@ async def test_connecting_to_a_frontend_that_listens(
     backend = VhostUserBackend(device, str(path), listen=False)
     await backend.start()
     said = "no frontend yet: No such file or directory"
-    async with asyncio.timeout(5):
-        while said not in caplog.text:
-            await asyncio.sleep(0.01)
+    await until(lambda: said in caplog.text)
     await asyncio.sleep(0.05)  # some attempts more, of which nothing is said
     assert caplog.text.count(said) == 1
     loop = asyncio.get_running_loop()
@@ -341,7 +334,7 @@ async def test_frontends_that_come_and_go_do_not_fill_the_log(
     for number in range(1, 101):
         frontend = connect()
         frontend.sock.send(header(99, 1, 0))
-        await settled(lambda n=number: gone.count("gone") == n)
+        await until(lambda n=number: gone.count("gone") == n)
         frontend.close()
     assert len(caplog.records) < 70
 
@@ -359,7 +352,7 @@ async def test_connecting_goes_on_after_a_lack_of_descriptors(
         await asyncio.sleep(0.05)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    await settled(lambda: caplog.text.count("no frontend yet: No such file or directory") == 2)
+    await until(lambda: caplog.text.count("no frontend yet: No such file or directory") == 2)
     await backend.aclose()
     assert caplog.text.count("no frontend yet: Too many open files") == 1
 

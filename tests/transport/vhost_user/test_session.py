@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.support.leaks import held
+from tests.support.waiting import until
 from vring_serial.proto.vhost_user import (
     U64,
     ConfigAccess,
@@ -328,9 +329,7 @@ async def test_refused(
     await following.enable(0)
     assert await following.echo(0, b"the next")
     following.close()
-    async with asyncio.timeout(5):
-        while device.running or held().descriptors != before:
-            await asyncio.sleep(0.001)
+    await until(lambda: not device.running and held().descriptors == before)
 
 
 ENDED: dict[str, tuple[bytes, int, str]] = {
@@ -396,9 +395,7 @@ async def test_ended(
     await following.enable(0)
     assert await following.echo(0, b"the next")
     following.close()
-    async with asyncio.timeout(5):
-        while device.running or held().descriptors != before:
-            await asyncio.sleep(0.001)
+    await until(lambda: not device.running and held().descriptors == before)
 
 
 async def test_get_config_is_refused_with_a_reply_without_payload(frontend: Any) -> None:
