@@ -15,7 +15,8 @@ from vring_serial.agent.events import AgentGone, AgentReady
 from vring_serial.chardev.protocol import SpicevmcOptions
 from vring_serial.cli import agent_end, logs
 from vring_serial.config.topology import ChardevConfig, PortConfig
-from vring_serial.device.console.events import MessageRefused, PortOpened, Side
+from vring_serial.device.console.event_log import EventLog
+from vring_serial.device.console.events import DeviceEvent, MessageRefused, PortOpened, Side
 from vring_serial.proto.agent import Capabilities
 
 
@@ -34,6 +35,29 @@ def record(message: str, *args: object, **extra: object) -> logging.LogRecord:
     made = logging.getLogger("x").makeRecord(
         "vring_serial.x", logging.INFO, "file", 1, message, args, None, extra=extra
     )
+    made.created = 0.25
+    return made
+
+
+class Kept(logging.Handler):
+    """Keeps records."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+def event_record(where: str, event: DeviceEvent) -> logging.LogRecord:
+    """What a device logs of an event."""
+    kept, logger = Kept(), logging.getLogger("vring_serial")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(kept)
+    EventLog().write(where, event)
+    logger.removeHandler(kept)
+    (made,) = kept.records
     made.created = 0.25
     return made
 
@@ -75,17 +99,17 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_device_events_are_named_and_have_their_fields() -> None:
-    assert as_json(record("%s: %s", "virtio-serial0: port 1", PortOpened(Side.GUEST, 1))) == {
+    assert as_json(event_record("virtio-serial0: port 1", PortOpened(Side.GUEST, 1))) == {
         "time": "1970-01-01T00:00:00.250Z",
         "level": "info",
-        "logger": "vring_serial.x",
+        "logger": "vring_serial.device.console.event_log",
         "event": "port_opened",
         "message": "virtio-serial0: port 1: opened by the guest",
         "where": "virtio-serial0: port 1",
         "side": "guest",
         "nr": 1,
     }
-    refused = as_json(record("%s: %s", "virtio-serial0", MessageRefused("no port 7")))
+    refused = as_json(event_record("virtio-serial0", MessageRefused("no port 7")))
     assert (refused["event"], refused["why"]) == ("message_refused", "no port 7")
 
 
@@ -197,6 +221,6 @@ def test_what_peers_can_cause_has_one_budget_and_the_service_is_heard(
 @pytest.mark.parametrize("as_json", [False, True])
 def test_a_long_message_is_cut_with_a_count(as_json: bool) -> None:
     formatter = logs.JsonFormatter() if as_json else logs.TextFormatter()
-    line = formatter.format(record("%s: %s", "w", MessageRefused("x" * 1_000_000)))
+    line = formatter.format(event_record("w", MessageRefused("x" * 1_000_000)))
     assert len(line) < 9000
     assert "more characters)" in line

@@ -1,26 +1,21 @@
 """What happens, one line each on standard error: plain text, or JSON for programs.
 
 In JSON a line is one object. Every one has the keys ``time`` (ISO 8601, UTC), ``level``,
-``logger``, ``event`` and ``message``. Device events (:mod:`vring_serial.device.console.events`)
-are named after their class, ``port_opened`` for PortOpened, and add its fields and ``where``, the
-controller and port; what :func:`emit` logs has the event and the fields given there; the rest is a
-``log``.
+``logger``, ``event`` and ``message``. Records with an attribute ``event``, of devices
+(:mod:`vring_serial.device.console.event_log`) and of :func:`emit`, are named by it and add their
+``fields``; the rest is a ``log``.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
-import enum
 import fcntl
 import json
 import logging
 import os
-import re
 import stat
 import sys
 from collections.abc import Callable
-from typing import Any
 
 import click
 
@@ -221,38 +216,18 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         when = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
-        event, fields = _structure(record)
         line = {
             "time": when.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "event": event,
+            "event": getattr(record, "event", "log"),
             "message": _cut(record.getMessage()),
-            **fields,
         }
+        for name, value in getattr(record, "fields", {}).items():
+            line[name] = _cut(value) if isinstance(value, str) else value
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)
-
-
-def _structure(record: logging.LogRecord) -> tuple[str, dict[str, Any]]:
-    """The event and its fields: given by ``emit``, or those of a dataclass that was logged."""
-    if hasattr(record, "event"):
-        return record.event, getattr(record, "fields", {})
-    match record.args:
-        case (str(where), event) if dataclasses.is_dataclass(event) and type(event) is not type:
-            name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(event).__name__).lower()
-            return name, {"where": where, **_fields(event)}
-    return "log", {}
-
-
-def _fields(event: Any) -> dict[str, Any]:
-    def plain(value: object) -> object:
-        if isinstance(value, enum.Enum):
-            return value.value
-        return value if isinstance(value, (bool, int)) else _cut(str(value))
-
-    return {f.name: plain(getattr(event, f.name)) for f in dataclasses.fields(event)}
 
 
 def _cut(text: str) -> str:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import os
 import resource
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-from vring import Pump
 from vring_serial.cli import logs
 from vring_serial.cli.agent_end import AgentEnds
 from vring_serial.cli.logs import emit
@@ -20,6 +17,7 @@ from vring_serial.cli.spice_end import SpiceEnds
 from vring_serial.config.build import make_controller
 from vring_serial.config.topology import ControllerConfig, Topology
 from vring_serial.device.console.controller import Controller
+from vring_serial.device.console.loop_pump import LoopPump
 from vring_serial.errors import ConfigError, ResourceError
 from vring_serial.transport.vfio_user.server import VfioUserServer
 from vring_serial.transport.vhost_user.backend import VhostUserBackend
@@ -107,7 +105,7 @@ async def _start(
     if settings.vfio_user or not settings.connect:
         for socket in settings.sockets:  # before the log tells of ports that nobody will reach
             check_can_listen(socket)
-    pump = stack.enter_context(_running_pump(settings.busy_poll))
+    pump = stack.enter_context(LoopPump(settings.busy_poll)).pump
     agents = AgentEnds(settings.agent_socket)
     stack.push_async_callback(agents.aclose)
     spice = SpiceEnds(topology, agent_shared=settings.agent_socket is not None)
@@ -187,16 +185,3 @@ def _log_ports(config: ControllerConfig, controller: Controller) -> None:
             chardev=port.chardev.id,
             end=end,
         )
-
-
-@contextlib.contextmanager
-def _running_pump(busy_poll: int) -> Iterator[Pump]:
-    """A pump whose events the running loop dispatches."""
-    loop = asyncio.get_running_loop()
-    pump = Pump(busy_poll_us=busy_poll)
-    try:
-        loop.add_reader(pump.event_fd, pump.dispatch)
-        yield pump
-    finally:
-        loop.remove_reader(pump.event_fd)
-        pump.close()

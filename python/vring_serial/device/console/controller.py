@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from vring import Pump, RingError
 from vring_serial.callbacks import tell
 from vring_serial.device.console import events as ev
 from vring_serial.device.console.control_queues import ControlQueues
+from vring_serial.device.console.event_log import EventLog
 from vring_serial.device.console.events import DeviceEvent, Side
+from vring_serial.device.console.loop_pump import LoopPump
 from vring_serial.device.console.port import Port
 from vring_serial.device.served import Discarder
 from vring_serial.device.virtqueue import RunningQueue, is_fresh
@@ -28,9 +30,6 @@ from vring_serial.proto.console import (
     queues_of_port,
 )
 from vring_serial.proto.virtio import QUEUE_SIZE_MAX, Feature, Status, feature_names
-from vring_serial.ratelimit import LogBudget, RateLimitedLog
-
-log = logging.getLogger(__name__)
 
 #: What is offered unless the one who builds the device says otherwise.
 DEFAULT_FEATURES = (
@@ -41,6 +40,21 @@ DEFAULT_FEATURES = (
     | ConsoleFeature.MULTIPORT
     | ConsoleFeature.EMERG_WRITE
 )
+
+
+@dataclass(slots=True)
+class DriverState:
+    """What the device knows of its driver beside what the control protocol does.
+
+    Attributes:
+        status: the device status (2.1), with what the device set itself.
+        features: the accepted features; None before the driver has said.
+        stopped_at: available index of each queue that was stopped, by queue index.
+    """
+
+    status: int = 0
+    features: int | None = None
+    stopped_at: dict[int, int] = field(default_factory=dict)
 
 
 class Controller(Starting):
@@ -89,22 +103,13 @@ class Controller(Starting):
         )
         self._ports: dict[int, Port] = {}
         self._pump = pump
-        self._own_pump: Pump | None = None
+        self._own_pump: LoopPump | None = None
         self.started = False
-        self._status = 0
-        self._driver_features: int | None = None
+        self._driver = DriverState()
         self._queues: dict[int, RunningQueue] = {}
-        self._stopped_at: dict[int, int] = {}  # available index by queue index
         self._size_told = (0, 0)  # of the console, in the configuration space
         self._discarder: Discarder | None = None  # of single-port mode without a port 0
-        # What a guest can cause as often as it likes: more than 511 ports say as they start. A
-        # budget for each kind, and one for all of them.
-        self._budget = LogBudget(burst=4000, rate=2, resume=100)
-        self._refused = RateLimitedLog(log, budget=self._budget)
-        self._failed = RateLimitedLog(log, budget=self._budget)
-        self._said = RateLimitedLog(log, burst=2000, budget=self._budget)
-        # By port and by kind: a guest can open and close one, or start, break and reset in a loop.
-        self._said_of_each: dict[int | type[DeviceEvent], RateLimitedLog] = {}
+        self._log = EventLog()
 
     # --- for those who build it
 
@@ -116,10 +121,11 @@ class Controller(Starting):
     @property
     def pump(self) -> Pump:
         """The pump that ports use. Raises LocalProtocolError before :meth:`start` without one."""
-        pump = self._pump or self._own_pump
-        if pump is None:
+        if self._pump is not None:
+            return self._pump
+        if self._own_pump is None:
             raise LocalProtocolError(f"{self.name} has no pump: it was not started")
-        return pump
+        return self._own_pump.pump
 
     def add_port(self, port: Port) -> None:
         """Add a port; a guest that runs is told.
@@ -182,11 +188,8 @@ class Controller(Starting):
     async def start(self) -> None:
         """Start all chardevs. Raises ResourceError; those that had started are stopped then."""
         if self._pump is None and self._own_pump is None:
-            self._own_pump = Pump()
+            self._own_pump = LoopPump()
         try:
-            if self._own_pump is not None:
-                loop = asyncio.get_running_loop()
-                loop.add_reader(self._own_pump.event_fd, self._own_pump.dispatch)
             for port in list(self._ports.values()):
                 await port.chardev.start()
         except BaseException:
@@ -208,30 +211,26 @@ class Controller(Starting):
                     stack.push_async_callback(port.chardev.aclose)
             await asyncio.sleep(0)  # as in remove_port
         finally:
-            self._close_pump()
-
-    def _close_pump(self) -> None:
-        if self._own_pump is not None:
-            pump, self._own_pump = self._own_pump, None
-            asyncio.get_running_loop().remove_reader(pump.event_fd)
-            pump.close()
+            if self._own_pump is not None:
+                self._own_pump.close()
+                self._own_pump = None
 
     # --- for transports: features, status, configuration
 
     @property
     def status(self) -> int:
         """The device status (2.1)."""
-        return self._status
+        return self._driver.status
 
     @property
     def driver_features(self) -> int:
         """What the driver accepted; 0 if it has not yet."""
-        return self._driver_features or 0
+        return self._driver.features or 0
 
     @property
     def single_port(self) -> bool:
         """Whether the driver did not accept MULTIPORT: one port, without control queues."""
-        bits = self.device_features if self._driver_features is None else self._driver_features
+        bits = self.device_features if self._driver.features is None else self._driver.features
         return not bits & ConsoleFeature.MULTIPORT
 
     def set_driver_features(self, bits: int) -> None:
@@ -241,8 +240,8 @@ class Controller(Starting):
             raise RemoteProtocolError(
                 f"{self.name}: the driver accepted what was not offered: {extra}"
             )
-        if bits != self._driver_features:
-            self._driver_features = bits
+        if bits != self._driver.features:
+            self._driver.features = bits
             self.emit(ev.FeaturesNegotiated(bits))
             self._console_changed()
             self._serve_unclaimed()
@@ -250,8 +249,8 @@ class Controller(Starting):
 
     def set_status(self, status: int) -> None:
         """The driver, or a frontend for it, wrote the device status: see VirtioDevice."""
-        needs_reset = self._status & Status.DEVICE_NEEDS_RESET
-        self._status = status | needs_reset if status else 0
+        needs_reset = self._driver.status & Status.DEVICE_NEEDS_RESET
+        self._driver.status = status | needs_reset if status else 0
 
     def read_config(self, offset: int, length: int) -> bytes:
         """``length`` bytes of the configuration space; what lies outside reads as zero."""
@@ -285,7 +284,7 @@ class Controller(Starting):
         if index in self._queues:
             raise LocalProtocolError(f"{self.name}: queue {index} runs already")
         position = queue.queue.avail_index
-        if is_fresh(queue.queue) and self._stopped_at.get(index, position) != position:
+        if is_fresh(queue.queue) and self._driver.stopped_at.get(index, position) != position:
             self._start_anew()
         self._queues[index] = queue
         try:
@@ -308,12 +307,12 @@ class Controller(Starting):
         elif port_of_queue(index)[0] is None:
             self._control_queues.stop(index)
         self._serve_unclaimed()
-        self._stopped_at[index] = queue.queue.avail_index
+        self._driver.stopped_at[index] = queue.queue.avail_index
         return queue.queue.avail_index
 
     def reset_queue(self, index: int) -> None:
         """The queue, which does not run, will start anew, and its driver is the same one."""
-        self._stopped_at.pop(index, None)
+        self._driver.stopped_at.pop(index, None)
         port = self._port_of(index)
         if port is not None and port_of_queue(index)[1]:
             port.forget_driver()
@@ -322,9 +321,9 @@ class Controller(Starting):
         """Stop all queues and forget the driver."""
         for index in list(self._queues):
             self.stop_queue(index)
-        self._status = 0
-        had_driver = self._driver_features is not None
-        self._driver_features = None
+        self._driver.status = 0
+        had_driver = self._driver.features is not None
+        self._driver.features = None
         self._console_changed()
         self._start_anew(silent=not had_driver)
 
@@ -357,29 +356,8 @@ class Controller(Starting):
         """Log what happened, and tell ``on_event``."""
         nr = getattr(event, "nr", None)
         port = self._ports.get(nr) if nr is not None else None
-        where = f"{self.name}: {port.label}" if port else f"{self.name}"
-        if isinstance(event, ev.MessageRefused):
-            self._refused.warning("%s: %s", where, event)
-        elif isinstance(event, ev.QueueBroken):
-            self._said_of(type(event)).log(logging.WARNING, "%s: %s", where, event)
-        elif isinstance(event, ev.OutputDropped):
-            self._said.log(logging.WARNING, "%s: %s", where, event)
-        elif isinstance(event, (ev.PortOpened, ev.PortClosed, ev.PortReady)):
-            self._said_of(event.nr).log(logging.INFO, "%s: %s", where, event)
-        elif isinstance(
-            event, (ev.FeaturesNegotiated, ev.DriverReady, ev.DeviceReset, ev.EmergencyWrite)
-        ):
-            self._said_of(type(event)).log(logging.INFO, "%s: %s", where, event)
-        else:
-            self._said.log(logging.INFO, "%s: %s", where, event)
-        tell(self._failed, f"{self.name}: on_event", self.on_event, event)
-
-    def _said_of(self, what: int | type[DeviceEvent]) -> RateLimitedLog:
-        if what not in self._said_of_each:
-            self._said_of_each[what] = RateLimitedLog(
-                log, burst=20, seconds=10, budget=self._budget
-            )
-        return self._said_of_each[what]
+        self._log.write(f"{self.name}: {port.label}" if port else self.name, event)
+        tell(self._log.failures, f"{self.name}: on_event", self.on_event, event)
 
     # --- internals
 
@@ -396,7 +374,7 @@ class Controller(Starting):
         self._size_told = size
         self.config_generation += 1
         if self.driver_features & ConsoleFeature.SIZE:
-            tell(self._failed, f"{self.name}: on_config_change", self.on_config_change)
+            tell(self._log.failures, f"{self.name}: on_config_change", self.on_config_change)
 
     def _console_size(self) -> tuple[int, int]:
         port = self._console()
@@ -459,9 +437,9 @@ class Controller(Starting):
         self._control_queues.flush()
 
     def _start_anew(self, *, silent: bool = False) -> None:
-        """A driver that knows nothing of the ports comes, or none."""
+        """Expect a driver that knows nothing of the ports, or none."""
         closed = self._control.reset()
-        self._stopped_at.clear()
+        self._driver.stopped_at.clear()
         for event in closed:
             if isinstance(event, ctl.PortClosed):
                 self.emit(ev.PortClosed(Side.GUEST, event.nr))
@@ -472,6 +450,6 @@ class Controller(Starting):
             self.emit(ev.DeviceReset())
 
     def _queue_broken(self, index: int, error: RingError) -> None:
-        self._status |= Status.DEVICE_NEEDS_RESET
+        self._driver.status |= Status.DEVICE_NEEDS_RESET
         self.emit(ev.QueueBroken(index, error))
-        tell(self._failed, f"{self.name}: on_needs_reset", self.on_needs_reset, error)
+        tell(self._log.failures, f"{self.name}: on_needs_reset", self.on_needs_reset, error)
