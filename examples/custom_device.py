@@ -23,11 +23,13 @@ import os
 import signal
 import sys
 
-from vring_serial.device.queue_device import QueueDevice
-from vring_serial.device.virtqueue import RunningQueue
-from vring_serial.errors import VringSerialError
-from vring_serial.transport.vfio_user.server import VfioUserServer
-from vring_serial.transport.vhost_user.backend import VhostUserBackend
+from vring_serial import (
+    QueueDevice,
+    RunningQueue,
+    VfioUserServer,
+    VhostUserBackend,
+    VringSerialError,
+)
 
 ENTROPY_DEVICE = 4
 #: A driver may ask for gigabytes with one buffer; it gets less, which it must expect.
@@ -63,15 +65,11 @@ async def main() -> None:
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     kind = VfioUserServer if options.vfio_user else VhostUserBackend
-    server = kind(Entropy(), options.vfio_user or options.vhost_user)
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    try:
-        await server.start()
+    async with kind(Entropy(), options.vfio_user or options.vhost_user):
         await stop.wait()
-    finally:
-        await server.aclose()
 
 
 if __name__ == "__main__":

@@ -136,3 +136,19 @@ def test_hosts_and_fronts(tmp_path: Path) -> None:
         host.poll()
     del pci, mmio
     assert held() == before
+
+
+def test_a_polled_host_enters_what_is_asynchronous_elsewhere(tmp_path: Path) -> None:
+    before = held()
+    device = vs.Controller()
+    with vs.PolledHost() as host:
+        with host.using(device) as used:
+            assert used is device
+            assert device.started
+        assert not device.started
+        with pytest.raises(ZeroDivisionError), host.using(device):
+            raise ZeroDivisionError
+        assert not device.started
+    with pytest.raises(vs.LocalProtocolError), host.using(device):
+        pytest.fail("it was entered")
+    assert held() == before

@@ -18,20 +18,23 @@ import select
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import unicorn
 from unicorn import x86_const as x86
 
 from vring import GuestMemory, Region
-from vring_serial.agent import HostAgent
-from vring_serial.chardev.protocol import ProtocolChardev
-from vring_serial.device.console.controller import Controller
-from vring_serial.device.console.port import Port
-from vring_serial.errors import VringSerialError
-from vring_serial.proto.agent import Monitor
-from vring_serial.transport.inprocess.fronts import InProcessPci, PolledHost
+from vring_serial import (
+    Controller,
+    HostAgent,
+    InProcessPci,
+    Monitor,
+    PolledHost,
+    Port,
+    ProtocolChardev,
+    VringSerialError,
+)
 
 RAM_SIZE = 16 << 20
 ENTRY = 0x10_0000
@@ -135,10 +138,15 @@ async def talk(agent: HostAgent) -> None:
     print(f'host:  the guest copied "{await agent.get_clipboard()}"')
 
 
-async def ended(task: asyncio.Task[None]) -> None:
-    """End the task, if it has not."""
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
+@contextlib.asynccontextmanager
+async def conversation(agent: HostAgent) -> AsyncIterator[asyncio.Task[None]]:
+    """Talk while the guest runs; what it has not come to by the end is left out."""
+    task = asyncio.ensure_future(talk(agent))
+    try:
+        yield task
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 def main() -> None:
@@ -147,21 +155,13 @@ def main() -> None:
     agent = HostAgent()
     device = Controller(max_ports=2)
     device.add_port(Port(1, "com.redhat.spice.0", ProtocolChardev("agent", agent.protocol_factory)))
-    with contextlib.ExitStack() as stack:  # whatever fails, all that was started is stopped
-        host = PolledHost()
-        stack.callback(host.close)
-        stack.callback(lambda: host.complete(device.aclose()))
-        host.complete(device.start())
-        stack.callback(lambda: host.complete(agent.aclose()))
+    with PolledHost() as host, host.using(device), host.using(agent):
         machine = Machine(program, host, device)
-        stack.callback(machine.pci.close)
-        conversation: list[asyncio.Task[None]] = []
-        host.run(lambda: conversation.append(asyncio.ensure_future(talk(agent))))
-        stack.callback(lambda: host.complete(ended(conversation[0])))
-        machine.run(conversation[0].done)
-        if not conversation[0].done():
-            sys.exit("the guest gave up")
-        conversation[0].result()
+        with machine.pci, host.using(conversation(agent)) as talking:
+            machine.run(talking.done)
+            if not talking.done():
+                sys.exit("the guest gave up")
+            talking.result()
 
 
 if __name__ == "__main__":

@@ -75,14 +75,12 @@ async def test_share(served, tmp_path):
     _, path = served
     names = {}
     exec(SHARE, names)
-    router, server = await names["share"](path, str(tmp_path / "clients.sock"))
     events = []
     agent = HostAgent(on_event=events.append)
     loop = asyncio.get_running_loop()
-    await loop.create_unix_connection(agent.protocol_factory, str(tmp_path / "clients.sock"))
-    assert Capability.FILE_XFER_DISABLED in await agent.wait_ready()
-    await router.aclose()
-    server.close()
-    await server.wait_closed()
+    async with names["shared"](path, str(tmp_path / "clients.sock")) as router:
+        await loop.create_unix_connection(agent.protocol_factory, str(tmp_path / "clients.sock"))
+        assert Capability.FILE_XFER_DISABLED in await agent.wait_ready()
+        assert len(router.clients) == 1
     await until(lambda: isinstance(events[-1], AgentGone))
     assert isinstance(events[0], AgentReady)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import selectors
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 from vring_serial.errors import LocalProtocolError
@@ -101,6 +102,22 @@ class PolledHost(Closing):
             work.close()
         self._check_open()
         return self._loop.run_until_complete(work)
+
+    @contextlib.contextmanager
+    def using(self, thing: contextlib.AbstractAsyncContextManager[T]) -> Iterator[T]:
+        """Do with ``with`` what ``async with`` does elsewhere, for a Controller or an agent.
+
+        Raises:
+            LocalProtocolError: after :meth:`close`.
+        """
+        entered = self.complete(thing.__aenter__())
+        try:
+            yield entered
+        except BaseException as error:
+            if not self.complete(thing.__aexit__(type(error), error, error.__traceback__)):
+                raise
+        else:
+            self.complete(thing.__aexit__(None, None, None))
 
     def _check_open(self) -> None:
         if self._loop.is_closed():
