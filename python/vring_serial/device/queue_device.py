@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 
 from vring import RingError
-from vring_serial.callbacks import tell
+from vring_serial.callbacks import Listener, tell
 from vring_serial.device.served import ServedQueue
 from vring_serial.device.virtqueue import RunningQueue
 from vring_serial.errors import LocalProtocolError, RemoteProtocolError
@@ -34,6 +34,9 @@ class QueueDevice(abc.ABC):
         queue_size_max: largest size of a queue, in descriptors.
     """
 
+    on_config_change = Listener[Callable[[], None]]()
+    on_needs_reset = Listener[Callable[[RingError], None]]()
+
     def __init__(
         self,
         name: str,
@@ -51,8 +54,6 @@ class QueueDevice(abc.ABC):
         self.driver_features = 0
         self.queue_size_max = queue_size_max
         self.config_generation = 0
-        self.on_config_change: Callable[[], None] | None = None
-        self.on_needs_reset: Callable[[RingError], None] | None = None
         self._config = config
         self._status = 0
         self._said = RateLimitedLog(log)

@@ -303,6 +303,17 @@ async def test_numbers_and_names_are_checked_and_nothing_is_left_behind(make_con
     controller.add_port(python_port(2, "other"))
 
 
+def test_a_second_listener_does_not_silently_replace_the_first():
+    controller = Controller()
+    events = events_of(controller)
+    with pytest.raises(LocalProtocolError, match="on_event has a listener already"):
+        controller.on_event = lambda event: None
+    controller.emit(ev.DeviceReset())
+    assert events == [ev.DeviceReset()]
+    controller.on_event = None
+    assert events_of(controller) == []
+
+
 # --- features, status, configuration --------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from vring import Pump, RingError
-from vring_serial.callbacks import tell
+from vring_serial.callbacks import Listener, tell
 from vring_serial.device.console import events as ev
 from vring_serial.device.console.control_queues import ControlQueues
 from vring_serial.device.console.event_log import EventLog
@@ -71,13 +71,17 @@ class Controller(Starting):
         queue_size_max: largest queue, in descriptors.
 
     Attributes:
-        on_event: called with everything that happens.
+        on_event: called with everything that happens, after it was logged. One listener: setting
+            another raises LocalProtocolError until it is None again.
         started: between :meth:`start` and :meth:`aclose`.
         on_config_change, on_needs_reset: see VirtioDevice.
     """
 
     device_id = DEVICE_ID
     config_size = ConsoleConfig.SIZE
+    on_event = Listener[Callable[[DeviceEvent], object]]()
+    on_config_change = Listener[Callable[[], None]]()
+    on_needs_reset = Listener[Callable[[RingError], None]]()
 
     def __init__(
         self,
@@ -94,9 +98,6 @@ class Controller(Starting):
         self.num_queues = queue_count(max_ports, bool(features & ConsoleFeature.MULTIPORT))
         self.queue_size_max = queue_size_max
         self.config_generation = 0
-        self.on_event: Callable[[DeviceEvent], None] | None = None
-        self.on_config_change: Callable[[], None] | None = None
-        self.on_needs_reset: Callable[[RingError], None] | None = None
         self._control = ctl.ControlDevice(max_ports)
         self._control_queues = ControlQueues(
             self._control, self._control_events, self._queue_broken
