@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from vring_serial.agent import HostAgent
+from vring_serial import HostAgent
 from vring_serial.agent.guest import AGENT_PORT, GuestAgent
 from vring_serial.chardev.protocol import ProtocolChardev
 from vring_serial.device.console.controller import Controller

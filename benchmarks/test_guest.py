@@ -14,7 +14,7 @@ import time
 
 import pytest
 
-from vring_serial.guest import EmbeddedGuest
+from vring_serial import EmbeddedGuest
 
 TOTAL = 256 << 20
 

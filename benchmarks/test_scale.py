@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from vring_serial import EmbeddedGuest
 from vring_serial.bench.usage import cpu_seconds, private_bytes, wake_ups
-from vring_serial.guest import EmbeddedGuest
 
 REST = 2.0
 

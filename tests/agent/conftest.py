@@ -10,7 +10,7 @@ import socket
 import pytest
 
 from tests.support.waiting import until
-from vring_serial.agent import HOST_CAPABILITIES, AgentRouter, HostAgent
+from vring_serial import HOST_CAPABILITIES, AgentRouter, HostAgent
 from vring_serial.agent.guest import GUEST_CAPABILITIES, GuestAgent
 from vring_serial.proto.agent import (
     NEED_DATA,

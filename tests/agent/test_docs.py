@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.waiting import until
-from vring_serial.agent import AgentGone, AgentReady, HostAgent
+from vring_serial import AgentGone, AgentReady, HostAgent
 from vring_serial.agent.guest import GuestAgent
 from vring_serial.proto.agent import Capability, Monitor
 

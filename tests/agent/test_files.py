@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vring_serial.agent import (
+from vring_serial import (
     AgentGoneError,
     AgentTimeoutError,
     AgentTrouble,

@@ -8,7 +8,7 @@ import os
 import pytest
 
 from tests.support.waiting import until
-from vring_serial.agent import (
+from vring_serial import (
     HOST_CAPABILITIES,
     AgentGoneError,
     AgentTimeoutError,

@@ -9,7 +9,7 @@ import struct
 import pytest
 
 from tests.support.waiting import until
-from vring_serial.agent import (
+from vring_serial import (
     AgentGone,
     AgentGoneError,
     AgentReady,

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vring_serial.agent import HOST_CAPABILITIES, AgentRouter, HostAgent
+from vring_serial import HOST_CAPABILITIES, AgentRouter, HostAgent
 from vring_serial.agent.guest import GuestAgent
 from vring_serial.agent.router.client import RouterClient
 from vring_serial.proto.agent import (

@@ -8,12 +8,11 @@ import os
 import pytest
 
 from tests.support.waiting import until
-from vring_serial.agent import AgentGone, AgentTrouble, HostAgent
+from vring_serial import AgentGone, AgentTrouble, EmbeddedGuest, HostAgent
 from vring_serial.agent.guest import AGENT_PORT, GuestAgent, serve_agent
 from vring_serial.chardev.protocol import ProtocolChardev
 from vring_serial.device.console.controller import Controller
 from vring_serial.device.console.port import Port
-from vring_serial.guest import EmbeddedGuest
 from vring_serial.guest.services import keep_serving
 from vring_serial.proto.agent import ClipboardType, Monitor, Selection
 from vring_serial.transport.vhost_user.backend import VhostUserBackend

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.support.waiting import wait_until
-from vring_serial.agent import AgentRouter
+from vring_serial import AgentRouter
 from vring_serial.agent.guest import GuestAgent
 
 VRING = (sys.executable, "-m", "vring_serial")

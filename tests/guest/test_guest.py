@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from tests.support.leaks import held
+from vring_serial import EmbeddedGuest, GuestPort
 from vring_serial.chardev.protocol import ProtocolChardev
 from vring_serial.chardev.socket import SocketChardev, SocketOptions
 from vring_serial.device.console.controller import Controller
 from vring_serial.device.console.port import Port
 from vring_serial.errors import ConfigError, ResourceError
-from vring_serial.guest import EmbeddedGuest, GuestPort
 from vring_serial.guest.errors import (
     BackendClosedError,
     BackendTimeoutError,

@@ -6,10 +6,10 @@ import asyncio
 from pathlib import Path
 
 from tests.support.waiting import until
+from vring_serial import EmbeddedGuest
 from vring_serial.chardev.socket import SocketChardev, SocketOptions
 from vring_serial.device.console.controller import Controller
 from vring_serial.device.console.port import Port
-from vring_serial.guest import EmbeddedGuest
 from vring_serial.guest.services import keep_serving
 from vring_serial.transport.vhost_user.backend import VhostUserBackend
 

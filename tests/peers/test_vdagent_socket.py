@@ -10,7 +10,7 @@ import shutil
 import pytest
 
 from tests.support.waiting import until
-from vring_serial.agent import (
+from vring_serial import (
     AgentGone,
     AgentReady,
     AgentRouter,

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
-from vring_serial.agent import HostAgent
+from vring_serial.agent.host import HostAgent
 from vring_serial.cli.demo_guests import BulkStreams, DemoGuest, EmbeddedDemoGuest, UmlDemoGuest
 from vring_serial.cli.signals import run_until_signal
 from vring_serial.cli.tables import show

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vring_serial.agent import HostAgent
+from vring_serial.agent.host import HostAgent
 from vring_serial.errors import ResourceError
 from vring_serial.guest.bulk import stamped_blocks
 from vring_serial.guest.uml import UmlGuest, find_parts

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from tests.support.waiting import until
-from vring_serial.agent import (
+from vring_serial import (
     HOST_CAPABILITIES,
     AgentGoneError,
     AgentTrouble,

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from tests.support.waiting import until
-from vring_serial.agent import OtherMessage, StreamSource
+from vring_serial import OtherMessage, StreamSource
 from vring_serial.agent.router import servers as servers_module
 from vring_serial.proto.agent import (
     AnnounceCapabilities,

@@ -10,7 +10,7 @@ import tracemalloc
 import pytest
 
 from tests.support.waiting import until
-from vring_serial.agent import (
+from vring_serial import (
     HOST_CAPABILITIES,
     AgentGone,
     AgentGoneError,

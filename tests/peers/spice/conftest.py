@@ -17,13 +17,12 @@ import pytest
 import pytest_asyncio
 
 from tests.support.waiting import until
-from vring_serial.agent import AgentError, AgentRouter
+from vring_serial import AgentError, AgentRouter, EmbeddedGuest
 from vring_serial.agent.guest import AGENT_PORT, GuestAgent
 from vring_serial.chardev import Chardev
 from vring_serial.chardev.protocol import ProtocolChardev
 from vring_serial.device.console.controller import Controller
 from vring_serial.device.console.port import Port
-from vring_serial.guest import EmbeddedGuest
 from vring_serial.guest.port import GuestPort
 from vring_serial.guest.services import keep_serving
 from vring_serial.guest.uml import UmlGuest

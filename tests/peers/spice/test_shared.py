@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 
 from tests.support.waiting import until
-from vring_serial.agent import AgentGone, HostAgent
+from vring_serial import AgentGone, HostAgent
 from vring_serial.proto.agent import Capability, Monitor, Selection
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.support.waiting import until
-from vring_serial.agent import HostAgent
+from vring_serial import HostAgent
 from vring_serial.chardev.protocol import ProtocolChardev
 from vring_serial.guest.uml_desktop import MEMORY_MIB, UmlDesktop
 from vring_serial.proto.agent import Capability, Monitor, Selection

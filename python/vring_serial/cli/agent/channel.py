@@ -10,7 +10,9 @@ from typing import Any
 
 import click
 
-from vring_serial.agent import HOST_CAPABILITIES, AgentTimeoutError, HostAgent
+from vring_serial.agent.errors import AgentTimeoutError
+from vring_serial.agent.host import HostAgent
+from vring_serial.agent.host_capabilities import HOST_CAPABILITIES
 from vring_serial.cli.signals import run_until_signal
 from vring_serial.errors import ConfigError, ResourceError
 from vring_serial.proto.agent import Capabilities

@@ -13,16 +13,11 @@ from typing import BinaryIO
 
 import click
 
-from vring_serial.agent import (
-    HOST_CAPABILITIES,
-    AgentError,
-    AgentGone,
-    AgentGoneError,
-    ClipboardGrabbed,
-    ClipboardReleased,
-    HostAgent,
-    StreamSource,
-)
+from vring_serial.agent.channel.clipboard import StreamSource
+from vring_serial.agent.errors import AgentError, AgentGoneError
+from vring_serial.agent.events import AgentGone, ClipboardGrabbed, ClipboardReleased
+from vring_serial.agent.host import HostAgent
+from vring_serial.agent.host_capabilities import HOST_CAPABILITIES
 from vring_serial.cli import PATH
 from vring_serial.cli.agent.channel import Channel
 from vring_serial.cli.background import in_background

@@ -18,7 +18,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from vring_serial.agent import AgentError, HostAgent
+from vring_serial.agent.errors import AgentError
+from vring_serial.agent.host import HostAgent
 from vring_serial.cli.agent.channel import Channel
 from vring_serial.cli.plain import escaped
 from vring_serial.errors import ConfigError, VringSerialError

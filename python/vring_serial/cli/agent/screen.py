@@ -7,7 +7,7 @@ import re
 
 import click
 
-from vring_serial.agent import HostAgent
+from vring_serial.agent.host import HostAgent
 from vring_serial.cli.agent.channel import Channel
 from vring_serial.proto.agent import Monitor
 
