@@ -6,12 +6,7 @@ import asyncio
 
 import pytest
 
-from vring_serial.agent import (
-    HOST_CAPABILITIES,
-    AgentTrouble,
-    ClipboardEmptyError,
-    HostAgent,
-)
+from vring_serial import HOST_CAPABILITIES, AgentTrouble, ClipboardEmptyError, HostAgent
 from vring_serial.agent import events as events_module
 from vring_serial.agent.channel import link as link_module
 from vring_serial.agent.channel.body import BodyReader
