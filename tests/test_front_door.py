@@ -23,7 +23,8 @@ FileChardev FileOptions NullChardev NullOptions PipeChardev PipeOptions Protocol
 PtyChardev
 PtyOptions RingbufChardev RingbufOptions SocketChardev SocketOptions StdioChardev StdioOptions
 VhostUserBackend VfioUserServer
-InProcessMmio InProcessPci Window Bar LoopHost PolledHost
+InProcessMmio InProcessPci Window LoopHost PolledHost
+Bar InterruptSink MmioDevice PciDevice
 HostAgent HOST_CAPABILITIES AgentRouter GuestAgent ANY_SIZE StreamSource
 AgentEvent AgentGone AgentReady AgentTrouble ClipboardGrabbed ClipboardReleased EventStream
 OtherMessage

@@ -24,7 +24,7 @@ STARTING = {
     *(name for name in vs.__all__ if name.endswith("Chardev")),
 }
 ENDING = {"HostAgent", "AgentRouter", "GuestAgent"}
-CLOSING = {"PolledHost", "InProcessPci", "InProcessMmio", "EventStream"}
+CLOSING = {"MmioDevice", "PciDevice", "PolledHost", "InProcessPci", "InProcessMmio", "EventStream"}
 ALL = STARTING | ENDING | CLOSING
 
 Make = Callable[[Path], Any]

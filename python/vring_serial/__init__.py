@@ -90,8 +90,13 @@ if TYPE_CHECKING:
         Side as Side,
     )
     from vring_serial.device.console.port import Port as Port
-    from vring_serial.device.pci import Bar as Bar
+    from vring_serial.device.pci import (
+        Bar as Bar,
+        InterruptSink as InterruptSink,
+        PciDevice as PciDevice,
+    )
     from vring_serial.device.queue_device import QueueDevice as QueueDevice
+    from vring_serial.device.registers.mmio import MmioDevice as MmioDevice
     from vring_serial.device.virtqueue import RunningQueue as RunningQueue
     from vring_serial.errors import (
         ConfigError as ConfigError,
@@ -167,7 +172,8 @@ _EXPORTS = {
     "vring_serial.transport.vfio_user.server": "VfioUserServer",
     "vring_serial.transport.inprocess.fronts": "InProcessMmio InProcessPci Window",
     "vring_serial.transport.inprocess.hosts": "LoopHost PolledHost",
-    "vring_serial.device.pci": "Bar",
+    "vring_serial.device.pci": "Bar InterruptSink PciDevice",
+    "vring_serial.device.registers.mmio": "MmioDevice",
     "vring_serial.agent.host": "HostAgent",
     "vring_serial.agent.host_capabilities": "HOST_CAPABILITIES",
     "vring_serial.agent.router.router": "AgentRouter",

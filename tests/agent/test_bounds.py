@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from tests.support.waiting import until
 from vring_serial import HOST_CAPABILITIES, AgentTrouble, ClipboardEmptyError, HostAgent
 from vring_serial.agent import events as events_module
 from vring_serial.agent.channel import link as link_module
@@ -242,7 +243,7 @@ async def test_clients_that_are_being_turned_away(make_bench, monkeypatch):
     await late.at_eof()
     assert len(bench.router.turned_away) == 1
     await lingering.aclose()
-    await bench.until(lambda: not bench.router.turned_away)
+    await until(lambda: not bench.router.turned_away)
 
 
 async def test_long_messages_for_one_client(make_bench, monkeypatch):
@@ -260,7 +261,7 @@ async def test_long_messages_for_one_client(make_bench, monkeypatch):
 
     for _ in range(8):
         await bench.guest._handshake.link.send_body(UnknownMessage(78), 1 << 20, zeros(1 << 20))
-    await bench.until(lambda: len(bench.router.clients) == 1)
+    await until(lambda: len(bench.router.clients) == 1)
     (trouble,) = (e for e in bench.router_events if isinstance(e, AgentTrouble))
     assert "bytes of long messages unread" in str(trouble.error)
 
