@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.support.waiting import until
 from vring_serial import (
     AgentGoneError,
     AgentTimeoutError,
@@ -69,7 +70,7 @@ async def test_several_at_once_and_one_is_cancelled(file_pair, make_file):
     results = await asyncio.gather(*sending, return_exceptions=True)
     assert isinstance(results[1], asyncio.CancelledError)
     assert [results[0], results[2], results[3]] == [None] * 3
-    await file_pair.until(lambda: not (file_pair.downloads / "file1").exists())
+    await until(lambda: not (file_pair.downloads / "file1").exists())
     for path in [paths[0], *paths[2:]]:
         there = (file_pair.downloads / path.name).read_bytes()
         assert hashlib.sha256(there).digest() == hashlib.sha256(path.read_bytes()).digest()
@@ -98,7 +99,7 @@ async def test_a_file_that_shrinks_is_cancelled(file_pair, make_file):
 
     with pytest.raises(FileTransferError, match="became shorter"):
         await file_pair.host.send_file(path, on_progress=shrink)
-    await file_pair.until(lambda: not (file_pair.downloads / "shrinks").exists())
+    await until(lambda: not (file_pair.downloads / "shrinks").exists())
 
 
 async def test_the_channel_closes_in_the_middle(file_pair, make_file):
