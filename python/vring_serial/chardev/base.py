@@ -116,10 +116,9 @@ class Chardev(Starting):
         """The user saw end of file, or an error, on the end's descriptors.
 
         The chardev closes the end (``end_closed`` is called before this returns) and waits for the
-        next peer in the way of its kind. There is one exception: after an error, an end with bytes
-        unread may stay a little longer, so that the guest gets what a peer sent before it left, or
-        as long as a peer is there that only takes no more; the user reads on and writes no more.
-        The default suits chardevs whose end never closes.
+        next peer in the way of its kind. After an error it may keep the end, for a peer that takes
+        no more or is leaving (see :mod:`vring_serial.chardev.hangup`); the user reads on and writes
+        no more. The default suits chardevs whose end never closes.
         """
 
     def guest_opened(self, is_open: bool) -> None:

@@ -1,9 +1,23 @@
-"""Noticing that a peer left while nobody reads from it.
+"""When the peer of a descriptor end leaves, with bytes unread or without.
 
-A descriptor of an end may stay unread for as long as the guest keeps its port closed, so end of
-file alone would be seen late or never. The kernel reports a hang-up apart from readability; this
-watches for that and for nothing else, edge-triggered: bytes that wait unread never wake the event
-loop.
+This is the one account of it. A peer is in one of these states:
+
+- present: both directions work.
+- takes no more: a write failed (EPIPE), but the peer is connected and may send. The port writes no
+  more to this end and reads on.
+- leaving: the peer hung up, or a write failed, and bytes that it sent are unread. The end stays for
+  the guest to read them, for as long as its kind of chardev says (its *patience*).
+- gone: nothing is unread, or patience is over. The end closes.
+
+Three parts notice a change. The pump's flow from the host (``vring/_flow.pyx``) reads end of file
+or an error; while the guest has no buffers, a hang-up ends it only if nothing is unread. The flow
+to the host, or the writer of a residue, fails. :class:`HangupWatch` looks while nobody reads: the
+guest may keep its port closed for long, so end of file alone would be seen late or never. The first
+two reach the port, which marks that direction of the end as over (``device/console/direction.py``)
+and calls ``Chardev.peer_gone``; there the chardev decides which state follows.
+
+The kernel reports a hang-up apart from readability. The watch is for that and for nothing else,
+edge-triggered: bytes that wait unread never wake the event loop.
 """
 
 from __future__ import annotations

@@ -56,11 +56,11 @@ class VirtioDevice(Protocol):
 
     @property
     def status(self) -> int:
-        """The device status (2.1) as the driver last wrote it, with what the device set itself."""
+        """Return the device status (2.1) as the driver last wrote it, with what the device set."""
         ...
 
     def set_status(self, status: int) -> None:
-        """The driver, or a frontend for it, wrote the device status.
+        """Take over the device status that the driver, or a frontend for it, wrote.
 
         0 is no :meth:`reset` by itself: vhost-user frontends write it for a paused VM as well. What
         the device knows of the driver goes when rings start anew.
@@ -72,15 +72,15 @@ class VirtioDevice(Protocol):
         ...
 
     def read_config(self, offset: int, length: int) -> bytes:
-        """``length`` bytes of the configuration space; what lies outside reads as zero."""
+        """Return ``length`` bytes of the configuration space; what lies outside reads as zero."""
         ...
 
     def write_config(self, offset: int, data: bytes) -> None:
-        """The driver wrote to the configuration space; what cannot be written is ignored."""
+        """Take what the driver wrote to the configuration space; ignore what it cannot write."""
         ...
 
     def start_queue(self, index: int, queue: RunningQueue) -> None:
-        """A queue runs: serve it now, without waiting for a kick.
+        """Serve a queue that runs now, without waiting for a kick.
 
         Raises LocalProtocolError if ``index`` is no queue, or runs already.
         """

@@ -102,7 +102,7 @@ class QueueDevice(abc.ABC):
         return self._config[offset : offset + length].ljust(length, b"\0")
 
     def write_config(self, offset: int, data: bytes) -> None:  # noqa: B027 - see the class
-        """The driver wrote to the configuration space: of no effect."""
+        """Ignore what the driver wrote to the configuration space."""
 
     def start_queue(self, index: int, queue: RunningQueue) -> None:
         if not 0 <= index < self.num_queues or index in self._served:
@@ -119,7 +119,7 @@ class QueueDevice(abc.ABC):
         return served.queue.avail_index
 
     def reset_queue(self, index: int) -> None:  # noqa: B027 - a device may know nothing of queues
-        """The queue will start anew."""
+        """Expect the queue to start anew."""
 
     def reset(self) -> None:
         for index in list(self._served):

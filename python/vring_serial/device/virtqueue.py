@@ -21,7 +21,7 @@ def make_queue(
     used_index: int | None = None,
     name: str,
 ) -> VirtQueue:
-    """The device's side of a ring with the layout and the abilities that were negotiated.
+    """Make the device's side of a ring with the layout and abilities that were negotiated.
 
     Args:
         memory: the guest's.
@@ -51,7 +51,7 @@ def make_queue(
 
 
 def is_fresh(queue: VirtQueue) -> bool:
-    """Whether the ring stands where it does before its first buffer."""
+    """Return whether the ring stands where it does before its first buffer."""
     return queue.avail_index == (FRESH_PACKED_INDEX if isinstance(queue, PackedQueue) else 0)
 
 

@@ -249,18 +249,18 @@ class Controller(Starting):
             self._sync_guest()
 
     def set_status(self, status: int) -> None:
-        """The driver, or a frontend for it, wrote the device status: see VirtioDevice."""
+        """Take over the device status that was written: see VirtioDevice."""
         needs_reset = self._driver.status & Status.DEVICE_NEEDS_RESET
         self._driver.status = status | needs_reset if status else 0
 
     def read_config(self, offset: int, length: int) -> bytes:
-        """``length`` bytes of the configuration space; what lies outside reads as zero."""
+        """Return ``length`` bytes of the configuration space; what lies outside reads as zero."""
         cols, rows = self._console_size()
         config = ConsoleConfig(cols, rows, self.max_ports).pack()
         return config[offset : offset + length].ljust(length, b"\0")
 
     def write_config(self, offset: int, data: bytes) -> None:
-        """The driver wrote to the configuration space: emerg_wr, or nothing that counts."""
+        """Act on a write to the configuration space: emerg_wr, or nothing that counts."""
         at = ConsoleConfig.EMERG_WR - offset
         if not self.device_features & ConsoleFeature.EMERG_WRITE or not 0 <= at < len(data):
             return
@@ -274,7 +274,7 @@ class Controller(Starting):
     # --- for transports: queues
 
     def start_queue(self, index: int, queue: RunningQueue) -> None:
-        """A queue runs: serve it now, without waiting for a kick.
+        """Serve a queue that runs now, without waiting for a kick.
 
         Raises:
             LocalProtocolError: there is no such queue, or it runs already.
@@ -312,7 +312,7 @@ class Controller(Starting):
         return queue.queue.avail_index
 
     def reset_queue(self, index: int) -> None:
-        """The queue, which does not run, will start anew, and its driver is the same one."""
+        """Forget where the queue, which does not run, was stopped; its driver is the same one."""
         self._driver.stopped_at.pop(index, None)
         port = self._port_of(index)
         if port is not None and port_of_queue(index)[1]:
@@ -363,12 +363,12 @@ class Controller(Starting):
     # --- internals
 
     def _console(self) -> Port | None:
-        """The port that configuration space speaks of: the first console, or the only port."""
+        """Return the port that the configuration space describes: first console, or only port."""
         consoles = (port for _, port in sorted(self._ports.items()) if port.console)
         return next(consoles, self._ports.get(0) if self.single_port else None)
 
     def _console_changed(self) -> None:
-        """Another port may be the console, or have another size: the configuration space says."""
+        """Tell the driver if the console, or its size, is another now."""
         size = self._console_size()
         if size == self._size_told:
             return
@@ -400,7 +400,7 @@ class Controller(Starting):
             self.emit(ev.DriverReady())
 
     def _serve_unclaimed(self) -> None:
-        """Without MULTIPORT a driver has a console, which must not wait, also if we have none."""
+        """Discard what a driver without MULTIPORT writes while no port 0 is there to take it."""
         _, transmitq = queues_of_port(0)
         queue = self._queues.get(transmitq)
         wanted = queue is not None and self.single_port and 0 not in self._ports
@@ -418,7 +418,7 @@ class Controller(Starting):
             self._set_guest(port)
 
     def _control_events(self, events: list[ctl.DeviceSideEvent]) -> None:
-        """What a control message of the driver made happen."""
+        """Act on what a control message of the driver made happen."""
         for event in events:
             match event:
                 case ctl.Refused(why):

@@ -40,12 +40,12 @@ class Delivery:
 
     @property
     def has_queue(self) -> bool:
-        """Whether there is a queue now."""
+        """Return whether there is a queue now."""
         return self._served is not None
 
     @property
     def ending(self) -> bool:
-        """Whether an end was set and not all before it has been taken."""
+        """Return whether an end was set and not all before it has been taken."""
         return self._last_chains is not None
 
     def start(self, running: RunningQueue, delivered: int) -> None:

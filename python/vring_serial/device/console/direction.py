@@ -43,17 +43,17 @@ class Sides:
 
     @property
     def never_waits(self) -> bool:
-        """Whether the guest has a console on the port, whose driver nothing may hold up."""
+        """Return whether the guest has a console on the port, whose driver nothing may hold up."""
         return self.console or self.single
 
     @property
     def guest_ready(self) -> bool:
-        """Whether the guest's driver can use the port."""
+        """Return whether the guest's driver can use the port."""
         return self.single or self.guest in (PortState.READY, PortState.OPEN, PortState.CLOSED)
 
     @property
     def guest_open(self) -> bool:
-        """Whether the guest takes bytes: it has the port open, or has a console on it."""
+        """Return whether the guest takes bytes: it has the port open, or has a console on it."""
         return self.guest_ready if self.never_waits else self.guest is PortState.OPEN
 
 
@@ -62,7 +62,7 @@ class DirectionUser(Protocol):
 
     @property
     def pump(self) -> Pump:
-        """The pump that moves bytes for descriptor ends."""
+        """Return the pump that moves bytes for descriptor ends."""
         ...
 
     def poll_control(self) -> None:
@@ -97,7 +97,9 @@ class Direction(abc.ABC):
         self._user = user
         self._mode = Mode.IDLE
         self._broken = False  # the driver broke the queue: it is left alone until it starts again
-        self._over = False  # the end's descriptor for this direction gave end of file, or failed
+        # The end's descriptor for this direction gave end of file, or failed; the end may stay for
+        # the other direction. All states of a peer that leaves: chardev/hangup.py.
+        self._over = False
 
     def start_queue(self, running: RunningQueue) -> None:
         """Take the queue; :meth:`update` serves it."""

@@ -34,23 +34,23 @@ class PortOwner(Protocol):
 
     @property
     def pump(self) -> Pump:
-        """Moves bytes for descriptor ends."""
+        """Return the pump that moves bytes for descriptor ends."""
         ...
 
     def poll_control(self) -> None:
         """Act on control messages that the driver made available, without waiting for a kick."""
 
     def host_end_changed(self, port: Port, is_open: bool) -> None:
-        """The port's host end was connected or disconnected."""
+        """Tell the guest that the port's host end was connected or disconnected."""
 
     def port_resized(self, port: Port) -> None:
-        """The port's terminal has another size."""
+        """Tell the guest that the port's terminal has another size."""
 
     def port_queue_broken(self, port: Port, is_transmit: bool, error: RingError) -> None:
-        """The driver broke one of the port's queues."""
+        """Ask for a reset: the driver broke one of the port's queues."""
 
     def emit(self, event: DeviceEvent) -> None:
-        """Tell what happened."""
+        """Log the event and pass it to the listener."""
 
 
 class Port:
@@ -90,28 +90,28 @@ class Port:
 
     @property
     def console(self) -> bool:
-        """Whether the guest is to make a console of it."""
+        """Return whether the guest is to make a console of it."""
         return self._sides.console
 
     @property
     def label(self) -> str:
-        """Number and name, for logs."""
+        """Return number and name, for logs."""
         name = self.name.decode(errors="backslashreplace")
         return f"port {self.nr} ({name})" if name else f"port {self.nr}"
 
     @property
     def guest_open(self) -> bool:
-        """Whether the guest takes bytes: it has the port open, or has a console on it."""
+        """Return whether the guest takes bytes: it has the port open, or has a console on it."""
         return self._sides.guest_open
 
     @property
     def guest_ready(self) -> bool:
-        """Whether the guest's driver can use the port."""
+        """Return whether the guest's driver can use the port."""
         return self._sides.guest_ready
 
     @property
     def host_open(self) -> bool:
-        """Whether a host end is connected."""
+        """Return whether a host end is connected."""
         return self._sides.end is not None
 
     # --- for the controller

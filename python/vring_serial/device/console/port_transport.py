@@ -100,7 +100,7 @@ class PortTransport(asyncio.Transport):
 
     @property
     def ending(self) -> bool:
-        """Whether the guest closed its side, and not all that it wrote before is delivered."""
+        """Return whether the guest closed, and not all that it wrote before is delivered."""
         return self._delivery.ending
 
     def disconnect(self) -> None:
@@ -187,7 +187,7 @@ class PortTransport(asyncio.Transport):
     def _finish(
         self, error: Exception | None, by_protocol: bool = False, *, eof: bool = False
     ) -> None:
-        """The one end of every connection."""
+        """End the connection; every connection ends here."""
         if self._lost:
             return
         self._lost = self._closing = True
