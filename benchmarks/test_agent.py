@@ -27,7 +27,7 @@ from vring_serial.agent.guest import AGENT_PORT, GuestAgent
 from vring_serial.chardev.protocol import ProtocolChardev
 from vring_serial.device.console.controller import Controller
 from vring_serial.device.console.port import Port
-from vring_serial.proto.agent import NEED_DATA, AgentConnection, Clipboard, FileXferData, Side
+from vring_serial.proto.agent import AgentConnection, Clipboard, FileXferData, Side
 from vring_serial.transport.vhost_user.backend import VhostUserBackend
 
 FILE_DATA = FileXferData(1, bytes(64 << 10))
@@ -58,7 +58,7 @@ def test_parsing(benchmark, message):
     def parse():
         for read in reads:
             connection.receive_data(read)
-            while connection.next_event() is not NEED_DATA:
+            while connection.next_event() is not None:
                 pass
 
     benchmark(parse)

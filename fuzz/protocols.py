@@ -23,7 +23,6 @@ from vring_serial.errors import ConfigError, RemoteProtocolError
 from vring_serial.proto import vfio_user, vhost_user
 from vring_serial.proto.agent import AgentConnection, AgentProtocolError, ChunkError
 from vring_serial.proto.agent.connection import (
-    NEED_DATA,
     BodyReceived,
     MessageReceived,
     Side,
@@ -70,7 +69,7 @@ def agent_events(side: Side, parts: Iterable[bytes]) -> dict[int, list[Any]]:
                 if isinstance(error, ChunkError):
                     return said
                 continue
-            if event is NEED_DATA:
+            if event is None:
                 break
             of_port = said[event.port]
             if isinstance(event, MessageReceived):

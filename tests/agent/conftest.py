@@ -13,7 +13,6 @@ from tests.support.waiting import until
 from vring_serial import HOST_CAPABILITIES, AgentRouter, HostAgent
 from vring_serial.agent.guest import GUEST_CAPABILITIES, GuestAgent
 from vring_serial.proto.agent import (
-    NEED_DATA,
     AgentConnection,
     AnnounceCapabilities,
     ChunkPort,
@@ -92,7 +91,7 @@ class RawEnd:
         async with asyncio.timeout(30):
             while True:
                 event = self.connection.next_event()
-                if event is NEED_DATA:
+                if event is None:
                     data = await self.reader.read(65536)
                     assert data, "the other end closed the channel"
                     self.connection.receive_data(data)

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from vring_serial.errors import LocalProtocolError
 from vring_serial.proto.agent import (
-    NEED_DATA,
     AgentConnection,
     AgentProtocolError,
     AnnounceCapabilities,
@@ -64,7 +63,7 @@ def events(connection, data=b"", found=None):
         except MessageError as error:
             found.append(error)
             continue
-        if event is NEED_DATA:
+        if event is None:
             return found
         found.append(settle(event))
 
@@ -323,7 +322,7 @@ def test_memory_is_bounded_whatever_the_size(kind, step):
             connection.receive_data(read[: size - start])
             while True:
                 try:
-                    if connection.next_event() is NEED_DATA:
+                    if connection.next_event() is None:
                         break
                 except MessageError:
                     continue

@@ -16,7 +16,6 @@ from typing import Protocol, cast
 from vring_serial.agent.channel.outbox import Maker, Outbox
 from vring_serial.agent.errors import AgentError, AgentGoneError, AgentTimeoutError
 from vring_serial.proto.agent import (
-    NEED_DATA,
     AgentConnection,
     AgentProtocolError,
     BodyEnded,
@@ -183,7 +182,7 @@ class AgentLink(asyncio.Protocol):
                 self._owner.link_trouble(self, error)
                 self.fail(error)
                 return
-            if event is NEED_DATA:
+            if event is None:
                 return
             self._dispatch(event)
             if time.monotonic() > end:

@@ -17,7 +17,6 @@ from vring_serial.cli.plain import escaped
 from vring_serial.cli.signals import run_until_signal
 from vring_serial.errors import ConfigError, ResourceError
 from vring_serial.proto.agent import (
-    NEED_DATA,
     AgentConnection,
     AgentProtocolError,
     AnnounceCapabilities,
@@ -70,9 +69,8 @@ class Decoder:
             except AgentProtocolError as error:
                 self._show(f"malformed: {error}")
                 continue
-            if event is NEED_DATA:
+            if event is None:
                 return
-            assert not isinstance(event, type(NEED_DATA))
             self._show_event(event)
 
     def _show_event(self, event: Event) -> None:

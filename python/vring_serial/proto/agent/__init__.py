@@ -11,14 +11,12 @@ from .capabilities import Capabilities, Layout, capability_name
 from .chunks import Buffer, ChunkDecoder, ChunkEncoder
 from .clipboard import Clipboard, ClipboardGrab, ClipboardRelease, ClipboardRequest
 from .connection import (
-    NEED_DATA,
     AgentConnection,
     BodyEnded,
     BodyReceived,
     BodyStarted,
     Event,
     MessageReceived,
-    NeedData,
     Side,
 )
 from .constants import (
@@ -63,8 +61,6 @@ __all__ = [
     "AgentConnection",
     "Side",
     "Event",
-    "NEED_DATA",
-    "NeedData",
     "MessageReceived",
     "BodyStarted",
     "BodyReceived",

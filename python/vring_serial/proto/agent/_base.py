@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from .capabilities import Layout
 from .chunks import Buffer
@@ -15,20 +15,28 @@ U32 = struct.Struct("<I")
 U32_PAIR = struct.Struct("<II")
 
 
-def exactly(size: int, body: Buffer, name: str) -> None:
-    """Raise MessageError unless the structure ``name`` fills the body."""
+def exactly(layout: struct.Struct, body: Buffer, name: str) -> tuple[Any, ...]:
+    """Return the fields of the structure ``name``, which must fill the body; else MessageError."""
+    check_size(layout.size, body, name)
+    return layout.unpack(body)
+
+
+def at_least(layout: struct.Struct, body: Buffer, name: str, offset: int = 0) -> tuple[Any, ...]:
+    """Return the fields that begin at ``offset``. Raises MessageError if the body is too short."""
+    size = offset + layout.size
+    if len(body) < size:
+        raise MessageError(f"{name}.size", 0, f"{len(body)} bytes, at least {size} needed")
+    return layout.unpack_from(body, offset)
+
+
+def check_size(size: int, body: Buffer, name: str) -> None:
+    """Raise MessageError unless the body has ``size`` bytes."""
     if len(body) != size:
         raise MessageError(f"{name}.size", 0, f"{len(body)} bytes, must be {size}")
 
 
-def at_least(size: int, body: Buffer, name: str) -> None:
-    """Raise MessageError unless the body holds the first ``size`` bytes of the structure."""
-    if len(body) < size:
-        raise MessageError(f"{name}.size", 0, f"{len(body)} bytes, at least {size} needed")
-
-
 def words(body: Buffer, offset: int, most: int, name: str) -> tuple[int, ...]:
-    """The 32-bit words from ``offset`` to the end of the body."""
+    """Return the 32-bit words from ``offset`` to the end of the body, ``most`` at most."""
     count, rest = divmod(len(body) - offset, 4)
     if rest:
         raise MessageError(name, offset, f"{len(body) - offset} bytes are not whole 32-bit words")

@@ -6,7 +6,7 @@ import struct
 from dataclasses import dataclass
 
 from . import constants as c
-from ._base import PLAIN, U32, Message, at_least, exactly, words
+from ._base import PLAIN, U32, Message, at_least, check_size, words
 from .capabilities import Layout
 from .chunks import Buffer
 from .constants import MessageType
@@ -16,13 +16,13 @@ _SELECTION = struct.Struct("<Bxxx")
 
 
 def _selection(body: Buffer, layout: Layout, name: str) -> tuple[int, int]:
-    """(selection, offset of what follows it)."""
+    """Return the selection, and the offset of what follows it."""
     if not layout.selections:
         return c.Selection.CLIPBOARD, 0
-    at_least(4, body, name)
-    if body[0] > c.Selection.SECONDARY:
-        raise MessageError(f"{name}.selection", 0, f"selection {body[0]}, at most 2")
-    return c.Selection(body[0]), 4
+    (selection,) = at_least(_SELECTION, body, name)
+    if selection > c.Selection.SECONDARY:
+        raise MessageError(f"{name}.selection", 0, f"selection {selection}, at most 2")
+    return c.Selection(selection), _SELECTION.size
 
 
 def _selection_head(selection: int, layout: Layout) -> bytes:
@@ -58,8 +58,7 @@ class Clipboard(Message):
     @classmethod
     def unpack(cls, body: Buffer, layout: Layout = PLAIN) -> Clipboard:
         selection, offset = _selection(body, layout, "VDAgentClipboard")
-        at_least(offset + 4, body, "VDAgentClipboard")
-        (kind,) = U32.unpack_from(body, offset)
+        (kind,) = at_least(U32, body, "VDAgentClipboard", offset)
         return cls(selection, kind, body[offset + 4 :])
 
 
@@ -84,9 +83,8 @@ class ClipboardGrab(Message):
         selection, offset = _selection(body, layout, name)
         serial = 0
         if layout.serials:
-            at_least(offset + 4, body, name)
-            (serial,) = U32.unpack_from(body, offset)
-            offset += 4
+            (serial,) = at_least(U32, body, name, offset)
+            offset += U32.size
         types = words(body, offset, c.CLIPBOARD_TYPES_MAX, f"{name}.types")
         return cls(selection, types, serial)
 
@@ -106,7 +104,7 @@ class ClipboardRequest(Message):
     @classmethod
     def unpack(cls, body: Buffer, layout: Layout = PLAIN) -> ClipboardRequest:
         selection, offset = _selection(body, layout, "VDAgentClipboardRequest")
-        exactly(offset + 4, body, "VDAgentClipboardRequest")
+        check_size(offset + U32.size, body, "VDAgentClipboardRequest")
         return cls(selection, *U32.unpack_from(body, offset))
 
 
@@ -124,5 +122,5 @@ class ClipboardRelease(Message):
     @classmethod
     def unpack(cls, body: Buffer, layout: Layout = PLAIN) -> ClipboardRelease:
         selection, offset = _selection(body, layout, "VDAgentClipboardRelease")
-        exactly(offset, body, "VDAgentClipboardRelease")
+        check_size(offset, body, "VDAgentClipboardRelease")
         return cls(selection)

@@ -16,7 +16,7 @@ import enum
 import struct
 from collections import deque
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import TypeAlias
 
 from vring_serial.errors import LocalProtocolError
 
@@ -48,15 +48,6 @@ class Side(enum.Enum):
 
     HOST = "host"
     GUEST = "guest"
-
-
-class NeedData(enum.Enum):
-    """The type of NEED_DATA."""
-
-    NEED_DATA = enum.auto()
-
-
-NEED_DATA: Final = NeedData.NEED_DATA
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +200,7 @@ class _Receiver:
             return min(self.need, max(c.PIECE_MAX - len(self.gathered), 0))
         return 0
 
-    def took(self, count: int) -> None:
+    def extended(self, count: int) -> None:
         """``count`` bytes were appended to ``gathered``."""
         self.need -= count
         if self.state is _State.STREAM:
@@ -356,13 +347,13 @@ class AgentConnection:
     def receive_data(self, data: Buffer) -> None:
         """Give the connection bytes from the channel; a ``bytes`` object is not copied.
 
-        Call ``next_event`` until it returns NEED_DATA before giving it more. Raises
+        Call ``next_event`` until it returns None before giving it more. Raises
         LocalProtocolError if that is not done and UNREAD_MAX bytes have piled up.
         """
         self._decoder.receive_data(data)
 
-    def next_event(self) -> Event | NeedData:
-        """The next event, or NEED_DATA when the input so far holds no further one.
+    def next_event(self) -> Event | None:
+        """Return the next event, or None when the input so far holds no further one.
 
         Raises:
             MessageError: one message was wrong and is skipped; call again for the next.
@@ -374,7 +365,7 @@ class AgentConnection:
             if not self._events:
                 if self._broken is not None:
                     raise self._broken
-                return NEED_DATA
+                return None
         event = self._events.popleft()
         if isinstance(event, AgentProtocolError):
             raise event
@@ -396,7 +387,7 @@ class AgentConnection:
                 receiver.feed(data, first, rest, decoder.offset - len(data))
                 room = receiver.room
                 if room and not rest and not events:
-                    receiver.took(decoder.gather(port, receiver.gathered, room))
+                    receiver.extended(decoder.gather(port, receiver.gathered, room))
         except ChunkError as error:
             self._flush()  # what came before it, however the input was cut
             self._broken = error

@@ -34,8 +34,8 @@ class FileXferStart(Message):
 
     @classmethod
     def unpack(cls, body: Buffer, layout: Layout = PLAIN) -> FileXferStart:
-        at_least(4, body, "VDAgentFileXferStartMessage")
-        return cls(U32.unpack_from(body)[0], bytes(body[4:]))
+        (number,) = at_least(U32, body, "VDAgentFileXferStartMessage")
+        return cls(number, bytes(body[U32.size :]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +71,8 @@ class FileXferStatus(Message):
 
     @classmethod
     def unpack(cls, body: Buffer, layout: Layout = PLAIN) -> FileXferStatus:
-        at_least(8, body, "VDAgentFileXferStatusMessage")
-        number, result = U32_PAIR.unpack_from(body)
-        return cls(number, result, bytes(body[8:]))
+        number, result = at_least(U32_PAIR, body, "VDAgentFileXferStatusMessage")
+        return cls(number, result, bytes(body[U32_PAIR.size :]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +103,7 @@ class FileXferData(Message):
     @classmethod
     def unpack(cls, body: Buffer, layout: Layout = PLAIN) -> FileXferData:
         name = "VDAgentFileXferDataMessage"
-        at_least(_FILE_DATA.size, body, name)
-        number, size = _FILE_DATA.unpack_from(body)
+        number, size = at_least(_FILE_DATA, body, name)
         if size != len(body) - _FILE_DATA.size:
             there = len(body) - _FILE_DATA.size
             raise MessageError(f"{name}.size", 4, f"{size} bytes, but {there} follow")

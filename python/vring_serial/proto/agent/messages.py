@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from . import constants as c
-from ._base import PLAIN, U32, U32_PAIR, Message, at_least, exactly, words
+from ._base import PLAIN, U32, U32_PAIR, Message, at_least, check_size, exactly, words
 from .capabilities import Capabilities, Layout
 from .chunks import Buffer
 from .clipboard import Clipboard, ClipboardGrab, ClipboardRelease, ClipboardRequest
@@ -45,8 +45,7 @@ class MouseState(Message):
 
     @classmethod
     def unpack(cls, body: Buffer, layout: Layout = PLAIN) -> MouseState:
-        exactly(_MOUSE.size, body, "VDAgentMouseState")
-        x, y, buttons, display_id = _MOUSE.unpack(body)
+        x, y, buttons, display_id = exactly(_MOUSE, body, "VDAgentMouseState")
         return cls(x, y, c.MouseButton(buttons), display_id)
 
 
@@ -88,15 +87,15 @@ class MonitorsConfig(Message):
 
     @classmethod
     def unpack(cls, body: Buffer, layout: Layout = PLAIN) -> MonitorsConfig:
-        at_least(8, body, "VDAgentMonitorsConfig")
-        count, flags = U32_PAIR.unpack_from(body)
+        count, flags = at_least(U32_PAIR, body, "VDAgentMonitorsConfig")
         if count > c.MONITORS_MAX:
             raise MessageError(
                 "VDAgentMonitorsConfig.num_of_monitors", 0, f"{count}, at most {c.MONITORS_MAX}"
             )
         physical = bool(flags & c.MonitorsFlag.PHYSICAL_SIZE)
         sizes_at = 8 + count * _MONITOR.size
-        exactly(sizes_at + physical * count * 4, body, "VDAgentMonitorsConfig")
+        end = sizes_at + count * _MONITOR_MM.size if physical else sizes_at
+        check_size(end, body, "VDAgentMonitorsConfig")
         monitors = []
         for index in range(count):
             height, width, depth, x, y = _MONITOR.unpack_from(body, 8 + index * _MONITOR.size)
@@ -121,8 +120,7 @@ class Reply(Message):
 
     @classmethod
     def unpack(cls, body: Buffer, layout: Layout = PLAIN) -> Reply:
-        exactly(8, body, "VDAgentReply")
-        return cls(*U32_PAIR.unpack(body))
+        return cls(*exactly(U32_PAIR, body, "VDAgentReply"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +137,7 @@ class DisplayConfig(Message):
 
     @classmethod
     def unpack(cls, body: Buffer, layout: Layout = PLAIN) -> DisplayConfig:
-        exactly(8, body, "VDAgentDisplayConfig")
-        flags, depth = U32_PAIR.unpack(body)
+        flags, depth = exactly(U32_PAIR, body, "VDAgentDisplayConfig")
         return cls(c.DisplayFlag(flags), depth)
 
 
@@ -160,8 +157,7 @@ class AnnounceCapabilities(Message):
     @classmethod
     def unpack(cls, body: Buffer, layout: Layout = PLAIN) -> AnnounceCapabilities:
         name = "VDAgentAnnounceCapabilities"
-        at_least(4, body, name)
-        (request,) = U32.unpack_from(body)
+        (request,) = at_least(U32, body, name)
         caps = words(body, 4, c.CAPABILITY_WORDS_MAX, f"{name}.caps")
         if not caps:
             raise MessageError(f"{name}.caps", 4, "no word of capabilities, at least 1 needed")
@@ -180,7 +176,7 @@ class ClientDisconnected(Message):
 
     @classmethod
     def unpack(cls, body: Buffer, layout: Layout = PLAIN) -> ClientDisconnected:
-        exactly(0, body, "VD_AGENT_CLIENT_DISCONNECTED")
+        check_size(0, body, "VD_AGENT_CLIENT_DISCONNECTED")
         return cls()
 
 
@@ -197,8 +193,7 @@ class MaxClipboard(Message):
 
     @classmethod
     def unpack(cls, body: Buffer, layout: Layout = PLAIN) -> MaxClipboard:
-        exactly(4, body, "VDAgentMaxClipboard")
-        return cls(*_I32.unpack(body))
+        return cls(*exactly(_I32, body, "VDAgentMaxClipboard"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,9 +218,8 @@ class AudioVolumeSync(Message):
 
     @classmethod
     def unpack(cls, body: Buffer, layout: Layout = PLAIN) -> AudioVolumeSync:
-        at_least(3, body, "VDAgentAudioVolumeSync")
-        playback, mute, count = _AUDIO.unpack_from(body)
-        exactly(3 + 2 * count, body, "VDAgentAudioVolumeSync")
+        playback, mute, count = at_least(_AUDIO, body, "VDAgentAudioVolumeSync")
+        check_size(3 + 2 * count, body, "VDAgentAudioVolumeSync")
         return cls(bool(playback), bool(mute), struct.unpack_from(f"<{count}H", body, 3))
 
 
@@ -264,17 +258,15 @@ class GraphicsDeviceInfo(Message):
     @classmethod
     def unpack(cls, body: Buffer, layout: Layout = PLAIN) -> GraphicsDeviceInfo:
         name = "VDAgentGraphicsDeviceInfo"
-        at_least(4, body, name)
-        (count,) = U32.unpack_from(body)
-        offset = 4
+        (count,) = at_least(U32, body, name)
+        offset = U32.size
         if count > (len(body) - offset) // _DISPLAY_INFO.size:
             raise MessageError(
                 f"{name}.count", 0, f"{count} displays do not fit in {len(body)} bytes"
             )
         displays = []
         for _ in range(count):
-            at_least(offset + _DISPLAY_INFO.size, body, name)
-            channel, monitor, display, length = _DISPLAY_INFO.unpack_from(body, offset)
+            channel, monitor, display, length = at_least(_DISPLAY_INFO, body, name, offset)
             offset += _DISPLAY_INFO.size
             if length > len(body) - offset:
                 raise MessageError(
@@ -285,7 +277,7 @@ class GraphicsDeviceInfo(Message):
             address = bytes(body[offset : offset + length]).removesuffix(b"\0")
             offset += length
             displays.append(DisplayInfo(channel, monitor, display, address))
-        exactly(offset, body, name)
+        check_size(offset, body, name)
         return cls(tuple(displays))
 
 
