@@ -202,8 +202,7 @@ async def test_events_that_an_iterator_does_not_take(raw_agent, monkeypatch):
     with host.events() as events:
         for number in range(10):
             agent.send(ClipboardGrab(0, (number,), number))
-        while host.clipboard_types() != (9,):
-            await asyncio.sleep(0.001)
+        await until(lambda: host.clipboard_types() == (9,))
         await host.aclose()
         assert len([event async for event in events]) == 3
 

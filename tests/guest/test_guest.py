@@ -16,7 +16,7 @@ from vring_serial.chardev.protocol import ProtocolChardev
 from vring_serial.chardev.socket import SocketChardev, SocketOptions
 from vring_serial.device.console.controller import Controller
 from vring_serial.device.console.port import Port
-from vring_serial.errors import ConfigError, ResourceError
+from vring_serial.errors import ConfigError, LocalProtocolError, ResourceError
 from vring_serial.guest.errors import (
     BackendClosedError,
     BackendTimeoutError,
@@ -336,3 +336,13 @@ async def test_nothing_stays_open(setup: Setup) -> None:
             writer.write(b"unread")
     await asyncio.sleep(0.05)
     assert held() == before
+
+
+def test_a_second_listener_replaces_none(tmp_path: Path) -> None:
+    guest = EmbeddedGuest(str(tmp_path / "vu"))
+    events: list[object] = []
+    guest.on_event = events.append
+    with pytest.raises(LocalProtocolError, match="on_event has a listener already"):
+        guest.on_event = print
+    guest.on_event = None
+    guest.on_event = print

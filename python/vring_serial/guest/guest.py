@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from vring_serial.callbacks import tell
+from vring_serial.callbacks import Listener, tell
 from vring_serial.errors import ConfigError
 from vring_serial.guest.driver import ConsoleDriver
 from vring_serial.guest.errors import (
@@ -64,8 +64,12 @@ class EmbeddedGuest(Starting):
         path: the backend's socket.
         features: the negotiated feature bits.
         config: the device's configuration space as read at the start.
-        on_event: told what the device says about ports, and once if it is :class:`BackendLost`.
+        on_event: called with what the device says about ports, and once if it is
+            :class:`BackendLost`. One listener at a time: setting another one raises
+            LocalProtocolError, None removes it.
     """
+
+    on_event = Listener[Callable[[GuestEvent], None]]()
 
     def __init__(
         self,
@@ -106,8 +110,7 @@ class EmbeddedGuest(Starting):
         self.path = path
         self.features = Feature(0)
         self.config = ConsoleConfig()
-        self.on_event: Callable[[GuestEvent], None] | None = None
-        self._said = RateLimitedLog(log)
+        self._log = RateLimitedLog(log)
         self._memory = memory
         self._queue_size = queue_size
         self._max_ports = max_ports
@@ -274,11 +277,11 @@ class EmbeddedGuest(Starting):
             self._driver.stop(error)
         self._notify()
         if self._driver is not None:
-            tell(self._said, "on_event", self.on_event, BackendLost(error))
+            tell(self._log, "on_event", self.on_event, BackendLost(error))
 
     def _driver_event(self, event: DriverSideEvent) -> None:
         self._notify()
-        tell(self._said, "on_event", self.on_event, event)
+        tell(self._log, "on_event", self.on_event, event)
 
     def _config_changed(self) -> None:
         """However often the backend says so, one look at a time."""

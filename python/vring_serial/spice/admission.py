@@ -27,7 +27,7 @@ class Admission:
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._deadlines: dict[int, asyncio.TimerHandle] = {}  # the oldest first
-        self._said = RateLimitedLog(log, burst=5, seconds=60)
+        self._log = RateLimitedLog(log, burst=5, seconds=60)
 
     def came(self, fd: int) -> None:
         """Track a new connection."""
@@ -58,9 +58,7 @@ class Admission:
 
     def _shut_down(self, fd: int, why: str) -> None:
         self.admitted(fd)
-        self._said.log(
-            logging.INFO, "SPICE: a client that did not authenticate is cut off: %s", why
-        )
+        self._log.log(logging.INFO, "SPICE: a client that did not authenticate is cut off: %s", why)
         try:
             with socket.socket(fileno=os.dup(fd)) as copy:
                 copy.shutdown(socket.SHUT_RDWR)

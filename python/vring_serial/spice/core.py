@@ -95,7 +95,7 @@ class CoreInterface:
         self._timers: dict[int, _Timer] = {}
         self._watches: dict[int, _Watch] = {}
         self._number = 0
-        self._said = RateLimitedLog(log)
+        self._log = RateLimitedLog(log)
         self.admission = Admission()
         self._accepting = False
         self._turn_of = -1  # the descriptor whose watch is being called
@@ -257,7 +257,7 @@ class CoreInterface:
                 address = _format_address(bytes(raw))
         connected = event == _CHANNEL_INITIALIZED
         tls = bool(info.flags & _FLAG_TLS)
-        tell(self._said, "on_client", self._on_client, ClientEvent(address, tls, connected))
+        tell(self._log, "on_client", self._on_client, ClientEvent(address, tls, connected))
 
 
 def _cancel(timer: _Timer) -> None:

@@ -62,7 +62,7 @@ class CharDevice(asyncio.Protocol):
         self._taken = 0  # of them it has read this many
         self._when_read: Callable[[], None] | None = None
         self._waking = False
-        self._said = RateLimitedLog(log)  # a guest can open and break its port in a loop
+        self._log = RateLimitedLog(log)  # a guest can open and break its port in a loop
         self._make_structs(subtype, name)
 
     def _make_structs(self, subtype: str, name: str) -> None:
@@ -141,7 +141,7 @@ class CharDevice(asyncio.Protocol):
         try:
             self._opened()
         except ResourceError as error:
-            self._said.warning("%s", error)
+            self._log.warning("%s", error)
             transport.abort()
             return
         self._wake()
@@ -234,7 +234,7 @@ class AgentDevice(CharDevice):
     def _state(self, instance: Any, connected: int) -> None:
         """The server drops an agent that breaks the protocol; the guest may open it anew."""
         if not connected and self._attached:
-            self._said.warning("the SPICE server dropped the agent, which broke its protocol")
+            self._log.warning("the SPICE server dropped the agent, which broke its protocol")
             self._attached = False
             self._server.devices.discard(self)
             self._when_read = None

@@ -109,8 +109,8 @@ class BodyReader:
 class _UsersSink:
     """Wraps a user's sink: logs what it raises, and then feeds it no more."""
 
-    def __init__(self, said: RateLimitedLog, sink: BodySink) -> None:
-        self._said = said
+    def __init__(self, log: RateLimitedLog, sink: BodySink) -> None:
+        self._log = log
         self._sink: BodySink | None = sink
 
     def feed(self, data: Buffer) -> None:
@@ -127,11 +127,11 @@ class _UsersSink:
             function(argument)
         except Exception as error:
             self._sink = None
-            self._said.log(logging.ERROR, "a sink of on_body failed", exc_info=error)
+            self._log.log(logging.ERROR, "a sink of on_body failed", exc_info=error)
 
 
 def users_sink(
-    said: RateLimitedLog,
+    log: RateLimitedLog,
     make: Callable[[UnknownMessage, int], BodySink | None],
     head: UnknownMessage,
     size: int,
@@ -140,6 +140,6 @@ def users_sink(
     try:
         sink = make(head, size)
     except Exception as error:
-        said.log(logging.ERROR, "on_body failed", exc_info=error)
+        log.log(logging.ERROR, "on_body failed", exc_info=error)
         return None
-    return None if sink is None else _UsersSink(said, sink)
+    return None if sink is None else _UsersSink(log, sink)
