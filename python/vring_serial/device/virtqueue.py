@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vring import GuestMemory, PackedQueue, SplitQueue, VirtQueue, notify
+from vring import GuestMemory, PackedQueue, SplitQueue, VirtQueue, layout, notify
 from vring_serial.proto.virtio import Feature
 
 #: ``avail_index`` of a packed ring that is fresh: the wrap counter stands at 1.
-FRESH_PACKED_INDEX = 0x8000
+FRESH_PACKED_INDEX = layout.WRAP
 
 
 def make_queue(

@@ -12,6 +12,7 @@ from vring import GuestMemory, NotificationData
 from vring_serial.callbacks import tell
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.pci import Bar, PciDevice
+from vring_serial.device.pci.config_space import SIZE as CONFIG_SIZE
 from vring_serial.device.registers.host import Host
 from vring_serial.device.registers.mmio import MmioDevice
 from vring_serial.errors import LocalProtocolError
@@ -103,7 +104,7 @@ class InProcessPci(Closing):
         self._closed = False
         self._function.set_irq_sink(_Callbacks(self._function, msi, intx))
         self.layout: tuple[Bar, ...] = self._function.bars
-        self.config = Window(256, self._function.config_read, self._function.config_write)
+        self.config = Window(CONFIG_SIZE, self._function.config_read, self._function.config_write)
         self.bars = {
             bar.index: Window(bar.size, *self._function.bar_access(bar.index))
             for bar in self.layout

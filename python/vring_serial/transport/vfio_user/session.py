@@ -11,6 +11,7 @@ from dataclasses import replace
 from vring import GuestMemory
 from vring_serial import unix_fds
 from vring_serial.device.pci import PciDevice
+from vring_serial.device.pci.config_space import SIZE as CONFIG_SIZE
 from vring_serial.device.registers.interrupts import NoInterrupts
 from vring_serial.errors import RemoteProtocolError
 from vring_serial.proto.framing import MAX_FDS, BadMessageError, Empty, Payload
@@ -63,8 +64,6 @@ MIN_DATA_XFER_SIZE = 4096
 #: The client is listened to while a whole window of ours waits for it to read: it may itself wait
 #: for us to read its answers.
 MAX_UNREAD_BY_CLIENT = MAX_UNREAD + 2 * WINDOW_BYTES
-#: Bytes of the configuration space.
-CONFIG_SIZE = 256
 #: What every client is offered.
 CAPABILITIES = Capabilities(
     max_msg_fds=MAX_FDS,

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from vring import GuestMemory, SplitDriver, SplitQueue, drain, need_event, notify
+from vring import layout as ring
 from vring.errors import AddressError, VringError
 from vring_serial.device.kicks import KickWatch
 from vring_serial.device.virtqueue import RunningQueue
@@ -123,8 +124,8 @@ class ShadowRing:
         self._event_idx = queue.event_idx
         self._memory: GuestMemory = queue.memory
         self._descriptors, self._available, self._used = queue.rings
-        self._available_event = self._used + 4 + 8 * self._size
-        self._used_event = self._available + 4 + 2 * self._size
+        self._available_event = self._used + ring.avail_event_offset(self._size)
+        self._used_event = self._available + ring.used_event_offset(self._size)
         self._dma = client.dma
         self._remote = client.remote
         self._failure = _Failure(failed)
@@ -139,10 +140,10 @@ class ShadowRing:
         self._telling: asyncio.Task[None] | None = None
         # The copy begins with nothing available: flags, index, and the event for the first use.
         memory = self._memory
-        memory.store16(self._available, 0)
-        memory.store16(self._available + 2, self._fetched)
-        memory.store16(self._used, 0)
-        memory.store16(self._used + 2, self._stored)
+        memory.store16(self._available + ring.AVAIL_FLAGS, 0)
+        memory.store16(self._available + ring.AVAIL_INDEX, self._fetched)
+        memory.store16(self._used + ring.USED_FLAGS, 0)
+        memory.store16(self._used + ring.USED_INDEX, self._stored)
         memory.store16(self._used_event, self._stored)
         self.queue = RunningQueue(queue, make_eventfd(), make_eventfd())
         self._kicks = KickWatch(running.kick_fd, self._kicked.set)
@@ -201,7 +202,7 @@ class ShadowRing:
 
     async def _fetch(self) -> bool:
         """Bring what the driver made available; whether there was anything."""
-        index = await self._read16(self._available + 2)
+        index = await self._read16(self._available + ring.AVAIL_INDEX)
         count = index - self._fetched & 0xFFFF
         if not count:
             return False
@@ -209,11 +210,13 @@ class ShadowRing:
             # That cannot be, which is the device's to find, and to tell.
             self._fetched = index
         else:
-            asked = self._remote.read(self._available + 4, 2 * self._size)
-            table = await self._remote.read(self._descriptors, 16 * self._size)
+            entries_at = self._available + ring.AVAIL_RING
+            asked = self._remote.read(entries_at, ring.AVAIL_ENTRY * self._size)
+            table = await self._remote.read(self._descriptors, ring.DESC_SIZE * self._size)
             entries = await asked
             for _ in range(count):
-                (head,) = _U16.unpack_from(entries, 2 * (self._fetched % self._size))
+                at = ring.AVAIL_ENTRY * (self._fetched % self._size)
+                (head,) = _U16.unpack_from(entries, at)
                 await self._fetch_chain(head, table)
         self._offer()
         if self._event_idx:
@@ -224,7 +227,7 @@ class ShadowRing:
         """Make what was fetched available to the device."""
         if self._offered != self._fetched:
             self._offered = self._fetched
-            self._memory.store16(self._available + 2, self._fetched)
+            self._memory.store16(self._available + ring.AVAIL_INDEX, self._fetched)
             notify(self.queue.kick_fd)
 
     async def _fetch_chain(self, head: int, table: bytes) -> None:
@@ -249,7 +252,8 @@ class ShadowRing:
         for address, length in chain.readable:
             for at, size in _pieces(address, length):
                 self._memory.write(at, await self._remote.read(at, size))
-        slot = self._available + 4 + 2 * (self._fetched % self._size)
+        slot = self._available + ring.AVAIL_RING
+        slot += ring.AVAIL_ENTRY * (self._fetched % self._size)
         self._memory.store16(slot, head)
         self._fetched = self._fetched + 1 & 0xFFFF
 
@@ -259,12 +263,12 @@ class ShadowRing:
         at = head
         seen = 0
         indirect = False
-        while 16 * at + 16 <= len(table) and seen < self._size:
+        while ring.DESC_SIZE * (at + 1) <= len(table) and seen < self._size:
             seen += 1
-            entry = table[16 * at : 16 * at + 16]
+            entry = table[ring.DESC_SIZE * at : ring.DESC_SIZE * (at + 1)]
             address, length, flags, following = _DESCRIPTOR.unpack(entry)
             if not indirect:
-                chain.copied.append((self._descriptors + 16 * at, entry))
+                chain.copied.append((self._descriptors + ring.DESC_SIZE * at, entry))
             if not flags & _INDIRECT:
                 parts = self._add_remote(chain.held, address, length)
                 if flags & _WRITE:
@@ -275,7 +279,7 @@ class ShadowRing:
                     break
                 at = following
                 continue
-            if indirect or length % 16 or length > 16 * self._size:
+            if indirect or length % ring.DESC_SIZE or length > ring.DESC_SIZE * self._size:
                 break
             try:
                 table = await self._table(chain, address, length)
@@ -318,18 +322,18 @@ class ShadowRing:
         """Send what the device used; whether there was anything."""
         any_stored = False
         while True:
-            index = self._memory.load16(self._used + 2)
+            index = self._memory.load16(self._used + ring.USED_INDEX)
             count = index - self._stored & 0xFFFF
             if not count or count > self._size:
                 return any_stored
             any_stored = True
             for position in range(self._stored, self._stored + count):
-                at = self._used + 4 + 8 * (position % self._size)
-                entry = self._memory.read(at, 8)
+                at = self._used + ring.USED_RING + ring.USED_ENTRY * (position % self._size)
+                entry = self._memory.read(at, ring.USED_ENTRY)
                 head, written = _USED.unpack(entry)
                 self._store_chain(head, written)
                 self._write(at, entry)
-            self._write(self._used + 2, _U16.pack(index))
+            self._write(self._used + ring.USED_INDEX, _U16.pack(index))
             self._stored = index
             # Asked before the index is looked at again: the device tells of what comes later.
             self._memory.store16(self._used_event, index)
@@ -375,7 +379,7 @@ class ShadowRing:
         # Reads come after the writes before them.
         if self._event_idx:
             return need_event(await self._read16(self._used_event), now, before)
-        return not await self._read16(self._available) & _NO_INTERRUPT
+        return not await self._read16(self._available + ring.AVAIL_FLAGS) & _NO_INTERRUPT
 
     async def _read16(self, address: int) -> int:
         """A number of the guest's ring."""

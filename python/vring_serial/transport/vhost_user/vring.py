@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from vring import GuestMemory, PackedDriver, SplitDriver, VirtQueue, notify
+from vring import layout as ring
 from vring.errors import AddressError
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.virtqueue import FRESH_PACKED_INDEX, RunningQueue, make_queue
@@ -14,6 +15,8 @@ from vring_serial.transport.closer import Closer
 from vring_serial.transport.vhost_user.state import VringSetup
 from vring_serial.unix_fds import make_eventfd
 
+_SPLIT_ALIGNMENTS = (ring.DESC_ALIGN, ring.AVAIL_ALIGN, ring.USED_ALIGN)
+_PACKED_ALIGNMENTS = (ring.DESC_ALIGN, ring.EVENT_ALIGN, ring.EVENT_ALIGN)
 _SPLIT_AREAS = ("descriptor table", "available ring", "used ring")
 _PACKED_AREAS = ("descriptor ring", "driver event suppression", "device event suppression")
 
@@ -216,7 +219,7 @@ class Vring:
     def _used_index(self, memory: GuestMemory, device_area: int) -> int | None:
         if self.setup.packed or self.setup.base is None:
             return self.setup.used
-        return memory.load16(device_area + 2)
+        return memory.load16(device_area + ring.USED_INDEX)
 
     def _refuse_while_running(self) -> None:
         if self.running:
@@ -229,7 +232,7 @@ class Vring:
             _PACKED_AREAS if self.setup.packed else _SPLIT_AREAS,
             (address.descriptor, address.available, address.used),
             (PackedDriver if self.setup.packed else SplitDriver).layout(self.setup.size),
-            (16, 4, 4) if self.setup.packed else (16, 2, 4),
+            _PACKED_ALIGNMENTS if self.setup.packed else _SPLIT_ALIGNMENTS,
             strict=True,
         ):
             where = f"{self}: {part} at user address {user:#x}"
