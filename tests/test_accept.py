@@ -57,8 +57,8 @@ async def a_door(path: Path) -> AsyncIterator[asyncio.Event]:
         str(path),
         name="test",
         peer="client",
-        silent=lambda: None,
-        came=lambda sock: (sock.close(), came.set()),
+        on_silent=lambda: None,
+        on_connected=lambda sock: (sock.close(), came.set()),
     )
     door.open()
     yield came
@@ -213,8 +213,8 @@ async def test_who_admits_anybody_leaves_what_frontends_need(
         str(tmp_path / "d"),
         name="d",
         peer="frontend",
-        silent=lambda: None,
-        came=frontends.append,
+        on_silent=lambda: None,
+        on_connected=frontends.append,
         descriptors=40,
     )
     door.open()
@@ -265,7 +265,13 @@ async def test_a_door_whose_session_does_not_start_opens_again(
         sock.send(b"served")
         sock.close()
 
-    door = Door(str(tmp_path / "d"), name="test", peer="frontend", silent=lambda: None, came=serve)
+    door = Door(
+        str(tmp_path / "d"),
+        name="test",
+        peer="frontend",
+        on_silent=lambda: None,
+        on_connected=serve,
+    )
     door.open()
     async with asyncio.timeout(DEADLINE):
         reader, writer = await asyncio.open_unix_connection(tmp_path / "d")
@@ -295,9 +301,9 @@ async def test_a_door_that_connects_goes_on_after_a_session_that_does_not_start(
         str(tmp_path / "d"),
         name="test",
         peer="frontend",
-        silent=lambda: None,
+        on_silent=lambda: None,
         listen=False,
-        came=serve,
+        on_connected=serve,
     )
     door.open()
     await until(lambda: len(calls) >= 3)
@@ -339,8 +345,8 @@ async def test_a_frontend_that_has_settled_needs_no_reserve(
         str(tmp_path / "d"),
         name="d",
         peer="frontend",
-        silent=lambda: None,
-        came=came.append,
+        on_silent=lambda: None,
+        on_connected=came.append,
         descriptors=40,
     )
     door.open()

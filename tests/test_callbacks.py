@@ -18,6 +18,7 @@ from vring_serial.device.console.port import Port
 from vring_serial.device.queue_device import QueueDevice
 from vring_serial.device.testing import ANY_FEATURE, MmioDriver, PciDriver, RegisterDriver
 from vring_serial.device.virtqueue import RunningQueue
+from vring_serial.errors import LocalProtocolError
 from vring_serial.guest.guest import EmbeddedGuest
 from vring_serial.proto import vfio_user
 from vring_serial.proto.vfio_user_version import Version
@@ -81,6 +82,20 @@ async def test_every_callback_of_a_vhost_user_backend(
     assert "on_peer failed" in caplog.text
     assert "on_event failed" in caplog.text
     assert len(caplog.records) < 200
+
+
+async def test_a_second_listener_does_not_replace_the_first(tmp_path: Path) -> None:
+    first: list[str] = []
+    second: list[str] = []
+    server = VfioUserServer(Controller(), str(tmp_path / "v"))
+    server.on_peer = first.append
+    server.on_peer = first.append  # the same one
+    with pytest.raises(LocalProtocolError, match="on_peer has a listener already"):
+        server.on_peer = second.append
+    assert server.on_peer == first.append
+    server.on_peer = None
+    server.on_peer = second.append
+    await server.aclose()
 
 
 async def test_the_callback_of_a_vfio_user_server(tmp_path: Path) -> None:

@@ -133,8 +133,8 @@ async def test_a_door_that_connects(
         name="test",
         peer="frontend",
         listen=False,
-        silent=lambda: None,
-        came=came.append,
+        on_silent=lambda: None,
+        on_connected=came.append,
     )
     with out_of_descriptors():
         door.open()

@@ -54,7 +54,7 @@ class ConsoleConfig:
     EMERG_WR = 8
 
     def pack(self) -> bytes:
-        """The 12 bytes of the configuration space."""
+        """Return the 12 bytes of the configuration space."""
         return self.STRUCT.pack(self.cols, self.rows, self.max_nr_ports, self.emerg_wr)
 
     @classmethod
@@ -108,7 +108,7 @@ class ControlMessage:
     STRUCT = struct.Struct("<IHH")
 
     def pack(self) -> bytes:
-        """The message's bytes."""
+        """Return the message's bytes."""
         return self.STRUCT.pack(self.id, self.event, self.value) + self.payload
 
     @classmethod
@@ -144,7 +144,7 @@ class Size:
     STRUCT = struct.Struct("<HH")
 
     def pack(self) -> bytes:
-        """The payload's 4 bytes."""
+        """Return the payload's 4 bytes."""
         return self.STRUCT.pack(self.cols, self.rows)
 
     @classmethod
@@ -163,7 +163,7 @@ CONTROL_TRANSMITQ = 3
 
 
 def queues_of_port(nr: int) -> tuple[int, int]:
-    """Queue indices (receiveq, transmitq) of port ``nr``, named from the driver's side (5.3.2).
+    """Return the queues (receiveq, transmitq) of port ``nr``, named from the driver's side (5.3.2).
 
     Port 0 has queues 0 and 1; the control queues stand between it and port 1, which has 4 and 5.
     """
@@ -174,7 +174,7 @@ def queues_of_port(nr: int) -> tuple[int, int]:
 
 
 def port_of_queue(index: int) -> tuple[int | None, bool]:
-    """The port that queue ``index`` belongs to, or None for control, and whether it is a transmitq.
+    """Return the port of queue ``index``, None for control, and whether it is a transmitq.
 
     The inverse of :func:`queues_of_port`.
     """
@@ -187,5 +187,5 @@ def port_of_queue(index: int) -> tuple[int | None, bool]:
 
 
 def queue_count(max_nr_ports: int, multiport: bool = True) -> int:
-    """How many queues a device has (5.3.2): two for each port, and two for control."""
+    """Return how many queues a device has (5.3.2): two for each port, and two for control."""
     return 2 * (max_nr_ports + 1) if multiport else 2

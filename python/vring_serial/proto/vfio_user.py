@@ -173,7 +173,7 @@ class Message:
         return SHAPES.get(self.command) if isinstance(self.command, Command) else None
 
     def decode(self) -> Payload:
-        """The payload of a request, after its size and its number of descriptors were checked.
+        """Check size and number of descriptors of a request, and return its payload.
 
         Raises:
             VfioUserError: unknown message, wrong size, impossible content, too many descriptors.
@@ -193,12 +193,12 @@ class Message:
             raise VfioUserError(self.name, str(error)) from None
 
     def check_success(self) -> None:
-        """Raises VfioUserError if the reply says that the request failed."""
+        """Check a reply. Raises VfioUserError if it says that the request failed."""
         if self.failed:
             raise VfioUserError(self.name, f"refused with error {self.error}", self.error)
 
     def decode_reply(self, expected: type[T]) -> T:
-        """The payload of a reply.
+        """Check a reply and return its payload.
 
         Raises:
             VfioUserError: it says that the request failed, or is not what was ``expected``.

@@ -199,7 +199,7 @@ class Message:
         return None
 
     def decode(self) -> Payload:
-        """The payload of a request, after its size and its number of descriptors were checked.
+        """Check size and number of descriptors of a request, and return its payload.
 
         Raises:
             VhostUserError: unknown message, wrong size, descriptors missing or too many.
@@ -215,7 +215,7 @@ class Message:
         return payload
 
     def decode_reply(self, expected: type[T]) -> T:
-        """The payload of a reply. Raises VhostUserError if it is another or has descriptors."""
+        """Return a reply's payload. Raises VhostUserError if it is another or has descriptors."""
         try:
             payload = expected.unpack(self.payload)
         except RemoteProtocolError as error:

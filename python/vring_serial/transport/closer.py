@@ -1,4 +1,4 @@
-"""Descriptors that peers sent, closed without waiting for what closing them may take."""
+"""Close descriptors that peers sent, without waiting for what closing them may take."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Closer:
 
     @property
     def full(self) -> bool:
-        """Whether so many wait that their peers may send no more."""
+        """Return whether so many wait that their peers may send no more."""
         return len(self._left) > MOST
 
     def close(self, fds: Iterable[int]) -> None:
@@ -94,7 +94,7 @@ class Closer:
 
 
 def _closes_at_once(fd: int) -> bool:
-    """Whether it is an eventfd, a pipe or memory (or nothing, as closing it will tell).
+    """Return whether it is an eventfd, a pipe or memory (or not open, which closing will report).
 
     Nothing that is asked here waits for anybody.
     """

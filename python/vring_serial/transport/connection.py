@@ -14,8 +14,8 @@ from vring_serial.ratelimit import RateLimitedLog
 from vring_serial.transport.closer import Closer
 from vring_serial.unix_fds import Received
 
-# One for all: a frontend can come as often as it likes.
-_said = RateLimitedLog(logging.getLogger(__name__))
+# Shared by all connections: a peer can come as often as it likes.
+_log = RateLimitedLog(logging.getLogger(__name__))
 
 #: Bytes of unread answers from which on the peer is not listened to.
 MAX_UNREAD = 64 * 1024
@@ -34,10 +34,10 @@ class Connection:
         read_size: bytes read in one turn of the loop.
         max_fds: descriptors taken with one read.
         closer: closes the socket, and what came to it unasked.
-        received: gets what came, and owns its descriptors; may close the connection. Returns
-            whether it left some for another turn.
-        go_on: called in that turn; returns the same.
-        lost: called once when the peer has gone, or the socket failed; not by :meth:`close`.
+        received: takes what was read, and owns its descriptors; may close the connection. Must
+            return whether it left messages for another turn.
+        go_on: called in that turn to handle the next ones; must return the same.
+        lost: called once when the peer has gone (None) or the socket failed; not by :meth:`close`.
         max_unread: bytes that the peer has not read from which on it is not listened to.
     """
 
@@ -90,7 +90,7 @@ class Connection:
             self._flush()
 
     def close(self) -> None:
-        """What the peer has not read is lost. Safe to call twice."""
+        """Close; what the peer has not read is lost. Safe to call twice."""
         if self.closed:
             return
         self._loop.remove_reader(self._sock)
@@ -127,7 +127,7 @@ class Connection:
         except Exception as error:
             # Of ours, or of the system's: the peer would wait for an answer for ever.
             text = "a message could not be handled; its connection is closed"
-            _said.log(logging.ERROR, text, exc_info=error)
+            _log.log(logging.ERROR, text, exc_info=error)
             if not self.closed:
                 self._fail(None)
             return
@@ -161,7 +161,7 @@ class Connection:
         self._listen()
 
     def _listen(self) -> None:
-        """Read, or handle what was read, as far as the peer reads."""
+        """Read, or handle what was read, as long as the peer reads its answers."""
         reads_answers = self._unsent_bytes <= self._max_unread
         if self._more and reads_answers and self._turn is None:
             self._turn = self._loop.call_soon(self._another_turn)

@@ -1,4 +1,4 @@
-"""Where peers come in, one at a time: a socket that we listen on, or that a peer listens on."""
+"""Admit peers one at a time, through a socket that we listen on or that a peer listens on."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OTHER_DESCRIPTORS = 16
 
 
 class Door:
-    """Lets one peer in after another; the next one waits in the backlog.
+    """Admits one peer after another; the next one waits in the backlog.
 
     Args:
         path: of the unix socket.
@@ -36,12 +36,12 @@ class Door:
         peer: what a peer is called in them.
         listen: make the socket and wait for peers; False: connect to a peer that listens, trying
             again until it does, and again when it has gone.
-        came: gets each peer's connected, non-blocking socket, which it owns. The next peer comes
-            after :meth:`gone`, or when ``came`` raised.
-        silent: called when a peer has not brought :meth:`greeted` about in HANDSHAKE_SECONDS and
-            another one waits; it sends the first one away. One who only waits for its user (a
-            chardev of QEMU's that has no device yet) stays as long as nobody else comes. Where the
-            peer listens nobody else can come.
+        on_connected: takes ownership of each peer's connected, non-blocking socket. The next peer
+            is admitted after :meth:`gone`, or when ``on_connected`` raised.
+        on_silent: called when :meth:`greeted` was not called in HANDSHAKE_SECONDS and another peer
+            waits; must send the first one away. A peer that only waits for its user (a chardev of
+            QEMU's that has no device yet) stays as long as nobody else comes. Where the peer
+            listens nobody else can come.
         descriptors: number of descriptors that a peer needs; other listeners leave that many unused
             until SETTLED_SECONDS after a peer came.
 
@@ -57,8 +57,8 @@ class Door:
         name: str,
         peer: str,
         listen: bool = True,
-        came: Callable[[socket.socket], None],
-        silent: Callable[[], None],
+        on_connected: Callable[[socket.socket], None],
+        on_silent: Callable[[], None],
         descriptors: int = 0,
     ) -> None:
         self.closer = Closer()
@@ -66,8 +66,8 @@ class Door:
         self._name = name
         self._peer = peer
         self._listens = listen
-        self._came = came
-        self._silent = silent
+        self._on_connected = on_connected
+        self._on_silent = on_silent
         self._patience: asyncio.TimerHandle | None = None
         self._descriptors = descriptors
         self._settling: asyncio.TimerHandle | None = None
@@ -75,7 +75,7 @@ class Door:
         self._acceptor: Acceptor | None = None
         self._retry: asyncio.TimerHandle | None = None
         self._last_failure = ""
-        self._said = RateLimitedLog(log, burst=20, seconds=60)
+        self._log = RateLimitedLog(log, burst=20, seconds=60)
         self._open = False
 
     def open(self) -> None:
@@ -103,7 +103,7 @@ class Door:
             self._connect()
 
     def greeted(self) -> None:
-        """The peer has said its first words: the others wait until it has gone."""
+        """Note that the peer has begun the protocol: the others wait until it has gone."""
         if self._patience is not None:
             self._patience.cancel()
             self._patience = None
@@ -111,7 +111,7 @@ class Door:
                 asyncio.get_running_loop().remove_reader(self._listener.socket)
 
     def gone(self) -> None:
-        """The peer has gone: wait for the next one."""
+        """Note that the peer has gone: wait for the next one."""
         self.greeted()
         accept.descriptor_freed()
         if self._open:
@@ -131,7 +131,7 @@ class Door:
             self._connect_later("the last one has gone")
 
     def close(self) -> None:
-        """Let nobody in, and remove the socket that was made. Safe to call twice."""
+        """Admit nobody more, and remove the socket that was made. Safe to call twice."""
         self._open = False
         self.greeted()
         self._reserve(0)
@@ -149,7 +149,7 @@ class Door:
         loop = asyncio.get_running_loop()
         self._patience = loop.call_later(HANDSHAKE_SECONDS, self._watch_for_another)
         try:
-            self._came(sock)
+            self._on_connected(sock)
         except BaseException:
             self.greeted()
             raise
@@ -173,7 +173,7 @@ class Door:
 
     def _another_waits(self, listening: socket.socket) -> None:
         asyncio.get_running_loop().remove_reader(listening)
-        self._silent()
+        self._on_silent()
 
     def _connect(self) -> None:
         try:
@@ -189,7 +189,7 @@ class Door:
             self._connect_later(error.strerror or str(error))
             return
         try:
-            self._came(sock)
+            self._on_connected(sock)
         except Exception as error:
             sock.close()
             self._connect_later(f"{type(error).__name__}: {error}")
@@ -202,7 +202,7 @@ class Door:
 
     def _later(self, what: Callable[[], None], why: str) -> None:
         if why != self._last_failure:
-            self._said.log(logging.INFO, "%s: no %s yet: %s", self._name, self._peer, why)
+            self._log.log(logging.INFO, "%s: no %s yet: %s", self._name, self._peer, why)
             self._last_failure = why
         loop = asyncio.get_running_loop()
         self._retry = loop.call_later(RETRY_INTERVAL, what)

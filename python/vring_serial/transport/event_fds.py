@@ -12,7 +12,7 @@ EVENTFD = "anon_inode:[eventfd]"
 
 
 def describe(fd: int) -> str:
-    """A path, or what the kernel calls that which has none; "" if ``fd`` is not open.
+    """Return the path, or the kernel's name for what has none; "" if ``fd`` is not open.
 
     Does not ask a file system, as fstat does: it may be the peer's, and never answer.
     """

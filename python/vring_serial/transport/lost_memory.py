@@ -1,4 +1,4 @@
-"""Peers that cut off the files behind their guest's memory."""
+"""Watch for peers that truncate the files behind their guest's memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from vring_serial.errors import ResourceError
 
 
 def make_watch(name: str) -> MemoryWatch:
-    """For the memory of all peers of one socket. Raises ResourceError, which names the socket."""
+    """Return a watch for the memory of all peers of one socket.
+
+    Raises:
+        ResourceError: no descriptor is left; the message names the socket.
+    """
     try:
         return MemoryWatch()
     except OSError as error:
@@ -15,7 +19,7 @@ def make_watch(name: str) -> MemoryWatch:
 
 
 def describe_loss(memory: GuestMemory) -> str | None:
-    """What is gone, for log lines; None while all is there."""
+    """Return which memory is lost, for log lines; None if none is."""
     for region in memory.regions:
         if region.lost:
             return (

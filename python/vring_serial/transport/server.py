@@ -1,4 +1,4 @@
-"""What the servers of either protocol are: a device on a unix socket, for one peer at a time."""
+"""The base of both servers: a device on a unix socket, for one peer at a time."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ class Server(Starting, abc.ABC, Generic[SessionT]):
             name=self._name,
             peer=peer,
             listen=listen,
-            came=self._serve,
-            silent=self._silent,
+            on_connected=self._serve,
+            on_silent=self._send_silent_away,
             descriptors=DESCRIPTORS_PER_QUEUE * queues + OTHER_DESCRIPTORS,
         )
         self._session: SessionT | None = None
@@ -127,7 +127,7 @@ class Server(Starting, abc.ABC, Generic[SessionT]):
         self._session = self._make_session(sock, context)
         self._tell("connected")
 
-    def _silent(self) -> None:
+    def _send_silent_away(self) -> None:
         if self._session is not None:
             self._session.send_away(
                 f"no first words in {HANDSHAKE_SECONDS:g} s, and another one waits"

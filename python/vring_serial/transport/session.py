@@ -1,4 +1,4 @@
-"""What a session of either protocol is: one peer, from its connection to its end."""
+"""The base of both protocols' sessions: one peer, from its connection to its end."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class SessionContext:
         log: gets what sessions log; shared, because a peer can come as often as it likes.
         watch: reports lost memory; used by one session at a time.
         closer: closes the peer's descriptors.
-        greeted: the session calls it when the peer has said its first words, perhaps repeatedly.
+        greeted: the session calls it when the peer has begun the protocol, perhaps repeatedly.
         ended: the session calls it once, when the peer has gone or was sent away; not in ``close``.
     """
 

@@ -112,11 +112,11 @@ class InProcessPci(Closing):
         self.set_memory(memory)
 
     def notification_data(self, queue: int) -> NotificationData | None:
-        """What the driver's last notification of a queue carried; see PciDevice."""
+        """Return what the driver's last notification of a queue carried; see PciDevice."""
         return self._function.notification_data(queue)
 
     def find(self, address: int, *, io: bool = False) -> tuple[Window, int] | None:
-        """What is at a bus address now: the BAR's window, and the offset in it.
+        """Return the BAR that the guest mapped at a bus address: its window, and the offset in it.
 
         ``io``: of I/O space. None if the guest has mapped nothing of this function there.
         """
@@ -136,7 +136,7 @@ class InProcessPci(Closing):
         self._function.set_memory(memory)
 
     def reset(self) -> None:
-        """The machine is reset."""
+        """Reset the device, as the machine is reset."""
         self._function.reset()
 
     def close(self) -> None:
@@ -191,7 +191,7 @@ class InProcessMmio(Window, Closing):
         self.set_memory(memory)
 
     def notification_data(self, queue: int) -> NotificationData | None:
-        """What the driver's last notification of a queue carried; see MmioDevice."""
+        """Return what the driver's last notification of a queue carried; see MmioDevice."""
         return self._registers.notification_data(queue)
 
     @property
@@ -204,7 +204,7 @@ class InProcessMmio(Window, Closing):
         self._registers.set_memory(memory)
 
     def reset(self) -> None:
-        """The machine is reset."""
+        """Reset the device, as the machine is reset."""
         self._registers.reset()
 
     def close(self) -> None:

@@ -46,17 +46,17 @@ class Copy:
         self.region = Region(address, self._map)
 
     def pages(self, address: int, length: int) -> range:
-        """Numbers of the pages of a range, which lies in the region."""
+        """Return the numbers of the pages of a range, which must lie in the region."""
         start = address - self._address
         return range(start // _PAGE, (start + length - 1) // _PAGE + 1)
 
     def hold(self, pages: range) -> None:
-        """Something is going to be in these pages."""
+        """Count a user of these pages."""
         for page in pages:
             self._users[page] = self._users.get(page, 0) + 1
 
     def release(self, pages: range) -> None:
-        """What was in these pages is not needed any more: those that hold nothing else are free."""
+        """Uncount a user of these pages, and free those that have no other."""
         free: list[int] = []
         for page in pages:
             users = self._users[page] - 1
@@ -74,7 +74,7 @@ class Copy:
 
 
 def make_copy(address: int, size: int) -> Copy | None:
-    """A copy, or None if there is not as much memory."""
+    """Return a copy, or None if there is not enough memory."""
     try:
         return Copy(address, size)
     except (OSError, OverflowError, ValueError, VringError):
@@ -82,14 +82,14 @@ def make_copy(address: int, size: int) -> Copy | None:
 
 
 class Held:
-    """Pages of copies that one chain, or a ring, has something in."""
+    """The pages of copies that one chain, or a ring, uses."""
 
     def __init__(self) -> None:
         self._pages: list[tuple[Copy, range]] = []
         self.cost = 0  # bytes of the pages; one that is named twice counts twice
 
     def add(self, copy: Copy, address: int, length: int) -> None:
-        """A range in ``copy``; nothing is touched yet, and nothing held before :meth:`hold`."""
+        """Add a range in ``copy``; nothing is touched yet, and nothing held before :meth:`hold`."""
         pages = copy.pages(address, length)
         self._pages.append((copy, pages))
         self.cost += len(pages) * _PAGE
@@ -106,7 +106,7 @@ class Held:
 
 
 class LargeChains:
-    """How much all queues of one client have in chains that are larger than QUEUE_BYTES."""
+    """Counts the bytes of chains that are larger than QUEUE_BYTES, of all queues of one client."""
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -119,7 +119,7 @@ class LargeChains:
 
 
 class Room:
-    """How much one queue may have on its way.
+    """Bounds the chains of one queue that are fetched and not completed.
 
     Args:
         large: of the same client.
@@ -132,13 +132,13 @@ class Room:
         self._closed = False
 
     def has(self, cost: int) -> bool:
-        """Whether a chain of so many bytes may come now."""
+        """Return whether a chain of ``cost`` bytes may be fetched now."""
         if cost <= QUEUE_BYTES:
             return self._small + cost <= QUEUE_BYTES
         return not self._large and self._all_large.bytes + cost <= LARGE_BYTES
 
     async def wait_for(self, cost: int) -> None:
-        """Until :meth:`has` says that it may."""
+        """Wait until :meth:`has` returns True."""
         while not self.has(cost):
             self._changed.clear()
             self._all_large.waiting.add(self._changed)
@@ -148,7 +148,7 @@ class Room:
                 self._all_large.waiting.discard(self._changed)
 
     def take(self, cost: int) -> None:
-        """A chain of so many bytes is on its way."""
+        """Count a chain of ``cost`` bytes."""
         if cost <= QUEUE_BYTES:
             self._small += cost
         else:
@@ -156,7 +156,7 @@ class Room:
             self._all_large.bytes += cost
 
     def give(self, cost: int) -> None:
-        """It is completed, and nothing of it is here any more."""
+        """Uncount a chain that is completed and released."""
         if self._closed:
             return
         if cost <= QUEUE_BYTES:
@@ -167,7 +167,7 @@ class Room:
         self._changed.set()
 
     def close(self) -> None:
-        """The queue has nothing on its way any more."""
+        """Uncount all: the queue has stopped."""
         self._closed = True
         if self._large:
             self._all_large.give(self._large)

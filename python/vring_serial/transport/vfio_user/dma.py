@@ -33,7 +33,7 @@ class DmaTable:
 
     @property
     def mapped(self) -> GuestMemory:
-        """The memory that is shared with the client."""
+        """The memory that the client shares."""
         return GuestMemory(self._mapped.values())
 
     @property
@@ -49,11 +49,11 @@ class DmaTable:
         return GuestMemory((*self.mapped.regions, *copies))
 
     def is_remote(self, address: int) -> bool:
-        """Whether only the client can access it."""
+        """Return whether only the client can access ``address``."""
         return any(self.remote_parts(address, 1))
 
     def remote_parts(self, address: int, length: int) -> Iterator[tuple[int, int, Copy | None]]:
-        """Address and bytes of each part of a range that only the client can access, with its copy.
+        """Yield address, bytes and copy of each part of a range that only the client can access.
 
         The copy is None where there was not enough memory for one.
         """

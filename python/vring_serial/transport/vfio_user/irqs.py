@@ -89,16 +89,16 @@ class Interrupts:
 
     @property
     def types(self) -> int:
-        """How many types there are. Indices from there on (ERR, REQ) are errors, to which QEMU says
-        nothing; if the answer is that there are none of them, it warns."""
+        """Number of types. Larger indices (ERR, REQ) are refused, which QEMU ignores; if the answer
+        were that they have no interrupts, it would warn."""
         return len(self._fds)
 
     def info(self, index: int) -> IrqInfo:
-        """What there is of a type. Raises RemoteProtocolError if there is no such type."""
+        """Describe an interrupt type. Raises RemoteProtocolError if there is no such type."""
         return IrqInfo(index, _FLAGS.get(index, 0), len(self._type(index)))
 
     def set(self, irqs: IrqSet, fds: list[int]) -> None:
-        """DEVICE_SET_IRQS; descriptors that are kept are taken out of ``fds``.
+        """Do DEVICE_SET_IRQS; descriptors that are kept are taken out of ``fds``.
 
         Raises:
             RemoteProtocolError: no such interrupts, an action that they do not have, or
@@ -161,7 +161,7 @@ class Interrupts:
         self._close_all(old)  # at last: nothing else refers to them
 
     def _set_unmask_event(self, action: int, fds: list[int]) -> None:
-        """The client gives, or takes away, an event that unmasks INTx without a message."""
+        """Set or remove the client's event that unmasks INTx without a message."""
         if action == IrqSetFlag.ACTION_MASK or len(fds) > 1:
             raise RemoteProtocolError(
                 "events can unmask INTx, one descriptor for it, and not mask it"

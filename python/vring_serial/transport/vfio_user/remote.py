@@ -43,7 +43,7 @@ class _Access:
 
     @property
     def all_sent(self) -> bool:
-        """Nothing more is to be asked for: it has all been, or nobody wants it."""
+        """Whether every request was sent, or nobody wants the rest."""
         return self.sent == len(self.data) or self.done.done()
 
     def fail(self, error: Exception) -> None:
@@ -89,7 +89,7 @@ class RemoteMemory:
         return self._ask(Command.DMA_WRITE, address, bytearray(data))
 
     def handle_reply(self, message: Message) -> None:
-        """Raises RemoteProtocolError if nobody asked for this reply."""
+        """Take a reply. Raises RemoteProtocolError if nobody asked for it."""
         asked = self._asked.pop(message.message_id, None)
         if asked is None or asked[0].command != message.command:
             raise RemoteProtocolError("a reply that nobody asked for")
@@ -109,7 +109,7 @@ class RemoteMemory:
         self._send_waiting()
 
     def close(self) -> None:
-        """The client has gone: all that was asked for fails. Safe to call twice."""
+        """Fail all accesses: the client has gone. Safe to call twice."""
         self._closed = True
         if self._timer is not None:
             self._timer.cancel()
@@ -177,14 +177,14 @@ class RemoteMemory:
         self._fail_all(VfioUserError(access.command.name, why))
 
     def _fail_all(self, error: Exception) -> None:
-        """Replies to what was asked for are still taken, and make room in the window."""
+        """Fail all accesses; replies that still come are taken, and make room in the window."""
         for access in [*self._waiting, *(asked[0] for asked in self._asked.values())]:
             access.fail(error)
         self._waiting.clear()
 
 
 def _data_of(message: Message, address: int, length: int) -> bytes:
-    """What a reply brings; a write's need not bring anything."""
+    """Return the data of a reply, b"" for a write's."""
     if message.command == Command.DMA_WRITE:
         message.check_success()
         return b""

@@ -89,7 +89,7 @@ _ACCESS = RegionFlag.READ | RegionFlag.WRITE
 
 
 class NotThereError(VfioUserError):
-    """What the client asks for need not be there: nothing is wrong with that."""
+    """The client asked for something optional that this device lacks; not logged as a warning."""
 
 
 class VfioUserSession(Session[Message]):
@@ -242,7 +242,7 @@ class VfioUserSession(Session[Message]):
         return Version(MAJOR, MINOR, agreed if proposed is not None else None)
 
     def _open_twin(self) -> Connection:
-        """A socket for what the server asks; the client's end goes with the reply."""
+        """Make the socket for the server's requests; the client's end goes with the reply."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self._beside.append(theirs.detach())
         ours.setblocking(False)
@@ -275,7 +275,7 @@ class VfioUserSession(Session[Message]):
         return DeviceInfo(DeviceFlag.PCI | DeviceFlag.RESET, NUM_REGIONS, self._interrupts.types)
 
     def _region_size(self, index: int) -> int:
-        """Bytes; 0 if this device does not have the region."""
+        """Return its bytes; 0 if this device does not have the region."""
         if index == RegionIndex.CONFIG:
             return CONFIG_SIZE
         if index >= NUM_REGIONS:
@@ -287,7 +287,7 @@ class VfioUserSession(Session[Message]):
         return RegionInfo(asked.index, _ACCESS if size else 0, size)
 
     def _get_region_io_fds(self, asked: RegionIoFds, fds: list[int]) -> RegionIoFds:
-        """Where queues are notified, with eventfds: for those that can watch the guest for that."""
+        """Return where queues are notified, with eventfds for clients that can trap the writes."""
         if asked.sub_regions:
             raise RemoteProtocolError("sub-regions in a request")
         if not self._region_size(asked.index):

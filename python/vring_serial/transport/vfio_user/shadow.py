@@ -90,7 +90,7 @@ class _Failure:
             self.tell(error)
 
     def forget(self) -> None:
-        """Nobody wants to know any more."""
+        """Report nothing any more."""
         self._failed = None
 
 
@@ -151,7 +151,7 @@ class ShadowRing:
         self._fetching = self._loop.create_task(self._fetch_all())
 
     def stop(self) -> bool:
-        """The device has left the queue: store what it used, and close.
+        """Store what the device used, and close; the device has left the queue.
 
         Returns whether the driver is owed an interrupt, which cannot be waited for here.
         """
@@ -201,7 +201,7 @@ class ShadowRing:
             self._failure.tell(error)
 
     async def _fetch(self) -> bool:
-        """Bring what the driver made available; whether there was anything."""
+        """Fetch what the driver made available; return whether there was anything."""
         index = await self._read16(self._available + ring.AVAIL_INDEX)
         count = index - self._fetched & 0xFFFF
         if not count:
@@ -231,7 +231,7 @@ class ShadowRing:
             notify(self.queue.kick_fd)
 
     async def _fetch_chain(self, head: int, table: bytes) -> None:
-        """Bring what the device may read; what is wrong with the chain is the device's to find."""
+        """Fetch what the device may read; the device finds what is wrong with the chain."""
         name = self.queue.queue.name
         if head in self._chains:
             raise RemoteProtocolError(f"{name}: descriptor {head} is available, and in use already")
@@ -258,7 +258,7 @@ class ShadowRing:
         self._fetched = self._fetched + 1 & 0xFFFF
 
     async def _walk(self, head: int, table: bytes) -> _Chain:
-        """What a chain's descriptors name, as far as they make sense."""
+        """Return what a chain's descriptors name, as far as they are valid."""
         chain = _Chain()
         at = head
         seen = 0
@@ -290,7 +290,7 @@ class ShadowRing:
         return chain
 
     async def _table(self, chain: _Chain, address: int, length: int) -> bytes:
-        """An indirect table. Raises AddressError if it is in no memory."""
+        """Return an indirect table. Raises AddressError if it is in no memory."""
         parts = self._add_remote(chain.held, address, length)
         if not parts:
             return self._memory.read(address, length)
@@ -300,7 +300,7 @@ class ShadowRing:
         return table
 
     def _add_remote(self, held: Held, address: int, length: int) -> list[Segment]:
-        """The parts of a range that only the client can access; their pages are added to ``held``.
+        """Return the parts of a range that only the client has, and add their pages to ``held``.
 
         Those that there is no copy of are not in guest memory, and the device will find that.
         """
@@ -319,7 +319,7 @@ class ShadowRing:
             self._telling = self._loop.create_task(self._tell())
 
     def _store(self) -> bool:
-        """Send what the device used; whether there was anything."""
+        """Send what the device used; return whether there was anything."""
         any_stored = False
         while True:
             index = self._memory.load16(self._used + ring.USED_INDEX)
@@ -382,7 +382,7 @@ class ShadowRing:
         return not await self._read16(self._available + ring.AVAIL_FLAGS) & _NO_INTERRUPT
 
     async def _read16(self, address: int) -> int:
-        """A number of the guest's ring."""
+        """Read a 16-bit number of the guest's ring."""
         return int.from_bytes(await self._remote.read(address, 2), "little")
 
 

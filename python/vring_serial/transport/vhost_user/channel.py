@@ -63,19 +63,19 @@ class BackendChannel:
         return self._sock.fileno() < 0
 
     def config_changed(self) -> None:
-        """The configuration space changed."""
+        """Send CONFIG_CHANGE_MSG."""
         self._ask(BackendRequest.CONFIG_CHANGE_MSG, Empty())
 
     def vring_error(self, index: int) -> None:
-        """The queue broke (in-band notifications)."""
+        """Send VRING_ERR: the queue broke (in-band notifications)."""
         self._ask(BackendRequest.VRING_ERR, VringState(index))
 
     def vring_call(self, index: int) -> None:
-        """Buffers of the queue were used (in-band notifications)."""
+        """Send VRING_CALL: buffers of the queue were used (in-band notifications)."""
         self._ask(BackendRequest.VRING_CALL, VringState(index))
 
     def close(self) -> None:
-        """Safe to call twice."""
+        """Close every descriptor. Safe to call twice."""
         self._waiting.clear()
         if not self.closed:
             self._loop.remove_reader(self._sock)
@@ -148,14 +148,14 @@ class CallRelay:
         self._fds: dict[int, int] = {}
 
     def descriptor(self, index: int) -> int:
-        """A new descriptor for the queue's calls, the caller's own."""
+        """Return a new descriptor for the queue's calls, owned by the caller."""
         if index not in self._fds:
             fd = self._fds[index] = unix_fds.make_eventfd()
             self._loop.add_reader(fd, self._readable, index, fd)
         return os.dup(self._fds[index])
 
     def close(self) -> None:
-        """Safe to call twice."""
+        """Close every descriptor. Safe to call twice."""
         for fd in self._fds.values():
             self._loop.remove_reader(fd)
             os.close(fd)

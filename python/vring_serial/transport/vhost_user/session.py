@@ -92,12 +92,12 @@ class VhostUserSession(Session[Message]):
     # --- what the device tells ------------------------------------------------------------------
 
     def config_changed(self) -> None:
-        """The device's configuration space changed."""
+        """Tell the frontend that the configuration space changed."""
         if self._channel is not None and self._has(ProtocolFeature.CONFIG):
             self._channel.config_changed()
 
     def ring_broken(self, error: RingError) -> None:
-        """The driver broke a ring; the device has set NEEDS_RESET."""
+        """Tell the frontend that the driver broke a ring; the device has set NEEDS_RESET."""
         if isinstance(error, MemoryLostError):
             return  # the watch tells, and of the cause
         self._log.warning("%s: the guest's driver broke %s", self._name, error)
@@ -161,7 +161,7 @@ class VhostUserSession(Session[Message]):
         self._connection.send(reply(message.kind, refusal))
 
     def _wants_acknowledgement(self, message: Message) -> bool:
-        """Whether an acknowledgement is asked for where none but that can answer."""
+        """Return whether an acknowledgement is wanted, and no other reply answers the message."""
         if not message.need_reply or not self._has(ProtocolFeature.REPLY_ACK):
             return False
         return message.shape is None or message.shape.reply is None
@@ -228,7 +228,7 @@ class VhostUserSession(Session[Message]):
         self._run_all()
 
     def _accept_features(self, bits: int) -> None:
-        """Raises RemoteProtocolError on what was not offered."""
+        """Hand the driver's features to the device. Raises RemoteProtocolError on others."""
         packed = bool(bits & self._features_offered & Feature.RING_PACKED)
         self._device.set_driver_features(bits & ~int(Feature.RING_PACKED) if packed else bits)
         if packed and not self._state.features & Feature.RING_PACKED:
@@ -306,14 +306,14 @@ class VhostUserSession(Session[Message]):
         self._device.reset()
 
     def _forget_broken_driver(self) -> None:
-        """A driver that starts anew after it broke a ring finds a device that works."""
+        """Reset a device that needs it: a driver that broke a ring starts anew."""
         if self._device.status & Status.DEVICE_NEEDS_RESET:
             self._device.reset()
 
     # --- memory ---------------------------------------------------------------------------------
 
     def _map(self, region: MemoryRegion, fd: int) -> Region:
-        """Raises MemoryMapError if the descriptor cannot be mapped so."""
+        """Map one region. Raises MemoryMapError if the descriptor cannot be mapped so."""
         return Region.map(
             fd,
             region.size,
@@ -435,7 +435,7 @@ class VhostUserSession(Session[Message]):
             self._poll()
 
     def _run_all(self) -> None:
-        """All that are to run; one that cannot does not keep the others from it."""
+        """Run all that are to run; one that cannot does not keep the others from it."""
         failed: RemoteProtocolError | VringError | None = None
         for vring in self._vrings:
             try:

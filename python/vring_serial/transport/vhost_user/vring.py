@@ -56,7 +56,7 @@ class Vring:
 
     @property
     def running(self) -> bool:
-        """The device has it."""
+        """Whether the device has it."""
         return self._queue is not None
 
     def may_run(self, enabled: bool) -> bool:
@@ -66,7 +66,7 @@ class Vring:
         )
 
     def set_size(self, size: int) -> None:
-        """Raises RemoteProtocolError if it runs, or the size is not one that we offer."""
+        """Set the size. Raises RemoteProtocolError if it runs, or the size is not offered."""
         self._refuse_while_running()
         largest = self._device.queue_size_max
         if not 0 < size <= largest or (size & (size - 1) and not self.setup.packed):
@@ -75,11 +75,14 @@ class Vring:
         self.setup.size = size
 
     def set_base(self, base: int) -> None:
-        """Raises RemoteProtocolError if it runs, or a split ring's index has more than 16 bits.
+        """Set where to go on.
 
         A packed ring's base has the used index in its upper half. They differ if buffers are in
         flight elsewhere, which this device will not complete. Frontends that say nothing there
         mean that none are.
+
+        Raises:
+            RemoteProtocolError: it runs, or a split ring's index has more than 16 bits.
         """
         self._refuse_while_running()
         if base > 0xFFFF and not self.setup.packed:
@@ -88,7 +91,7 @@ class Vring:
         self.setup.used = base >> 16 or None
 
     def get_base(self) -> int:
-        """What GET_VRING_BASE answers for a ring that does not run."""
+        """Return the answer to GET_VRING_BASE for a ring that does not run."""
         if self.setup.packed:
             base = FRESH_PACKED_INDEX if self.setup.base is None else self.setup.base
             return base | (base if self.setup.used is None else self.setup.used) << 16
@@ -126,13 +129,13 @@ class Vring:
         self._error_fd = fd
 
     def kick(self) -> bool:
-        """Kick the device for a frontend that has no descriptor; False if it has one."""
+        """Kick the device for a frontend without a descriptor; return False if it has one."""
         if self._kick_ours:
             notify(self._kick_fd)
         return self._kick_ours
 
     def report_error(self) -> bool:
-        """Tell the frontend that the ring broke; False if it gave no descriptor for that."""
+        """Signal that the ring broke; return False if the frontend gave no descriptor for that."""
         if self._error_fd >= 0:
             notify(self._error_fd)
         return self._error_fd >= 0
@@ -194,7 +197,7 @@ class Vring:
             self.setup.used = queue.used_index if self.setup.packed else None
 
     def end(self) -> None:
-        """GET_VRING_BASE: stopped until it is started anew, with new descriptors."""
+        """Stop until started anew with new descriptors (GET_VRING_BASE)."""
         self.stop()
         self.setup.started = self.setup.polled = self.setup.called = False
         self._close([self._kick_fd, self._call_fd])
@@ -202,7 +205,7 @@ class Vring:
         self._kick_ours = False
 
     def forget_driver(self) -> None:
-        """The driver has reset the device: the ring runs no more until it is set up anew.
+        """Stop until set up anew: the driver has reset the device.
 
         Where it stood stays, for a paused VM looks like this too and goes on there.
         """
@@ -211,7 +214,7 @@ class Vring:
         self.setup.address = self.setup.enabled = None
 
     def reset(self) -> None:
-        """As if no message had ever named this queue; closes all descriptors."""
+        """Forget all setup and close all descriptors."""
         self.forget_driver()
         self.set_error(-1)
         self.setup.base = self.setup.used = None
@@ -226,7 +229,7 @@ class Vring:
             raise RemoteProtocolError(f"{self} is running")
 
     def _translate(self, memory: GuestMemory, address: VringAddress) -> tuple[int, int, int]:
-        """Guest addresses of the three areas (2.6)."""
+        """Return the guest addresses of the three areas (2.6)."""
         found = []
         for part, user, length, alignment in zip(
             _PACKED_AREAS if self.setup.packed else _SPLIT_AREAS,
