@@ -8,6 +8,7 @@ import os
 import resource
 import select
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -77,6 +78,17 @@ def logging_as_it_was() -> Iterator[None]:
     for logger, level, handlers in before:
         logger.setLevel(level)
         logger.handlers[:] = handlers
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Processes that the test starts hear SIGINT, also where this one was started without it.
+
+    Shells let what runs in the background ignore it, and whoever is started inherits that.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

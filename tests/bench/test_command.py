@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from tests.support.waiting import wait_until
 from vring_serial.bench.usage import cpu_seconds
 
 WITH_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
@@ -127,16 +128,23 @@ def children(pid: int) -> set[int]:
     return found
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_it_leaves_no_process(number: int) -> None:
     command = [sys.executable, "-m", "vring_serial", "bench", "transfer", "--rounds", "1000"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    end = time.monotonic() + 20
-    while len(started := children(process.pid)) < 3:  # device, guest and peer
-        assert time.monotonic() < end
-        time.sleep(0.05)
-    process.send_signal(number)
-    assert process.wait(20) == 128 + number
+    started: set[int] = set()
+    try:
+        wait_until(lambda: len(children(process.pid)) >= 3, "device, guest and peer are started")
+        started = children(process.pid)
+        process.send_signal(number)
+        assert process.wait(20) == 128 + number
+    except BaseException:
+        for pid in {process.pid, *children(process.pid)}:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+        raise
     for pid in started:
         with pytest.raises(FileNotFoundError):
             cpu_seconds(pid)

@@ -18,6 +18,11 @@ TIMEOUT = 20.0
 NULL_PORT = ("--chardev", "null,id=n", "--port", "chardev=n")
 
 
+@pytest.fixture(autouse=True)
+def hears_interrupts(interruptible: None) -> None:
+    """Most tests of commands end one with SIGINT."""
+
+
 class Server:
     """A running ``vring serve``.
 

@@ -122,7 +122,15 @@ async def driven(command: Command) -> None:
 async def between(command: Command) -> None:
     """A client is connected that says and reads nothing."""
     await there("m")(command)
-    command.peer.connect(str(command.directory / "m"))
+
+    def listens() -> bool:
+        """It does a moment after the file is there."""
+        with contextlib.suppress(ConnectionRefusedError):
+            command.peer.connect(str(command.directory / "m"))
+            return True
+        return False
+
+    await until(listens)
 
 
 def there(pattern: str) -> Stage:
