@@ -16,14 +16,13 @@ from pathlib import Path
 import pytest
 
 from tests.support.waiting import until
-from vring_serial import accept
+from vring_serial import SpiceOptions, accept
 from vring_serial.accept import Acceptor
 from vring_serial.chardev.base import DescriptorEnd, End
 from vring_serial.chardev.protocol import SpicevmcOptions
 from vring_serial.chardev.socket import SocketChardev, SocketOptions
 from vring_serial.cli.agent_end import AgentEnds
 from vring_serial.config.topology import ChardevConfig, PortConfig
-from vring_serial.spice import SpiceOptions
 from vring_serial.transport.door import Door
 from vring_serial.unix_socket import UnixListener
 

@@ -10,8 +10,8 @@ import subprocess
 import pytest
 
 from tests.support.waiting import until
-from vring_serial import accept
-from vring_serial.spice import SpiceOptions, admission
+from vring_serial import SpiceOptions, accept
+from vring_serial.spice import admission
 from vring_serial.spice.server import SpiceServer
 
 DEADLINE = 20.0

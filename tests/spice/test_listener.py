@@ -6,8 +6,8 @@ import socket
 
 import pytest
 
+from vring_serial import SpiceOptions
 from vring_serial.errors import ResourceError
-from vring_serial.spice import SpiceOptions
 from vring_serial.spice.listener import Listener, is_local
 
 

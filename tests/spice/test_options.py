@@ -6,11 +6,11 @@ import time
 
 import pytest
 
+from vring_serial import SpiceOptions
 from vring_serial.config import domain_xml
 from vring_serial.config.load import load_topology
 from vring_serial.config.qemu_options import QemuOptions, parse
 from vring_serial.errors import ConfigError, ResourceError
-from vring_serial.spice import SpiceOptions
 
 AGENT = {"chardevs": ["spicevmc,id=a,name=vdagent"], "ports": ["chardev=a"]}
 

@@ -11,9 +11,9 @@ import time
 import pytest
 
 from tests.support.leaks import held
+from vring_serial import SpiceOptions
 from vring_serial.chardev.base import ProtocolEnd
 from vring_serial.errors import ConfigError, LocalProtocolError, ResourceError
-from vring_serial.spice import SpiceOptions
 from vring_serial.spice.core import CoreInterface, _format_address
 from vring_serial.spice.library import load
 from vring_serial.spice.server import SpiceServer

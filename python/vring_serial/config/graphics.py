@@ -11,8 +11,7 @@ from vring_serial.config.topology import SpiceConfig
 from vring_serial.config.words import shorten
 from vring_serial.config.xml_node import Node
 from vring_serial.errors import ConfigError
-from vring_serial.spice import SpiceOptions
-from vring_serial.spice.options import CHANNELS
+from vring_serial.spice.options import CHANNELS, SpiceOptions
 
 #: Where libvirt listens, and looks for certificates, when nothing is said.
 DEFAULT_ADDRESS = "127.0.0.1"

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, field
 
 from vring_serial.chardev import Options
-from vring_serial.spice import SpiceOptions
+from vring_serial.spice.options import SpiceOptions
 
 #: Ports of a controller where nothing else is said: what QEMU and libvirt give (port 0 included).
 DEFAULT_MAX_PORTS = 31

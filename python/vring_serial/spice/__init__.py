@@ -2,9 +2,3 @@
 
 Nothing here needs the library until :class:`.server.SpiceServer` is made; options alone do not.
 """
-
-from __future__ import annotations
-
-from vring_serial.spice.options import SpiceOptions
-
-__all__ = ["SpiceOptions"]

@@ -17,7 +17,7 @@ import pytest
 import pytest_asyncio
 
 from tests.support.waiting import until
-from vring_serial import AgentError, AgentRouter, EmbeddedGuest
+from vring_serial import AgentError, AgentRouter, EmbeddedGuest, SpiceOptions
 from vring_serial.agent.guest import AGENT_PORT, GuestAgent
 from vring_serial.chardev import Chardev
 from vring_serial.chardev.protocol import ProtocolChardev
@@ -28,7 +28,6 @@ from vring_serial.guest.services import keep_serving
 from vring_serial.guest.uml import UmlGuest
 from vring_serial.guest.uml_desktop import MEMORY_MIB, UmlDesktop
 from vring_serial.proto.agent import Selection
-from vring_serial.spice import SpiceOptions
 from vring_serial.spice.server import SpiceServer
 from vring_serial.transport.vhost_user.backend import VhostUserBackend
 

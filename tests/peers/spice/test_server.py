@@ -12,12 +12,11 @@ import subprocess
 
 import pytest
 
-from vring_serial import EmbeddedGuest
+from vring_serial import EmbeddedGuest, SpiceOptions
 from vring_serial.device.console.controller import Controller
 from vring_serial.device.console.port import Port
 from vring_serial.errors import ConfigError, ResourceError
 from vring_serial.proto.agent import Capability
-from vring_serial.spice import SpiceOptions
 from vring_serial.spice.server import SpiceServer
 from vring_serial.transport.vhost_user.backend import VhostUserBackend
 
