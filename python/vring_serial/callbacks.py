@@ -41,7 +41,7 @@ class Listener(Generic[FunctionT]):
 
 
 def tell(
-    said: RateLimitedLog,
+    log: RateLimitedLog,
     what: str,
     function: Callable[[*Arguments], object] | None,
     *args: *Arguments,
@@ -55,4 +55,4 @@ def tell(
     try:
         function(*args)
     except Exception as error:
-        said.log(logging.ERROR, "%s failed", what, exc_info=error)
+        log.log(logging.ERROR, "%s failed", what, exc_info=error)

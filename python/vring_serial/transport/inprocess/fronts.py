@@ -234,14 +234,14 @@ class _Callbacks:
         self._function = function
         self._msi = msi
         self._intx = intx
-        self._said = RateLimitedLog(log)
+        self._log = RateLimitedLog(log)
 
     def raise_msix(self, vector: int) -> bool:
-        tell(self._said, "msi", self._msi, *self._function.msix_message(vector))
+        tell(self._log, "msi", self._msi, *self._function.msix_message(vector))
         return True
 
     def set_intx(self, level: bool) -> None:
-        tell(self._said, "intx", self._intx, level)
+        tell(self._log, "intx", self._intx, level)
 
     def msix_descriptor(self, vector: int) -> int:
         return -1

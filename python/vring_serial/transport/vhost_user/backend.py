@@ -7,7 +7,7 @@ import socket
 from vring.errors import RingError
 from vring_serial.device.base import VirtioDevice, check_unserved
 from vring_serial.errors import ConfigError
-from vring_serial.proto.vhost_user import ProtocolFeature
+from vring_serial.proto.vhost_user import ProtocolFeature, VringDescriptor
 from vring_serial.transport.server import Server
 from vring_serial.transport.session import SessionContext
 from vring_serial.transport.vhost_user.session import VhostUserSession
@@ -22,8 +22,8 @@ PROTOCOL_FEATURES = (
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
     | ProtocolFeature.STATUS
 )
-#: Queues that the protocol can name (SET_VRING_KICK has 8 bits for the index).
-MAX_QUEUES = 256
+#: Queues that the protocol can name (SET_VRING_KICK).
+MAX_QUEUES = VringDescriptor.INDEX_MASK + 1
 
 
 class VhostUserBackend(Server[VhostUserSession]):
