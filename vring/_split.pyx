@@ -12,8 +12,8 @@ from vring._layout cimport (
 )
 from vring._memory cimport GuestMemory, vr_lookup, vr_region
 from vring._walk cimport (
-    FAULT_AVAIL_INDEX, FAULT_HEAD, FAULT_INDIRECT_ADDRESS, FAULT_INDIRECT_NESTED, FAULT_NEXT,
-    FAULT_NONE, FAULT_ORDER, vr_add_buffer, vr_chain, vr_end_chain, vr_end_readable,
+    FAULT_AVAIL_INDEX, FAULT_FULL, FAULT_HEAD, FAULT_INDIRECT_ADDRESS, FAULT_INDIRECT_NESTED,
+    FAULT_NEXT, FAULT_NONE, FAULT_ORDER, vr_add_buffer, vr_chain, vr_end_chain, vr_end_readable,
     vr_locate_table, vr_read_scattered, vr_room, vr_single, vr_start_chain, vr_walk
 )
 from vring._wire cimport (
@@ -24,26 +24,41 @@ from vring._wire cimport (
 from vring.errors import LocalMisuseError
 
 
-cdef struct vr_avail:
-    # What a pop takes chains from.
-    const uint8_t* heads        # the available ring
-    const uint8_t* table        # descriptors
-    uint32_t ready              # chains to take
-    uint16_t index              # of the first
-    bint indirect               # whether indirect tables are negotiated
+cdef inline bint take_plain(const vr_room* room, vr_walk* walk) noexcept nogil:
+    """Takes the buffer of walk.desc if it is one ordinary segment; else changes nothing."""
+    cdef uint64_t offset = walk.desc.addr - walk.near.guest
+    cdef const vr_region* near
+    if offset >= walk.near.size:
+        near = vr_lookup(room.memory, room.hints, walk.desc.addr)
+        if vr_unlikely(near == NULL):
+            return False
+        walk.near = near
+        offset = walk.desc.addr - near.guest
+    # length - 1 refuses a length of 0
+    if vr_unlikely(
+        walk.segment == room.end or <uint64_t>walk.desc.len - 1 >= walk.near.size - offset
+    ):
+        return False
+    walk.segment.iov_base = walk.near.host + offset
+    walk.segment.iov_len = walk.desc.len
+    walk.segment += 1
+    return True
 
 
-cdef int walk_table(
-    vr_room* room, vr_walk* walk, vr_chain* chain, const uint8_t* table, uint32_t entries
+cdef inline int walk_table(
+    vr_room* room, vr_walk* walk, vr_chain* chain, const uint8_t* table, uint32_t entries, bint rare
 ) noexcept nogil:
-    """Takes the buffers of a chain from entry walk.at of a descriptor table on.
+    """Takes the buffers of a chain from walk.desc on, which is entry walk.at of a table.
 
     Ends after the last descriptor, at one that names an indirect table, or at a fault; walk.at and
     walk.desc tell where. Returns a vr_fault_code.
+
+    `rare` is a constant wherever this is called, so two loops are compiled. Without it, a buffer
+    that is not one ordinary segment ends the walk like a fault, and walk_rare begins anew. That
+    loop calls vr_learn alone, which leaves the walk in registers.
     """
     cdef int code
     while True:
-        walk.desc = vr_read_desc(table + <size_t>walk.at * DESC_SIZE)
         if (walk.desc.flags & (DESC_F_WRITE | DESC_F_INDIRECT)) != walk.writable:
             if walk.desc.flags & DESC_F_INDIRECT:
                 return FAULT_NONE
@@ -51,12 +66,20 @@ cdef int walk_table(
                 return FAULT_ORDER
             walk.writable = DESC_F_WRITE
             vr_end_readable(room, walk, chain)
-        code = vr_add_buffer(room, walk, chain)
-        if vr_unlikely(code) or not walk.desc.flags & DESC_F_NEXT:
-            return code
+        if rare:
+            code = vr_add_buffer(room, walk, chain)
+            if code:
+                return code
+        elif vr_likely(take_plain(room, walk)):
+            walk.bytes += walk.desc.len
+        else:
+            return FAULT_FULL       # of no meaning but that it is a fault
+        if not walk.desc.flags & DESC_F_NEXT:
+            return FAULT_NONE
         if vr_unlikely(walk.desc.next >= entries):
             return FAULT_NEXT
         walk.at = vr_follow(walk.at, walk.desc.next)
+        walk.desc = vr_read_desc(table + <size_t>walk.at * DESC_SIZE)
 
 
 cdef int walk_scattered(
@@ -71,62 +94,59 @@ cdef int walk_scattered(
             walk.desc.addr = table
             walk.desc.len = entries * DESC_SIZE
             return FAULT_INDIRECT_ADDRESS
-        walk.at = 0
-        code = walk_table(room, walk, chain, entry, 0)
-        walk.at = at
+        walk.desc = vr_read_desc(entry)
         # A table of no entries makes every `next` a fault.
+        code = walk_table(room, walk, chain, entry, 0, True)
+        walk.at = at
         if code != FAULT_NEXT or walk.desc.next >= entries:
             return code
         at = walk.desc.next
 
 
-cdef int walk_indirect(
-    vr_room* room, vr_walk* walk, vr_chain* chain, bint negotiated
+cdef int walk_rare(
+    vr_room* room, vr_walk* walk, vr_chain* chain, const uint8_t* table, bint negotiated
 ) noexcept nogil:
-    """Goes on in the indirect table that walk.desc names. Returns a vr_fault_code."""
-    cdef uint64_t address = walk.desc.addr
-    cdef uint32_t entries = walk.desc.len // DESC_SIZE
-    cdef const uint8_t* table = NULL
-    cdef vr_walk copy
-    cdef int code = vr_locate_table(room, walk, negotiated, <uint32_t>-1, &table)
-    if vr_unlikely(code):
-        return code
-    walk.at = 0
-    if vr_likely(table != NULL):
-        code = walk_table(room, walk, chain, table, entries)
-    else:
-        copy = walk[0]
-        code = walk_scattered(room, &copy, chain, address, entries)
-        walk[0] = copy
-    if vr_unlikely(walk.desc.flags & DESC_F_INDIRECT and not code):
-        return FAULT_INDIRECT_NESTED
-    return code
+    """Takes a chain that has something unusual or wrong about it, from its head walk.at on.
 
-
-cdef int walk_chain(
-    vr_room* room, vr_walk* walk, vr_chain* chain, const vr_avail* avail
-) noexcept nogil:
-    """Any chain, from its head in walk.at on. Returns a vr_fault_code."""
+    `negotiated`: whether indirect tables are. Returns a vr_fault_code.
+    """
+    cdef const uint8_t* found = NULL
+    cdef uint64_t address
+    cdef uint32_t entries
     cdef int code
+    walk.desc = vr_read_desc(table + <size_t>walk.at * DESC_SIZE)
     vr_start_chain(walk, chain, <uint32_t>(walk.segment - room.segments))
-    code = walk_table(room, walk, chain, avail.table, room.size)
+    code = walk_table(room, walk, chain, table, room.size, True)
     if walk.desc.flags & DESC_F_INDIRECT and not code:
-        code = walk_indirect(room, walk, chain, avail.indirect)
+        address = walk.desc.addr
+        entries = walk.desc.len // DESC_SIZE
+        code = vr_locate_table(room, walk, negotiated, <uint32_t>-1, &found)
+        if code:
+            return code
+        walk.at = 0
+        if found != NULL:
+            walk.desc = vr_read_desc(found)
+            code = walk_table(room, walk, chain, found, entries, True)
+        else:
+            code = walk_scattered(room, walk, chain, address, entries)
+        if walk.desc.flags & DESC_F_INDIRECT and not code:
+            return FAULT_INDIRECT_NESTED
     return code or vr_end_chain(room, walk, chain)
 
 
 cdef uint32_t pop_singles(
-    const vr_avail* avail, vr_chain* chains, const vr_room* room, iovec** segments
+    const uint8_t* heads, const uint8_t* table, uint16_t index, uint32_t ready, vr_chain* chains,
+    const vr_room* room, uint64_t* max_bytes
 ) noexcept nogil:
-    """Pops one-descriptor chains, the most common, up to the first of another kind; how many."""
+    """Pops one-descriptor chains, the most common, up to the first of another kind; how many.
+
+    What is unusual about a chain or wrong with it is left to the walk over all kinds.
+    """
     cdef const vr_region* near = room.memory.regions
-    cdef const uint8_t* heads = avail.heads
-    cdef const uint8_t* table = avail.table
-    cdef iovec* segment = segments[0]
+    cdef iovec* segment = room.segments
     cdef vr_entry desc
-    cdef uint64_t offset
-    cdef uint32_t i, at, size = room.size, index = avail.index
-    cdef uint32_t ready = min(avail.ready, <uint32_t>(room.end - segment))
+    cdef uint64_t offset, left = max_bytes[0]
+    cdef uint32_t i, at, size = room.size
     for i in range(ready):
         at = vr_load16(heads + AVAIL_ENTRY * <size_t>((index + i) & (size - 1)))
         if vr_unlikely(at >= size):
@@ -143,113 +163,16 @@ cdef uint32_t pop_singles(
                 ready = i
                 break
             offset = desc.addr - near.guest
-        # length - 1 leaves a length of 0 to the other ways
-        if vr_unlikely(<uint64_t>desc.len - 1 >= near.size - offset):
+        # length - 1 leaves a length of 0 to the other way
+        if vr_unlikely(<uint64_t>desc.len - 1 >= near.size - offset or desc.len > left):
             ready = i
             break
+        left -= desc.len
         segment[i].iov_base = near.host + offset
         segment[i].iov_len = desc.len
         vr_single(&chains[i], at, i, desc.len, desc.flags & DESC_F_WRITE)
-    segments[0] += ready
+    max_bytes[0] = left
     return ready
-
-
-cdef uint32_t pop_plain(
-    const vr_avail* avail, uint32_t i, vr_chain* chains, const vr_room* room, iovec** segments,
-    uint64_t* max_bytes
-) noexcept nogil:
-    """Pops chains from number i on, up to the first that has anything unusual or wrong about it:
-    that is left to the loop over all kinds. Returns the number of the chain reached.
-
-    Few variables live at a time, so that all of them are in registers.
-    """
-    cdef const vr_region* near = room.memory.regions
-    cdef const uint8_t* table
-    cdef iovec* segment = segments[0]
-    cdef iovec* first
-    cdef const iovec* last
-    cdef vr_entry desc
-    cdef uint64_t offset, total
-    cdef uint32_t at, entries, writable
-    cdef bint whole
-    cdef vr_chain* chain = chains + i
-    while i < avail.ready:
-        at = vr_load16(avail.heads + AVAIL_ENTRY * <size_t>((avail.index + i) & (room.size - 1)))
-        table = avail.table
-        entries = room.size
-        if vr_unlikely(at >= entries):
-            break
-        chain.head = at
-        chain.descriptors = 1
-        chain.first_segment = <uint32_t>(segment - room.segments)
-        desc = vr_read_desc(table + <size_t>at * DESC_SIZE)
-        if desc.flags & DESC_F_INDIRECT:
-            if vr_unlikely(
-                not avail.indirect or desc.flags & DESC_F_NEXT or desc.len % DESC_SIZE
-                or desc.len == 0
-            ):
-                break
-            offset = desc.addr - near.guest
-            if offset >= near.size:
-                near = vr_lookup(room.memory, room.hints, desc.addr)
-                if vr_unlikely(near == NULL):
-                    break
-                offset = desc.addr - near.guest
-            if vr_unlikely(desc.len > near.size - offset):
-                break
-            table = near.host + offset
-            entries = desc.len // DESC_SIZE
-            at = 0
-            desc = vr_read_desc(table)
-        first = segment
-        # A chain that has no end meets this one.
-        last = min(room.end, <const iovec*>segment + room.size)
-        total = 0
-        writable = 0
-        whole = False
-        while True:
-            if (desc.flags & (DESC_F_WRITE | DESC_F_INDIRECT)) != writable:
-                if vr_unlikely(writable or desc.flags & DESC_F_INDIRECT):
-                    break
-                writable = DESC_F_WRITE
-                chain.n_readable = <uint32_t>(segment - first)
-                chain.readable_bytes = <uint32_t>total
-            offset = desc.addr - near.guest
-            if offset >= near.size:
-                near = vr_lookup(room.memory, room.hints, desc.addr)
-                if vr_unlikely(near == NULL):
-                    break
-                offset = desc.addr - near.guest
-            # length - 1 leaves a length of 0 to the other way
-            if vr_unlikely(segment == last or <uint64_t>desc.len - 1 >= near.size - offset):
-                break
-            segment.iov_base = near.host + offset
-            segment.iov_len = desc.len
-            segment += 1
-            total += desc.len
-            if not desc.flags & DESC_F_NEXT:
-                whole = True
-                break
-            if vr_unlikely(desc.next >= entries):
-                break
-            at = vr_follow(at, desc.next)
-            desc = vr_read_desc(table + <size_t>at * DESC_SIZE)
-        if vr_unlikely(not whole or total > max_bytes[0] or total >> 32):
-            segment = first
-            break
-        max_bytes[0] -= total
-        if writable:
-            chain.n_writable = <uint32_t>(segment - first) - chain.n_readable
-            chain.writable_bytes = <uint32_t>total - chain.readable_bytes
-        else:
-            chain.n_readable = <uint32_t>(segment - first)
-            chain.n_writable = 0
-            chain.readable_bytes = <uint32_t>total
-            chain.writable_bytes = 0
-        chain += 1
-        i += 1
-    segments[0] = segment
-    return i
 
 
 @cython.final
@@ -299,62 +222,84 @@ cdef class SplitQueue(VirtQueue):
         self, vr_chain* chains, uint32_t max_chains, iovec* segments, uint32_t max_segments,
         uint64_t max_bytes
     ) noexcept nogil:
-        cdef vr_avail avail
+        cdef const uint8_t* heads = self.avail + AVAIL_RING
+        cdef const uint8_t* table = self.desc
+        cdef uint32_t size = self.size, i = 0, ready, head, entries
+        cdef const uint8_t* found
+        cdef iovec* first
+        cdef vr_walk copy
+        cdef uint16_t index = self.next_avail
         cdef vr_chain* chain
         cdef vr_room room
         cdef vr_walk walk
-        cdef uint32_t i = 0
         cdef int code = 0
-        avail.index = self.next_avail
-        avail.ready = <uint16_t>(vr_load16_acquire(self.avail + AVAIL_INDEX) - avail.index)
-        avail.heads = self.avail + AVAIL_RING
-        avail.table = self.desc
-        avail.indirect = self.indirect
+        ready = <uint16_t>(vr_load16_acquire(self.avail + AVAIL_INDEX) - index)
         if self.fault.code:
             return VR_BROKEN
         # What is in flight still occupies descriptors, so the driver cannot add a whole ring.
-        if avail.ready + (self.popped - self.pushed) > self.size:
-            return self.fail(FAULT_AVAIL_INDEX, <uint16_t>(avail.index + avail.ready), 0, 0)
-        avail.ready = min(avail.ready, max_chains)
+        if ready + (self.popped - self.pushed) > size:
+            return self.fail(FAULT_AVAIL_INDEX, <uint16_t>(index + ready), 0, 0)
+        ready = min(ready, max_chains)
         room.memory = &self.map
         room.hints = self.hints
-        room.size = self.size
+        room.size = size
         room.extra = 0
         room.work = 0
         room.odd = False
         room.segments = segments
         room.end = segments + max_segments
-        if max_bytes == <uint64_t>-1:
-            i = pop_singles(&avail, chains, &room, &segments)
-        while i < avail.ready:
-            i = pop_plain(&avail, i, chains, &room, &segments, &max_bytes)
-            if vr_likely(i == avail.ready):
+        walk.near = self.map.regions
+        i = pop_singles(
+            heads, table, index, min(ready, max_segments), chains, &room, &max_bytes
+        )
+        walk.segment = segments + i
+        while i < ready:
+            chain = &chains[i]
+            head = vr_load16(heads + AVAIL_ENTRY * <size_t>((index + i) & (size - 1)))
+            if vr_unlikely(head >= size):
+                if i == 0:
+                    return self.fail(FAULT_HEAD, head, 0, 0)
                 break
-            walk.at = vr_load16(
-                avail.heads + AVAIL_ENTRY * <size_t>((avail.index + i) & (self.size - 1))
-            )
-            if walk.at < self.size:
-                chain = &chains[i]
-                chain.head = walk.at
-                chain.descriptors = 1
-                walk.near = self.map.regions
-                walk.segment = segments
-                code = walk_chain(&room, &walk, chain, &avail)
+            first = walk.segment
+            chain.head = head
+            chain.descriptors = 1
+            vr_start_chain(&walk, chain, <uint32_t>(first - segments))
+            walk.at = head
+            walk.desc = vr_read_desc(table + <size_t>head * DESC_SIZE)
+            found = table
+            entries = size
+            if walk.desc.flags & DESC_F_INDIRECT:
+                found = NULL
+                entries = walk.desc.len // DESC_SIZE
+                vr_locate_table(&room, &walk, self.indirect, <uint32_t>-1, &found)
+                if vr_likely(found != NULL):
+                    walk.at = 0
+                    walk.desc = vr_read_desc(found)
+            code = FAULT_FULL
+            if vr_likely(found != NULL):
+                code = walk_table(&room, &walk, chain, found, entries, False)
+                code |= walk.desc.flags & DESC_F_INDIRECT
+            if vr_likely(not code):
+                code = vr_end_chain(&room, &walk, chain)
             else:
-                code = FAULT_HEAD
-            if code:
+                # A copy, since the walk of this loop must not leave the registers.
+                copy = walk
+                copy.at = head
+                copy.segment = first
+                code = walk_rare(&room, &copy, chain, table, self.indirect)
+                walk = copy
+            if vr_unlikely(code):
                 break
-            if walk.bytes > max_bytes:
+            if vr_unlikely(walk.bytes > max_bytes):
                 if i:
                     break
                 max_bytes = walk.bytes
             max_bytes -= walk.bytes
-            segments = walk.segment
             i += 1
         # What is sound comes first; the next pop meets the broken chain again, or the bigger table.
         if code and i == 0:
             return self.chain_fault(code, walk.at, walk.desc.addr, walk.desc.len)
-        self.next_avail = avail.index + i
+        self.next_avail = index + i
         self.popped += i
         return i
 
