@@ -3,6 +3,7 @@
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
+from vring._sampler cimport vr_sampler
 from vring._segments cimport vr_backlog
 from vring._walk cimport vr_chain
 from vring._wire cimport iovec
@@ -25,8 +26,6 @@ cdef enum:
     TURN_WAIT = 0               # a kick, or the descriptor
     TURN_MORE                   # another turn: there is more to do
     TURN_LATER                  # another turn in SAMPLE_NS
-    # how long chains may gather that come in a stream
-    SAMPLE_NS = 250_000
 
 cdef enum:
     # news for the flow's owner, in the order in which it is told
@@ -77,15 +76,7 @@ cdef struct vr_flow:
     bint listening              # the driver was asked for kicks
     bint call_due               # the driver wants to know of used chains and has not been told
     bint overflowing
-    bint sampling               # outgoing: chains stream in; look for them now and then, unkicked
-    uint32_t found              # outgoing: chains popped since the queue was last empty
-    uint32_t streak             # since they come fast
-    uint32_t unanswered         # samples for which the driver has not been called
-    uint64_t emptied            # ns; when the queue was last empty
-    uint64_t calm_until         # ns; until then, no sampling
-    uint64_t calm_ns            # how long that was
-    uint32_t sampled            # chains since sampling began
-    bint warm                   # there were many of them the last time
+    vr_sampler sampler          # outgoing
     uint32_t offered            # incoming: most buffers the driver had available at once
     uint64_t room               # bytes to try at once: what the descriptor took lately, and more
     uint64_t skip               # bytes of the first available chain that the descriptor took

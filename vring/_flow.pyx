@@ -20,6 +20,7 @@ from vring._linux cimport (
     errno, ioctl, msghdr, readv, recv, recvmsg, sendmsg, vr_count, vr_note, vr_now, writev
 )
 from vring._notify cimport notify_any
+from vring._sampler cimport sampler_call_waits, sampler_goes_on
 from vring._segments cimport (
     backlog_add, backlog_cut, backlog_drop, backlog_segments, strip_copy, strip_cut, strip_mend,
     strip_skip, vr_strip
@@ -38,22 +39,6 @@ cdef enum:
     CHAINS = 1024
     # The kernel takes longer over a segment than a copy of so few bytes does.
     SMALL = 512
-    # Sampling begins after so many chains that came in batches, or with less than SAMPLE_NS between
-    # them, and goes on while each sample has so many. Of several processes in the guest that take
-    # turns, one may wait so long (ns) for the next: that is no end of its stream.
-    STREAK = 16
-    SAMPLE_CHAINS = 3
-    TURN_NS = 8_000_000
-    # A stream that had so many chains sampled is believed at once when it goes on later.
-    SAMPLED_MIN = 5
-    # After fewer, the last of them with chains in it whose sender waits for something, sampling is
-    # not tried again for so long (ns), twice as long each time.
-    CALM_NS_MIN = 500_000
-    CALM_NS_MAX = 64_000_000
-    # A sample that found such a part of the queue full: the driver waits for room, or soon will.
-    CROWDED_PART = 2
-    # Samples after which the driver is called although more chains come.
-    UNANSWERED_MAX = 4
     # A longer rest of a half-written chain is cut off when the flow ends, and counted as dropped.
     RESIDUE_MAX = 64 << 20
 
@@ -281,43 +266,6 @@ cdef bint wait_for_chains(vr_flow* flow) noexcept nogil:
 
 # --- guest to host
 
-cdef bint samples(vr_flow* flow) noexcept nogil:
-    """The queue is empty: is it worth while to look again soon, instead of being kicked?
-
-    Kicks and calls cost the guest far more than its work on a chain. As long as chains stream in,
-    they are taken unkicked, as many as came in SAMPLE_NS, and one call serves several samples: a
-    driver that goes on is not waiting for it, and one that waits sends no more, which is noticed
-    by the next sample.
-    """
-    cdef uint64_t now
-    cdef uint32_t found = flow.found
-    flow.found = 0
-    if CROWDED_PART * found >= <uint32_t>(<VirtQueue>flow.queue).size:
-        return False
-    now = vr_now()
-    if flow.sampling:
-        if found >= SAMPLE_CHAINS:
-            flow.sampled += found
-            return True
-        flow.sampling = False
-        flow.warm = flow.sampled >= SAMPLED_MIN
-        if flow.warm:
-            flow.calm_ns = 0
-        elif found:
-            flow.calm_ns = min(max(2 * flow.calm_ns, <uint64_t>CALM_NS_MIN), <uint64_t>CALM_NS_MAX)
-            flow.calm_until = now + flow.calm_ns
-    if found >= SAMPLE_CHAINS or now < flow.emptied + SAMPLE_NS:
-        flow.streak += found
-    elif now >= flow.emptied + TURN_NS:
-        flow.streak = 0
-    flow.emptied = now
-    if now >= flow.calm_until and (flow.streak >= STREAK or (flow.warm and found)):
-        flow.sampling = True
-        flow.warm = False
-        flow.streak = flow.sampled = 0
-    return flow.sampling
-
-
 cdef void settle(vr_flow* flow, const vr_tables* tables, uint32_t n, uint64_t taken) noexcept nogil:
     """Completes the chains within the first `taken` bytes of a batch and gives back the others."""
     cdef uint32_t done = 0
@@ -458,10 +406,12 @@ cdef int turn_out(vr_flow* flow, vr_tables* tables) noexcept nogil:
             if flow.backlog.length and flow.ready:
                 return TURN_MORE
             # A console's driver does wait, for each chain.
-            if not flow.lossy and not flow.busy_ns and samples(flow):
+            if not flow.lossy and not flow.busy_ns and sampler_goes_on(
+                &flow.sampler, (<VirtQueue>flow.queue).size
+            ):
                 return TURN_LATER
             return TURN_MORE if wait_for_chains(flow) else TURN_WAIT
-        flow.found += n
+        flow.sampler.found += n
         left -= send_batch(flow, tables, n)
         if left <= 0:
             break
@@ -553,10 +503,7 @@ cdef int flow_turn(vr_flow* flow, vr_tables* tables) noexcept nogil:
         flow.listening = False
         (<VirtQueue>flow.queue).disable_notifications_c()
     after = turn_in(flow, tables) if flow.incoming else turn_out(flow, tables)
-    if after == TURN_LATER and flow.unanswered < UNANSWERED_MAX:
-        flow.unanswered += 1
-    else:
-        flow.unanswered = 0
+    if not sampler_call_waits(&flow.sampler, after == TURN_LATER):
         call_driver(flow)
     return after
 

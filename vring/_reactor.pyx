@@ -13,8 +13,8 @@ from libc.string cimport memset
 
 from vring._core cimport VirtQueue
 from vring._flow cimport (
-    FD_PIPE, FD_SOCKET, SAMPLE_NS, TURN_LATER, TURN_MORE, flow_finish, flow_turn,
-    tables_free, tables_init, vr_fd
+    FD_PIPE, FD_SOCKET, TURN_LATER, TURN_MORE, flow_finish, flow_turn, tables_free, tables_init,
+    vr_fd
 )
 from vring._linux cimport (
     EFD_CLOEXEC, EFD_NONBLOCK, ENOMEM, EPERM, EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT,
@@ -27,6 +27,7 @@ from vring._linux cimport (
     sigdelset, sigfillset, sigset_t, stat_t, timespec, vr_count, vr_get_flag, vr_now, vr_same_file,
     vr_set_flag, write
 )
+from vring._sampler cimport SAMPLE_NS
 
 cdef enum:
     EVENTS = 64                 # taken from epoll at once
