@@ -380,3 +380,23 @@ def test_any_bytes_in_any_split_give_the_same_events(wire, steps, side):
         at += step
         turn += 1
     assert run(parts) == run([wire])
+
+
+def test_gathering_begins_between_chunks_only():
+    """What is left of a chunk, or of its header, is never taken for the header of the next."""
+    inner = chunk(b"inner")
+    decoder, into = ChunkDecoder(), bytearray()
+    decoder.receive_data(chunk(b"first" + inner)[:13])
+    assert bytes(decoder.next_piece()[1]) == b"first"
+    decoder.receive_data(inner)
+    assert decoder.gather(1, into, 100) == 0
+    assert bytes(decoder.next_piece()[1]) == inner
+
+    decoder.receive_data(chunk(b"")[:4])
+    assert decoder.next_piece() is None
+    decoder.receive_data(struct.pack("<I", len(inner)) + inner)
+    assert decoder.gather(1, into, 100) == 0
+    assert bytes(decoder.next_piece()[1]) == inner
+    decoder.receive_data(inner)
+    assert decoder.gather(1, into, 100) == 5
+    assert into == b"inner"

@@ -14,6 +14,7 @@ from tests.support.waiting import until
 from vring import GuestMemory, Region
 from vring_serial.chardev.pipe import PipeChardev, PipeOptions
 from vring_serial.device.console.controller import DEFAULT_FEATURES
+from vring_serial.device.console.events import EmergencyWrite
 from vring_serial.device.console.port import Port
 from vring_serial.proto.console import ConsoleFeature
 from vring_serial.proto.virtio import Feature, Status
@@ -371,3 +372,34 @@ def generation(guest) -> int:
     if guest.machine.kind == "pci":
         return guest.registers.read_common(21, 1)
     return guest.machine.mmio.read(0xFC, 4) if guest.machine.kind == "mmio" else 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_interface_takes_an_emergency_write(make_controller, make_machine, kind):
+    controller = make_controller(max_ports=1)
+    events = []
+    controller.on_event = events.append
+    driver = make_machine(controller, kind).driver()
+    driver.write_config(8, ord("!"), 4)  # even before features
+    assert [event.char for event in events if isinstance(event, EmergencyWrite)] == [ord("!")]
+
+
+@pytest.mark.parametrize("kind", ["pci", "mmio"])
+@pytest.mark.parametrize("base", [1 << 32, 5 << 32])
+async def test_rings_may_be_above_4_gib(make_controller, make_machine, kind, base):
+    """All 64 bits of each address count; nothing is mapped where their lower halves point to."""
+    machine = make_machine(make_controller(max_ports=1), kind)
+    machine.model.set_memory(GuestMemory([Region(base, bytearray(1 << 16))]))
+    driver = machine.driver()
+    driver.accept(DEFAULT_FEATURES)
+    areas = (base, base + 0x1000, base + 0x2000)
+    driver.start_queue(0, 16, areas)
+    driver.status = driver.status | Status.DRIVER_OK
+    assert not driver.status & Status.DEVICE_NEEDS_RESET
+    for at in range(3):  # each of them is needed
+        driver.status = 0
+        driver.accept(DEFAULT_FEATURES)
+        low = [address & 0xFFFFFFFF if at == i else address for i, address in enumerate(areas)]
+        driver.start_queue(0, 16, tuple(low))
+        driver.status = driver.status | Status.DRIVER_OK
+        assert driver.status & Status.DEVICE_NEEDS_RESET
