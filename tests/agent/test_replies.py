@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from tests.support.waiting import turns
 from vring_serial.agent.channel import replies as replies_module
 from vring_serial.agent.channel.replies import Replies
 
@@ -24,9 +25,9 @@ async def test_one_asker_after_another():
     await ask(replies, "a")
     await ask(replies, "a")  # its own answers come in order
     waiting = asyncio.ensure_future(ask(replies, "b"))
-    await asyncio.sleep(0.01)
+    await turns()
     assert replies.answered() == "a"
-    await asyncio.sleep(0.01)
+    await turns()
     assert not waiting.done()
     assert replies.answered() == "a"
     await waiting
@@ -46,7 +47,7 @@ async def test_who_leaves_before_its_turn_has_asked_nothing():
     replies = Replies()
     await ask(replies, "a")
     leaving = asyncio.ensure_future(ask(replies, "b"))
-    await asyncio.sleep(0.01)
+    await turns()
     leaving.cancel()
     await asyncio.gather(leaving, return_exceptions=True)
     assert replies.clear() == ["a"]

@@ -9,13 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.waiting import turns
 from vring_serial.chardev.hangup import HangupWatch, is_leaving, unread
 
 pytestmark = pytest.mark.usefixtures("no_leak")
-
-
-async def soon() -> None:
-    await asyncio.sleep(0.02)
 
 
 async def test_bytes_do_not_wake_it_and_a_hangup_does_once() -> None:
@@ -25,14 +22,14 @@ async def test_bytes_do_not_wake_it_and_a_hangup_does_once() -> None:
     with ours, theirs:
         watch.watch(ours.fileno())
         theirs.send(b"unread")
-        await soon()
+        await turns()
         assert gone == []
         assert ours.recv(6) == b"unread"
         theirs.shutdown(socket.SHUT_WR)
-        await soon()
+        await turns()
         assert gone == [ours.fileno()]
         theirs.close()
-        await soon()
+        await turns()
         assert gone == [ours.fileno()]
     watch.close()
 
@@ -43,7 +40,7 @@ async def test_a_peer_that_left_before_the_watch_began() -> None:
     ours, theirs = socket.socketpair()
     theirs.close()
     watch.watch(ours.fileno())
-    await soon()
+    await turns()
     assert gone == [ours.fileno()]
     ours.close()
     watch.close()
@@ -57,7 +54,7 @@ async def test_what_is_unwatched_is_not_told() -> None:
     theirs.close()
     watch.unwatch(ours.fileno())
     watch.unwatch(ours.fileno())
-    await soon()
+    await turns()
     assert gone == []
     ours.close()
     watch.close()
@@ -76,7 +73,7 @@ async def test_one_callback_may_end_the_watch_of_another() -> None:
     for ours, theirs in pairs:
         watch.watch(ours.fileno())
         theirs.close()
-    await soon()
+    await turns()
     assert len(gone) == 1
     for ours, _ in pairs:
         ours.close()
@@ -114,14 +111,14 @@ async def test_patience_begins_with_the_hangup_and_may_end_before(
     with ours, theirs:
         watch.watch(ours.fileno())
         theirs.send(b"unread")
-        await soon()
+        await turns()
         assert asked == []
         theirs.shutdown(socket.SHUT_WR)
-        await soon()
+        await turns()
         assert set(asked) == {False}
         theirs.close()
         asked.clear()
-        await soon()
+        await turns()
         assert set(asked) == {True}
         assert gone == []
         seconds = 0.0
@@ -161,7 +158,7 @@ async def test_a_regular_file_cannot_hang_up(tmp_path: Path) -> None:
     watch = HangupWatch(gone.append)
     with (tmp_path / "file").open("wb") as file:
         watch.watch(file.fileno())
-        await soon()
+        await turns()
         watch.unwatch(file.fileno())
     watch.close()
     assert gone == []

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.leaks import held
+from tests.support.waiting import turns
 from vring_serial.device.kicks import KickWatch
 
 MANY = 1 << 40
@@ -21,22 +22,16 @@ def semaphore() -> Iterator[int]:
     os.close(fd)
 
 
-async def turns() -> None:
-    """Of the loop, so many that one that is told without end would be told often."""
-    for _ in range(100):
-        await asyncio.sleep(0)
-
-
 async def test_a_semaphore_is_told_once(semaphore: int) -> None:
     told: list[int] = []
     watch = KickWatch(semaphore, lambda: told.append(1))
     for kicks in range(1, 4):
         os.eventfd_write(semaphore, MANY)
-        await turns()
+        await turns(100)
         assert len(told) == kicks
     watch.close()
     os.eventfd_write(semaphore, 1)
-    await turns()
+    await turns(100)
     assert len(told) == 3
 
 
@@ -44,16 +39,16 @@ async def test_what_was_written_before_is_told(semaphore: int) -> None:
     os.eventfd_write(semaphore, MANY)
     told: list[str] = []
     first = KickWatch(semaphore, lambda: told.append("first"))
-    await turns()
+    await turns(100)
     assert told == ["first"]
     # queues may share a descriptor
     second = KickWatch(semaphore, lambda: told.append("second"))
-    await turns()
+    await turns(100)
     assert told == ["first", "first", "second"]
     first.close()
     first.close()
     os.eventfd_write(semaphore, 1)
-    await turns()
+    await turns(100)
     assert told[3:] == ["second"]
     second.close()
 
@@ -73,7 +68,7 @@ async def test_what_one_raises_costs_another_nothing(semaphore: int) -> None:
     watches = [KickWatch(fd, kicked) for fd in (semaphore, other) for kicked in (broken, whole)]
     for fd in (semaphore, other):
         os.eventfd_write(fd, 1)
-    await turns()
+    await turns(100)
     assert told == [1, 1]
     assert [type(context["exception"]) for context in said] == [KeyError, KeyError]
     for watch in watches:
@@ -92,9 +87,9 @@ async def test_a_watch_may_end_another_as_it_is_told(semaphore: int) -> None:
 
     watches += [KickWatch(semaphore, kicked)]
     os.eventfd_write(semaphore, 1)
-    await turns()
+    await turns(100)
     os.eventfd_write(semaphore, 1)
-    await turns()
+    await turns(100)
     assert told == [1]
 
 
@@ -106,7 +101,7 @@ async def test_descriptors_come_back(semaphore: int) -> None:
         watches = [KickWatch(fd, lambda: None) for fd in (semaphore, closed)]
         os.close(closed)  # too early, and somebody else has it
         os.eventfd_write(copy, 1)
-        await turns()
+        await turns(100)
         for watch in watches:
             watch.close()
         os.close(copy)

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from tests.support.leaks import held
-from tests.support.waiting import until
+from tests.support.waiting import turns, until
 from vring_serial.guest.errors import (
     BackendClosedError,
     BackendError,
@@ -115,7 +115,7 @@ async def test_writers_block_while_the_host_end_is_closed(device, port) -> None:
     await port.wait_host(False)
     writer.write(b"held")
     draining = asyncio.ensure_future(writer.drain())
-    await asyncio.sleep(0.02)
+    await turns()
     assert not draining.done()
     assert device.queues[PORT1_TX].available() == 0
     device.control(1, PORT_OPEN)
@@ -128,7 +128,7 @@ async def test_nothing_is_written_before_the_device_has_heard_of_the_opening(dev
     _, writer = await port.open()
     writer.write(b"early")
     draining = asyncio.ensure_future(writer.drain())
-    await asyncio.sleep(0.02)
+    await turns()
     assert device.queues[PORT1_TX].available() == 0
     assert not draining.done()
     assert await device.next_control() == (1, PORT_OPEN, 1)
@@ -176,7 +176,7 @@ async def test_close_waits_until_the_device_has_used_everything(device, port) ->
     assert await device.next_control() == (1, PORT_OPEN, 1)
     writer.write(b"last words")
     writer.close()
-    await asyncio.sleep(0.02)
+    await turns()
     assert device.queues[3].available() == 0  # no PORT_OPEN(0) yet
     assert await device.receive(PORT1_TX) == b"last words"
     await writer.wait_closed()
@@ -260,7 +260,7 @@ async def test_a_reader_that_does_not_read_stops_the_device(device, port) -> Non
     await until(lambda: not writer.transport.is_reading())
     for _ in range(64):
         device.send(PORT1_RX, b"b" * 4096)
-    await asyncio.sleep(0.02)
+    await turns()
     assert device.queues[PORT1_RX].available() == 0
     assert await reader.readexactly(65 * 4096) == b"a" * 4096 + b"b" * 64 * 4096
     await until(lambda: device.queues[PORT1_RX].available() == 64)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.leaks import held
-from tests.support.waiting import until
+from tests.support.waiting import turns, until
 from vring_serial.errors import ResourceError
 from vring_serial.guest.errors import (
     BackendClosedError,
@@ -286,7 +286,7 @@ async def test_a_backend_that_dies_while_it_is_sent_to_is_told_once(tmp_path, ca
     except BlockingIOError:
         pass
     asking = asyncio.ensure_future(frontend.ask(vu.Request.GET_FEATURES, vu.U64))
-    await asyncio.sleep(0.01)
+    await turns()
     theirs.close()
     with pytest.raises(BackendClosedError):
         await asking

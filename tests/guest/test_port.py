@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.waiting import turns
 from vring import SplitQueue
 from vring_serial.guest.memory import GuestRam
 from vring_serial.guest.port import GuestPort
@@ -87,12 +88,6 @@ async def harness(*, event_idx: bool = True) -> AsyncIterator[Harness]:
         harness.port.remove(ConnectionError("the test is over"))
         await asyncio.sleep(0)
         harness.close()
-
-
-async def turns() -> None:
-    """Let what is ready happen: callbacks, descriptors, and callbacks of those."""
-    for _ in range(4):
-        await asyncio.sleep(0)
 
 
 class Reader:

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
+import protocols
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-TARGET = Path(__file__).parents[2] / "fuzz" / "protocols.py"
-spec = importlib.util.spec_from_file_location("fuzz_protocols", TARGET)
-protocols = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(protocols)
 
 
 @pytest.mark.parametrize("target", protocols.TARGETS, ids=lambda target: target.__name__)

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import random
-from pathlib import Path
 
+import registers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-TARGET = Path(__file__).parents[3] / "fuzz" / "registers.py"
-spec = importlib.util.spec_from_file_location("fuzz_registers", TARGET)
-registers = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(registers)
 
 
 @given(st.binary(max_size=800))

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from tests.support.waiting import until
+from tests.support.waiting import turns, until
 from vring import GuestMemory, Region, SplitDriver
 from vring_serial import unix_fds
 from vring_serial.device.base import VirtioDevice
@@ -79,7 +79,7 @@ class Server:
 
     def settle(self) -> None:
         """Let the server see what was sent before, and finish with it."""
-        self.run(asyncio.sleep(0.02))
+        self.run(turns())
 
     def wait_for(self, *states: str) -> None:
         """Until ``on_peer`` has told these."""

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+import vfio_user as target
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-TARGET = Path(__file__).parents[3] / "fuzz" / "vfio_user.py"
-spec = importlib.util.spec_from_file_location("fuzz_vfio_user", TARGET)
-assert spec is not None
-assert spec.loader is not None
-sys.modules["fuzz_vfio_user"] = target = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(target)
 
 
 @pytest.fixture(autouse=True)

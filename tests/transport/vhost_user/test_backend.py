@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.support.leaks import held
-from tests.support.waiting import until
+from tests.support.waiting import turns, until
 from vring_serial.errors import ConfigError, LocalProtocolError, ResourceError
 from vring_serial.proto.vhost_user import (
     U64,
@@ -256,7 +256,7 @@ async def test_the_next_frontend_waits_for_the_first_to_go(
     first, second = connect(), connect()
     await first.ask(Request.GET_FEATURES)
     second.send(Request.GET_FEATURES)
-    await asyncio.sleep(0.02)
+    await turns()
     await first.ask(Request.GET_FEATURES)
     first.close()
     assert (await second.receive()).decode_reply(U64).value == FEATURES | BIT_30

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.waiting import turns
 from vring_serial.proto.vhost_user import BackendRequest, Empty, ProtocolFeature, Request
 from vring_serial.transport.vhost_user.backend import PROTOCOL_FEATURES
 
@@ -78,7 +79,7 @@ async def test_a_full_channel_is_written_to_when_there_is_room(frontend: Any, de
     with theirs:
         assert await frontend.acked(Request.SET_BACKEND_REQ_FD, None, (theirs.fileno(),)) == 0
     device.on_config_change()
-    await asyncio.sleep(0.01)
+    await turns()
     while filled:
         filled -= len(ours.recv(min(filled, 1 << 16)))
     ours.setblocking(False)
