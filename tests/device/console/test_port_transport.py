@@ -353,6 +353,24 @@ async def test_nothing_of_a_large_chain_comes_from_memory_that_is_gone(bare):
     assert "is gone" in str(bare.broken[0])
 
 
+async def test_what_was_delivered_is_left_out_of_its_own_chain_alone(bare):
+    protocol = Recorder()
+    transport = bare.connect(protocol)
+    for number, data in enumerate([b"delivered, rest", b" and more"]):
+        address = bare.BUFFERS + 4096 * number
+        bare.memory.write(address, data)
+        bare.driver.add([(address, len(data))], [])
+    bare.publish()
+    transport.start_transmitq(bare.running, len(b"delivered, "))
+    used = 0
+    async with asyncio.timeout(5):
+        while used < 2:
+            used += len(bare.driver.get_used()[0])
+            await asyncio.sleep(0)
+    assert protocol.data == b"rest and more"
+    assert transport.stop_transmitq() == 0
+
+
 async def test_what_is_written_while_the_vm_is_paused_arrives_when_it_goes_on(rig):
     built = await rig()
     built.guest.pause()
