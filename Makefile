@@ -46,9 +46,10 @@ run: build ## the main job: the whole agent path on the embedded guest
 test: build ## the tests; those that need a real peer skip without it (make peers)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-check: build $(VENV)/check-tools ## linters, types, import contracts
+check: build $(VENV)/check-tools ## linters, docstrings, types, import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python scripts/check-docstrings
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/cython-lint vring
 	$(BIN)/mypy
 	$(BIN)/lint-imports

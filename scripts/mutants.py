@@ -202,7 +202,7 @@ def mutants_of(root: Path, path: str) -> list[Mutant]:
 
 
 def apply(source: bytes, mutant: Mutant) -> bytes:
-    """The file with the change in it."""
+    """Return the source with the change in it."""
     return source[: mutant.start] + mutant.new.encode() + source[mutant.end :]
 
 
@@ -215,7 +215,7 @@ def _parses(source: bytes) -> bool:
 
 
 def room_of(path: str) -> str:
-    """The room that a file is in."""
+    """Return the room that a file is in."""
     inside = path.removeprefix(PACKAGE + "/")
     return next(room for room in ROOMS if inside.startswith(room))
 
@@ -277,7 +277,7 @@ class Count:
 
 
 def files_of(paths: list[str]) -> Iterator[str]:
-    """The modules in the rooms, or below the paths given."""
+    """Yield the modules in the rooms, or below the paths given."""
     for room in ROOMS if not paths else [""]:
         for top in paths or [f"{PACKAGE}/{room}"]:
             place = ROOT / top

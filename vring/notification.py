@@ -28,7 +28,7 @@ class NotificationData(NamedTuple):
 
     @classmethod
     def unpack(cls, value: int) -> NotificationData:
-        """Takes apart what the driver wrote, a little-endian 32-bit number.
+        """Take apart the little-endian 32-bit number that the driver wrote.
 
         Raises:
             LocalMisuseError: `value` is not of 32 bits.

@@ -79,7 +79,7 @@ class GuestQueue:
         return cls._layout(size)[3] + size * slot
 
     def device_queue(self, name: str = "queue", memory: GuestMemory | None = None) -> SplitQueue:
-        """The device's side, in `memory` if that is another mapping of the same bytes."""
+        """Return the device's side, in `memory` if that is another mapping of the same bytes."""
         desc, avail, used = self.rings
         return SplitQueue(
             memory or self.memory,
@@ -93,7 +93,7 @@ class GuestQueue:
         )
 
     def add(self, lengths: Sequence[int] | NDArray[np.uint32]) -> bool:
-        """Makes the next buffers available as they are, of these lengths; True: kick the device.
+        """Make the next buffers available as they are, of these lengths; True: kick the device.
 
         Raises:
             LocalMisuseError: more buffers than are free.
@@ -106,7 +106,7 @@ class GuestQueue:
         return self.driver.publish()
 
     def send(self, data: bytes, lengths: Sequence[int]) -> bool:
-        """Makes `data` available in buffers of these lengths; True: kick the device.
+        """Make `data` available in buffers of these lengths; True: kick the device.
 
         Raises:
             LocalMisuseError: more buffers than are free, or longer than a slot.
@@ -121,18 +121,18 @@ class GuestQueue:
         return self.add(lengths)
 
     def offer(self, count: int | None = None, length: int | None = None) -> bool:
-        """Makes `count` (default: all free) buffers available as they are; True: kick."""
+        """Make `count` (default: all free) buffers available as they are; True: kick."""
         n = self.driver.num_free if count is None else count
         return self.add(np.full(n, self.slot if length is None else length, np.uint32))
 
     def collect(self) -> NDArray[np.uint32]:
-        """Takes used buffers back; the bytes the device wrote into each."""
+        """Take used buffers back; return how many bytes the device wrote into each."""
         _, lengths = self.driver.get_used()
         self._oldest = (self._oldest + len(lengths)) % self.size
         return lengths
 
     def receive(self) -> bytes:
-        """Takes used buffers back; what the device wrote into them."""
+        """Take used buffers back; return the bytes that the device wrote into them."""
         at = self._oldest
         lengths = self.collect()
         return b"".join(

@@ -29,7 +29,7 @@ class SocketPathError(ResourceError):
 
 
 def encode_path(path: str) -> bytes:
-    """A path, or a name without its leading NUL, as socket calls take it.
+    """Encode a path, or a name without its leading NUL, for socket calls.
 
     Raises:
         SocketPathError: it is too long.
@@ -135,7 +135,7 @@ def _remove_stale(path: str, name: bytes) -> None:
 
 
 def _check_stale(path: str, name: bytes) -> None:
-    """Raises SocketPathError unless ``path`` is a socket that nobody has open."""
+    """Raise SocketPathError unless ``path`` is a socket that nobody has open."""
     if not stat.S_ISSOCK(os.lstat(path).st_mode):
         raise SocketPathError(path, "exists and is not a socket")
     # A datagram socket cannot connect to a stream listener, so the question disturbs nobody: who

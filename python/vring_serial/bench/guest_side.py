@@ -141,7 +141,7 @@ class GuestSide:
             self._receiving[nr] = Ring(receive)
 
     def connect_plain(self, path: str) -> None:
-        """The yardstick: a socket to the peer's process."""
+        """Connect the yardstick, a socket to the peer's process."""
         self.plain.connect(path)
 
     # --- transfer
@@ -216,7 +216,7 @@ class GuestSide:
         return times
 
     def ping_eventfd(self, count: int) -> array.array[float]:
-        """The yardstick: an eventfd to the peer's process and one back."""
+        """Measure the yardstick: an eventfd to the peer's process and one back."""
         there, back = os.eventfd(0), os.eventfd(0)
         self.plain.send_fds([there, back])
         times = array.array("d")
@@ -231,9 +231,11 @@ class GuestSide:
         return times
 
     def plain_send(self, length: int, count: int) -> None:
+        """Send ``count`` messages of ``length`` bytes on the yardstick."""
         self.plain.send(length, count)
 
     def plain_receive(self, total: int) -> None:
+        """Receive ``total`` bytes on the yardstick."""
         self.plain.receive(total)
 
     def close(self) -> None:

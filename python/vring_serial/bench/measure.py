@@ -120,7 +120,7 @@ def _through_ports(
 
 
 def _plain(rig: Rig, samples: _Samples, outwards: bool, size: int, count: int) -> None:
-    """The same straight from the one process to the other."""
+    """Measure the same messages on a socket between the two processes."""
     sender, receiver = (rig.guest, rig.peer) if outwards else (rig.peer, rig.guest)
     seconds = rig.timed(
         (receiver, "plain_receive", (size * count,)), (sender, "plain_send", (size, count))

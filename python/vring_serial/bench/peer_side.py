@@ -25,7 +25,7 @@ class PeerSide:
             end.connect(path)
 
     def listen_plain(self, path: str) -> None:
-        """The yardstick's other end."""
+        """Listen for the yardstick's socket."""
         self.plain.listen(path)
 
     def send(self, ports: Sequence[int], length: int, count: int) -> None:
@@ -72,7 +72,7 @@ class PeerSide:
             end.sendall(data)
 
     def echo_eventfd(self, count: int) -> None:
-        """The yardstick of that."""
+        """Answer ``count`` eventfd notifications, the yardstick of round trips."""
         there, back = self.plain.receive_fds(2)
         for _ in range(count):
             os.eventfd_read(there)
@@ -81,9 +81,11 @@ class PeerSide:
         os.close(back)
 
     def plain_send(self, length: int, count: int) -> None:
+        """Send ``count`` messages of ``length`` bytes on the yardstick."""
         self.plain.send(length, count)
 
     def plain_receive(self, total: int) -> None:
+        """Receive ``total`` bytes on the yardstick."""
         self.plain.receive(total)
 
     def close(self) -> None:
@@ -94,7 +96,7 @@ class PeerSide:
 
 
 def _nonblocking(ends: Iterable[socket.socket], events: int) -> selectors.BaseSelector:
-    """A selector of these connections, which block no more."""
+    """Make these connections non-blocking, and return a selector of them."""
     selector = selectors.DefaultSelector()
     for end in ends:
         end.setblocking(False)

@@ -30,6 +30,7 @@ class PlainEnd:
 
     @property
     def end(self) -> socket.socket:
+        """The connected socket; the first access accepts it where this end listens."""
         if self._socket is None:
             assert self._listener is not None
             self._socket, _ = self._listener.accept()
@@ -48,7 +49,7 @@ class PlainEnd:
         socket.send_fds(self.end, [b"."], fds)
 
     def receive_fds(self, count: int) -> list[int]:
-        """The descriptors that the other end passes."""
+        """Return the ``count`` descriptors that the other end passes."""
         return socket.recv_fds(self.end, 1, count)[1]
 
     def close(self) -> None:

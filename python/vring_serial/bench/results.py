@@ -55,14 +55,16 @@ class Result:
 
     @property
     def median(self) -> float:
+        """The median of the samples."""
         return statistics.median(self.samples)
 
     @property
     def more_is_better(self) -> bool:
+        """Whether larger figures are better: rates, as opposed to times."""
         return self.unit.endswith("/s")
 
     def percentile(self, percent: float) -> float:
-        """The sample that so many percent of all do not exceed."""
+        """Return the sample that ``percent`` of all samples do not exceed."""
         ordered = sorted(self.samples)
         return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]
 
@@ -135,7 +137,7 @@ def _parse(entry: dict[str, Any]) -> Result:
 
 
 def this_machine() -> dict[str, Any]:
-    """What numbers depend on."""
+    """Return the properties of this machine that figures depend on."""
     return {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "processor": _processor(),

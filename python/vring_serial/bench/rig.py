@@ -46,6 +46,7 @@ class Rig:
             raise
 
     def boot(self, queue_size: int, receive_size: int) -> None:
+        """Connect the peer and the yardstick, and boot the guest with queues of ``queue_size``."""
         plain = str(self.directory / "plain")
         self.peer.call("connect", {nr: str(self.directory / f"port{nr}") for nr in self.ports})
         self.peer.call("listen_plain", plain)
@@ -86,6 +87,7 @@ class Rig:
         self.peer.kill()
 
     def close(self) -> None:
+        """End the processes of guest and peer."""
         try:
             self.guest.close()
         finally:

@@ -152,6 +152,7 @@ def _nothing(queue: VirtQueue) -> None:
 
 
 def in_one_batch(queue: VirtQueue) -> None:
+    """Complete everything as one batch."""
     queue.push_many(queue.pop_many())
 
 
@@ -175,17 +176,20 @@ def in_batches(times: int, limit: int = 0, look: Callable[[Batch], object] | Non
 
 
 def one_at_a_time(queue: VirtQueue) -> None:
+    """Complete the chains one by one."""
     pop, push = queue.pop, queue.push
     while (chain := pop()) is not None:
         push(chain)
 
 
 def iterate_queue(queue: VirtQueue) -> None:
+    """Complete the chains in a loop over the queue."""
     for _ in queue:
         pass
 
 
 def iterate_batch(queue: VirtQueue) -> None:
+    """Complete the chains of one batch after a loop over it."""
     batch = queue.pop_many()
     for _ in batch:
         pass
@@ -193,5 +197,6 @@ def iterate_batch(queue: VirtQueue) -> None:
 
 
 def with_memoryview(queue: VirtQueue) -> None:
+    """Complete the chains in a loop that takes a memoryview of each."""
     for chain in queue:
         chain.readable[0]

@@ -83,7 +83,7 @@ def _latency_table(results: Sequence[Result]) -> Table:
 
 
 def comparison(before: Report, after: Report) -> tuple[Table, int]:
-    """What both reports have, side by side, and how much of it there is."""
+    """Return a table of the results that both reports have, and their number."""
     numbers = ["ports", "message", "A", "B", "unit", "B is"]
     table = _table("medians", ["", "", "ring"], numbers)
     old = {result.key: result for result in before.results}

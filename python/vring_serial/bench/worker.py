@@ -64,6 +64,7 @@ class Worker:
 
     @property
     def pid(self) -> int:
+        """The process id."""
         return self._process.pid
 
     def start(self, method: str, *arguments: Any) -> None:
@@ -109,7 +110,7 @@ class Worker:
 
 
 def run(fd: int, side: str) -> None:
-    """What the process does: commands from the socket ``fd`` until that is closed."""
+    """Execute commands from the socket ``fd`` until that is closed."""
     connection = Connection(fd)
     module, _, name = side.partition(":")
     target = getattr(importlib.import_module(f"{__package__}.{module}"), name)()

@@ -62,19 +62,19 @@ class ChardevUser(Protocol):
     """What a chardev tells the one who uses it; always called in the event loop's thread."""
 
     def end_opened(self, end: End) -> None:
-        """The host end is connected. Follows ``start`` at once for chardevs that need no peer."""
+        """Take the connected host end; called right after ``start`` for chardevs without a peer."""
 
     def end_replaced(self, end: DescriptorEnd) -> None:
-        """The open end has new descriptors and the same peer; the guest is not told.
+        """Use the new descriptors of the open end, without telling the guest; the peer is the same.
 
         On return the user must not use the old descriptors any more.
         """
 
     def end_closed(self) -> None:
-        """The end is going away. On return the user must not touch its descriptors any more."""
+        """Let go of the end: on return the user must no longer touch its descriptors."""
 
     def end_resized(self, cols: int, rows: int) -> None:
-        """The terminal behind the end has this size, in characters."""
+        """Note the size of the terminal behind the end, in characters."""
 
 
 class Chardev(Starting):
@@ -113,7 +113,7 @@ class Chardev(Starting):
         """
 
     def peer_gone(self, reason: OSError | None = None) -> None:
-        """The user saw end of file, or an error, on the end's descriptors.
+        """Handle end of file, or an error, that the user saw on the end's descriptors.
 
         The chardev closes the end (``end_closed`` is called before this returns) and waits for the
         next peer in the way of its kind. After an error it may keep the end, for a peer that takes
@@ -122,7 +122,7 @@ class Chardev(Starting):
         """
 
     def guest_opened(self, is_open: bool) -> None:
-        """The guest opened or closed its side of the port."""
+        """Note that the guest opened or closed its side of the port."""
 
     def reopen(self) -> None:
         """Reopen files at their paths, after a log rotation renamed them.
@@ -155,6 +155,6 @@ class Chardev(Starting):
                 self.end = None
 
     def _error(self, doing: str, why: OSError | str) -> ResourceError:
-        """The ResourceError for something that failed, in the words of every chardev."""
+        """Return the ResourceError for a failure, worded as for every chardev."""
         text = why if isinstance(why, str) else why.strerror or str(why)
         return ResourceError(f"chardev {self.id}: cannot {doing}: {text}")

@@ -54,7 +54,7 @@ class TcpAddress:
         return self.at(self.port)
 
     def at(self, port: int) -> str:
-        """The address with another port in words."""
+        """Return the address with another port, for messages."""
         return f"tcp:{f'[{self.host}]' if ':' in self.host else self.host}:{port}"
 
     async def resolve(self, *, passive: bool) -> list[tuple[int, tuple[Any, ...]]]:

@@ -89,7 +89,7 @@ class LastWords:
         return True
 
     def cancel(self) -> None:
-        """The end is closed now."""
+        """Stop waiting, as the end is closed."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -157,7 +157,7 @@ class HangupWatch:
         return True
 
     def look_again(self) -> None:
-        """What patience depends on has changed: ask for it in the loop's next turn."""
+        """Ask again, in the next loop iteration, how long to wait."""
         self._loop.call_soon(self._recheck)
 
     def close(self) -> None:

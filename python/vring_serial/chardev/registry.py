@@ -37,12 +37,12 @@ _NEEDS_CODE = {"spicevmc": "a SPICE agent end", "spiceport": "a SPICE server"}
 
 
 def kinds() -> tuple[str, ...]:
-    """The names of all kinds."""
+    """Return the names of all kinds."""
     return tuple(_TABLE)
 
 
 def options_type(kind: str) -> type[Options]:
-    """The option class of a kind. Raises ConfigError, listing the kinds, if there is none such."""
+    """Return the options class of a kind; raise ConfigError with all kinds if it is unknown."""
     return cast("type[Options]", _load(kind)[1])
 
 

@@ -376,7 +376,7 @@ class SocketChardev(Chardev):
 
 
 def _cut_off(sock: socket.socket) -> str:
-    """What to say of bytes that nobody has read; nothing if there are none."""
+    """Return a log text about unread bytes; empty if there are none."""
     count = unread(sock.fileno())
     return f"; {count} bytes that it had sent were not read" if count else ""
 

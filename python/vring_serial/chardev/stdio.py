@@ -104,7 +104,7 @@ class StdioChardev(StreamChardev):
         super()._input_ended()
 
     def _own(self, fd: int, access: int) -> int:
-        """A non-blocking descriptor for what ``fd`` is open on.
+        """Return a non-blocking descriptor for the file that ``fd`` is open on.
 
         Non-blocking is a property of the open file, which other processes and our own standard
         error may share, so the file is opened anew if it is of a kind that loses nothing by that.

@@ -39,7 +39,7 @@ class StreamChardev(Chardev):
         """Set ``_input`` and ``_output`` to descriptors of our own. Raises ResourceError."""
 
     def _streams_closing(self) -> None:
-        """The descriptors are about to be closed; also after ``_open_streams`` raised."""
+        """Prepare for the descriptors being closed; called also after ``_open_streams`` raised."""
 
     async def start(self) -> None:
         if self._started:

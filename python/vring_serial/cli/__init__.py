@@ -80,6 +80,7 @@ class CommandGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find a command; for an unknown one, fail with the closest name."""
         name = args[0]
         if name not in COMMANDS and not name.startswith("-"):
             from vring_serial.config.words import suggest
@@ -149,7 +150,7 @@ def _command_position(arguments: Sequence[str]) -> int:
 
 
 def _show(error: click.ClickException) -> None:
-    """A usage error as one line; a group without a command shows its help, as click does."""
+    """Print a usage error as one line; for a group without a command, print its help."""
     context = error.ctx if isinstance(error, click.UsageError) else None
     if context is None or isinstance(error, click.exceptions.NoArgsIsHelpError):
         error.show()
@@ -200,11 +201,11 @@ def _print_version(ctx: click.Context, _param: click.Parameter, value: bool) -> 
     help="Show the version and exit.",
 )
 def vring(debug: bool) -> None:
-    """A multiport virtio-serial device outside the emulator, and the SPICE agent channel on it."""
+    """A multiport virtio-serial device outside the emulator, and the SPICE agent channel on it."""  # noqa: D401
 
 
 def main() -> NoReturn:
-    """The entry point of the console script ``vring``."""
+    """Run the console script ``vring``."""
     _have_standard_descriptors()
     try:
         vring.main()

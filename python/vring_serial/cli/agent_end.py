@@ -50,7 +50,7 @@ class AgentEnds:
         self._connecting: set[asyncio.Future[None]] = set()
 
     def factory(self, port: PortConfig) -> ProtocolFactory:
-        """The end of one spicevmc port."""
+        """Return the factory for the end of a spicevmc port."""
         router = AgentRouter(on_event=_logger_of(port))
         self._routers.append(router)
         return router.protocol_factory

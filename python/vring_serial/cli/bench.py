@@ -29,6 +29,7 @@ class BenchGroup(click.Group):
     """``vring bench`` without a measurement measures everything."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Insert the command ``all`` where none is given."""
         if not args or (args[0].startswith("-") and args[0] not in self.get_help_option_names(ctx)):
             args.insert(0, "all")
         return super().parse_args(ctx, args)
@@ -145,7 +146,7 @@ def latency(**options: Any) -> None:
 
 @_measuring(("rings",))
 def rings(**options: Any) -> None:
-    """What a chain costs, driver and device in one thread."""
+    """Measure what a chain costs, with driver and device in one thread."""
 
 
 @bench_command.command("compare", context_settings=_CONTEXT)

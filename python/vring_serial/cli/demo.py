@@ -76,9 +76,11 @@ class Report:
 
     @property
     def all_held(self) -> bool:
+        """Whether every step succeeded."""
         return all(ok for _, _, ok in self.rows)
 
     def add(self, what: str, detail: str, ok: bool = True) -> None:
+        """Record and print a step and its result."""
         self.rows.append((what, detail, ok))
         mark = "[green]✓[/]" if ok else "[red]✗[/]"
         self.console.print(mark, f"{what}: {detail}", highlight=False)
@@ -98,6 +100,7 @@ class Report:
         return result
 
     def table(self, title: str) -> Table:
+        """Return a table of all steps."""
         table = Table("step", "what happened", "", title=title)
         for what, detail, ok in self.rows:
             table.add_row(what, detail, "[green]ok[/]" if ok else "[red]failed[/]")
@@ -116,6 +119,7 @@ class Demo:
         self._ready: defaultdict[int, asyncio.Event] = defaultdict(asyncio.Event)
 
     async def run(self) -> None:
+        """Run all steps."""
         topology = self._topology()
         config = topology.controllers[0]
         controller = make_controller(

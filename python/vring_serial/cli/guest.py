@@ -297,7 +297,7 @@ async def _from_stdin(writer: asyncio.StreamWriter) -> None:
 
 @contextlib.asynccontextmanager
 async def _stdin_chunks() -> AsyncIterator[Callable[[], Awaitable[bytes]]]:
-    """The standard input piece by piece, whatever kind of file it is.
+    """Yield the pieces of standard input, whatever kind of file it is.
 
     A thread of its own reads it, for a read of a terminal cannot be interrupted; it is a daemon, so
     that it does not keep the process when everything else has ended.

@@ -29,7 +29,7 @@ def prepare() -> None:
 
 
 def exhausted(error: Exception) -> str | None:
-    """What to say of an error for want of memory or threads; None if it is another one."""
+    """Return a message for an error for lack of memory or threads; None for any other."""
     number = error.errno if isinstance(error, OSError) and error.filename is None else None
     if isinstance(error, MemoryError) or number == errno.ENOMEM:
         what = "out of memory"

@@ -39,7 +39,7 @@ def run_until_signal(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
 
 
 def stop_on_signals(reload: Callable[[], None] | None = None) -> asyncio.Event:
-    """An event that SIGINT, SIGTERM or the terminal's hang-up sets.
+    """Return an event that SIGINT, SIGTERM or the terminal's hang-up sets.
 
     After the first, SIGINT and SIGTERM have their default effect, and SIGHUP is ignored, because
     both the kernel and the shell may send it.

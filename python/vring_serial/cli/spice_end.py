@@ -77,7 +77,7 @@ class SpiceEnds:
         return makers
 
     def agent_device(self) -> AgentDevice | None:
-        """The server's end of the agent that it shares; None if it shares none."""
+        """Return the server's end of the shared agent; None if it shares none."""
         if self._server is None or not self._agent_shared:
             return None
         return self._server.agent_device()

@@ -22,7 +22,7 @@ ChardevMakers = Mapping[str, Callable[[PortConfig], Chardev]]
 
 
 def make_chardev(config: ChardevConfig, factory: ProtocolFactory | None = None) -> Chardev:
-    """A host end, not started.
+    """Return a host end, not started.
 
     Args:
         factory: for kinds whose end is Python code.
@@ -42,7 +42,7 @@ def make_controller(
     protocol_factories: ProtocolFactories | None = None,
     chardev_makers: ChardevMakers | None = None,
 ) -> Controller:
-    """A controller with its ports, not started. Raises as :func:`make_chardev`.
+    """Return a controller with its ports, not started. Raises as :func:`make_chardev`.
 
     Args:
         pump: moves the bytes of ports whose host end is a descriptor; None for one of its own.

@@ -42,13 +42,13 @@ _DISKS = {"sata": 6, "scsi": 7}
 
 
 def devices(root: Node, *tags: str) -> Iterator[Node]:
-    """The devices of a domain with one of these tags, or all of them."""
+    """Yield the devices of a domain with one of these tags, or all of them."""
     for parent in root.children("devices"):
         yield from parent.children(*tags)
 
 
 def pci_address(node: Node) -> PciAddress | None:
-    """What an ``<address>`` says; None if it is all zero, which leaves the choice open."""
+    """Return the address of an ``<address>``; None if it is all zero, so that any will do."""
     parts = {name: node.number(name) or 0 for name in ("domain", "bus", "slot", "function")}
     try:
         address = PciAddress(**parts)
@@ -145,7 +145,7 @@ class _Reader:
                 plugs.append(plug)
 
     def _read_video(self, videos: list[tuple[Node, bool]], *, graphics: bool) -> None:
-        """The first display has a place of its own; libvirt adds one where there are graphics."""
+        """Place the first display, which libvirt adds where there are graphics."""
         if not videos:
             self._slots.video = graphics
         elif self._machine.video_slot is not None:
@@ -232,7 +232,7 @@ class _Reader:
     # --- controllers
 
     def _controllers(self, nodes: Iterable[tuple[Node, bool]]) -> tuple[list[Plug], list[Plug]]:
-        """What they need, before ours and after ours.
+        """Return the plugs of the controllers before ours, and of those after ours.
 
         libvirt keeps them by type, the types in the order in which they come first. What it adds by
         itself comes last: that of the host's SCSI devices, USB, those of disks, and ours.
@@ -321,7 +321,7 @@ class _Reader:
 
 
 def _model(node: Node) -> str:
-    """The type of the ``<model>`` of an interface or a display."""
+    """Return the type of the ``<model>`` of an interface or a display."""
     model = node.child("model")
     return (model.get("type") or "") if model is not None else ""
 

@@ -59,7 +59,7 @@ _ADDRESS_TYPES = ("ccw", "pci", "virtio-mmio")
 
 
 def load(path: str, *, channel_directory: str = "") -> Topology:
-    """The topology of the domain in a file; ``-`` is standard input.
+    """Return the topology of the domain in a file; ``-`` is standard input.
 
     Args:
         path: the file, at most MAX_XML_BYTES long.
@@ -80,7 +80,7 @@ def parse(data: bytes, *, file: str = "domain", channel_directory: str = "") -> 
 
 
 def read_file(path: str) -> bytes:
-    """The bytes of a file or of standard input (``-``), bounded. Raises as :func:`load`."""
+    """Return the bytes of a file or of standard input (``-``), bounded; raise as :func:`load`."""
     try:
         if path == "-":
             data = sys.stdin.buffer.read(MAX_XML_BYTES + 1)
@@ -320,7 +320,7 @@ def _stream(source: Node) -> dict[str, object]:
 
 
 def _read_port_address(node: Node, port: DraftPort) -> None:
-    """Controller and number, as far as they are given; number 0 is one that is left out."""
+    """Read controller and number, as far as they are given; 0 counts as left out."""
     address = node.child("address")
     if address is None:
         return

@@ -78,7 +78,7 @@ class _Numbers:
     next_free: int = 1
 
     def take_free(self, port: DraftPort) -> int | None:
-        """The first free number for ``port``, which becomes its owner; None if all are taken."""
+        """Give ``port`` the first free number and return that; None if all are taken."""
         if port.console and 0 not in self.owners:
             nr = 0
         else:
@@ -118,7 +118,7 @@ class Draft:
         self._chardev_ids: dict[str, str] = {}
 
     def add_controller(self, controller: DraftController) -> None:
-        """Raises ConfigError if its index is taken or it cannot have that many ports."""
+        """Add a controller; raise ConfigError if its index is taken or it has too many ports."""
         other = self._controllers.get(controller.index)
         if other is not None:
             raise ConfigError(
@@ -132,7 +132,7 @@ class Draft:
         self._controllers[controller.index] = controller
 
     def claim_chardev_id(self, id: str, where: str) -> None:
-        """Raises ConfigError if another host end has this id."""
+        """Reserve the id of a host end; raise ConfigError if another has it."""
         if id in self._chardev_ids:
             raise ConfigError(
                 f"chardev id {id!r} is taken already ({self._chardev_ids[id]})", where
@@ -140,7 +140,7 @@ class Draft:
         self._chardev_ids[id] = where
 
     def add_port(self, port: DraftPort) -> None:
-        """Raises ConfigError if its name cannot be one, or does not suit a spicevmc end."""
+        """Add a port; raise ConfigError if its name is invalid, or wrong for a spicevmc end."""
         if port.chardev.kind == "spicevmc":
             if port.console:
                 raise ConfigError("a console cannot be spicevmc", port.where)
@@ -191,7 +191,7 @@ class Draft:
         return Topology(controllers, tuple(self.warnings), self.name, self.spice)
 
     def _check_spice_ports(self) -> None:
-        """A spiceport is nothing without the server, and clients tell one from another by name."""
+        """Check that spiceports have a server and different names, by which clients know them."""
         named: dict[str, ChardevConfig] = {}
         for port in self._ports:
             if not isinstance(port.chardev.options, SpiceportOptions):
@@ -303,7 +303,7 @@ def place_of(index: int | None, others: Sequence[int | None]) -> int:
 
 
 def check_unix_path(path: str, where: str) -> None:
-    """Raises ConfigError unless ``path`` can be that of a unix socket."""
+    """Raise ConfigError unless ``path`` can be the path of a unix socket."""
     if "\0" in path:
         raise ConfigError("the socket's path holds a NUL", where)
     try:
@@ -318,7 +318,7 @@ def check_unix_path(path: str, where: str) -> None:
 
 
 def check_max_ports(max_ports: int, where: str) -> None:
-    """Raises ConfigError unless a controller can have ``max_ports`` ports."""
+    """Raise ConfigError unless a controller can have ``max_ports`` ports."""
     if not 1 <= max_ports <= LARGEST_MAX_PORTS:
         raise ConfigError(
             f"a controller has 1 to {LARGEST_MAX_PORTS} ports, not {max_ports}", where
@@ -365,7 +365,7 @@ def _check_host_ends(chardevs: Iterable[ChardevConfig]) -> None:
 
 
 def _path_made(chardev: ChardevConfig) -> str:
-    """What only one end of the process can have: the path it creates, or ``stdio``; or ""."""
+    """Return what only one chardev can own: the path it creates, or ``stdio``; else ""."""
     options = chardev.options
     if chardev.kind == "stdio":
         return "stdio"

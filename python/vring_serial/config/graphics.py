@@ -26,7 +26,7 @@ _VALID_TO = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}")
 def read_graphics(
     nodes: Sequence[Node], socket_path: str, warnings: list[str]
 ) -> SpiceConfig | None:
-    """The server that a domain's graphics elements ask for, or None if it is to listen nowhere.
+    """Return the server that a domain's graphics elements declare; None if it listens nowhere.
 
     What concerns display and sound (image, jpeg, streaming, gl, …) is not ours and is passed over.
 
@@ -66,7 +66,7 @@ def read_graphics(
 
 
 def _read_address(node: Node, listen: Node | None, kind: str) -> str:
-    """An empty address is one that is left out; a network's is in the XML of a running domain."""
+    """Return the address; empty ones are left out, networks' are in a running domain's XML."""
     given = (listen.get("address") if listen is not None else None) or node.get("listen")
     if kind == "network" and not given:
         assert listen is not None
@@ -98,12 +98,12 @@ def _read_ports(node: Node, values: dict[str, object]) -> bool:
 
 
 def _port(node: Node, attribute: str) -> int | None:
-    """The number, -1 for one that is to be chosen, or None."""
+    """Return the number; -1 if libvirt would choose it; None if it is left out."""
     return -1 if node.get(attribute) == "-1" else node.number(attribute)
 
 
 def _modes(node: Node) -> dict[str, str]:
-    """The mode of every channel that is named, and of ``default``, which stands for the others."""
+    """Return the mode of every named channel, and of ``default`` for the others."""
     modes = {"default": node.word("defaultMode", _MODES, "any")}
     for channel in node.children("channel"):
         modes[channel.word("name", CHANNELS[:-1])] = channel.word("mode", _MODES)

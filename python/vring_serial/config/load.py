@@ -14,7 +14,7 @@ def load_topology(
     *,
     channel_directory: str = "",
 ) -> Topology:
-    """What a domain XML and options, together, ask for.
+    """Return the topology that a domain XML and options declare together.
 
     Ports of options get numbers after those of the domain; without ``controller=`` they go to its
     first controller that has one free.

@@ -65,6 +65,7 @@ class PciMachine:
 
     @property
     def express(self) -> bool:
+        """Whether the root bus is PCI Express."""
         return self.root == "pcie-root"
 
 
@@ -104,7 +105,7 @@ class PciSlots:
             self.note(address, "the chipset")
 
     def add_bus(self, index: int, model: str, *, fixed: bool) -> None:
-        """A bus that the domain has; ``fixed`` if its controller has an address."""
+        """Add a bus that the domain has; ``fixed`` if its controller has an address."""
         if 0 < index <= _LAST_BUS:
             self._models[index] = model
             if fixed:
@@ -215,7 +216,7 @@ class _Buses:
         return True
 
     def place(self, plug: Plug) -> PciAddress | None:
-        """The first slot that suits, which is in use from now on; None if there is no room."""
+        """Take and return the first suitable slot; None if there is no room."""
         if plug is Plug.EXPRESS and not self._machine.express:
             plug = Plug.CONVENTIONAL
         while True:

@@ -64,7 +64,7 @@ def parse(
     max_ports: int | None = None,
     spice: str | None = None,
 ) -> Topology:
-    """The topology that options alone make. Raises ConfigError naming option, key and cause."""
+    """Return the topology of options alone; raise ConfigError with option, key and cause."""
     draft = Draft()
     read(draft, QemuOptions(chardevs, ports, consoles, max_ports, spice))
     return draft.finish()
@@ -129,7 +129,7 @@ def _split_items(text: str) -> list[str]:
 
 
 def _split_option(flag: str, text: str) -> tuple[list[tuple[str, str | None]], str]:
-    """The pairs of ``text`` and how messages name the option."""
+    """Return the key-value pairs of ``text``, and the option's name for messages."""
     where = f"{flag} {shorten(text)[1:-1]}"
     try:
         return split(text), where
@@ -210,7 +210,7 @@ def _make_options(
     *,
     quote: bool = True,
 ) -> Any:
-    """An instance of ``wanted``.
+    """Return an instance of ``wanted``.
 
     Args:
         other_keys: known as well, and not in ``pairs``.
@@ -242,7 +242,7 @@ def _make_options(
 
 
 def _convert(type_: object, key: str, value: str | None, where: str, quote: bool) -> object:
-    """The value of ``key`` as its field's type has it; a key alone is a boolean that is on."""
+    """Return the value of ``key`` in its field's type; a key alone is a boolean that is on."""
     members = typing.get_args(type_) or (type_,)
     if bool in members:
         return _read_value(parse_bool, key, "on" if value is None else value, where, quote)
@@ -268,7 +268,7 @@ def _read_value(
 def _parse_port(
     flag: str, text: str, unused: dict[str, ChardevConfig], used: dict[str, str]
 ) -> DraftPort:
-    """A port of ``--port`` or ``--console``; its chardev moves from ``unused`` to ``used``."""
+    """Return a port of ``--port`` or ``--console``; move its chardev to ``used``."""
     pairs, where = _split_option(flag, text)
     values: dict[str, str] = {}
     for key, value in pairs:

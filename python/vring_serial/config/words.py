@@ -16,7 +16,7 @@ _LONGEST_WORD = 64
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """What to say after an unknown word: the closest known one, and all of them."""
+    """Return a hint for an unknown word: the closest known one, and all of them."""
     known = sorted(known)
     close = get_close_matches(word[:_LONGEST_WORD].lower(), known, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
@@ -33,7 +33,7 @@ def parse_bool(text: str) -> bool:
 
 
 def parse_int(text: str) -> int:
-    """A number ≥ 0, decimal or after 0x hexadecimal. Raises ValueError."""
+    """Return a number ≥ 0, decimal or after 0x hexadecimal; raise ValueError."""
     if not _INTEGER.fullmatch(text):
         raise ValueError(f"{shorten(text)} is not a number")
     return int(text, 16 if text[:2] in ("0x", "0X") else 10)

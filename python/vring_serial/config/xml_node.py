@@ -22,7 +22,7 @@ class Node:
 
     @classmethod
     def parse(cls, data: bytes, file: str) -> Node:
-        """The root of a document without DOCTYPE. Raises ConfigError naming the line.
+        """Return the root of a document without DOCTYPE; raise ConfigError with the line.
 
         Entities are not expanded, nothing outside the document is loaded, and depth and size of
         what it contains are libxml2's safe defaults.
@@ -45,10 +45,12 @@ class Node:
 
     @property
     def tag(self) -> str:
+        """The tag of the element."""
         return str(self._element.tag)
 
     @property
     def line(self) -> int:
+        """The line on which the element begins; 0 if it is unknown."""
         return self._element.sourceline or 0
 
     @property
@@ -58,6 +60,7 @@ class Node:
 
     @property
     def text(self) -> str:
+        """The text of the element, without the space around it."""
         return (self._element.text or "").strip()
 
     def fail(self, why: str) -> NoReturn:
@@ -70,26 +73,27 @@ class Node:
             yield Node(element, self._file)
 
     def child(self, tag: str) -> Node | None:
-        """The first child element with this tag."""
+        """Return the first child element with this tag."""
         return next(self.children(tag), None)
 
     def get(self, attribute: str) -> str | None:
+        """Return the value of an attribute; None if it does not exist."""
         value = self._element.get(attribute)
         return None if value is None else str(value)
 
     def attributes(self) -> list[str]:
-        """The names of its attributes, in the document's order."""
+        """Return the names of its attributes, in the document's order."""
         return [str(name) for name in self._element.attrib]
 
     def text_of(self, attribute: str) -> str:
-        """The value of an attribute that has to be there and to hold something."""
+        """Return the value of an attribute that must exist and not be empty."""
         value = self.get(attribute)
         if not value:
             self.fail(f"{attribute} is missing")
         return value
 
     def number(self, attribute: str) -> int | None:
-        """A number ≥ 0, or None if the attribute is not there."""
+        """Return a number ≥ 0, or None if the attribute does not exist."""
         value = self.get(attribute)
         if value is None:
             return None
@@ -99,7 +103,7 @@ class Node:
             self.fail(f"{attribute}: {error}")
 
     def flag(self, attribute: str, default: bool = False) -> bool:
-        """A yes or no, on or off."""
+        """Return the boolean of an attribute: yes or no, on or off."""
         value = self.get(attribute)
         if value is None:
             return default

@@ -11,7 +11,7 @@ from vring_serial.errors import LocalProtocolError
 
 
 def check_unserved(device: VirtioDevice) -> None:
-    """Raises LocalProtocolError if a transport serves the device: it has one at a time."""
+    """Raise LocalProtocolError if a transport serves the device: it has one at a time."""
     if device.on_config_change is not None or device.on_needs_reset is not None:
         raise LocalProtocolError(
             f"{device.name}: a front or server has this device already; close or stop that first"
@@ -68,7 +68,7 @@ class VirtioDevice(Protocol):
         ...
 
     def set_driver_features(self, bits: int) -> None:
-        """The driver accepted these features. Raises RemoteProtocolError on bits not offered."""
+        """Take the features that the driver accepted; raise RemoteProtocolError on others."""
         ...
 
     def read_config(self, offset: int, length: int) -> bytes:

@@ -83,28 +83,34 @@ class QueueDevice(abc.ABC):
 
     @property
     def config_size(self) -> int:
+        """See VirtioDevice."""
         return len(self._config)
 
     @property
     def status(self) -> int:
+        """See VirtioDevice."""
         return self._status
 
     def set_status(self, status: int) -> None:
+        """See VirtioDevice."""
         needs_reset = self._status & Status.DEVICE_NEEDS_RESET
         self._status = status | needs_reset if status else 0
 
     def set_driver_features(self, bits: int) -> None:
+        """See VirtioDevice; the bits are kept in ``driver_features``."""
         if bits & ~self.device_features:
             raise RemoteProtocolError(f"{self.name}: the driver accepted features {bits:#x}")
         self.driver_features = bits
 
     def read_config(self, offset: int, length: int) -> bytes:
+        """See VirtioDevice."""
         return self._config[offset : offset + length].ljust(length, b"\0")
 
     def write_config(self, offset: int, data: bytes) -> None:  # noqa: B027 - see the class
         """Ignore what the driver wrote to the configuration space."""
 
     def start_queue(self, index: int, queue: RunningQueue) -> None:
+        """See VirtioDevice; ``serve`` is called for the queue from now on."""
         if not 0 <= index < self.num_queues or index in self._served:
             raise LocalProtocolError(f"{self.name}: queue {index} is none, or runs already")
         self._served[index] = ServedQueue(
@@ -112,6 +118,7 @@ class QueueDevice(abc.ABC):
         )
 
     def stop_queue(self, index: int) -> int:
+        """See VirtioDevice."""
         served = self._served.pop(index, None)
         if served is None:
             return 0
@@ -122,6 +129,7 @@ class QueueDevice(abc.ABC):
         """Expect the queue to start anew."""
 
     def reset(self) -> None:
+        """See VirtioDevice."""
         for index in list(self._served):
             self.stop_queue(index)
         self._status = 0

@@ -35,24 +35,27 @@ class RegisterDriver(Protocol):
     alignment: int
 
     @property
-    def status(self) -> int: ...
+    def status(self) -> int:
+        """The device status (2.1); set it to write the register."""
+        ...
+
     @status.setter
     def status(self, value: int) -> None: ...
     def accept(self, wanted: int) -> int:
-        """Reset the device and accept those of ``wanted`` that it offers; returns them.
+        """Reset the device, accept the features of ``wanted`` that it offers, and return them.
 
         Raises RemoteProtocolError if the device does not take them.
         """
         ...
 
     def queue_size(self, index: int) -> int:
-        """The largest size of a queue; 0 if there is no such queue."""
+        """Return the largest size of a queue; 0 if there is no such queue."""
         ...
 
     def start_queue(
         self, index: int, size: int, areas: tuple[int, int, int], *, vector: int = NO_VECTOR
     ) -> None:
-        """Enable a queue: guest addresses of descriptor, driver and device area."""
+        """Enable a queue; ``areas``: guest addresses of descriptor, driver and device area."""
         ...
 
     def reset_queue(self, index: int) -> None:
@@ -60,20 +63,22 @@ class RegisterDriver(Protocol):
         ...
 
     def notify(self, index: int, data: int | None = None) -> None:
-        """The driver has made buffers available. ``data``: with NOTIFICATION_DATA, what
-        ``vring.Driver.notification_data(index)`` says."""
+        """Notify the device of available buffers.
+
+        ``data``: with NOTIFICATION_DATA, the result of ``vring.Driver.notification_data(index)``.
+        """
         ...
 
     def take_events(self) -> int:
-        """The interrupt's events, which are acknowledged by this."""
+        """Return the events of the interrupt, and acknowledge them."""
         ...
 
     def read_config(self, offset: int, size: int) -> int:
-        """From the device's configuration."""
+        """Return ``size`` bytes of the device configuration, little-endian."""
         ...
 
     def write_config(self, offset: int, value: int, size: int) -> None:
-        """To the device's configuration."""
+        """Write ``size`` bytes of the device configuration, little-endian."""
         ...
 
 
@@ -90,7 +95,7 @@ def _negotiate(driver: RegisterDriver, write_features: Callable[[], None], moder
             raise RemoteProtocolError("the device does not take these features")
 
 
-class PciDriver:
+class PciDriver(RegisterDriver):
     """Drives a PCI function through the structures that its capabilities name.
 
     Args:
@@ -151,7 +156,7 @@ class PciDriver:
         self.write_common(CommonRegister.DEVICE_STATUS, value, 1)
 
     def offered(self) -> int:
-        """The device's features."""
+        """Return the feature bits that the device offers."""
         bits = 0
         for word in (0, 1):
             self.write_common(CommonRegister.DEVICE_FEATURE_SELECT, word, 4)
@@ -209,7 +214,7 @@ class PciDriver:
         self._write(self.structures[CapabilityType.DEVICE_CFG][1] + offset, value, size)
 
 
-class LegacyPciDriver:
+class LegacyPciDriver(RegisterDriver):
     """Drives a transitional PCI function through its I/O registers.
 
     Attributes:
@@ -271,7 +276,7 @@ class LegacyPciDriver:
         self._write(self._config + offset, value, size)
 
 
-class MmioDriver:
+class MmioDriver(RegisterDriver):
     """Drives a virtio-mmio device of either version.
 
     Raises RemoteProtocolError if there is none.
@@ -294,7 +299,7 @@ class MmioDriver:
         self._write(MmioRegister.STATUS, value, 4)
 
     def offered(self) -> int:
-        """The device's features."""
+        """Return the feature bits that the device offers."""
         bits = 0
         for word in (0, 1):
             self._write(MmioRegister.DEVICE_FEATURES_SEL, word, 4)

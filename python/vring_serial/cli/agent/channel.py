@@ -26,7 +26,7 @@ class Channel:
     timeout: float
 
     def check(self) -> None:
-        """Raises UsageError without an address."""
+        """Raise UsageError if there is no address."""
         if not self.address:
             raise click.UsageError(
                 "Missing option '--socket' (or the variable VRING_AGENT_SOCKET).",
@@ -49,7 +49,7 @@ class Channel:
 
     @contextlib.asynccontextmanager
     async def agent(self, capabilities: Capabilities) -> AsyncIterator[HostAgent]:
-        """The agent, once it has announced itself; ``capabilities`` are ours.
+        """Connect and yield the agent when it has announced itself; ``capabilities`` are ours.
 
         Raises AgentTimeoutError if it does not.
         """

@@ -124,7 +124,7 @@ def get_command(channel: Channel, selection: str, kind: str, output: str | None,
 
 
 async def _settle(agent: HostAgent, selection: int) -> None:
-    """An agent that has just announced itself tells what is on its clipboards a moment later."""
+    """Wait a moment for clipboards, which an agent tells soon after it has announced itself."""
     with contextlib.suppress(AgentError):
         await agent.wait_clipboard(selection, timeout=1.0)
 
@@ -210,7 +210,7 @@ def set_command(
 
 
 def _source(text: str | None, path: str | None, pasted: asyncio.Event) -> StreamSource:
-    """The data, read when they are fetched; a file is not held in memory."""
+    """Return the data, read when the guest fetches them; a file is not held in memory."""
     if text is not None or path == "-":
         data = text.encode() if text is not None else sys.stdin.buffer.read()
 

@@ -70,7 +70,7 @@ def send_command(channel: Channel, paths: tuple[str, ...], quiet: bool) -> None:
 
 
 def _checked(path: str) -> Path:
-    """A file that can be sent. Raises ConfigError that says why another cannot."""
+    """Return the path of a file that can be sent; raise ConfigError with the reason otherwise."""
     file = Path(path)
     try:
         if file.is_dir():

@@ -101,5 +101,5 @@ class LegacyRegisters:
         return self._registers.selected.read_legacy_address() // PAGE
 
     def _write_queue_address(self, page: int) -> None:
-        """A page number starts the selected queue, 0 ends it (4.1.5.1.3.1)."""
+        """Start the selected queue at a page number, or stop it with 0 (4.1.5.1.3.1)."""
         self._registers.selected.write_legacy_address(page * PAGE)

@@ -1,9 +1,9 @@
-"""Registers side by side in one range of addresses, with an answer to every access.
+"""Registers in one range of addresses, with a defined result for every access.
 
-Drivers access a register with its own width, and that is one look-up in a table here. Any other
-access is defined as well, since guests are hostile and clients copy whole ranges: reading gives the
-bytes of the registers that lie there and zero between them; writing reaches the registers that it
-covers whole, lowest address first, and no other. What such an access comes to is found out once.
+Drivers access a register with its own width, which takes one look-up in a table. All other accesses
+are defined as well, since guests are hostile and clients copy whole ranges: a read returns the
+bytes of the registers in the range, with zeros between them; a write changes the registers that it
+covers whole, in the order of their addresses. The handlers of such an access are determined once.
 """
 
 from __future__ import annotations
@@ -87,12 +87,17 @@ class RegisterBank:
         read: Callable[[int, int], int],
         write: Callable[[int, int, int], None],
     ) -> None:
-        """Place a range that answers accesses itself: ``read(offset, size)`` within it, and
-        ``write(offset, value, size)``."""
+        """Place a range whose accesses ``read`` and ``write`` handle.
+
+        Args:
+            offset, length: bytes.
+            read: returns ``size`` bytes at an offset in the range: ``read(offset, size)``.
+            write: writes them: ``write(offset, value, size)``.
+        """
         self._add(_Entry(offset, offset + length, read, write, whole=False))
 
     def read(self, offset: int, size: int) -> int:
-        """``size`` bytes at ``offset`` as a little-endian number."""
+        """Return ``size`` bytes at ``offset`` as a little-endian number."""
         return (self._reads.get((offset, size)) or self._reader(offset, size))()
 
     def write(self, offset: int, value: int, size: int) -> None:
@@ -103,7 +108,7 @@ class RegisterBank:
     # --- accesses that are no register's own
 
     def _reader(self, offset: int, size: int) -> ReadHandler:
-        """What such an access reads: each register or window in it, shifted to its place."""
+        """Return what reads such an access: each register or window in it, shifted."""
         parts = tuple(
             (partial(entry.read, start - entry.start, end - start), 8 * (start - offset))
             for entry, start, end in self._overlapping(offset, size)
@@ -122,7 +127,7 @@ class RegisterBank:
         return handler
 
     def _writer(self, offset: int, size: int) -> tuple[WriteHandler, int]:
-        """What such an access writes: each window in it, and each register that it covers whole."""
+        """Return what handles such a write: windows in it, and registers that it covers whole."""
         parts = tuple(
             (entry.write, start - entry.start, 8 * (start - offset), end - start)
             for entry, start, end in self._overlapping(offset, size)
@@ -157,5 +162,5 @@ class RegisterBank:
 
 
 def _ones(size: int) -> int:
-    """The largest number of so many bytes."""
+    """Return the largest number of ``size`` bytes."""
     return (1 << 8 * size) - 1

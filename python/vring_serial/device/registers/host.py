@@ -19,11 +19,11 @@ class Host(Protocol):
         ...
 
     def notified(self) -> None:
-        """A driver has notified a queue: its kick descriptor is readable."""
+        """Serve the queues that have a readable kick descriptor: a driver has notified one."""
         ...
 
 
-class LoopThread:
+class LoopThread(Host):
     """The host of accesses that come in the event loop's own thread."""
 
     def run(self, function: Callable[[], None]) -> None:

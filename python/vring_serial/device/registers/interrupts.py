@@ -33,8 +33,8 @@ class InterruptSink(Protocol):
         ...
 
 
-class NoInterrupts:
-    """The sink of a device that nobody has connected yet."""
+class NoInterrupts(InterruptSink):
+    """The sink of a device that is not connected to interrupts."""
 
     def raise_msix(self, vector: int) -> bool:
         return False
