@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import struct
 
 import pytest
@@ -28,7 +29,7 @@ from vring_serial import (
 from vring_serial.agent import host as host_module
 from vring_serial.agent.channel import link as link_module
 from vring_serial.agent.channel.clipboard import REQUESTS_MAX
-from vring_serial.agent.guest import GUEST_CAPABILITIES, HostLeft
+from vring_serial.agent.guest import GUEST_CAPABILITIES, GuestAgent, HostLeft
 from vring_serial.proto.agent import (
     AnnounceCapabilities,
     Capabilities,
@@ -238,6 +239,19 @@ async def test_an_agent_that_restarts_on_the_same_channel(raw_agent):
     assert (await agent.receive(AnnounceCapabilities)).request
     agent.send(AnnounceCapabilities(False, GUEST_CAPABILITIES))
     assert await agent.receive(ClipboardGrab) == ClipboardGrab(0, (TEXT,), serial=0)
+
+
+async def test_a_client_that_comes_anew_on_the_same_channel(raw_client_type):
+    ours, theirs = socket.socketpair()
+    guest = GuestAgent()
+    await asyncio.get_running_loop().create_connection(guest.protocol_factory, sock=ours)
+    client = raw_client_type(*await asyncio.open_connection(sock=theirs))
+    for _ in range(2):  # serials begin anew with each
+        await client.greet()
+        guest.set_clipboard("text")
+        assert (await client.receive(ClipboardGrab)).serial == 0
+    await client.aclose()
+    await guest.aclose()
 
 
 async def test_waiting_for_an_agent_says_how_far_it_got(raw_agent):

@@ -75,7 +75,7 @@ EVENTS_BYTES = 4 << 20
 
 
 def _to_keep(event: AgentEvent) -> tuple[AgentEvent, int]:
-    """An event that keeps nothing but itself in memory, and about how many bytes that is."""
+    """Return an event that keeps only itself in memory, and about how many bytes that is."""
     if not isinstance(event, OtherMessage):
         return event, 0
     message = event.message

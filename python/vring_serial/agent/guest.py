@@ -184,7 +184,7 @@ class GuestAgent(Ending):
         await asyncio.gather(*sending, return_exceptions=True)
 
     def protocol_factory(self) -> asyncio.Protocol:
-        """A protocol for one connection of the channel."""
+        """Return a protocol for one connection of the channel."""
         return AgentLink(Side.GUEST, self)
 
     def set_clipboard(

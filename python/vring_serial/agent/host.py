@@ -150,7 +150,7 @@ class HostAgent(Ending):
         return self._handshake.remote
 
     def protocol_factory(self) -> asyncio.Protocol:
-        """A protocol for one connection of the channel."""
+        """Return a protocol for one connection of the channel."""
         return AgentLink(Side.HOST, self)
 
     async def aclose(self) -> None:
@@ -258,7 +258,7 @@ class HostAgent(Ending):
     async def get_clipboard(
         self, selection: int = Selection.CLIPBOARD, *, timeout: float | None = None
     ) -> str:
-        """The text on a clipboard of the guest; lines end in ``\\n``.
+        """Return the text on a clipboard of the guest; lines end in ``\\n``.
 
         Raises as :meth:`get_clipboard_data` does.
         """
@@ -270,7 +270,7 @@ class HostAgent(Ending):
     async def get_clipboard_data(
         self, kind: int, selection: int = Selection.CLIPBOARD, *, timeout: float | None = None
     ) -> bytes:
-        """The guest's clipboard in one ClipboardType, as it came.
+        """Return the guest's clipboard in one ClipboardType, as it came.
 
         Raises ClipboardEmptyError if the guest has nothing of that type, ClipboardTooLargeError,
         AgentUnsupportedError, AgentTimeoutError if nothing comes for ``timeout`` seconds,
@@ -303,7 +303,7 @@ class HostAgent(Ending):
         return self._clipboard.open(selection, kind, seconds)
 
     def clipboard_types(self, selection: int = Selection.CLIPBOARD) -> tuple[int, ...]:
-        """The types that the guest has on a clipboard; empty if it does not own it."""
+        """Return the types that the guest has on a clipboard; empty if it does not own it."""
         return self._clipboard.remote_types.get(selection, ())
 
     async def wait_clipboard(

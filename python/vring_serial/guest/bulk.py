@@ -52,7 +52,7 @@ async def receive_bulk(reader: asyncio.StreamReader, total: int) -> str:
 
 
 def is_count(word: bytes) -> bool:
-    """Whether ``word`` is a number of bytes that a request may name."""
+    """Return whether ``word`` is a number of bytes that a request may name."""
     return word.isdigit() and len(word) <= 16 and int(word) <= MAX_BYTES
 
 

@@ -143,7 +143,7 @@ class Frontend:
     async def tell(
         self, kind: vu.Request, payload: vu.Payload | None = None, fds: Sequence[int] = ()
     ) -> None:
-        """A request without a reply of its own, acknowledged where REPLY_ACK is in use.
+        """Send a request without a reply of its own, acknowledged where REPLY_ACK is in use.
 
         The descriptors stay the caller's. Raises BackendRefusedError, or another BackendError.
         """
@@ -228,7 +228,7 @@ class Frontend:
 
     @contextlib.contextmanager
     def _failing(self, kind: vu.Request, *, reply: bool) -> Iterator[None]:
-        """What goes wrong while a request is under way ends the connection."""
+        """End the connection if anything goes wrong while a request is under way."""
         try:
             yield
         except TimeoutError:
@@ -311,18 +311,18 @@ class Frontend:
             await self._open_backend_channel()
 
     async def set_features(self, bits: int) -> None:
-        """The driver's feature bits; a subset of ``offered``."""
+        """Tell the backend the driver's feature bits, a subset of ``offered``."""
         if self._has_protocol_features:
             bits |= 1 << vu.F_PROTOCOL_FEATURES
         await self.tell(vu.Request.SET_FEATURES, vu.U64(bits))
 
     async def set_status(self, status: int) -> None:
-        """The device status, where the backend wants to know it."""
+        """Tell the backend the device status, if it wants to know it."""
         if vu.ProtocolFeature.STATUS in self.protocol_features:
             await self.tell(vu.Request.SET_STATUS, vu.U64(status))
 
     async def get_status(self) -> int | None:
-        """The device status, or None where the backend keeps none."""
+        """Return the device status, or None if the backend keeps none."""
         if vu.ProtocolFeature.STATUS not in self.protocol_features:
             return None
         return (await self.ask(vu.Request.GET_STATUS, vu.U64)).value
@@ -333,7 +333,7 @@ class Frontend:
         return vu.ProtocolFeature.CONFIG in self.protocol_features
 
     async def read_config(self, offset: int, length: int) -> bytes | None:
-        """A part of the configuration space, or None where the backend has none."""
+        """Return a part of the configuration space, or None if the backend has none."""
         if not self.has_config:
             return None
         access = vu.ConfigAccess(offset, bytes(length))

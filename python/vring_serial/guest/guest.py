@@ -315,7 +315,7 @@ class EmbeddedGuest(Starting):
         name: str | None = None,
         timeout: float | None = DEFAULT_TIMEOUT,
     ) -> GuestPort:
-        """The port with this number, or name, as soon as the device has announced it.
+        """Return the port with this number, or name, as soon as the device has added it.
 
         Raises:
             BackendTimeoutError: it did not in ``timeout`` seconds (None: no limit); the message
@@ -357,7 +357,7 @@ class EmbeddedGuest(Starting):
         raise self._lost
 
     async def wait_lost(self) -> Exception:
-        """Until the backend is gone or the guest is stopped; returns why."""
+        """Wait until the backend is gone or the guest is stopped; return why."""
         while self._lost is None:
             await self._changed.wait()
         return self._lost

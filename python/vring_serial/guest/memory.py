@@ -70,7 +70,7 @@ class GuestRam:
         return self.memory.view(address, size)
 
     def user_address(self, address: int) -> int:
-        """The user address of a guest address, as SET_VRING_ADDR wants it."""
+        """Return the user address of a guest address, as SET_VRING_ADDR wants it."""
         return address - self.guest_addr + self.user_addr
 
     def close(self) -> None:

@@ -43,7 +43,7 @@ class PortOwner(Protocol):
         """
 
     def transmit_buffers(self, port: GuestPort) -> TransmitBuffers:
-        """The port's transmit buffers, made when first wanted. Raises GuestMemoryError."""
+        """Return the port's transmit buffers, made when first wanted. Raises GuestMemoryError."""
 
 
 class GuestPort:
@@ -189,7 +189,7 @@ class GuestPort:
             await self._changed.wait()
 
     async def wait_removed(self) -> None:
-        """Until the device removes the port or the guest stops."""
+        """Wait until the device removes the port or the guest stops."""
         while self.removed is None:
             await self._changed.wait()
 
@@ -252,7 +252,7 @@ class GuestPort:
     # --- for the driver
 
     def notified_transmit(self) -> None:
-        """The device has used transmit buffers."""
+        """Take back the transmit buffers that the device has used."""
         if self._tx is not None:
             self._tx.queue.disable_notifications()
             self._tx.reclaim()
@@ -315,7 +315,7 @@ class GuestPort:
             self._transport.flush()
 
     def control_settled(self) -> None:
-        """The device has used every control message."""
+        """Go on: the device has used every control message."""
         if self._unheard:
             self._unheard = False
             if self._transport is not None:
@@ -348,7 +348,7 @@ class GuestPort:
             self._inbox.append(None)
 
     def remove(self, error: Exception) -> None:
-        """The device took the port away, or the whole guest ends."""
+        """End the port: the device took it away, or the whole guest ends."""
         self.removed = error
         self.host_connected = self.guest_connected = False
         self._inbox.clear()

@@ -282,7 +282,7 @@ def _is_listening(fd: int) -> bool:
 
 
 def _format_address(raw: bytes) -> str:
-    """A struct sockaddr as text. Raises ValueError if it is too short."""
+    """Return a struct sockaddr as text. Raises ValueError if it is too short."""
     if len(raw) < 2:
         return "a unix socket"
     family = int.from_bytes(raw[:2], "little")

@@ -139,7 +139,7 @@ class Library:
 
 @functools.cache
 def load() -> Library:
-    """The library, loaded once per process.
+    """Return the library, loaded once per process.
 
     Raises:
         DependencyError: it, or cffi, is not installed; the message names the package.

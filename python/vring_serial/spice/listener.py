@@ -110,7 +110,7 @@ class _InUseError(ResourceError):
 def _resolve(
     options: SpiceOptions, port: int
 ) -> list[tuple[socket.AddressFamily, socket.SocketKind, int, str, tuple[object, ...]]]:
-    """The addresses to listen on. Raises ResourceError if the name stands for none."""
+    """Return the addresses to listen on. Raises ResourceError if the name stands for none."""
     family = socket.AF_UNSPEC
     if options.ipv4 or options.ipv6:
         family = socket.AF_INET if options.ipv4 else socket.AF_INET6

@@ -68,7 +68,7 @@ class SpiceServer(Starting):
         self._tls_port = 0
 
     def agent_chardev(self, id: str) -> AgentChardev:
-        """The host end of the agent channel; a server has one agent."""
+        """Return the host end of the agent channel; a server has one agent."""
         return AgentChardev(id, self)
 
     def agent_device(self) -> AgentDevice:
@@ -76,7 +76,7 @@ class SpiceServer(Starting):
         return AgentDevice(self)
 
     def port_chardev(self, id: str, name: str) -> PortChardev:
-        """The host end of a port channel that clients know as ``name``."""
+        """Return the host end of a port channel that clients know as ``name``."""
         return PortChardev(id, self, name)
 
     async def start(self) -> None:

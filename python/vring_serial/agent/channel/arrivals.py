@@ -17,13 +17,13 @@ class Arrivals:
         self._there: list[Path] = []
 
     def ended(self, path: Path | None) -> None:
-        """A transfer has ended, with the file or without."""
+        """Count a transfer that has ended, with the file or without."""
         if path is not None:
             self._there.append(path)
         self._ended.put_nowait(path)
 
     def agent_left(self) -> None:
-        """No more will come."""
+        """End the waiting: no more files will come."""
         self._ended.put_nowait(AgentGoneError("the agent went away with files missing"))
 
     def remove(self) -> None:

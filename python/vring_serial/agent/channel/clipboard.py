@@ -112,7 +112,7 @@ def as_offer(content: str | bytes | Offer, *, crlf: bool = False) -> Offer:
 
 
 async def pieces_of(data: bytes) -> AsyncGenerator[Buffer]:
-    """Data that are all there, in pieces."""
+    """Iterate over data that are all there, in pieces."""
     view = memoryview(data)
     for start in range(0, len(data), PIECE_MAX):
         yield view[start : start + PIECE_MAX]
@@ -134,7 +134,7 @@ class ClipboardReader(BodyReader):
         self._begun = False
 
     def begin(self, kind: int, size: int) -> None:
-        """The answer is of this type and ``size`` bytes long."""
+        """Begin the answer, which is of this type and ``size`` bytes long."""
         self.size = size
         self._begun = True
         if self._most != ANY_SIZE and size > self._most:
@@ -194,13 +194,13 @@ class ClipboardChannel:
         self.remote_most = ANY_SIZE
 
     def begin_session(self, link: AgentLink) -> None:
-        """The other end starts anew: serials count from 0, and it owns nothing."""
+        """Start anew with the other end: serials count from 0, and it owns nothing."""
         self.end_session()
         self._link = link
         self.has_told = False
 
     def end_session(self) -> None:
-        """The other end is gone. What we own stays ours, for :meth:`tell_owned`."""
+        """Forget the other end, which is gone. What we own stays ours, for :meth:`tell_owned`."""
         self._link = None
         self._serials = dict.fromkeys(Selection, 0)
         for selection in list(self.remote_types):
@@ -220,7 +220,7 @@ class ClipboardChannel:
         await asyncio.gather(*answering, return_exceptions=True)
 
     def stop_answering(self) -> None:
-        """The link is gone for good: nobody waits for the answers under way."""
+        """Cancel the answers under way: the link is gone for good, and nobody waits for them."""
         for task in self._answering.values():
             task.cancel()
         self._answering.clear()  # a task that never ran would not say so
@@ -273,13 +273,13 @@ class ClipboardChannel:
         return ClipboardGrab(selection, tuple(self._offers[selection]), serial)
 
     def owned(self, selection: int) -> Offer:
-        """What we have on this clipboard; empty if we do not own it."""
+        """Return what we have on this clipboard; empty if we do not own it."""
         return self._offers.get(selection, {})
 
     # --- what the other end owns
 
     async def fetch(self, selection: int, kind: int, timeout: float) -> bytes:
-        """The other end's data in one type. Raises as :meth:`open` does."""
+        """Return the other end's data in one type. Raises as :meth:`open` does."""
         parts = bytearray()
         async with contextlib.aclosing(self.open(selection, kind, timeout)) as pieces:
             async for piece in pieces:

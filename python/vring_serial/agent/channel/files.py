@@ -48,7 +48,7 @@ _GLIB_ERRORS = {
 
 
 def refusal(status: FileXferStatus, size: int) -> str:
-    """What a STATUS that ends a transfer says, for people."""
+    """Return what a STATUS that ends a transfer says, for people."""
     match status.result:
         case FileXferResult.CANCELLED:
             return "the guest cancelled it"
@@ -97,12 +97,12 @@ class FileSender:
         self._last_id = first_id - 1
 
     def begin_session(self, link: AgentLink) -> None:
-        """The other end starts anew and knows of no transfer."""
+        """Start anew with the other end, which knows of no transfer."""
         self.end_session("the agent started anew")
         self._link = link
 
     def end_session(self, why: str) -> None:
-        """The other end is gone."""
+        """End all transfers: the other end is gone."""
         self._link = None
         for outgoing in self._outgoing.values():
             outgoing.admitted.set()
@@ -155,7 +155,7 @@ class FileSender:
 
     @contextlib.contextmanager
     def _transfer(self, link: AgentLink, size: int) -> Iterator[_Outgoing]:
-        """A transfer, which is cancelled on the other end if the block fails before its end."""
+        """Begin a transfer; cancel it on the other end if the block fails before its end."""
         self._last_id = self._first_id + (self._last_id + 1 - self._first_id) % (FROM_GUEST - 1)
         outgoing = self._outgoing[self._last_id] = _Outgoing(self._last_id, size)
         try:
@@ -197,7 +197,7 @@ class FileSender:
 
 
 def _open(path: Path) -> io.FileIO:
-    """The file for reading, if it is a regular one. Raises FileTransferError."""
+    """Open the file for reading, if it is a regular one. Raises FileTransferError."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -213,7 +213,7 @@ def _open(path: Path) -> io.FileIO:
 
 
 async def _within(timeout: float, work: Awaitable[Result], what: str) -> Result:
-    """The result of ``work``, or AgentTimeoutError saying what the agent did not do."""
+    """Return the result of ``work``; AgentTimeoutError says what the agent did not do."""
     try:
         async with asyncio.timeout(timeout):
             return await work

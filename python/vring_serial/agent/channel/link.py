@@ -53,33 +53,33 @@ class BodySink(Protocol):
     """Takes the payload of one streamed message."""
 
     def feed(self, data: Buffer) -> None:
-        """The next bytes."""
+        """Take the next bytes."""
 
     def end(self, complete: bool) -> None:
-        """No more follows; ``complete`` says whether all came."""
+        """End: no more follows; ``complete`` says whether all came."""
 
 
 class LinkOwner(Protocol):
     """What a link tells the one who uses it. All calls come from the event loop's thread."""
 
     def link_up(self, link: AgentLink) -> None:
-        """The link can be written to."""
+        """Begin to use the link: it can be written to."""
 
     def link_down(self, link: AgentLink, reason: Exception | None) -> None:
-        """The link is closed. ``reason`` is None for an orderly end."""
+        """Forget the link, which is closed. ``reason`` is None for an orderly end."""
 
     def link_message(
         self, link: AgentLink, port: int, message: TypedMessage | UnknownMessage
     ) -> None:
-        """A whole message arrived."""
+        """Act on a whole message."""
 
     def link_body(
         self, link: AgentLink, port: int, head: StreamedMessage, size: int
     ) -> BodySink | None:
-        """A long message begins; None discards its payload."""
+        """Return what takes the payload of a long message that begins; None discards it."""
 
     def link_trouble(self, link: AgentLink, error: AgentProtocolError) -> None:
-        """The peer sent a wrong message. After a ChunkError the link goes down."""
+        """Report a wrong message of the peer's. After a ChunkError the link goes down."""
 
 
 class AgentLink(asyncio.Protocol):

@@ -18,7 +18,7 @@ Maker = Callable[[], Message | None]
 
 
 def held_bytes(data: Buffer) -> int:
-    """Bytes that stay in memory for as long as ``data`` does: a view keeps all that it views."""
+    """Return how many bytes ``data`` keeps in memory: a view keeps all that it views."""
     return len(cast(bytes, data.obj)) if isinstance(data, memoryview) else len(data)
 
 

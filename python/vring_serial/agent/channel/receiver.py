@@ -39,7 +39,7 @@ _GLIB_INVALID_FILENAME = 10
 
 
 def safe_name(name: str) -> str:
-    """A file name for what a sender calls ``name``: its last component without control characters.
+    """Return a file name for ``name``: its last component without control characters.
 
     A name that would be hidden, or look like an option, begins with ``_`` instead, as browsers have
     it. Returns "" if nothing is left that could be a name.
@@ -96,7 +96,7 @@ class FileReceiver:
         self._incoming: dict[int, _Incoming] = {}
 
     def start(self, message: FileXferStart) -> None:
-        """The sender offers a file: accept it, or tell why not."""
+        """Accept a file that the sender offers, or tell it why not."""
         if self._directory is None:
             self._refuse(message.id, FileXferResult.DISABLED)
             return
@@ -133,13 +133,13 @@ class FileReceiver:
         self._send(FileXferStatus(number, FileXferResult.CAN_SEND_DATA))
 
     def _free_space(self, directory: Path) -> int:
-        """Bytes that no file under way has been promised."""
+        """Return how many bytes no file under way has been promised."""
         disk = os.statvfs(directory)
         promised = sum(f.size - f.written for f in self._incoming.values())
         return max(0, disk.f_bavail * disk.f_frsize - promised)
 
     def data(self, number: int, data: Buffer) -> None:
-        """The next bytes of a file. Those of a transfer that has ended are late, and dropped."""
+        """Write the next bytes of a file. Those of a transfer that has ended are dropped."""
         incoming = self._incoming.get(number)
         if incoming is None:
             return
@@ -166,11 +166,11 @@ class FileReceiver:
             self._fail(number, _GLIB_FAILED, str(error))
 
     def body(self, number: int) -> _FileBody:
-        """A sink for a DATA message that is too long to arrive whole."""
+        """Return a sink for a DATA message that is too long to arrive whole."""
         return _FileBody(self, number)
 
     def status(self, message: FileXferStatus) -> MessageError | None:
-        """The sender cancels a transfer, or failed. Returns an error if there is none."""
+        """End a transfer that the sender cancels; return an error if there is none."""
         if message.id not in self._incoming:
             cause = f"transfer {message.id} does not exist"
             return MessageError("VDAgentFileXferStatusMessage.id", 0, cause)
@@ -181,7 +181,7 @@ class FileReceiver:
         return None
 
     def cancel_all(self) -> None:
-        """The sender is gone: remove what is not complete."""
+        """Remove what is not complete: the sender is gone."""
         for number in list(self._incoming):
             self._drop(number)
 
@@ -232,7 +232,7 @@ class _FileBody:
 
 
 def _create(directory: Path, name: str) -> tuple[Path, int]:
-    """A new file of this name, or of this name with a number. Raises OSError."""
+    """Create a file of this name, or of this name with a number. Raises OSError."""
     stem, dot, suffix = name.rpartition(".")
     if not stem:
         stem, dot, suffix = name, "", ""

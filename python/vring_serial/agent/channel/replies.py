@@ -69,7 +69,7 @@ class Replies(Generic[Asker]):
             self._owed.popleft()
 
     def answered(self) -> Asker | None:
-        """An answer came; returns whose it is."""
+        """Take an answer; return whose it is."""
         self._changed.set()
         return self._owed.popleft()[0] if self._owed else None
 

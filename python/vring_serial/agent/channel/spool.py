@@ -90,7 +90,7 @@ class Spool:
             self._end(AgentError(f"no more of {self._what} came within {self._idle:g} s"))
 
     def feed(self, data: Buffer) -> None:
-        """The next bytes. If they cannot be kept, ``on_end`` is told why."""
+        """Take the next bytes. If they cannot be kept, ``on_end`` is told why."""
         if self._ended:
             return
         try:
@@ -103,7 +103,7 @@ class Spool:
             self._end(AgentError(f"{self._what} cannot be kept: {error.strerror}"))
 
     def end(self, complete: bool) -> None:
-        """No more follows."""
+        """End the message: no more follows."""
         error = None if complete else AgentError(f"who sent {self._what} left in the middle of it")
         self._end(error)
 
@@ -117,7 +117,7 @@ class Spool:
         self._on_end(error)
 
     def share(self) -> Spool:
-        """One more user, which closes it when it has read it, or will not."""
+        """Add a user, which closes the spool when it has read it, or will not."""
         self._users += 1
         return self
 
@@ -134,7 +134,7 @@ class Spool:
             yield piece
 
     def close(self) -> None:
-        """One user is done with it."""
+        """Remove a user."""
         self._users -= 1
         if self._users == 0:
             self._ended = True

@@ -283,7 +283,7 @@ class RouterClient:
             self.clipboard.tell_owned()
 
     def _servers_client_left(self) -> None:
-        """The client behind a SPICE server left; another may come, and begins anew."""
+        """End what the client behind a SPICE server began: it left, and another may come."""
         self._forwarding.clear()
         self._router.end_work_of(self)
         self.capabilities = None

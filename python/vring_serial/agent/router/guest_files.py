@@ -75,7 +75,7 @@ class GuestFiles:
         return turn
 
     def listed(self, turn: _Turn, data: bytes) -> None:
-        """The guest answered with this list, so that its files follow."""
+        """Note the guest's list, whose files follow."""
         try:
             turn.expected = len(FileList.unpack(data).paths)
         except MessageError:
@@ -84,7 +84,7 @@ class GuestFiles:
             self._count(turn, 0)
 
     def end(self, turn: _Turn) -> None:
-        """The next client may ask. Does nothing if the turn has ended."""
+        """End a turn, so that the next client may ask. Does nothing if it has ended."""
         if turn is not self._turn:
             return
         self._turn = None
@@ -111,7 +111,7 @@ class GuestFiles:
     # --- the transfers
 
     def from_guest(self, message: FileXferStart | FileXferData | FileXferStatus) -> bool:
-        """A message of a transfer that the guest began; returns whether it was of one."""
+        """Pass on a message of a transfer that the guest began; return whether it was of one."""
         turn = self._turn
         if isinstance(message, FileXferStart):
             client = turn.client if turn is not None else None

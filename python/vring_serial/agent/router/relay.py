@@ -63,13 +63,13 @@ class Passing:
         await link.send_body(self.message, self.body.size, self.body.pieces(), self.port)
 
     def close(self) -> None:
-        """It was sent, or nobody wants it any more."""
+        """Free the body: it was sent, or nobody wants it any more."""
         if self.body is not None:
             self.body.close()
 
 
 def _to_keep(passing: Passing) -> Passing:
-    """The same message, of which no more is kept in memory than its cost says."""
+    """Return the message so that it keeps no more in memory than its cost says."""
     message = passing.message
     if isinstance(message, (FileXferData, UnknownMessage)):
         return replace(passing, message=replace(message, data=kept(message.data)))

@@ -136,11 +136,11 @@ class AgentRouter(Ending):
         self.clipboards = SharedClipboards(self.clients, self.guest_files, self._room, self.emit)
 
     def protocol_factory(self) -> asyncio.Protocol:
-        """A protocol for one connection to the agent; a new one replaces the one before."""
+        """Return a protocol for one connection to the agent; a new one replaces the one before."""
         return AgentLink(Side.HOST, self, is_patient=True)
 
     def client_factory(self) -> asyncio.Protocol:
-        """A protocol for one connection of a client, to which the router is the agent."""
+        """Return a protocol for one connection of a client, to which the router is the agent."""
         return RouterClient(self).link
 
     async def connect(self, client_factory: Callable[[], asyncio.Protocol]) -> None:
@@ -333,7 +333,7 @@ class AgentRouter(Ending):
         self._handshake.ask()
 
     def _forget(self) -> None:
-        """The agent knows no transfer and owes no reply any more."""
+        """Forget transfers and replies: the agent knows none any more."""
         for (port, kind), replies in self._replies.items():
             for client in replies.clear():
                 if client is not None:
@@ -387,7 +387,7 @@ class AgentRouter(Ending):
                     client.relay.put(link, Passing(message))
 
     def _pass_to_clients(self, passing: Passing) -> None:
-        """A long message from the agent is whole."""
+        """Pass on a long message from the agent, which is whole."""
         assert passing.body is not None
         if self.agent_link is not None:
             for client in list(self.clients):

@@ -58,7 +58,7 @@ class ClientTransfers:
     def renumber(
         self, client: RouterClient, message: FileXferData | FileXferStatus
     ) -> FileXferData | FileXferStatus | None:
-        """The message with the router's number for the transfer; None if there is none."""
+        """Return the message with the router's number of the transfer; None if there is none."""
         number = client.transfers.get(message.id)
         if number is None:
             return None
@@ -88,7 +88,7 @@ class ClientTransfers:
                     self._to_agent(FileXferStatus(number, FileXferResult.CANCELLED))
 
     def agent_left(self) -> None:
-        """The agent knows no transfer any more: tell all clients."""
+        """Tell all clients that the agent knows no transfer any more."""
         for number, transfer in list(self.open.items()):
             self._end(number)
             cancelled = FileXferStatus(transfer.number, FileXferResult.CANCELLED)

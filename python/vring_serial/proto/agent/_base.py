@@ -63,9 +63,9 @@ class Message:
         return b""
 
     def head(self, layout: Layout) -> bytes:
-        """The body up to the payload."""
+        """Return the body up to the payload."""
         raise NotImplementedError
 
     def pack(self, layout: Layout = PLAIN) -> bytes:
-        """The whole body."""
+        """Return the whole body."""
         return b"".join((self.head(layout), self.payload))

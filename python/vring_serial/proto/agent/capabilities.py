@@ -26,7 +26,7 @@ class Capabilities:
 
     @classmethod
     def of(cls, *capabilities: int) -> Capabilities:
-        """The set of these capability numbers."""
+        """Return the set of these capability numbers."""
         return cls().with_(*capabilities)
 
     def __contains__(self, capability: int) -> bool:
@@ -43,7 +43,7 @@ class Capabilities:
         return any(self.words)
 
     def with_(self, *capabilities: int) -> Capabilities:
-        """This set and these."""
+        """Return this set and these."""
         words = list(self.words)
         for capability in capabilities:
             word, bit = divmod(capability, 32)
@@ -52,7 +52,7 @@ class Capabilities:
         return Capabilities(tuple(words))
 
     def without(self, *capabilities: int) -> Capabilities:
-        """This set without these; the number of words stays."""
+        """Return this set without these; the number of words stays."""
         words = list(self.words)
         for capability in capabilities:
             word, bit = divmod(capability, 32)
@@ -92,7 +92,7 @@ class Layout:
 
     @classmethod
     def negotiated(cls, ours: Iterable[int], theirs: Iterable[int]) -> Layout:
-        """The layout that two announcements lead to."""
+        """Return the layout that two announcements lead to."""
         both = set(ours) & set(theirs)
         return cls(
             selections=Capability.CLIPBOARD_SELECTION in both,

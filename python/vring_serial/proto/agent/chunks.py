@@ -66,7 +66,7 @@ class ChunkDecoder:
         self._position = 0
 
     def next_piece(self) -> Piece | None:
-        """The next piece of a chunk's data, or None when the input is used up.
+        """Return the next piece of a chunk's data, or None when the input is used up.
 
         Returns:
             (port, data, first piece of its chunk?, bytes of the chunk that follow this piece). The

@@ -47,12 +47,12 @@ class Clipboard(Message):
         return _selection_head(self.selection, layout) + U32.pack(self.type)
 
     def stream_head(self, layout: Layout, size: int) -> bytes:
-        """As ``head``, for ``size`` bytes that follow in pieces."""
+        """Return the same as ``head``, for ``size`` bytes that follow in pieces."""
         return self.head(layout)
 
     @classmethod
     def head_size(cls, layout: Layout) -> int:
-        """Bytes of the body before the payload."""
+        """Return how many bytes of the body come before the payload."""
         return 8 if layout.selections else 4
 
     @classmethod

@@ -418,7 +418,7 @@ class AgentConnection:
     # --- sending
 
     def send(self, message: Message, port: ChunkPort = ChunkPort.CLIENT) -> bytes:
-        """The chunks of one whole message; its payload is copied once, into the result.
+        """Return the chunks of one whole message; its payload is copied once, into the result.
 
         An AnnounceCapabilities settles the layout of later messages. Raises LocalProtocolError
         within a streamed message of this port.
@@ -458,7 +458,7 @@ class AgentConnection:
         return self._encoder.encode(port, b"", data) if data else b""
 
     def body_left(self, port: ChunkPort = ChunkPort.CLIENT) -> int:
-        """Bytes of payload that the message begun with ``start_body`` still needs."""
+        """Return how many bytes of payload the message begun with ``start_body`` still needs."""
         return self._sending[port]
 
     def _check_not_sending(self, port: ChunkPort) -> None:

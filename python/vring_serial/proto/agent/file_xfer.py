@@ -92,12 +92,12 @@ class FileXferData(Message):
         return _FILE_DATA.pack(self.id, len(self.data))
 
     def stream_head(self, layout: Layout, size: int) -> bytes:
-        """As ``head``, for ``size`` bytes that follow in pieces."""
+        """Return the same as ``head``, for ``size`` bytes that follow in pieces."""
         return _FILE_DATA.pack(self.id, size)
 
     @classmethod
     def head_size(cls, layout: Layout) -> int:
-        """Bytes of the body before the payload."""
+        """Return how many bytes of the body come before the payload."""
         return _FILE_DATA.size
 
     @classmethod

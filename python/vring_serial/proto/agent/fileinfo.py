@@ -31,7 +31,7 @@ class FileInfo:
     size: int
 
     def pack(self) -> bytes:
-        """The text, with the NUL at its end that newer agents insist on."""
+        """Return the text, with the NUL at its end that newer agents insist on."""
         name = self.name
         for letter in "\\ntr":
             plain = _ESCAPES[letter]

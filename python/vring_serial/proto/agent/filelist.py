@@ -26,7 +26,7 @@ class FileList:
     cut: bool = False
 
     def pack(self) -> bytes:
-        """The clipboard data: the action and the paths, with NULs between them."""
+        """Return the clipboard data: the action and the paths, with NULs between them."""
         items = [_ACTIONS[self.cut], *(path.encode("utf-8", "replace") for path in self.paths)]
         return b"\0".join(items)
 

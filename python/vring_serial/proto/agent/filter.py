@@ -43,7 +43,7 @@ class AgentFilter:
     file_xfer: bool = True
 
     def passes(self, message_type: int) -> bool:
-        """Whether messages of this type are let through."""
+        """Return whether messages of this type are let through."""
         if message_type in COPY_PASTE_TYPES:
             return self.copy_paste
         if message_type in FILE_XFER_TYPES:

@@ -302,12 +302,12 @@ class UnknownMessage(Message):
         return b""
 
     def stream_head(self, layout: Layout, size: int) -> bytes:
-        """As ``head``, for ``size`` bytes that follow in pieces."""
+        """Return the same as ``head``, for ``size`` bytes that follow in pieces."""
         return b""
 
     @classmethod
     def head_size(cls, layout: Layout) -> int:
-        """Bytes of the body before the payload."""
+        """Return how many bytes of the body come before the payload."""
         return 0
 
 
