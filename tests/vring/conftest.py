@@ -161,6 +161,25 @@ def make_rig(pump: Pump, sockets: object, descriptors: object) -> Iterator[Calla
 
 
 @pytest.fixture
+def pump_turn(pump: Pump) -> Callable[..., None]:
+    """Returns when the pump has seen all that happened before: a byte went through it since."""
+
+    def turn(pump: Pump = pump) -> None:
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        rig = PortRig(pump, writable=False)
+        with ours, theirs:
+            rig.write_to(ours.fileno())
+            for _ in range(2):
+                rig.send(b"x")
+                assert theirs.recv(1) == b"x"
+                rig.wait_used(1)
+            rig.close()
+
+    return turn
+
+
+@pytest.fixture
 def assert_asleep() -> Callable[[], None]:
     """Asserts that the pumps' threads come to rest and stay there: idle means no wake-ups."""
 

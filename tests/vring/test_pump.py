@@ -277,12 +277,14 @@ def test_driver_that_waits_for_several_chains(make_rig: Callable, sockets) -> No
 # --- events and life
 
 
-def test_no_event_after_detach(make_rig: Callable, sockets, pump: Pump) -> None:
+def test_no_event_after_detach(
+    make_rig: Callable, sockets, pump: Pump, pump_turn: Callable
+) -> None:
     rig, other = make_rig(writable=True), make_rig(writable=True)
     rig.read_from(sockets[0].fileno())
     other.read_from(sockets[0].fileno())
     sockets[1].close()
-    time.sleep(0.05)
+    pump_turn()
     rig.flow.detach()
     rig.flow = None  # nothing may point to it any more
     gc.collect()
@@ -291,7 +293,9 @@ def test_no_event_after_detach(make_rig: Callable, sockets, pump: Pump) -> None:
     assert other.events == [(FlowEvent.PEER_EOF, None)]
 
 
-def test_detach_in_the_callback(make_rig: Callable, sockets, pump: Pump) -> None:
+def test_detach_in_the_callback(
+    make_rig: Callable, sockets, pump: Pump, pump_turn: Callable
+) -> None:
     rigs = [make_rig(writable=True) for _ in range(3)]
     told = []
 
@@ -303,12 +307,12 @@ def test_detach_in_the_callback(make_rig: Callable, sockets, pump: Pump) -> None
     for rig in rigs:
         rig.read_from(sockets[0].fileno(), on_event=on_event)
     sockets[1].close()
-    time.sleep(0.05)
+    pump_turn()
     pump.dispatch()
     assert told == [FlowEvent.PEER_EOF]
 
 
-def test_close_in_the_callback(make_rig: Callable, sockets) -> None:
+def test_close_in_the_callback(make_rig: Callable, sockets, pump_turn: Callable) -> None:
     with Pump() as pump:
         rigs = [make_rig(writable=True, pump=pump) for _ in range(2)]
         told = []
@@ -320,13 +324,15 @@ def test_close_in_the_callback(make_rig: Callable, sockets) -> None:
         for rig in rigs:
             rig.read_from(sockets[0].fileno(), on_event=on_event)
         sockets[1].close()
-        time.sleep(0.05)
+        pump_turn(pump)
         pump.dispatch()
         assert told == [FlowEvent.PEER_EOF]
         assert not any(rig.flow.attached for rig in rigs)
 
 
-def test_exception_in_the_callback_delays_nothing_else(make_rig: Callable, sockets, pump) -> None:
+def test_exception_in_the_callback_delays_nothing_else(
+    make_rig: Callable, sockets, pump, pump_turn: Callable
+) -> None:
     rigs = [make_rig(writable=True) for _ in range(2)]
     told = []
 
@@ -337,7 +343,7 @@ def test_exception_in_the_callback_delays_nothing_else(make_rig: Callable, socke
     for rig in rigs:
         rig.read_from(sockets[0].fileno(), on_event=on_event)
     sockets[1].close()
-    time.sleep(0.05)
+    pump_turn()
     for _ in rigs:
         with pytest.raises(KeyError):
             pump.dispatch()
@@ -392,7 +398,9 @@ def test_unclosed_pump_warns_and_ends(port_rig: type, sockets) -> None:
     assert "vring-pump" not in {(task / "comm").read_text().strip() for task in tasks}
 
 
-def test_idle_ports_sleep(make_rig: Callable, sockets, assert_asleep: Callable) -> None:
+def test_idle_ports_sleep(
+    make_rig: Callable, sockets, assert_asleep: Callable, pump_turn: Callable
+) -> None:
     with Pump(busy_poll_us=100) as busy:
         for options in ({}, {"pump": busy}):
             out = make_rig(writable=False, **options)
@@ -402,7 +410,8 @@ def test_idle_ports_sleep(make_rig: Callable, sockets, assert_asleep: Callable) 
             into.offer()
             out.send(b"x")
             assert sockets[1].recv(1) == b"x"
-        time.sleep(0.05)
+        pump_turn()
+        pump_turn(busy)
         assert_asleep()
         into.flow.detach()
         out.flow.detach()

@@ -48,7 +48,9 @@ def test_pipe_whose_reader_left(make_rig: Callable, descriptors: Callable, idle:
 
 
 @pytest.mark.parametrize("buffers", [0, 10])
-def test_pipe_whose_writer_left(make_rig: Callable, descriptors: Callable, buffers: int) -> None:
+def test_pipe_whose_writer_left(
+    make_rig: Callable, descriptors: Callable, buffers: int, pump_turn: Callable
+) -> None:
     read_end, write_end = os.pipe2(os.O_NONBLOCK)
     descriptors(read_end)
     rig = make_rig(writable=True)
@@ -57,7 +59,7 @@ def test_pipe_whose_writer_left(make_rig: Callable, descriptors: Callable, buffe
     os.write(write_end, b"left")
     os.close(write_end)
     if not buffers:
-        time.sleep(0.05)
+        pump_turn()
         rig.pump.dispatch()
         assert rig.events == []
         rig.offer(1)
@@ -79,7 +81,9 @@ def test_fifo_open_both_ways_never_ends(make_rig: Callable, descriptors, tmp_pat
     assert rig.events == []
 
 
-def test_terminal_both_ways(make_rig: Callable, assert_asleep: Callable) -> None:
+def test_terminal_both_ways(
+    make_rig: Callable, assert_asleep: Callable, pump_turn: Callable
+) -> None:
     master, slave = os.openpty()
     tty.setraw(slave)
     os.set_blocking(master, False)
@@ -99,14 +103,16 @@ def test_terminal_both_ways(make_rig: Callable, assert_asleep: Callable) -> None
     assert into.receive(4) == b"last"
     assert into.wait_event() == (FlowEvent.PEER_EOF, None)
     out.send(b"nobody there")  # a terminal takes that for whoever opens it next
-    time.sleep(0.02)
+    pump_turn()
     assert_asleep()
     out.flow.detach()
     into.flow.detach()
     os.close(master)
 
 
-def test_terminal_closed_with_bytes_left_and_no_buffer(make_rig: Callable, descriptors) -> None:
+def test_terminal_closed_with_bytes_left_and_no_buffer(
+    make_rig: Callable, descriptors, pump_turn: Callable
+) -> None:
     master, slave = os.openpty()
     descriptors(master)
     tty.setraw(slave)
@@ -115,7 +121,7 @@ def test_terminal_closed_with_bytes_left_and_no_buffer(make_rig: Callable, descr
     rig.read_from(master)
     os.write(slave, b"last")
     os.close(slave)
-    time.sleep(0.05)
+    pump_turn()
     rig.pump.dispatch()
     assert rig.events == []
     rig.offer()

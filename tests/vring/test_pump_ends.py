@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import random
 import socket
-import time
 from collections.abc import Callable
 
 import pytest
@@ -21,13 +20,13 @@ ALL = socket.MSG_WAITALL
 
 
 def test_end_of_file_comes_after_the_last_byte(
-    make_rig: Callable, sockets, pump: Pump, assert_asleep: Callable
+    make_rig: Callable, sockets, pump: Pump, assert_asleep: Callable, pump_turn: Callable
 ) -> None:
     rig = make_rig(writable=True)
     rig.read_from(sockets[0].fileno())
     sockets[1].sendall(b"last words")
     sockets[1].close()
-    time.sleep(0.05)
+    pump_turn()
     assert_asleep()
     pump.dispatch()
     assert not rig.events  # unread bytes: not the end
