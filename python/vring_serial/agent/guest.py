@@ -240,7 +240,7 @@ class GuestAgent(Ending):
     async def get_clipboard(
         self, selection: int = Selection.CLIPBOARD, kind: int = ClipboardType.UTF8_TEXT
     ) -> bytes:
-        """What somebody in the guest pastes: the host's clipboard, or what was copied here.
+        """Return what an application in the guest pastes: of the host, or what was copied here.
 
         Raises as HostAgent.get_clipboard_data.
         """
@@ -347,7 +347,7 @@ class GuestAgent(Ending):
 async def serve_agent(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, downloads: Path | None = None
 ) -> None:
-    """A guest agent with somebody at its desk, until the host end goes away.
+    """Run a guest agent with somebody at its desk, until the host end goes away.
 
     Text that the host puts on the clipboard is pasted, and then selected: what comes back as the
     PRIMARY selection is what really arrived.

@@ -128,7 +128,7 @@ class ConsoleDriver:
             self._on_failure(error)
 
     def resize_console(self, cols: int, rows: int) -> None:
-        """The configuration space has a new size for the console of a single-port device."""
+        """Take a new size of a single-port device's console from the configuration space."""
         if 0 in self.ports and self.ports[0].size != (cols, rows):
             self.ports[0].size = (cols, rows)
             self.on_event(PortResized(0, cols, rows))
@@ -209,7 +209,7 @@ class ConsoleDriver:
         self.on_event(event)
 
     def _log_refused(self, why: str) -> None:
-        """A device could send nothing else: the first such messages are enough for a log."""
+        """Log the first messages of a device that are refused; it could send nothing else."""
         self._refused += 1
         if self._refused <= MAX_REFUSED_LOGGED:
             log.warning("the device sent %s", why)

@@ -78,7 +78,7 @@ class Frontend:
     # --- the connection
 
     async def connect(self) -> None:
-        """Raises ResourceError when nothing accepts there."""
+        """Connect to the backend. Raises ResourceError if nothing accepts there."""
         sock: socket.socket | None = None
         try:
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -132,7 +132,7 @@ class Frontend:
     async def ask(
         self, kind: vu.Request, expected: type[T], payload: vu.Payload | None = None
     ) -> T:
-        """A request that has a reply. Raises BackendError of one kind or another.
+        """Send a request that has a reply, and return that. Raises a kind of BackendError.
 
         A request whose caller is cancelled goes on to its end, and later ones wait for that.
         """

@@ -214,7 +214,7 @@ class GuestPort:
         return self._tx.send(data) if self._tx is not None else 0
 
     def wait_room(self) -> bool:
-        """True: there is room already. False: the transport is flushed when there is."""
+        """Return whether there is room already; if not, the transport is flushed when there is."""
         tx = self._tx
         if tx is None:
             return False
@@ -225,7 +225,7 @@ class GuestPort:
         return True
 
     def wait_idle(self) -> bool:
-        """True: buffers are still with the device; the transport is flushed when some are not."""
+        """Return whether the device has buffers; the transport is flushed when it has fewer."""
         tx = self._tx
         while tx is not None and tx.in_flight:
             if not tx.reclaim() and not tx.wait_used():
@@ -233,7 +233,7 @@ class GuestPort:
         return False
 
     def transport_closed(self) -> None:
-        """The transport is done: close the port, unless it is gone or a console."""
+        """Close the port, unless it is gone or a console: the transport is done."""
         self._transport = None
         self._leave()
 
@@ -363,5 +363,5 @@ class GuestPort:
 
 
 def removed_error(nr: int) -> PortRemovedError:
-    """The reason that PORT_REMOVE gives."""
+    """Return the error for PORT_REMOVE."""
     return PortRemovedError(f"port {nr}: the device removed it")

@@ -91,7 +91,7 @@ class DriverQueue:
                 self._loop.call_soon(self.on_broken, error)
 
     def refuse(self, cause: str) -> None:
-        """The device used a buffer in a way that its user cannot accept."""
+        """Refuse a buffer that the device used in a way which its user cannot accept."""
         self._break(BackendError(f"queue {self.index}: {cause}"))
 
     def add(self, address: int, length: int, *, writable: bool) -> int:
@@ -186,7 +186,7 @@ class ReceiveBuffers(Buffers):
         self.queue.publish()
 
     def take(self, limit: int = 0) -> tuple[npt.NDArray[np.int64], list[memoryview]]:
-        """Used buffers, at most ``limit`` of them (0: all), and what the device wrote into each.
+        """Take used buffers, ``limit`` at most (0: all), and what the device wrote into each.
 
         The views are of guest memory, which the device can still write to: copy them once, and only
         then :meth:`give_back` the buffers.

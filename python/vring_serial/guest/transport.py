@@ -23,16 +23,16 @@ class TransportPort(Protocol):
         """Put as much into the ring as there is room for; returns bytes."""
 
     def wait_room(self) -> bool:
-        """True: there is room already. False: the transport is flushed when there is."""
+        """Return whether there is room already; if not, the transport is flushed when there is."""
 
     def wait_idle(self) -> bool:
-        """True: buffers are still with the device; the transport is flushed when fewer are."""
+        """Return whether the device has buffers; the transport is flushed when it has fewer."""
 
     def schedule_receive(self) -> None:
-        """The transport may be given bytes again."""
+        """Give the transport bytes again, soon."""
 
     def transport_closed(self) -> None:
-        """The transport is done with the port."""
+        """Close the port: the transport is done with it."""
 
 
 class PortTransport(asyncio.Transport):
@@ -194,7 +194,7 @@ class PortTransport(asyncio.Transport):
             self._finish(None)
 
     def lose(self, error: Exception) -> None:
-        """The port is gone."""
+        """End the connection: the port is gone."""
         self._closing = True
         if not self._lost:
             self._finish(error)

@@ -86,7 +86,7 @@ class UmlDesktop:
         return result.output if result.status == 0 else None
 
     async def resolution(self) -> tuple[int, int]:
-        """The X screen's size in pixels, as xrandr tells it."""
+        """Return the X screen's size in pixels, as xrandr tells it."""
         output = await self._run("xrandr") or ""
         match = re.search(r"current (\d+) x (\d+)", output)
         if match is None:
@@ -116,7 +116,7 @@ class UmlDesktop:
         await self._run(f"xclip -in -selection {name} /mnt/copied.{self._copies}")
 
     async def paste(self, selection: str = "clipboard") -> str | None:
-        """The text of a selection, as an application that pastes gets it; None if there is none."""
+        """Return the text of a selection as an application pastes it; None if there is none."""
         name = shlex.quote(selection)
         return await self._run(f"timeout 10 xclip -out -selection {name} -target UTF8_STRING")
 
@@ -133,5 +133,5 @@ class UmlDesktop:
             raise GuestTimeoutError(f"what is pasted in the guest is {pasted!r}") from None
 
     async def logs(self) -> str:
-        """What the X server and the agent wrote to their logs."""
+        """Return what the X server and the agent wrote to their logs."""
         return await self._run("tail -n 20 /tmp/*.log") or ""

@@ -102,7 +102,7 @@ class CoreInterface:
         self.struct = self._make_struct()
 
     def _make_struct(self) -> Any:
-        """The interface; it, and the callbacks in it, live as long as this object."""
+        """Make the interface; it, and the callbacks in it, live as long as this object."""
         ffi = self._ffi
         struct = ffi.new("SpiceCoreInterface *")
         self._strings = [ffi.new("char[]", text) for text in (b"core", b"asyncio")]
@@ -200,7 +200,7 @@ class CoreInterface:
             self._loop.call_soon(self._forget, watch.fd)
 
     def _set_mask(self, watch: _Watch, mask: int) -> None:
-        """The library has one watch for a descriptor at a time."""
+        """Watch for what a mask says; the library has one watch for a descriptor at a time."""
         changed = watch.mask ^ mask
         watch.mask = mask
         if watch.listening is not None:
@@ -241,7 +241,7 @@ class CoreInterface:
     # --- clients
 
     def _channel_event(self, event: int, info: Any) -> None:
-        """A channel has authenticated, or is gone; a client is there while its main channel is."""
+        """Note a channel that came or left; a client is there while its main channel is."""
         if event == _CHANNEL_INITIALIZED:
             self.admission.admitted(self._turn_of)
         if info.type != _CHANNEL_MAIN or event not in (

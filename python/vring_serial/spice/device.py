@@ -66,7 +66,7 @@ class CharDevice(asyncio.Protocol):
         self._make_structs(subtype, name)
 
     def _make_structs(self, subtype: str, name: str) -> None:
-        """What the server holds pointers to: it lives as long as this object."""
+        """Make what the server holds pointers to: it lives as long as this object."""
         ffi = self._library.ffi
         self._interface = ffi.new("SpiceCharDeviceInterface *")
         texts = (b"char_device", b"vring port", subtype.encode(), name.encode())
@@ -170,7 +170,7 @@ class CharDevice(asyncio.Protocol):
         self.closed.set()
 
     def _finish_reading(self) -> None:
-        """The guest's side is closed, and all that it sent was read, or never will be."""
+        """End a connection whose guest's side is closed, when all was read or never will be."""
         closed, self._when_read = self._when_read, None
         if closed is not None:
             self._drop_input()
@@ -232,7 +232,7 @@ class AgentDevice(CharDevice):
         self.detach()
 
     def _state(self, instance: Any, connected: int) -> None:
-        """The server drops an agent that breaks the protocol; the guest may open it anew."""
+        """Close an agent that the server dropped for its protocol; the guest may open it anew."""
         if not connected and self._attached:
             self._log.warning("the SPICE server dropped the agent, which broke its protocol")
             self._attached = False

@@ -192,7 +192,7 @@ class SpiceOptions(Options):
         return self.x509_cacert_file or os.path.join(self.x509_dir, "ca-cert.pem")
 
     def read_password(self) -> bytes | None:
-        """What clients have to know; None if they need no password, empty if nobody may come in.
+        """Return the password; None if clients need none, empty if nobody may come in.
 
         Raises:
             ResourceError: the file cannot be read.

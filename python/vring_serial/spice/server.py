@@ -72,7 +72,7 @@ class SpiceServer(Starting):
         return AgentChardev(id, self)
 
     def agent_device(self) -> AgentDevice:
-        """The server's end of an agent channel that it shares, for AgentRouter.connect_server."""
+        """Return the server's end of a shared agent channel, for AgentRouter.connect_server."""
         return AgentDevice(self)
 
     def port_chardev(self, id: str, name: str) -> PortChardev:
@@ -161,7 +161,7 @@ class SpiceServer(Starting):
             raise ResourceError(f"SPICE: {self.library.last_warning[0]}")
 
     def _set_tls(self) -> None:
-        """The library listens for TLS itself, at the same address."""
+        """Have the library listen for TLS itself, at the same address."""
         options, ffi, lib = self._options, self.library.ffi, self.library.lib
         flags = _ADDR_IPV4_ONLY if options.ipv4 else _ADDR_IPV6_ONLY if options.ipv6 else 0
         lib.spice_server_set_addr(self.handle, os.fsencode(options.addr), flags)

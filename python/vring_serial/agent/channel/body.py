@@ -85,7 +85,7 @@ class BodyReader:
             self.link.release_reading()
 
     async def pieces(self, timeout: float) -> AsyncGenerator[Buffer]:
-        """The data as they come. Raises the error that ended them, or AgentTimeoutError."""
+        """Iterate over the data as they come. Raises what ended them, or AgentTimeoutError."""
         while self._error is None:
             if self._waiting:
                 data = b"".join(self._waiting) if len(self._waiting) > 1 else self._waiting[0]

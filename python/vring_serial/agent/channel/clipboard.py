@@ -324,7 +324,7 @@ class ClipboardChannel:
             yield reader
 
     def _owner_link(self, selection: int, kind: int) -> AgentLink:
-        """The link to the other end, which has this type. Raises as ``open`` if it has not."""
+        """Return the link to the other end. Raises as ``open`` unless that has this type."""
         if self._link is None:
             raise AgentGoneError("the agent channel is closed")
         types = self.remote_types.get(selection)

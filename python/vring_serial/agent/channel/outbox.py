@@ -23,7 +23,7 @@ def held_bytes(data: Buffer) -> int:
 
 
 def kept(data: Buffer) -> Buffer:
-    """``data`` to keep for longer: a copy if it is a small part of what it would keep in memory."""
+    """Return ``data`` to keep for longer: a copy if it is a small part of what it views."""
     return bytes(data) if held_bytes(data) > 2 * len(data) else data
 
 

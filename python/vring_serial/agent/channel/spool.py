@@ -31,7 +31,7 @@ class SpoolRoom:
         self.used = 0
 
     def take(self, size: int) -> None:
-        """Raises AgentError if there is not so much left."""
+        """Take room for ``size`` bytes. Raises AgentError if there is not so much left."""
         if self.used + size > ROOM:
             raise AgentError(f"{self.used} bytes of long messages wait already")
         self.used += size
@@ -122,7 +122,7 @@ class Spool:
         return self
 
     async def pieces(self) -> AsyncGenerator[Buffer]:
-        """The message from its beginning. Raises AgentError if the file cannot be read."""
+        """Iterate over the message from its start. Raises AgentError if the file cannot be read."""
         at = 0
         while at < self.size:
             try:
