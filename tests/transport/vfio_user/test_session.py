@@ -506,3 +506,12 @@ def test_features_that_nobody_has_a_name_for_are_not_accepted(client: Any) -> No
         driver.write_common(12, bits, 4)
     driver.status = Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK
     assert not driver.status & Status.FEATURES_OK
+
+
+def test_a_queue_that_the_driver_resets_is_reset_in_the_device(client: Any, device: Any) -> None:
+    """RING_RESET (virtio 1.3, 2.6.1): the device forgets what it kept of that queue."""
+    driver = client.boot(0, 1)
+    assert client.echo(driver, 0, b"text")
+    driver.reset_queue(0)
+    assert [what for what in device.told if what[0] == "reset queue"] == [("reset queue", 0)]
+    assert client.echo(driver, 1, b"goes on")
