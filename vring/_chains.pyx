@@ -266,7 +266,7 @@ cdef class Batch:
         return 0
 
     def gather(self):
-        """All device-readable bytes of all chains, joined, as a copy.
+        """Return a copy of all device-readable bytes of all chains, joined.
 
         Raises:
             LocalMisuseError: the queue was reset since.
@@ -285,7 +285,7 @@ cdef class Batch:
         return out
 
     def gather_into(self, buffer):
-        """Like gather, but copies to the start of a writable buffer; the number of bytes.
+        """Copy what gather returns to the start of a writable buffer; return the number of bytes.
 
         Raises:
             LocalMisuseError: the buffer is smaller than the bytes of the batch, or the queue was
@@ -308,7 +308,7 @@ cdef class Batch:
         return total
 
     def scatter(self, data):
-        """Copies data into the device-writable parts, chain by chain, until data or room ends.
+        """Copy data into the device-writable parts, chain by chain, until data or room ends.
 
         Returns:
             How many chains got data, and the bytes written into each (uint32 array), as push_many
@@ -428,6 +428,9 @@ cdef class Chain:
 
     Valid until it is completed (``queue.push``); afterwards every use raises LocalMisuseError, and
     memoryviews it gave out are released. The memory behind them is kept alive meanwhile.
+
+    Attributes:
+        written: bytes that `write` stored so far; read-only.
     """
 
     def __init__(self, *args, **kwargs):
@@ -542,7 +545,12 @@ cdef class Chain:
         return self._writable
 
     def read(self):
-        """A copy of all device-readable bytes."""
+        """Return a copy of all device-readable bytes.
+
+        Raises:
+            LocalMisuseError: the chain is completed or given back, or its queue was reset.
+            MemoryLostError: guest memory was cut off, and what was copied may be zeros instead.
+        """
         cdef vr_chain* row = self.row()
         out = PyBytes_FromStringAndSize(NULL, row.readable_bytes)
         vr_copy_out(row, 1, self.batch.segments, <uint8_t*>PyBytes_AS_STRING(out))
@@ -550,9 +558,13 @@ cdef class Chain:
         return out
 
     def write(self, data):
-        """Copies data into the device-writable part, after what earlier calls wrote there.
+        """Copy data into the device-writable part, after what earlier calls wrote there.
 
-        Returns the number of bytes that fitted; ``chain.written`` is the sum of all calls.
+        Returns:
+            The number of bytes that fitted; ``chain.written`` is the sum of all calls.
+
+        Raises:
+            LocalMisuseError: the chain is completed or given back, or its queue was reset.
         """
         cdef vr_chain* row
         cdef Py_buffer held

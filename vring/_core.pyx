@@ -60,6 +60,9 @@ cdef class VirtQueue:
         used_index: what `used_index` starts from; default: `index`, so nothing is in flight.
         name: what errors call the queue.
 
+    Attributes:
+        name, size, event_idx, indirect, in_order: as given; read-only.
+
     Raises:
         AddressError: an area is misaligned or not in one region of memory.
         LocalMisuseError: an impossible size or index.
@@ -128,12 +131,12 @@ cdef class VirtQueue:
 
     @property
     def avail_index(self):
-        """The next available index to pop."""
+        """Next available index to pop, 16 bits (2.7.6; packed: 2.8.1)."""
         raise NotImplementedError
 
     @property
     def used_index(self):
-        """The next used index to publish."""
+        """Next used index to publish, 16 bits (2.7.8; packed: 2.8.1)."""
         raise NotImplementedError
 
     # --- common to all
@@ -271,7 +274,7 @@ cdef class VirtQueue:
         return n
 
     def pop_many(self, Py_ssize_t limit=0, Py_ssize_t max_bytes=0):
-        """Takes chains that the driver made available, in its order.
+        """Take chains that the driver made available, in its order (2.7.13, 2.8.21).
 
         Args:
             limit: at most so many chains; 0: as many as there are. The batch also ends where its
@@ -295,7 +298,7 @@ cdef class VirtQueue:
         return batch
 
     def push_many(self, Batch batch not None, written=None, count=None):
-        """Completes a batch, or its first `count` chains, and publishes them at once.
+        """Complete a batch, or its first `count` chains, and publish them at once (2.7.8).
 
         Args:
             batch: from this queue's pop_many. It keeps the chains that are not completed.
@@ -335,7 +338,7 @@ cdef class VirtQueue:
         return notify
 
     def unpop(self, Batch batch not None):
-        """Gives back what is not completed of the most recent batch: it will be popped again.
+        """Give back what is not completed of the most recent batch: it will be popped again.
 
         Raises:
             LocalMisuseError: not the most recent batch of this queue, or views of it are in use.
@@ -420,11 +423,18 @@ cdef class VirtQueue:
         return notify
 
     def pop(self):
-        """The next chain the driver made available, or None. Raises RingError."""
+        """Return the next chain that the driver made available, or None.
+
+        The chain is the caller's until it is completed with `push`.
+
+        Raises:
+            RingError: the driver broke the ring.
+            LocalMisuseError: a pump's flow has the queue.
+        """
         return self.pop_one()
 
     def push(self, Chain chain not None, written=None):
-        """Completes a chain; whether the driver wants a notification.
+        """Complete a chain; return whether the driver wants a notification (2.7.7, 2.7.8).
 
         Args:
             chain: from pop, or the first not completed one of a batch.
@@ -437,7 +447,7 @@ cdef class VirtQueue:
         return self.push_one(chain, written)
 
     def __iter__(self):
-        """Pops until nothing is available, completing each chain when the next is asked for.
+        """Pop until nothing is available, completing each chain when the next is asked for.
 
         A chain is completed with the bytes ``chain.write`` stored, unless the loop's body completed
         it itself. One that the loop was left with (break, an exception) stays in flight. Whether
@@ -448,13 +458,13 @@ cdef class VirtQueue:
         return iterator
 
     def take_notification(self):
-        """Whether chains completed by iteration make the driver want a notification; clears it."""
+        """Return whether chains completed by iteration call for a notification, and forget it."""
         cdef bint due = self.notification_due
         self.notification_due = False
         return due
 
     def enable_notifications(self):
-        """Asks the driver to kick at the next chain (2.7.10).
+        """Ask the driver to kick at the next chain (2.7.10, 2.8.14).
 
         Returns:
             True if chains are available already: no kick may come for those, so go on popping.
@@ -463,12 +473,12 @@ cdef class VirtQueue:
         return self.enable_notifications_c()
 
     def disable_notifications(self):
-        """Tells the driver that kicks are not needed; it may still send some."""
+        """Tell the driver that kicks are not needed; it may still send some (2.7.10, 2.8.14)."""
         self.check_free()
         self.disable_notifications_c()
 
     def available(self):
-        """How many chains can be popped now (packed: 1 stands for at least one)."""
+        """Return how many chains can be popped now (packed: 1 stands for at least one)."""
         self.check_free()
         return self.available_c()
 
@@ -482,7 +492,7 @@ cdef class VirtQueue:
         return self.avail_index
 
     def reset(self):
-        """Starts the ring anew (RING_RESET, 2.6.1): first indices, nothing in flight, not broken.
+        """Start the ring anew (RING_RESET, 2.6.1): first indices, nothing in flight, not broken.
 
         Chains in flight are forgotten: the driver takes all its buffers back. Completing, reading
         or writing one raises LocalMisuseError; memoryviews of them, which are guest memory itself,

@@ -32,7 +32,10 @@ cdef bint plain_numbers(list values, uint64_t most) except -1:
 
 
 def need_event(uint16_t event, uint16_t after, uint16_t before):
-    """Whether moving an index from `before` to `after` passes `event` (2.7.7.2), wrap-safe."""
+    """Return whether moving an index from `before` to `after` passes `event` (2.7.7.2), wrap-safe.
+
+    All are of 16 bits.
+    """
     return bool(vr_need_event(event, after, before))
 
 
@@ -49,6 +52,10 @@ cdef class Driver:
         event_idx, indirect, in_order: the negotiated features.
         index: what `avail_index` and `used_index` start from; default: those of a fresh ring.
         name: what errors call the queue.
+
+    Attributes:
+        memory, name, size, event_idx, indirect, in_order: as given; read-only.
+        num_free: free descriptors.
 
     Raises:
         AddressError: an area is not in one region of memory.
@@ -199,7 +206,7 @@ cdef class Driver:
         return heads[:i], lengths[:i]
 
     def get_used(self, Py_ssize_t limit=0):
-        """Takes chains back that the device has used.
+        """Take chains back that the device has used (2.7.14, 2.8.22).
 
         Args:
             limit: end after so many (with IN_ORDER the last batch may exceed it); 0: all.
@@ -215,7 +222,7 @@ cdef class Driver:
         return self.collect(limit)
 
     def reset(self):
-        """Starts the ring anew (RING_RESET, 2.6.1): all buffers are the caller's again.
+        """Start the ring anew (RING_RESET, 2.6.1): all buffers are the caller's again.
 
         The device must have stopped using the ring, and does the same before the next ``publish``.
         """
@@ -237,7 +244,7 @@ cdef class Driver:
     # --- common to both
 
     def add(self, readable, writable, *, indirect_at=None):
-        """Adds a chain; the device sees it after ``publish``.
+        """Add a chain; the device sees it after ``publish`` (2.7.13, 2.8.21).
 
         Args:
             readable, writable: (guest address, length in bytes) of device-readable and
@@ -297,7 +304,7 @@ cdef class Driver:
                 free(buffers)
 
     def add_many(self, addresses, lengths, writable):
-        """Adds one-descriptor chains until all are added or no descriptor is free; how many.
+        """Add one-descriptor chains until all are added or no descriptor is free; return how many.
 
         Args:
             addresses: guest addresses (uint64 array or sequence).
@@ -325,29 +332,29 @@ cdef class Driver:
         return n
 
     def publish(self):
-        """Makes all added chains available; whether the device must be kicked."""
+        """Make all added chains available; return whether the device must be kicked."""
         raise NotImplementedError
 
     def enable_notifications(self, after=1):
-        """Asks the device to notify; True if so many chains are used already."""
+        """Ask the device to notify; return True if so many chains are used already."""
         raise NotImplementedError
 
     def disable_notifications(self):
-        """Tells the device that notifications are not needed; it may still send some."""
+        """Tell the device that notifications are not needed; it may still send some."""
         raise NotImplementedError
 
     def notification_data(self, queue):
-        """What a kick of queue number `queue` carries with NOTIFICATION_DATA (2.9), 32 bits."""
+        """Return the 32 bits that a kick of queue `queue` carries (NOTIFICATION_DATA, 2.9)."""
         return queue | self.avail_index << 16
 
     @property
     def avail_index(self):
-        """Where the next chain goes."""
+        """Where the next chain goes, 16 bits."""
         raise NotImplementedError
 
     @property
     def used_index(self):
-        """Where the next used chain comes from."""
+        """Where the next used chain comes from, 16 bits."""
         raise NotImplementedError
 
     @property

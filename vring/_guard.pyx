@@ -288,6 +288,9 @@ cdef class MemoryWatch:
     ``loop.add_reader(watch, ...)``. It is an eventfd, open as long as the watch or one of its
     regions lives.
 
+    Attributes:
+        fd: the eventfd's number, which stays the watch's; read-only.
+
     Raises:
         OSError: there is no descriptor to be had.
     """
@@ -301,11 +304,11 @@ cdef class MemoryWatch:
             os.close(self.fd)
 
     def fileno(self):
-        """The eventfd."""
+        """Return the eventfd's number."""
         return self.fd
 
     def clear(self):
-        """Makes it unreadable until more is lost."""
+        """Make it unreadable until more is lost."""
         try:
             os.eventfd_read(self.fd)
         except BlockingIOError:

@@ -117,6 +117,9 @@ cdef class Region:
         buffer: anything contiguous and writable: mmap, numpy array, bytearray. Not copied.
         user_addr: the frontend's own address of the first byte (vhost-user), if it has one.
 
+    Attributes:
+        buffer, user_addr: as given; read-only.
+
     Raises:
         MemoryMapError: the buffer is empty, or the region wraps around 2**64.
     """
@@ -224,6 +227,9 @@ cdef class GuestMemory:
     Args:
         regions: in any order; they may touch but not overlap.
 
+    Attributes:
+        regions: a tuple of them, by guest address; read-only.
+
     Raises:
         MemoryMapError: two regions overlap, or there are more than MAX_REGIONS.
     """
@@ -274,11 +280,15 @@ cdef class GuestMemory:
         return self.is_lost()
 
     def with_region(self, Region region not None):
-        """A new table with one region more. Raises MemoryMapError on overlap."""
+        """Return a new table with one region more.
+
+        Raises:
+            MemoryMapError: it overlaps another, or there are MAX_REGIONS already.
+        """
         return GuestMemory((*self.regions, region))
 
     def without_region(self, guest_addr, size):
-        """A new table without the region of exactly this guest address and size.
+        """Return a new table without the region of exactly this guest address and size.
 
         Raises:
             MemoryMapError: there is no such region.
@@ -289,7 +299,7 @@ cdef class GuestMemory:
         return GuestMemory(kept)
 
     def user_to_guest(self, user_addr, length=1):
-        """The guest address of `length` bytes at one of the frontend's own addresses.
+        """Return the guest address of `length` bytes at one of the frontend's own addresses.
 
         Raises:
             AddressError: no region with a user address holds all of these bytes.
@@ -309,7 +319,7 @@ cdef class GuestMemory:
         return region.host + (address - region.guest)
 
     def view(self, guest_addr, length):
-        """A writable memoryview of guest memory, which it keeps alive. Not a copy.
+        """Return a writable memoryview of guest memory, which it keeps alive. Not a copy.
 
         Raises:
             AddressError: the range is not wholly in one region.
@@ -330,7 +340,7 @@ cdef class GuestMemory:
         return at
 
     def load16(self, guest_addr):
-        """A little-endian number of 16 bits that another thread or process may be changing.
+        """Load a little-endian number of 16 bits that another thread or process may be changing.
 
         One load, never half of an old value and half of a new one, as `read` may give; whatever is
         read after it is at least as new (acquire). For indices and flags of rings.
@@ -341,7 +351,7 @@ cdef class GuestMemory:
         return vr_load16_acquire(self.locate16(guest_addr))
 
     def store16(self, guest_addr, uint16_t value):
-        """Stores a little-endian number of 16 bits for another thread or process to load.
+        """Store a little-endian number of 16 bits for another thread or process to load.
 
         One store. What was written before is visible before it (release), and it is itself
         visible before anything is read afterwards (a full fence): after publishing an event index
@@ -387,7 +397,7 @@ cdef class GuestMemory:
             length -= there
 
     def read(self, guest_addr, length):
-        """A copy of guest memory as bytes; the range may cross adjacent regions.
+        """Return a copy of guest memory as bytes; the range may cross adjacent regions.
 
         Raises:
             AddressError: a byte of the range is in no region.
@@ -411,7 +421,7 @@ cdef class GuestMemory:
         return False
 
     def write(self, guest_addr, data):
-        """Copies data into guest memory; the range may cross adjacent regions.
+        """Copy data into guest memory; the range may cross adjacent regions.
 
         Data that is guest memory itself is copied aside first, so the two may overlap, also where a
         file is mapped twice.

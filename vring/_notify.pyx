@@ -164,7 +164,7 @@ class Drained(enum.Enum):
 
 
 def notify(int fd):
-    """Write the 8 bytes of a kick or call to an eventfd or a socket; never waits (2.9, 2.10).
+    """Write the 8 bytes of a kick or call to an eventfd or a socket; never waits (2.3).
 
     A descriptor that is full already tells its reader. One that is broken or of another kind
     is left alone: that a peer has left is noticed elsewhere.

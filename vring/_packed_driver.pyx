@@ -24,7 +24,7 @@ cdef class PackedDriver(Driver):
 
     @staticmethod
     def layout(size):
-        """Bytes of descriptor ring, driver and device event suppression structures."""
+        """Return the bytes of descriptor ring, driver and device event suppression structures."""
         return DESC_SIZE * size, EVENT_SIZE, EVENT_SIZE
 
     def __cinit__(self, memory, size, desc, avail, used, *, index=None, **features):
@@ -106,7 +106,7 @@ cdef class PackedDriver(Driver):
         return self.ids[self.free_ids]
 
     def publish(self):
-        """Makes all added chains available to the device; whether it must be kicked (2.8.21.3)."""
+        """Make all added chains available to the device; return whether to kick it (2.8.21.3)."""
         cdef uint32_t slots = self.held_slots, event, flags
         cdef uint16_t offset
         if slots == 0:
@@ -183,7 +183,7 @@ cdef class PackedDriver(Driver):
         return True
 
     def enable_notifications(self, uint16_t after=1):
-        """Asks the device to notify of used chains.
+        """Ask the device to notify of used chains.
 
         Args:
             after: when so many descriptors are (2.8.10), counted from the last that get_used
@@ -210,7 +210,7 @@ cdef class PackedDriver(Driver):
         return self.used_so_far(after if self.event_idx else 1)
 
     def disable_notifications(self):
-        """Tells the device that notifications are not needed; it may still send some."""
+        """Tell the device that notifications are not needed; it may still send some."""
         vr_store32(self.driver_event, EVENT_DISABLE << 16)
 
     @property

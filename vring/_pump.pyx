@@ -106,6 +106,9 @@ cdef class Flow:
     of its own.
 
     Any thread may call any method. A child of fork has no part in the flow.
+
+    Attributes:
+        queue: its VirtQueue; read-only.
     """
 
     cdef vr_seat seat
@@ -122,7 +125,7 @@ cdef class Flow:
         free(self.seat.flow.backlog.data)
 
     def detach(self):
-        """Ends the flow. On return the pump touches neither the queue nor the descriptors, and no
+        """End the flow. On return the pump touches neither the queue nor the descriptors, and no
         chain is in flight; no event of this flow is delivered any more. Waits for the work at hand.
 
         Guest to host: what the descriptor took whole is used, what it did not begin with is given
@@ -194,6 +197,9 @@ cdef class Pump:
         busy_poll_us: how long (microseconds) to go on polling after work before sleeping. It saves
             kicks and wake-ups while messages come close together, and costs a processor.
 
+    Attributes:
+        busy_poll_us: as given; read-only.
+
     Raises:
         OSError: no descriptors or no thread to be had.
     """
@@ -237,7 +243,7 @@ cdef class Pump:
         return self.reactor.event_fd if self.is_ours() else -1
 
     def dispatch(self):
-        """Delivers the events that wait: on_event(event, detail) of their flows, in this thread.
+        """Deliver the events that wait: on_event(event, detail) of their flows, in this thread.
 
         For an event loop: ``loop.add_reader(pump.event_fd, pump.dispatch)``. What on_event raises
         comes out of here; the events after it wait for the next call.
@@ -266,7 +272,7 @@ cdef class Pump:
         self, VirtQueue queue not None, *, write_fd, kick_fd, call_fd, on_event, lossy=False,
         backlog=1 << 20, residue=b""
     ):
-        """Moves what the driver makes available in `queue` to a descriptor.
+        """Move what the driver makes available in `queue` to a descriptor.
 
         A buffer goes back to the driver when the descriptor took its bytes, and not before; while
         the descriptor takes nothing, nothing is popped. Device-writable parts of chains are left
@@ -305,7 +311,7 @@ cdef class Pump:
         return self.begin(flow, f"write_fd {write_fd}")
 
     def host_to_guest(self, VirtQueue queue not None, *, read_fd, kick_fd, call_fd, on_event):
-        """Moves what a descriptor has to read into the buffers that the driver offers in `queue`.
+        """Move what a descriptor has to read into the buffers that the driver offers in `queue`.
 
         A chain is completed with what one read put into it. Device-readable parts of chains are
         left alone; a chain with no room comes back with nothing written.
@@ -325,7 +331,7 @@ cdef class Pump:
         return self.begin(flow, f"read_fd {read_fd}")
 
     def close(self):
-        """Detaches all flows (each keeps its residue for `detach`) and ends the thread."""
+        """Detach all flows (each keeps its residue for `detach`) and end the thread."""
         self.closing = True
         if not self.is_ours():
             if self.running:

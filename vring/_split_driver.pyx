@@ -25,7 +25,7 @@ cdef class SplitDriver(Driver):
 
     @staticmethod
     def layout(size):
-        """Bytes of descriptor table, available ring and used ring, event indices included."""
+        """Return the bytes of descriptor table, available and used ring, event indices included."""
         return DESC_SIZE * size, avail_size(size, True), used_size(size, True)
 
     def __cinit__(self, memory, size, desc, avail, used, *, index=None, **features):
@@ -118,7 +118,7 @@ cdef class SplitDriver(Driver):
         return head
 
     def publish(self):
-        """Makes all added chains available to the device; whether it must be kicked (2.7.13)."""
+        """Make all added chains available to the device; return whether to kick it (2.7.13)."""
         cdef uint16_t before = self.published
         if before == self.next_avail:
             return False
@@ -150,7 +150,7 @@ cdef class SplitDriver(Driver):
         return True
 
     def enable_notifications(self, uint16_t after=1):
-        """Asks the device to notify when chains are used.
+        """Ask the device to notify when chains are used.
 
         Args:
             after: when so many are (2.7.7.2), counted from the last that get_used returned; without
@@ -175,7 +175,7 @@ cdef class SplitDriver(Driver):
         return <uint16_t>(vr_load16(self.used + USED_INDEX) - self.next_used) >= after
 
     def disable_notifications(self):
-        """Tells the device that notifications are not needed; it may still send some."""
+        """Tell the device that notifications are not needed; it may still send some."""
         if self.event_idx:
             # The flag must stay 0 then (2.7.7): an event as far away as can be.
             vr_store16(self.avail + used_event_at(self.size), <uint16_t>(self.next_used - 1))
