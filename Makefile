@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 SOURCES := $(wildcard vring/*.pyx vring/*.pxd)
 
-.PHONY: help build run test check bench fuzz sanitize tsan mutants format wheel wheel-check peers \
+.PHONY: help build run test check coverage bench fuzz sanitize tsan mutants format wheel wheel-check peers \
 	peers-qemu peers-vdagent clean
 .DEFAULT_GOAL := help
 
@@ -58,6 +58,13 @@ check: build $(VENV)/check-tools ## linters, docstrings, types, import contracts
 format: $(VENV)/check-tools ## let ruff format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+coverage: build ## the tests with the coverage of lines and branches, processes that they start included
+	$(BIN)/python -m pip install --quiet --group coverage
+	rm -rf build/coverage && mkdir -p build/coverage
+	$(BIN)/coverage run -m pytest $(PYTEST_ARGS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 bench: build ## the benchmarks
 	$(BIN)/python -m pytest benchmarks --benchmark-only --override-ini addopts= $(PYTEST_ARGS)
