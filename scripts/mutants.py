@@ -70,13 +70,14 @@ QUIET = ("log.", "_log.", "_said.", "super(", "warnings.")
 
 @dataclass(frozen=True, slots=True)
 class Mutant:
-    """``new`` in place of the bytes ``start`` to ``end`` of a file."""
+    """``new`` in place of ``old``, the bytes ``start`` to ``end`` of a file."""
 
     path: str
     line: int
     what: str
     start: int
     end: int
+    old: str
     new: str
 
 
@@ -103,7 +104,7 @@ class Finder(ast.NodeVisitor):
     def _add(self, node: ast.AST, what: str, new: str) -> None:
         start, end = self._span(node)
         line: int = node.lineno  # type: ignore[attr-defined]
-        self.found.append(Mutant(self._path, line, what, start, end, new))
+        self.found.append(Mutant(self._path, line, what, start, end, self._text(node), new))
 
     def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
         if node.name in ("__repr__", "__str__"):
@@ -329,8 +330,8 @@ def main() -> int:
             counts[room].made += 1
             counts[room].survived += survived
             if survived:
-                old = (ROOT / mutant.path).read_bytes()[mutant.start : mutant.end].decode()
-                print(f"{mutant.path}:{mutant.line}: {mutant.what}: {old!r} -> {mutant.new!r}")
+                where = f"{mutant.path}:{mutant.line}"
+                print(f"{where}: {mutant.what}: {mutant.old!r} -> {mutant.new!r}")
                 sys.stdout.flush()
 
         with ThreadPoolExecutor(options.jobs) as pool:
