@@ -478,6 +478,14 @@ async def test_a_protocol_that_closes_is_flushed_and_the_guest_sees_it(rig):
     await guest.until(lambda: built.last.data == b"hello")
 
 
+async def test_a_protocol_that_closes_with_nothing_written_is_lost_at_once(rig):
+    built = await rig()
+    guest, protocol = built.guest, built.last
+    protocol.transport.close()
+    await guest.until(lambda: protocol.calls[-1] == "lost")
+    await guest.until(lambda: not guest.control.ports[1].host_open)
+
+
 async def test_abort_drops_what_is_written(rig):
     built = await rig()
     guest, protocol = built.guest, built.last
