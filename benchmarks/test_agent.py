@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
 import shutil
 import signal
 import socket
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.peers import vdagent
 from vring_serial import HostAgent
 from vring_serial.agent.guest import AGENT_PORT, GuestAgent
 from vring_serial.chardev.protocol import ProtocolChardev
@@ -175,10 +175,6 @@ def test_file_with_the_command(benchmark, memory):
 )
 @pytest.mark.parametrize("version", ["installed", "newer"])
 def test_file_to_the_real_agent(benchmark, memory, version):
-    helper = Path(__file__).parents[1] / "tests" / "peers" / "vdagent.py"
-    spec = importlib.util.spec_from_file_location("vdagent", helper)
-    vdagent = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(vdagent)
     root = vdagent.NEWER_ROOT if version == "newer" else None
     if root is not None and not root.exists():
         pytest.skip("`make peers-vdagent` brings it")

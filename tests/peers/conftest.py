@@ -4,32 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import importlib.util
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
+from tests.peers.vdagent import NEWER_ROOT, VdAgentSession
 from vring_serial.chardev.base import Chardev
 from vring_serial.chardev.socket import SocketChardev, SocketOptions
 from vring_serial.device.console.controller import Controller
 from vring_serial.device.console.port import Port
 from vring_serial.transport.vhost_user.backend import VhostUserBackend
-
-
-def load_helper(name: str) -> ModuleType:
-    """The module of a helper file beside this one; test directories are no packages."""
-    full = f"vring_test_peers_{name}"
-    if full not in sys.modules:
-        spec = importlib.util.spec_from_file_location(full, Path(__file__).parent / f"{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[full] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return sys.modules[full]
 
 
 @pytest.fixture(params=["installed", pytest.param("newer", marks=pytest.mark.peer("vdagent-root"))])
@@ -38,9 +24,8 @@ async def vdagent(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterat
 
     It is this machine's, 0.22.1 in Debian 12, and then Debian testing's, 0.23.
     """
-    helper = load_helper("vdagent")
-    root = helper.NEWER_ROOT if request.param == "newer" else None
-    async with helper.VdAgentSession(tmp_path, root) as session:
+    root = NEWER_ROOT if request.param == "newer" else None
+    async with VdAgentSession(tmp_path, root) as session:
         yield session
 
 
