@@ -38,9 +38,11 @@ class Bench:
 
     async def serve(self):
         loop = asyncio.get_running_loop()
-        self.server = await loop.create_unix_server(
-            self.host.protocol_factory, str(self.vdagent.port)
-        )
+        self.server = await loop.create_unix_server(self._connect, str(self.vdagent.port))
+
+    def _connect(self):
+        self.link = self.host.protocol_factory()
+        return self.link
 
     async def aclose(self):
         await self.host.aclose()
@@ -173,7 +175,7 @@ async def test_the_agent_restarts_and_is_offered_the_clipboard_again(bench):
 
 
 async def test_a_lost_channel_comes_back(bench):
-    bench.host._link.fail(ConnectionResetError("lost"))
+    bench.link.fail(ConnectionResetError("lost"))
     await until(lambda: AgentGone("lost") in bench.events)
     await bench.host.wait_ready(15)
     await bench.host.set_monitors([Monitor(800, 600)])
