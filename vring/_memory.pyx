@@ -104,7 +104,8 @@ cdef class _Mapping:
         )
 
 
-# Cython's clearing would drop the buffer without ending its export, under pointers still in use.
+# Cython's clearing would drop the buffer under pointers still in use. Nor may the collector see all
+# references to what is exported: it would clear that first, in a cycle, while it is exported.
 @cython.no_gc_clear
 @cython.final
 cdef class Region:
@@ -129,8 +130,11 @@ cdef class Region:
         cdef uint64_t user = 0
         if user_addr is not None:
             user = as_address(user_addr, "user address of a region")
+        self._held = <Py_buffer*>calloc(1, sizeof(Py_buffer))
+        if self._held == NULL:
+            raise MemoryError
         try:
-            PyObject_GetBuffer(buffer, &self._held, PyBUF_SIMPLE | PyBUF_WRITABLE)
+            PyObject_GetBuffer(buffer, self._held, PyBUF_SIMPLE | PyBUF_WRITABLE)
         except (BufferError, TypeError, ValueError) as error:
             raise MemoryMapError(
                 f"region at {self.table.guest:#x}: its buffer is not writable and contiguous"
@@ -152,7 +156,9 @@ cdef class Region:
         pass
 
     def __dealloc__(self):
-        PyBuffer_Release(&self._held)
+        if self._held != NULL:
+            PyBuffer_Release(self._held)
+            free(self._held)
 
     def __getbuffer__(self, Py_buffer* view, int flags):
         PyBuffer_FillInfo(view, self, self.table.host, self.table.size, 0, flags)
