@@ -51,7 +51,7 @@ cdef class Region:
     cdef readonly object buffer
     cdef readonly object user_addr
     cdef vr_region table
-    cdef Py_buffer* _held       # the export that the region holds; on the heap, unseen by the collector
+    cdef Py_buffer* _held       # the export it holds; on the heap, unseen by the collector
 
 
 @cython.final
