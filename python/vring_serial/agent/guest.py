@@ -252,11 +252,13 @@ class GuestAgent(Ending):
     # --- LinkOwner
 
     def link_up(self, link: AgentLink) -> None:
+        """Begin a session on the link and ask the client for its capabilities."""
         self._handshake.link_up(link)
         self._begin_session(link)
         self._handshake.ask()
 
     def link_down(self, link: AgentLink, reason: Exception | None) -> None:
+        """Forget the link, log ``reason`` if there is one, and end what the client began."""
         if self._handshake.link_down(link):
             if reason is not None:
                 log.warning("agent channel: %s", reason)
@@ -265,6 +267,7 @@ class GuestAgent(Ending):
     def link_message(
         self, link: AgentLink, port: int, message: TypedMessage | UnknownMessage
     ) -> None:
+        """Act on a message of the client."""
         match message:
             case AnnounceCapabilities():
                 self._receive_capabilities(link, message)
@@ -285,6 +288,7 @@ class GuestAgent(Ending):
     def link_body(
         self, link: AgentLink, port: int, head: StreamedMessage, size: int
     ) -> BodySink | None:
+        """Return what takes the clipboard's or a file's data; None discards any other payload."""
         match head:
             case Clipboard():
                 return self._clipboard.begin_data(head, size)
@@ -293,6 +297,7 @@ class GuestAgent(Ending):
         return None
 
     def link_trouble(self, link: AgentLink, error: AgentProtocolError) -> None:
+        """Log a wrong message of the client and pass it to ``on_event``."""
         log.warning("agent channel: %s", error)
         self._emit(AgentTrouble(error))
 

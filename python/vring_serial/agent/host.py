@@ -465,6 +465,7 @@ class HostAgent(Ending):
     # --- LinkOwner
 
     def link_up(self, link: AgentLink) -> None:
+        """Begin a session on the link; once closed, close the link instead."""
         if self._is_closed:
             link.close()
             return
@@ -473,6 +474,7 @@ class HostAgent(Ending):
         self._begin_session(link)
 
     def link_down(self, link: AgentLink, reason: Exception | None) -> None:
+        """End the session, and fail whatever waits for the agent. An older link changes nothing."""
         if self._handshake.link_down(link):
             self._last_end = f": {reason}" if reason else ""
             self._end_session("the agent went away")
@@ -481,6 +483,7 @@ class HostAgent(Ending):
     def link_message(
         self, link: AgentLink, port: int, message: TypedMessage | UnknownMessage
     ) -> None:
+        """Act on a message of the agent; one of an older link is ignored."""
         if link is not self._handshake.link:
             return
         match message:
@@ -499,6 +502,10 @@ class HostAgent(Ending):
     def link_body(
         self, link: AgentLink, port: int, head: StreamedMessage, size: int
     ) -> BodySink | None:
+        """Return what takes the payload of a clipboard, of a file, or for ``on_body``.
+
+        None, which discards it, for an older link and for whatever nobody takes.
+        """
         if link is not self._handshake.link:
             return None
         match head:
@@ -511,6 +518,7 @@ class HostAgent(Ending):
         return None
 
     def link_trouble(self, link: AgentLink, error: AgentProtocolError) -> None:
+        """Pass a wrong message of the agent to ``on_event``."""
         self._emit(AgentTrouble(error))
 
     def _receive_capabilities(self, link: AgentLink, message: AnnounceCapabilities) -> None:

@@ -259,6 +259,10 @@ class ConsoleDriver:
     # --- PortOwner
 
     def port_opened(self, port: GuestPort, is_open: bool) -> bool:
+        """Send PORT_OPEN and return whether the device has used it; see :class:`PortOwner`.
+
+        Without the multiport protocol nothing is sent, and it returns True.
+        """
         if self._control is None:
             return True
         if is_open:
@@ -269,6 +273,13 @@ class ConsoleDriver:
         return not self._control_tx.in_flight
 
     def transmit_buffers(self, port: GuestPort) -> TransmitBuffers:
+        """Return the port's transmit buffers, made when first wanted.
+
+        At most TRANSMIT_COUNT buffers of TRANSMIT_SIZE bytes, and no more than the queue's size.
+
+        Raises:
+            GuestMemoryError: there is no guest memory left for them.
+        """
         transmit = self._transmit_buffers.get(port.nr)
         if transmit is None:
             _, index = queues_of_port(port.nr)

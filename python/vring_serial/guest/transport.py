@@ -76,9 +76,11 @@ class PortTransport(asyncio.Transport):
             self._port.schedule_receive()
 
     def deliver(self, data: bytes) -> None:
+        """Give the protocol bytes that the host end sent."""
         cast(asyncio.Protocol, self._protocol).data_received(data)
 
     def deliver_eof(self) -> None:
+        """Tell the protocol that the host end closed; close the port unless it goes on writing."""
         self.at_eof = True
         if not cast(asyncio.Protocol, self._protocol).eof_received():
             self.close()

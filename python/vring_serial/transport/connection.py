@@ -74,6 +74,7 @@ class Connection:
 
     @property
     def closed(self) -> bool:
+        """Return whether the connection has ended, by either side; its socket is closed."""
         return self._sock.fileno() < 0
 
     def send(self, data: bytes, fds: Sequence[int] = ()) -> None:

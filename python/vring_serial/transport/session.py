@@ -31,7 +31,12 @@ class FatalError(RemoteProtocolError):
 
 
 class PeerMessage(Protocol):
-    """What sessions need of a message."""
+    """What sessions need of a message.
+
+    Attributes:
+        name: its type's name, for errors and logs.
+        fds: the descriptors that came with it; the session takes them over.
+    """
 
     @property
     def name(self) -> str: ...

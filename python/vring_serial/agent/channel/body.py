@@ -49,6 +49,10 @@ class BodyReader:
         return self._error is not None
 
     def feed(self, data: Buffer) -> None:
+        """Keep the next bytes for the consumer; the link is not read while too many wait.
+
+        See :class:`BodySink`. Bytes that nobody wants any more are dropped.
+        """
         if self._error is not None:
             return
         data = kept(data)
@@ -60,6 +64,10 @@ class BodyReader:
             self.link.hold_reading()
 
     def end(self, complete: bool) -> None:
+        """Let the consumer finish with the bytes that wait; see :class:`BodySink`.
+
+        Unless the payload is complete, the consumer has AgentGoneError instead of the rest.
+        """
         if not complete:
             self.fail(AgentGoneError(f"the agent channel closed in the middle of {self._what}"))
         self._done = True

@@ -188,9 +188,11 @@ class RouterClient:
 
     @property
     def takes_files(self) -> bool:
+        """Return whether the client has announced FILES_FROM_GUEST."""
         return self._has(FILES_FROM_GUEST)
 
     def file_from_guest(self, message: FileXferStart | FileXferData | FileXferStatus) -> None:
+        """Queue a message of a transfer from the guest for the client; drop it without an agent."""
         if (source := self._router.agent_link) is not None:
             self.relay.put(source, Passing(message))
 
@@ -200,6 +202,7 @@ class RouterClient:
     # --- LinkOwner
 
     def link_up(self, link: AgentLink) -> None:
+        """Ask the router to admit the client; one that it refuses is told so and disconnected."""
         self.clipboard.begin_session(link)
         self._admitted = self._router.client_came(self)
         if not self._admitted:
@@ -214,6 +217,7 @@ class RouterClient:
         asyncio.get_running_loop().call_later(wait, self.link.close)
 
     def link_down(self, link: AgentLink, reason: Exception | None) -> None:
+        """End what the client began, drop what waits for it, and take it out of the router."""
         self.clipboard.end_session()
         self.clipboard.stop_answering()
         # They may wait for an end that does not read, and clients come and go meanwhile.
@@ -227,6 +231,7 @@ class RouterClient:
     def link_message(
         self, link: AgentLink, port: int, message: TypedMessage | UnknownMessage
     ) -> None:
+        """Pass a message of the client on, unless it was not admitted or the filter stops it."""
         if not self._admitted:
             return
         self.has_spoken = True
@@ -256,6 +261,10 @@ class RouterClient:
     def link_body(
         self, link: AgentLink, port: int, head: StreamedMessage, size: int
     ) -> BodySink | None:
+        """Return what takes the payload of a long message; None discards it.
+
+        None for a client that was not admitted, and for a type that the filter stops.
+        """
         if not self._admitted or not self._router.filter.passes(head.type_number):
             return None
         self.has_spoken = True
@@ -271,6 +280,7 @@ class RouterClient:
         self._forwarding.put(self.link, passing)
 
     def link_trouble(self, link: AgentLink, error: AgentProtocolError) -> None:
+        """Pass a wrong message of the client to ``on_event``."""
         self._router.emit(AgentTrouble(error))
 
     def _receive_capabilities(self, message: AnnounceCapabilities) -> None:

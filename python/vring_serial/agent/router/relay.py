@@ -205,9 +205,10 @@ class DataPieces:
         self._forward = forward
 
     def feed(self, data: Buffer) -> None:
+        """Forward ``data`` in messages of at most FILE_DATA_MAX bytes, without copying it."""
         view = memoryview(data)
         for start in range(0, len(view), FILE_DATA_MAX):
             self._forward(FileXferData(self._number, view[start : start + FILE_DATA_MAX]))
 
     def end(self, complete: bool) -> None:
-        """Every piece has been handed on already."""
+        """Do nothing: every piece has been forwarded already."""

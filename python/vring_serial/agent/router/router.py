@@ -320,6 +320,7 @@ class AgentRouter(Ending):
     # --- LinkOwner, the agent's side
 
     def link_up(self, link: AgentLink) -> None:
+        """Begin a session with the agent; a new link takes the place of an older one."""
         if link is not self.agent_link:
             if self.agent_link is not None:
                 self._agent_left()
@@ -342,6 +343,7 @@ class AgentRouter(Ending):
         self.guest_files.guest_left()
 
     def link_down(self, link: AgentLink, reason: Exception | None) -> None:
+        """Tell the clients that the agent is gone; an older link changes nothing."""
         if self._handshake.link_down(link):
             self._servers.agent_left()
             self._agent_left()
@@ -365,6 +367,10 @@ class AgentRouter(Ending):
     def link_message(
         self, link: AgentLink, port: int, message: TypedMessage | UnknownMessage
     ) -> None:
+        """Pass a message of the agent to the client or clients that it is for.
+
+        One of an older link, or of a type that the filter stops, is dropped.
+        """
         if link is not self.agent_link or not self.filter.passes(message.type_number):
             return
         if isinstance(message, Reply) and (port, message.to) in self._replies:
@@ -412,6 +418,11 @@ class AgentRouter(Ending):
     def link_body(
         self, link: AgentLink, port: int, head: StreamedMessage, size: int
     ) -> BodySink | None:
+        """Return what takes the payload of a long message of the agent; None discards it.
+
+        None for an older link, for a type that the filter stops, and for known types that the agent
+        sends to the server.
+        """
         if link is not self.agent_link or not self.filter.passes(head.type_number):
             return None
         if isinstance(head, UnknownMessage):
@@ -423,6 +434,7 @@ class AgentRouter(Ending):
         return DataPieces(head.id, self.guest_files.from_guest)
 
     def link_trouble(self, link: AgentLink, error: AgentProtocolError) -> None:
+        """Pass a wrong message of the agent to ``on_event``."""
         self.emit(AgentTrouble(error))
 
     def _receive_capabilities(self, link: AgentLink, message: AnnounceCapabilities) -> None:

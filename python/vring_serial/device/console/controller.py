@@ -235,7 +235,7 @@ class Controller(Starting):
         return not bits & ConsoleFeature.MULTIPORT
 
     def set_driver_features(self, bits: int) -> None:
-        """The driver accepted these features. Raises RemoteProtocolError on bits not offered."""
+        """Take the features that the driver accepted; raise RemoteProtocolError on others."""
         if bits & ~self.device_features:
             extra = feature_names(bits & ~self.device_features, ConsoleFeature)
             raise RemoteProtocolError(

@@ -194,6 +194,10 @@ class Port:
     # --- ChardevUser
 
     def end_opened(self, end: End) -> None:
+        """Serve a host end that has connected, and tell the guest.
+
+        A protocol is given at once what the guest wrote before it closed, with nobody there.
+        """
         self._sides.end = end
         self._transmit.end_opened()
         self._receive.end_opened()
@@ -204,6 +208,7 @@ class Port:
             self._deliver_late()
 
     def end_replaced(self, end: DescriptorEnd) -> None:
+        """Serve the open end's new descriptors; on return the old ones are no longer used."""
         self._transmit.stop()
         self._transmit.stop_residue()
         self._receive.stop()
@@ -211,6 +216,7 @@ class Port:
         self._update()
 
     def end_closed(self) -> None:
+        """Leave the host end, and tell the guest; on return its descriptors are no longer used."""
         self._sides.end = None
         if self._sides.session is not None:
             self._end_session(False)
@@ -219,6 +225,7 @@ class Port:
             self._owner.host_end_changed(self, False)
 
     def end_resized(self, cols: int, rows: int) -> None:
+        """Note the size of the terminal, in characters, and tell the guest."""
         self.size = (cols, rows)
         if self._owner is not None:
             self._owner.port_resized(self)
@@ -227,12 +234,15 @@ class Port:
 
     @property
     def pump(self) -> Pump:
+        """Return the device's pump. The port must belong to a controller."""
         return self._require_owner().pump
 
     def poll_control(self) -> None:
+        """Let the device act on control messages that the driver made available."""
         self._require_owner().poll_control()
 
     def end_is_over(self, reason: OSError | None) -> None:
+        """Tell the chardev that its descriptor gave end of file (None) or failed; log a failure."""
         if reason is not None:
             text = f"{self.label}: {self.chardev.description}: {reason.strerror}"
             self._said.log(logging.INFO, "%s", text)
@@ -240,10 +250,12 @@ class Port:
         self.chardev.peer_gone(reason)
 
     def queue_broken(self, direction: Direction, error: RingError) -> None:
+        """Update both directions, and let the device ask for a reset."""
         self._update()
         self._require_owner().port_queue_broken(self, direction.is_transmit, error)
 
     def output_dropped(self, count: int) -> None:
+        """Emit OutputDropped; ``count`` is of bytes, in all so far."""
         self._require_owner().emit(OutputDropped(self.nr, count))
 
     # --- what should run

@@ -95,6 +95,7 @@ class Held:
         self.cost += len(pages) * _PAGE
 
     def hold(self) -> None:
+        """Count a user of all pages that were added; :meth:`release` gives them back."""
         for copy, pages in self._pages:
             copy.hold(pages)
 
@@ -106,13 +107,19 @@ class Held:
 
 
 class LargeChains:
-    """Counts the bytes of chains that are larger than QUEUE_BYTES, of all queues of one client."""
+    """Counts the bytes of chains that are larger than QUEUE_BYTES, of all queues of one client.
+
+    Attributes:
+        bytes: of pages, for all such chains that are on their way.
+        waiting: of queues that wait for room; all are set when some is given back.
+    """
 
     def __init__(self) -> None:
         self.bytes = 0
         self.waiting: set[asyncio.Event] = set()
 
     def give(self, cost: int) -> None:
+        """Uncount ``cost`` bytes, and wake the queues that wait for room."""
         self.bytes -= cost
         for room in self.waiting:
             room.set()

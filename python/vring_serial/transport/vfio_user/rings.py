@@ -29,6 +29,9 @@ class RemoteRings:
 
     Attributes:
         client: the client's memory while there is a client.
+        name, device_id, device_features: the device's; see VirtioDevice.
+        num_queues, queue_size_max, config_size, config_generation, status: likewise.
+        on_config_change, on_needs_reset: likewise; setting them sets the device's.
     """
 
     def __init__(self, device: VirtioDevice) -> None:

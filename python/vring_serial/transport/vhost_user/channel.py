@@ -60,6 +60,7 @@ class BackendChannel:
 
     @property
     def closed(self) -> bool:
+        """Return whether the channel has ended, by either side; its socket is closed."""
         return self._sock.fileno() < 0
 
     def config_changed(self) -> None:
