@@ -35,13 +35,15 @@ class Payload(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Empty:
-    """No payload."""
+    """The payload of a message that has none: 0 bytes."""
 
     def pack(self) -> bytes:
+        """Return no bytes."""
         return b""
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
+        """Check that there are no bytes. Raises RemoteProtocolError if there are."""
         if data:
             raise RemoteProtocolError(f"payload of {len(data)} bytes instead of none")
         return cls()

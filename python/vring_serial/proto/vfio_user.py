@@ -108,17 +108,17 @@ SHAPES: dict[Command, Shape] = {
 def request(
     command: Command, message_id: int, payload: Payload | None = None, *, no_reply: bool = False
 ) -> bytes:
-    """A whole request; with ``no_reply`` it is posted, and never answered."""
+    """Return a whole request; with ``no_reply`` it is posted, and never answered."""
     return _message(command, message_id, HeaderFlag.NO_REPLY if no_reply else 0, payload)
 
 
 def reply(command: Command | int, message_id: int, payload: Payload | None = None) -> bytes:
-    """A whole reply, which carries the request's command and number."""
+    """Return a whole reply, which carries the request's command and number."""
     return _message(command, message_id, HeaderFlag.REPLY, payload)
 
 
 def error_reply(command: Command | int, message_id: int, error: int) -> bytes:
-    """The reply to a request that failed; ``error`` is an errno."""
+    """Return the reply to a request that failed; ``error`` is an errno."""
     flags = HeaderFlag.REPLY | HeaderFlag.ERROR
     return Header(message_id, command, Header.SIZE, flags, error).pack()
 
@@ -150,26 +150,27 @@ class Message:
 
     @property
     def name(self) -> str:
-        """For errors and logs."""
+        """Return the command's name, for errors and logs."""
         return kind_name(self.command, "command")
 
     @property
     def is_reply(self) -> bool:
+        """Return whether this is a reply, and not a command."""
         return self.flags & TYPE_MASK == HeaderFlag.REPLY
 
     @property
     def no_reply(self) -> bool:
-        """Posted: whatever becomes of it, the sender wants no answer."""
+        """Return whether it is posted: whatever becomes of it, the sender wants no answer."""
         return bool(self.flags & HeaderFlag.NO_REPLY)
 
     @property
     def failed(self) -> bool:
-        """A reply that says that the request failed."""
+        """Return whether this is a reply that says that the request failed."""
         return bool(self.flags & HeaderFlag.ERROR)
 
     @property
     def shape(self) -> Shape | None:
-        """None for messages that this module does not know how to unpack."""
+        """Return what the message carries; None if this module does not know how to unpack it."""
         return SHAPES.get(self.command) if isinstance(self.command, Command) else None
 
     def decode(self) -> Payload:

@@ -52,7 +52,7 @@ class Capabilities:
         return ", ".join([*numbers, *flags])
 
     def to_json(self) -> bytes:
-        """Those that are named, and the terminating NUL."""
+        """Return the JSON of those that are named, and the terminating NUL."""
         found: dict[str, Any] = {name: getattr(self, name) for name in _NUMBERS}
         found["write_multiple"] = self.write_multiple
         found["twin_socket"] = {"supported": self.twin_socket}
@@ -63,7 +63,12 @@ class Capabilities:
 
     @classmethod
     def from_json(cls, data: bytes) -> Self:
-        """Raises RemoteProtocolError if it is no such JSON; other capabilities are ignored."""
+        """Parse JSON with its terminating NUL; unknown capabilities go into ``named`` only.
+
+        Raises:
+            RemoteProtocolError: more than MAX_VERSION_DATA bytes, no NUL at the end, no JSON
+                object, or a capability whose value is of another type or too large.
+        """
         if len(data) > MAX_VERSION_DATA:
             raise RemoteProtocolError(
                 f"{len(data)} bytes of JSON, at most {MAX_VERSION_DATA} are taken"
@@ -88,7 +93,7 @@ class Capabilities:
         return cls(**values, named=frozenset(found))
 
     def common(self, other: Self) -> Self:
-        """What both ends can do, of what ``other`` named: the reply to its proposal.
+        """Return what both ends can do, of what ``other`` named: the reply to its proposal.
 
         No number is larger and no name is longer than in the proposal, so neither is the reply;
         QEMU's client has no room for a longer one.
@@ -107,7 +112,7 @@ class Capabilities:
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """The payload of VERSION and of its reply.
+    """The payload of VERSION, which the client sends first, and of the server's reply.
 
     Attributes:
         major, minor: of the protocol.
@@ -121,11 +126,13 @@ class Version:
     capabilities: Capabilities | None = None
 
     def pack(self) -> bytes:
+        """Return the 4 bytes of the version, and the JSON of the capabilities if there are any."""
         data = b"" if self.capabilities is None else self.capabilities.to_json()
         return self.STRUCT.pack(self.major, self.minor) + data
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
+        """Parse a request or a reply. Raises RemoteProtocolError, also for the capabilities."""
         major, minor = at_least(cls.STRUCT, data)
         rest = data[cls.STRUCT.size :]
         return cls(major, minor, Capabilities.from_json(rest) if rest else None)

@@ -165,6 +165,7 @@ class Header:
     error: int = 0
 
     def pack(self) -> bytes:
+        """Return the 16 bytes."""
         return self.STRUCT.pack(self.message_id, self.command, self.size, self.flags, self.error)
 
     @property
@@ -174,6 +175,7 @@ class Header:
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
+        """Parse 16 bytes, which can say anything. Raises RemoteProtocolError on another number."""
         return cls(*exactly(cls.STRUCT, data))
 
 
@@ -181,11 +183,12 @@ class Header:
 class DmaMap:
     """A region of the client's memory that the server may access (VFIO_USER_DMA_MAP).
 
+    The client sends it, with a descriptor if the region can be mapped; the reply has no payload.
+
     Attributes:
         flags: :class:`DmaFlag`.
         offset: bytes from the start of the descriptor's file to the region.
-        address: first DMA address.
-        size: bytes.
+        address, size: first DMA address, and bytes.
     """
 
     STRUCT: ClassVar = struct.Struct("=IIQQQ")
@@ -196,10 +199,12 @@ class DmaMap:
     size: int
 
     def pack(self) -> bytes:
+        """Return the 32 bytes."""
         return self.STRUCT.pack(self.STRUCT.size, self.flags, self.offset, self.address, self.size)
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
+        """Parse 32 bytes. RemoteProtocolError on another number, flags, or no possible region."""
         argsz, flags, offset, address, size = exactly(cls.STRUCT, data)
         _check_argsz(argsz, cls.STRUCT.size)
         if flags & ~int(DmaFlag.READ | DmaFlag.WRITE):
@@ -228,10 +233,12 @@ class DmaUnmap:
     flags: int = 0
 
     def pack(self) -> bytes:
+        """Return the 24 bytes."""
         return self.STRUCT.pack(self.STRUCT.size, self.flags, self.address, self.size)
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
+        """Parse 24 bytes. RemoteProtocolError on another number or flags, or ALL with a range."""
         argsz, flags, address, size = at_least(cls.STRUCT, data)
         _check_argsz(argsz, cls.STRUCT.size)
         if flags & UnmapFlag.GET_DIRTY_BITMAP:
@@ -263,10 +270,12 @@ class DeviceInfo:
     argsz: int = SIZE
 
     def pack(self) -> bytes:
+        """Return the 16 bytes."""
         return self.STRUCT.pack(self.argsz, self.flags, self.num_regions, self.num_irqs)
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
+        """Parse 16 bytes. RemoteProtocolError on another number, and if ``argsz`` is less."""
         argsz, flags, regions, irqs = exactly(cls.STRUCT, data)
         _check_argsz(argsz, cls.STRUCT.size)
         return cls(flags, regions, irqs, argsz)
@@ -296,12 +305,14 @@ class RegionInfo:
     argsz: int = SIZE
 
     def pack(self) -> bytes:
+        """Return the 32 bytes."""
         return self.STRUCT.pack(
             self.argsz, self.flags, self.index, self.cap_offset, self.size, self.offset
         )
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
+        """Parse 32 bytes. RemoteProtocolError on another number, and if ``argsz`` is less."""
         argsz, flags, index, cap_offset, size, offset = exactly(cls.STRUCT, data)
         _check_argsz(argsz, cls.STRUCT.size)
         return cls(index, flags, size, cap_offset, offset, argsz)
@@ -328,12 +339,14 @@ class IoEventFd:
     datamatch: int = 0
 
     def pack(self) -> bytes:
+        """Return the 40 bytes."""
         return self.STRUCT.pack(
             self.offset, self.size, self.fd_index, IoFdType.IOEVENTFD, self.flags, 0, self.datamatch
         )
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
+        """Parse 40 bytes. RemoteProtocolError on another number, and if it is no ioeventfd."""
         at, size, fd_index, kind, flags, _, datamatch = exactly(cls.STRUCT, data)
         if kind != IoFdType.IOEVENTFD:
             raise RemoteProtocolError(f"sub-region of type {kind}")
@@ -345,10 +358,9 @@ class RegionIoFds:
     """Parts of a region that have descriptors (VFIO_USER_DEVICE_GET_REGION_IO_FDS).
 
     Attributes:
-        index: which region; all else is 0 in the request.
+        index: which region; all else but ``argsz`` is 0 in the request.
         sub_regions: what the reply has room for: all, or none if ``argsz`` says that it needs more.
-        argsz: in a request, the most bytes that the reply's payload may have; in a reply, those
-            that it needs.
+        argsz: the most bytes that the reply's payload may have; in a reply, those that it needs.
     """
 
     STRUCT: ClassVar = struct.Struct("=IIII")
@@ -359,11 +371,13 @@ class RegionIoFds:
     argsz: int = SIZE
 
     def pack(self) -> bytes:
+        """Return the 16 bytes, and 40 for each sub-region."""
         head = self.STRUCT.pack(self.argsz, 0, self.index, len(self.sub_regions))
         return head + b"".join(sub_region.pack() for sub_region in self.sub_regions)
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
+        """Parse a request or a reply. RemoteProtocolError on a wrong size, argsz or flags."""
         argsz, flags, index, count = at_least(cls.STRUCT, data)
         _check_argsz(argsz, cls.STRUCT.size)
         if flags:
@@ -376,7 +390,7 @@ class RegionIoFds:
 
     @classmethod
     def needed(cls, count: int) -> int:
-        """Bytes of the payload with ``count`` sub-regions."""
+        """Return the bytes of the payload with ``count`` sub-regions."""
         return cls.SIZE + count * IoEventFd.STRUCT.size
 
 
@@ -400,10 +414,12 @@ class IrqInfo:
     argsz: int = SIZE
 
     def pack(self) -> bytes:
+        """Return the 16 bytes."""
         return self.STRUCT.pack(self.argsz, self.flags, self.index, self.count)
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
+        """Parse 16 bytes. RemoteProtocolError on another number, and if ``argsz`` is less."""
         argsz, flags, index, count = exactly(cls.STRUCT, data)
         _check_argsz(argsz, cls.STRUCT.size)
         return cls(index, flags, count, argsz)
@@ -430,11 +446,13 @@ class IrqSet:
     data: bytes = b""
 
     def pack(self) -> bytes:
+        """Return the 20 bytes, and ``data``."""
         argsz = self.SIZE + len(self.data)
         return self.STRUCT.pack(argsz, self.flags, self.index, self.start, self.count) + self.data
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
+        """Parse a request. RemoteProtocolError on a wrong size, or flags IrqSetFlag forbids."""
         argsz, flags, index, start, count = at_least(cls.STRUCT, data)
         _check_argsz(argsz, cls.SIZE)
         kind, action = flags & IRQ_SET_DATA, flags & IRQ_SET_ACTION
@@ -455,8 +473,7 @@ class RegionAccess:
     Attributes:
         offset: first byte within the region.
         region: index of the region.
-        count: bytes.
-        data: the bytes, or none.
+        count, data: how many bytes, and the bytes, or none.
     """
 
     STRUCT: ClassVar = struct.Struct("=QII")
@@ -468,10 +485,12 @@ class RegionAccess:
     data: bytes = b""
 
     def pack(self) -> bytes:
+        """Return the 16 bytes, and ``data``."""
         return self.STRUCT.pack(self.offset, self.region, self.count) + self.data
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
+        """Parse 16 bytes, and data of any length. RemoteProtocolError if there are fewer."""
         offset, region, count = at_least(cls.STRUCT, data)
         return cls(offset, region, count, data[cls.SIZE :])
 
@@ -482,6 +501,7 @@ class RegionRead(RegionAccess):
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
+        """Parse 16 bytes. Raises RemoteProtocolError on another number."""
         return cls(*exactly(cls.STRUCT, data))
 
 
@@ -491,6 +511,7 @@ class RegionWrite(RegionAccess):
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
+        """Parse 16 bytes and ``count`` of data. Raises RemoteProtocolError on another number."""
         offset, region, count = at_least(cls.STRUCT, data)
         if len(data) != cls.SIZE + count:
             raise RemoteProtocolError(f"payload of {len(data)} bytes instead of {cls.SIZE + count}")
@@ -499,11 +520,7 @@ class RegionWrite(RegionAccess):
 
 @dataclass(frozen=True, slots=True)
 class WriteMulti:
-    """Several small writes at once (VFIO_USER_REGION_WRITE_MULTI).
-
-    Attributes:
-        writes: in their order, each of at most 8 bytes.
-    """
+    """Several writes in their order, each of at most 8 bytes (VFIO_USER_REGION_WRITE_MULTI)."""
 
     COUNT: ClassVar = struct.Struct("=Q")
     STRUCT: ClassVar = struct.Struct(f"=QII{MULTI_DATA}s")
@@ -511,11 +528,13 @@ class WriteMulti:
     writes: tuple[RegionWrite, ...]
 
     def pack(self) -> bytes:
+        """Return the 8 bytes of the count, and 24 for each write, its data padded with zeros."""
         packed = (self.STRUCT.pack(w.offset, w.region, w.count, w.data) for w in self.writes)
         return self.COUNT.pack(len(self.writes)) + b"".join(packed)
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
+        """Parse a request. RemoteProtocolError on a wrong size, or too many or too long writes."""
         (count,) = at_least(cls.COUNT, data)
         if count > MAX_MULTI_WRITES:
             raise RemoteProtocolError(f"{count} writes, at most {MAX_MULTI_WRITES} are taken")
@@ -532,17 +551,19 @@ class WriteMulti:
 
 @dataclass(frozen=True, slots=True)
 class WriteMultiDone:
-    """How many of several writes were done (REGION_WRITE_MULTI's reply)."""
+    """How many of several writes were done, from the first on (REGION_WRITE_MULTI's reply)."""
 
     STRUCT: ClassVar = struct.Struct("=Q")
 
     count: int
 
     def pack(self) -> bytes:
+        """Return the 8 bytes."""
         return self.STRUCT.pack(self.count)
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
+        """Parse 8 bytes. Raises RemoteProtocolError on another number."""
         return cls(*exactly(cls.STRUCT, data))
 
 
@@ -552,8 +573,7 @@ class DmaAccess:
 
     Attributes:
         address: first DMA address.
-        count: bytes.
-        data: the bytes, or none.
+        count, data: how many bytes, and the bytes, or none.
     """
 
     STRUCT: ClassVar = struct.Struct("=QQ")
@@ -564,10 +584,12 @@ class DmaAccess:
     data: bytes = b""
 
     def pack(self) -> bytes:
+        """Return the 16 bytes, and ``data``."""
         return self.STRUCT.pack(self.address, self.count) + self.data
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
+        """Parse 16 bytes, and data of any length. RemoteProtocolError if there are fewer."""
         address, count = at_least(cls.STRUCT, data)
         return cls(address, count, data[cls.SIZE :])
 

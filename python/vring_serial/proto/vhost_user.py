@@ -149,13 +149,13 @@ BACKEND_SHAPES: dict[BackendRequest, Shape] = {
 def request(
     kind: Request | BackendRequest, payload: Payload | None = None, *, need_reply: bool = False
 ) -> bytes:
-    """A whole request; ``need_reply`` asks for an acknowledgement (needs REPLY_ACK)."""
+    """Return a whole request; ``need_reply`` asks for an acknowledgement (needs REPLY_ACK)."""
     flags = VERSION | (HeaderFlag.NEED_REPLY if need_reply else 0)
     return _message(kind, flags, payload)
 
 
 def reply(kind: Request | BackendRequest | int, payload: Payload) -> bytes:
-    """A whole reply, which carries the request's type; acknowledgements carry a :class:`U64`."""
+    """Return a whole reply, which carries the request's type; an acknowledgement has a U64."""
     return _message(kind, VERSION | HeaderFlag.REPLY, payload)
 
 
@@ -182,16 +182,17 @@ class Message:
 
     @property
     def name(self) -> str:
-        """For errors and logs."""
+        """Return the name of the request's type, for errors and logs."""
         return kind_name(self.kind, "message")
 
     @property
     def need_reply(self) -> bool:
+        """Return whether the sender wants an acknowledgement (REPLY_ACK)."""
         return bool(self.flags & HeaderFlag.NEED_REPLY)
 
     @property
     def shape(self) -> Shape | None:
-        """None for messages that this module does not know how to unpack."""
+        """Return what the message carries; None if this module does not know how to unpack it."""
         if isinstance(self.kind, Request):
             return SHAPES.get(self.kind)
         if isinstance(self.kind, BackendRequest):

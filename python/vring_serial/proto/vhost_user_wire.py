@@ -140,6 +140,7 @@ class Header:
     size: int
 
     def pack(self) -> bytes:
+        """Return the 12 bytes."""
         return self.STRUCT.pack(self.request, self.flags, self.size)
 
     @property
@@ -149,28 +150,40 @@ class Header:
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
+        """Parse 12 bytes, which can say anything. Raises RemoteProtocolError on another number."""
         return cls(*exactly(cls.STRUCT, data))
 
 
 @dataclass(frozen=True, slots=True)
 class U64:
-    """One number: features, a count, a status; in an acknowledgement 0 for success."""
+    """One number ("A single 64-bit integer"): features, a count, a status; 0 acknowledges success.
+
+    Attributes:
+        value: 64 bits, unsigned.
+    """
 
     STRUCT: ClassVar = struct.Struct("=Q")
 
     value: int
 
     def pack(self) -> bytes:
+        """Return the 8 bytes."""
         return self.STRUCT.pack(self.value)
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
+        """Parse 8 bytes. Raises RemoteProtocolError on another number."""
         return cls(*exactly(cls.STRUCT, data))
 
 
 @dataclass(frozen=True, slots=True)
 class VringState:
-    """A queue and a number: its size, its available index, enabled or not, or 0 ("vring state")."""
+    """A queue and a number ("A vring state description").
+
+    Attributes:
+        index: the queue.
+        num: its size, its available index, 1 or 0 for enabled or not, or 0: the request says which.
+    """
 
     STRUCT: ClassVar = struct.Struct("=II")
 
@@ -178,16 +191,18 @@ class VringState:
     num: int = 0
 
     def pack(self) -> bytes:
+        """Return the 8 bytes."""
         return self.STRUCT.pack(self.index, self.num)
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
+        """Parse 8 bytes. Raises RemoteProtocolError on another number."""
         return cls(*exactly(cls.STRUCT, data))
 
 
 @dataclass(frozen=True, slots=True)
 class VringAddress:
-    """Where a queue's three parts are, as user addresses ("vring address description").
+    """Where a queue's three parts are, as user addresses ("A vring address description").
 
     Attributes:
         index: the queue.
@@ -206,12 +221,18 @@ class VringAddress:
     log: int = 0
 
     def pack(self) -> bytes:
+        """Return the 40 bytes."""
         return self.STRUCT.pack(
             self.index, self.flags, self.descriptor, self.used, self.available, self.log
         )
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
+        """Parse 40 bytes; what the addresses mean is not checked.
+
+        Raises:
+            RemoteProtocolError: another number of bytes.
+        """
         return cls(*exactly(cls.STRUCT, data))
 
 
@@ -232,10 +253,12 @@ class VringDescriptor:
     no_fd: bool = False
 
     def pack(self) -> bytes:
+        """Return the 8 bytes."""
         return self.STRUCT.pack(self.index | (self.NO_FD if self.no_fd else 0))
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
+        """Parse 8 bytes. Raises RemoteProtocolError on another number, and on unknown bits."""
         (value,) = exactly(cls.STRUCT, data)
         if value & ~(cls.INDEX_MASK | cls.NO_FD):
             raise RemoteProtocolError(f"unknown bits in {value:#x}")
@@ -244,7 +267,7 @@ class VringDescriptor:
 
 @dataclass(frozen=True, slots=True)
 class MemoryRegion:
-    """One region of guest memory, to be mapped from a descriptor ("Memory regions description").
+    """One region of guest memory, to be mapped from a descriptor ("Memory region description").
 
     Attributes:
         guest_address: first guest address.
@@ -261,10 +284,16 @@ class MemoryRegion:
     mmap_offset: int = 0
 
     def pack(self) -> bytes:
+        """Return the 32 bytes."""
         return self.STRUCT.pack(self.guest_address, self.size, self.user_address, self.mmap_offset)
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
+        """Parse 32 bytes; what the addresses mean is not checked.
+
+        Raises:
+            RemoteProtocolError: another number of bytes.
+        """
         return cls(*exactly(cls.STRUCT, data))
 
 
@@ -273,6 +302,9 @@ class MemoryTable:
     """All regions at once, one descriptor each and in the same order (SET_MEM_TABLE).
 
     Frontends may send room for more regions than they fill (User-Mode Linux does).
+
+    Attributes:
+        regions: MAX_TABLE_REGIONS at most.
     """
 
     STRUCT: ClassVar = struct.Struct("=II")
@@ -280,10 +312,17 @@ class MemoryTable:
     regions: tuple[MemoryRegion, ...]
 
     def pack(self) -> bytes:
+        """Return the 8 bytes of the count, and 32 for each region."""
         return self.STRUCT.pack(len(self.regions), 0) + b"".join(r.pack() for r in self.regions)
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
+        """Parse a table; what fills the room of regions beyond the count is ignored.
+
+        Raises:
+            RemoteProtocolError: more than MAX_TABLE_REGIONS, fewer bytes than they need, or more
+                than MAX_TABLE_REGIONS would.
+        """
         head, step = cls.STRUCT.size, MemoryRegion.STRUCT.size
         count, _ = at_least(cls.STRUCT, data)
         if count > MAX_TABLE_REGIONS:
@@ -298,17 +337,23 @@ class MemoryTable:
 
 @dataclass(frozen=True, slots=True)
 class SingleRegion:
-    """One region ("Single memory region description": ADD_MEM_REG, REM_MEM_REG)."""
+    """One region ("Single memory region description"; ADD_MEM_REG, REM_MEM_REG).
+
+    Attributes:
+        region: the one to add, or to remove.
+    """
 
     STRUCT: ClassVar = struct.Struct("=QQQQQ")
 
     region: MemoryRegion
 
     def pack(self) -> bytes:
+        """Return the 40 bytes, of which the first 8 are padding."""
         return bytes(8) + self.region.pack()
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
+        """Parse 40 bytes. Raises RemoteProtocolError on another number."""
         _, *region = exactly(cls.STRUCT, data)
         return cls(MemoryRegion(*region))
 
@@ -332,10 +377,17 @@ class ConfigAccess:
     flags: int = 0
 
     def pack(self) -> bytes:
+        """Return the 12 bytes, and ``data``."""
         return self.STRUCT.pack(self.offset, len(self.data), self.flags) + self.data
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
+        """Parse a request or a reply.
+
+        Raises:
+            RemoteProtocolError: more than MAX_CONFIG_SIZE bytes, an access that ends beyond 32-bit
+                offsets, or another number of bytes than the access needs.
+        """
         head = cls.STRUCT.size
         offset, size, flags = at_least(cls.STRUCT, data)
         if size > MAX_CONFIG_SIZE:

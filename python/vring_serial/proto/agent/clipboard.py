@@ -31,7 +31,13 @@ def _selection_head(selection: int, layout: Layout) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Clipboard(Message):
-    """Clipboard data that were requested (VDAgentClipboard); of type NONE if there are none."""
+    """Clipboard data that were requested (VDAgentClipboard); whoever owns the clipboard sends it.
+
+    Attributes:
+        selection: which clipboard, of :class:`Selection`.
+        type: of :class:`ClipboardType`; NONE if there are no such data.
+        data: the bytes, not copied.
+    """
 
     TYPE = MessageType.CLIPBOARD
     BODY_MAX = 0xFFFFFFFF
@@ -57,6 +63,7 @@ class Clipboard(Message):
 
     @classmethod
     def unpack(cls, body: Buffer, layout: Layout = PLAIN) -> Clipboard:
+        """Parse a body; ``data`` is a part of it. Raises MessageError."""
         selection, offset = _selection(body, layout, "VDAgentClipboard")
         (kind,) = at_least(U32, body, "VDAgentClipboard", offset)
         return cls(selection, kind, body[offset + 4 :])
@@ -64,7 +71,13 @@ class Clipboard(Message):
 
 @dataclass(frozen=True, slots=True)
 class ClipboardGrab(Message):
-    """The sender owns a clipboard now and has it in these types (VDAgentClipboardGrab)."""
+    """The sender owns a clipboard now and has it in these types (VDAgentClipboardGrab).
+
+    Attributes:
+        selection: which clipboard, of :class:`Selection`.
+        types: of :class:`ClipboardType`, CLIPBOARD_TYPES_MAX at most.
+        serial: counts the grabs of the selection, where both ends have CLIPBOARD_GRAB_SERIAL.
+    """
 
     TYPE = MessageType.CLIPBOARD_GRAB
     BODY_MAX = 8 + 4 * c.CLIPBOARD_TYPES_MAX
@@ -79,6 +92,7 @@ class ClipboardGrab(Message):
 
     @classmethod
     def unpack(cls, body: Buffer, layout: Layout = PLAIN) -> ClipboardGrab:
+        """Parse a body. Raises MessageError, also on more than CLIPBOARD_TYPES_MAX types."""
         name = "VDAgentClipboardGrab"
         selection, offset = _selection(body, layout, name)
         serial = 0
@@ -91,7 +105,12 @@ class ClipboardGrab(Message):
 
 @dataclass(frozen=True, slots=True)
 class ClipboardRequest(Message):
-    """Asks the owner of a clipboard for its data in one type (VDAgentClipboardRequest)."""
+    """Asks the owner of a clipboard for its data in one type (VDAgentClipboardRequest).
+
+    Attributes:
+        selection: which clipboard, of :class:`Selection`.
+        type: of :class:`ClipboardType`.
+    """
 
     TYPE = MessageType.CLIPBOARD_REQUEST
     BODY_MAX = 8
@@ -103,6 +122,7 @@ class ClipboardRequest(Message):
 
     @classmethod
     def unpack(cls, body: Buffer, layout: Layout = PLAIN) -> ClipboardRequest:
+        """Parse a body. Raises MessageError."""
         selection, offset = _selection(body, layout, "VDAgentClipboardRequest")
         check_size(offset + U32.size, body, "VDAgentClipboardRequest")
         return cls(selection, *U32.unpack_from(body, offset))
@@ -110,7 +130,11 @@ class ClipboardRequest(Message):
 
 @dataclass(frozen=True, slots=True)
 class ClipboardRelease(Message):
-    """The sender no longer owns this clipboard (VDAgentClipboardRelease)."""
+    """The sender no longer owns this clipboard (VDAgentClipboardRelease).
+
+    Attributes:
+        selection: which clipboard, of :class:`Selection`.
+    """
 
     TYPE = MessageType.CLIPBOARD_RELEASE
     BODY_MAX = 4
@@ -121,6 +145,7 @@ class ClipboardRelease(Message):
 
     @classmethod
     def unpack(cls, body: Buffer, layout: Layout = PLAIN) -> ClipboardRelease:
+        """Parse a body. Raises MessageError."""
         selection, offset = _selection(body, layout, "VDAgentClipboardRelease")
         check_size(offset, body, "VDAgentClipboardRelease")
         return cls(selection)

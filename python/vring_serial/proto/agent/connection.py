@@ -450,7 +450,11 @@ class AgentConnection:
         return self._encode(port, head, packed, b"", len(packed) + size)
 
     def send_body(self, data: Buffer, port: ChunkPort = ChunkPort.CLIENT) -> bytes:
-        """The next bytes of the payload. Raises LocalProtocolError beyond the announced size."""
+        """Return the next bytes of the payload, encoded.
+
+        Raises:
+            LocalProtocolError: ``data`` goes beyond the announced size.
+        """
         left = self._sending[port]
         if len(data) > left:
             raise LocalProtocolError(f"{len(data)} bytes of payload, but {left} are left to send")

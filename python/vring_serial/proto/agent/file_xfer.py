@@ -34,6 +34,7 @@ class FileXferStart(Message):
 
     @classmethod
     def unpack(cls, body: Buffer, layout: Layout = PLAIN) -> FileXferStart:
+        """Parse a body; ``info`` is copied, and not looked at. Raises MessageError."""
         (number,) = at_least(U32, body, "VDAgentFileXferStartMessage")
         return cls(number, bytes(body[U32.size :]))
 
@@ -42,7 +43,11 @@ class FileXferStart(Message):
 class FileXferStatus(Message):
     """How a transfer goes on or why not (VDAgentFileXferStatusMessage).
 
+    The receiver of the file sends it; so does its sender, to cancel.
+
     Attributes:
+        id: names the transfer.
+        result: of :class:`FileXferResult`.
         detail: what FILE_XFER_DETAILED_ERRORS adds; see :attr:`free_space` and :attr:`glib_error`.
     """
 
@@ -71,13 +76,19 @@ class FileXferStatus(Message):
 
     @classmethod
     def unpack(cls, body: Buffer, layout: Layout = PLAIN) -> FileXferStatus:
+        """Parse a body; ``detail`` is copied, and not looked at. Raises MessageError."""
         number, result = at_least(U32_PAIR, body, "VDAgentFileXferStatusMessage")
         return cls(number, result, bytes(body[U32_PAIR.size :]))
 
 
 @dataclass(frozen=True, slots=True)
 class FileXferData(Message):
-    """The next bytes of a file (VDAgentFileXferDataMessage)."""
+    """The next bytes of a file (VDAgentFileXferDataMessage), from the file's sender.
+
+    Attributes:
+        id: names the transfer.
+        data: the bytes, not copied.
+    """
 
     TYPE = MessageType.FILE_XFER_DATA
     BODY_MAX = 0xFFFFFFFF
@@ -102,6 +113,11 @@ class FileXferData(Message):
 
     @classmethod
     def unpack(cls, body: Buffer, layout: Layout = PLAIN) -> FileXferData:
+        """Parse a body; ``data`` is a part of it.
+
+        Raises:
+            MessageError: the body is too short, or its size field says another number of bytes.
+        """
         name = "VDAgentFileXferDataMessage"
         number, size = at_least(_FILE_DATA, body, name)
         if size != len(body) - _FILE_DATA.size:

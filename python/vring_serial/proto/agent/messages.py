@@ -31,7 +31,13 @@ _DISPLAY_INFO = struct.Struct("<IIII")
 
 @dataclass(frozen=True, slots=True)
 class MouseState(Message):
-    """Pointer position in pixels of a display, and buttons held (VDAgentMouseState)."""
+    """Pointer position and buttons held (VDAgentMouseState); the server tells the agent.
+
+    Attributes:
+        x, y: pixels of the display.
+        buttons: those that are held.
+        display_id: which display.
+    """
 
     TYPE = MessageType.MOUSE_STATE
     BODY_MAX = _MOUSE.size
@@ -45,6 +51,7 @@ class MouseState(Message):
 
     @classmethod
     def unpack(cls, body: Buffer, layout: Layout = PLAIN) -> MouseState:
+        """Parse a body. Raises MessageError."""
         x, y, buttons, display_id = exactly(_MOUSE, body, "VDAgentMouseState")
         return cls(x, y, c.MouseButton(buttons), display_id)
 
@@ -71,7 +78,12 @@ class Monitor:
 
 @dataclass(frozen=True, slots=True)
 class MonitorsConfig(Message):
-    """What monitors the guest should have (VDAgentMonitorsConfig)."""
+    """What monitors the guest should have (VDAgentMonitorsConfig); the client asks the agent.
+
+    Attributes:
+        monitors: MONITORS_MAX at most.
+        flags: what the message says of each monitor beside its size.
+    """
 
     TYPE = MessageType.MONITORS_CONFIG
     BODY_MAX = 8 + c.MONITORS_MAX * (_MONITOR.size + _MONITOR_MM.size)
@@ -87,6 +99,11 @@ class MonitorsConfig(Message):
 
     @classmethod
     def unpack(cls, body: Buffer, layout: Layout = PLAIN) -> MonitorsConfig:
+        """Parse a body.
+
+        Raises:
+            MessageError: more than MONITORS_MAX, or another number of bytes than they need.
+        """
         count, flags = at_least(U32_PAIR, body, "VDAgentMonitorsConfig")
         if count > c.MONITORS_MAX:
             raise MessageError(
@@ -108,7 +125,12 @@ class MonitorsConfig(Message):
 
 @dataclass(frozen=True, slots=True)
 class Reply(Message):
-    """The agent's answer to a message of type ``to`` (VDAgentReply)."""
+    """The agent's answer to a message of the client's (VDAgentReply).
+
+    Attributes:
+        to: type of the message that is answered.
+        error: of :class:`ReplyError`.
+    """
 
     TYPE = MessageType.REPLY
     BODY_MAX = 8
@@ -120,12 +142,20 @@ class Reply(Message):
 
     @classmethod
     def unpack(cls, body: Buffer, layout: Layout = PLAIN) -> Reply:
+        """Parse a body. Raises MessageError."""
         return cls(*exactly(U32_PAIR, body, "VDAgentReply"))
 
 
 @dataclass(frozen=True, slots=True)
 class DisplayConfig(Message):
-    """What the guest's desktop should leave out to save bandwidth (VDAgentDisplayConfig)."""
+    """What the guest's desktop should leave out to save bandwidth (VDAgentDisplayConfig).
+
+    The client asks the agent.
+
+    Attributes:
+        flags: what to leave out, and whether ``depth`` counts.
+        depth: bits of colour.
+    """
 
     TYPE = MessageType.DISPLAY_CONFIG
     BODY_MAX = 8
@@ -137,13 +167,19 @@ class DisplayConfig(Message):
 
     @classmethod
     def unpack(cls, body: Buffer, layout: Layout = PLAIN) -> DisplayConfig:
+        """Parse a body. Raises MessageError."""
         flags, depth = exactly(U32_PAIR, body, "VDAgentDisplayConfig")
         return cls(c.DisplayFlag(flags), depth)
 
 
 @dataclass(frozen=True, slots=True)
 class AnnounceCapabilities(Message):
-    """What the sender can do (VDAgentAnnounceCapabilities); ``request`` asks for an answer."""
+    """What the sender can do (VDAgentAnnounceCapabilities); both sides send it.
+
+    Attributes:
+        request: asks for the other side's in return.
+        capabilities: CAPABILITY_WORDS_MAX words at most.
+    """
 
     TYPE = MessageType.ANNOUNCE_CAPABILITIES
     BODY_MAX = 4 + 4 * c.CAPABILITY_WORDS_MAX
@@ -156,6 +192,11 @@ class AnnounceCapabilities(Message):
 
     @classmethod
     def unpack(cls, body: Buffer, layout: Layout = PLAIN) -> AnnounceCapabilities:
+        """Parse a body.
+
+        Raises:
+            MessageError: no word of capabilities, more than CAPABILITY_WORDS_MAX, or half a word.
+        """
         name = "VDAgentAnnounceCapabilities"
         (request,) = at_least(U32, body, name)
         caps = words(body, 4, c.CAPABILITY_WORDS_MAX, f"{name}.caps")
@@ -176,13 +217,18 @@ class ClientDisconnected(Message):
 
     @classmethod
     def unpack(cls, body: Buffer, layout: Layout = PLAIN) -> ClientDisconnected:
+        """Check that the body is empty. Raises MessageError if it is not."""
         check_size(0, body, "VD_AGENT_CLIENT_DISCONNECTED")
         return cls()
 
 
 @dataclass(frozen=True, slots=True)
 class MaxClipboard(Message):
-    """The most bytes of clipboard data that the sender takes, -1 for any (VDAgentMaxClipboard)."""
+    """The most clipboard data that the sender takes (VDAgentMaxClipboard).
+
+    Attributes:
+        max: bytes; -1 for any number.
+    """
 
     TYPE = MessageType.MAX_CLIPBOARD
     BODY_MAX = 4
@@ -193,6 +239,7 @@ class MaxClipboard(Message):
 
     @classmethod
     def unpack(cls, body: Buffer, layout: Layout = PLAIN) -> MaxClipboard:
+        """Parse a body. Raises MessageError."""
         return cls(*exactly(_I32, body, "VDAgentMaxClipboard"))
 
 
@@ -200,7 +247,11 @@ class MaxClipboard(Message):
 class AudioVolumeSync(Message):
     """Volume of the client's playback or record stream (VDAgentAudioVolumeSync).
 
+    The client tells the agent.
+
     Attributes:
+        is_playback: the playback stream, or else the record stream.
+        mute: whether the stream is muted.
         volume: one value of 0 to 65535 per channel.
     """
 
@@ -218,6 +269,11 @@ class AudioVolumeSync(Message):
 
     @classmethod
     def unpack(cls, body: Buffer, layout: Layout = PLAIN) -> AudioVolumeSync:
+        """Parse a body.
+
+        Raises:
+            MessageError: another number of bytes than the number of channels needs.
+        """
         playback, mute, count = at_least(_AUDIO, body, "VDAgentAudioVolumeSync")
         check_size(3 + 2 * count, body, "VDAgentAudioVolumeSync")
         return cls(bool(playback), bool(mute), struct.unpack_from(f"<{count}H", body, 3))
@@ -228,6 +284,8 @@ class DisplayInfo:
     """Which device and output of the guest a SPICE monitor is (VDAgentDeviceDisplayInfo).
 
     Attributes:
+        channel_id, monitor_id: SPICE's display channel, and the monitor on it.
+        device_display_id: the output of the guest's device.
         device_address: such as ``b"pci/0000/02.0"``, without the NUL that ends it on the wire.
     """
 
@@ -239,7 +297,11 @@ class DisplayInfo:
 
 @dataclass(frozen=True, slots=True)
 class GraphicsDeviceInfo(Message):
-    """The server tells the agent which monitor is which (VDAgentGraphicsDeviceInfo)."""
+    """The server tells the agent which monitor is which (VDAgentGraphicsDeviceInfo).
+
+    Attributes:
+        displays: in the order of the wire.
+    """
 
     TYPE = MessageType.GRAPHICS_DEVICE_INFO
     BODY_MAX = c.DISPLAY_INFO_MAX
@@ -257,6 +319,11 @@ class GraphicsDeviceInfo(Message):
 
     @classmethod
     def unpack(cls, body: Buffer, layout: Layout = PLAIN) -> GraphicsDeviceInfo:
+        """Parse a body.
+
+        Raises:
+            MessageError: displays or addresses that do not fit in the body, or bytes that are left.
+        """
         name = "VDAgentGraphicsDeviceInfo"
         (count,) = at_least(U32, body, name)
         offset = U32.size
@@ -283,7 +350,13 @@ class GraphicsDeviceInfo(Message):
 
 @dataclass(frozen=True, slots=True)
 class UnknownMessage(Message):
-    """A message of a type that vd_agent.h does not name, as it came."""
+    """A message of a type that vd_agent.h does not name, as it came.
+
+    Attributes:
+        type: number of the type.
+        data: the whole body, not copied.
+        opaque: the header's ``opaque``, which is passed on.
+    """
 
     BODY_MAX = 0xFFFFFFFF
     type: int
@@ -356,7 +429,7 @@ MESSAGE_CLASSES: dict[int, type[TypedMessage]] = {
 
 
 def message_name(number: int) -> str:
-    """Name of a message type without its prefix, or ``TYPE_n``."""
+    """Return the name of a message type without its prefix, or ``TYPE_n``."""
     try:
         return MessageType(number).name
     except ValueError:

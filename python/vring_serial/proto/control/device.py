@@ -133,7 +133,7 @@ class ControlDevice:
     # what the device's owner does
 
     def add_port(self, nr: int, name: bytes = b"", *, console: bool = False) -> None:
-        """A port is there; a driver that is ready is told.
+        """Add a port; a driver that is ready is told.
 
         Raises LocalProtocolError if the number is taken or not below ``max_ports``, or the name is
         taken, longer than MAX_NAME bytes, or holds a NUL.
@@ -153,7 +153,7 @@ class ControlDevice:
             self._step(port, PortInput.ANNOUNCE)
 
     def remove_port(self, nr: int) -> None:
-        """The port is gone; a driver that has heard of it is told. Raises LocalProtocolError."""
+        """Remove a port; a driver that has heard of it is told. Raises LocalProtocolError."""
         port = self._port(nr)
         del self._ports[nr]
         if self._has_heard_of(port):
@@ -162,7 +162,10 @@ class ControlDevice:
             self.outbox.forget(nr)
 
     def set_host_open(self, nr: int, is_open: bool) -> None:
-        """The port's host end was connected or disconnected. Raises LocalProtocolError."""
+        """Note whether a host end is connected; a driver that has the port ready is told.
+
+        Raises LocalProtocolError if there is no such port.
+        """
         port = self._port(nr)
         if port.host_open != is_open:
             port.host_open = is_open
@@ -170,7 +173,10 @@ class ControlDevice:
                 self._send_open(port)
 
     def set_size(self, nr: int, cols: int, rows: int) -> None:
-        """The console's size in characters; told for consoles only. Raises LocalProtocolError."""
+        """Note the size in characters; a driver that has the port ready as a console is told.
+
+        Raises LocalProtocolError if there is no such port.
+        """
         port = self._port(nr)
         size = Size(cols, rows)
         if port.size != size:
@@ -179,11 +185,11 @@ class ControlDevice:
                 self.outbox.add(ControlMessage(nr, ControlEvent.RESIZE, 0, size.pack()))
 
     def state(self, nr: int) -> PortState:
-        """What the port is to the driver. Raises LocalProtocolError if there is no such port."""
+        """Return what the port is to the driver. LocalProtocolError if there is no such port."""
         return self._port(nr).state
 
     def reset(self) -> list[DeviceSideEvent]:
-        """The driver is gone or starts anew: no port is known to it, nothing waits for it.
+        """Forget the driver, which is gone or starts anew: it knows no port, nothing waits for it.
 
         Returns PortClosed for every port that was open.
         """

@@ -130,7 +130,7 @@ class ControlDriver:
     # what the driver's owner does
 
     def start(self) -> None:
-        """The control receive queue is filled: say DEVICE_READY."""
+        """Say DEVICE_READY. The control receive queue must be filled by then."""
         self.outbox.add(ControlMessage(NO_PORT, ControlEvent.DEVICE_READY, 1))
 
     def port_ready(self, nr: int, ok: bool = True) -> None:
@@ -141,15 +141,15 @@ class ControlDriver:
         self._step_local(nr, DriverInput.READY if ok else DriverInput.FAILED)
 
     def open(self, nr: int) -> None:
-        """A program opens the port. Raises LocalProtocolError if it is not there, or open."""
+        """Open the port for a program. Raises LocalProtocolError if it is not there, or open."""
         self._step_local(nr, DriverInput.OPEN)
 
     def close(self, nr: int) -> None:
-        """The program closes it. Raises LocalProtocolError if it is not there or not open."""
+        """Close the port for its program. LocalProtocolError if it is not there, or not open."""
         self._step_local(nr, DriverInput.CLOSE)
 
     def resume(self) -> None:
-        """The guest comes back from suspend, after a reset: as Linux, without DEVICE_READY."""
+        """Come back from suspend, after a reset: as Linux does, without DEVICE_READY."""
         self.outbox.clear()
         for port in self.ports.values():
             port.host_open = False

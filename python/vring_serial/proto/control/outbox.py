@@ -59,13 +59,13 @@ class Outbox:
         self._next += 1
 
     def peek(self) -> bytes | None:
-        """The bytes of the first message, or None. It stays until :meth:`sent`."""
+        """Return the bytes of the first message, or None. It stays until :meth:`sent`."""
         for message in self._messages.values():
             return message.pack()
         return None
 
     def sent(self) -> None:
-        """The first message is on its way."""
+        """Drop the first message, which is on its way."""
         number = next(iter(self._messages))
         self._drop(self._messages[number].id, number)
 
