@@ -34,7 +34,12 @@ class AgentGone:
 
 @dataclass(frozen=True, slots=True)
 class ClipboardGrabbed:
-    """The guest owns this clipboard now and has it in these types."""
+    """The guest owns a clipboard now and has it in these types.
+
+    Attributes:
+        selection: which clipboard, of ``Selection``.
+        types: of ``ClipboardType``.
+    """
 
     selection: int
     types: tuple[int, ...]
@@ -42,7 +47,11 @@ class ClipboardGrabbed:
 
 @dataclass(frozen=True, slots=True)
 class ClipboardReleased:
-    """The guest has nothing on this clipboard any more."""
+    """The guest has nothing on a clipboard any more.
+
+    Attributes:
+        selection: which clipboard, of ``Selection``.
+    """
 
     selection: int
 

@@ -16,7 +16,14 @@ CLIENT_TRANSFERS_MAX = 128
 
 @dataclass(slots=True)
 class Transfer:
-    """A file on its way: whose, the client's number, and how far it has come."""
+    """A file on its way from a client to the agent.
+
+    Attributes:
+        client: whose it is.
+        number: the client's number for it.
+        is_offered: its START has left for the agent.
+        is_admitted: the agent asked for its data.
+    """
 
     client: RouterClient
     number: int

@@ -1,4 +1,7 @@
-"""What happens to a device, for logs, tests and tables: see ``Controller.on_event``."""
+"""What happens to a device, for logs, tests and tables: see ``Controller.on_event``.
+
+``nr`` is the number of the port that an event is about.
+"""
 
 from __future__ import annotations
 

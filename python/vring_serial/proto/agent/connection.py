@@ -52,7 +52,11 @@ class Side(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class MessageReceived:
-    """A whole message. A payload in it may be a view of what was given to ``receive_data``."""
+    """A whole message. A payload in it may be a view of what was given to ``receive_data``.
+
+    Attributes:
+        port: the chunk port on which it came; see :class:`ChunkPort`.
+    """
 
     port: int
     message: TypedMessage | UnknownMessage
@@ -60,7 +64,11 @@ class MessageReceived:
 
 @dataclass(frozen=True, slots=True)
 class BodyStarted:
-    """A message whose payload of ``size`` bytes follows in pieces; ``head`` has none of it."""
+    """A message whose payload of ``size`` bytes follows in pieces; ``head`` has none of it.
+
+    Attributes:
+        port: the chunk port on which it comes; one message at a time does.
+    """
 
     port: int
     head: StreamedMessage
@@ -69,7 +77,11 @@ class BodyStarted:
 
 @dataclass(frozen=True, slots=True)
 class BodyReceived:
-    """The next bytes of the payload that began on this port."""
+    """The next bytes of the payload that began on this port.
+
+    Attributes:
+        data: may be a view of what was given to ``receive_data``.
+    """
 
     port: int
     data: Buffer
@@ -77,7 +89,11 @@ class BodyReceived:
 
 @dataclass(frozen=True, slots=True)
 class BodyEnded:
-    """The payload is complete; or it never will be, because the sender's client went away."""
+    """The payload that began on this port has ended.
+
+    Attributes:
+        complete: False if the rest never comes, because the sender's client went away.
+    """
 
     port: int
     complete: bool = True

@@ -1,4 +1,7 @@
-"""What the control protocol tells its owner, on either side."""
+"""What the control protocol tells its owner, on either side (virtio 1.3, 5.3.6.2).
+
+``nr`` is the number of the port that an event is about.
+"""
 
 from __future__ import annotations
 

@@ -46,7 +46,13 @@ Segment = tuple[int, int]  # guest address and bytes
 
 @dataclass(frozen=True, slots=True)
 class ClientMemory:
-    """What a client has mapped, and how to reach what it did not share."""
+    """What a client has mapped, and how to reach what it did not share.
+
+    Attributes:
+        dma: the regions that are mapped.
+        remote: reads and writes by message what is not shared.
+        large: bounds the large chains of all its queues.
+    """
 
     dma: DmaTable
     remote: RemoteMemory
