@@ -80,9 +80,9 @@ def logging_as_it_was() -> Iterator[None]:
         logger.handlers[:] = handlers
 
 
-@pytest.fixture
+@pytest.fixture(scope="session", autouse=True)
 def interruptible() -> Iterator[None]:
-    """Processes that the test starts hear SIGINT, also where this one was started without it.
+    """Processes that tests start hear SIGINT, also where this one was started without it.
 
     Shells let what runs in the background ignore it, and whoever is started inherits that.
     """

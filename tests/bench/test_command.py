@@ -128,7 +128,6 @@ def children(pid: int) -> set[int]:
     return found
 
 
-@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_it_leaves_no_process(number: int) -> None:
     command = [sys.executable, "-m", "vring_serial", "bench", "transfer", "--rounds", "1000"]

@@ -18,11 +18,6 @@ TIMEOUT = 20.0
 NULL_PORT = ("--chardev", "null,id=n", "--port", "chardev=n")
 
 
-@pytest.fixture(autouse=True)
-def hears_interrupts(interruptible: None) -> None:
-    """Most tests of commands end one with SIGINT."""
-
-
 class Server:
     """A running ``vring serve``.
 

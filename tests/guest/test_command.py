@@ -230,7 +230,6 @@ async def test_open_with_the_standard_input_closed_or_unreadable(
         assert "Traceback" not in err.decode()
 
 
-@pytest.mark.usefixtures("interruptible")
 async def test_the_agent_announces_itself(served: Path, commands: type[Command]) -> None:
     guest = await commands.start("guest", "--vhost-user", f"{served}/vu", "--agent")
     reader, writer = await connect(served / "com.redhat.spice.0")
