@@ -128,10 +128,15 @@ def children(pid: int) -> set[int]:
     return found
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_it_leaves_no_process(number: int) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_interrupted_it_leaves_nothing(number: int, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "vring_serial", "bench", "transfer", "--rounds", "1000"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        ["env", "--default-signal=HUP", *command],  # these tests may run under nohup
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
     started: set[int] = set()
     try:
         wait_until(lambda: len(children(process.pid)) >= 3, "device, guest and peer are started")
@@ -144,6 +149,17 @@ def test_interrupted_it_leaves_no_process(number: int) -> None:
                 os.kill(pid, signal.SIGKILL)
         process.wait()
         raise
+    assert list(tmp_path.iterdir()) == []
     for pid in started:
         with pytest.raises(FileNotFoundError):
             cpu_seconds(pid)
+
+
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_a_file_that_cannot_be_is_told_before_anything_is_measured(
+    option: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "absent" / "x.svg"
+    done = bench("transfer", option, str(path))
+    assert done.returncode == 2
+    assert done.stderr == f"vring: {option}: '{path}': no directory to write to\n"

@@ -26,7 +26,7 @@ END_TIMEOUT = 10.0
 
 @contextlib.contextmanager
 def interrupts_wait() -> Iterator[None]:
-    """Hold SIGINT and SIGTERM back until the end of the block, in the main thread.
+    """Hold SIGINT, SIGTERM and SIGHUP back until the end of the block, in the main thread.
 
     For the start of a process: an exception in the middle of it would leave it to nobody.
     """
@@ -36,7 +36,7 @@ def interrupts_wait() -> Iterator[None]:
     came: list[int] = []
     before = {
         number: signal.signal(number, lambda number, _: came.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     }
     try:
         yield

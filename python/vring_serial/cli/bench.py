@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -183,10 +184,15 @@ def _run(
         from vring_serial.bench.rings import ring_steps
         from vring_serial.bench.tables import tables
 
+    for option, path in (("--json", json_path), ("--plot", plot_path)):
+        if path is not None and not os.access(os.path.dirname(path) or ".", os.W_OK):
+            raise ConfigError(f"{path!r}: no directory to write to", option)
     if plot_path is not None:
         check_plot(plot_path)
     # So that the processes which are measured end with this one.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     if quick:
         sizes, rounds = _QUICK_SIZES, min(rounds, 3)
     settings = Settings(

@@ -82,6 +82,7 @@ _SECONDS = click.FloatRange(min=0, min_open=True)
     type=_SECONDS,
     metavar="SECONDS",
     help="How long a port may take to appear.",
+    show_default=True,
 )
 @click.option("--memory", default=128, metavar="MIB", help="The guest's RAM.", show_default=True)
 @click.option("--queue-size", default=256, help="Descriptors per queue.", show_default=True)
