@@ -33,19 +33,24 @@ class Channel:
                 click.get_current_context(silent=True),
             )
 
-    async def open(self, factory: Callable[[], asyncio.BaseProtocol]) -> None:
-        """Connect a protocol. Raises ConfigError on an address, ResourceError on a connection."""
+    async def open(self, factory: Callable[[], asyncio.BaseProtocol]) -> asyncio.Transport:
+        """Connect a protocol and return its transport.
+
+        Raises ConfigError on an address, ResourceError on a connection.
+        """
         loop = asyncio.get_running_loop()
         host, colon, port = self.address.rpartition(":")
         try:
             if colon and "/" not in self.address:
                 if not (port.isascii() and port.isdigit() and 0 < int(port[:6]) < 65536):
                     raise ConfigError(f"{port!r} is no TCP port", f"--socket {self.address}")
-                await loop.create_connection(factory, host.strip("[]") or "localhost", int(port))
+                there = host.strip("[]") or "localhost"
+                transport, _ = await loop.create_connection(factory, there, int(port))
             else:
-                await loop.create_unix_connection(factory, self.address)
+                transport, _ = await loop.create_unix_connection(factory, self.address)
         except OSError as error:
             raise ResourceError(f"--socket {self.address}: {error.strerror or error}") from None
+        return transport
 
     @contextlib.asynccontextmanager
     async def agent(self, capabilities: Capabilities) -> AsyncIterator[HostAgent]:
@@ -54,8 +59,9 @@ class Channel:
         Raises AgentTimeoutError if it does not.
         """
         agent = HostAgent(timeout=self.timeout, capabilities=capabilities)
+        transport = None
         try:
-            await self.open(agent.protocol_factory)
+            transport = await self.open(agent.protocol_factory)
             try:
                 await agent.wait_ready()
             except AgentTimeoutError as error:
@@ -64,6 +70,9 @@ class Channel:
             yield agent
         finally:
             await agent.aclose()
+            if transport is not None:
+                transport.abort()  # of a cancelled transfer something may wait that nobody reads
+                await asyncio.sleep(0)
 
     def run(
         self,
