@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.chardevs import User
 from tests.support.waiting import until
-from vring_serial.chardev.base import DescriptorEnd, End
+from vring_serial.chardev.base import DescriptorEnd
 from vring_serial.chardev.file import FileChardev, FileOptions
 from vring_serial.chardev.socket import SocketChardev, SocketOptions
 from vring_serial.cli import logs
@@ -31,25 +32,6 @@ from vring_serial.unix_socket import UnixListener
 
 DEADLINE = 20.0
 Limited = Callable[[], AbstractContextManager[None]]
-
-
-class User:
-    """A chardev's user."""
-
-    def __init__(self) -> None:
-        self.opened = asyncio.Event()
-
-    def end_opened(self, end: End) -> None:
-        self.opened.set()
-
-    def end_replaced(self, end: DescriptorEnd) -> None:
-        pass
-
-    def end_closed(self) -> None:
-        pass
-
-    def end_resized(self, cols: int, rows: int) -> None:
-        pass
 
 
 async def until_logged(caplog: pytest.LogCaptureFixture, text: str) -> None:

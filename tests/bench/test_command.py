@@ -162,4 +162,4 @@ def test_a_file_that_cannot_be_is_told_before_anything_is_measured(
     path = tmp_path / "absent" / "x.svg"
     done = bench("transfer", option, str(path))
     assert done.returncode == 2
-    assert done.stderr == f"vring: {option}: '{path}': no directory to write to\n"
+    assert done.stderr == f"vring: {option}: '{path}': there is no such directory\n"

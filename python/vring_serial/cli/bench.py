@@ -185,8 +185,8 @@ def _run(
         from vring_serial.bench.tables import tables
 
     for option, path in (("--json", json_path), ("--plot", plot_path)):
-        if path is not None and not os.access(os.path.dirname(path) or ".", os.W_OK):
-            raise ConfigError(f"{path!r}: no directory to write to", option)
+        if path is not None and not os.path.isdir(os.path.dirname(path) or "."):
+            raise ConfigError(f"{path!r}: there is no such directory", option)
     if plot_path is not None:
         check_plot(plot_path)
     # So that the processes which are measured end with this one.
