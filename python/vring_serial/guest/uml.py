@@ -151,7 +151,7 @@ class UmlGuest(Starting):
             start_new_session=True,
         )
         try:
-            async with asyncio.timeout(timeout):
+            async with self._lock, asyncio.timeout(timeout):
                 words, output = await self._read_until(b"@ready ")
         except TimeoutError:
             raise GuestTimeoutError(f"the guest kernel did not boot in {timeout:g} s") from None
@@ -212,8 +212,19 @@ class UmlGuest(Starting):
             if process is not None:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
-                if process.stdin is not None:
-                    process.stdin.close()
+                assert process.stdin is not None
+                process.stdin.close()
+                await self._discard_output(process)
                 await process.wait()
         finally:
             await asyncio.to_thread(shutil.rmtree, self._directory, ignore_errors=True)
+
+    async def _discard_output(self, process: asyncio.subprocess.Process) -> None:
+        """Read what a killed guest had printed: asyncio says that a process ended only after that.
+
+        A kernel whose device went away may crash in a loop of its own messages.
+        """
+        async with self._lock:  # a script that still waits ends first
+            assert process.stdout is not None
+            while await process.stdout.read(65536):
+                pass

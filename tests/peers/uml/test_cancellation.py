@@ -6,6 +6,8 @@ import asyncio
 
 import pytest
 
+from vring_serial.guest.errors import GuestTimeoutError
+
 
 async def test_a_script_that_nobody_waits_for_gives_its_answer_to_nobody(bench):
     bench.add_port(1, "data")
@@ -24,3 +26,24 @@ async def test_a_script_that_nobody_waits_for_gives_its_answer_to_nobody(bench):
     (guest.share / "go").touch()
     result = await second
     assert (result.status, result.output) == (0, "the next one")
+
+
+async def test_a_guest_that_talks_to_nobody_ends_at_once(bench):
+    """asyncio tells of a process's end only after its output was read, and it stopped reading."""
+    bench.add_port(1, "data")
+    await bench.serve()
+    guest = await bench.boot()
+    turns = guest.share / "turns"
+    talk = "n=0; while :; do n=$((n+1)); echo $n >/mnt/turns; head -c 9999 /dev/zero; echo; done"
+    with pytest.raises(GuestTimeoutError):
+        await guest.run(talk, timeout=1)
+    async with asyncio.timeout(60):  # asyncio takes 128 KiB, the pipe the rest
+        while (before := turns.read_text()) == "" or await later(turns) != before:
+            pass
+    async with asyncio.timeout(30):
+        await guest.aclose()
+
+
+async def later(file):
+    await asyncio.sleep(0.3)
+    return file.read_text()
