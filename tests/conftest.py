@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.waiting import LoopClock
+
 #: Peers that are not a program on PATH, and the file that shows they are there.
 PEER_FILES = {
     "virtio_console.ko": "/usr/lib/uml/modules/*/kernel/drivers/char/virtio_console.ko",
@@ -89,6 +91,12 @@ def interruptible() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+async def clock(monkeypatch: pytest.MonkeyPatch) -> LoopClock:
+    """The clock of the test's event loop, to be put forward."""
+    return LoopClock(monkeypatch)
 
 
 @pytest.fixture

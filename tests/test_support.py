@@ -6,11 +6,12 @@ import asyncio
 import mmap
 import os
 import threading
+from pathlib import Path
 
 import pytest
 
 from tests.support.leaks import held
-from tests.support.waiting import until, wait_until
+from tests.support.waiting import LoopClock, turns, until, until_file_says, wait_until
 
 
 def test_what_is_not_closed_is_held() -> None:
@@ -65,3 +66,44 @@ async def test_what_comes_ends_the_wait() -> None:
     came = asyncio.Event()
     asyncio.get_running_loop().call_later(0.01, came.set)
     await until(came.is_set)
+
+
+async def test_a_wait_that_is_given_up_says_why() -> None:
+    with pytest.raises(AssertionError, match="answer: it has ended"):
+        await until(lambda: False, "answer", unless=lambda: "it has ended")
+    with pytest.raises(AssertionError, match="it has ended"):
+        wait_until(lambda: False, unless=lambda: "it has ended")
+
+
+async def test_a_condition_may_be_awaited() -> None:
+    answers = iter([False, True])
+
+    async def answer() -> bool:
+        await turns(1)
+        return next(answers)
+
+    await until(answer)
+    assert not list(answers)
+
+
+async def test_a_file_is_waited_for_with_what_it_says(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    waiting = asyncio.ensure_future(until_file_says(path, "line", 2))
+    for text in ("", "line\n", "line\nline\n"):
+        await turns()
+        assert not waiting.done()
+        path.write_text(text)
+    await waiting
+    with pytest.raises(AssertionError, match=r"'other' is not 1 times in log(.|\n)*line\nline"):
+        await until_file_says(path, "other", unless=lambda: "enough")
+
+
+async def test_a_clock_that_is_put_forward_makes_timers_due(clock: LoopClock) -> None:
+    loop = asyncio.get_running_loop()
+    came: list[str] = []
+    loop.call_later(1000, came.append, "first")
+    loop.call_later(3000, came.append, "second")
+    await clock.forward(1000)
+    assert came == ["first"]
+    await clock.forward(2000)
+    assert came == ["first", "second"]
