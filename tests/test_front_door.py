@@ -31,7 +31,7 @@ OtherMessage
 AgentFilter Capabilities Capability ClipboardType Monitor Selection
 EmbeddedGuest GuestPort GuestEvent BackendLost UmlGuest
 SpiceOptions SpiceServer
-Error VringSerialError ConfigError ResourceError DependencyError
+Error VringSerialError ConfigError ResourceError DependencyError StateError
 ProtocolError RemoteProtocolError LocalProtocolError
 AgentError AgentGoneError AgentRefusedError AgentTimeoutError AgentUnsupportedError
 ClipboardEmptyError ClipboardTooLargeError FileTransferError FileRefusedError

@@ -105,6 +105,7 @@ if TYPE_CHECKING:
         ProtocolError as ProtocolError,
         RemoteProtocolError as RemoteProtocolError,
         ResourceError as ResourceError,
+        StateError as StateError,
         VringSerialError as VringSerialError,
     )
     from vring_serial.guest.errors import (
@@ -193,7 +194,7 @@ _EXPORTS = {
     "vring_serial.spice.server": "SpiceServer",
     "vring_serial.errors": (
         "ConfigError DependencyError LocalProtocolError ProtocolError RemoteProtocolError "
-        "ResourceError VringSerialError"
+        "ResourceError StateError VringSerialError"
     ),
     "vring_serial.agent.errors": (
         "AgentError AgentGoneError AgentRefusedError AgentTimeoutError "

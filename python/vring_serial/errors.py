@@ -49,6 +49,7 @@ Time-outs are a :class:`TimeoutError` too, and peers that have gone a :class:`Co
                 ClipboardTooLargeError
                 FileTransferError
                     FileRefusedError
+            StateError              a saved state cannot be gone on from
             PortBusyError
             PortRemovedError        (ConnectionError)
 """
@@ -90,6 +91,10 @@ class RemoteProtocolError(ProtocolError):
 
 class LocalProtocolError(ProtocolError):
     """Our side asked an object for what its state does not allow: a bug of the calling program."""
+
+
+class StateError(VringSerialError):
+    """A saved state is torn, forged, of an unknown version, or does not fit what it is put into."""
 
 
 class DependencyError(VringSerialError):
