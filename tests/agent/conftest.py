@@ -9,7 +9,7 @@ import socket
 
 import pytest
 
-from tests.support.waiting import until
+from tests.support.waiting import turns, until
 from vring_serial import HOST_CAPABILITIES, AgentRouter, HostAgent
 from vring_serial.agent.guest import GUEST_CAPABILITIES, GuestAgent
 from vring_serial.proto.agent import (
@@ -160,7 +160,7 @@ async def raw_agent():
     for agent, host in opened:
         await agent.aclose()
         await host.aclose()
-    await asyncio.sleep(0)
+    await turns()
 
 
 class RouterBench:

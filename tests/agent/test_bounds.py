@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from tests.support.waiting import until
+from tests.support.waiting import turns, until
 from vring_serial import HOST_CAPABILITIES, AgentTrouble, ClipboardEmptyError, HostAgent
 from vring_serial.agent import events as events_module
 from vring_serial.agent.channel import link as link_module
@@ -134,7 +134,7 @@ async def test_a_peer_is_not_read_with_so_many_messages_or_bytes_waiting(link, s
     link.post(UnknownMessage(99, bytes(size)))
     assert not link.transport.reading
     link.resume_writing()
-    await asyncio.sleep(0)
+    await turns(1)
     assert link.transport.reading
 
 
@@ -146,9 +146,8 @@ async def test_one_peer_has_one_turn_of_the_loop(link, monkeypatch):
     for count in range(1, 4):
         assert len(link.owner.messages) == count
         assert not link.transport.reading
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-    await asyncio.sleep(0)
+        await turns(2)
+    await turns(1)
     assert link.transport.reading
 
 
@@ -160,7 +159,7 @@ async def test_a_link_is_not_read_while_its_consumer_lags_behind(link):
     assert not link.transport.reading
     reader.end(complete=True)
     assert [len(piece) async for piece in reader.pieces(1)] == [BodyReader.HOLD_AT + 1]
-    await asyncio.sleep(0)
+    await turns(1)
     assert link.transport.reading
 
 

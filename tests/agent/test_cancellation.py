@@ -8,6 +8,7 @@ import inspect
 
 import pytest
 
+from tests.support import waiting
 from tests.support.waiting import until
 from vring_serial import (
     HOST_CAPABILITIES,
@@ -60,8 +61,7 @@ async def asked(raw_agent):
 
 async def let_wait(task):
     """The task runs until it waits for something that does not come."""
-    for _ in range(20):
-        await asyncio.sleep(0)
+    await waiting.turns()
     assert not task.done()
 
 
@@ -365,8 +365,7 @@ async def test_a_message_of_the_routers_own_is_cancelled(make_bench):
 async def test_connecting_a_client_is_cancelled(make_bench, turns):
     bench = await make_bench()
     connecting = asyncio.ensure_future(bench.router.connect(HostAgent().protocol_factory))
-    for _ in range(turns):
-        await asyncio.sleep(0)
+    await waiting.turns(turns)
     connecting.cancel()
     await asyncio.gather(connecting, return_exceptions=True)
     client = await bench.client()
@@ -380,8 +379,7 @@ async def test_closing_is_cancelled(make_bench, turns):
     client = await bench.client()
     await client.wait_ready()
     closing = asyncio.ensure_future(bench.router.aclose())
-    for _ in range(turns):
-        await asyncio.sleep(0)
+    await waiting.turns(turns)
     closing.cancel()
     await asyncio.gather(closing, return_exceptions=True)
     await bench.router.aclose()

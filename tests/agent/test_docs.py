@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.waiting import until
+from tests.support.waiting import turns, until
 from vring_serial import AgentGone, AgentReady, HostAgent
 from vring_serial.agent.guest import GuestAgent
 from vring_serial.proto.agent import Capability, Monitor
@@ -54,7 +54,7 @@ async def test_watch(served, capsys):
     exec(WATCH, names)
     agent = HostAgent()
     watching = asyncio.ensure_future(names["watch"](agent))
-    await asyncio.sleep(0)
+    await turns()
     loop = asyncio.get_running_loop()
     await loop.create_unix_connection(agent.protocol_factory, path)
     await agent.wait_ready()

@@ -189,9 +189,7 @@ async def test_a_status_for_a_transfer_that_never_was(raw_agent):
     await agent.greet()
     agent.send(FileXferStatus(99, FileXferResult.SUCCESS))
     await host.wait_ready()
-    async with asyncio.timeout(30):
-        while not events or not isinstance(events[-1], AgentTrouble):
-            await asyncio.sleep(0)
+    await until(lambda: events and isinstance(events[-1], AgentTrouble))
     assert "transfer 99 does not exist" in str(events[-1].error)
 
 

@@ -9,7 +9,7 @@ import struct
 
 import pytest
 
-from tests.support.waiting import until
+from tests.support.waiting import turns, until
 from vring_serial import (
     AgentGone,
     AgentGoneError,
@@ -132,7 +132,7 @@ async def test_a_streamed_clipboard_stays_in_bounded_memory(pair):
     async for got in pair.host.stream_clipboard(9):
         consumed += len(got)
         most_ahead = max(most_ahead, produced - consumed)
-        await asyncio.sleep(0)
+        await turns(1)
     assert consumed == 40 << 20
     assert most_ahead < 8 << 20
 

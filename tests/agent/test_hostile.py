@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.support.waiting import turns
 from vring_serial import HOST_CAPABILITIES, AgentRouter, HostAgent
 from vring_serial.agent.guest import GuestAgent
 from vring_serial.agent.router.client import RouterClient
@@ -40,9 +41,6 @@ from vring_serial.proto.agent import (
     Side,
     UnknownMessage,
 )
-
-QUIET = 0.002
-"""Seconds of silence after which an exchange counts as over."""
 
 small = st.integers(0, 3)
 number = st.one_of(small, small.map(lambda n: n + (1 << 31)))
@@ -102,22 +100,29 @@ def encode(side, messages):
     return b"".join(parts)
 
 
+async def read_until_silent(reader):
+    """Read until nothing comes in many turns of the loop, or nothing ever will."""
+    reading = None
+    while reading is None or (reading.done() and reading.result()):
+        reading = asyncio.ensure_future(reader.read(1 << 20))
+        await turns()
+    reading.cancel()
+    await asyncio.gather(reading, return_exceptions=True)
+
+
 async def exchange(factory, wire):
     """Send to a protocol over a real socket, and read until it has taken and said everything."""
     ours, theirs = socket.socketpair()
     reader, writer = await asyncio.open_connection(sock=theirs)
     await asyncio.get_running_loop().create_connection(factory, sock=ours)
-    with contextlib.suppress(ConnectionError, TimeoutError):
+    with contextlib.suppress(ConnectionError):
         writer.write(wire)
         await writer.drain()
-        while True:
-            async with asyncio.timeout(QUIET):
-                if not await reader.read(1 << 20):
-                    break
+        await read_until_silent(reader)
     writer.close()
     with contextlib.suppress(ConnectionError):
         await writer.wait_closed()
-    await asyncio.sleep(QUIET)
+    await turns()
 
 
 def run_without_failures(work):

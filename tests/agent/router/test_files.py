@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from tests.support.waiting import until
+from tests.support.waiting import turns, until
 from vring_serial import (
     HOST_CAPABILITIES,
     AgentGoneError,
@@ -24,6 +24,7 @@ from vring_serial.proto.agent import (
     FileXferResult,
     FileXferStart,
     FileXferStatus,
+    Monitor,
 )
 
 TAKING = HOST_CAPABILITIES.with_(FILES_FROM_GUEST)
@@ -79,7 +80,8 @@ async def test_a_client_that_leaves_in_the_middle_gives_up_its_turn(bench, tmp_p
     leaver.send(ClipboardRequest(0, ClipboardType.FILE_LIST))
     start = await leaver.receive(FileXferStart)
     waiting = asyncio.ensure_future(stayer.get_files(tmp_path / "in"))
-    await asyncio.sleep(0.05)
+    await turns()
+    await stayer.set_monitors([Monitor(1, 1)])  # is answered after what it asked for before
     assert not waiting.done()
     leaver.send(FileXferStatus(start.id, FileXferResult.CAN_SEND_DATA))
     await leaver.aclose()
@@ -103,20 +105,19 @@ async def test_a_guest_that_sends_nothing_loses_the_turn(bench, tmp_path, monkey
     clients = [await bench.client(capabilities=TAKING) for _ in range(2)]
     for client in clients:
         await client.wait_clipboard()
-    send, bench.guest._send_files = bench.guest._send_files, nothing
-    with pytest.raises(AgentGoneError):
-        await asyncio.gather(clients[0].get_files(tmp_path / "none"), leave_soon(clients[0]))
+    asked = asyncio.Event()
+
+    async def send_nothing(paths):
+        asked.set()
+
+    send, bench.guest._send_files = bench.guest._send_files, send_nothing
+    getting = asyncio.ensure_future(clients[0].get_files(tmp_path / "none"))
+    await asked.wait()
     bench.guest._send_files = send
     assert same(await clients[1].get_files(tmp_path / "in"), bench.files)
-
-
-async def nothing(paths):
-    pass
-
-
-async def leave_soon(client):
-    await asyncio.sleep(0.2)
-    client._handshake.link.fail(ConnectionResetError("had enough"))
+    clients[0]._handshake.link.fail(ConnectionResetError("had enough"))
+    with pytest.raises(AgentGoneError):
+        await getting
 
 
 async def test_an_agent_that_goes_in_the_middle(bench, tmp_path):

@@ -8,7 +8,7 @@ import tracemalloc
 
 import pytest
 
-from tests.support.waiting import until
+from tests.support.waiting import turns, until
 from vring_serial import (
     HOST_CAPABILITIES,
     AgentGone,
@@ -473,7 +473,7 @@ async def test_a_client_that_does_not_read_is_given_up(make_bench, monkeypatch):
     bench.guest.set_clipboard(os.urandom(1 << 20) * 8)
     await slow.wait_clipboard()
     asking = asyncio.ensure_future(slow.get_clipboard())
-    await asyncio.sleep(0)
+    await turns()
     slow._handshake.link.hold_reading()
     await until(lambda: not bench.router.clients)
     asking.cancel()
@@ -515,10 +515,10 @@ async def test_clients_that_left_leave_nothing_running(make_bench):
         await client.wait_ready()
         bench.router.clients[-1]._forward(UnknownMessage(99))
         bench.router.clients[-1].clipboard.receive(ClipboardRequest(0, TEXT))
-        await asyncio.sleep(0)
+        await turns(1)
         await client.aclose()
         await until(lambda: len(bench.router.clients) == 1)
-    await asyncio.sleep(0)
+    await turns()
     assert len(asyncio.all_tasks()) == before
     link.resume_writing()
 
@@ -537,8 +537,13 @@ async def test_an_owner_that_leaves_in_the_middle_of_its_clipboard(make_bench, m
     owner.writer.write(owner.connection.send_body(bytes(1 << 19)))
     left = []
     bench.guest._client_left = lambda: left.append(True)
-    sending = asyncio.ensure_future(other.send_file(make_file("whole", 16 << 20)))
-    await asyncio.sleep(0.02)
+    progress = []
+    sending = asyncio.ensure_future(
+        other.send_file(
+            make_file("whole", 16 << 20), on_progress=lambda sent, _: progress.append(sent)
+        )
+    )
+    await until(lambda: bench.router._room.used == 1 << 19 and progress)
     await owner.aclose()
     with pytest.raises(ClipboardEmptyError):
         await pasting

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from tests.support.waiting import until
+from tests.support.waiting import turns, until
 from vring_serial import OtherMessage, StreamSource
 from vring_serial.agent.router import servers as servers_module
 from vring_serial.proto.agent import (
@@ -190,7 +190,7 @@ async def test_it_is_connected_while_the_agent_is_there(served):
     await bench.stop_guest()
     await spice.at_eof()
     await until(lambda: not device.live)
-    await asyncio.sleep(0.05)
+    await turns()
     assert len(device.connections) == 1
     await bench.start_guest()
     again = await server(1)
@@ -225,13 +225,13 @@ async def test_a_server_that_drops_the_agent_gets_it_again(served, monkeypatch):
 async def test_a_server_that_no_descriptor_is_left_for_comes_later(
     make_bench, out_of_descriptors, monkeypatch, caplog
 ):
-    monkeypatch.setattr(servers_module, "SERVER_RETRY", 0.01)
+    monkeypatch.setattr(servers_module, "SERVER_RETRY", 0)
     bench = await make_bench()
     device = Device()
     with out_of_descriptors():
         bench.router.connect_server(device, device.closed)
         await until(lambda: "cannot be connected to the agent" in caplog.text)
-        await asyncio.sleep(0.05)
+        await turns()  # some attempts more, of which nothing is said
     await until(lambda: device.live == 1)
     assert caplog.text.count("cannot be connected to the agent: Too many open files") == 1
 

@@ -9,7 +9,7 @@ import tracemalloc
 
 import pytest
 
-from tests.support.waiting import until
+from tests.support.waiting import turns, until
 from vring_serial import (
     HOST_CAPABILITIES,
     AgentGone,
@@ -221,7 +221,7 @@ async def test_who_asks_and_does_not_read_is_not_read_either(make_bench):
     with no_more_than(16 * MIB):
         for _ in range(200):
             asking.writer.write((offer + start) * 500)
-            await asyncio.sleep(0)
+            await turns(1)
         await other.set_monitors([Monitor(2, 2)])
     assert len(bench.router.clients) == 2
     asking.writer.transport.abort()
@@ -303,7 +303,7 @@ async def test_a_client_that_takes_enough_is_not_given_up(make_bench, make_file,
     got = 0
     while got < 8 * MIB:
         got += len((await slow.receive(FileXferData)).data)
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(0.02)  # its pace: it takes something in every HOLD_SECONDS, but slowly
     await other.set_monitors([Monitor(800, 600)])
     assert not reasons(bench)
 
@@ -541,7 +541,8 @@ async def test_a_turn_is_not_held_by_admitting_a_file_again_and_again(
     async def hold():
         while True:
             holder.send(FileXferStatus(start.id, FileXferResult.CAN_SEND_DATA))
-            await asyncio.sleep(0.02)
+            holder.send(MonitorsConfig((Monitor(1, 1),)))
+            await holder.receive(Reply)
 
     holding = asyncio.ensure_future(hold())
     await until(lambda: any(s.result == FileXferResult.CANCELLED for s in statuses))
