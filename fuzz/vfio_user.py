@@ -27,15 +27,8 @@ from vring_serial.device.console.port import Port
 from vring_serial.device.pci import PciDevice
 from vring_serial.proto.framing import Payload
 from vring_serial.proto.vfio_user import VfioUserParser, reply, request
-from vring_serial.proto.vfio_user_version import Version
-from vring_serial.proto.vfio_user_wire import (
-    Command,
-    DeviceInfo,
-    DmaAccess,
-    DmaMap,
-    DmaUnmap,
-    IrqInfo,
-    IrqSet,
+from vring_serial.proto.vfio_user_dma import DmaAccess, DmaMap, DmaUnmap
+from vring_serial.proto.vfio_user_regions import (
     RegionAccess,
     RegionInfo,
     RegionIoFds,
@@ -43,6 +36,8 @@ from vring_serial.proto.vfio_user_wire import (
     RegionWrite,
     WriteMulti,
 )
+from vring_serial.proto.vfio_user_version import Version
+from vring_serial.proto.vfio_user_wire import Command, DeviceInfo, IrqInfo, IrqSet
 from vring_serial.ratelimit import RateLimitedLog
 from vring_serial.transport.closer import Closer
 from vring_serial.transport.session import SessionContext

@@ -19,8 +19,9 @@ from tests.cli.conftest import NULL_PORT, TIMEOUT, Serve, close, connect, guest_
 from vring_serial.cli import vring
 from vring_serial.guest.guest import EmbeddedGuest
 from vring_serial.proto import vfio_user
+from vring_serial.proto.vfio_user_regions import RegionIndex, RegionRead
 from vring_serial.proto.vfio_user_version import Version
-from vring_serial.proto.vfio_user_wire import IrqIndex, IrqInfo, RegionIndex, RegionRead
+from vring_serial.proto.vfio_user_wire import IrqIndex, IrqInfo
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

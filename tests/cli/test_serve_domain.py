@@ -10,8 +10,9 @@ import pytest
 
 from tests.cli.conftest import Serve
 from vring_serial.proto import vfio_user
+from vring_serial.proto.vfio_user_regions import RegionIndex, RegionRead
 from vring_serial.proto.vfio_user_version import Version
-from vring_serial.proto.vfio_user_wire import IrqIndex, IrqInfo, RegionIndex, RegionRead
+from vring_serial.proto.vfio_user_wire import IrqIndex, IrqInfo
 
 CHANNEL = "<channel type='null'><target type='virtio' name='org.example'/></channel>"
 _GET_FEATURES = struct.pack("<III", 1, 1, 0)

@@ -23,19 +23,9 @@ from vring_serial.proto.vfio_user import (
     reply,
     request,
 )
-from vring_serial.proto.vfio_user_version import Capabilities, Version
-from vring_serial.proto.vfio_user_wire import (
-    Command,
-    DeviceInfo,
-    DmaAccess,
-    DmaMap,
-    DmaUnmap,
-    Header,
-    HeaderFlag,
+from vring_serial.proto.vfio_user_dma import DmaAccess, DmaMap, DmaUnmap
+from vring_serial.proto.vfio_user_regions import (
     IoEventFd,
-    IrqInfo,
-    IrqSet,
-    IrqSetFlag,
     RegionAccess,
     RegionInfo,
     RegionIoFds,
@@ -43,6 +33,16 @@ from vring_serial.proto.vfio_user_wire import (
     RegionWrite,
     WriteMulti,
     WriteMultiDone,
+)
+from vring_serial.proto.vfio_user_version import Capabilities, Version
+from vring_serial.proto.vfio_user_wire import (
+    Command,
+    DeviceInfo,
+    Header,
+    HeaderFlag,
+    IrqInfo,
+    IrqSet,
+    IrqSetFlag,
 )
 
 TRIGGER = IrqSetFlag.ACTION_TRIGGER

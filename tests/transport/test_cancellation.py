@@ -14,7 +14,8 @@ from vring_serial.device.console.controller import Controller
 from vring_serial.device.console.port import Port
 from vring_serial.guest.guest import EmbeddedGuest
 from vring_serial.proto.vfio_user import Message
-from vring_serial.proto.vfio_user_wire import Command, DmaAccess
+from vring_serial.proto.vfio_user_dma import DmaAccess
+from vring_serial.proto.vfio_user_wire import Command
 from vring_serial.transport.vfio_user.remote import RemoteMemory
 from vring_serial.transport.vfio_user.server import VfioUserServer
 from vring_serial.transport.vhost_user.backend import VhostUserBackend

@@ -10,7 +10,7 @@ import pytest
 
 from vring import GuestMemory, Region
 from vring_serial.guest.memory import GuestRam
-from vring_serial.proto.vfio_user_wire import DmaFlag, DmaMap
+from vring_serial.proto.vfio_user_dma import DmaFlag, DmaMap
 from vring_serial.transport.lost_memory import make_watch
 from vring_serial.transport.vfio_user.dma import DmaTable
 

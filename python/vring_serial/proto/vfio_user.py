@@ -2,9 +2,8 @@
 
 Both ends use this module. The *client* is the VMM: it owns the guest's memory and asks; the
 *server* is the device and answers. Only DMA_READ and DMA_WRITE go the other way. File descriptors
-are opaque integers that travel beside the bytes. The payloads, of
-:mod:`vring_serial.proto.vfio_user_wire` and :mod:`vring_serial.proto.vfio_user_version`, belong to
-the commands as :data:`SHAPES` says.
+are opaque integers that travel beside the bytes. :data:`SHAPES` says which payload a command has;
+they are in :mod:`vring_serial.proto.vfio_user_wire` and the modules named there.
 
 Sending is :func:`request`, :func:`reply` and :func:`error_reply`. Receiving is a
 :class:`VfioUserParser`::
@@ -30,25 +29,25 @@ from vring_serial.proto.framing import (
     Payload,
     kind_name,
 )
-from vring_serial.proto.vfio_user_version import Version
-from vring_serial.proto.vfio_user_wire import (
-    DEFAULT_DATA_XFER_SIZE,
-    TYPE_MASK,
-    Command,
-    DeviceInfo,
-    DmaAccess,
-    DmaMap,
-    DmaUnmap,
-    Header,
-    HeaderFlag,
-    IrqInfo,
-    IrqSet,
+from vring_serial.proto.vfio_user_dma import DmaAccess, DmaMap, DmaUnmap
+from vring_serial.proto.vfio_user_regions import (
     RegionInfo,
     RegionIoFds,
     RegionRead,
     RegionWrite,
     WriteMulti,
     WriteMultiDone,
+)
+from vring_serial.proto.vfio_user_version import Version
+from vring_serial.proto.vfio_user_wire import (
+    DEFAULT_DATA_XFER_SIZE,
+    TYPE_MASK,
+    Command,
+    DeviceInfo,
+    Header,
+    HeaderFlag,
+    IrqInfo,
+    IrqSet,
 )
 
 #: Largest payload that a parser buffers: data of the largest access, and where it goes.

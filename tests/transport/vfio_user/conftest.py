@@ -23,21 +23,10 @@ from vring_serial.device.base import VirtioDevice
 from vring_serial.device.testing import ANY_FEATURE, PciDriver
 from vring_serial.proto.framing import Payload
 from vring_serial.proto.vfio_user import Message, VfioUserParser, error_reply, reply, request
+from vring_serial.proto.vfio_user_dma import DmaAccess, DmaFlag, DmaMap
+from vring_serial.proto.vfio_user_regions import RegionAccess, RegionIndex, RegionRead, RegionWrite
 from vring_serial.proto.vfio_user_version import Capabilities, Version
-from vring_serial.proto.vfio_user_wire import (
-    Command,
-    DmaAccess,
-    DmaFlag,
-    DmaMap,
-    Header,
-    IrqIndex,
-    IrqSet,
-    IrqSetFlag,
-    RegionAccess,
-    RegionIndex,
-    RegionRead,
-    RegionWrite,
-)
+from vring_serial.proto.vfio_user_wire import Command, Header, IrqIndex, IrqSet, IrqSetFlag
 from vring_serial.proto.virtio import Status
 from vring_serial.transport.vfio_user.server import VfioUserServer
 

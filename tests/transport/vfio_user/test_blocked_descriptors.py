@@ -11,14 +11,9 @@ from typing import Any
 
 import pytest
 
-from vring_serial.proto.vfio_user_wire import (
-    Command,
-    DmaUnmap,
-    IrqIndex,
-    IrqSet,
-    IrqSetFlag,
-    RegionIoFds,
-)
+from vring_serial.proto.vfio_user_dma import DmaUnmap
+from vring_serial.proto.vfio_user_regions import RegionIoFds
+from vring_serial.proto.vfio_user_wire import Command, IrqIndex, IrqSet, IrqSetFlag
 
 NOTIFY_BAR = 4
 MEMORY_SIZE = 1 << 20

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from vring_serial.proto.vfio_user_wire import Command, DmaFlag, DmaMap, DmaUnmap
+from vring_serial.proto.vfio_user_dma import DmaFlag, DmaMap, DmaUnmap
+from vring_serial.proto.vfio_user_wire import Command
 
 MEMORY_SIZE = 1 << 20
 

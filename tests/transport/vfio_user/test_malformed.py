@@ -15,21 +15,17 @@ from tests.support.leaks import held
 from tests.support.waiting import wait_until
 from vring_serial.proto.framing import MAX_FDS, Payload
 from vring_serial.proto.vfio_user import request
+from vring_serial.proto.vfio_user_dma import DmaMap, DmaUnmap
+from vring_serial.proto.vfio_user_regions import RegionAccess, RegionInfo, RegionIoFds, RegionRead
 from vring_serial.proto.vfio_user_wire import (
     Command,
     DeviceInfo,
-    DmaMap,
-    DmaUnmap,
     Header,
     HeaderFlag,
     IrqIndex,
     IrqInfo,
     IrqSet,
     IrqSetFlag,
-    RegionAccess,
-    RegionInfo,
-    RegionIoFds,
-    RegionRead,
 )
 
 EVENTFD = IrqSetFlag.DATA_EVENTFD

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from vring_serial.proto.vfio_user import VfioUserParser, reply, request
+from vring_serial.proto.vfio_user_dma import DmaAccess, DmaMap, DmaUnmap
 from vring_serial.proto.vfio_user_version import Capabilities
-from vring_serial.proto.vfio_user_wire import Command, DmaAccess, DmaMap, DmaUnmap
+from vring_serial.proto.vfio_user_wire import Command
 from vring_serial.proto.virtio import Status
 
 SIZE = 1 << 20

@@ -15,8 +15,9 @@ import pytest
 
 from vring_serial import unix_fds
 from vring_serial.proto.vfio_user import reply
+from vring_serial.proto.vfio_user_dma import DmaAccess, DmaMap
 from vring_serial.proto.vfio_user_version import Capabilities, Version
-from vring_serial.proto.vfio_user_wire import Command, DmaAccess, DmaMap
+from vring_serial.proto.vfio_user_wire import Command
 from vring_serial.proto.virtio import Status
 from vring_serial.transport.vfio_user import copies as vfio_copies
 from vring_serial.transport.vfio_user import remote as vfio_remote

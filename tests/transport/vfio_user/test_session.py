@@ -15,28 +15,27 @@ from tests.support.leaks import held
 from vring_serial.device.testing import ANY_FEATURE
 from vring_serial.proto.framing import Empty
 from vring_serial.proto.vfio_user import request
-from vring_serial.proto.vfio_user_version import Capabilities, Version
-from vring_serial.proto.vfio_user_wire import (
-    Command,
-    DeviceFlag,
-    DeviceInfo,
-    DmaFlag,
-    DmaMap,
-    DmaUnmap,
-    IrqFlag,
-    IrqIndex,
-    IrqInfo,
-    IrqSet,
-    IrqSetFlag,
+from vring_serial.proto.vfio_user_dma import DmaFlag, DmaMap, DmaUnmap, UnmapFlag
+from vring_serial.proto.vfio_user_regions import (
     RegionFlag,
     RegionIndex,
     RegionInfo,
     RegionIoFds,
     RegionRead,
     RegionWrite,
-    UnmapFlag,
     WriteMulti,
     WriteMultiDone,
+)
+from vring_serial.proto.vfio_user_version import Capabilities, Version
+from vring_serial.proto.vfio_user_wire import (
+    Command,
+    DeviceFlag,
+    DeviceInfo,
+    IrqFlag,
+    IrqIndex,
+    IrqInfo,
+    IrqSet,
+    IrqSetFlag,
 )
 from vring_serial.proto.virtio import Status
 

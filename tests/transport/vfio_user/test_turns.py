@@ -9,16 +9,9 @@ import pytest
 
 from vring_serial import turns
 from vring_serial.proto.vfio_user import request
-from vring_serial.proto.vfio_user_wire import (
-    Command,
-    DmaFlag,
-    DmaMap,
-    DmaUnmap,
-    Header,
-    RegionIndex,
-    RegionRead,
-    RegionWrite,
-)
+from vring_serial.proto.vfio_user_dma import DmaFlag, DmaMap, DmaUnmap
+from vring_serial.proto.vfio_user_regions import RegionIndex, RegionRead, RegionWrite
+from vring_serial.proto.vfio_user_wire import Command, Header
 
 READ = RegionRead(0, RegionIndex.CONFIG, 4)
 

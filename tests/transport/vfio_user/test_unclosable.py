@@ -13,15 +13,8 @@ import pytest
 
 from vring_serial import unix_fds
 from vring_serial.proto.framing import Payload
-from vring_serial.proto.vfio_user_wire import (
-    Command,
-    DeviceInfo,
-    DmaFlag,
-    DmaMap,
-    IrqIndex,
-    IrqSet,
-    IrqSetFlag,
-)
+from vring_serial.proto.vfio_user_dma import DmaFlag, DmaMap
+from vring_serial.proto.vfio_user_wire import Command, DeviceInfo, IrqIndex, IrqSet, IrqSetFlag
 
 TRIGGER = IrqSetFlag.DATA_EVENTFD | IrqSetFlag.ACTION_TRIGGER
 UNMASK = IrqSetFlag.DATA_EVENTFD | IrqSetFlag.ACTION_UNMASK

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from vring import GuestMemory, MemoryWatch, Region
 from vring_serial.errors import RemoteProtocolError
 from vring_serial.proto.vfio_user import VfioUserError
-from vring_serial.proto.vfio_user_wire import DmaFlag, DmaMap, DmaUnmap, UnmapFlag
+from vring_serial.proto.vfio_user_dma import DmaFlag, DmaMap, DmaUnmap, UnmapFlag
 from vring_serial.transport.vfio_user.copies import Copy, make_copy
 from vring_serial.transport.vfio_user.state import DmaRegion
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from vring_serial.errors import RemoteProtocolError
 from vring_serial.proto.framing import Payload
 from vring_serial.proto.vfio_user import Message, VfioUserError, request
-from vring_serial.proto.vfio_user_wire import Command, DmaAccess
+from vring_serial.proto.vfio_user_dma import DmaAccess
+from vring_serial.proto.vfio_user_wire import Command
 
 #: Bytes asked for in one message, if the client takes as many.
 PIECE = 256 * 1024

@@ -22,19 +22,10 @@ from vring_serial.proto.vfio_user import (
     error_reply,
     reply,
 )
-from vring_serial.proto.vfio_user_version import MAJOR, MINOR, Capabilities, Version
-from vring_serial.proto.vfio_user_wire import (
-    DEFAULT_DATA_XFER_SIZE,
+from vring_serial.proto.vfio_user_dma import DmaMap, DmaUnmap
+from vring_serial.proto.vfio_user_regions import (
     NUM_REGIONS,
-    Command,
-    DeviceFlag,
-    DeviceInfo,
-    DmaMap,
-    DmaUnmap,
     IoEventFd,
-    IrqIndex,
-    IrqInfo,
-    IrqSet,
     RegionFlag,
     RegionIndex,
     RegionInfo,
@@ -43,6 +34,16 @@ from vring_serial.proto.vfio_user_wire import (
     RegionWrite,
     WriteMulti,
     WriteMultiDone,
+)
+from vring_serial.proto.vfio_user_version import MAJOR, MINOR, Capabilities, Version
+from vring_serial.proto.vfio_user_wire import (
+    DEFAULT_DATA_XFER_SIZE,
+    Command,
+    DeviceFlag,
+    DeviceInfo,
+    IrqIndex,
+    IrqInfo,
+    IrqSet,
 )
 from vring_serial.transport.connection import MAX_UNREAD, Connection
 from vring_serial.transport.session import FatalError, Handler, Session, SessionContext
