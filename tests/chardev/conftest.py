@@ -6,7 +6,6 @@ import abc
 import asyncio
 import os
 import socket
-import struct
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
@@ -565,27 +564,3 @@ def no_leak() -> Iterator[None]:
     before = held()
     yield
     assert not held().descriptors.keys() - before.descriptors.keys()
-
-
-def reset_connection(sock: socket.socket) -> None:
-    """Close a TCP socket so that its peer sees a reset."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    sock.close()
-
-
-def unix_server(path: Path | str, **options: bool) -> SocketChardev:
-    return SocketChardev(
-        "dut", SocketOptions(path=str(path), server=True, **{"wait": False, **options})
-    )
-
-
-def tcp_server(**options: object) -> SocketChardev:
-    values = {"host": "127.0.0.1", "port": 0, "server": True, "wait": False, **options}
-    return SocketChardev("dut", SocketOptions(**values))
-
-
-async def unix_client(path: Path | str) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX)
-    sock.setblocking(False)
-    await asyncio.get_running_loop().sock_connect(sock, str(path))
-    return sock

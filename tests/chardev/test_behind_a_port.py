@@ -6,6 +6,7 @@ import asyncio
 import fcntl
 import logging
 import os
+import select
 import struct
 import termios
 from collections.abc import AsyncIterator, Callable
@@ -22,12 +23,14 @@ from tests.chardev.conftest import (
     WITH_LAST_WORDS,
     FileWithInputKind,
     Peer,
+    SocketPeer,
     TcpClientKind,
     TcpServerKind,
 )
+from tests.support.waiting import LoopClock, until, until_logged
 from vring_serial.chardev.base import DescriptorEnd
 from vring_serial.chardev.file import FileChardev, FileOptions
-from vring_serial.chardev.hangup import unread
+from vring_serial.chardev.hangup import is_leaving, unread
 from vring_serial.chardev.pty import PtyChardev
 from vring_serial.chardev.ringbuf import RingbufChardev
 from vring_serial.device.console.controller import Controller
@@ -71,12 +74,14 @@ async def guest_port(peer: Peer, served: Serve) -> AsyncIterator[GuestPort]:
 async def receive(peer: Peer, size: int) -> bytes:
     """What arrives at the peer; those that are memory or files may have it a little later."""
     data = b""
+
+    async def has_all() -> bool:
+        nonlocal data
+        data += await peer.receive(min(65536, size - len(data)))
+        return len(data) == size
+
     async with asyncio.timeout(10):
-        while len(data) < size:
-            more = await peer.receive(min(65536, size - len(data)))
-            if not more:
-                await asyncio.sleep(0.01)
-            data += more
+        await until(has_all)
     return data
 
 
@@ -132,23 +137,28 @@ async def test_the_whole_input_file_arrives_and_the_output_goes_on(
 
 async def test_a_full_disk_holds_up_one_port_alone(
     served: Serve,
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(FileChardev, "retry_seconds", 0.05)
-    full = FileChardev("full", FileOptions(path="/dev/full"))
+    failures: list[OSError | None] = []
+
+    class FullFile(FileChardev):
+        retry_seconds = 0.01
+
+        def peer_gone(self, reason: OSError | None = None) -> None:
+            failures.append(reason)
+            super().peer_gone(reason)
+
+    full = FullFile("full", FileOptions(path="/dev/full"))
     memory = RingbufChardev("memory")
     async with served(Port(1, "full", full), Port(2, "memory", memory)) as guest:
         _, stuck = await (await guest.wait_port(nr=1, timeout=5)).open()
         stuck.write(DATA)
         _, fine = await (await guest.wait_port(nr=2, timeout=5)).open()
         async with asyncio.timeout(10):
-            while "No space left on device" not in caplog.text:
-                await asyncio.sleep(0.01)
-            await asyncio.sleep(0.2)  # several attempts
+            await until_logged(caplog, "No space left on device")
+            await until(lambda: len(failures) > 3)
             fine.write(b"and this goes on")
-            while memory.read() != b"and this goes on":
-                await asyncio.sleep(0.01)
+            await until(lambda: memory.read() == b"and this goes on")
         stuck.close()
         fine.close()
     lines = [r for r in caplog.records if r.name.startswith("vring_serial.chardev")]
@@ -166,8 +176,7 @@ async def test_a_console_has_the_size_of_its_terminal(
             for cols, rows in ((80, 24), (132, 43)):
                 size = struct.pack("HHHH", rows, cols, 0, 0)
                 fcntl.ioctl(slave, termios.TIOCSWINSZ, size)
-                while console.size != (cols, rows):
-                    await asyncio.sleep(0.01)
+                await until(lambda size=(cols, rows): console.size == size)
         os.close(slave)
 
 
@@ -194,13 +203,18 @@ async def test_the_guest_sees_the_peer_leave_and_the_next_come(
 @pytest.mark.parametrize(
     "peer", [kind for kind in WITH_LAST_WORDS if kind not in SOCKETS], indirect=True
 )
-async def test_last_words_reach_the_guest(peer: Peer, guest_port: GuestPort) -> None:
+async def test_last_words_reach_the_guest(
+    peer: Peer, guest_port: GuestPort, clock: LoopClock
+) -> None:
     """The peer sends and leaves while the guest has the port closed."""
     await peer.connect()
     await guest_port.wait_host()
     await peer.send(b"last words")
     await peer.disconnect()
-    await asyncio.sleep(0.05)
+    end = peer.chardev.end
+    assert isinstance(end, DescriptorEnd)
+    await until(lambda: is_leaving(end.read_fd))
+    await clock.forward(1.0)  # ptys are looked at by a timer
     reader, writer = await guest_port.open()
     async with asyncio.timeout(10):
         assert await reader.readexactly(10) == b"last words"
@@ -219,21 +233,21 @@ async def test_a_guest_reads_nothing_of_who_left_before_it_opened(
     await peer.connect()
     await peer.send(b"request")
     async with asyncio.timeout(10):
-        while not (isinstance(peer.chardev.end, DescriptorEnd) and waits(peer.chardev.end) == 7):
-            await asyncio.sleep(0.01)
+        await until(lambda: waits(peer) == 7)
         reader, writer = await guest_port.open()
         assert await reader.readexactly(7) == b"request"
     writer.close()
 
 
-def waits(end: DescriptorEnd) -> int:
+def waits(peer: Peer) -> int:
     """The bytes that the peer has sent, unread."""
-    return unread(end.read_fd)
+    end = peer.chardev.end
+    return unread(end.read_fd) if isinstance(end, DescriptorEnd) else 0
 
 
 @pytest.mark.parametrize("peer", SOCKETS, indirect=True)
 async def test_last_words_on_an_open_port_are_read_for_the_stated_seconds(
-    peer: Peer,
+    peer: SocketPeer,
     guest_port: GuestPort,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -246,14 +260,16 @@ async def test_last_words_on_an_open_port_are_read_for_the_stated_seconds(
     reader, writer = await guest_port.open(limit=1000)
     await guest_port.wait_host()
     sending = asyncio.create_task(peer.send(bytes(4 << 20)))
-    await asyncio.sleep(0.2)  # the ring is full, and the socket
+    sock = peer.sock
+    assert sock is not None
+    # The ring is full, and the socket, unless it takes all of it.
+    await until(lambda: waits(peer) and (sending.done() or not select.select([], [sock], [], 0)[1]))
     sending.cancel()
     await peer.disconnect()
     in_tcp = isinstance(peer, TcpServerKind | TcpClientKind)
     writer.write(b"whoever" if in_tcp else b"for the next")  # TCP takes it, and then says reset
     async with asyncio.timeout(10):
-        while "not read" not in caplog.text:
-            await asyncio.sleep(0.01)
+        await until_logged(caplog, "not read")
         assert not (await reader.read()).strip(b"\0")  # to the end that the guest was told of
         if in_tcp:
             writer.write(b"for the next")

@@ -12,6 +12,7 @@ import pytest
 
 from tests.chardev.conftest import Guest, Peer
 from tests.support.leaks import held
+from tests.support.waiting import turns
 from vring_serial.chardev.base import Chardev
 from vring_serial.chardev.socket import SocketChardev, SocketOptions
 from vring_serial.errors import ResourceError
@@ -26,18 +27,17 @@ def test_start_and_stop_are_all_that_is_awaited() -> None:
     assert len(kinds) > 8
 
 
-async def after(turns: int, task: asyncio.Future[Any]) -> None:
+async def after(count: int, task: asyncio.Future[Any]) -> None:
     """Cancel the task after so many turns of the loop."""
-    for _ in range(turns):
-        await asyncio.sleep(0)
+    await turns(count)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
 
 
-@pytest.mark.parametrize("turns", range(5))
-async def test_a_start_is_cancelled(peer: Peer, turns: int, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("count", range(5))
+async def test_a_start_is_cancelled(peer: Peer, count: int, request: pytest.FixtureRequest) -> None:
     before = held()
-    await after(turns, asyncio.ensure_future(peer.chardev.start()))
+    await after(count, asyncio.ensure_future(peer.chardev.start()))
     await peer.chardev.aclose()
     if "stdio" not in request.node.name:  # whose test exchanges the standard descriptors
         assert held() == before
@@ -48,14 +48,14 @@ async def test_a_start_is_cancelled(peer: Peer, turns: int, request: pytest.Fixt
     await peer.chardev.aclose()
 
 
-@pytest.mark.parametrize("turns", range(5))
-async def test_a_stop_is_cancelled(peer: Peer, turns: int) -> None:
+@pytest.mark.parametrize("count", range(5))
+async def test_a_stop_is_cancelled(peer: Peer, count: int) -> None:
     guest = Guest(peer.chardev)
     await peer.chardev.start()
     await peer.connect()
     await guest.opened()
-    await after(turns, asyncio.ensure_future(peer.chardev.aclose()))
-    if turns:
+    await after(count, asyncio.ensure_future(peer.chardev.aclose()))
+    if count:
         assert peer.chardev.end is None
         assert guest.events[-1] == "closed"
     await peer.chardev.aclose()
@@ -86,8 +86,7 @@ async def test_a_socket_that_waits_for_its_peer(tmp_path: Path, kind: str, what:
         before = held()
         chardev = SocketChardev("c", options(kind, path))
         starting = asyncio.ensure_future(chardev.start())
-        for _ in range(10):
-            await asyncio.sleep(0)
+        await turns(10)
         if what == "start":
             await after(0, starting)
             await chardev.aclose()

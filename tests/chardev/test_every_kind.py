@@ -6,7 +6,8 @@ import asyncio
 import errno
 import os
 import resource
-import time
+import sys
+from types import FrameType
 
 import pytest
 
@@ -20,7 +21,9 @@ from tests.chardev.conftest import (
     Peer,
 )
 from tests.support.leaks import held
+from tests.support.waiting import LoopClock, turns, until
 from vring_serial.chardev.base import DescriptorEnd
+from vring_serial.chardev.hangup import LAST_WORDS_SECONDS, RECHECK_SECONDS, is_leaving
 from vring_serial.errors import LocalProtocolError, ResourceError
 
 PATTERN = bytes(range(256)) * 16
@@ -32,6 +35,29 @@ async def connected(peer: Peer) -> Guest:
     await peer.connect()
     await guest.opened()
     return guest
+
+
+async def left(peer: Peer, guest: Guest, clock: LoopClock) -> None:
+    """The peer leaves, and whoever looks for that has looked."""
+    await peer.disconnect()
+    await until(lambda: is_leaving(guest.read_fd))
+    await clock.forward(1.0)  # ptys are looked at by a timer
+
+
+async def calls_in_turns(count: int) -> int:
+    """How many functions of chardevs the event loop calls while it makes so many turns."""
+    calls = 0
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        nonlocal calls
+        calls += event == "call" and "vring_serial/chardev" in frame.f_code.co_filename
+
+    sys.setprofile(note)
+    try:
+        await turns(count)
+    finally:
+        sys.setprofile(None)
+    return calls
 
 
 async def test_an_end_opens_and_stop_closes_it(peer: Peer) -> None:
@@ -117,7 +143,7 @@ async def test_a_reader_that_does_not_read_loses_nothing(peer: Peer) -> None:
     total = 512 * 1024
     data = os.urandom(total)
     writing = asyncio.create_task(guest.write(data))
-    await asyncio.sleep(0.05)  # the peer does not read; the loop stays ours
+    await turns()  # the peer does not read; the loop stays ours
     received = b""
     async with asyncio.timeout(5):
         while len(received) < total:
@@ -150,13 +176,11 @@ async def test_the_next_peer_is_served(peer: Peer) -> None:
 
 
 @pytest.mark.parametrize("peer", WITH_LAST_WORDS, indirect=True)
-async def test_bytes_of_a_peer_that_left_are_delivered(peer: Peer) -> None:
+async def test_bytes_of_a_peer_that_left_are_delivered(peer: Peer, clock: LoopClock) -> None:
     guest = await connected(peer)
     await peer.send(PATTERN)
-    await peer.disconnect()
-    cpu = time.process_time()
-    await asyncio.sleep(0.3)
-    assert time.process_time() - cpu < 0.15, "it spins while bytes wait"
+    await left(peer, guest, clock)
+    assert await calls_in_turns(500) < 100, "it spins while bytes wait"
     assert "closed" not in guest.events
     assert await guest.read(len(PATTERN)) == PATTERN
     try:
@@ -172,11 +196,12 @@ BREAKING = [kind for kind in WITH_LAST_WORDS if kind != "pty"]  # which takes wr
 
 
 @pytest.mark.parametrize("peer", BREAKING, indirect=True)
-async def test_last_words_are_delivered_although_writing_fails(peer: Peer) -> None:
+async def test_last_words_are_delivered_although_writing_fails(
+    peer: Peer, clock: LoopClock
+) -> None:
     guest = await connected(peer)
     await peer.send(b"last words")
-    await peer.disconnect()
-    await asyncio.sleep(0.02)
+    await left(peer, guest, clock)
     peer.chardev.peer_gone(BrokenPipeError(errno.EPIPE, "Broken pipe"))
     assert guest.events == ["opened"]
     assert await guest.read(10) == b"last words"
@@ -186,29 +211,27 @@ async def test_last_words_are_delivered_although_writing_fails(peer: Peer) -> No
 
 @pytest.mark.parametrize("peer", BREAKING, indirect=True)
 async def test_last_words_that_nobody_reads_do_not_keep_the_end(
-    peer: Peer, monkeypatch: pytest.MonkeyPatch
+    peer: Peer, clock: LoopClock
 ) -> None:
-    monkeypatch.setattr("vring_serial.chardev.hangup.LAST_WORDS_SECONDS", 0.05)
     guest = await connected(peer)
     await peer.send(b"last words")
-    await peer.disconnect()
-    await asyncio.sleep(0.02)
+    await left(peer, guest, clock)
     peer.chardev.peer_gone(BrokenPipeError(errno.EPIPE, "Broken pipe"))
     assert guest.end is not None
+    await clock.forward(LAST_WORDS_SECONDS)
     await guest.until(lambda: "closed" in guest.events)
 
 
 @pytest.mark.parametrize("peer", WITH_LAST_WORDS, indirect=True)
 async def test_a_peer_that_left_is_let_go_when_its_bytes_are_read_and_no_more(
-    peer: Peer, monkeypatch: pytest.MonkeyPatch
+    peer: Peer, clock: LoopClock
 ) -> None:
     """Who read the last bytes may have stopped before it came to the end of file."""
-    monkeypatch.setattr("vring_serial.chardev.hangup.RECHECK_SECONDS", 0.1)
     guest = await connected(peer)
     await peer.send(b"last words")
-    await peer.disconnect()
-    await asyncio.sleep(0.1)
+    await left(peer, guest, clock)
     assert await guest.read(10) == b"last words"
+    await clock.forward(RECHECK_SECONDS)
     await guest.until(lambda: "closed" in guest.events)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import resource
 from pathlib import Path
@@ -10,15 +9,11 @@ from pathlib import Path
 import pytest
 
 from tests.chardev.conftest import Guest
+from tests.support.waiting import LoopClock
 from vring_serial.chardev.file import FileChardev, FileOptions
 from vring_serial.errors import ConfigError, ResourceError
 
 pytestmark = pytest.mark.usefixtures("no_leak")
-
-
-@pytest.fixture
-def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FileChardev, "retry_seconds", 0.05)
 
 
 async def write_failure(guest: Guest, data: bytes) -> OSError:
@@ -175,27 +170,30 @@ async def test_a_named_pipe_as_input_has_no_end(tmp_path: Path) -> None:
     await chardev.aclose()
 
 
-@pytest.mark.usefixtures("soon")
-async def test_a_full_disk_is_told_once_and_tried_again(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_full_disk_is_told_once_and_tried_again(
+    caplog: pytest.LogCaptureFixture, clock: LoopClock
+) -> None:
     chardev = FileChardev("dut", FileOptions(path="/dev/full"))
     guest = Guest(chardev)
     await chardev.start()
+    seconds = FileChardev.retry_seconds
     for turn in range(1, 4):
         reason = await write_failure(guest, b"data")
         chardev.peer_gone(reason)
         assert guest.events.count("closed") == turn
-        await guest.opened()
+        await clock.forward(seconds)
+        assert guest.events.count("opened") == turn + 1
+        seconds *= 2
     assert len(caplog.records) == 1
     assert "dut" in caplog.text
     assert "/dev/full: No space left on device; the guest waits" in caplog.text
-    await asyncio.sleep(0.7)  # it worked for a while; the next time is news
+    await clock.forward(3 * seconds)  # it worked for a while; the next time is news
     chardev.peer_gone(await write_failure(guest, b"data"))
     assert len(caplog.records) == 2
     await chardev.aclose()
 
 
-@pytest.mark.usefixtures("soon")
-async def test_the_output_goes_on_where_it_failed(tmp_path: Path) -> None:
+async def test_the_output_goes_on_where_it_failed(tmp_path: Path, clock: LoopClock) -> None:
     """A limit on the size of files, lifted later, is a disk that is full and then is not."""
     chardev = FileChardev("dut", FileOptions(path=str(tmp_path / "out")))
     guest = Guest(chardev)
@@ -208,20 +206,20 @@ async def test_the_output_goes_on_where_it_failed(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     chardev.peer_gone(reason)
+    await clock.forward(FileChardev.retry_seconds)
     await guest.opened()
     await guest.write(b"5678")
     await chardev.aclose()
     assert (tmp_path / "out").read_bytes() == b"12345678"
 
 
-@pytest.mark.usefixtures("soon")
-async def test_stop_while_it_waits_to_try_again() -> None:
+async def test_stop_while_it_waits_to_try_again(clock: LoopClock) -> None:
     chardev = FileChardev("dut", FileOptions(path="/dev/full"))
     guest = Guest(chardev)
     await chardev.start()
     chardev.peer_gone(await write_failure(guest, b"data"))
     await chardev.aclose()
-    await asyncio.sleep(0.1)
+    await clock.forward(FileChardev.retry_seconds)
     assert guest.events == ["opened", "closed"]
 
 

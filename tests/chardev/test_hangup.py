@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import socket
 from pathlib import Path
 
 import pytest
 
-from tests.support.waiting import turns
-from vring_serial.chardev.hangup import HangupWatch, is_leaving, unread
+from tests.support.waiting import LoopClock, turns
+from vring_serial.chardev.hangup import RECHECK_SECONDS, HangupWatch, is_leaving, unread
 
 pytestmark = pytest.mark.usefixtures("no_leak")
 
@@ -80,15 +79,24 @@ async def test_one_callback_may_end_the_watch_of_another() -> None:
     watch.close()
 
 
-async def test_a_callback_may_close_the_watch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vring_serial.chardev.hangup.RECHECK_SECONDS", 0.01)
-    watch = HangupWatch(lambda fd: watch.close())
-    pairs = [socket.socketpair() for _ in range(2)]
+async def test_a_callback_may_close_the_watch(clock: LoopClock) -> None:
+    gone: list[int] = []
+
+    def close(fd: int) -> None:
+        gone.append(fd)
+        watch.close()
+
+    watch = HangupWatch(close)
+    pairs = [socket.socketpair() for _ in range(3)]
     pairs[1][1].send(b"unread")
     for ours, theirs in pairs:
         watch.watch(ours.fileno())
         theirs.close()
-    await asyncio.sleep(0.05)
+    await turns()
+    assert gone == [pairs[0][0].fileno()]
+    pairs[1][0].recv(6)
+    await clock.forward(RECHECK_SECONDS)
+    assert gone == [pairs[0][0].fileno()]
     watch.close()
     for ours, _ in pairs:
         ours.close()
@@ -123,8 +131,7 @@ async def test_patience_begins_with_the_hangup_and_may_end_before(
         assert gone == []
         seconds = 0.0
         watch.look_again()
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
+        await turns(2)
         assert gone == [ours.fileno()]
     watch.close()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import fcntl
 import os
 import struct
@@ -12,11 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.chardev.conftest import Guest
+from tests.chardev.conftest import Guest, read_exactly
+from tests.support.waiting import LoopClock
 from vring_serial.chardev.pty import PtyChardev, PtyOptions
 from vring_serial.errors import ConfigError, ResourceError
 
 pytestmark = pytest.mark.usefixtures("no_leak")
+
+#: Longer than from one look at the terminal to the next.
+A_LOOK = 1.0
 
 
 @pytest.fixture
@@ -44,10 +47,14 @@ async def test_the_path_is_told(pty: tuple[PtyChardev, Guest]) -> None:
     assert chardev.path == ""
 
 
-async def test_nobody_has_it_open_at_first(pty: tuple[PtyChardev, Guest]) -> None:
-    _, guest = pty
-    await asyncio.sleep(0.1)
+async def test_nobody_has_it_open_at_first(pty: tuple[PtyChardev, Guest], clock: LoopClock) -> None:
+    chardev, guest = pty
+    await clock.forward(A_LOOK)
     assert guest.events == []
+    slave = open_slave(chardev)
+    await clock.forward(A_LOOK)
+    assert guest.events == ["opened"], "one look is enough"
+    os.close(slave)
 
 
 async def test_every_byte_goes_through_both_ways(pty: tuple[PtyChardev, Guest]) -> None:
@@ -58,8 +65,7 @@ async def test_every_byte_goes_through_both_ways(pty: tuple[PtyChardev, Guest]) 
     os.write(slave, every)
     assert await guest.read(256) == every
     await guest.write(every)
-    await asyncio.sleep(0.05)
-    assert os.read(slave, 512) == every
+    assert await read_exactly(slave, 256) == every
     os.close(slave)
 
 
@@ -89,18 +95,20 @@ async def test_a_program_that_comes_and_goes_at_once_is_heard(
     assert guest.events == ["opened", "closed"]
 
 
-async def test_two_programs_are_one_peer(pty: tuple[PtyChardev, Guest]) -> None:
+async def test_two_programs_are_one_peer(pty: tuple[PtyChardev, Guest], clock: LoopClock) -> None:
     chardev, guest = pty
     first, second = open_slave(chardev), open_slave(chardev)
     await guest.opened()
     os.close(first)
-    await asyncio.sleep(0.1)
+    await clock.forward(A_LOOK)
     assert guest.events == ["opened"]
     os.close(second)
     await guest.closed()
 
 
-async def test_the_size_and_its_changes_are_told(pty: tuple[PtyChardev, Guest]) -> None:
+async def test_the_size_and_its_changes_are_told(
+    pty: tuple[PtyChardev, Guest], clock: LoopClock
+) -> None:
     chardev, guest = pty
     slave = open_slave(chardev)
     set_size(slave, 80, 24)
@@ -108,10 +116,10 @@ async def test_the_size_and_its_changes_are_told(pty: tuple[PtyChardev, Guest]) 
     assert guest.events[0] == "opened"
     set_size(slave, 132, 43)
     await guest.until(lambda: guest.sizes == [(80, 24), (132, 43)])
-    await asyncio.sleep(0.1)
+    await clock.forward(A_LOOK)
     assert len(guest.sizes) == 2, "the same size is told once"
     set_size(slave, 0, 0)  # nobody knows
-    await asyncio.sleep(0.1)
+    await clock.forward(A_LOOK)
     assert len(guest.sizes) == 2
     os.close(slave)
     await guest.closed()

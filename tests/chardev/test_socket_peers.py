@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.chardev.conftest import Guest, tcp_server, unix_client, unix_server
-from vring_serial.chardev.hangup import unread
+from tests.chardev.conftest import Guest
+from tests.support.sockets import tcp_server, unix_client, unix_server
+from tests.support.waiting import LoopClock, turns, until
+from vring_serial.chardev.hangup import LAST_WORDS_SECONDS, RECHECK_SECONDS, is_leaving, unread
 from vring_serial.chardev.socket import MOST_WAITING, SocketChardev, SocketOptions
 
 pytestmark = pytest.mark.usefixtures("no_leak")
@@ -29,7 +31,7 @@ async def dialled(
     loop = asyncio.get_running_loop()
 
     async def dial() -> socket.socket:
-        await asyncio.sleep(0)  # connecting to a unix socket never waits: others would have no turn
+        await turns(1)  # connecting to a unix socket never waits: others would have no turn
         if request.param == "unix":
             return await unix_client(tmp_path / "s")
         sock = socket.socket()
@@ -88,11 +90,9 @@ async def test_clients_that_call_and_leave_while_another_is_served(
 
 
 async def test_what_a_client_left_keeps_the_next_for_the_stated_seconds_only(
-    dialled: tuple[SocketChardev, Dial], monkeypatch: pytest.MonkeyPatch
+    dialled: tuple[SocketChardev, Dial], clock: LoopClock
 ) -> None:
     """Of a guest that has the port open and does not read; the seconds of all run at once."""
-    monkeypatch.setattr("vring_serial.chardev.hangup.LAST_WORDS_SECONDS", 0.5)
-    monkeypatch.setattr("vring_serial.chardev.hangup.RECHECK_SECONDS", 0.05)
     chardev, dial = dialled
     guest = Guest(chardev)
     await chardev.start()
@@ -103,8 +103,10 @@ async def test_what_a_client_left_keeps_the_next_for_the_stated_seconds_only(
             sock.send(b"hello?")
     with await dial() as sock:
         sock.send(b"alive")
-        await guest.until(lambda: guest.end is not None and waits(guest) == 5)
-        assert loop.time() - begun >= 0.5
+        while guest.end is None or waits(guest) != 5:
+            assert loop.time() - begun < 4 * LAST_WORDS_SECONDS, "one after another"
+            await clock.forward(RECHECK_SECONDS)
+        assert loop.time() - begun >= LAST_WORDS_SECONDS
 
 
 async def test_a_guest_that_closes_the_port_lets_go_of_who_left(
@@ -124,7 +126,7 @@ async def test_a_guest_that_closes_the_port_lets_go_of_who_left(
 
 
 async def test_who_shut_down_its_sending_side_is_there_yet(
-    dialled: tuple[SocketChardev, Dial],
+    dialled: tuple[SocketChardev, Dial], clock: LoopClock
 ) -> None:
     """Its request waits for the guest, with the port closed as well."""
     chardev, dial = dialled
@@ -134,9 +136,12 @@ async def test_who_shut_down_its_sending_side_is_there_yet(
     with await dial() as sock:
         sock.send(b"request")
         sock.shutdown(socket.SHUT_WR)
-        await asyncio.sleep(0.1)
+        await guest.opened()
+        await until(lambda: is_leaving(guest.read_fd))
+        await clock.forward(LAST_WORDS_SECONDS)
         assert guest.events == ["opened"]
         chardev.guest_opened(True)
+        await clock.forward(LAST_WORDS_SECONDS)
         assert await guest.read(7) == b"request"
         await guest.write(b"answer")
         loop = asyncio.get_running_loop()
@@ -166,7 +171,7 @@ async def test_more_clients_than_may_wait_are_all_served(tmp_path: Path) -> None
     clients = []
     for _ in range(count):
         clients.append(await unix_client(tmp_path / "s"))
-        await asyncio.sleep(0)
+        await turns(1)
     for number, sock in enumerate(clients):
         sock.send(bytes([number]) * 3)
         assert await guest.read(3) == bytes([number]) * 3
