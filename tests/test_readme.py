@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.processes import running
 from tests.support.waiting import until
 from vring_serial import BackendClosedError, EmbeddedGuest, GuestAgent, Monitor
 
@@ -27,11 +28,9 @@ def listens(path: Path) -> bool:
 
 async def test_the_example_with_a_guest(tmp_path: Path) -> None:
     path = tmp_path / "vring.sock"
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-W", "error", "-c", EXAMPLE.replace("/tmp/vring.sock", str(path)),
-        stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
-    try:
+    example = EXAMPLE.replace("/tmp/vring.sock", str(path))
+    command = (sys.executable, "-W", "error", "-c", example)
+    async with running(*command, stderr=asyncio.subprocess.PIPE) as process:
         await until(lambda: listens(path), "the example does not listen")
         agent = GuestAgent()
         async with EmbeddedGuest(str(path), memory=32 << 20) as guest:
@@ -39,9 +38,5 @@ async def test_the_example_with_a_guest(tmp_path: Path) -> None:
             with pytest.raises(BackendClosedError):  # the example ends, and its device with it
                 await agent.run(*await port.open())
         _, errors = await process.communicate()
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
     assert (process.returncode, errors) == (0, b"")
     assert agent.monitors == (Monitor(1920, 1080),)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import mmap
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
 from tests.support.leaks import held
+from tests.support.processes import end, end_now, running
 from tests.support.waiting import LoopClock, turns, until, until_file_says, wait_until
 
 
@@ -107,3 +110,53 @@ async def test_a_clock_that_is_put_forward_makes_timers_due(clock: LoopClock) ->
     assert came == ["first"]
     await clock.forward(2000)
     assert came == ["first", "second"]
+
+
+TALKS = (sys.executable, "-c", "while True: print('x' * 1000)")
+#: It ends at once, and leaves a process that has its output.
+LEAVES = ("sh", "-c", "sleep 1000 & echo $!")
+
+
+async def test_a_process_ends_whatever_it_says() -> None:
+    """asyncio tells of the end behind what was said, which is more than it reads by itself."""
+    pipe = asyncio.subprocess.PIPE
+    async with running(*TALKS, stdout=pipe, stderr=pipe) as process:
+        assert process.stdout is not None
+        await process.stdout.readline()
+    assert process.returncode is not None
+    assert await end(process) == process.returncode
+
+
+async def test_a_process_ends_behind_its_reader() -> None:
+    async def read() -> None:
+        assert process.stdout is not None
+        await process.stdout.readline()
+        raise ValueError("a line that it did not expect")
+
+    process = await asyncio.create_subprocess_exec(*TALKS, stdout=asyncio.subprocess.PIPE)
+    reading = asyncio.create_task(read())
+    with pytest.raises(ValueError, match="did not expect"):
+        await end(process, reading)
+    assert process.returncode is not None
+
+
+async def test_a_session_ends_whole() -> None:
+    async with running(*LEAVES, stdout=asyncio.subprocess.PIPE, start_new_session=True) as process:
+        assert process.stdout is not None
+        left = int(await process.stdout.readline())
+    await until(lambda: not is_running(left))
+
+
+def is_running(pid: int) -> bool:
+    """Return whether a process is there, and no zombie that nobody has waited for."""
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_a_process_ends_where_no_loop_runs() -> None:
+    process = subprocess.Popen(TALKS, stdout=subprocess.PIPE)
+    end_now(process)
+    assert process.returncode is not None

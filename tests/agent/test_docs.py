@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.waiting import turns, until
+from tests.support.processes import running
+from tests.support.waiting import DEADLINE, turns, until
 from vring_serial import AgentGone, AgentReady, HostAgent
 from vring_serial.agent.guest import GuestAgent
 from vring_serial.proto.agent import Capability, Monitor
@@ -34,12 +35,14 @@ async def test_script(served, tmp_path):
     guest, path = served
     guest.set_clipboard("some words", 1)
     (tmp_path / "report.txt").write_text("all is well")
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", SCRIPT.replace("/run/agent.sock", path),
-        cwd=tmp_path, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-    )  # fmt: skip
-    async with asyncio.timeout(20):
-        output, _ = await process.communicate()
+    async with running(
+        *(sys.executable, "-c", SCRIPT.replace("/run/agent.sock", path)),
+        cwd=tmp_path,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    ) as process:
+        async with asyncio.timeout(DEADLINE):
+            output, _ = await process.communicate()
     lines = output.decode().splitlines()
     assert process.returncode == 0, output
     assert "MONITORS_CONFIG" in lines[0]

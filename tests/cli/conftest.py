@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.processes import end
 from vring_serial.guest.guest import EmbeddedGuest
 
 TIMEOUT = 20.0
@@ -69,10 +70,7 @@ class Server:
         return await self.exit_status()
 
     async def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
-        await self._process.wait()
-        await self._reading
+        await end(self._process, self._reading)
 
 
 Serve = Callable[..., AbstractAsyncContextManager[Server]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import resource
@@ -16,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.waiting import wait_until
+from tests.support.processes import end_now, running
+from tests.support.waiting import DEADLINE, wait_until
 from vring_serial import AgentRouter
 from vring_serial.agent.guest import GuestAgent
 
@@ -57,8 +59,24 @@ class Session:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen(command, **{**pipes, "stdin": subprocess.DEVNULL, **options})
 
-    def agent(self, *arguments: object) -> subprocess.Popen[str]:
-        return self.start("agent", "--socket", self.socket, *arguments)
+    @contextlib.contextmanager
+    def agent(self, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+        """The command for a block; it is interrupted behind it, unless the test has done that."""
+        process = self.start("agent", "--socket", self.socket, *arguments)
+        try:
+            yield process
+            if process.returncode is None:
+                self.interrupt(process)
+        finally:
+            end_now(process)
+
+    @staticmethod
+    def interrupt(process: subprocess.Popen[str]) -> tuple[str, str]:
+        """What it has said on both streams and not yet told, when it has ended."""
+        process.send_signal(signal.SIGINT)
+        output = process.communicate(timeout=DEADLINE)
+        assert process.returncode == 130
+        return output
 
     def run(
         self, *arguments: object, address: str = "", **options: Any
@@ -72,7 +90,10 @@ class Session:
     def close(self) -> None:
         for process in reversed(self.processes):
             process.send_signal(signal.SIGTERM)
-            process.communicate(timeout=20)
+            try:
+                process.communicate(timeout=DEADLINE)
+            finally:
+                end_now(process)
 
 
 @pytest.fixture(scope="module")
@@ -99,16 +120,12 @@ def test_resize(session):
 
 def test_clipboard_both_ways(session):
     """The embedded guest pastes what the host copies, and selects it: PRIMARY is what arrived."""
-    owner = session.agent("clipboard", "set", TEXT)
-    try:
+    with session.agent("clipboard", "set", TEXT) as owner:
         wait_until(
             lambda: session.run("clipboard", "get", "--selection", "primary").stdout == TEXT,
             "the guest pasted the text",
         )
-    finally:
-        owner.send_signal(signal.SIGINT)
-        assert owner.communicate(timeout=20) == ("", "")
-    assert owner.returncode == 130
+        assert session.interrupt(owner) == ("", "")
 
 
 def test_paste_once_ends_by_itself_and_files_are_sources(session, tmp_path):
@@ -139,15 +156,11 @@ def test_what_cannot_begin_in_the_background_fails_in_front(session):
 
 
 def test_watch_tells_changes(session):
-    watch = session.agent("clipboard", "watch", "--selection", "primary", "--json")
-    try:
+    with session.agent("clipboard", "watch", "--selection", "primary", "--json") as watch:
         session.run("clipboard", "set", "watched", "--paste-once")
         while (change := json.loads(watch.stdout.readline()))["text"] != "watched":
             assert change["selection"] == "primary"
         assert change["types"] == ["text"]
-    finally:
-        watch.send_signal(signal.SIGINT)
-        watch.communicate(timeout=20)
 
 
 def test_an_empty_clipboard_is_said(session):
@@ -185,42 +198,33 @@ def test_interrupt_cancels_in_the_guest(session, tmp_path):
     endless = tmp_path / "endless"
     with endless.open("wb") as file:
         file.truncate(8 << 30)
-    sending = session.agent("send", "--quiet", endless)
     partial = session.downloads / "endless"
 
     def under_way() -> bool:
         return any(f.stat().st_size for f in session.downloads.iterdir() if "endless" in f.name)
 
-    wait_until(under_way, "the transfer is under way")
-    sending.send_signal(signal.SIGINT)
-    sending.communicate(timeout=20)
-    assert sending.returncode == 130
+    with session.agent("send", "--quiet", endless) as sending:
+        wait_until(under_way, "the transfer is under way")
+        assert session.interrupt(sending) == ("", "cancelled\n")
     wait_until(lambda: not under_way(), "the guest removed the partial file")
     assert not partial.exists()
 
 
 def test_monitor_decodes(session):
-    monitor = session.agent("monitor")
-    try:
+    with session.agent("monitor") as monitor:
         announced = monitor.stdout.readline()
         assert " AnnounceCapabilities: " in announced
         assert " MONITORS_CONFIG " in announced
         assert "Capabilities(" not in announced
-    finally:
-        monitor.send_signal(signal.SIGINT)
-        monitor.communicate(timeout=20)
 
 
 def test_monitor_between_a_client_and_the_channel(session, tmp_path):
     path = tmp_path / "between.sock"
-    monitor = session.agent("monitor", "--listen", path)
-    try:
+    with session.agent("monitor", "--listen", path) as monitor:
         wait_until(path.exists, "the monitor listens")
         command = [*VRING, "agent", "--socket", str(path), "resize", "800x600"]
         subprocess.run(command, check=True, timeout=30, capture_output=True)
-    finally:
-        monitor.send_signal(signal.SIGINT)
-        output, _ = monitor.communicate(timeout=20)
+        output, _ = session.interrupt(monitor)
     assert "client: port 1 MonitorsConfig(monitors=(Monitor(width=800, height=600" in output
     assert "guest: port 1 Reply(" in output
     assert not path.exists()
@@ -228,19 +232,18 @@ def test_monitor_between_a_client_and_the_channel(session, tmp_path):
 
 def test_monitor_that_finds_no_descriptor_serves_its_client_later(session, tmp_path):
     path = tmp_path / "between.sock"
-    monitor = session.agent("monitor", "--listen", path)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
+    with session.agent("monitor", "--listen", path) as monitor:
         wait_until(path.exists, "the monitor listens")
         resource.prlimit(monitor.pid, resource.RLIMIT_NOFILE, (0, hard))
         command = [*VRING, "agent", "--socket", str(path), "--timeout", "30", "resize", "800x600"]
         with subprocess.Popen(command, stderr=subprocess.PIPE) as client:
-            assert "cannot accept a client: Too many open files" in monitor.stderr.readline()
-            resource.prlimit(monitor.pid, resource.RLIMIT_NOFILE, (soft, hard))
-            assert client.wait(30) == 0
-    finally:
-        monitor.send_signal(signal.SIGINT)
-        monitor.communicate(timeout=20)
+            try:
+                assert "cannot accept a client: Too many open files" in monitor.stderr.readline()
+                resource.prlimit(monitor.pid, resource.RLIMIT_NOFILE, (soft, hard))
+                assert client.wait(DEADLINE) == 0
+            finally:
+                end_now(client)
 
 
 @pytest.mark.parametrize(
@@ -330,12 +333,10 @@ async def test_files_that_were_copied_in_the_guest(tmp_path, shared):
     server = await loop.create_unix_server(factory, path)
 
     async def files(*options):
-        process = await asyncio.create_subprocess_exec(
-            *VRING, "agent", "--socket", path, "clipboard", "get", "--type", "files", *options,
-            stdout=asyncio.subprocess.PIPE,
-        )  # fmt: skip
-        async with asyncio.timeout(30):
-            output, _ = await process.communicate()
+        command = (*VRING, "agent", "--socket", path, "clipboard", "get", "--type", "files")
+        async with running(*command, *options, stdout=asyncio.subprocess.PIPE) as process:
+            async with asyncio.timeout(30):
+                output, _ = await process.communicate()
         assert process.returncode == 0
         return output.decode().splitlines()
 

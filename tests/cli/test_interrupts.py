@@ -9,16 +9,17 @@ import asyncio
 import contextlib
 import functools
 import os
-import re
 import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.processes import end
 from tests.support.waiting import until
 
 TIMEOUT = 40.0
@@ -87,15 +88,12 @@ class Command:
         return status
 
     async def end(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        await self.process.wait()
         # What it started is in sessions of its own.
         for pid in processes_of(self.directory):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.peer.close()
-        await self._reading
+        await end(self.process, self._reading, session=True)
 
 
 def said(text: str) -> Stage:
@@ -158,19 +156,30 @@ def children(count: int) -> Stage:
     return wait
 
 
-async def imports(command: Command) -> None:
-    """It imports what it needs: the handler of Python's own start is set aside for that."""
-    status = Path(f"/proc/{command.process.pid}/status")
-    was_caught = False
-    async with asyncio.timeout(TIMEOUT):
-        while True:
-            (mask,) = re.findall(r"SigCgt:\s*(\w+)", status.read_text())
-            caught = bool(int(mask, 16) >> signal.SIGINT - 1 & 1)
-            if was_caught and not caught:
-                return
-            was_caught = caught
-            assert command.process.returncode is None, command.text
-            await asyncio.sleep(0.001)
+#: Makes a process stop where it imports a module, as for a module that takes long to load, and one
+#: that makes of a KeyboardInterrupt an error of its own.
+STOPS = """\
+import os, signal, sys
+class Stops:
+    def find_spec(self, name, path=None, target=None):
+        if name == os.environ.get("STOPS_AT"):
+            try:
+                open("importing", "w").close()
+                signal.pause()
+            except KeyboardInterrupt:
+                raise ImportError(name) from None
+sys.meta_path.insert(0, Stops())
+"""
+
+
+@dataclass(frozen=True)
+class Importing:
+    """It imports this module."""
+
+    module: str
+
+    async def __call__(self, command: Command) -> None:
+        await there("importing")(command)
 
 
 class Stuck:
@@ -197,12 +206,16 @@ class Stuck:
 async def start(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[Command]]]:
     started: list[Command] = []
 
-    async def run(*arguments: str, directory: Path | None = None) -> Command:
+    (tmp_path / "sitecustomize.py").write_text(STOPS)
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONWARNINGS": "default", "PYTHONPATH": path}
+
+    async def run(*arguments: str, directory: Path | None = None, stops_at: str = "") -> Command:
         directory = directory or tmp_path
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "vring_serial", *arguments),
             cwd=directory,
-            env={**os.environ, "TMPDIR": str(directory), "PYTHONWARNINGS": "default"},
+            env={**environment, "TMPDIR": str(directory), "STOPS_AT": stops_at},
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
@@ -232,15 +245,10 @@ BENCH = ("bench", "transfer", "--rounds", "1000")
 
 #: Command, stage, and what it may end with beside being interrupted.
 CASES: dict[str, tuple[tuple[str, ...], Stage | str, set[int]]] = {
-    # Whatever runs by then: imports, options, the first steps.
     **{
-        f"{arguments[0]} {stage.__name__}": (
-            arguments,
-            stage,
-            {0} if arguments[0] != "demo" else set(),
-        )
+        f"{arguments[0]} imports {module}": (arguments, Importing(module), set())
         for arguments in ((*SERVE, *NULL), BUSY_GUEST, (*BUSY_CLIENT, "caps"), DEMO, BENCH)
-        for stage in (imports,)
+        for module in (f"vring_serial.cli.{arguments[0]}", "asyncio")
     },
     "serve waits for a client": ((*SERVE, *WAITS), there("c"), {0}),
     "serve calls": ((*SERVE, *CALLS), said("waiting for a frontend"), {0}),
@@ -294,14 +302,14 @@ CASES: dict[str, tuple[tuple[str, ...], Stage | str, set[int]]] = {
     # For every one of its processes, and once more where all are there.
     **{f"bench has {n} processes": (BENCH, children(n), set()) for n in (1, 2, 3)},
     "bench latency": (("bench", "latency", "--pings", "1000000"), children(3), set()),
-    "bench rings": (("bench", "rings", "--rounds", "1000"), imports, set()),
+    "bench rings": (("bench", "rings"), Importing("vring_serial.bench.rings"), set()),
 }
 
 
-def check(name: str, command: Command, status: int, allowed: set[int]) -> None:
-    assert status in INTERRUPTED | allowed, f"{name}: {status}: {command.text}"
+def check(command: Command, status: int, allowed: set[int]) -> None:
+    assert status in INTERRUPTED | allowed, f"{status}: {command.text}"
     for word in ("Traceback", "never awaited", "Exception ignored", "internal error", "Warning"):
-        assert word not in command.text, f"{name}: {command.text}"
+        assert word not in command.text, command.text
 
 
 async def test_one_interrupt_ends_every_command_at_every_stage(
@@ -331,7 +339,8 @@ async def test_one_interrupt_ends_every_command_at_every_stage(
                     downloads = ("--agent", "--downloads", "downloads")
                     await start(*DRIVEN, *downloads, directory=directory)
                     await server.said("ready, with")
-                command = await start(*arguments, directory=directory)
+                stops_at = stage.module if isinstance(stage, Importing) else ""
+                command = await start(*arguments, directory=directory, stops_at=stops_at)
                 command.server = server
                 if stage == STUCK:
                     assert listener is not None
@@ -340,15 +349,16 @@ async def test_one_interrupt_ends_every_command_at_every_stage(
                 else:
                     assert callable(stage)
                     await stage(command)
-                check(name, command, await command.interrupt(), allowed)
+                check(command, await command.interrupt(), allowed)
                 if arguments[0] in ("bench", "demo"):
-                    assert not command.left, f"{name}: processes were left behind"
+                    assert not command.left, "processes were left behind"
             finally:
                 if listener is not None:
                     listener.close()
 
     tasks = (one(number, name) for number, name in enumerate(CASES))
-    failed = [repr(each) for each in await asyncio.gather(*tasks, return_exceptions=True) if each]
+    ended = zip(CASES, await asyncio.gather(*tasks, return_exceptions=True), strict=True)
+    failed = [f"{name}: {error!r}" for name, error in ended if error is not None]
     assert not failed, "\n".join(failed)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import pty
 import re
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.processes import end
 from tests.support.waiting import DEADLINE
 from vring_serial.agent.guest import GuestAgent
 from vring_serial.proto.agent import Selection
@@ -69,9 +69,7 @@ class Terminal:
     async def aclose(self) -> None:
         asyncio.get_running_loop().remove_reader(self._master)
         os.close(self._master)
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
-        await self._process.wait()
+        await end(self._process)
 
 
 class Place:

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import NULL_PORT, TIMEOUT, Serve, guest_of
+from tests.support.processes import running
 from tests.support.waiting import until
 from vring_serial.guest.guest import EmbeddedGuest
 
@@ -33,20 +34,15 @@ async def started(
     **options: object,
 ) -> AsyncIterator[asyncio.subprocess.Process]:
     """``vring serve`` whose standard error is a descriptor of the test's."""
-    process = await asyncio.create_subprocess_exec(
+    async with running(
         *(sys.executable, "-m", "vring_serial", "serve", *arguments),
         *("--vhost-user", str(directory / "v")),
         cwd=directory,
         stdin=stdin,
         stderr=stderr,
-        **options,  # type: ignore[arg-type]
-    )
-    try:
+        **options,
+    ) as process:
         yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
 
 
 async def there(path: Path) -> None:

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.support.processes import end
 from vring_serial.guest import memory
 from vring_serial.guest.guest import EmbeddedGuest
 
@@ -74,9 +75,7 @@ async def server(tmp_path: Path) -> AsyncIterator[Server]:
         async with asyncio.timeout(TIMEOUT):
             assert await process.wait() == 0
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
+        await end(process)
 
 
 def cut_off(guest: EmbeddedGuest) -> None:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import signal
 import sys
+
+from tests.support.processes import running
+from tests.support.waiting import DEADLINE
 
 
 async def test_the_second_signal_ends_at_once() -> None:
@@ -18,18 +20,12 @@ async def test_the_second_signal_ends_at_once() -> None:
         "    time.sleep(60)\n"
         "asyncio.run(main())\n"
     )
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", script, stdout=asyncio.subprocess.PIPE
-    )
-    assert process.stdout is not None
-    try:
-        async with asyncio.timeout(20):
+    command = (sys.executable, "-c", script)
+    async with running(*command, stdout=asyncio.subprocess.PIPE) as process:
+        assert process.stdout is not None
+        async with asyncio.timeout(DEADLINE):
             assert await process.stdout.readline() == b"ready\n"
             process.send_signal(signal.SIGINT)
             assert await process.stdout.readline() == b"stopping\n"
             process.send_signal(signal.SIGTERM)
             assert await process.wait() == -signal.SIGTERM
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.processes import end, running
+from tests.support.waiting import DEADLINE
 from vring_serial.cli import vring
 
 PORTS = {1: "one", 2: "two", 3: "com.redhat.spice.0"}
@@ -57,9 +59,7 @@ class Command:
         return await self.process.wait(), out.decode()
 
     async def kill(self) -> None:
-        if self.process.returncode is None:
-            self.process.kill()
-            await self.process.communicate()
+        await end(self.process)
 
 
 @pytest.fixture
@@ -219,13 +219,13 @@ async def test_open_with_the_standard_input_closed_or_unreadable(
     for redirect, status, said in (("<&-", 0, ""), ("0>/dev/null", 1, "vring: standard input: ")):
         arguments = [sys.executable, "-m", "vring_serial", "guest"]
         arguments += ["--vhost-user", f"{served}/vu", "--open", "one"]
-        process = await asyncio.create_subprocess_exec(
+        async with running(
             *("sh", "-c", f'exec "$@" {redirect}', "sh", *arguments),
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-        )
-        async with asyncio.timeout(20):
-            _, err = await process.communicate()
+        ) as process:
+            async with asyncio.timeout(DEADLINE):
+                _, err = await process.communicate()
         assert (process.returncode, said in err.decode()) == (status, True), err.decode()
         assert "Traceback" not in err.decode()
 

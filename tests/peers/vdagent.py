@@ -11,6 +11,7 @@ import signal
 from pathlib import Path
 from types import TracebackType
 
+from tests.support.processes import end, running
 from tests.support.waiting import until
 
 SCREEN = "2560x1600x24"
@@ -142,24 +143,20 @@ class VdAgentSession:
                 async with asyncio.timeout(5):
                     await process.wait()
             except TimeoutError:
-                process.kill()
-                await process.wait()
+                await end(process)
         processes.clear()
 
     async def run(self, name: str, *args: str, stdin: bytes = b"") -> bytes:
         """What a program writes that runs on the display; it must succeed."""
-        process = await asyncio.create_subprocess_exec(
-            program(name), *args, env={**os.environ, "DISPLAY": self.display},
-            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+        async with running(
+            *(program(name), *args),
+            env={**os.environ, "DISPLAY": self.display},
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,
-        )  # fmt: skip
-        try:
+        ) as process:
             async with asyncio.timeout(20):
                 output, _ = await process.communicate(stdin)
-        except BaseException:
-            process.kill()
-            await process.wait()
-            raise
         assert process.returncode == 0, f"{name} {args} failed"
         return output
 

@@ -18,6 +18,8 @@ from typing import Any
 
 from qemu.qmp import QMPClient
 
+from tests.support.processes import end
+
 ROOT = Path(os.environ.get("QEMU_ROOT", "/var/cache/vring/qemu-root"))
 
 _LIBRARIES = ROOT / "usr/lib/x86_64-linux-gnu"
@@ -200,9 +202,7 @@ class QemuMachine:
             self._qmp = None
         process, self._process = self._process, None
         if process is not None:
-            with suppress(ProcessLookupError):
-                process.kill()
-            await process.communicate()
+            await end(process)
 
     def _send(self, script: str) -> int:
         assert self._process is not None

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from machine import QemuMachine, modules
 
+from tests.support.processes import end
 from tests.support.waiting import until
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "custom_device.py"
@@ -56,6 +57,4 @@ async def test_a_guest_reads_it_as_hwrng(tmp_path, way):
         assert b"Traceback" not in said
     finally:
         await machine.aclose()
-        if example.returncode is None:
-            example.kill()
-            await example.communicate()
+        await end(example)

@@ -8,6 +8,7 @@ import json
 import pytest
 from machine import QEMU
 
+from tests.support.processes import running
 from vring_serial.transport.vfio_user.server import VfioUserServer
 
 QUIT = b'{"execute":"qmp_capabilities"}\n{"execute":"quit"}\n'
@@ -22,20 +23,15 @@ async def test_qemu_starts_without_a_warning(bench_type, tmp_path, caplog, optio
     device = {"driver": "vfio-user-pci", "addr": "05.0", "socket": socket}
     memory = "memory-backend-memfd,id=mem,size=64M,share=on"
     try:
-        qemu = await asyncio.create_subprocess_exec(
+        async with running(
             *(*QEMU, "-S", "-m", "64", "-object", memory, "-M", "q35,memory-backend=mem"),
             *("-device", json.dumps(device), "-qmp", "stdio"),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-        )
-        try:
+        ) as qemu:
             async with asyncio.timeout(60):
                 _, said = await qemu.communicate(QUIT)
-        finally:
-            if qemu.returncode is None:
-                qemu.kill()
-                await qemu.wait()
         assert said.decode() == ""
         assert qemu.returncode == 0
         assert [r.getMessage() for r in caplog.records if r.levelname != "INFO"] == []

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from tests.support.processes import end
 from tests.support.waiting import until
 from vring_serial import AgentError, AgentRouter, EmbeddedGuest, SpiceOptions
 from vring_serial.agent.guest import AGENT_PORT, GuestAgent
@@ -62,7 +63,7 @@ class Client:
         self.events: list[list[Any]] = []
         self._process = process
         self._changed = asyncio.Condition()
-        self._reading = asyncio.ensure_future(self._read())
+        self._reading = asyncio.create_task(self._read())
 
     @classmethod
     async def start(cls) -> Client:
@@ -136,10 +137,7 @@ class Client:
 
     async def kill(self) -> None:
         """End the process with no chance to say good-bye."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
-        await self._process.wait()
-        await self._reading
+        await end(self._process, self._reading)
         assert self._process.stdin is not None
         self._process.stdin.close()
 

@@ -9,6 +9,7 @@ import sys
 import pytest
 import pytest_asyncio
 
+from tests.support.processes import running
 from tests.support.waiting import until
 from vring_serial import AgentGone, HostAgent
 from vring_serial.proto.agent import Capability, Monitor, Selection
@@ -38,12 +39,10 @@ async def host(bench):
 
 async def vring_agent(bench, *arguments):
     """What the command writes; it must succeed."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "vring_serial", "agent", "--socket", str(bench.socket), *arguments,
-        stdout=asyncio.subprocess.PIPE,
-    )  # fmt: skip
-    async with asyncio.timeout(40):
-        output, _ = await process.communicate()
+    command = (sys.executable, "-m", "vring_serial", "agent", "--socket", str(bench.socket))
+    async with running(*command, *arguments, stdout=asyncio.subprocess.PIPE) as process:
+        async with asyncio.timeout(40):
+            output, _ = await process.communicate()
     assert process.returncode == 0
     return output.decode()
 

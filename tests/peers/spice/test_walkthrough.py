@@ -8,6 +8,8 @@ import sys
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from tests.support.processes import running
+
 ROOT = Path(__file__).parents[3]
 VRING = (sys.executable, "-m", "vring_serial")
 
@@ -22,16 +24,15 @@ DOMAIN = """<domain><name>guest</name><devices>
 @asynccontextmanager
 async def serving(directory, *options):
     """A ``vring serve`` on the socket ``v``, killed unless the test has ended it."""
-    server = await asyncio.create_subprocess_exec(
-        *VRING, "serve", "--vhost-user", "v", *options,
-        cwd=directory, stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
-    try:
+    command = (*VRING, "serve", "--vhost-user", "v", *options)
+    async with running(*command, cwd=directory, stderr=asyncio.subprocess.PIPE) as server:
         yield server
-    finally:
-        if server.returncode is None:
-            server.kill()
-            await server.wait()
+
+
+def agent_in_guest(directory):
+    """An embedded guest with an agent, on that socket."""
+    command = (*VRING, "guest", "--vhost-user", "v", "--agent", "--log-level", "error")
+    return running(*command, cwd=directory)
 
 
 def commands():
@@ -52,12 +53,16 @@ async def test_the_walkthrough(tmp_path):
     for name in ("README.md", "examples"):
         (tmp_path / name).symlink_to(ROOT / name)
     script = "\n".join(["set -em", *lines[2:], "wait"])
-    process = await asyncio.create_subprocess_exec(
-        "bash", "-c", script, cwd=tmp_path, stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-    )  # fmt: skip
-    async with asyncio.timeout(50):
-        output, _ = await process.communicate()
+    async with running(
+        *("bash", "-c", script),
+        cwd=tmp_path,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        start_new_session=True,
+    ) as process:
+        async with asyncio.timeout(50):
+            output, _ = await process.communicate()
     assert process.returncode == 0, output.decode()
     assert b"sent: README.md" in output
     assert (tmp_path / "downloads" / "README.md").read_bytes() == (ROOT / "README.md").read_bytes()
@@ -77,23 +82,21 @@ async def test_a_domain_brings_its_server(tmp_path, client_process, unused_port)
     async with serving(tmp_path, "--domain", "domain.xml") as server:
         await logged(f"SPICE: clients connect to 127.0.0.1:{unused_port}")
         await logged("serving")
-        guest = await asyncio.create_subprocess_exec(
-            *VRING, "guest", "--vhost-user", "v", "--agent", "--log-level", "error", cwd=tmp_path
-        )
-        client_process.do(
-            "connect", {"host": "127.0.0.1", "port": str(unused_port), "password": "hush"}
-        )
-        await logged("connected")
-        capabilities = await client_process.wait_agent()
-        assert capabilities >> 13 & 1  # files are disabled
-        client_process.do("grab", 0, "through all of it")
-        # The embedded guest's desk selects what it pastes.
-        assert await client_process.wait("grabbed", 1) == [[1]]
-        assert await client_process.receive(1) == b"through all of it"
-        server.terminate()
-        await client_process.wait("channel-event", "MainChannel")
-        await logged("stopped")
-        await guest.wait()
+        async with agent_in_guest(tmp_path) as guest:
+            client_process.do(
+                "connect", {"host": "127.0.0.1", "port": str(unused_port), "password": "hush"}
+            )
+            await logged("connected")
+            capabilities = await client_process.wait_agent()
+            assert capabilities >> 13 & 1  # files are disabled
+            client_process.do("grab", 0, "through all of it")
+            # The embedded guest's desk selects what it pastes.
+            assert await client_process.wait("grabbed", 1) == [[1]]
+            assert await client_process.receive(1) == b"through all of it"
+            server.terminate()
+            await client_process.wait("channel-event", "MainChannel")
+            await logged("stopped")
+            await guest.wait()
         assert await server.wait() == 0
     assert not [line for line in log if "Traceback" in line or "warning" in line]
 
@@ -103,33 +106,26 @@ async def test_a_client_and_the_command_share_the_agent(tmp_path, client_process
         *("--chardev", "spicevmc,id=agent", "--port", "chardev=agent", "--agent-socket", "a"),
         *("--spice", f"port={unused_port},addr=127.0.0.1,disable-ticketing=on"),
     )
-    async with serving(tmp_path, *options) as server:
-        async with asyncio.timeout(50):
-            while "serving" not in (line := (await server.stderr.readline()).decode()):
-                assert line
-            guest = await asyncio.create_subprocess_exec(
-                *VRING, "guest", "--vhost-user", "v", "--agent", "--log-level", "error",
-                cwd=tmp_path,
-            )  # fmt: skip
+    agent = (*VRING, "agent", "--socket", "a", "clipboard")
+    pipe = {"stdout": asyncio.subprocess.PIPE}
+    async with asyncio.timeout(50), serving(tmp_path, *options) as server:
+        while "serving" not in (line := (await server.stderr.readline()).decode()):
+            assert line
+        async with agent_in_guest(tmp_path) as guest:
             client_process.do("connect", {"host": "127.0.0.1", "port": str(unused_port)})
             await client_process.wait_negotiated()
             client_process.do("grab", 0, "the client's")
             assert await client_process.wait("grabbed", 1) == [[1]]
-            command = await asyncio.create_subprocess_exec(
-                *VRING, "agent", "--socket", "a", "clipboard", "get",
-                cwd=tmp_path, stdout=asyncio.subprocess.PIPE,
-            )  # fmt: skip
-            assert await command.communicate() == (b"the client's", None)
-            command = await asyncio.create_subprocess_exec(
-                *VRING, "agent", "--socket", "a", "clipboard", "set", "the command's",
-                "--paste-once", cwd=tmp_path,
-            )  # fmt: skip
-            await client_process.wait("grabbed", 0)
-            assert await client_process.receive(0) == b"the command's"
-            assert await command.wait() == 0
+            async with running(*agent, "get", cwd=tmp_path, **pipe) as command:
+                assert await command.communicate() == (b"the client's", None)
+            text = "the command's"
+            async with running(*agent, "set", text, "--paste-once", cwd=tmp_path) as command:
+                await client_process.wait("grabbed", 0)
+                assert await client_process.receive(0) == text.encode()
+                assert await command.wait() == 0
             server.terminate()
             rest = (await server.stderr.read()).decode()
             await guest.wait()
-            assert await server.wait() == 0
+        assert await server.wait() == 0
     assert "Traceback" not in rest
     assert "warning" not in rest

@@ -12,6 +12,7 @@ import tty
 
 import pytest
 
+from tests.support.processes import end
 from vring_serial.guest.uml import UmlGuest
 
 
@@ -60,9 +61,7 @@ async def test_options_as_in_the_readme(tmp_path):
         assert os.listdir(tmp_path) == []
     finally:
         await guest.aclose()
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
+        await end(process)
 
 
 @pytest.mark.parametrize("kind", ["pty", "stdio"])
@@ -108,8 +107,6 @@ async def test_all_of_a_long_console_output_reaches_a_terminal(tmp_path, kind):
             assert b"dropped" not in log
     finally:
         await guest.aclose()
-        if process.returncode is None:
-            process.kill()
-            await process.communicate()
+        await end(process)
         for fd in {master, slave, terminal}:
             os.close(fd)

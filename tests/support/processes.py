@@ -1,0 +1,82 @@
+"""Ending the processes that tests start, whatever they still have to say."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from tests.support.waiting import DEADLINE
+
+
+async def end(
+    process: asyncio.subprocess.Process,
+    reading: asyncio.Task[None] | None = None,
+    *,
+    session: bool = False,
+) -> int:
+    """Kill a process if it still runs, wait until it is gone, and return its status.
+
+    asyncio tells of an exit only once all pipes from the process were read to their ends: what is
+    left in them is read here and dropped, or ``wait`` could last for ever.
+
+    Args:
+        process: nobody waits for its output any more.
+        reading: whoever reads its output for the test, and ends with it.
+        session: the process was started with one of its own, all of which is killed.
+
+    Raises:
+        AssertionError: somebody else holds its pipes, such as a process that it started.
+        Exception: what ``reading`` ended with.
+    """
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()
+    if session:
+        for pid in _session(process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    try:
+        async with asyncio.timeout(DEADLINE):
+            if reading is not None:
+                await asyncio.wait([reading])
+            for stream in (process.stdout, process.stderr):
+                while stream is not None and await stream.read(1 << 16):
+                    pass
+            status = await process.wait()
+    except TimeoutError:
+        raise AssertionError(f"process {process.pid} was killed, and its pipes are open") from None
+    if reading is not None:
+        await reading
+    return status
+
+
+def _session(leader: int) -> list[int]:
+    """Return the processes in the session of this one, which may have ended."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            # Behind the name, which may hold anything: state, parent, group, session.
+            if int((process / "stat").read_text().rpartition(")")[2].split()[3]) == leader:
+                found.append(int(process.name))
+    return found
+
+
+@contextlib.asynccontextmanager
+async def running(*command: Any, **options: Any) -> AsyncIterator[asyncio.subprocess.Process]:
+    """Start a process for a block, with options of ``create_subprocess_exec``; then ``end`` it."""
+    process = await asyncio.create_subprocess_exec(*command, **options)
+    try:
+        yield process
+    finally:
+        await end(process, session=bool(options.get("start_new_session")))
+
+
+def end_now(process: subprocess.Popen[Any]) -> None:
+    """Do what ``end`` does where no event loop runs."""
+    process.kill()
+    process.communicate(timeout=DEADLINE)
