@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from ring import DATA, RING, TABLES, Input, check_batch, descriptor
+from ring import AVAIL, DATA, RING, TABLES, USED, Input, check_batch, descriptor
 
 from vring import (
     FlowEvent,
@@ -35,12 +35,12 @@ from vring import (
     RingError,
     SplitQueue,
     VringError,
+    layout,
 )
 
 #: guest address and bytes of each region; the last two touch.
 REGIONS = ((RING, 0x2000), (TABLES, 0x2000), (DATA, 0x1000), (DATA + 0x1000, 0x1000))
 PAGE = mmap.PAGESIZE
-AVAIL, USED = RING + 0x1000, RING + 0x1800
 POOL = 4096
 #: How long the pump has one queue, at most.
 PUMP_SECONDS = 0.005
@@ -68,7 +68,7 @@ def change(arrays: list[Bytes], packed: bool, size: int, seed: int) -> None:
     rows = b"".join(descriptor(Input(source.randbytes(32)), packed) for _ in range(POOL))
     pool = np.frombuffer(rows, np.uint16).reshape(POOL, 8)
     ring, tables = arrays[0].view(np.uint16), arrays[1].view(np.uint16)
-    slots = ring[: 8 * size].reshape(size, 8)
+    slots = ring[: layout.DESC_SIZE // 2 * size].reshape(size, -1)
     avail = ring[(AVAIL - RING) // 2 :]
     entries = tables.reshape(-1, 8)
     while True:
@@ -77,7 +77,8 @@ def change(arrays: list[Bytes], packed: bool, size: int, seed: int) -> None:
             case 0:  # one descriptor
                 slots[i % size] = pool[i]
             case 1:  # half of one: its flags and what lies beside them
-                slots[i % size, 6:] = pool[i, 6:]
+                half = layout.PACKED_ID // 2
+                slots[i % size, half:] = pool[i, half:]
             case 2:  # many at once
                 n = 1 + i % min(size, 64)
                 slots[:n] = pool[j : j + n]
@@ -86,10 +87,11 @@ def change(arrays: list[Bytes], packed: bool, size: int, seed: int) -> None:
                 entries[n : n + 64] = pool[j : j + 64]
             case 4 if not packed and i % 8 == 0:  # the index, mostly by a little
                 step = i % 4 if i % 64 else i
-                avail[1] = (int(avail[1]) + step) & 0xFFFF
+                index = layout.AVAIL_INDEX // 2
+                avail[index] = (int(avail[index]) + step) & 0xFFFF
             case _:  # heads; of a packed ring, what the driver wishes
-                avail[2 + i % size] = j % size if j % 1024 else j
-                avail[0] = i & 3
+                avail[layout.AVAIL_RING // 2 + i % size] = j % size if j % 1024 else j
+                avail[layout.AVAIL_FLAGS // 2] = i & 3
 
 
 def use_in_python(queue: Any, source: random.Random, arrays: list[Bytes], size: int) -> int:
@@ -168,7 +170,9 @@ def run(args: argparse.Namespace) -> int:
                 if packed:
                     index = source.choice((0x8000, source.randrange(args.size)))
                 else:  # where the driver is, more or less
-                    index = (memory.load16(AVAIL + 2) - source.randrange(args.size // 2)) & 0xFFFF
+                    index = (
+                        memory.load16(AVAIL + layout.AVAIL_INDEX) - source.randrange(args.size // 2)
+                    ) & 0xFFFF
                 queue = kind(memory, args.size, RING, AVAIL, USED, index=index, **features)
                 by = "pump" if source.randrange(4) == 0 else "Python"
                 try:

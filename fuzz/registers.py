@@ -16,7 +16,7 @@ import struct
 import sys
 from contextlib import suppress
 
-from vring import GuestMemory, Region
+from vring import GuestMemory, Region, layout
 from vring_serial.chardev.protocol import ProtocolChardev
 from vring_serial.device.console.controller import DEFAULT_FEATURES, Controller
 from vring_serial.device.console.port import Port
@@ -27,6 +27,8 @@ from vring_serial.transport.inprocess.fronts import InProcessMmio, InProcessPci,
 
 RAM_SIZE = 64 << 10
 STEPS_MAX = 400
+#: Bytes from one part of a ring to the next; those of a legacy one follow each other.
+AREA = 0x400
 _STEP = struct.Struct("<BBHI")
 #: Registers whose writes lead somewhere, by kind of window.
 _ENABLE = {"pci": (28, 1, 2), "legacy": (8, 1, 4), "mmio": (0x44, 1, 4)}
@@ -116,10 +118,12 @@ class Rig:
                 at = (self.ring + value) % (RAM_SIZE - 8)
                 self.ram[at : at + 8] = struct.pack("<IHH", offset, where, what)
             case 5:  # few chains become available, in a ring of small descriptors
-                at = self.ring + 16 * (value & 15)
-                self.ram[at : at + 16] = struct.pack("<QIHH", offset, where, what >> 3, value & 15)
-                used = self.ring + (0x400 if self.kind != "legacy" else 16 * 256)
-                self.ram[used : used + 4] = struct.pack("<HH", 0, value >> 4 & 7)
+                at = self.ring + layout.DESC_SIZE * (value & 15)
+                self.ram[at : at + layout.DESC_SIZE] = struct.pack(
+                    "<QIHH", offset, where, what >> 3, value & 15
+                )
+                avail = self.ring + (AREA if self.kind != "legacy" else layout.DESC_SIZE * 256)
+                self.ram[avail : avail + layout.AVAIL_RING] = struct.pack("<HH", 0, value >> 4 & 7)
             case 6:
                 self._notify(where % 5)
             case 7:
@@ -139,7 +143,7 @@ class Rig:
         for area in areas:
             main.write(area, address, 4)
             main.write(area + 4, 0, 4)
-            address = address + 0x400 & RAM_SIZE - 1
+            address = address + AREA & RAM_SIZE - 1
         main.write(*_ENABLE[self.kind])
 
     def _notify(self, index: int) -> None:

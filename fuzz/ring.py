@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from vring import GuestMemory, PackedQueue, Region, RingError, SplitQueue, VringError
+from vring import GuestMemory, PackedQueue, Region, RingError, SplitQueue, VringError, layout
 
 RING, TABLES, DATA = 0x1000, 0x4000, 0x8000
+AVAIL, USED = RING + 0x1000, RING + 0x1800
 ADDRESSES = np.array(
     [DATA, DATA + 0xFF0, DATA + 0x1000, TABLES, TABLES + 0x10, RING, 0, 2**64 - 16, 2**63],
     np.uint64,
@@ -46,7 +47,7 @@ class Input:
 def descriptor(source: Input, packed: bool) -> bytes:
     """Mostly plausible, sometimes random bytes: those alone seldom get past the first check."""
     if source.number(8) == 0:
-        return source.bytes(16)
+        return source.bytes(layout.DESC_SIZE)
     address = int(ADDRESSES[source.number(len(ADDRESSES))])
     length = LENGTHS[source.number(len(LENGTHS))]
     low, high = source.number(8), source.number(20)
@@ -86,15 +87,14 @@ def one_input(data: bytes) -> None:
     features = {"event_idx": bool(source.number(2)), "indirect": bool(source.number(4))}
     features["in_order"] = source.number(4) == 1
     index = source.number(65536) if not packed else source.number(size) | source.number(2) << 15
-    used_at = RING + 0x1800
     queue: Any = (PackedQueue if packed else SplitQueue)(
-        memory, size, RING, RING + 0x1000, used_at, index=index, **features
+        memory, size, RING, AVAIL, USED, index=index, **features
     )
     memory.write(RING, b"".join(descriptor(source, packed) for _ in range(size)))
     memory.write(TABLES, b"".join(descriptor(source, packed) for _ in range(20)))
     if not packed:
         heads = b"".join(source.number(size + 1).to_bytes(2, "little") for _ in range(size))
-        memory.write(RING + 0x1004, heads)
+        memory.write(AVAIL + layout.AVAIL_RING, heads)
     batches: list[Any] = []
     for _ in range(32):
         if not source:
@@ -103,7 +103,7 @@ def one_input(data: bytes) -> None:
             match source.number(8):
                 case 0 | 1:
                     ahead = (queue.avail_index + source.number(size + 2)) & 0xFFFF
-                    memory.write(RING + 0x1002, ahead.to_bytes(2, "little"))
+                    memory.write(AVAIL + layout.AVAIL_INDEX, ahead.to_bytes(2, "little"))
                 case 2 | 3:
                     batch = queue.pop_many(source.number(4), source.number(3) * 40)
                     check_batch(batch, arrays, size)
@@ -120,7 +120,7 @@ def one_input(data: bytes) -> None:
                 case 6:
                     (queue.enable_notifications, queue.disable_notifications)[source.number(2)]()
                 case _:
-                    slot = RING + 16 * source.number(size)
+                    slot = RING + layout.DESC_SIZE * source.number(size)
                     memory.write(slot, descriptor(source, packed))
         except RingError:
             assert queue.broken is not None

@@ -22,6 +22,7 @@ from vring import (
     SplitQueue,
     VirtQueue,
 )
+from vring import layout as ring
 
 #: Descriptors of the ring.
 SIZE = 256
@@ -30,7 +31,7 @@ PAGE = 4096
 BASE = 0x10_0000
 _TABLES = 16 * PAGE  # from there on: indirect tables, of at most 16 descriptors each
 #: Bytes before the buffers in a region.
-DATA = _TABLES + 16 * 16 * SIZE
+DATA = _TABLES + ring.DESC_SIZE * 16 * SIZE
 _MEMORY = 8 << 20
 
 #: What a device does with all chains that are available.
@@ -79,15 +80,15 @@ class RingWork:
             for n in range(self.chains * descriptors)
         ]
         for i in range(self.chains):
-            table = BASE + _TABLES + 16 * descriptors * i if indirect else None
+            table = BASE + _TABLES + ring.DESC_SIZE * descriptors * i if indirect else None
             buffers = self._buffers[i * descriptors : (i + 1) * descriptors]
             self.driver.add(buffers, [], indirect_at=table)
         self.driver.publish()
         queue = PackedQueue if packed else SplitQueue
         self.queue = queue(self.memory, SIZE, *parts, event_idx=event_idx, indirect=True)
-        self._index = np.frombuffer(self.memory.view(BASE + PAGE, 4), "<u2")
+        self._index = np.frombuffer(self.memory.view(BASE + PAGE, ring.AVAIL_RING), "<u2")
         # The second words of packed descriptors: length, id, flags. Using overwrites all of them.
-        self._words = np.frombuffer(self.memory.view(BASE, 16 * SIZE), "<u8")[1::2]
+        self._words = np.frombuffer(self.memory.view(BASE, ring.DESC_SIZE * SIZE), "<u8")[1::2]
         neither = self._words & np.uint64(0x7F7F_FFFF_FFFF_FFFF)  # AVAIL nor USED
         self._available = [neither | np.uint64(flags << 48) for flags in (0x8000, 0x80)]
 
@@ -101,7 +102,7 @@ class RingWork:
         if self.packed:
             self._words[:] = self._available[at >> 15]
         else:
-            self._index[1] = (at + self.chains) & 0xFFFF
+            self._index[ring.AVAIL_INDEX // 2] = (at + self.chains) & 0xFFFF
 
     def ns_per_chain(self, use: Use, batches: int) -> float:
         """Nanoseconds that ``use`` takes for a chain, which must use all there are, without the

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from vring import Drained, PackedDriver, SplitDriver, drain, notify
+from vring import Drained, PackedDriver, SplitDriver, drain, layout, notify
 from vring.errors import RingError
 from vring_serial import unix_fds
 from vring_serial.guest.errors import BackendError
@@ -41,9 +41,9 @@ class DriverQueue:
         self.index = index
         self.size = size
         desc_bytes, avail_bytes, used_bytes = driver.layout(size)
-        self.desc = ram.allocate(desc_bytes, 16)
-        self.avail = ram.allocate(avail_bytes, 4)
-        self.used = ram.allocate(used_bytes, 4)
+        self.desc = ram.allocate(desc_bytes, layout.DESC_ALIGN)
+        self.avail = ram.allocate(avail_bytes, max(layout.AVAIL_ALIGN, layout.EVENT_ALIGN))
+        self.used = ram.allocate(used_bytes, max(layout.USED_ALIGN, layout.EVENT_ALIGN))
         self.ring: PackedDriver | SplitDriver = driver(
             ram.memory,
             size,
