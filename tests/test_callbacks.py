@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.support.waiting import until
 from vring import GuestMemory
 from vring.testing import GuestQueue
+from vring_serial.agent.guest import GuestAgent
+from vring_serial.agent.host import HostAgent
+from vring_serial.agent.router.router import AgentRouter
 from vring_serial.chardev.base import ProtocolEnd
 from vring_serial.chardev.protocol import ProtocolChardev
 from vring_serial.device.console.controller import Controller
@@ -82,6 +86,19 @@ async def test_every_callback_of_a_vhost_user_backend(
     assert "on_peer failed" in caplog.text
     assert "on_event failed" in caplog.text
     assert len(caplog.records) < 200
+
+
+@pytest.mark.parametrize("kind", [HostAgent, GuestAgent, AgentRouter])
+async def test_an_agents_listener_is_one_as_well(kind: Callable[..., Any]) -> None:
+    first: list[object] = []
+    second: list[object] = []
+    async with kind(on_event=first.append) as agent:
+        assert agent.on_event == first.append
+        with pytest.raises(LocalProtocolError, match="on_event has a listener already"):
+            agent.on_event = second.append
+        agent.on_event = None
+        agent.on_event = second.append
+        assert agent.on_event == second.append
 
 
 async def test_a_second_listener_does_not_replace_the_first(tmp_path: Path) -> None:

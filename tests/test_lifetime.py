@@ -24,7 +24,15 @@ STARTING = {
     *(name for name in vs.__all__ if name.endswith("Chardev")),
 }
 ENDING = {"HostAgent", "AgentRouter", "GuestAgent"}
-CLOSING = {"MmioDevice", "PciDevice", "PolledHost", "InProcessPci", "InProcessMmio", "EventStream"}
+CLOSING = {
+    "MmioDevice",
+    "PciDevice",
+    "PolledHost",
+    "InProcessPci",
+    "InProcessMmio",
+    "EventStream",
+    "GuestPort",
+}
 ALL = STARTING | ENDING | CLOSING
 
 Make = Callable[[Path], Any]

@@ -199,7 +199,7 @@ class RouterBench:
     async def client(self, **options):
         host = HostAgent(timeout=30, **options)
         host.events = []
-        host._on_event = host.events.append
+        host.on_event = host.events.append
         await self.router.connect(host.protocol_factory)
         self.clients.append(host)
         return host

@@ -231,3 +231,16 @@ async def test_wait_host_ends_with_the_port() -> None:
         h.port.remove(ConnectionError("gone"))
         with pytest.raises(ConnectionError, match="gone"):
             await waiting
+
+
+async def test_a_port_is_closed_where_its_block_is_left() -> None:
+    async with harness() as h:
+        with h.port:  # not open: there is nothing to close
+            pass
+        for _ in range(2):
+            with h.port as port:
+                port.connect(asyncio.Protocol)
+                assert h.opened.pop()
+            await turns()
+            assert h.opened == [False]
+            h.opened.clear()

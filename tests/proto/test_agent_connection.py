@@ -269,6 +269,22 @@ def test_streamed_lies_are_skipped():
     assert found[1:] == [MessageReceived(1, Reply(1, 1))]
 
 
+def test_streamed_bodies_whose_head_and_lies_end_in_a_later_chunk():
+    """Whole chunks that follow are taken at once, but only for a payload that somebody takes."""
+    guest = AgentConnection(Side.GUEST, stream_above=100)
+    start = header(12, 212) + struct.pack("<I", 1)
+    wire = chunk(start) + chunk(struct.pack("<Q", 200) + bytes(100)) + chunk(bytes(100))
+    assert join_bodies(events(guest, wire)) == [
+        BodyStarted(1, FileXferData(1), 200),
+        BodyReceived(1, bytes(200)),
+        BodyEnded(1),
+    ]
+    lying = chunk(start + struct.pack("<Q", 201) + bytes(100)) + chunk(bytes(100))
+    found = events(guest, lying + AgentConnection(Side.HOST).send(Reply(1, 1)))
+    assert found[0].field == "VDAgentFileXferDataMessage.size"
+    assert found[1:] == [MessageReceived(1, Reply(1, 1))]
+
+
 def test_client_disconnected_ends_what_was_under_way():
     host, guest = AgentConnection(Side.HOST), AgentConnection(Side.GUEST, stream_above=100)
     wire = host.start_body(Clipboard(0, 1), 1000) + host.send_body(b"half")

@@ -29,7 +29,7 @@ from vring_serial.agent.errors import (
     FileTransferError,
 )
 from vring_serial.agent.events import AgentTrouble, ClipboardGrabbed, ClipboardReleased
-from vring_serial.callbacks import tell
+from vring_serial.callbacks import Listener, tell
 from vring_serial.lifetime import Ending
 from vring_serial.proto.agent import (
     FILES_FROM_GUEST,
@@ -129,7 +129,11 @@ class GuestAgent(Ending):
         monitors: the last configuration that was accepted.
         mouse, display, volume, graphics: the last message of its kind, or None. ``volume`` has one
             for playback (True) and one for recording (False).
+        on_event: the same function, or None. One listener at a time: setting another one raises
+            LocalProtocolError, None removes it.
     """
+
+    on_event = Listener[Callable[[GuestAgentEvent], None]]()
 
     def __init__(
         self,
@@ -148,7 +152,7 @@ class GuestAgent(Ending):
         self.graphics: GraphicsDeviceInfo | None = None
         self.volume: dict[bool, AudioVolumeSync] = {}
         self._timeout = timeout
-        self._on_event = on_event
+        self.on_event = on_event
         self._log = RateLimitedLog(log)
         self._handshake = Handshake(capabilities)
         self._transfers = FileTransfers(Side.GUEST)
@@ -304,7 +308,7 @@ class GuestAgent(Ending):
     # --- how it is done
 
     def _emit(self, event: GuestAgentEvent) -> None:
-        tell(self._log, "on_event", self._on_event, event)
+        tell(self._log, "on_event", self.on_event, event)
 
     def _begin_session(self, link: AgentLink) -> None:
         self._clipboard.begin_session(link)

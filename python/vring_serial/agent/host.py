@@ -40,7 +40,7 @@ from vring_serial.agent.events import (
     OtherMessage,
 )
 from vring_serial.agent.host_capabilities import HOST_CAPABILITIES
-from vring_serial.callbacks import tell
+from vring_serial.callbacks import Listener, tell
 from vring_serial.lifetime import Ending
 from vring_serial.proto.agent import (
     AGENT_AWAY,
@@ -109,8 +109,14 @@ class HostAgent(Ending):
             event, and with the bytes of its payload; returns what takes these, or None. Without it
             such messages are discarded.
 
+    Attributes:
+        on_event: the same function, or None. One listener at a time: setting another one raises
+            LocalProtocolError, None removes it.
+
     A channel that several clients share may be open and have no agent at its end (AGENT_AWAY).
     """
+
+    on_event = Listener[Callable[[AgentEvent], None]]()
 
     def __init__(
         self,
@@ -123,7 +129,7 @@ class HostAgent(Ending):
     ) -> None:
         self._on_body = on_body
         self._timeout = timeout
-        self._on_event = on_event
+        self.on_event = on_event
         self._log = RateLimitedLog(log)
         self._listening: set[EventStream] = set()
         self._handshake = Handshake(capabilities)
@@ -438,7 +444,7 @@ class HostAgent(Ending):
     def _emit(self, event: AgentEvent) -> None:
         for stream in self._listening:
             stream.put(event)
-        tell(self._log, "on_event", self._on_event, event)
+        tell(self._log, "on_event", self.on_event, event)
 
     def _begin_session(self, link: AgentLink) -> None:
         """Start anew on both sides, and ask the agent for its capabilities."""

@@ -25,6 +25,7 @@ import numpy.typing as npt
 from vring_serial.guest.errors import PortBusyError, PortRemovedError
 from vring_serial.guest.queue import ReceiveBuffers, TransmitBuffers
 from vring_serial.guest.transport import PortTransport
+from vring_serial.lifetime import Closing
 
 #: Most bytes handed to a protocol in one call, and the limit of the StreamReaders that
 #: :meth:`GuestPort.open` makes. With more, an allocator that gives large blocks back to the system
@@ -46,8 +47,10 @@ class PortOwner(Protocol):
         """Return the port's transmit buffers, made when first wanted. Raises GuestMemoryError."""
 
 
-class GuestPort:
+class GuestPort(Closing):
     """A port that the device has added.
+
+    As a context manager, it closes the port where the block is left; the port may be opened again.
 
     Attributes:
         nr: the port's number.

@@ -581,7 +581,8 @@ async def test_what_a_users_code_raises_costs_the_channel_nothing(make_bench, ca
 
     client = await bench.client(on_body=take)
     if where == "on_event":
-        client._on_event = on_event
+        client.on_event = None  # the bench's
+        client.on_event = on_event
     await client.wait_ready()
     data = os.urandom(1 << 20)
     await bench.guest._handshake.link.send_body(UnknownMessage(78), len(data), pieces_of(data))

@@ -263,7 +263,8 @@ async def test_a_callback_that_raises_costs_nobody_the_agent(make_bench, caplog)
         told.append(event)
         raise ValueError("oops")
 
-    bench.router._on_event = on_event
+    bench.router.on_event = None
+    bench.router.on_event = on_event
     bench.router.emit(OtherMessage(MouseState(0, 0, MouseButton(0), 0)))
     client = await bench.client()
     await client.wait_ready()

@@ -510,7 +510,7 @@ async def test_events_that_nobody_takes_keep_no_more_than_themselves(make_bench)
     bench = await make_bench()
     (client,) = await ready(bench, 1)
     client.events = type(client).events.__get__(client)
-    client._on_event = None
+    client.on_event = None
     with client.events() as events, no_more_than(24 * MIB):
         await filled(bench.guest._handshake.link, 400)
         for _ in range(400):

@@ -49,7 +49,7 @@ from vring_serial.agent.router.guest_files import GuestFiles
 from vring_serial.agent.router.relay import DataPieces, Passing
 from vring_serial.agent.router.servers import ServerConnections
 from vring_serial.agent.router.transfers import ClientTransfers
-from vring_serial.callbacks import tell
+from vring_serial.callbacks import Listener, tell
 from vring_serial.lifetime import Ending
 from vring_serial.proto.agent import (
     AGENT_AWAY,
@@ -108,7 +108,11 @@ class AgentRouter(Ending):
         turned_away: those that found no room, while they are told so.
         guest_files: the transfers that the guest began.
         clipboards: what all ends share.
+        on_event: the same function, or None. One listener at a time: setting another one raises
+            LocalProtocolError, None removes it.
     """
+
+    on_event = Listener[Callable[[AgentEvent], None]]()
 
     def __init__(
         self,
@@ -122,7 +126,7 @@ class AgentRouter(Ending):
         self.clients: list[RouterClient] = []
         self.turned_away: set[RouterClient] = set()
         self.guest_files = GuestFiles(self._post_status)
-        self._on_event = on_event
+        self.on_event = on_event
         self._log = RateLimitedLog(log)
         self._handshake = Handshake(filter.rewrite(capabilities))
         self._away = Capabilities.of(AGENT_AWAY)
@@ -210,7 +214,7 @@ class AgentRouter(Ending):
 
     def emit(self, event: AgentEvent) -> None:
         """Pass an event to ``on_event``."""
-        tell(self._log, "on_event", self._on_event, event)
+        tell(self._log, "on_event", self.on_event, event)
 
     def client_came(self, client: RouterClient) -> bool:
         """Admit a client, and tell it of the agent if there is one; return whether it may stay."""
