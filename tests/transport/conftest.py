@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.waiting import turns, until
 from vring import (
     Driver,
     Flow,
@@ -352,10 +353,13 @@ class ScriptedFrontend:
     async def used(self, index: int, count: int = 1) -> list[int]:
         """Wait for used chains; their written lengths."""
         lengths: list[int] = []
-        async with asyncio.timeout(5):
-            while len(lengths) < count:
-                lengths += self.drivers[index].get_used()[1].tolist()
-                await asyncio.sleep(0)
+
+        def come() -> bool:
+            lengths.extend(self.drivers[index].get_used()[1].tolist())
+            return len(lengths) >= count
+
+        await turns(8)  # which is enough as a rule, and quicker
+        await until(come, lambda: f"{len(lengths)} of {count} chains are used")
         return lengths
 
     def echoed(self, data: bytes, slot: int = 0) -> bool:

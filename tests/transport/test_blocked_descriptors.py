@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.waiting import turns, until
 from vring_serial.device.queue_device import QueueDevice
 from vring_serial.device.virtqueue import RunningQueue
 from vring_serial.errors import RemoteProtocolError
@@ -116,8 +117,7 @@ async def test_a_semaphore_as_kick_is_served_once(
             os.eventfd_write(kick, 1 << 40)
             await frontend.used(0)
             before = device.asked
-            for _ in range(200):
-                await asyncio.sleep(0)
+            await turns(200)
             assert device.asked - before <= 1
     finally:
         os.close(kick)
@@ -135,10 +135,7 @@ def send_chain(frontend: Any) -> None:
 
 
 async def wait_all_used(driver: Any) -> None:
-    async with asyncio.timeout(5):
-        while driver.num_free < driver.size:
-            driver.get_used()
-            await asyncio.sleep(0)
+    await until(lambda: (driver.get_used(), driver.num_free == driver.size)[1])
 
 
 async def test_calls_of_another_kind_than_before(

@@ -7,6 +7,7 @@ import inspect
 
 import pytest
 
+from tests.support import waiting
 from tests.support.leaks import held
 from vring_serial.chardev.null import NullChardev
 from vring_serial.chardev.socket import SocketChardev, SocketOptions
@@ -37,8 +38,7 @@ def test_all_of_them_are_tried():
 async def after(turns, work):
     """Do some work, and cancel it after so many turns of the loop; returns the task."""
     task = asyncio.ensure_future(work)
-    for _ in range(turns):
-        await asyncio.sleep(0)
+    await waiting.turns(turns)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     return task
@@ -52,14 +52,14 @@ class Slow(NullChardev):
         self.is_open = False
 
     async def start(self):
-        await asyncio.sleep(0)
+        await waiting.turns(1)
         self.is_open = True
         await super().start()
 
     async def aclose(self):
         await super().aclose()
         self.is_open = False
-        await asyncio.sleep(0)
+        await waiting.turns(1)
 
 
 class Failing(NullChardev):
@@ -172,7 +172,7 @@ async def test_reading_a_clients_memory_is_cancelled():
     memory = RemoteMemory(sent.append, 4096)
     await after(2, memory.read(0x1000, 8192))
     reading = asyncio.ensure_future(memory.read(0x9000, 4))
-    await asyncio.sleep(0)
+    await waiting.turns(1)
     assert len(sent) == 3
     for number, (address, data) in enumerate(
         [(0x1000, bytes(4096)), (0x2000, bytes(4096)), (0x9000, b"next")]
@@ -180,11 +180,11 @@ async def test_reading_a_clients_memory_is_cancelled():
         answer = DmaAccess(address, len(data), data)
         memory.handle_reply(reply_to(number, answer))
     assert await reading == b"next"
-    waiting = asyncio.ensure_future(memory.read(0x9000, 4))
-    await asyncio.sleep(0)
+    unanswered = asyncio.ensure_future(memory.read(0x9000, 4))
+    await waiting.turns(1)
     memory.close()
     with pytest.raises(ConnectionError):
-        await waiting
+        await unanswered
 
 
 def reply_to(number, answer):

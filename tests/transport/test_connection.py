@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from tests.support.waiting import until
+from tests.support.waiting import turns, until
 from vring_serial.transport.closer import Closer
 from vring_serial.transport.connection import MAX_UNREAD, Connection
 from vring_serial.unix_fds import Received
@@ -34,8 +34,7 @@ async def test_who_does_not_read_is_listened_to_so_long(max_unread: int, heard: 
     try:
         connection.send(bytes(3 << 20))
         theirs.send(b"x")
-        for _ in range(20):
-            await asyncio.sleep(0)
+        await turns()
         assert [each.data for each in got] == [b"x"] * heard
         # Once it reads, it is heard in either case.
         loop = asyncio.get_running_loop()

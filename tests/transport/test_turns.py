@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.support import waiting
 from vring_serial import turns
 from vring_serial.proto.vhost_user import U64, ProtocolFeature, Request, request
 from vring_serial.transport.vhost_user.session import READ_SIZE
@@ -93,9 +94,7 @@ async def test_a_frontend_that_leaves_in_the_middle(
 
 async def test_a_backend_that_stops_in_the_middle(frontend: Any, backend: Any) -> None:
     frontend.send_bytes(request(Request.GET_FEATURES) * FLOOD)
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
+    await waiting.turns(2)
     await backend.aclose()
     async with counted_turns() as count:
-        while count[0] < 10:
-            await asyncio.sleep(0)
+        await waiting.until(lambda: count[0] >= 10)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from tests.support.waiting import turns, until
+from tests.support.waiting import LoopClock, turns, until
 from vring import GuestMemory, Region, SplitDriver
 from vring_serial import unix_fds
 from vring_serial.device.base import VirtioDevice
@@ -26,7 +26,14 @@ from vring_serial.proto.vfio_user import Message, VfioUserParser, error_reply, r
 from vring_serial.proto.vfio_user_dma import DmaAccess, DmaFlag, DmaMap
 from vring_serial.proto.vfio_user_regions import RegionAccess, RegionIndex, RegionRead, RegionWrite
 from vring_serial.proto.vfio_user_version import Capabilities, Version
-from vring_serial.proto.vfio_user_wire import Command, Header, IrqIndex, IrqSet, IrqSetFlag
+from vring_serial.proto.vfio_user_wire import (
+    Command,
+    DeviceInfo,
+    Header,
+    IrqIndex,
+    IrqSet,
+    IrqSetFlag,
+)
 from vring_serial.proto.virtio import Status
 from vring_serial.transport.vfio_user.server import VfioUserServer
 
@@ -60,7 +67,12 @@ class Server:
         self._thread.start()
         self.server = VfioUserServer(device, str(path), **options)
         self.server.on_peer = self.clients.append
+        self._patches = pytest.MonkeyPatch()
+        self._clock: LoopClock = self.run(self._make_clock())
         self.run(self.server.start())
+
+    async def _make_clock(self) -> LoopClock:
+        return LoopClock(self._patches)
 
     def run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         """Run it in the server's loop."""
@@ -69,6 +81,11 @@ class Server:
     def settle(self) -> None:
         """Let the server see what was sent before, and finish with it."""
         self.run(turns())
+
+    def pass_time(self, seconds: float) -> None:
+        """Have the server's loop do what is due then."""
+        self.settle()
+        self.run(self._clock.forward(seconds))
 
     def wait_for(self, *states: str) -> None:
         """Until ``on_peer`` has told these."""
@@ -82,6 +99,7 @@ class Server:
         self.run(self.server.aclose())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+        self._patches.undo()
         self._loop.close()
 
 
@@ -139,8 +157,7 @@ class Client:
     def receive(self) -> Message:
         """The next reply; what the server asks meanwhile is answered."""
         while True:
-            while (message := self.parser.next_message()) is None:
-                self.read_more()
+            message = self.next_message()
             self.received_fds += message.fds
             if message.is_reply:
                 return message
@@ -162,13 +179,33 @@ class Client:
             answer = DmaAccess(asked.address, asked.count)
         return reply(message.command, message.message_id, answer)
 
-    def serve_dma(self, seconds: float = 0.005) -> None:
-        """Answer what the server asks, until it asks nothing for so long."""
+    def until_silent(self, asked: Callable[[Message], object]) -> None:
+        """Call ``asked`` for each request of the server, until 20 round trips bring none."""
+        silent = 0
+        while silent < 20:
+            silent += 1
+            sent = self.send(Command.DEVICE_GET_INFO, DeviceInfo())
+            while not (message := self.next_message()).is_reply:
+                silent = 0
+                asked(message)
+            assert message.message_id == sent, "a reply to nothing"
+
+    def next_message(self) -> Message:
+        while (message := self.parser.next_message()) is None:
+            self.read_more()
+        return message
+
+    def serve_dma(self) -> None:
+        """Answer what the server asks, until it asks nothing more."""
+        self.until_silent(lambda message: self.send_bytes(self.dma(message)))
+
+    def serve_waiting(self) -> None:
+        """Answer what the server has asked by now."""
         while True:
             while (message := self.parser.next_message()) is not None:
                 assert not message.is_reply, "a reply to nothing"
                 self.send_bytes(self.dma(message))
-            if not select.select([self.sock], [], [], seconds)[0]:
+            if not select.select([self.sock], [], [], 0)[0]:
                 return
             self.read_more()
 
@@ -306,7 +343,7 @@ class Client:
         give_up = time.monotonic() + 12 * TIMEOUT
         while not self.irq_count(vector):
             assert time.monotonic() < give_up, f"interrupt {vector} did not come"
-            self.serve_dma(0)  # what was read already, too
+            self.serve_waiting()  # what was read already, too
             select.select([self.sock, self.irqs[vector]], [], [], TIMEOUT)
 
     def wait_irq(self, vector: int) -> None:

@@ -49,7 +49,7 @@ def test_there_and_back(remote: Any, device: Any) -> None:
 
 def test_the_index_comes_after_what_it_makes_visible(remote: Any) -> None:
     driver = remote.start_driver(0)
-    remote.serve_dma(0.1)
+    remote.serve_dma()
     remote.dma_asked.clear()
     echo(remote, driver, b"in order")
     writes = [(at, count) for name, at, count in remote.dma_asked if name == "DMA_WRITE"]
@@ -166,7 +166,7 @@ def test_memory_that_the_client_refuses_breaks_the_device(
     remote.dma_error = errno.EFAULT
     assert remote.put(0, b"nobody hears this")
     driver.notify(0)
-    remote.serve_dma(0.1)
+    remote.serve_dma()
     assert driver.status & Status.DEVICE_NEEDS_RESET
     assert device.echoed == []
     assert any("queue 0: DMA_READ: refused with error 14" in line for line in log())
@@ -203,7 +203,7 @@ def test_a_reply_with_other_bytes_breaks_the_device(
 ) -> None:
     driver = remote.start_driver(0)
     remote.dma = lambda message: reply(message.command, message.message_id, answer)
-    remote.serve_dma(0.1)
+    remote.serve_dma()
     assert driver.status & Status.DEVICE_NEEDS_RESET
 
 
@@ -226,7 +226,7 @@ def test_an_indirect_table_that_names_itself(remote: Any, device: Any) -> None:
     remote.memory.write(available + 4, struct.pack("<H", 0))
     remote.memory.write(available + 2, struct.pack("<H", 1))
     driver.notify(0)
-    remote.serve_dma(0.1)
+    remote.serve_dma()
     assert driver.status & Status.DEVICE_NEEDS_RESET
 
 
@@ -235,7 +235,7 @@ def test_an_available_index_that_jumps(remote: Any, device: Any) -> None:
     remote.serve_dma()
     remote.memory.write(0x10000 + 16 * 64 + 2, struct.pack("<H", 65))
     driver.notify(0)
-    remote.serve_dma(0.1)
+    remote.serve_dma()
     assert driver.status & Status.DEVICE_NEEDS_RESET
 
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 import asyncio
 import gc
 import re
-import select
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vring_serial import unix_fds
+from tests.support.waiting import turns, wait_until
 from vring_serial.proto.vfio_user import reply
 from vring_serial.proto.vfio_user_dma import DmaAccess, DmaMap
 from vring_serial.proto.vfio_user_version import Capabilities, Version
@@ -33,7 +31,6 @@ from vring_serial.transport.vfio_user.copies import (
 LOW = 1 << 20
 #: Guest memory that the client answers for without having it.
 FAR, FAR_SIZE = 1 << 32, 1 << 30
-PATIENCE = 20  # seconds: nothing here takes as long
 
 
 def limited(size: int) -> Capabilities:
@@ -78,18 +75,13 @@ def resident() -> int:
 
 def unanswered(client: Any) -> list[Any]:
     """What the server asks for until it asks for no more; nothing is answered."""
-    found = []
-    while select.select([client.sock], [], [], 0.2)[0]:
-        client.parser.receive_data(unix_fds.receive(client.sock, 1 << 16, 0).data)
-        while (message := client.parser.next_message()) is not None:
-            found.append(message)
+    found: list[Any] = []
+    client.until_silent(found.append)
     return found
 
 
 def until_status(driver: Any, bit: int) -> None:
-    give_up = time.monotonic() + PATIENCE
-    while not driver.status & bit:
-        assert time.monotonic() < give_up, f"status {driver.status:#x}"
+    wait_until(lambda: driver.status & bit, lambda: f"status {driver.status:#x}")
 
 
 # --- what is asked of the client
@@ -185,16 +177,16 @@ def test_a_window_full_of_unanswered_requests_is_told_again(
 
 
 def test_a_client_that_answers_slowly_is_waited_for(
-    far: Any, device: Any, log: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+    far: Any, server: Any, log: Callable[[], list[str]]
 ) -> None:
     """Each answer begins the time anew."""
     driver = far.start_driver(0)
     far.serve_dma()
-    monkeypatch.setattr(vfio_remote, "ANSWER_SECONDS", 1.0)
     honest = far.dma
 
     def slowly(message: Any) -> bytes:
-        time.sleep(0.1)
+        for _ in range(4):  # the time is counted in pieces
+            server.pass_time(vfio_remote.ANSWER_SECONDS / 5)
         return honest(message)
 
     far.dma = slowly
@@ -289,15 +281,17 @@ def test_a_queue_has_so_much_on_its_way(far: Any, device: Any, server: Any, dire
         far.drivers[0].add(readable, writable)
     far.drivers[0].publish()
     driver.notify(0)
-    far.serve_dma(0.1)
+    far.serve_dma()
     assert holding.available(0) == QUEUE_BYTES // size
     holding.go_on()
     used: list[int] = []
-    give_up = time.monotonic() + PATIENCE
-    while len(used) < count:
-        assert time.monotonic() < give_up, f"{len(used)} of {count}"
+
+    def all_used() -> bool:
         far.serve_dma()
-        used += far.drivers[0].get_used()[0].tolist()
+        used.extend(far.drivers[0].get_used()[0].tolist())
+        return len(used) == count
+
+    wait_until(all_used, lambda: f"{len(used)} of {count}")
     assert not driver.status & Status.DEVICE_NEEDS_RESET
 
 
@@ -425,7 +419,7 @@ async def test_room_for_large_chains_is_shared() -> None:
     assert not first.has(QUEUE_BYTES + 1), "one at a time"
     assert not second.has(QUEUE_BYTES + 1)
     waiting = asyncio.ensure_future(second.wait_for(QUEUE_BYTES + 1))
-    await asyncio.sleep(0)
+    await turns(1)
     first.give(LARGE_BYTES - 1)
     await waiting
     second.take(QUEUE_BYTES + 1)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import pytest
 
+from tests.support import waiting
 from vring_serial import turns
 from vring_serial.proto.vfio_user import request
 from vring_serial.proto.vfio_user_dma import DmaFlag, DmaMap, DmaUnmap
@@ -30,7 +30,7 @@ def test_a_flood_is_handled_in_many_turns(
         seen = taken = 0
         length = count * (Header.SIZE + len(RegionWrite(0, 7, 4, bytes(4)).pack()))
         while seen < length:
-            await asyncio.sleep(0)
+            await waiting.turns(1)
             taken += 1
             try:
                 seen += len(client.sock.recv(1 << 16))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
+from tests.support.waiting import wait_until
 from vring_serial import unix_fds
 from vring_serial.proto.framing import Payload
 from vring_serial.proto.vfio_user_dma import DmaFlag, DmaMap
@@ -49,10 +49,7 @@ def test_a_file_that_does_not_answer_holds_nobody_up(
     closer = server.server._door.closer
     assert closer.waiting == len(MESSAGES)
     hostile_files.end()
-    until = time.monotonic() + 10
-    while closer.waiting:
-        assert time.monotonic() < until
-        time.sleep(0.001)
+    wait_until(lambda: not closer.waiting)
 
 
 @pytest.mark.parametrize("how", ["replaced", "disabled", "gone"])

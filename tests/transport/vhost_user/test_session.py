@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import re
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.support.leaks import held
-from tests.support.waiting import until
+from tests.support.waiting import turns, until
 from vring_serial.proto.vhost_user import (
     U64,
     ConfigAccess,
@@ -309,9 +308,7 @@ async def test_refused(
         await frontend.ask(Request.GET_FEATURES)
         inside = held().descriptors
         assert await frontend.acked(kind, payload, fds) != 0
-        async with asyncio.timeout(5):
-            while held().descriptors != inside:  # some are closed in a thread
-                await asyncio.sleep(0.001)
+        await until(lambda: held().descriptors == inside)  # some are closed in a thread
         # The same frontend goes on.
         await frontend.enable(0)
         assert await frontend.echo(0, b"goes on")
@@ -419,7 +416,7 @@ async def test_a_stream_cut_at_every_byte(frontend: Any) -> None:
     data = request(Request.SET_MEM_TABLE, MemoryTable((frontend.region,)), need_reply=True)
     for cut in range(1, len(data)):
         frontend.send_bytes(data[:cut], (frontend.memfd,))
-        await asyncio.sleep(0)
+        await turns(1)
         frontend.send_bytes(data[cut:])
         assert (await frontend.receive()).decode_reply(U64).value == 0
 
@@ -521,7 +518,7 @@ async def test_nothing_but_a_new_set_up_runs_a_ring_after_a_reset(
     kind, payload, with_memory = AFTER_A_RESET[name]
     assert await frontend.acked(kind, payload, (frontend.memfd,) if with_memory else ()) == 0
     frontend.kick(0)
-    await asyncio.sleep(0)
+    await turns()
     assert not device.running
     assert frontend.memory.read(0, MEMORY_SIZE) == before
     # The next driver's queue has another size.
@@ -554,8 +551,7 @@ async def test_status_0_leaves_the_descriptor_for_errors(frontend: Any, device: 
     await frontend.set_up(0)
     frontend.memory.write(0x10000 + 16 * 64 + 2, struct.pack("<H", 65))
     frontend.kick(0)
-    while device.status & 64 == 0:
-        await asyncio.sleep(0)
+    await until(lambda: device.status & 64)
     assert os.eventfd_read(error) == 1
     os.close(error)
 

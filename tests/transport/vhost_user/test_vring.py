@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.support.leaks import held
-from tests.support.waiting import DEADLINE
+from tests.support.waiting import DEADLINE, turns
 from vring_serial.proto.vhost_user import (
     U64,
     MemoryRegion,
@@ -472,7 +472,7 @@ class TestInBand:
             frontend.put(1, b"x", slot)
             assert await frontend.acked(Request.VRING_KICK, VringState(1)) == 0
             assert await frontend.used(1) == [1]
-        await asyncio.sleep(0.02)
+        await turns()
         first = await frontend.asked()
         frontend.channel.setblocking(False)
         with pytest.raises(BlockingIOError):
@@ -480,7 +480,7 @@ class TestInBand:
         frontend.acknowledge(first.kind)
         second = await frontend.asked()
         frontend.acknowledge(second.kind)
-        await asyncio.sleep(0.02)
+        await turns()
         with pytest.raises(BlockingIOError):
             frontend.channel.recv(100)
 
