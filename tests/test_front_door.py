@@ -25,7 +25,7 @@ PtyOptions RingbufChardev RingbufOptions SocketChardev SocketOptions StdioCharde
 VhostUserBackend VfioUserServer
 InProcessMmio InProcessPci Window LoopHost PolledHost
 Bar InterruptSink MmioDevice PciDevice
-HostAgent HOST_CAPABILITIES AgentRouter GuestAgent ANY_SIZE StreamSource
+HostAgent HOST_CAPABILITIES AgentRouter RouterLoad GuestAgent ANY_SIZE StreamSource
 AgentEvent AgentGone AgentReady AgentTrouble ClipboardGrabbed ClipboardReleased EventStream
 OtherMessage
 AgentFilter Capabilities Capability ClipboardType Monitor Selection

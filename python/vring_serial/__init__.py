@@ -46,7 +46,10 @@ if TYPE_CHECKING:
     from vring_serial.agent.guest import GuestAgent as GuestAgent
     from vring_serial.agent.host import HostAgent as HostAgent
     from vring_serial.agent.host_capabilities import HOST_CAPABILITIES as HOST_CAPABILITIES
-    from vring_serial.agent.router.router import AgentRouter as AgentRouter
+    from vring_serial.agent.router.router import (
+        AgentRouter as AgentRouter,
+        RouterLoad as RouterLoad,
+    )
     from vring_serial.chardev.base import (
         Chardev as Chardev,
         ChardevUser as ChardevUser,
@@ -177,7 +180,7 @@ _EXPORTS = {
     "vring_serial.device.registers.mmio": "MmioDevice",
     "vring_serial.agent.host": "HostAgent",
     "vring_serial.agent.host_capabilities": "HOST_CAPABILITIES",
-    "vring_serial.agent.router.router": "AgentRouter",
+    "vring_serial.agent.router.router": "AgentRouter RouterLoad",
     "vring_serial.agent.guest": "GuestAgent",
     "vring_serial.agent.channel.clipboard": "ANY_SIZE StreamSource",
     "vring_serial.agent.events": (

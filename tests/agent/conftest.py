@@ -11,11 +11,14 @@ import pytest
 
 from tests.support.waiting import turns, until
 from vring_serial import HOST_CAPABILITIES, AgentRouter, HostAgent
+from vring_serial.agent.channel.link import AgentLink
+from vring_serial.agent.channel.streams import run_on_streams
 from vring_serial.agent.guest import GUEST_CAPABILITIES, GuestAgent
 from vring_serial.proto.agent import (
     AgentConnection,
     AnnounceCapabilities,
     ChunkPort,
+    FileXferData,
     MessageReceived,
     Side,
 )
@@ -163,6 +166,68 @@ async def raw_agent():
     await turns()
 
 
+@pytest.fixture
+async def raw_guest_host():
+    """Connects a RawClient to a GuestAgent."""
+    opened = []
+
+    async def connect(guest):
+        ours, theirs = socket.socketpair()
+        host = RawClient(*await asyncio.open_connection(sock=theirs))
+        opened.append((host, guest))
+        loop = asyncio.get_running_loop()
+        await loop.create_connection(guest.protocol_factory, sock=ours)
+        return host
+
+    yield connect
+    for host, guest in opened:
+        await host.aclose()
+        await until(lambda guest=guest: guest.link is None)
+        await guest.aclose()
+
+
+class Client(HostAgent):
+    """A client that keeps its events in ``seen``."""
+
+    def __init__(self, **options):
+        self.seen = []
+        super().__init__(on_event=self.seen.append, **options)
+
+
+class Tap:
+    """Uses a link for the guest's agent, and may keep from it what comes.
+
+    Attributes:
+        seen: the port of every message that came whole, and the message; not the data of files.
+        withholds: says of a message whether the agent is not told of it.
+        take_body: takes long messages in place of the agent, if it is there.
+    """
+
+    def __init__(self, agent):
+        self.agent = agent
+        self.link_up = agent.link_up
+        self.link_down = agent.link_down
+        self.link_trouble = agent.link_trouble
+        self.seen = []
+        self.withholds = lambda message: False
+        self.take_body = None
+
+    def link_message(self, link, port, message):
+        if not isinstance(message, FileXferData):
+            self.seen.append((port, message))
+        if not self.withholds(message):
+            self.agent.link_message(link, port, message)
+
+    def link_body(self, link, port, head, size):
+        if self.take_body is not None:
+            return self.take_body(head, size)
+        return self.agent.link_body(link, port, head, size)
+
+    def of(self, kind):
+        """The messages of a class that came."""
+        return [message for _, message in self.seen if isinstance(message, kind)]
+
+
 class RouterBench:
     """A router with a guest agent on one side; clients are added on the other."""
 
@@ -170,22 +235,35 @@ class RouterBench:
         self.downloads = downloads
         self.router_events = []
         self.router = AgentRouter(on_event=self.router_events.append, **options)
-        self.guest = GuestAgent(downloads=downloads, timeout=30)
+        self.guest_events = []
+        self.use_guest()
         self.clients = []
         self.running = None
         self.writer = None
 
+    def use_guest(self, **options):
+        self.guest = GuestAgent(
+            downloads=self.downloads, timeout=30, on_event=self.guest_events.append, **options
+        )
+        self.tap = Tap(self.guest)
+
     async def start_guest(self):
         ours, theirs = socket.socketpair()
         reader, self.writer = await asyncio.open_connection(sock=theirs)
-        self.running = asyncio.ensure_future(self.guest.run(reader, self.writer))
+        self.running = asyncio.ensure_future(self._run_guest(reader, self.writer))
         loop = asyncio.get_running_loop()
         await loop.create_connection(self.router.protocol_factory, sock=ours)
         await until(lambda: self.router.capabilities is not None)
 
+    async def _run_guest(self, reader, writer):
+        try:
+            await run_on_streams(AgentLink(Side.GUEST, self.tap), reader, writer)
+        finally:
+            await self.guest.aclose()
+
     async def start_guest_with(self, capabilities):
         """Another agent than the one before."""
-        self.guest = GuestAgent(capabilities=capabilities, downloads=self.downloads, timeout=30)
+        self.use_guest(capabilities=capabilities)
         await self.start_guest()
 
     async def stop_guest(self):
@@ -197,9 +275,7 @@ class RouterBench:
         await until(lambda: self.router.capabilities is None)
 
     async def client(self, **options):
-        host = HostAgent(timeout=30, **options)
-        host.events = []
-        host.on_event = host.events.append
+        host = Client(timeout=30, **options)
         await self.router.connect(host.protocol_factory)
         self.clients.append(host)
         return host
@@ -225,8 +301,8 @@ class RouterBench:
 async def make_bench(tmp_path):
     benches = []
 
-    async def make(**options):
-        bench = RouterBench(tmp_path / "downloads", **options)
+    async def make(*, downloads=tmp_path / "downloads", **options):
+        bench = RouterBench(downloads, **options)
         benches.append(bench)
         await bench.start_guest()
         return bench

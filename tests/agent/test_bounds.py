@@ -102,8 +102,9 @@ class Transport(asyncio.Transport):
 @pytest.fixture
 async def link():
     """A link whose transport asks to pause."""
-    link = AgentLink(Side.GUEST, Owner(), is_patient=True)
-    link.owner = link._owner
+    owner = Owner()
+    link = AgentLink(Side.GUEST, owner, is_patient=True)
+    link.owner = owner
     link.transport = Transport(link)
     link.connection_made(link.transport)
     link.pause_writing()
@@ -224,7 +225,7 @@ async def test_transfers_of_one_client(make_bench, monkeypatch):
 async def test_replies_that_are_outstanding(make_bench, monkeypatch):
     monkeypatch.setattr(router_module, "REPLIES_MAX", 2)
     bench = await make_bench()
-    bench.guest._set_monitors = lambda *_: None  # an agent that does not answer
+    bench.tap.withholds = lambda message: isinstance(message, MonitorsConfig)  # nor answers it
     client = await bench.raw_client()
     await client.greet()
     for _ in range(3):
@@ -258,7 +259,7 @@ async def test_long_messages_for_one_client(make_bench, monkeypatch):
         yield bytes(size)
 
     for _ in range(8):
-        await bench.guest._handshake.link.send_body(UnknownMessage(78), 1 << 20, zeros(1 << 20))
+        await bench.guest.link.send_body(UnknownMessage(78), 1 << 20, zeros(1 << 20))
     await until(lambda: len(bench.router.clients) == 1)
     (trouble,) = (e for e in bench.router_events if isinstance(e, AgentTrouble))
     assert "bytes of long messages unread" in str(trouble.error)

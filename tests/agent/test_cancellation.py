@@ -24,8 +24,10 @@ from vring_serial import (
 from vring_serial.agent.channel import replies as replies_module
 from vring_serial.agent.guest import GUEST_CAPABILITIES, GuestAgent
 from vring_serial.proto.agent import (
+    AGENT_AWAY,
     FILES_FROM_GUEST,
     AnnounceCapabilities,
+    Capabilities,
     Clipboard,
     ClipboardGrab,
     ClipboardRequest,
@@ -127,25 +129,29 @@ def test_all_of_them_are_tried():
     assert awaitables(AgentRouter) == {"connect", "send", "aclose", "to_agent"}
 
 
-def begin(name, host, path):
+async def begin(name, host, agent, path):
     """Begin to wait in one of them."""
     path.write_bytes(bytes(1000))
     if name == "wait_ready":
-        host._handshake.remote = None
+        agent.send(AnnounceCapabilities(False, Capabilities.of(AGENT_AWAY)))
+        await until(lambda: host.capabilities is None)
     if name == "send":
-        host._handshake.link.pause_writing()
+        host.link.pause_writing()
     return asyncio.ensure_future(WAITING[name](host, path))
 
 
 @pytest.mark.parametrize("name", WAITING)
 async def test_a_call_that_is_cancelled_leaves_the_channel_usable(asked, tmp_path, name):
     host, agent = asked
-    capabilities = host.capabilities
-    await cancel(begin(name, host, tmp_path / "file"))
+    await cancel(await begin(name, host, agent, tmp_path / "file"))
     if name == "wait_ready":
-        host._handshake.remote = capabilities
+        agent.send(AnnounceCapabilities(True, GUEST_CAPABILITIES))
+        assert (await agent.receive(AnnounceCapabilities)).request
+        agent.send(AnnounceCapabilities(False, GUEST_CAPABILITIES))
+        agent.send(ClipboardGrab(0, (TEXT, PNG, LIST)))
+        await host.wait_clipboard()
     if name == "send":
-        host._handshake.link.resume_writing()
+        host.link.resume_writing()
     if name == "send_body":
         # The half message is dropped with the session, and the next one begins.
         assert (await agent.receive(AnnounceCapabilities)).request
@@ -175,8 +181,8 @@ async def test_a_call_that_is_cancelled_leaves_the_channel_usable(asked, tmp_pat
 
 @pytest.mark.parametrize("name", WAITING)
 async def test_whoever_waits_is_told_that_the_agent_is_closed(asked, tmp_path, name):
-    host, _ = asked
-    task = begin(name, host, tmp_path / "file")
+    host, agent = asked
+    task = await begin(name, host, agent, tmp_path / "file")
     await let_wait(task)
     await host.aclose()
     async with asyncio.timeout(30):
@@ -317,15 +323,26 @@ async def test_who_takes_the_clipboard_does_not_wait_for_the_owner_before(asked)
 # --- the guest's side, and the router
 
 
-async def test_the_guests_paste_is_cancelled(pair):
-    await pair.connect()
-    await pair.host.set_clipboard("here")
-    await until(lambda: pair.guest._clipboard.remote_types)
-    pair.host._clipboard._receive_request = lambda message: None
-    await cancel(asyncio.ensure_future(pair.guest.get_clipboard()))
-    del pair.host._clipboard._receive_request
-    pair.host._handshake.link.post(Clipboard(0, ClipboardType.NONE))
-    assert await pair.guest.get_clipboard() == b"here"
+@pytest.fixture
+async def asking_guest(raw_guest_host):
+    """A guest's agent, and a host that owns its clipboard and answers nothing by itself."""
+    guest = GuestAgent(timeout=30)
+    host = await raw_guest_host(guest)
+    await host.greet()
+    host.send(ClipboardGrab(0, (TEXT,)))
+    await until(guest.clipboard_types)
+    return guest, host
+
+
+async def test_the_guests_paste_is_cancelled(asking_guest):
+    guest, host = asking_guest
+    await cancel(asyncio.ensure_future(guest.get_clipboard()))
+    await host.receive(ClipboardRequest)
+    host.send(Clipboard(0, ClipboardType.NONE))
+    asking = asyncio.ensure_future(guest.get_clipboard())
+    await host.receive(ClipboardRequest)
+    host.send(Clipboard(0, TEXT, b"here"))
+    assert await asking == b"here"
 
 
 async def test_the_guests_agent_is_cancelled_and_runs_again(pair):
@@ -335,14 +352,11 @@ async def test_the_guests_agent_is_cancelled_and_runs_again(pair):
     await pair.host.set_monitors([Monitor(1, 1)])
 
 
-async def test_whoever_waits_in_the_guest_is_told_that_it_is_closed(pair):
-    await pair.connect()
-    await pair.host.set_clipboard("here")
-    await until(lambda: pair.guest._clipboard.remote_types)
-    pair.host._clipboard._receive_request = lambda message: None
-    asking = asyncio.ensure_future(pair.guest.get_clipboard())
-    await let_wait(asking)
-    await pair.guest.aclose()
+async def test_whoever_waits_in_the_guest_is_told_that_it_is_closed(asking_guest):
+    guest, host = asking_guest
+    asking = asyncio.ensure_future(guest.get_clipboard())
+    await host.receive(ClipboardRequest)
+    await guest.aclose()
     with pytest.raises(AgentGoneError):
         await asking
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.support.leaks import held
 from tests.support.waiting import until
 from vring_serial import (
     AgentGoneError,
@@ -298,9 +299,7 @@ def test_bounds_on_what_is_offered(receiver):
     receiver.files.start(FileXferStart(1, b"not a key file"))
     assert receiver.sent.pop().result == FileXferResult.ERROR
     for number in range(receiver_module.TRANSFERS_MAX):
-        assert receiver.start(number, "many", 1) == FileXferResult.CAN_SEND_DATA
-        receiver.files._incoming[number].path.rename(receiver.directory / str(number))
-        receiver.files._incoming[number].path = receiver.directory / str(number)
+        assert receiver.start(number, f"many {number}", 1) == FileXferResult.CAN_SEND_DATA
     assert receiver.start(1000, "one more", 1) == FileXferResult.ERROR
     assert receiver.start(5, "again", 1) == FileXferResult.ERROR
 
@@ -327,10 +326,15 @@ def test_a_directory_that_cannot_be_made(tmp_path):
     assert receiver.start(1, "x", 1) == FileXferResult.ERROR
 
 
+def descriptor_of(path):
+    (fd,) = (fd for fd, file in held().descriptors.items() if file == str(path))
+    return fd
+
+
 def test_a_full_disk(receiver):
     receiver.start(1, "full", 10)
     with open("/dev/full", "wb") as full:
-        os.dup2(full.fileno(), receiver.files._incoming[1].fd)
+        os.dup2(full.fileno(), descriptor_of(receiver.directory / "full"))
     receiver.files.data(1, b"12345")
     assert receiver.sent[-1].result == FileXferResult.NOT_ENOUGH_SPACE
     assert receiver.names() == []

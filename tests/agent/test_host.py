@@ -434,8 +434,8 @@ async def test_a_second_connection_takes_over(raw_agent):
 
 async def test_what_needs_no_action_is_an_event(pair):
     await pair.connect()
-    pair.guest._handshake.link.post(Reply(77, 1))
-    pair.guest._handshake.link.post(UnknownMessage(78, b"new"))
+    pair.guest.link.post(Reply(77, 1))
+    pair.guest.link.post(UnknownMessage(78, b"new"))
     expected = [OtherMessage(Reply(77, 1)), OtherMessage(UnknownMessage(78, b"new"))]
     await until(lambda: pair.host_events[-2:] == expected)
 
@@ -451,7 +451,14 @@ async def test_events_can_be_iterated(pair):
                 assert event == ClipboardReleased(0)
                 break
             assert await anext(others) == ClipboardGrabbed(0, (TEXT,))
-    assert not pair.host._listening
+    pair.guest.set_clipboard("nobody listens")
+    await pair.host.wait_clipboard()
+    async with asyncio.timeout(30):
+        # What they had not taken is left, and no more has come.
+        assert await anext(others) == ClipboardReleased(0)
+    for stream in (events, others):
+        stream.end()
+        assert not [event async for event in stream]
 
 
 async def test_an_end_in_the_middle_of_a_message_is_told(raw_agent):

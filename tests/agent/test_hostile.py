@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.support.leaks import held
 from tests.support.waiting import turns
 from vring_serial import HOST_CAPABILITIES, AgentRouter, HostAgent
 from vring_serial.agent.guest import GuestAgent
@@ -88,6 +89,7 @@ sent = st.lists(st.tuples(messages, st.sampled_from(ChunkPort)), max_size=12)
 
 
 def encode(side, messages):
+    other = {Side.HOST: Side.GUEST, Side.GUEST: Side.HOST}
     connection = AgentConnection(side)
     parts = []
     for message, port in messages:
@@ -95,8 +97,9 @@ def encode(side, messages):
             parts.append(message)
         else:
             parts.append(connection.send(message, port))
-            connection.remote = connection.local  # the layout that the peer will use as well
-            connection._settle_layout()
+            if isinstance(message, AnnounceCapabilities):  # the peer will use that layout as well
+                connection.receive_data(AgentConnection(other[side]).send(message))
+                connection.next_event()
     return b"".join(parts)
 
 
@@ -170,7 +173,7 @@ def test_guest(tmp_path, messages):
         await exchange(guest.protocol_factory, encode(Side.HOST, messages))
         await guest.aclose()
         assert guest.host is None
-        assert not guest._receiver._incoming
+        assert not {name for name in held().descriptors.values() if str(tmp_path) in name}
 
     run_without_failures(run())
 
@@ -189,7 +192,6 @@ def test_router(tmp_path, from_agent, from_client, from_server):
         )
         await router.aclose()
         assert not router.clients
-        assert not router._transfers.open
-        assert not router.guest_files._open
+        assert (router.load.transfers, router.load.guest_transfers) == (0, 0)
 
     run_without_failures(run())

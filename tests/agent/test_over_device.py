@@ -22,14 +22,13 @@ from vring_serial.transport.vhost_user.backend import VhostUserBackend
 async def guest_and_host(tmp_path):
     events = []
     host = HostAgent(on_event=events.append)
-    host.events = events
     controller = Controller(max_ports=4)
     controller.add_port(Port(1, AGENT_PORT, ProtocolChardev("agent", host.protocol_factory)))
     backend = VhostUserBackend(controller, str(tmp_path / "vhost.sock"))
     await controller.start()
     await backend.start()
     async with asyncio.timeout(60), EmbeddedGuest(str(tmp_path / "vhost.sock")) as guest:
-        yield guest, host
+        yield guest, host, events
     await host.aclose()
     await backend.aclose()
     await controller.aclose()
@@ -37,7 +36,7 @@ async def guest_and_host(tmp_path):
 
 
 async def test_everything_over_the_rings(guest_and_host, tmp_path):
-    guest, host = guest_and_host
+    guest, host, _ = guest_and_host
     port = await guest.wait_port(name=AGENT_PORT)
     agent = GuestAgent(downloads=tmp_path / "in")
     serving = asyncio.ensure_future(keep_serving(port, agent.run))
@@ -46,7 +45,7 @@ async def test_everything_over_the_rings(guest_and_host, tmp_path):
     assert agent.monitors == (Monitor(1920, 1080),)
     data = os.urandom(1 << 20) * 5
     await host.set_clipboard({ClipboardType.IMAGE_PNG: data})
-    await until(lambda: agent._clipboard.remote_types)
+    await until(lambda: agent.clipboard_types())
     assert await agent.get_clipboard(kind=ClipboardType.IMAGE_PNG) == data
     agent.set_clipboard({ClipboardType.IMAGE_PNG: data[::-1]})
     await host.wait_clipboard()
@@ -63,7 +62,7 @@ async def test_everything_over_the_rings(guest_and_host, tmp_path):
 async def test_the_agent_stops_in_the_middle_of_a_transfer_and_starts_again(
     guest_and_host, tmp_path
 ):
-    guest, host = guest_and_host
+    guest, host, events = guest_and_host
     port = await guest.wait_port(name=AGENT_PORT)
     (tmp_path / "long").write_bytes(bytes(256 << 20))
     for turn in range(3):
@@ -84,11 +83,11 @@ async def test_the_agent_stops_in_the_middle_of_a_transfer_and_starts_again(
         (result,) = await asyncio.gather(sending, return_exceptions=True)
         assert "during the file transfer" in str(result) or "channel closed" in str(result)
         assert list((tmp_path / "in").iterdir()) == []
-        assert sum(isinstance(e, AgentGone) for e in host.events) == turn + 1
+        assert sum(isinstance(e, AgentGone) for e in events) == turn + 1
 
 
 async def test_what_the_guest_command_runs(guest_and_host):
-    guest, host = guest_and_host
+    guest, host, _ = guest_and_host
     port = await guest.wait_port(name=AGENT_PORT)
     serving = asyncio.ensure_future(keep_serving(port, serve_agent))
     await host.wait_ready()

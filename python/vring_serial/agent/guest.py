@@ -172,6 +172,11 @@ class GuestAgent(Ending):
         """What the host announced, or None while it has no client."""
         return self._handshake.remote
 
+    @property
+    def link(self) -> AgentLink | None:
+        """The connection to the host, if there is one: any message can be sent on it."""
+        return self._handshake.link
+
     async def run(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve the channel until the host end goes away or breaks the protocol (logged)."""
         try:
@@ -240,6 +245,10 @@ class GuestAgent(Ending):
     def clear_clipboard(self, selection: int = Selection.CLIPBOARD) -> None:
         """Give up a clipboard."""
         self._clipboard.release(selection)
+
+    def clipboard_types(self, selection: int = Selection.CLIPBOARD) -> tuple[int, ...]:
+        """Return the types that the host has on a clipboard; empty if it does not own it."""
+        return self._clipboard.remote_types.get(selection, ())
 
     async def get_clipboard(
         self, selection: int = Selection.CLIPBOARD, kind: int = ClipboardType.UTF8_TEXT

@@ -155,6 +155,11 @@ class HostAgent(Ending):
         """What the agent announced, or None while there is none."""
         return self._handshake.remote
 
+    @property
+    def link(self) -> AgentLink | None:
+        """The connection to the agent, if there is one: its reading may be held, or it be ended."""
+        return self._handshake.link
+
     def protocol_factory(self) -> asyncio.Protocol:
         """Return a protocol for one connection of the channel."""
         return AgentLink(Side.HOST, self)

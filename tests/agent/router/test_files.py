@@ -13,6 +13,7 @@ from vring_serial import (
     AgentTrouble,
     AgentUnsupportedError,
     FileTransferError,
+    StreamSource,
 )
 from vring_serial.agent.router import guest_files as guest_files_module
 from vring_serial.proto.agent import (
@@ -21,6 +22,7 @@ from vring_serial.proto.agent import (
     Capability,
     ClipboardRequest,
     ClipboardType,
+    FileList,
     FileXferResult,
     FileXferStart,
     FileXferStatus,
@@ -69,7 +71,7 @@ async def test_a_client_that_takes_no_files_gets_the_list(bench, tmp_path):
         data = await plain.get_clipboard_data(ClipboardType.FILE_LIST)
         assert str(bench.files[0]).encode() in data
     assert same(await taking.get_files(tmp_path / "in"), bench.files)
-    await until(lambda: not bench.router.guest_files._open)
+    await until(lambda: not bench.router.load.guest_transfers)
 
 
 async def test_a_client_that_leaves_in_the_middle_gives_up_its_turn(bench, tmp_path):
@@ -106,16 +108,21 @@ async def test_a_guest_that_sends_nothing_loses_the_turn(bench, tmp_path, monkey
     for client in clients:
         await client.wait_clipboard()
     asked = asyncio.Event()
+    listed = FileList(tuple(map(str, bench.files))).pack()
 
-    async def send_nothing(paths):
+    async def list_alone():
+        yield listed
         asked.set()
 
-    send, bench.guest._send_files = bench.guest._send_files, send_nothing
+    # An application that offers a list, and then no files.
+    bench.guest.set_clipboard({ClipboardType.FILE_LIST: StreamSource(len(listed), list_alone)})
+    await until(lambda: all(c.clipboard_types() == (ClipboardType.FILE_LIST,) for c in clients))
     getting = asyncio.ensure_future(clients[0].get_files(tmp_path / "none"))
     await asked.wait()
-    bench.guest._send_files = send
+    bench.guest.copy_files(bench.files)
+    await until(lambda: ClipboardType.UTF8_TEXT in clients[1].clipboard_types())
     assert same(await clients[1].get_files(tmp_path / "in"), bench.files)
-    clients[0]._handshake.link.fail(ConnectionResetError("had enough"))
+    clients[0].link.fail(ConnectionResetError("had enough"))
     with pytest.raises(AgentGoneError):
         await getting
 
@@ -124,7 +131,7 @@ async def test_an_agent_that_goes_in_the_middle(bench, tmp_path):
     client = await bench.client(capabilities=TAKING)
     await client.wait_clipboard()
     getting = asyncio.ensure_future(client.get_files(tmp_path / "in"))
-    await until(lambda: bench.router.guest_files._open)
+    await until(lambda: bench.router.load.guest_transfers)
     await bench.stop_guest()
     with pytest.raises(AgentGoneError):
         await getting
@@ -136,13 +143,11 @@ async def test_an_agent_that_goes_in_the_middle(bench, tmp_path):
 async def test_files_that_nobody_asked_for_are_refused(bench):
     client = await bench.client(capabilities=TAKING)
     await client.wait_clipboard()
-    statuses = []
-    bench.guest._transfers.receive = statuses.append
-    link = bench.guest._handshake.link
+    link = bench.guest.link
     for number in (1, 1 << 31):
         link.post(FileXferStart(number, b"[vdagent-file-xfer]\nname=z\nsize=9\n"))
-    await until(lambda: len(statuses) == 2)
-    assert {s.result for s in statuses} == {FileXferResult.CANCELLED}
+    await until(lambda: len(bench.tap.of(FileXferStatus)) == 2)
+    assert {s.result for s in bench.tap.of(FileXferStatus)} == {FileXferResult.CANCELLED}
 
 
 async def test_the_filter_keeps_them_back(make_bench):

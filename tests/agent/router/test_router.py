@@ -24,15 +24,17 @@ from vring_serial import (
 )
 from vring_serial.agent.channel import replies as replies_module
 from vring_serial.agent.channel.clipboard import pieces_of
-from vring_serial.agent.guest import GUEST_CAPABILITIES
+from vring_serial.agent.guest import GUEST_CAPABILITIES, HostLeft
 from vring_serial.agent.router import client as client_module
 from vring_serial.agent.router import clipboards as clipboards_module
 from vring_serial.agent.router import router as router_module
+from vring_serial.agent.router.relay import Passing, Relay
 from vring_serial.proto.agent import (
     AGENT_AWAY,
     AgentFilter,
     AnnounceCapabilities,
     Capability,
+    ChunkPort,
     Clipboard,
     ClipboardGrab,
     ClipboardRequest,
@@ -144,11 +146,10 @@ async def test_an_owner_that_does_not_answer_costs_an_empty_answer(make_bench, m
     monkeypatch.setattr(clipboards_module, "ANSWER_TIMEOUT", 0.05)
     monkeypatch.setattr(replies_module, "REPLY_WAIT", 0.05)
     bench = await make_bench()
-    first, second = await bench.client(), await bench.client()
-    await first.wait_ready()
-    await first.set_clipboard("never told")
+    first, second = await bench.raw_client(), await bench.client()
+    await first.greet()
+    first.send(ClipboardGrab(0, (TEXT,)))
     await second.wait_clipboard()
-    first._clipboard._receive_request = lambda message: None
     with pytest.raises(ClipboardEmptyError):
         await second.get_clipboard()
 
@@ -174,7 +175,7 @@ async def test_transfers_with_the_same_number_do_not_meet(make_bench, make_file)
     for path in files[1:]:
         assert (bench.downloads / path.name).read_bytes() == path.read_bytes()
     await until(lambda: not (bench.downloads / "file0").exists())
-    assert not bench.router._transfers.open
+    assert not bench.router.load.transfers
 
 
 async def test_a_client_that_vanishes_in_the_middle_leaves_the_next_transfer_whole(
@@ -191,7 +192,7 @@ async def test_a_client_that_vanishes_in_the_middle_leaves_the_next_transfer_who
         )
     )
     await started.wait()
-    first._handshake.link.fail(ConnectionResetError("killed"))
+    first.link.fail(ConnectionResetError("killed"))
     with pytest.raises(AgentGoneError):
         await lost
     whole = make_file("whole", 1 << 20)
@@ -213,8 +214,8 @@ async def test_refusals_reach_who_asked(make_bench, make_file):
         await first.send(FileXferStart(5, b"[vdagent-file-xfer]\nname=z\nsize=9\n"))
     await until(lambda: bench.downloads.joinpath("z").exists())
     # The client itself knows nothing of the number that was used behind its back.
-    await until(lambda: sum(isinstance(e, AgentTrouble) for e in first.events) == 2)
-    assert not [e for e in second.events if isinstance(e, AgentTrouble)]
+    await until(lambda: sum(isinstance(e, AgentTrouble) for e in first.seen) == 2)
+    assert not [e for e in second.seen if isinstance(e, AgentTrouble)]
 
 
 async def test_an_agent_that_goes_and_comes_back(make_bench):
@@ -223,7 +224,7 @@ async def test_an_agent_that_goes_and_comes_back(make_bench):
     await first.wait_ready()
     await first.set_clipboard("first's")
     await bench.stop_guest()
-    await until(lambda: AgentGone("", closed=False) in first.events)
+    await until(lambda: AgentGone("", closed=False) in first.seen)
     assert first.capabilities is None
     with pytest.raises(AgentGoneError):
         await first.set_monitors([Monitor(1, 1)])
@@ -235,12 +236,12 @@ async def test_an_agent_that_goes_and_comes_back(make_bench):
         await client.wait_ready()
         await client.set_monitors([Monitor(800, 600)])
     # What was owned before is offered to the new agent.
-    await until(lambda: bench.guest._clipboard.remote_types)
+    await until(lambda: bench.guest.clipboard_types())
     assert await bench.guest.get_clipboard() == b"first's"
     await waiting.set_clipboard("after")
     await first.wait_clipboard()
     assert await bench.guest.get_clipboard() == b"after"
-    assert [type(e) for e in first.events if isinstance(e, AgentGone | AgentReady)] == [
+    assert [type(e) for e in first.seen if isinstance(e, AgentGone | AgentReady)] == [
         AgentReady,
         AgentGone,
         AgentReady,
@@ -264,7 +265,7 @@ async def test_an_agent_that_goes_ends_what_was_under_way(make_bench, make_file)
     with pytest.raises(AgentGoneError):
         await sending
     await until(lambda: not second.clipboard_types())
-    assert not bench.router._transfers.open
+    assert not bench.router.load.transfers
     # One that has heard of no agent is answered all the same.
     raw = await bench.raw_client()
     raw.send(AnnounceCapabilities(True, HOST_CAPABILITIES))
@@ -321,15 +322,13 @@ async def test_unknown_messages_pass_both_ways(make_bench):
     bench = await make_bench()
     client = await bench.client()
     await client.wait_ready()
-    kept = []
-    bench.guest._keep = lambda _, message: kept.append(message)
     await client.send(UnknownMessage(99, b"to the guest"))
-    await until(lambda: kept)
-    assert kept == [UnknownMessage(99, b"to the guest")]
-    bench.guest._handshake.link.post(UnknownMessage(98, b"to all"))
+    await until(lambda: bench.tap.of(UnknownMessage))
+    assert bench.tap.of(UnknownMessage) == [UnknownMessage(99, b"to the guest")]
+    bench.guest.link.post(UnknownMessage(98, b"to all"))
     await until(
         lambda: any(
-            getattr(e, "message", None) == UnknownMessage(98, b"to all") for e in client.events
+            getattr(e, "message", None) == UnknownMessage(98, b"to all") for e in client.seen
         )
     )
 
@@ -348,14 +347,14 @@ async def test_long_unknown_messages_pass_both_ways(make_bench):
     takers = [await bench.client(on_body=take) for _ in range(2)]
     for client in (sender, *takers):
         await client.wait_ready()
-    bench.guest.link_body = lambda link, port, head, size: take(head, size)
+    bench.tap.take_body = take
     await sender.send_body(UnknownMessage(77, opaque=5), len(data), pieces_of(data))
     await until(lambda: sinks and sinks[0].complete)
     (sink,) = sinks
     assert (sink.head, sink.size) == (UnknownMessage(77, opaque=5), len(data))
     assert sink.data == data
     sinks.clear()
-    await bench.guest._handshake.link.send_body(UnknownMessage(78), len(data), pieces_of(data))
+    await bench.guest.link.send_body(UnknownMessage(78), len(data), pieces_of(data))
     await until(lambda: len(sinks) == 2 and all(sink.complete for sink in sinks))
     assert all(sink.data == data and sink.head == UnknownMessage(78) for sink in sinks)
     await sender.set_monitors([Monitor(1, 1)])
@@ -369,18 +368,18 @@ async def test_a_long_message_waits_whole_and_not_in_memory_for_who_does_not_rea
     other = await bench.client()
     await slow.wait_ready()
     await other.wait_ready()
-    slow._handshake.link.hold_reading()
+    slow.link.hold_reading()
     size = 64 << 20
     tracemalloc.start()
-    await bench.guest._handshake.link.send_body(UnknownMessage(78), size, zeros(size))
+    await bench.guest.link.send_body(UnknownMessage(78), size, zeros(size))
     await other.set_monitors([Monitor(800, 600)])
     assert tracemalloc.get_traced_memory()[1] < 8 << 20
     tracemalloc.stop()
     assert not sinks
-    slow._handshake.link.release_reading()
+    slow.link.release_reading()
     await until(lambda: sinks and sinks[0].complete)
     assert len(sinks[0].data) == size
-    await until(lambda: bench.router._room.used == 0)
+    await until(lambda: bench.router.load.spooled == 0)
 
 
 async def test_a_message_that_breaks_off_is_not_passed_on(make_bench):
@@ -388,17 +387,15 @@ async def test_a_message_that_breaks_off_is_not_passed_on(make_bench):
     bench = await make_bench()
     first, second = await bench.client(), await bench.client()
     await second.wait_ready()
-    sinks, left = [], []
-    bench.guest.link_body = lambda link, port, head, size: sinks.append(Sink(head, size))
-    bench.guest._client_left = lambda: left.append(True)
+    sinks = []
+    bench.tap.take_body = lambda head, size: sinks.append(Sink(head, size))
     sending = asyncio.ensure_future(first.send_body(UnknownMessage(77), 4 << 20, endless(3 << 20)))
-    await until(lambda: bench.router._room.used >= 2 << 20)
-    first._handshake.link.fail(ConnectionResetError("killed"))
-    await until(lambda: bench.router._room.used == 0)
+    await until(lambda: bench.router.load.spooled >= 2 << 20)
+    first.link.fail(ConnectionResetError("killed"))
+    await until(lambda: bench.router.load.spooled == 0)
     await second.set_monitors([Monitor(1, 1)])
     assert not sinks
-    assert not left
-    del bench.guest._client_left
+    assert HostLeft() not in bench.guest_events
     assert any("left in the middle" in str(e.error) for e in troubles(bench))
     sending.cancel()
     await asyncio.gather(sending, return_exceptions=True)
@@ -415,15 +412,10 @@ async def test_an_answer_to_one_is_not_taken_by_another(make_bench, monkeypatch)
     silent, other = await bench.raw_client(), await bench.client()
     await silent.greet()
     await other.wait_ready()
-    took = bench.guest._set_monitors
-
-    def took_monitors(link, port, message):
-        if message.monitors[0].width != 13:
-            took(link, port, message)
-
-    bench.guest._set_monitors = took_monitors
-    silent.send(MonitorsConfig((Monitor(13, 13),)))
-    await until(lambda: len(bench.router._replies[1, MessageType.MONITORS_CONFIG]))
+    unanswered = MonitorsConfig((Monitor(13, 13),))
+    bench.tap.withholds = lambda message: message == unanswered
+    silent.send(unanswered)
+    await until(lambda: unanswered in bench.tap.of(MonitorsConfig))
     await other.set_monitors([Monitor(800, 600)])
     with pytest.raises(AgentRefusedError):
         await other.set_monitors([Monitor(0, 0)])
@@ -432,8 +424,7 @@ async def test_an_answer_to_one_is_not_taken_by_another(make_bench, monkeypatch)
 
 
 async def test_an_older_client_gets_older_statuses(make_bench, make_file):
-    bench = await make_bench()
-    bench.guest._receiver._directory = None  # it refuses with DISABLED
+    bench = await make_bench(downloads=None)  # it refuses with DISABLED
     old, new = await bench.raw_client(), await bench.raw_client()
     await old.greet(HOST_CAPABILITIES.without(Capability.FILE_XFER_DETAILED_ERRORS))
     await new.greet()
@@ -452,7 +443,7 @@ async def test_the_servers_own_messages_and_their_answers_do_not_reach_clients(m
     await until(lambda: answer in bench.router_events)
     assert bench.guest.mouse == MouseState(7, 8, MouseButton.LEFT)
     await client.set_monitors([Monitor(1, 1)])
-    assert answer not in client.events
+    assert answer not in client.seen
 
 
 async def test_too_many_clients_are_turned_away(make_bench, monkeypatch):
@@ -461,7 +452,7 @@ async def test_too_many_clients_are_turned_away(make_bench, monkeypatch):
     first = await bench.client()
     await first.wait_ready()
     second = await bench.client()
-    await until(lambda: any(isinstance(e, AgentGone) for e in second.events))
+    await until(lambda: any(isinstance(e, AgentGone) for e in second.seen))
     await first.set_monitors([Monitor(1, 1)])
 
 
@@ -474,7 +465,7 @@ async def test_a_client_that_does_not_read_is_given_up(make_bench, monkeypatch):
     await slow.wait_clipboard()
     asking = asyncio.ensure_future(slow.get_clipboard())
     await turns()
-    slow._handshake.link.hold_reading()
+    slow.link.hold_reading()
     await until(lambda: not bench.router.clients)
     asking.cancel()
     await asyncio.gather(asking, return_exceptions=True)
@@ -486,19 +477,19 @@ async def test_a_client_that_does_not_read_is_given_up(make_bench, monkeypatch):
 async def test_a_message_is_forwarded_that_comes_when_the_queue_has_just_been_emptied(make_bench):
     """Between the last turn of the forwarding task and what the loop does after it."""
     bench = await make_bench()
-    await bench.client()
-    (client,) = bench.router.clients
+    source = bench.router.agent_link
     sent = []
 
-    async def to_agent(_, message):
-        sent.append(message)
+    async def deliver(passing):
+        sent.append(passing)
         if len(sent) < 50:
             # Runs right behind this turn of the task, before any callback of its end.
-            asyncio.get_running_loop().call_soon(client._forward, message.message)
+            asyncio.get_running_loop().call_soon(relay.put, source, passing)
 
-    bench.router.to_agent = to_agent
-    client._forward(UnknownMessage(99))
+    relay = Relay(deliver, lambda error: None)
+    relay.put(source, Passing(UnknownMessage(99)))
     await until(lambda: len(sent) >= 50)
+    await relay.aclose()
 
 
 async def test_clients_that_left_leave_nothing_running(make_bench):
@@ -513,8 +504,9 @@ async def test_clients_that_left_leave_nothing_running(make_bench):
     for _ in range(20):
         client = await bench.client()
         await client.wait_ready()
-        bench.router.clients[-1]._forward(UnknownMessage(99))
-        bench.router.clients[-1].clipboard.receive(ClipboardRequest(0, TEXT))
+        far = bench.router.clients[-1]
+        for message in (UnknownMessage(99), ClipboardRequest(0, TEXT)):
+            far.link_message(far.link, ChunkPort.CLIENT, message)
         await turns(1)
         await client.aclose()
         await until(lambda: len(bench.router.clients) == 1)
@@ -530,27 +522,24 @@ async def test_an_owner_that_leaves_in_the_middle_of_its_clipboard(make_bench, m
     await other.wait_ready()
     await owner.greet()
     owner.send(ClipboardGrab(0, (TEXT,)))
-    await until(lambda: bench.guest._clipboard.remote_types)
+    await until(lambda: bench.guest.clipboard_types())
     pasting = asyncio.ensure_future(bench.guest.get_clipboard())
     await owner.receive(ClipboardRequest)
     owner.writer.write(owner.connection.start_body(Clipboard(0, TEXT), 1 << 20))
     owner.writer.write(owner.connection.send_body(bytes(1 << 19)))
-    left = []
-    bench.guest._client_left = lambda: left.append(True)
     progress = []
     sending = asyncio.ensure_future(
         other.send_file(
             make_file("whole", 16 << 20), on_progress=lambda sent, _: progress.append(sent)
         )
     )
-    await until(lambda: bench.router._room.used == 1 << 19 and progress)
+    await until(lambda: bench.router.load.spooled == 1 << 19 and progress)
     await owner.aclose()
     with pytest.raises(ClipboardEmptyError):
         await pasting
     await sending
     assert (bench.downloads / "whole").stat().st_size == 16 << 20
-    assert not left
-    del bench.guest._client_left
+    assert HostLeft() not in bench.guest_events
 
 
 @pytest.mark.parametrize("where", ["on_body", "feed", "end", "on_event"])
@@ -585,7 +574,7 @@ async def test_what_a_users_code_raises_costs_the_channel_nothing(make_bench, ca
         client.on_event = on_event
     await client.wait_ready()
     data = os.urandom(1 << 20)
-    await bench.guest._handshake.link.send_body(UnknownMessage(78), len(data), pieces_of(data))
+    await bench.guest.link.send_body(UnknownMessage(78), len(data), pieces_of(data))
     await until(lambda: where in called)
     await client.set_monitors([Monitor(1, 1)])
     await until(lambda: "failed" in caplog.text)

@@ -95,28 +95,21 @@ async def test_messages_on_the_servers_port_stay_there(served):
     spice = await server()
     other = await bench.client()
     await other.wait_ready()
-    seen = []
-    took = bench.guest.link_message
-
-    def link_message(link, port, message):
-        seen.append((port, message))
-        took(link, port, message)
-
-    bench.guest.link_message = link_message
+    bench.tap.seen.clear()
     mouse = MouseState(5, 6, MouseButton.LEFT)
     graphics = GraphicsDeviceInfo((DisplayInfo(0, 1, 2, b"pci/0000/02"),))
     for message in (mouse, graphics, UnknownMessage(99, b"?"), MonitorsConfig((Monitor(9, 9),))):
         spice.send(message, SERVER)
     spice.send(UnknownMessage(99, b"!"))
     assert (await spice.receive(Reply, SERVER)).to == MessageType.MONITORS_CONFIG
-    await until(lambda: len(seen) == 5)
-    assert [port for port, _ in seen] == [2, 2, 2, 2, 1]
+    await until(lambda: len(bench.tap.seen) == 5)
+    assert [port for port, _ in bench.tap.seen] == [2, 2, 2, 2, 1]
     assert bench.guest.mouse == mouse
     assert bench.guest.graphics == graphics
-    bench.guest._handshake.link.post(UnknownMessage(98, b"for the server"), SERVER)
+    bench.guest.link.post(UnknownMessage(98, b"for the server"), SERVER)
     assert await spice.receive(UnknownMessage, SERVER) == UnknownMessage(98, b"for the server")
     await other.set_monitors([Monitor(1, 1)])
-    assert not [e for e in other.events if isinstance(e, OtherMessage)]
+    assert not [e for e in other.seen if isinstance(e, OtherMessage)]
 
 
 async def test_the_pointer_passes_between_the_pieces_of_a_long_message(served):
@@ -134,7 +127,7 @@ async def test_the_pointer_passes_between_the_pieces_of_a_long_message(served):
         yield bytes(size // 2)
 
     await other.set_clipboard({TEXT: StreamSource(size, slowly)})
-    await until(lambda: bench.guest._clipboard.remote_types)
+    await until(lambda: bench.guest.clipboard_types())
     pasting = asyncio.ensure_future(bench.guest.get_clipboard())
     await halfway.wait()
     spice.send(MouseState(5, 6, MouseButton.LEFT), SERVER)

@@ -72,6 +72,11 @@ def go_on(client):
     client.writer.transport.resume_reading()
 
 
+def results(bench):
+    """What the guest was told of its files."""
+    return [status.result for status in bench.tap.of(FileXferStatus)]
+
+
 def reasons(bench):
     return [str(e.error) for e in bench.router_events if isinstance(e, AgentTrouble)]
 
@@ -101,7 +106,7 @@ async def test_a_burst_of_grabs_ends_nobody(make_bench):
     for victim in victims:
         await until(lambda victim=victim: victim.clipboard_types() == (TEXT, PNG))
         await victim.set_monitors([Monitor(800, 600)])
-    await until(lambda: bench.guest._clipboard.remote_types.get(0) == (TEXT, PNG))
+    await until(lambda: bench.guest.clipboard_types() == (TEXT, PNG))
     asking = asyncio.ensure_future(victims[0].get_clipboard())
     assert await source.receive(ClipboardRequest) == ClipboardRequest(0, TEXT)
     source.send(Clipboard(0, TEXT, b"the last"))
@@ -136,7 +141,7 @@ async def test_an_agent_that_announces_in_a_loop_ends_no_stopped_client(make_ben
     stop(stopped)
     (other,) = await ready(bench, 1)
     other_kinds = GUEST_CAPABILITIES.without(Capability.MOUSE_STATE)
-    link = bench.guest._handshake.link
+    link = bench.guest.link
     for number in range(20_000):
         kinds = GUEST_CAPABILITIES if number % 2 else other_kinds
         await link.send(AnnounceCapabilities(False, kinds))
@@ -150,15 +155,15 @@ async def test_an_agent_that_announces_in_a_loop_ends_no_stopped_client(make_ben
 
 async def left_behind(bench, count):
     """Clients that leave with all of their transfers open, while the agent is paused."""
-    bench.guest._receiver.start = lambda message: None
+    bench.tap.withholds = lambda message: isinstance(message, FileXferStart)
     clients = []
     for _ in range(count):
         client = await greeted(bench)
         for number in range(128):
             client.send(FileXferStart(number, FileInfo("x", 1).pack()))
         clients.append(client)
-    await until(lambda: len(bench.router._transfers.open) == count * 128)
-    await until(lambda: all(t.is_offered for t in bench.router._transfers.open.values()))
+    await until(lambda: len(bench.tap.of(FileXferStart)) == count * 128)
+    assert bench.router.load.transfers == count * 128
     bench.router.agent_link.pause_writing()
     for client in clients:
         await client.aclose()
@@ -172,11 +177,11 @@ async def test_clients_that_leave_with_all_their_transfers_do_not_end_a_paused_a
     bench = await make_bench()
     await left_behind(bench, 12)
     link = bench.router.agent_link
-    assert len(link._queues[1]) == 12 * 128
+    assert link.waiting == 12 * 128
     # Who sends something now is not read before the agent has read.
     late = await greeted(bench)
     late.send(MonitorsConfig((Monitor(1, 1),)))
-    await until(lambda: bench.router.clients[0].link._readers_waiting)
+    await until(lambda: bench.router.clients[0].link.is_held)
     assert link.is_open
     link.resume_writing()
     await late.receive(Reply)
@@ -188,10 +193,10 @@ async def test_clients_that_come_and_go_with_files_are_not_heard_of_by_a_paused_
     for _ in range(20):
         client = await greeted(bench)
         client.send(FileXferStart(1, FileInfo("x", 1).pack()))
-        await until(lambda: bench.router._transfers.open)
+        await until(lambda: bench.router.load.transfers)
         await client.aclose()
         await until(lambda: not bench.router.clients)
-    assert len(bench.router.agent_link._queues[1]) == 128
+    assert bench.router.agent_link.waiting == 128
     bench.router.agent_link.resume_writing()
     (other,) = await ready(bench, 1)
     await other.set_monitors([Monitor(1, 1)])
@@ -205,7 +210,7 @@ async def test_clients_that_hung_up_while_they_were_held_keep_nobody_out(make_be
         client = await greeted(bench)
         for _ in range(10):
             client.send(UnknownMessage(99, bytes(100_000)))
-        await until(lambda: bench.router.clients[-1]._forwarding._held is not None)
+        await until(lambda: bench.router.clients[-1].link.is_held)
         client.writer.transport.abort()
     assert len(bench.router.clients) == 4
     await ready(bench, 3)
@@ -239,14 +244,14 @@ async def test_a_client_that_does_not_read_its_clipboard_delays_nobody(make_benc
     await slow.receive(ClipboardGrab)
     stop(slow)
     slow.send(ClipboardRequest(0, PNG))
-    await until(lambda: bench.router._room.used or bench.router.agent_link._sinks)
+    await until(lambda: bench.router.load.spooled)
     for other in others:
         await other.set_monitors([Monitor(800, 600)])
         assert await other.get_clipboard_data(PNG) == data
     go_on(slow)
     slow.connection.stream_above = 64 * MIB
     assert bytes((await slow.receive(Clipboard)).data) == data
-    await until(lambda: bench.router._room.used == 0)
+    await until(lambda: bench.router.load.spooled == 0)
 
 
 async def test_a_client_that_does_not_read_its_files_is_given_up_for_the_others(
@@ -261,7 +266,7 @@ async def test_a_client_that_does_not_read_its_files_is_given_up_for_the_others(
     start = await slow.receive(FileXferStart)
     stop(slow)
     slow.send(FileXferStatus(start.id, FileXferResult.CAN_SEND_DATA))
-    await until(lambda: bench.router.clients[0].relay._held is not None)
+    await until(lambda: bench.router.agent_link.is_held)
     await other.set_monitors([Monitor(800, 600)])
     await until(lambda: len(bench.router.clients) == 1)
     assert any("while others waited for it" in reason for reason in reasons(bench))
@@ -277,16 +282,13 @@ async def test_a_client_that_is_alone_may_read_as_slowly_as_it_likes(
     (client,) = await ready(bench, 1, capabilities=HOST_CAPABILITIES.with_(FILES_FROM_GUEST))
     await client.wait_clipboard()
     getting = asyncio.ensure_future(client.get_files(tmp_path / "in"))
-    await until(
-        lambda: client._transfers.receiver is not None and client._transfers.receiver._incoming
-    )
-    client._handshake.link.hold_reading()
-    await until(lambda: bench.router.clients[0].relay._held is not None)
-    checks = []
-    relay = bench.router.clients[0].relay
-    check, relay._check_hold = relay._check_hold, lambda taken: checks.append(check(taken))
-    await until(lambda: len(checks) > 3)
-    client._handshake.link.release_reading()
+    await until(lambda: (tmp_path / "in" / path.name).exists())
+    client.link.hold_reading()
+    await until(lambda: bench.router.agent_link.is_held)
+    for _ in range(4):
+        # The loop's timers end in order: this one behind the next look at how much was taken.
+        await asyncio.sleep(relay_module.HOLD_SECONDS)
+    client.link.release_reading()
     assert (await getting)[0].read_bytes() == path.read_bytes()
 
 
@@ -315,7 +317,7 @@ async def offered(bench, size=16 * MIB, sent=9 * MIB):
     """A client whose clipboard the guest has begun to paste; some of it is sent."""
     owner = await greeted(bench)
     owner.send(ClipboardGrab(0, (PNG,)))
-    await until(lambda: bench.guest._clipboard.remote_types)
+    await until(lambda: bench.guest.clipboard_types())
     pasting = asyncio.ensure_future(bench.guest.get_clipboard(kind=PNG))
     await owner.receive(ClipboardRequest)
     owner.writer.write(owner.connection.start_body(Clipboard(0, PNG), size))
@@ -358,7 +360,7 @@ async def test_an_owner_that_dies_in_the_middle_does_not_end_the_client_that_pas
     with pytest.raises(ClipboardEmptyError):
         await asking
     await other.set_monitors([Monitor(800, 600)])
-    assert not [event for event in other.events if isinstance(event, AgentGone)]
+    assert not [event for event in other.seen if isinstance(event, AgentGone)]
 
 
 async def test_an_agent_that_dies_in_the_middle_does_not_end_the_client_that_pastes(make_bench):
@@ -378,7 +380,7 @@ async def test_an_agent_that_dies_in_the_middle_does_not_end_the_client_that_pas
     await bench.stop_guest()
     with pytest.raises((AgentGoneError, ClipboardEmptyError)):
         await asking
-    assert [e for e in client.events if isinstance(e, AgentGone)] == [AgentGone("", closed=False)]
+    assert [e for e in client.seen if isinstance(e, AgentGone)] == [AgentGone("", closed=False)]
     await bench.start_guest()
     await client.wait_ready()
     await client.set_monitors([Monitor(800, 600)])
@@ -392,7 +394,7 @@ async def test_an_owner_that_stops_in_the_middle_delays_nobody(make_bench, make_
     await other.send_file(make_file("whole", MIB))
     # Other clipboards go on, and this one as soon as somebody else owns it.
     await other.set_clipboard("selected", 1)
-    await until(lambda: 1 in bench.guest._clipboard.remote_types)
+    await until(lambda: bench.guest.clipboard_types(1))
     assert await bench.guest.get_clipboard(1) == b"selected"
     owner.writer.write(owner.connection.send_body(bytes(7 * MIB)))
     assert await pasting == bytes(16 * MIB)
@@ -403,13 +405,13 @@ async def test_an_owner_that_says_nothing_is_not_waited_for_when_there_is_anothe
     (other,) = await ready(bench, 1)
     owner = await greeted(bench)
     owner.send(ClipboardGrab(0, (TEXT,)))
-    await until(lambda: bench.guest._clipboard.remote_types)
+    await until(lambda: bench.guest.clipboard_types())
     pasting = asyncio.ensure_future(bench.guest.get_clipboard())
     await owner.receive(ClipboardRequest)
     await other.set_clipboard("another's")
     with pytest.raises(ClipboardEmptyError):
         await pasting
-    await until(lambda: bench.guest._clipboard.remote_types)
+    await until(lambda: bench.guest.clipboard_types())
     assert await bench.guest.get_clipboard() == b"another's"
 
 
@@ -424,13 +426,18 @@ async def test_what_is_too_long_or_cannot_be_kept_is_said(make_bench, monkeypatc
         await client.get_clipboard_data(PNG)
     assert any("at most 2097152" in reason for reason in reasons(bench))
     await client.send_body(UnknownMessage(99), 3 * MIB, pieces_of(bytes(3 * MIB)))
-    bench.router._room.used += 2 * MIB
+    # Who reads nothing has a message waiting that leaves too little room for another.
+    stopped = await greeted(bench)
+    stop(stopped)
+    await bench.guest.link.send_body(UnknownMessage(98), 2 * MIB, pieces_of(bytes(2 * MIB)))
+    await until(lambda: bench.router.load.spooled == 2 * MIB)
     with pytest.raises(ClipboardEmptyError):
         await client.get_clipboard_data(TEXT)
     assert any("long messages wait already" in reason for reason in reasons(bench))
-    bench.router._room.used -= 2 * MIB
+    await stopped.aclose()
+    await until(lambda: bench.router.load.spooled == 0)
     assert await other.get_clipboard_data(TEXT) == bytes(2 * MIB)
-    await until(lambda: bench.router._room.used == 0)
+    await until(lambda: bench.router.load.spooled == 0)
 
 
 async def test_a_long_message_that_does_not_go_on_is_given_up(make_bench, monkeypatch):
@@ -440,7 +447,7 @@ async def test_a_long_message_that_does_not_go_on_is_given_up(make_bench, monkey
     client.writer.write(client.connection.start_body(UnknownMessage(99), MIB))
     client.writer.write(client.connection.send_body(bytes(MIB // 2)))
     await until(lambda: any("no more of a message of type 99" in r for r in reasons(bench)))
-    assert bench.router._room.used == 0
+    assert bench.router.load.spooled == 0
     client.writer.write(client.connection.send_body(bytes(MIB // 2)))
     client.send(MonitorsConfig((Monitor(1, 1),)))
     await client.receive(Reply)
@@ -489,9 +496,9 @@ async def test_short_messages_for_a_stopped_client_keep_no_more_than_themselves(
     stop(stopped)
     bench.router.clients[0].link.pause_writing()
     with no_more_than(16 * MIB):
-        await filled(bench.guest._handshake.link, 400)
+        await filled(bench.guest.link, 400)
         await other.set_monitors([Monitor(1, 1)])
-    assert len(bench.router.clients[0].relay._queue) > 300
+    assert bench.router.clients[0].relay.waiting > 300
     bench.router.clients[0].link.resume_writing()
     go_on(stopped)
 
@@ -501,22 +508,23 @@ async def test_short_messages_for_a_paused_agent_keep_no_more_than_themselves(ma
     (client,) = await ready(bench, 1)
     bench.router.agent_link.pause_writing()
     with no_more_than(16 * MIB):
-        await filled(client._handshake.link, 400)
-        await until(lambda: len(bench.router.clients[0]._forwarding._queue) > 300)
+        await filled(client.link, 400)
+        await until(lambda: bench.router.clients[0].forwarding.waiting > 300)
     bench.router.agent_link.resume_writing()
 
 
 async def test_events_that_nobody_takes_keep_no_more_than_themselves(make_bench):
     bench = await make_bench()
     (client,) = await ready(bench, 1)
-    client.events = type(client).events.__get__(client)
     client.on_event = None
-    with client.events() as events, no_more_than(24 * MIB):
-        await filled(bench.guest._handshake.link, 400)
-        for _ in range(400):
-            await bench.guest._handshake.link.send(UnknownMessage(98, bytes(100_000)))
-        await client.set_monitors([Monitor(1, 1)])
-        assert 30 < len(events._events) < 50
+    with client.events() as events:
+        with no_more_than(24 * MIB):
+            await filled(bench.guest.link, 400)
+            for _ in range(400):
+                await bench.guest.link.send(UnknownMessage(98, bytes(100_000)))
+            await client.set_monitors([Monitor(1, 1)])
+        await client.aclose()
+        assert 30 < len([event async for event in events]) < 50
 
 
 # --- turns for the guest's files
@@ -533,8 +541,8 @@ async def test_a_turn_is_not_held_by_admitting_a_file_again_and_again(
     holder = await greeted(bench, capabilities=taking)
     (other,) = await ready(bench, 1, capabilities=taking)
     await other.wait_clipboard()
-    receive, statuses = bench.guest._transfers.receive, []
-    bench.guest._transfers.receive = statuses.append  # a guest that never sends
+    # A guest that never sends.
+    bench.tap.withholds = lambda message: isinstance(message, FileXferStatus)
     holder.send(ClipboardRequest(0, ClipboardType.FILE_LIST))
     start = await holder.receive(FileXferStart)
 
@@ -545,10 +553,11 @@ async def test_a_turn_is_not_held_by_admitting_a_file_again_and_again(
             await holder.receive(Reply)
 
     holding = asyncio.ensure_future(hold())
-    await until(lambda: any(s.result == FileXferResult.CANCELLED for s in statuses))
-    bench.guest._transfers.receive = receive
+    await until(lambda: FileXferResult.CANCELLED in results(bench))
+    bench.tap.withholds = lambda message: False
+    admitted = results(bench).count(FileXferResult.CAN_SEND_DATA)
     assert [p.read_bytes() for p in await other.get_files(tmp_path / "in")] == [path.read_bytes()]
-    assert sum(s.result == FileXferResult.CAN_SEND_DATA for s in statuses) == 1
+    assert admitted == 1
     holding.cancel()
     await asyncio.gather(holding, return_exceptions=True)
 
@@ -560,10 +569,8 @@ async def test_a_guest_may_begin_as_many_files_as_it_has_listed(make_bench, make
     await client.receive(ClipboardGrab)
     client.send(ClipboardRequest(0, ClipboardType.FILE_LIST))
     await client.receive(FileXferStart)
-    statuses = []
-    bench.guest._transfers.receive = statuses.append
-    link = bench.guest._handshake.link
+    link = bench.guest.link
     for number in range(5000):
         link.post(FileXferStart((1 << 31) + 100 + number, FileInfo("x", 1).pack()))
-    await until(lambda: len(statuses) >= 5000)
-    assert {s.result for s in statuses} == {FileXferResult.CANCELLED}
+    await until(lambda: len(results(bench)) >= 5000)
+    assert set(results(bench)) == {FileXferResult.CANCELLED}

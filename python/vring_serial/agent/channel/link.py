@@ -231,6 +231,11 @@ class AgentLink(asyncio.Protocol):
         waiting = self._transport.get_write_buffer_size() if self._transport is not None else 0
         return self._written - waiting
 
+    @property
+    def waiting(self) -> int:
+        """Short messages that wait for their turn, or for the peer to read."""
+        return sum(len(queue) for queue in self._queues.values())
+
     def post(self, message: Message, port: ChunkPort = ChunkPort.CLIENT) -> None:
         """Send a short message as soon as its turn comes; nothing happens on a closed link."""
         if not self.is_open:
@@ -253,7 +258,7 @@ class AgentLink(asyncio.Protocol):
         self._flush()
 
     def _check_queues(self) -> None:
-        count = sum(len(queue) for queue in self._queues.values())
+        count = self.waiting
         size = sum(queue.bytes for queue in self._queues.values())
         if count > QUEUE_MAX or size > QUEUE_BYTES:
             self._give_up(count)
@@ -274,7 +279,7 @@ class AgentLink(asyncio.Protocol):
         if self.taken > taken_before:
             self._watch_crowd()
         else:
-            self._give_up(sum(len(queue) for queue in self._queues.values()))
+            self._give_up(self.waiting)
 
     def _give_up(self, count: int) -> None:
         self.fail(AgentError(f"the other end left {count} messages unread"))
@@ -395,6 +400,11 @@ class AgentLink(asyncio.Protocol):
             self._resumed = None
 
     # --- the way in, and the end
+
+    @property
+    def is_held(self) -> bool:
+        """Whether nothing is taken from the peer: what it sends waits in the transport."""
+        return self._readers_waiting > 0
 
     def hold_reading(self) -> None:
         """Take no more messages from the peer until ``release_reading``; holds add up."""

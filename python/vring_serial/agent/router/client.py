@@ -113,6 +113,7 @@ class RouterClient:
         transfers: the client's numbers of transfers, and the router's for each.
         has_spoken: a whole message came from it.
         relay: messages from the agent that may be many or long.
+        forwarding: messages to the agent.
         gone: set when the connection has ended.
     """
 
@@ -137,7 +138,7 @@ class RouterClient:
             taker=self.link,
             is_shared=lambda: len(router.clients) > 1,
         )
-        self._forwarding = Relay(lambda passing: router.to_agent(self, passing), trouble)
+        self.forwarding = Relay(lambda passing: router.to_agent(self, passing), trouble)
         self.clipboard = ClipboardChannel(
             Side.GUEST,
             on_grab=lambda selection, types: router.clipboards.offer_to_others(
@@ -154,7 +155,7 @@ class RouterClient:
         """End what runs for this client."""
         async with contextlib.AsyncExitStack() as stack:  # each, also if this is cancelled
             stack.push_async_callback(self.relay.aclose)
-            stack.push_async_callback(self._forwarding.aclose)
+            stack.push_async_callback(self.forwarding.aclose)
             stack.push_async_callback(self.clipboard.aclose)
 
     # --- what the router tells it
@@ -221,7 +222,7 @@ class RouterClient:
         self.clipboard.end_session()
         self.clipboard.stop_answering()
         # They may wait for an end that does not read, and clients come and go meanwhile.
-        self._forwarding.stop()
+        self.forwarding.stop()
         self.relay.stop()
         if self._admitted and reason is not None:
             self._router.emit(AgentTrouble(AgentError(f"a client was lost: {reason}")))
@@ -277,7 +278,7 @@ class RouterClient:
         return DataPieces(head.id, self._forward)
 
     def _take_long(self, passing: Passing) -> None:
-        self._forwarding.put(self.link, passing)
+        self.forwarding.put(self.link, passing)
 
     def link_trouble(self, link: AgentLink, error: AgentProtocolError) -> None:
         """Pass a wrong message of the client to ``on_event``."""
@@ -294,7 +295,7 @@ class RouterClient:
 
     def _servers_client_left(self) -> None:
         """End what the client behind a SPICE server began: it left, and another may come."""
-        self._forwarding.clear()
+        self.forwarding.clear()
         self._router.end_work_of(self)
         self.capabilities = None
         self.clipboard.begin_session(self.link)
@@ -302,4 +303,4 @@ class RouterClient:
     def _forward(
         self, message: TypedMessage | UnknownMessage, port: ChunkPort = ChunkPort.CLIENT
     ) -> None:
-        self._forwarding.put(self.link, Passing(message, port))
+        self.forwarding.put(self.link, Passing(message, port))

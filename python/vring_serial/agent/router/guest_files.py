@@ -110,6 +110,11 @@ class GuestFiles:
 
     # --- the transfers
 
+    @property
+    def under_way(self) -> int:
+        """Transfers that have begun and not ended."""
+        return len(self._open)
+
     def from_guest(self, message: FileXferStart | FileXferData | FileXferStatus) -> bool:
         """Pass on a message of a transfer that the guest began; return whether it was of one."""
         turn = self._turn

@@ -106,6 +106,11 @@ class Relay:
         self._hold_timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
 
+    @property
+    def waiting(self) -> int:
+        """Messages in the queue, apart from the one that is being delivered."""
+        return len(self._queue)
+
     def put(self, source: AgentLink, passing: Passing) -> None:
         """Queue a message; ``source`` is not read while too much of it waits.
 

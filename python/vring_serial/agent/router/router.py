@@ -29,6 +29,7 @@ import contextlib
 import logging
 import socket
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from vring_serial.agent.channel.handshake import Handshake
 from vring_serial.agent.channel.link import AgentLink, BodySink
@@ -90,6 +91,21 @@ _ANSWERED = (MessageType.MONITORS_CONFIG, MessageType.DISPLAY_CONFIG)
 _LAYOUT = (Capability.CLIPBOARD_SELECTION, Capability.CLIPBOARD_GRAB_SERIAL)
 
 
+@dataclass(frozen=True, slots=True)
+class RouterLoad:
+    """What an AgentRouter is busy with at one moment; an idle one has 0 of each.
+
+    Attributes:
+        transfers: files on their way from clients to the agent.
+        guest_transfers: files on their way from the guest to a client.
+        spooled: bytes of long messages that are kept until they are whole and passed on.
+    """
+
+    transfers: int
+    guest_transfers: int
+    spooled: int
+
+
 class AgentRouter(Ending):
     """Shares one agent between clients.
 
@@ -138,6 +154,11 @@ class AgentRouter(Ending):
         self._servers = ServerConnections(self._connect_server, self._log)
         self._is_closed = False
         self.clipboards = SharedClipboards(self.clients, self.guest_files, self._room, self.emit)
+
+    @property
+    def load(self) -> RouterLoad:
+        """What the router is busy with now."""
+        return RouterLoad(len(self._transfers.open), self.guest_files.under_way, self._room.used)
 
     def protocol_factory(self) -> asyncio.Protocol:
         """Return a protocol for one connection to the agent; a new one replaces the one before."""
