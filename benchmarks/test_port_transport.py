@@ -9,6 +9,7 @@ import pytest
 
 from vring import GuestMemory, Region, SplitDriver, SplitQueue
 from vring_serial.device.console.port_transport import PortTransport
+from vring_serial.device.console.state import ChainState
 from vring_serial.device.virtqueue import RunningQueue
 
 SIZE = 256
@@ -66,7 +67,7 @@ def test_guest_to_protocol(benchmark, length):
 
     async def transfer() -> None:
         transport = rig.connect()
-        transport.start_transmitq(rig.running)
+        transport.start_transmitq(rig.running, ChainState())
         wanted = rig.protocol.received + ROUNDS * SIZE * length
         while rig.protocol.received < wanted:
             rig.driver.get_used()

@@ -58,8 +58,9 @@ class StateFormat(Generic[StateT]):
     Attributes:
         kind: its name in the saved bytes.
         version: what :meth:`pack` writes, 1 or more.
-        cls: the dataclass. Its fields are made of bool, int, str, bytes, None, enums, dataclasses,
-            and of ``list``, ``tuple``, ``dict`` (with keys that are int or str) and ``|`` of them.
+        cls: the dataclass. Its fields are made of bool, int, str, bytes, bytearray, None, enums,
+            dataclasses, and of ``list``, ``tuple``, ``dict`` (with keys that are int or str) and
+            ``|`` of them.
         upgrades: for each older version the function that gives the next version's fields; it may
             change its argument; what it raises for fields that are not there is made a StateError.
     """
@@ -193,8 +194,8 @@ def _build(wanted: Any, value: Any, where: str) -> Any:
         if type(value) is not wanted:
             raise StateError(f"{where}: {_describe(value)} instead of {_name(wanted)}")
         return value
-    if wanted is bytes:
-        return _build_bytes(value, where)
+    if wanted is bytes or wanted is bytearray:
+        return wanted(_build_bytes(value, where))
     if isinstance(wanted, type) and issubclass(wanted, enum.Enum):
         return _build_enum(wanted, value, where)
     raise TypeError(f"{where}: {wanted!r} cannot be part of a state")

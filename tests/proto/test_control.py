@@ -84,7 +84,7 @@ def test_the_sequence_of_linux_at_boot():
     ]
     assert device.receive_message(said(1, E.PORT_OPEN)) == [PortOpened(1)]
     assert device.receive_message(said(1, E.PORT_OPEN, 0)) == [PortClosed(1)]
-    assert device.state(1) is PortState.CLOSED
+    assert device.port_state(1) is PortState.CLOSED
     assert not device.outbox
 
 
@@ -131,7 +131,7 @@ def test_a_second_device_ready_closes_what_was_open():
     device.receive_message(said(1, E.PORT_READY))
     device.receive_message(said(1, E.PORT_OPEN))
     assert device.receive_message(said(NO_PORT, E.DEVICE_READY)) == [PeerReady(True), PortClosed(1)]
-    assert device.state(1) is PortState.ADDED
+    assert device.port_state(1) is PortState.ADDED
 
 
 def test_a_driver_that_failed_hears_of_nothing():
@@ -342,7 +342,7 @@ class DeviceMachine(RuleBasedStateMachine):
         if self.device.driver_ready:
             assert set(self.known) <= set(self.ports)
         for nr, known in self.known.items():
-            if self.device.state(nr) in (PortState.READY, PortState.OPEN, PortState.CLOSED):
+            if self.device.port_state(nr) in (PortState.READY, PortState.OPEN, PortState.CLOSED):
                 assert bool(known) == self.ports[nr]
 
 
@@ -516,7 +516,7 @@ def test_driver_and_device_agree_after_any_quarrel(messages):
     driver.outbox.clear()
     driver.start()
     exchange(device, driver)
-    assert all(device.state(nr) in (PortState.READY, PortState.OPEN) for nr in range(3))
+    assert all(device.port_state(nr) in (PortState.READY, PortState.OPEN) for nr in range(3))
     assert {nr: port.name for nr, port in driver.ports.items()} == {
         nr: b"org.test.%d" % nr for nr in range(3)
     }

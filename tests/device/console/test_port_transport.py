@@ -17,6 +17,7 @@ from vring_serial.chardev.ringbuf import RingbufChardev
 from vring_serial.device.console import events as ev
 from vring_serial.device.console.port import Port
 from vring_serial.device.console.port_transport import BACKLOG_MAX, PortTransport
+from vring_serial.device.console.state import ChainState
 from vring_serial.device.virtqueue import RunningQueue
 from vring_serial.proto.console import CONTROL_RECEIVEQ, ControlEvent
 
@@ -333,7 +334,7 @@ async def test_nothing_of_a_large_chain_comes_from_memory_that_is_gone(bare):
 
     protocol = Nibbler()
     transport = bare.connect(protocol)
-    transport.start_transmitq(bare.running)
+    transport.start_transmitq(bare.running, ChainState())
     bare.memory.write(bare.BUFFERS, b"x" * (2 << 20))
     bare.driver.add([(bare.BUFFERS, 2 << 20)], [])
     bare.publish()
@@ -361,14 +362,16 @@ async def test_what_was_delivered_is_left_out_of_its_own_chain_alone(bare):
         bare.memory.write(address, data)
         bare.driver.add([(address, len(data))], [])
     bare.publish()
-    transport.start_transmitq(bare.running, len(b"delivered, "))
+    chain = ChainState(delivered=len(b"delivered, "))
+    transport.start_transmitq(bare.running, chain)
     used = 0
     async with asyncio.timeout(5):
         while used < 2:
             used += len(bare.driver.get_used()[0])
             await asyncio.sleep(0)
     assert protocol.data == b"rest and more"
-    assert transport.stop_transmitq() == 0
+    transport.stop_transmitq()
+    assert chain.delivered == 0
 
 
 async def test_what_is_written_while_the_vm_is_paused_arrives_when_it_goes_on(rig):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 
 from vring import Pump, RingError
@@ -16,6 +15,7 @@ from vring_serial.device.console.event_log import EventLog
 from vring_serial.device.console.events import DeviceEvent, Side
 from vring_serial.device.console.loop_pump import LoopPump
 from vring_serial.device.console.port import Port
+from vring_serial.device.console.state import ControllerState
 from vring_serial.device.served import Discarder
 from vring_serial.device.virtqueue import RunningQueue, is_fresh
 from vring_serial.errors import LocalProtocolError, RemoteProtocolError
@@ -42,21 +42,6 @@ DEFAULT_FEATURES = (
 )
 
 
-@dataclass(slots=True)
-class DriverState:
-    """What the device knows of its driver beside what the control protocol does.
-
-    Attributes:
-        status: the device status (2.1), with what the device set itself.
-        features: the accepted features; None before the driver has said.
-        stopped_at: available index of each queue that was stopped, by queue index.
-    """
-
-    status: int = 0
-    features: int | None = None
-    stopped_at: dict[int, int] = field(default_factory=dict)
-
-
 class Controller(Starting):
     """A console device (virtio 1.3, 5.3), for any transport: see ``device.base.VirtioDevice``.
 
@@ -69,8 +54,11 @@ class Controller(Starting):
             watch its ``event_fd``. Without one, the controller makes its own at :meth:`start`.
         features: offered feature bits.
         queue_size_max: largest queue, in descriptors.
+        state: to go on from; taken over. Its ports are to be added, each with its own state, before
+            a queue starts.
 
     Attributes:
+        state: kept up to date here alone; see :meth:`settled`.
         on_event: called with everything that happens, after it was logged. One listener: setting
             another raises LocalProtocolError until it is None again.
         started: between :meth:`start` and :meth:`aclose`.
@@ -91,14 +79,15 @@ class Controller(Starting):
         pump: Pump | None = None,
         features: int = DEFAULT_FEATURES,
         queue_size_max: int = QUEUE_SIZE_MAX,
+        state: ControllerState | None = None,
     ) -> None:
+        self.state = state or ControllerState()
         self.name = name
         self.max_ports = max_ports
         self.device_features = int(features)
         self.num_queues = queue_count(max_ports, bool(features & ConsoleFeature.MULTIPORT))
         self.queue_size_max = queue_size_max
-        self.config_generation = 0
-        self._control = ctl.ControlDevice(max_ports)
+        self._control = ctl.ControlDevice(max_ports, self.state.control)
         self._control_queues = ControlQueues(
             self._control, self._control_events, self._queue_broken
         )
@@ -106,9 +95,7 @@ class Controller(Starting):
         self._pump = pump
         self._own_pump: LoopPump | None = None
         self.started = False
-        self._driver = DriverState()
         self._queues: dict[int, RunningQueue] = {}
-        self._size_told = (0, 0)  # of the console, in the configuration space
         self._discarder: Discarder | None = None  # of single-port mode without a port 0
         self._log = EventLog()
 
@@ -221,17 +208,22 @@ class Controller(Starting):
     @property
     def status(self) -> int:
         """The device status (2.1)."""
-        return self._driver.status
+        return self.state.status
+
+    @property
+    def config_generation(self) -> int:
+        """Counts changes of the configuration space."""
+        return self.state.config_generation
 
     @property
     def driver_features(self) -> int:
         """What the driver accepted; 0 if it has not yet."""
-        return self._driver.features or 0
+        return self.state.features or 0
 
     @property
     def single_port(self) -> bool:
         """Whether the driver did not accept MULTIPORT: one port, without control queues."""
-        bits = self.device_features if self._driver.features is None else self._driver.features
+        bits = self.device_features if self.state.features is None else self.state.features
         return not bits & ConsoleFeature.MULTIPORT
 
     def set_driver_features(self, bits: int) -> None:
@@ -241,8 +233,8 @@ class Controller(Starting):
             raise RemoteProtocolError(
                 f"{self.name}: the driver accepted what was not offered: {extra}"
             )
-        if bits != self._driver.features:
-            self._driver.features = bits
+        if bits != self.state.features:
+            self.state.features = bits
             self.emit(ev.FeaturesNegotiated(bits))
             self._console_changed()
             self._serve_unclaimed()
@@ -250,8 +242,8 @@ class Controller(Starting):
 
     def set_status(self, status: int) -> None:
         """Take over the device status that was written: see VirtioDevice."""
-        needs_reset = self._driver.status & Status.DEVICE_NEEDS_RESET
-        self._driver.status = status | needs_reset if status else 0
+        needs_reset = self.state.status & Status.DEVICE_NEEDS_RESET
+        self.state.status = status | needs_reset if status else 0
 
     def read_config(self, offset: int, length: int) -> bytes:
         """Return ``length`` bytes of the configuration space; what lies outside reads as zero."""
@@ -285,7 +277,7 @@ class Controller(Starting):
         if index in self._queues:
             raise LocalProtocolError(f"{self.name}: queue {index} runs already")
         position = queue.queue.avail_index
-        if is_fresh(queue.queue) and self._driver.stopped_at.get(index, position) != position:
+        if is_fresh(queue.queue) and self.state.stopped_at.get(index, position) != position:
             self._start_anew()
         self._queues[index] = queue
         try:
@@ -308,12 +300,30 @@ class Controller(Starting):
         elif port_of_queue(index)[0] is None:
             self._control_queues.stop(index)
         self._serve_unclaimed()
-        self._driver.stopped_at[index] = queue.queue.avail_index
+        self.state.stopped_at[index] = queue.queue.avail_index
         return queue.queue.avail_index
+
+    @contextlib.contextmanager
+    def settled(self) -> Iterator[None]:
+        """Hold all queues, so that every part's state is exact, inside a ``with`` without await.
+
+        ``avail_index`` and ``used_index`` of the queues are exact as well, and nothing is in
+        flight. On leaving, all go on as if nothing had happened.
+        """
+        ports = list(self._ports.values())
+        for port in ports:
+            port.settle()
+        for index, running in self._queues.items():
+            self.state.stopped_at[index] = running.queue.avail_index
+        try:
+            yield
+        finally:
+            for port in ports:
+                port.go_on()
 
     def reset_queue(self, index: int) -> None:
         """Forget where the queue, which does not run, was stopped; its driver is the same one."""
-        self._driver.stopped_at.pop(index, None)
+        self.state.stopped_at.pop(index, None)
         port = self._port_of(index)
         if port is not None and port_of_queue(index)[1]:
             port.forget_driver()
@@ -322,9 +332,9 @@ class Controller(Starting):
         """Stop all queues and forget the driver."""
         for index in list(self._queues):
             self.stop_queue(index)
-        self._driver.status = 0
-        had_driver = self._driver.features is not None
-        self._driver.features = None
+        self.state.status = 0
+        had_driver = self.state.features is not None
+        self.state.features = None
         self._console_changed()
         self._start_anew(silent=not had_driver)
 
@@ -370,10 +380,10 @@ class Controller(Starting):
     def _console_changed(self) -> None:
         """Tell the driver if the console, or its size, is another now."""
         size = self._console_size()
-        if size == self._size_told:
+        if size == self.state.size_told or self._control.unclaimed:
             return
-        self._size_told = size
-        self.config_generation += 1
+        self.state.size_told = size
+        self.state.config_generation += 1
         if self.driver_features & ConsoleFeature.SIZE:
             tell(self._log.failures, f"{self.name}: on_config_change", self.on_config_change)
 
@@ -411,7 +421,7 @@ class Controller(Starting):
             self._discarder = None
 
     def _set_guest(self, port: Port) -> None:
-        port.set_guest(self._control.state(port.nr), single=self.single_port and port.nr == 0)
+        port.set_guest(self._control.port_state(port.nr), single=self.single_port and port.nr == 0)
 
     def _sync_guest(self) -> None:
         for port in list(self._ports.values()):
@@ -440,7 +450,7 @@ class Controller(Starting):
     def _start_anew(self, *, silent: bool = False) -> None:
         """Expect a driver that knows nothing of the ports, or none."""
         closed = self._control.reset()
-        self._driver.stopped_at.clear()
+        self.state.stopped_at.clear()
         for event in closed:
             if isinstance(event, ctl.PortClosed):
                 self.emit(ev.PortClosed(Side.GUEST, event.nr))
@@ -451,6 +461,6 @@ class Controller(Starting):
             self.emit(ev.DeviceReset())
 
     def _queue_broken(self, index: int, error: RingError) -> None:
-        self._driver.status |= Status.DEVICE_NEEDS_RESET
+        self.state.status |= Status.DEVICE_NEEDS_RESET
         self.emit(ev.QueueBroken(index, error))
         tell(self._log.failures, f"{self.name}: on_needs_reset", self.on_needs_reset, error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from vring import Batch, RingError
+from vring_serial.device.console.state import ChainState
 from vring_serial.device.served import BATCH_BYTES, BATCH_CHAINS, TURN_BATCHES, ServedQueue
 from vring_serial.device.virtqueue import RunningQueue
 
@@ -35,7 +36,7 @@ class Delivery:
         self._on_broken = on_broken
         self._served: ServedQueue | None = None
         self._large: Batch | None = None  # one chain, delivered in pieces
-        self._delivered = 0  # bytes of it, or of the chain that will be popped next
+        self._chain = ChainState()  # what was delivered of it, or of the chain popped next
         self._last_chains: int | None = None  # how many are left before the end; None: no end
 
     @property
@@ -48,27 +49,23 @@ class Delivery:
         """Return whether an end was set and not all before it has been taken."""
         return self._last_chains is not None
 
-    def start(self, running: RunningQueue, delivered: int) -> None:
-        """Take the bytes of this queue, but for the first ``delivered``, from now on.
+    def start(self, running: RunningQueue, chain: ChainState) -> None:
+        """Take the bytes of this queue, but for those delivered of ``chain``, from now on.
 
-        Raises OSError if its kick cannot be watched.
+        ``chain`` is kept up to date until :meth:`stop`. Raises OSError if its kick cannot be
+        watched.
         """
-        self._delivered = delivered
+        self._chain = chain
         self._served = ServedQueue(running, self._serve, self._on_broken)
 
-    def stop(self) -> int:
-        """Leave the queue alone, with nothing in flight.
-
-        Returns how many bytes of the next chain have been delivered already.
-        """
+    def stop(self) -> None:
+        """Leave the queue alone, with nothing in flight; the chain's state says how far it is."""
         if self._served is not None:
             self._served.stop()
             if self._large is not None:
                 self._served.queue.unpop(self._large)
                 self._large = None
             self._served = None
-        delivered, self._delivered = self._delivered, 0
-        return delivered
 
     def run(self) -> None:
         """Go on: bytes that were not wanted may be wanted now."""
@@ -105,7 +102,9 @@ class Delivery:
                     if queue.enable_notifications():
                         continue
                     return False
-                if self._delivered or (len(batch) == 1 and batch[0].readable_bytes > BATCH_BYTES):
+                if self._chain.delivered or (
+                    len(batch) == 1 and batch[0].readable_bytes > BATCH_BYTES
+                ):
                     # After a delivered part only its own chain may come.
                     if len(batch) > 1:
                         queue.unpop(batch)
@@ -131,7 +130,7 @@ class Delivery:
         piece = bytearray()
         passed = 0
         for view in batch[0].readable:
-            start = max(0, self._delivered - passed)
+            start = max(0, self._chain.delivered - passed)
             passed += len(view)
             if start < len(view):
                 piece += view[start : start + BATCH_BYTES - len(piece)]
@@ -139,11 +138,11 @@ class Delivery:
                 break
         if served.queue.memory.lost:
             served.queue.pop_many()  # raises: the piece may be zeros that the guest did not send
-        self._delivered += len(piece)
-        done = self._delivered >= batch[0].readable_bytes
+        self._chain.delivered += len(piece)
+        done = self._chain.delivered >= batch[0].readable_bytes
         if done:
             self._large = None
-            self._delivered = 0
+            self._chain.delivered = 0
             if served.queue.push_many(batch):
                 served.running.call()
         self._take(bytes(piece))

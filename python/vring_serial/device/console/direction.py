@@ -10,6 +10,7 @@ from typing import ClassVar, Protocol
 from vring import Pump, RingError
 from vring_serial.chardev.base import End
 from vring_serial.device.console.port_transport import PortTransport
+from vring_serial.device.console.state import DevicePortState
 from vring_serial.device.virtqueue import RunningQueue
 from vring_serial.proto.control import PortState
 
@@ -29,32 +30,31 @@ class Sides:
 
     Attributes:
         console: the port is a console.
-        single: the driver did not accept MULTIPORT, and this is its one port.
-        guest: what the guest's driver has said of the port.
+        state: the port's; what of it must survive.
         end: the connected host end.
         session: the connection to the end's protocol, if the end is one.
     """
 
     console: bool
-    single: bool = False
-    guest: PortState = PortState.UNKNOWN
+    state: DevicePortState
     end: End | None = None
     session: PortTransport | None = None
 
     @property
     def never_waits(self) -> bool:
         """Return whether the guest has a console on the port, whose driver nothing may hold up."""
-        return self.console or self.single
+        return self.console or self.state.single
 
     @property
     def guest_ready(self) -> bool:
         """Return whether the guest's driver can use the port."""
-        return self.single or self.guest in (PortState.READY, PortState.OPEN, PortState.CLOSED)
+        state = self.state
+        return state.single or state.guest in (PortState.READY, PortState.OPEN, PortState.CLOSED)
 
     @property
     def guest_open(self) -> bool:
         """Return whether the guest takes bytes: it has the port open, or has a console on it."""
-        return self.guest_ready if self.never_waits else self.guest is PortState.OPEN
+        return self.guest_ready if self.never_waits else self.state.guest is PortState.OPEN
 
 
 class DirectionUser(Protocol):

@@ -15,6 +15,7 @@ from vring_serial.device.console.direction import Direction, Sides
 from vring_serial.device.console.events import DeviceEvent, OutputDropped
 from vring_serial.device.console.port_transport import PortTransport
 from vring_serial.device.console.receive import Receive
+from vring_serial.device.console.state import DevicePortState, SessionState
 from vring_serial.device.console.transmit import Transmit
 from vring_serial.device.virtqueue import RunningQueue
 from vring_serial.proto.control import PortState
@@ -64,23 +65,29 @@ class Port:
         name: what the guest calls it; must be unique in the device, and may be empty.
         chardev: the host end; the port becomes its user when it is added to a controller.
         console: the guest is to make a console of it.
+        state: to go on from; taken over.
 
     Attributes:
-        size: columns and rows of the terminal behind the host end, if that is one.
+        state: kept up to date by the port and its directions; see :meth:`settle`.
     """
 
     def __init__(
-        self, nr: int, name: bytes | str, chardev: Chardev, *, console: bool = False
+        self,
+        nr: int,
+        name: bytes | str,
+        chardev: Chardev,
+        *,
+        console: bool = False,
+        state: DevicePortState | None = None,
     ) -> None:
         self.nr = nr
         self.name = name.encode() if isinstance(name, str) else name
         self.chardev = chardev
-        self.size: tuple[int, int] | None = None
+        self.state = state or DevicePortState()
         self._owner: PortOwner | None = None
-        self._sides = Sides(console)
+        self._sides = Sides(console, self.state)
         self._transmit = Transmit(self._sides, self)
         self._receive = Receive(self._sides, self)
-        self._session_over = False  # the protocol left, and the guest still has the port open
         self._retry: asyncio.TimerHandle | None = None
         self._retry_delay = 0.0  # of the last; 0 after a success
         self._said = RateLimitedLog(log)  # a peer can come and break in a loop
@@ -110,6 +117,11 @@ class Port:
         return self._sides.guest_ready
 
     @property
+    def size(self) -> tuple[int, int] | None:
+        """Return columns and rows of the terminal behind the host end, if that is one."""
+        return self.state.size
+
+    @property
     def host_open(self) -> bool:
         """Return whether a host end is connected."""
         return self._sides.end is not None
@@ -120,6 +132,8 @@ class Port:
         """Become a device's port and the chardev's user; LocalProtocolError if it has one."""
         self.chardev.attach(self)
         self._owner = owner
+        if self.guest_open:  # by the state that the port was made with
+            self._tell_guest_opened()
 
     def release(self) -> None:
         """Leave the device: nothing of the port runs any more."""
@@ -135,7 +149,7 @@ class Port:
     def report_residue(self) -> None:
         """Tell, as the device stops, if the guest's last bytes found no host end to take them."""
         self._transmit.stop_residue()
-        if residue := self._transmit.half_chain.residue:
+        if residue := self.state.chain.residue:
             self.output_dropped(len(residue))
 
     def set_guest(self, state: PortState, *, single: bool = False) -> None:
@@ -148,11 +162,11 @@ class Port:
         """
         sides = self._sides
         was_open = sides.guest_open
-        closed = sides.guest is PortState.OPEN and state is PortState.CLOSED
-        sides.guest = state
-        sides.single = single
+        closed = self.state.guest is PortState.OPEN and state is PortState.CLOSED
+        self.state.guest = state
+        self.state.single = single
         if sides.guest_open != was_open:
-            self._session_over = False
+            self.state.session_over = False
         if sides.session is not None:
             # One that is still ending does not wait for chains of a driver that is gone.
             orphaned = sides.session.ending and not sides.guest_ready
@@ -160,8 +174,21 @@ class Port:
                 self._end_session(closed)
         self._update()
         if sides.guest_open != was_open:
-            what = f"{self.label}: guest_opened"
-            tell(self._said, what, self.chardev.guest_opened, sides.guest_open)
+            self._tell_guest_opened()
+
+    def _tell_guest_opened(self) -> None:
+        what = f"{self.label}: guest_opened"
+        tell(self._said, what, self.chardev.guest_opened, self.guest_open)
+
+    def settle(self) -> None:
+        """Hold both directions until :meth:`go_on`: ``state`` is exact and nothing in flight."""
+        self._transmit.stop()
+        self._transmit.stop_residue()
+        self._receive.stop()
+
+    def go_on(self) -> None:
+        """Serve the queues again after :meth:`settle`."""
+        self._update()
 
     def start_queue(self, is_transmit: bool, running: RunningQueue) -> None:
         """Serve a queue of the port. Raises OSError if its kick cannot be watched."""
@@ -178,7 +205,7 @@ class Port:
 
     def forget_driver(self) -> None:
         """Expect rings that start anew: a chain that was half delivered is not in them."""
-        self._transmit.half_chain.delivered = 0
+        self.state.chain.delivered = 0
 
     def emergency_write(self, char: int) -> None:
         """Pass on a character that the guest wrote to the configuration space; it may be lost."""
@@ -201,7 +228,7 @@ class Port:
         self._sides.end = end
         self._transmit.end_opened()
         self._receive.end_opened()
-        self._session_over = False
+        self.state.session_over = False
         if self._owner is not None:
             self._owner.host_end_changed(self, True)
             self._update()
@@ -226,7 +253,7 @@ class Port:
 
     def end_resized(self, cols: int, rows: int) -> None:
         """Note the size of the terminal, in characters, and tell the guest."""
-        self.size = (cols, rows)
+        self.state.size = (cols, rows)
         if self._owner is not None:
             self._owner.port_resized(self)
 
@@ -300,7 +327,7 @@ class Port:
         sides = self._sides
         if sides.session is not None or not isinstance(sides.end, ProtocolEnd):
             return
-        if not self._session_over and (sides.never_waits or sides.guest_open):
+        if not self.state.session_over and (sides.never_waits or sides.guest_open):
             self._connect(sides.end)
 
     def _deliver_late(self) -> None:
@@ -309,8 +336,8 @@ class Port:
         if (
             isinstance(sides.end, ProtocolEnd)
             and sides.session is None
-            and not self._session_over
-            and sides.guest is PortState.CLOSED
+            and not self.state.session_over
+            and self.state.guest is PortState.CLOSED
             and running is not None
             and running.queue.available()
         ):
@@ -326,10 +353,12 @@ class Port:
             asyncio.get_running_loop().call_exception_handler(
                 {"message": f"{self.label}: no protocol for its host end", "exception": error}
             )
-            self._session_over = True
+            self.state.session_over = True
             return
         if self._sides.end is not end or self._sides.session is not None:
             return  # the factory closed its own end
+        if self.state.session is None:
+            self.state.session = SessionState()
         self._sides.session = PortTransport(
             protocol,
             lossy=self._sides.never_waits,
@@ -337,6 +366,7 @@ class Port:
             on_lost=self._session_lost,
             on_broken=lambda is_transmit, error: self._direction(is_transmit).break_queue(error),
             on_dropped=self.output_dropped,
+            state=self.state.session,
         )
 
     def _end_session(self, guest_closed: bool) -> None:
@@ -351,8 +381,8 @@ class Port:
         """Take the queues back from a connection that is over."""
         self._transmit.stop()
         self._receive.stop()
-        self._sides.session = None
-        self._session_over = by_protocol
+        self._sides.session = self.state.session = None
+        self.state.session_over = by_protocol
         if by_protocol:
             self._update()
             self.chardev.peer_gone()

@@ -8,6 +8,7 @@ from typing import Any
 
 from vring import RingError
 from vring_serial.device.console.delivery import Delivery
+from vring_serial.device.console.state import ChainState, SessionState
 from vring_serial.device.console.write_buffer import WriteBuffer
 from vring_serial.device.virtqueue import RunningQueue
 
@@ -31,6 +32,7 @@ class PortTransport(asyncio.Transport):
         on_lost: called when the connection is over, with whether the protocol ended it.
         on_broken: called with whether it was the transmitq that the driver broke, and how.
         on_dropped: called once whenever a lossy transport begins to drop.
+        state: to go on from; kept up to date here.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class PortTransport(asyncio.Transport):
         on_lost: Callable[[bool], None],
         on_broken: Callable[[bool, RingError], None],
         on_dropped: Callable[[int], None],
+        state: SessionState | None = None,
     ) -> None:
         super().__init__(extra)
         self._loop = asyncio.get_running_loop()
@@ -55,31 +58,30 @@ class PortTransport(asyncio.Transport):
             self._all_received,
             lambda error: on_broken(True, error),
         )
-        self._output = WriteBuffer(self._written, lambda error: on_broken(False, error))
+        self._state = state or SessionState()
+        self._output = WriteBuffer(
+            self._written, lambda error: on_broken(False, error), self._state.unread
+        )
         self._connected = False
         self._closing = False
         self._lost = False
         self._paused = False
-        self._backlog = bytearray()
         self._dropping = False
-        self.dropped = 0
         self._loop.call_soon(self._connect)
 
     # --- for the port
 
-    def start_transmitq(self, running: RunningQueue, delivered: int = 0) -> None:
-        """Take the guest's bytes from here; ``delivered`` is what stop_transmitq returned.
+    def start_transmitq(self, running: RunningQueue, chain: ChainState) -> None:
+        """Take the guest's bytes from here, but for those delivered of ``chain``.
 
-        Raises OSError if its kick cannot be watched.
+        ``chain`` is kept up to date until :meth:`stop_transmitq`. Raises OSError if its kick cannot
+        be watched.
         """
-        self._delivery.start(running, delivered)
+        self._delivery.start(running, chain)
 
-    def stop_transmitq(self) -> int:
-        """Leave the queue alone, with nothing in flight.
-
-        Returns how many bytes of the next chain have been delivered already.
-        """
-        return self._delivery.stop()
+    def stop_transmitq(self) -> None:
+        """Leave the queue alone, with nothing in flight."""
+        self._delivery.stop()
 
     def start_receiveq(self, running: RunningQueue) -> None:
         """Give the guest its bytes here. Raises OSError if its kick cannot be watched."""
@@ -126,9 +128,9 @@ class PortTransport(asyncio.Transport):
             self._loop.call_soon(self._resume)
 
     def _resume(self) -> None:
-        if self._connected and self._backlog and not self._paused:
-            data = bytes(self._backlog)
-            self._backlog.clear()
+        if self._connected and self._state.backlog and not self._paused:
+            data = bytes(self._state.backlog)
+            self._state.backlog.clear()
             self._dropping = False
             self._deliver(data)
         self._delivery.run()
@@ -232,13 +234,13 @@ class PortTransport(asyncio.Transport):
         if self._connected and not self._paused:
             self._deliver(data)
             return
-        room = BACKLOG_MAX - len(self._backlog)
-        self._backlog += data[:room]
+        room = BACKLOG_MAX - len(self._state.backlog)
+        self._state.backlog += data[:room]
         if len(data) > room:
-            self.dropped += len(data) - room
+            self._state.dropped += len(data) - room
             if not self._dropping:
                 self._dropping = True
-                self._on_dropped(self.dropped)
+                self._on_dropped(self._state.dropped)
 
     def _deliver(self, data: bytes) -> None:
         if data and not self._lost and isinstance(self._protocol, asyncio.Protocol):

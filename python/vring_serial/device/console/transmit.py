@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 
 from vring import Flow, FlowEvent, RingError
 from vring_serial.chardev.base import DescriptorEnd
@@ -14,33 +13,6 @@ from vring_serial.device.virtqueue import RunningQueue
 from vring_serial.proto.control import PortState
 
 
-@dataclass(slots=True)
-class HalfChain:
-    """What is left of a chain that was begun when nobody serves its queue.
-
-    While a queue is served, whoever serves it knows how far it is: the pump's flow, or the
-    transport's delivery. When they stop, one of three states is left, and it outlives host ends,
-    paused machines and migrations:
-
-    - whole: nothing was begun.
-    - residue: a flow copied the rest, and completed the chain. These bytes are the device's, and go
-      to the next descriptor before any other. A console's flow adds its backlog to them, the bytes
-      that its descriptor did not take at once.
-    - delivered: a protocol has the first bytes, and the chain is in the ring again. They are left
-      out when it is popped once more. Fresh rings and discarding end this state.
-
-    A console's transport has a backlog as well. It belongs to the protocol, which has only paused
-    reading, and goes with it.
-
-    Attributes:
-        residue: bytes.
-        delivered: number of bytes.
-    """
-
-    residue: bytes = b""
-    delivered: int = 0
-
-
 class Transmit(Direction):
     """The direction from the guest to the host.
 
@@ -48,16 +20,13 @@ class Transmit(Direction):
     the port for the first time, so that nobody reads what was meant for nobody; then they are
     delivered, also what was written before the guest closed it. Without a host end nothing is
     popped, but by a console, which must never hold its driver up.
-
-    Attributes:
-        half_chain: what is left of a chain that was begun.
     """
 
     is_transmit = True
 
     def __init__(self, sides: Sides, user: DirectionUser) -> None:
         super().__init__(sides, user)
-        self.half_chain = HalfChain()
+        self._chain = sides.state.chain
         self._discarder: Discarder | None = None
         self._flow: Flow | None = None
         self._residue_writer: ResidueWriter | None = None
@@ -75,21 +44,21 @@ class Transmit(Direction):
             self._discarder = None
         if self._flow is not None:
             flow, self._flow = self._flow, None
-            self.half_chain.residue = flow.detach()
+            self._chain.residue = flow.detach()
         if mode is Mode.TRANSPORT:
             assert self._sides.session is not None
-            self.half_chain.delivered = self._sides.session.stop_transmitq()
+            self._sides.session.stop_transmitq()
 
     def stop_residue(self) -> None:
         """Write no more of the residue to the end's descriptor, until the next :meth:`update`."""
         if self._residue_writer is not None:
-            writer, self._residue_writer = self._residue_writer, None
-            self.half_chain.residue = writer.stop()
+            self._residue_writer.stop()
+            self._residue_writer = None
 
     def _wanted(self, sides: Sides) -> Mode:
         if not sides.guest_ready:
             return Mode.IDLE
-        if not sides.never_waits and sides.guest is PortState.READY:
+        if not sides.never_waits and sides.state.guest is PortState.READY:
             return Mode.DISCARD
         if isinstance(sides.end, DescriptorEnd) and not self._over:
             return Mode.PUMP if sides.end.write_fd >= 0 else Mode.DISCARD
@@ -99,7 +68,7 @@ class Transmit(Direction):
 
     def _start(self, mode: Mode, running: RunningQueue) -> None:
         if mode is Mode.DISCARD:
-            self.half_chain.delivered = 0
+            self._chain.delivered = 0
             self._discarder = Discarder(running, self.break_queue, self._reconsider)
         elif mode is Mode.PUMP:
             assert isinstance(self._sides.end, DescriptorEnd)
@@ -111,13 +80,12 @@ class Transmit(Direction):
                 call_fd=running.call_fd,
                 on_event=self._flow_event,
                 lossy=self._sides.never_waits,
-                residue=self.half_chain.residue,
+                residue=self._chain.residue,
             )
-            self.half_chain.residue = b""
+            self._chain.residue = b""
         else:
             assert self._sides.session is not None
-            self._sides.session.start_transmitq(running, self.half_chain.delivered)
-            self.half_chain.delivered = 0
+            self._sides.session.start_transmitq(running, self._chain)
 
     def _reconsider(self) -> None:
         """Look whether the driver has opened the port meanwhile, before bytes are discarded.
@@ -146,9 +114,8 @@ class Transmit(Direction):
             or self._over
         ):
             self.stop_residue()
-        elif self.half_chain.residue and self._residue_writer is None:
-            residue, self.half_chain.residue = self.half_chain.residue, b""
-            self._residue_writer = ResidueWriter(end.write_fd, residue, self._residue_written)
+        elif self._chain.residue and self._residue_writer is None:
+            self._residue_writer = ResidueWriter(end.write_fd, self._chain, self._residue_written)
 
     def _residue_written(self, error: OSError | None) -> None:
         self.stop_residue()

@@ -20,18 +20,22 @@ class WriteBuffer:
     Args:
         on_taken: called after the guest has got some of the bytes. May start and stop the queue.
         on_broken: called when the driver broke the queue, which is stopped then.
+        data: what the guest has not got; kept up to date here.
 
     Attributes:
-        data: what the guest has not got; to be looked at only. Always the same object.
+        data: the same; to be looked at only.
         low, high: the marks in bytes.
     """
 
     def __init__(
-        self, on_taken: Callable[[], None], on_broken: Callable[[RingError], None]
+        self,
+        on_taken: Callable[[], None],
+        on_broken: Callable[[RingError], None],
+        data: bytearray,
     ) -> None:
         self._on_taken = on_taken
         self._on_broken = on_broken
-        self.data = bytearray()
+        self.data = data
         self._served: ServedQueue | None = None
         self._full = False  # above the high mark, and not yet back at the low one
         self.set_limits()

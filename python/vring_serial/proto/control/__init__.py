@@ -21,7 +21,6 @@ from vring_serial.proto.control.device import (
     DEVICE_TRANSITIONS,
     ControlDevice,
     PortInput,
-    PortState,
 )
 from vring_serial.proto.control.driver import (
     DRIVER_TRANSITIONS,
@@ -45,11 +44,14 @@ from vring_serial.proto.control.events import (
     Refused,
 )
 from vring_serial.proto.control.outbox import Outbox
+from vring_serial.proto.control.state import ControlPortState, ControlState, PortState
 
 __all__ = [
     "ControlDevice",
     "ControlDriver",
     "Outbox",
+    "ControlPortState",
+    "ControlState",
     "DEVICE_TRANSITIONS",
     "PortInput",
     "PortState",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from collections import OrderedDict
 
 from vring_serial.errors import LocalProtocolError, RemoteProtocolError
 from vring_serial.proto.console import (
@@ -23,17 +23,7 @@ from vring_serial.proto.control.events import (
     Refused,
 )
 from vring_serial.proto.control.outbox import Outbox
-
-
-class PortState(enum.Enum):
-    """What a port is to the driver, as far as the device knows."""
-
-    UNKNOWN = "the driver has not heard of it, or not since the last reset"
-    ADDED = "PORT_ADD is on its way or received"
-    READY = "the driver can use it and has not opened it yet"
-    OPEN = "the driver has it open"
-    CLOSED = "the driver had it open; what it wrote before it closed counts"
-    FAILED = "the driver could not set it up"
+from vring_serial.proto.control.state import ControlPortState, ControlState, PortState
 
 
 class PortInput(enum.Enum):
@@ -99,47 +89,60 @@ DEVICE_TRANSITIONS: dict[tuple[PortState, PortInput], tuple[PortState, tuple[_Do
 }
 
 
-@dataclass(slots=True)
-class _DevicePort:
-    nr: int
-    name: bytes
-    console: bool
-    state: PortState = PortState.UNKNOWN
-    host_open: bool = False
-    told_open: bool = False
-    """The driver may think that the host end is connected."""
-    size: Size | None = None
-    spoken_of: bool = False
-    """The driver said something about it since the last reset."""
-
-
 class ControlDevice:
     """The device's side of the control queues.
 
+    Args:
+        max_ports: port numbers are below this.
+        state: to go on from; taken over. Its ports are claimed by :meth:`add_port`, one by one.
+
     Attributes:
         max_ports: port numbers are below this.
-        driver_ready: the driver sent DEVICE_READY, or spoke of a port as one that resumes does.
+        state: what it knows of the driver and of the ports; kept up to date here alone.
         outbox: what waits to be sent.
     """
 
-    def __init__(self, max_ports: int) -> None:
+    def __init__(self, max_ports: int, state: ControlState | None = None) -> None:
         if not 1 <= max_ports <= MAX_PORTS:
             raise LocalProtocolError(f"max_ports is {max_ports}, not 1..{MAX_PORTS}")
         self.max_ports = max_ports
-        self.driver_ready = False
-        self.outbox = Outbox()
-        self._ports: dict[int, _DevicePort] = {}
+        self.state = state or ControlState()
+        # Ordered: taking the first of a plain dict costs time for each that was taken before.
+        self.state.waiting = waiting = OrderedDict(self.state.waiting)
+        self.outbox = Outbox(waiting)
+        self._ports = self.state.ports
+        self._unclaimed = set(self._ports)
+
+    @property
+    def driver_ready(self) -> bool:
+        """Whether the driver sent DEVICE_READY, or spoke of a port as one that resumes does."""
+        return self.state.driver_ready
+
+    @property
+    def unclaimed(self) -> bool:
+        """Whether :meth:`add_port` is still to be called for ports of the state."""
+        return bool(self._unclaimed)
 
     # what the device's owner does
 
     def add_port(self, nr: int, name: bytes = b"", *, console: bool = False) -> None:
         """Add a port; a driver that is ready is told.
 
+        A port of the state that this was made with goes on as it stood there, and the driver hears
+        nothing; unless it has another name or became a console or none: then the old one is removed
+        first.
+
         Raises LocalProtocolError if the number is taken or not below ``max_ports``, or the name is
         taken, longer than MAX_NAME bytes, or holds a NUL.
         """
         if not 0 <= nr < self.max_ports:
             raise LocalProtocolError(f"port {nr}: numbers are 0..{self.max_ports - 1}")
+        if nr in self._unclaimed:
+            self._unclaimed.discard(nr)
+            known = self._ports[nr]
+            if (known.name, known.console) == (name, console):
+                return
+            self.remove_port(nr)
         if nr in self._ports:
             raise LocalProtocolError(f"port {nr} exists already")
         if len(name) > MAX_NAME or b"\0" in name:
@@ -148,7 +151,7 @@ class ControlDevice:
             )
         if name and any(port.name == name for port in self._ports.values()):
             raise LocalProtocolError(f"port {nr}: the name {name!r} is taken")
-        port = self._ports[nr] = _DevicePort(nr, name, console)
+        port = self._ports[nr] = ControlPortState(nr, name, console)
         if self.driver_ready:
             self._step(port, PortInput.ANNOUNCE)
 
@@ -156,6 +159,7 @@ class ControlDevice:
         """Remove a port; a driver that has heard of it is told. Raises LocalProtocolError."""
         port = self._port(nr)
         del self._ports[nr]
+        self._unclaimed.discard(nr)
         if self._has_heard_of(port):
             self.outbox.add(ControlMessage(nr, ControlEvent.PORT_REMOVE, 1))
         else:
@@ -184,7 +188,7 @@ class ControlDevice:
             if port.console and port.state in (PortState.READY, PortState.OPEN, PortState.CLOSED):
                 self.outbox.add(ControlMessage(nr, ControlEvent.RESIZE, 0, size.pack()))
 
-    def state(self, nr: int) -> PortState:
+    def port_state(self, nr: int) -> PortState:
         """Return what the port is to the driver. LocalProtocolError if there is no such port."""
         return self._port(nr).state
 
@@ -193,7 +197,7 @@ class ControlDevice:
 
         Returns PortClosed for every port that was open.
         """
-        self.driver_ready = False
+        self.state.driver_ready = False
         self.outbox.clear()
         closed: list[DeviceSideEvent] = [
             PortClosed(port.nr) for port in self._ports.values() if port.state is PortState.OPEN
@@ -225,7 +229,7 @@ class ControlDevice:
         if self.outbox.waits(port.nr, ControlEvent.PORT_REMOVE):
             return [Refused(f"{message}: about the port that had this number before")]
         # A driver that resumes says no DEVICE_READY, and yet wants to hear of ports added later.
-        self.driver_ready = True
+        self.state.driver_ready = True
         port.spoken_of = True
         return self._step(port, port_input)
 
@@ -233,7 +237,7 @@ class ControlDevice:
         events: list[DeviceSideEvent] = [PeerReady(ok)]
         if not ok:
             return events + self.reset()
-        self.driver_ready = True
+        self.state.driver_ready = True
         for port in self._ports.values():
             port.spoken_of = self._has_heard_of(port)
             # It may have heard that the host end is connected, and not that it no longer is.
@@ -244,18 +248,18 @@ class ControlDevice:
 
     # internals
 
-    def _port(self, nr: int) -> _DevicePort:
+    def _port(self, nr: int) -> ControlPortState:
         try:
             return self._ports[nr]
         except KeyError:
             raise LocalProtocolError(f"there is no port {nr}") from None
 
-    def _has_heard_of(self, port: _DevicePort) -> bool:
+    def _has_heard_of(self, port: ControlPortState) -> bool:
         """Whether the driver can know the port: its PORT_ADD left, or the driver spoke of it."""
         left = not self.outbox.waits(port.nr, ControlEvent.PORT_ADD)
         return port.spoken_of or (port.state is not PortState.UNKNOWN and left)
 
-    def _step(self, port: _DevicePort, port_input: PortInput) -> list[DeviceSideEvent]:
+    def _step(self, port: ControlPortState, port_input: PortInput) -> list[DeviceSideEvent]:
         port.state, actions = DEVICE_TRANSITIONS[port.state, port_input]
         events: list[DeviceSideEvent] = []
         for action in actions:
@@ -276,7 +280,7 @@ class ControlDevice:
                     events.append(PortClosed(port.nr))
         return events
 
-    def _describe(self, port: _DevicePort) -> None:
+    def _describe(self, port: ControlPortState) -> None:
         """Tell a driver about a port, in QEMU's order; the size last, for it needs a console."""
         if port.console:
             self.outbox.add(ControlMessage(port.nr, ControlEvent.CONSOLE_PORT, 1))
@@ -287,7 +291,7 @@ class ControlDevice:
         if port.console and port.size is not None:
             self.outbox.add(ControlMessage(port.nr, ControlEvent.RESIZE, 0, port.size.pack()))
 
-    def _send_open(self, port: _DevicePort) -> None:
+    def _send_open(self, port: ControlPortState) -> None:
         if port.host_open or port.told_open:
             port.told_open = port.host_open
             self.outbox.add(ControlMessage(port.nr, ControlEvent.PORT_OPEN, int(port.host_open)))

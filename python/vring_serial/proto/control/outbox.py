@@ -18,17 +18,22 @@ class Outbox:
     - of PORT_OPEN the last two that differ stay, so that the receiver sees the change;
     - a RESIZE takes the place of the earlier one, as does a PORT_NAME;
     - a PORT_REMOVE makes everything else that waits about the port pointless.
+
+    Args:
+        messages: what waits already, by number of order, the first first; kept up to date here.
+            Ordered so that taking the first is cheap.
     """
 
     #: A device sends PORT_REMOVE, PORT_ADD, CONSOLE_PORT, PORT_NAME, RESIZE and twice PORT_OPEN; a
     #: driver no more than PORT_READY and twice PORT_OPEN.
     MAX_PER_ID = 7
 
-    def __init__(self) -> None:
-        # By number of order; ordered so that taking the first is cheap.
-        self._messages: OrderedDict[int, ControlMessage] = OrderedDict()
+    def __init__(self, messages: OrderedDict[int, ControlMessage] | None = None) -> None:
+        self._messages = OrderedDict() if messages is None else messages
         self._of_id: dict[int, list[int]] = {}
-        self._next = 0
+        for number, message in self._messages.items():
+            self._of_id.setdefault(message.id, []).append(number)
+        self._next = next(reversed(self._messages), -1) + 1
 
     def __len__(self) -> int:
         return len(self._messages)
