@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import os
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -10,6 +10,8 @@ from functools import partial
 
 import pytest
 
+from tests.support.pump import pump_turn
+from tests.support.waiting import turns, until
 from vring import Driver, GuestMemory, PackedDriver, Region, SplitDriver, SplitQueue
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.console.controller import DEFAULT_FEATURES, Controller
@@ -17,6 +19,7 @@ from vring_serial.device.pci import PciDevice
 from vring_serial.device.registers.mmio import MmioDevice
 from vring_serial.device.testing import LegacyPciDriver, MmioDriver, PciDriver, RegisterDriver
 from vring_serial.device.virtqueue import RunningQueue
+from vring_serial.errors import LocalProtocolError
 from vring_serial.proto.console import (
     CONTROL_RECEIVEQ,
     CONTROL_TRANSMITQ,
@@ -266,20 +269,17 @@ class Guest:
         self.collect(transmitq)
         return not self.rings[transmitq].buffers
 
-    async def until(self, condition: Callable[[], object], seconds: float = 5) -> None:
+    async def until(self, condition: Callable[[], object]) -> None:
         """Go on, step by step, until ``condition`` holds."""
-        async with asyncio.timeout(seconds):
-            while True:
-                self.step()
-                if condition():
-                    return
-                await asyncio.sleep(0.001)
+        await until(lambda: (self.step(), condition())[1])
 
-    async def settle(self, turns: int = 20) -> None:
-        """Give everybody the time to do what they should not."""
-        for _ in range(turns):
+    async def settle(self, rounds: int = 3) -> None:
+        """Give everybody the chance to do what they should not: in the pump and in the loop."""
+        for _ in range(rounds):
             self.step()
-            await asyncio.sleep(0.001)
+            with contextlib.suppress(LocalProtocolError):  # it was not started, and has none
+                pump_turn(self.controller.pump)
+            await turns()
 
     async def ready(self, nr: int) -> None:
         """Until a port is usable and the device knows it."""

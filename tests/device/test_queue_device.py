@@ -7,11 +7,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from tests.support.waiting import wait_until
 from vring import GuestMemory, Region
 from vring.testing import GuestQueue
 from vring_serial.device.base import VirtioDevice
@@ -118,11 +118,7 @@ def test_the_example_runs_and_ends(tmp_path, way):
     path = tmp_path / "rng.sock"
     process = subprocess.Popen([sys.executable, EXAMPLE, way, path], stderr=subprocess.DEVNULL)
     try:
-        end = time.monotonic() + 20
-        while not path.exists() and time.monotonic() < end:
-            assert process.poll() is None
-            time.sleep(0.02)
-        assert path.exists()
+        wait_until(path.exists, "the example listens", unless=lambda: process.poll() is not None)
         second = subprocess.run(
             [sys.executable, EXAMPLE, way, path], stderr=subprocess.PIPE, timeout=20, check=False
         )

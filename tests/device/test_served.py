@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import os
 import weakref
@@ -10,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.support.waiting import turns, until
 from vring import GuestMemory, Region, SplitDriver, SplitQueue
 from vring_serial.device.served import Discarder
 from vring_serial.device.virtqueue import RunningQueue
@@ -34,13 +34,11 @@ async def test_who_has_stopped_is_freed_at_once_with_the_guests_memory(running: 
         discarder = Discarder(running, lambda error: pytest.fail(f"{error}"))
         driver.add([(0x4000, 16)], [])
         driver.publish()
-        async with asyncio.timeout(5):
-            while not driver.get_used()[0].size:
-                await asyncio.sleep(0)
+        await until(lambda: driver.get_used()[0].size)
         is_there = weakref.ref(discarder)
         discarder.stop()
         del discarder
-        await asyncio.sleep(0)  # what the loop still had of it is gone with its turn
+        await turns(1)  # what the loop still had of it is gone with its turn
         assert is_there() is None
     finally:
         gc.enable()

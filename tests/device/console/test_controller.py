@@ -9,7 +9,8 @@ import random
 
 import pytest
 
-from tests.support.waiting import until
+from tests.support.pump import pump_turn
+from tests.support.waiting import turns, until
 from vring import RingError
 from vring_serial.chardev.protocol import ProtocolChardev
 from vring_serial.device.base import VirtioDevice
@@ -231,9 +232,8 @@ async def test_a_control_buffer_too_small_for_a_message_is_given_back_and_the_me
     guest.say(1, E.PORT_READY)
     guest.give_buffers(CONTROL_RECEIVEQ, 1, 8)
     ring = guest.rings[CONTROL_RECEIVEQ]
-    async with asyncio.timeout(5):
-        while not (used := guest.collect(CONTROL_RECEIVEQ)):
-            await asyncio.sleep(0.001)
+    used: list[bytes] = []
+    await until(lambda: used.extend(guest.collect(CONTROL_RECEIVEQ)) or used)
     assert used == [b""]
     assert [e.why for e in events if isinstance(e, ev.MessageRefused)] == [
         "control buffer: 8 bytes, 26 needed"
@@ -376,9 +376,7 @@ async def test_emergency_writes_reach_the_console_also_before_any_driver(make_co
     controller.write_config(0, bytes(8))
     controller.write_config(9, b"\1\1\1")
     controller.write_config(500, b"D")
-    async with asyncio.timeout(5):
-        while sink.data != b"ABC":
-            await asyncio.sleep(0)
+    await until(lambda: sink.data == b"ABC")
     assert controller.read_config(8, 4) == bytes(4)
     assert [e.char for e in events if isinstance(e, ev.EmergencyWrite)] == list(b"ABC")
 
@@ -592,9 +590,9 @@ async def test_garbage_in_the_rings_harms_no_one_else(make_controller, make_gues
             if rng.randrange(3) == 0:
                 controller.ports[0].chardev.disconnect()
                 controller.ports[0].chardev.connect()
-                await asyncio.sleep(0)
-        for _ in range(5):
-            await asyncio.sleep(0.001)
+                await turns(1)
+        pump_turn(controller.pump)
+        await turns()
         guest.close()
         controller.reset()
     guest = make_guest(controller)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import logging
@@ -12,6 +11,8 @@ import socket
 
 import pytest
 
+from tests.support.pump import pump_turn
+from tests.support.waiting import turns, until
 from vring_serial.chardev.base import Chardev, DescriptorEnd
 from vring_serial.chardev.file import FileChardev, FileOptions
 from vring_serial.chardev.null import NullChardev
@@ -114,6 +115,13 @@ async def rig(make_controller, make_guest):
         return controller, guest, chardev
 
     return build
+
+
+async def read_all(peer: socket.socket, length: int) -> bytes:
+    """As :func:`gather`, while the guest does nothing."""
+    data = bytearray()
+    await until(lambda: (data.extend(received(peer)), len(data) >= length)[1])
+    return bytes(data)
 
 
 async def gather(guest, peer: socket.socket, length: int) -> bytes:
@@ -266,11 +274,7 @@ async def test_bytes_whose_kick_overtakes_the_opening_are_not_discarded(rig):
     guest.rings[CONTROL_TRANSMITQ].driver.publish()  # its kick is still on the way
     for part in (b"first ", b"second ", b"third"):
         guest.write(1, part)
-    got = bytearray()
-    async with asyncio.timeout(5):
-        while len(got) < 18:
-            got += received(chardev.peer)
-            await asyncio.sleep(0)
+    got = await read_all(chardev.peer, 18)
     assert got == b"first second third"
     assert controller.ports[1].guest_open
 
@@ -336,12 +340,7 @@ async def test_a_chain_taken_in_part_is_finished_while_the_vm_is_paused(rig):
     guest.send(5, data, split=1 << 20)
     await guest.settle()
     guest.pause()
-    got = bytearray()
-    async with asyncio.timeout(5):
-        while len(got) < len(data):
-            got += received(chardev.peer)
-            await asyncio.sleep(0)
-    assert got == data
+    assert await read_all(chardev.peer, len(data)) == data
     guest.resume()
     guest.write(1, b"and on")
     assert await gather(guest, chardev.peer, 6) == b"and on"
@@ -355,13 +354,10 @@ async def test_the_rest_of_a_chain_goes_to_the_descriptors_that_replaced_the_fir
     await guest.settle()
     guest.pause()
     got = bytearray(received(chardev.peer, 100_000))
-    await asyncio.sleep(0)  # the rest is being written
+    await turns(1)  # the rest is being written
     old, ours = chardev.peer, chardev.replace()
     got += received(old, len(data))
-    async with asyncio.timeout(5):
-        while len(got) < len(data):
-            got += received(chardev.peer)
-            await asyncio.sleep(0)
+    got += await read_all(chardev.peer, len(data) - len(got))
     assert got == data
     old.close()
     ours.close()
@@ -391,9 +387,7 @@ async def test_a_peer_that_leaves_before_it_took_the_rest_of_a_chain_is_noticed(
     await guest.settle()
     guest.pause()
     chardev.peer.close()
-    async with asyncio.timeout(5):
-        while not chardev.gone:
-            await asyncio.sleep(0)
+    await until(lambda: chardev.gone)
     (reason,) = chardev.gone
     assert reason is not None
     assert reason.errno in (errno.EPIPE, errno.ECONNRESET)
@@ -411,7 +405,7 @@ async def test_no_byte_is_lost_or_doubled_whatever_stops_and_starts(rig, seed):
         match rng.randrange(8):
             case 0:
                 guest.pause()
-                await asyncio.sleep(0)
+                await turns(1)
                 guest.resume()
             case 1 if chardev.end is not None:
                 # a peer that reads to the end: what the socket holds is not the device's to lose
@@ -434,7 +428,8 @@ async def test_no_byte_is_lost_or_doubled_whatever_stops_and_starts(rig, seed):
                     sent += data
         guest.step()
         if rng.randrange(2):
-            await asyncio.sleep(0.001)
+            pump_turn(controller.pump)
+            await turns(2)
     if chardev.end is None:
         chardev.connect()
     got += await gather(guest, chardev.peer, len(sent) - len(got))
@@ -447,7 +442,7 @@ async def test_a_device_that_stops_tells_of_bytes_that_nobody_took(rig):
     events = []
     controller.on_event = events.append
     guest.send(5, bytes(4 << 20), split=65536)  # of one chain the socket takes a part
-    await asyncio.sleep(0.1)
+    await guest.settle()
     await controller.aclose()
     (lost,) = [event for event in events if isinstance(event, ev.OutputDropped)]
     assert lost.nr == 1

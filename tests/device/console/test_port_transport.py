@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.waiting import until
+from tests.support.waiting import turns, until
 from vring import GuestMemory, Region, RingError, SplitDriver, SplitQueue
 from vring_serial.chardev.protocol import ProtocolChardev
 from vring_serial.chardev.ringbuf import RingbufChardev
@@ -247,11 +247,16 @@ async def test_a_chain_larger_than_a_batch_comes_in_pieces_and_stops_where_the_p
 async def test_a_half_delivered_chain_of_a_driver_that_is_gone_is_not_missed(
     rig, make_guest, console
 ):
-    built = await rig(memory=32 << 20, console=console)
+    came = asyncio.Event()
+
+    class Announcer(Recorder):
+        def data_received(self, data):
+            super().data_received(data)
+            came.set()
+
+    built = await rig(memory=32 << 20, console=console, factory=Announcer)
     built.guest.send(1 if console else 5, bytes(5_000_000), split=500_000)
-    async with asyncio.timeout(5):
-        while not built.last.data:
-            await asyncio.sleep(0)
+    await came.wait()  # and no turn of the loop more
     assert len(built.last.data) < 5_000_000  # more than one turn's work
     built.guest.close()
     built.controller.reset()
@@ -313,16 +318,13 @@ async def test_writing_resumes_once_the_buffer_is_at_its_low_mark(bare):
     transport.start_receiveq(bare.running)
     transport.write(bytes(30_000))
     assert protocol.calls == ["pause"]
-    left = []
-    async with asyncio.timeout(5):
-        while "resume" not in protocol.calls:
-            before = transport.get_write_buffer_size()
-            bare.driver.add([], [(bare.BUFFERS, 4000)])
-            bare.publish()
-            while "resume" not in protocol.calls and transport.get_write_buffer_size() == before:
-                await asyncio.sleep(0)
-            left.append(transport.get_write_buffer_size())
-    assert left == [26_000, 22_000, 18_000, 14_000, 10_000]
+    left = [30_000]
+    while "resume" not in protocol.calls:
+        bare.driver.add([], [(bare.BUFFERS, 4000)])
+        bare.publish()
+        await until(lambda: transport.get_write_buffer_size() != left[-1])
+        left.append(transport.get_write_buffer_size())
+    assert left == [30_000, 26_000, 22_000, 18_000, 14_000, 10_000]
     transport.stop_receiveq()
 
 
@@ -338,17 +340,13 @@ async def test_nothing_of_a_large_chain_comes_from_memory_that_is_gone(bare):
     bare.memory.write(bare.BUFFERS, b"x" * (2 << 20))
     bare.driver.add([(bare.BUFFERS, 2 << 20)], [])
     bare.publish()
-    async with asyncio.timeout(5):
-        while not protocol.data:
-            await asyncio.sleep(0)
+    await until(lambda: protocol.data)
     begun = len(protocol.data)
     assert begun < 2 << 20
     # The rings stay: only what is copied next is not there.
     os.ftruncate(bare.memfd, bare.BUFFERS)
     protocol.transport.resume_reading()
-    async with asyncio.timeout(5):
-        while not bare.broken and protocol.data.count(0) == 0:
-            await asyncio.sleep(0)
+    await until(lambda: bare.broken or protocol.data.count(0))
     assert protocol.data == b"x" * begun
     assert [error.queue for error in bare.broken] == ["queue 5"]
     assert "is gone" in str(bare.broken[0])
@@ -364,11 +362,8 @@ async def test_what_was_delivered_is_left_out_of_its_own_chain_alone(bare):
     bare.publish()
     chain = ChainState(delivered=len(b"delivered, "))
     transport.start_transmitq(bare.running, chain)
-    used = 0
-    async with asyncio.timeout(5):
-        while used < 2:
-            used += len(bare.driver.get_used()[0])
-            await asyncio.sleep(0)
+    used: list[int] = []
+    await until(lambda: (used.extend(bare.driver.get_used()[0]), len(used) == 2)[1])
     assert protocol.data == b"rest and more"
     transport.stop_transmitq()
     assert chain.delivered == 0
@@ -378,7 +373,7 @@ async def test_what_is_written_while_the_vm_is_paused_arrives_when_it_goes_on(ri
     built = await rig()
     built.guest.pause()
     built.last.transport.write(b"welcome back")
-    await asyncio.sleep(0)
+    await turns(1)
     built.guest.resume()
     await built.guest.until(lambda: built.guest.read(1) == b"welcome back")
 
@@ -555,7 +550,7 @@ async def test_a_driver_that_goes_takes_its_connection_along(rig):
     protocol = built.last
     built.guest.close()
     built.controller.reset()
-    await asyncio.sleep(0)
+    await turns(1)
     assert protocol.calls == ["made", "lost"]
 
 
@@ -611,7 +606,7 @@ async def test_no_byte_is_lost_or_doubled_whatever_stops_and_starts(rig, seed):
         match rng.randrange(6):
             case 0:
                 guest.pause()
-                await asyncio.sleep(0)
+                await turns(1)
                 guest.resume()
             case 1:
                 if protocol.transport.is_reading():
@@ -633,7 +628,7 @@ async def test_no_byte_is_lost_or_doubled_whatever_stops_and_starts(rig, seed):
                     sent += data
         guest.step()
         if rng.randrange(2):
-            await asyncio.sleep(0)
+            await turns(1)
     if not protocol.transport.is_reading():
         protocol.transport.resume_reading()
     await guest.until(lambda: guest.completed(1) and len(guest.read(1)) == len(back))
@@ -646,17 +641,14 @@ async def test_a_guest_that_floods_leaves_the_loop_its_turns(rig):
     built = await rig(memory=32 << 20)
     guest, protocol = built.guest, built.last
     addresses = [guest.allocate(4096) for _ in range(60)]
-    turns = 0
     ring = guest.rings[5]
-    async with asyncio.timeout(5):
-        while turns < 200:
-            guest.collect(5)
-            while ring.driver.num_free > 4:
-                address = addresses[ring.driver.num_free % 60]
-                ring.buffers[ring.driver.add([(address, 4096)], [])] = (address, 0)
-            guest.publish(5)
-            await asyncio.sleep(0)
-            turns += 1
+    for _ in range(200):
+        guest.collect(5)
+        while ring.driver.num_free > 4:
+            address = addresses[ring.driver.num_free % 60]
+            ring.buffers[ring.driver.add([(address, 4096)], [])] = (address, 0)
+        guest.publish(5)
+        await turns(1)
     await guest.until(lambda: guest.completed(1))
     assert len(protocol.data) % 4096 == 0
     assert len(protocol.data) > 4096 * 1000

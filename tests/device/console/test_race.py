@@ -7,13 +7,13 @@ alone, from several threads.
 
 from __future__ import annotations
 
-import asyncio
 import socket
 from collections.abc import Awaitable, Callable
 
 import numpy as np
 import pytest
 
+from tests.support.waiting import turns, until
 from vring import GuestMemory, Region
 from vring_serial.chardev.base import Chardev, DescriptorEnd
 from vring_serial.device.console.port import Port
@@ -122,18 +122,12 @@ class Traffic:
         except (BlockingIOError, BrokenPipeError):
             pass
 
-    async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(20):
-            while not condition():
-                self.move()
-                await asyncio.sleep(0)
-
     # --- changes
 
     async def rings_stop(self) -> None:
         self.guest.pause()
         if self.given % 3 == 0:
-            await asyncio.sleep(0)
+            await turns(1)
         self.guest.resume()
 
     async def device_is_reset(self) -> None:
@@ -159,7 +153,7 @@ class Traffic:
 
     async def guest_closes(self) -> None:
         self.guest.close_port(NR)
-        await asyncio.sleep(0)
+        await turns(1)
         self.guest.open(NR)
 
     async def peer_leaves(self) -> None:
@@ -227,10 +221,10 @@ async def test_a_thousand_changes_lose_and_double_no_byte(
         before = traffic.arrived + traffic.received
         await change()
         traffic.move()
-        await asyncio.sleep(0)
+        await turns(1)
         moved += max(0, traffic.arrived + traffic.received - before)
     # All that was written arrives, and both directions still work.
     sent, given = traffic.sent, traffic.given
-    await traffic.until(lambda: traffic.arrived >= sent and traffic.received >= given)
+    await until(lambda: (traffic.move(), traffic.arrived >= sent and traffic.received >= given)[1])
     traffic.chardev.peer.close()
     assert moved > CHANGES * 100, "there was no traffic to speak of"

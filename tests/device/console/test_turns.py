@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 
+from tests.support.waiting import until
 from vring_serial import turns
 from vring_serial.chardev.null import NullChardev
 from vring_serial.device.console.port import Port
@@ -50,9 +51,7 @@ async def test_device_ready_again_and_again(make_controller, make_guest, monkeyp
         guest.memory.write(address, message)
         ring.buffers[ring.driver.add([(address, len(message))], [])] = (address, len(message))
     guest.publish(CONTROL_TRANSMITQ)
-    async with asyncio.timeout(5):
-        while told.count("DriverReady") < 32:
-            await asyncio.sleep(0)
+    await until(lambda: told.count("DriverReady") >= 32)
     first, last = told.index("DriverReady"), len(told) - told[::-1].index("DriverReady")
     assert told[first:last].count("others") >= 32 / 3 - 1
     await guest.ready(7)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import random
+from collections.abc import Iterator
 
 import pytest
 
 from tests.support.leaks import held
-from tests.support.waiting import until
+from tests.support.pump import pump_turn
+from tests.support.waiting import turns, until
 from vring import GuestMemory, Region
 from vring_serial.chardev.pipe import PipeChardev, PipeOptions
 from vring_serial.device.console.controller import DEFAULT_FEATURES
@@ -61,8 +62,10 @@ async def controller(make_controller, pipes):
     return controller
 
 
-async def exchange(guest, pipes, seed: int, size: int = 60_000) -> None:
-    """Bytes both ways at once, compared at the end."""
+async def exchange(
+    guest, pipes, seed: int, size: int = 60_000, meanwhile: Iterator[None] | None = None
+) -> None:
+    """Bytes both ways at once, compared at the end; ``meanwhile`` goes on between steps."""
     data = random.Random(seed).randbytes(size)
     arrived = b""
     sent = written = 0
@@ -70,6 +73,8 @@ async def exchange(guest, pipes, seed: int, size: int = 60_000) -> None:
 
     def step() -> bool:
         nonlocal arrived, sent, written
+        if meanwhile is not None:
+            next(meanwhile, None)
         if sent < size and guest.completed(1):
             guest.write(1, data[sent : sent + 2000])
             sent += 2000
@@ -79,7 +84,7 @@ async def exchange(guest, pipes, seed: int, size: int = 60_000) -> None:
         arrived += pipes.read()
         return len(arrived) >= size and len(guest.read(1)) - start >= size
 
-    await guest.until(step, 20)
+    await guest.until(step)
     assert arrived == data
     assert guest.read(1)[start:] == data
 
@@ -121,24 +126,25 @@ async def test_memory_maps_change_under_traffic_without_losing_a_byte(
     ram, base = guest.ram, guest.memory.regions[0].guest_addr
     other = bytearray(4096)
 
-    async def change() -> None:
+    def change() -> Iterator[None]:
         for turn in range(60):
             regions = [Region(base, ram)]
             if turn % 2:
                 regions.append(Region(0, other))
             if turn % 3 == 0:
                 guest.machine.model.set_memory(None)
-                await asyncio.sleep(0.001)
+                yield
             if turn % 3 == 1:  # no ring is in it
                 guest.machine.model.set_memory(GuestMemory([Region(0, other)]))
-                await asyncio.sleep(0.001)
+                yield
             guest.machine.model.set_memory(GuestMemory(regions))
-            await asyncio.sleep(0.001)
+            yield
 
-    changing = asyncio.ensure_future(change())
-    await exchange(guest, pipes, 5)
-    await exchange(guest, pipes, 6)
-    await changing
+    changing = change()
+    await exchange(guest, pipes, 5, meanwhile=changing)
+    await exchange(guest, pipes, 6, meanwhile=changing)
+    for _ in changing:
+        await turns(1)
     assert not guest.registers.status & Status.DEVICE_NEEDS_RESET
 
 
@@ -304,7 +310,8 @@ async def test_nothing_is_heard_of_a_device_after_its_reset(
     guest.registers.status |= Status.DRIVER_OK
     os.write(pipes.to_guest, b"for nobody")
     controller.ports[1].end_resized(80, 25)
-    await asyncio.sleep(0.05)
+    pump_turn(controller.pump)
+    await turns()
     assert guest.machine.levels == []
     assert guest.registers.take_events() == 0
     assert bytes(guest.ram) == ram
