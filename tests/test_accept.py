@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.chardevs import User
-from tests.support.waiting import until
+from tests.support.waiting import until, until_logged
 from vring_serial import SpiceOptions, accept
 from vring_serial.accept import Acceptor
 from vring_serial.chardev.protocol import SpicevmcOptions
@@ -90,10 +90,6 @@ LISTENERS = [
     pytest.param(a_spice_server, id="spice", marks=pytest.mark.peer("libspice-server.so.1")),
 ]
 Listening = Callable[[Path], AbstractAsyncContextManager[asyncio.Event]]
-
-
-async def until_logged(caplog: pytest.LogCaptureFixture, text: str) -> None:
-    await until(lambda: text in caplog.text)
 
 
 @pytest.mark.parametrize("listening", LISTENERS)
@@ -211,8 +207,7 @@ async def test_who_admits_anybody_leaves_what_frontends_need(
                 sock.connect(str(tmp_path / "s"))
             await until_logged(caplog, "kept for frontends")
             outside[-1].connect(str(tmp_path / "d"))
-            while not frontends:
-                await asyncio.sleep(0.01)
+            await until(lambda: frontends)
         assert len(clients) == 20
         theirs = [os.dup(0) for _ in range(39)]
         for fd in theirs:
@@ -334,10 +329,8 @@ async def test_a_frontend_that_has_settled_needs_no_reserve(
     with socket.socket(socket.AF_UNIX) as frontend:
         frontend.connect(str(tmp_path / "d"))
         async with asyncio.timeout(DEADLINE):
-            while not came:
-                await asyncio.sleep(0.001)
-            while door in accept._reserved:
-                await asyncio.sleep(0.01)
+            await until(lambda: came)
+            await until(lambda: door not in accept._reserved)
     came[0].close()
     door.gone()
     assert accept._reserved[door] == 40

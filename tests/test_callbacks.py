@@ -126,8 +126,7 @@ async def test_the_callback_of_a_vfio_user_server(tmp_path: Path) -> None:
             writer.write(vfio_user.request(vfio_user.Command.VERSION, 1, Version()))
             assert await reader.readexactly(16)
             writer.close()
-            while told.count(("gone",)) < count:
-                await asyncio.sleep(0.01)
+            await until(lambda count=count: told.count(("gone",)) >= count)
     await server.aclose()
 
 
@@ -303,11 +302,9 @@ async def test_a_protocol_that_raises_at_the_end_hears_all_of_it(tmp_path: Path)
         await port.wait_host()
         for turn in (1, 2):
             _, writer = await port.open()
-            while heard.count("made") < turn:
-                await asyncio.sleep(0.01)
+            await until(lambda turn=turn: heard.count("made") >= turn)
             writer.close()
-            while heard.count("lost") < turn:
-                await asyncio.sleep(0.01)
+            await until(lambda turn=turn: heard.count("lost") >= turn)
         assert isinstance(chardev.end, ProtocolEnd)
     assert heard == ["made", "eof", "lost"] * 2
     assert [what["message"] for what in failures] == ["the protocol of a port failed"] * 4

@@ -11,6 +11,7 @@ import pytest
 
 import vring_serial as vs
 from tests.support.leaks import held
+from tests.support.waiting import turns
 from vring_serial.lifetime import Closing, Ending, Starting
 
 STARTING = {
@@ -113,7 +114,7 @@ async def test_a_cancelled_end_is_one(tmp_path: Path, name: str) -> None:
     await inside.wait()
     for _ in range(3):  # in the block, then in what leaves it
         task.cancel()
-        await asyncio.sleep(0)
+        await turns(1)
     with pytest.raises(asyncio.CancelledError):
         await task
     assert held() == before

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.chardevs import User
-from tests.support.waiting import until
+from tests.support.waiting import LoopClock, until, until_logged
 from vring_serial.chardev.base import DescriptorEnd
 from vring_serial.chardev.file import FileChardev, FileOptions
 from vring_serial.chardev.socket import SocketChardev, SocketOptions
@@ -34,15 +34,12 @@ DEADLINE = 20.0
 Limited = Callable[[], AbstractContextManager[None]]
 
 
-async def until_logged(caplog: pytest.LogCaptureFixture, text: str) -> None:
-    await until(lambda: text in caplog.text)
-
-
 async def test_a_port_that_the_guest_opens(
     tmp_path: Path,
     out_of_descriptors: Limited,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
+    clock: LoopClock,
 ) -> None:
     monkeypatch.setattr(port_module, "RETRY_SECONDS", 0.05)
     controller = Controller()
@@ -61,7 +58,8 @@ async def test_a_port_that_the_guest_opens(
         with out_of_descriptors():
             reader, writer = await port.open()
             await until_logged(caplog, "port 1 (x): it has to wait: Too many open files")
-            await asyncio.sleep(0.2)
+            for _ in range(3):  # attempts
+                await clock.forward(1)
         assert caplog.text.count("it has to wait") == 1
         writer.write(b"to the host")
         assert await host_reader.readexactly(11) == b"to the host"
@@ -103,10 +101,9 @@ async def test_a_client_that_connects_again(
 async def test_a_door_that_connects(
     tmp_path: Path,
     out_of_descriptors: Limited,
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
+    clock: LoopClock,
 ) -> None:
-    monkeypatch.setattr(door_module, "RETRY_INTERVAL", 0.01)
     caplog.set_level("INFO")
     came: list[socket.socket] = []
     listener = UnixListener(str(tmp_path / "d"))
@@ -121,7 +118,9 @@ async def test_a_door_that_connects(
     with out_of_descriptors():
         door.open()
         await until_logged(caplog, "no frontend yet: Too many open files")
-        await asyncio.sleep(0.05)
+        for _ in range(3):  # attempts
+            await clock.forward(door_module.RETRY_INTERVAL)
+    await clock.forward(door_module.RETRY_INTERVAL)
     await until(lambda: came)
     assert caplog.text.count("Too many open files") == 1
     door.close()

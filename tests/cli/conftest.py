@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.processes import end
+from tests.support.waiting import until
 from vring_serial.guest.guest import EmbeddedGuest
 
 TIMEOUT = 20.0
@@ -99,6 +100,16 @@ def serve(tmp_path: Path) -> Serve:
             await server.kill()
 
     return run
+
+
+async def listening(path: Path) -> None:
+    """Wait until a server listens there; __SO_ACCEPTCON is what tells that it does."""
+
+    def listens() -> bool:
+        lines = Path("/proc/net/unix").read_text().splitlines()
+        return any(" 00010000 0001 01 " in line for line in lines if str(path) in line)
+
+    await until(listens, f"nothing listens at {path}")
 
 
 def guest_of(path: Path) -> EmbeddedGuest:

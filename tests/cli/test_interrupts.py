@@ -68,6 +68,10 @@ class Command:
                 self.text += data.decode(errors="replace")
                 self._more.notify_all()
 
+    def ended(self) -> str:
+        status = self.process.returncode
+        return "" if status is None else f"it ended with {status}"
+
     async def said(self, text: str) -> None:
         async with asyncio.timeout(TIMEOUT), self._more:
             await self._more.wait_for(
@@ -135,10 +139,11 @@ def there(pattern: str) -> Stage:
     """A file is there."""
 
     async def wait(command: Command) -> None:
-        async with asyncio.timeout(TIMEOUT):
-            while not any(command.directory.glob(pattern)):
-                assert command.process.returncode is None, command.text
-                await asyncio.sleep(0.005)
+        await until(
+            lambda: any(command.directory.glob(pattern)),
+            lambda: f"{pattern} is not there; {command.text}",
+            unless=command.ended,
+        )
 
     return wait
 
@@ -148,10 +153,11 @@ def children(count: int) -> Stage:
 
     async def wait(command: Command) -> None:
         path = Path(f"/proc/{command.process.pid}/task/{command.process.pid}/children")
-        async with asyncio.timeout(TIMEOUT):
-            while len(path.read_text().split()) < count:
-                assert command.process.returncode is None, command.text
-                await asyncio.sleep(0.005)
+        await until(
+            lambda: len(path.read_text().split()) >= count,
+            lambda: command.text,
+            unless=command.ended,
+        )
 
     return wait
 

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import NULL_PORT, TIMEOUT, Serve, guest_of
+from tests.cli.conftest import NULL_PORT, TIMEOUT, Serve, guest_of, listening
 from tests.support.processes import running
-from tests.support.waiting import until
+from tests.support.waiting import until, until_file_says
 from vring_serial.guest.guest import EmbeddedGuest
 
 FILE_PORT = ("--chardev", "file,id=f,path=out", "--port", "chardev=f,nr=1")
@@ -47,15 +47,6 @@ async def started(
 
 async def there(path: Path) -> None:
     await until(path.exists)
-
-
-async def listening(path: Path) -> None:
-    """Wait until a server listens there; __SO_ACCEPTCON is what tells that it does."""
-    async with asyncio.timeout(TIMEOUT):
-        while " 00010000 0001 01 " not in "".join(
-            line for line in Path("/proc/net/unix").read_text().splitlines() if str(path) in line
-        ):
-            await asyncio.sleep(0.01)
 
 
 async def open_and_close(guest: EmbeddedGuest, count: int) -> None:
@@ -149,12 +140,10 @@ async def test_sighup_opens_files_anew(serve: Serve, tmp_path: Path) -> None:
                 process.send_signal(signal.SIGHUP)
                 await there(tmp_path / "out")
                 await there(tmp_path / "log")
-                while "SIGHUP: files were opened anew" not in (tmp_path / "log").read_text():
-                    await asyncio.sleep(0.01)
+                await until_file_says(tmp_path / "log", "SIGHUP: files were opened anew")
                 await writer.drain()
             writer.write(b"end\n")
-            while not (tmp_path / "out").read_bytes().endswith(b"end\n"):
-                await asyncio.sleep(0.01)
+            await until_file_says(tmp_path / "out", "end\n")
             writer.close()
         process.send_signal(signal.SIGTERM)
         async with asyncio.timeout(TIMEOUT):
@@ -181,8 +170,7 @@ async def test_a_file_that_cannot_be_opened_anew(serve: Serve, tmp_path: Path) -
             await port.wait_host()
             _, writer = await port.open()
             writer.write(b"goes on")
-            while (tmp_path / "elsewhere" / "out").read_bytes() != b"goes on":
-                await asyncio.sleep(0.01)
+            await until_file_says(tmp_path / "elsewhere" / "out", "goes on")
             writer.close()
         assert await server.stop() == 0
 
@@ -198,13 +186,11 @@ async def test_truncation_leaves_no_hole(tmp_path: Path) -> None:
             await port.wait_host()
             _, writer = await port.open()
             writer.write(b"before")
-            while (tmp_path / "out").read_bytes() != b"before":
-                await asyncio.sleep(0.01)
+            await until_file_says(tmp_path / "out", "before")
             for name in ("out", "log"):
                 os.truncate(tmp_path / name, 0)
             writer.write(b"after")
-            while b"after" not in (tmp_path / "out").read_bytes():
-                await asyncio.sleep(0.01)
+            await until_file_says(tmp_path / "out", "after")
             writer.close()
         process.send_signal(signal.SIGTERM)
         async with asyncio.timeout(TIMEOUT):
@@ -230,12 +216,9 @@ async def test_a_terminal_that_hangs_up_ends_it_as_sigterm_does(tmp_path: Path) 
         os.close(slave)
         log = tmp_path / "log"
         async with asyncio.timeout(TIMEOUT):
-            await there(log)
-            while "serving;" not in log.read_text():
-                await asyncio.sleep(0.01)
+            await until_file_says(log, "serving;")
             process.send_signal(signal.SIGHUP)  # not the terminal's
-            while "opened anew" not in log.read_text():
-                await asyncio.sleep(0.01)
+            await until_file_says(log, "opened anew")
             os.close(master)
             assert await process.wait() == 0
     assert os.listdir(tmp_path) == ["log"]

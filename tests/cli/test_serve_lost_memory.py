@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.support.processes import end
+from tests.support.waiting import until, until_file_says
 from vring_serial.guest import memory
 from vring_serial.guest.guest import EmbeddedGuest
 
@@ -38,10 +39,9 @@ class Server:
         self.log = directory / "log"
 
     async def logged(self, text: str, count: int = 1) -> None:
-        async with asyncio.timeout(TIMEOUT):
-            while self.log.read_text().count(text) < count:
-                assert self.process.returncode is None, self.log.read_text()
-                await asyncio.sleep(0.01)
+        await until_file_says(
+            self.log, text, count, unless=lambda: self.process.returncode is not None
+        )
 
     async def guest(self) -> EmbeddedGuest:
         guest = EmbeddedGuest(str(self.directory / "v"), memory=32 << 20)
@@ -86,17 +86,45 @@ def cut_off(guest: EmbeddedGuest) -> None:
         os.eventfd_write(queue.kick_fd, 1)
 
 
-async def flood(writer: asyncio.StreamWriter, data: bytes) -> None:
-    with contextlib.suppress(ConnectionError, asyncio.CancelledError):
-        while True:
-            writer.write(data)
-            await writer.drain()
+class Traffic:
+    """What goes through the server at once, until it is ended."""
 
+    #: Bytes of one direction that no socket's buffers hold: some are in the server, or beyond.
+    ROLLING = 1 << 18
 
-async def swallow(reader: asyncio.StreamReader) -> None:
-    with contextlib.suppress(ConnectionError, asyncio.CancelledError):
-        while await reader.read(1 << 16):
-            pass
+    def __init__(self) -> None:
+        self._tasks: list[asyncio.Task[None]] = []
+        self._sent: list[int] = []
+
+    def flood(self, writer: asyncio.StreamWriter, data: bytes) -> None:
+        number = len(self._sent)
+        self._sent.append(0)
+
+        async def write() -> None:
+            with contextlib.suppress(ConnectionError, asyncio.CancelledError):
+                while True:
+                    writer.write(data)
+                    await writer.drain()
+                    self._sent[number] += len(data)
+
+        self._tasks.append(asyncio.create_task(write()))
+
+    def swallow(self, reader: asyncio.StreamReader) -> None:
+        async def read() -> None:
+            with contextlib.suppress(ConnectionError, asyncio.CancelledError):
+                while await reader.read(1 << 16):
+                    pass
+
+        self._tasks.append(asyncio.create_task(read()))
+
+    async def rolls(self) -> None:
+        """Wait until all that floods is in full flow."""
+        await until(lambda: min(self._sent) >= self.ROLLING)
+
+    async def end(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
 async def drain(server: Server) -> None:
@@ -155,18 +183,18 @@ async def test_under_traffic_of_the_pump(server: Server, direction: str, size: i
         guest = await server.guest()
         host = await server.host()
         reader, writer = await open_port(guest, 2)
-        jobs = [asyncio.ensure_future(swallow(each)) for each in (reader, host[0])]
+        traffic = Traffic()
+        for each in (reader, host[0]):
+            traffic.swallow(each)
         if direction != "in":
-            jobs.append(asyncio.ensure_future(flood(writer, b"g" * size)))
+            traffic.flood(writer, b"g" * size)
         if direction != "out":
-            jobs.append(asyncio.ensure_future(flood(host[1], b"h" * size)))
-        await asyncio.sleep(0.05)
+            traffic.flood(host[1], b"h" * size)
+        await traffic.rolls()
         cut_off(guest)
         gone += 1
         await server.logged("frontend gone", gone)
-        for job in jobs:
-            job.cancel()
-        await asyncio.gather(*jobs, return_exceptions=True)
+        await traffic.end()
         await guest.aclose()
         host[1].close()
         if direction != "out":
@@ -184,16 +212,13 @@ async def test_under_traffic_of_a_protocol(server: Server) -> None:
         reader, writer = await open_port(guest, 1)
         # An empty message for the server's port, again and again.
         message = bytes.fromhex("0200000014000000 0100000005000000 0000000000000000 00000000")
-        jobs = [
-            asyncio.ensure_future(swallow(reader)),
-            asyncio.ensure_future(flood(writer, message * 100)),
-        ]
-        await asyncio.sleep(0.05)
+        traffic = Traffic()
+        traffic.swallow(reader)
+        traffic.flood(writer, message * 100)
+        await traffic.rolls()
         cut_off(guest)
         await server.logged("frontend gone", count)
-        for job in jobs:
-            job.cancel()
-        await asyncio.gather(*jobs, return_exceptions=True)
+        await traffic.end()
         await guest.aclose()
     await server.logged("is gone: the file was cut off")
     await all_bytes_right(server)

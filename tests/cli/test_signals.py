@@ -10,14 +10,14 @@ from tests.support.waiting import DEADLINE
 
 async def test_the_second_signal_ends_at_once() -> None:
     script = (
-        "import asyncio, time\n"
+        "import asyncio, signal\n"
         "from vring_serial.cli.signals import stop_on_signals\n"
         "async def main():\n"
         "    stop = stop_on_signals()\n"
         "    print('ready', flush=True)\n"
         "    await stop.wait()\n"
         "    print('stopping', flush=True)\n"
-        "    time.sleep(60)\n"
+        "    signal.pause()\n"
         "asyncio.run(main())\n"
     )
     command = (sys.executable, "-c", script)

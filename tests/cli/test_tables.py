@@ -7,12 +7,12 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from tests.support.waiting import wait_until
 from vring_serial.bench.results import Report, Result
 from vring_serial.bench.tables import comparison, tables
 from vring_serial.cli.tables import show
@@ -92,9 +92,7 @@ def test_the_list_of_ports_leaves_out_no_name(tmp_path: Path, width: int, encodi
     )
     with serve:
         try:
-            while not socket.exists():
-                assert serve.poll() is None
-                time.sleep(0.02)
+            wait_until(socket.exists, "not served", unless=lambda: serve.poll() is not None)
             arguments = ("guest", "--vhost-user", str(socket), "--list")
             out = run(*arguments, COLUMNS=str(width), PYTHONIOENCODING=encoding)
         finally:

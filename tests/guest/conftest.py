@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import pytest
 
-from vring import GuestMemory, Region, SplitQueue
+from tests.support.waiting import until
+from vring import Chain, GuestMemory, Region, SplitQueue
 from vring_serial.guest.channel import Channel
 from vring_serial.proto import vhost_user as vu
 from vring_serial.proto.console import (
@@ -194,9 +195,15 @@ class ScriptedDevice:
 
     async def receive(self, index: int) -> bytes:
         """The next chain of a queue of the driver's, used at once."""
-        async with asyncio.timeout(5):
-            while (chain := self.queues[index].pop()) is None:
-                await asyncio.sleep(0.001)
+        chain: Chain | None = None
+
+        def popped() -> bool:
+            nonlocal chain
+            chain = self.queues[index].pop()
+            return chain is not None
+
+        await until(popped, f"a chain of queue {index}")
+        assert chain is not None
         data = chain.read()
         self.queues[index].push(chain)
         self.call(index)

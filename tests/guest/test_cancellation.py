@@ -14,7 +14,7 @@ import pytest
 
 from tests.guest.conftest import ScriptedDevice, ScriptedServer
 from tests.support.leaks import held
-from tests.support.waiting import until
+from tests.support.waiting import turns, until
 from vring_serial import unix_fds
 from vring_serial.chardev.ringbuf import RingbufChardev
 from vring_serial.device.console.controller import Controller
@@ -40,8 +40,7 @@ def awaitables(kind: type) -> set[str]:
 
 async def let_wait(task: asyncio.Future[Any]) -> None:
     """The task runs until it waits for something that does not come."""
-    for _ in range(20):
-        await asyncio.sleep(0)
+    await turns()
     assert not task.done()
 
 
@@ -134,8 +133,7 @@ async def test_a_request_that_is_cancelled_in_the_middle_of_its_bytes(
     frontend = Frontend("test")
     frontend.attach(ours)
     calling = asyncio.ensure_future(frontend.tell(vu.Request.SET_FEATURES, vu.U64(1 << 32)))
-    for _ in range(3):
-        await asyncio.sleep(0)
+    await turns(3)
     await cancel(calling)
     telling = asyncio.ensure_future(frontend.tell(vu.Request.SET_OWNER))
     parser = vu.VhostUserParser(vu.Request)
@@ -160,10 +158,9 @@ async def test_connecting_is_cancelled(tmp_path: Path) -> None:
         with socket.socket(socket.AF_UNIX) as first:
             first.connect(str(path))
             before = held()
-            for turns in range(4):
+            for count in range(4):
                 connecting = asyncio.ensure_future(Frontend(str(path)).connect())
-                for _ in range(turns):
-                    await asyncio.sleep(0)
+                await turns(count)
                 connecting.cancel()
                 await asyncio.gather(connecting, return_exceptions=True)
             assert held() == before
@@ -216,10 +213,10 @@ async def served(tmp_path: Path) -> Any:
     await served.controller.aclose()
 
 
-@pytest.mark.parametrize("turns", [0, 1, 2, 3, 5, 10, 20, 40, 80, 160])
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 5, 10, 20, 40, 80, 160])
 @pytest.mark.parametrize("what", ["start", "aclose"])
 async def test_a_guest_is_cancelled_while_it_starts_or_stops(
-    served: Served, what: str, turns: int
+    served: Served, what: str, count: int
 ) -> None:
     await served.works()
     gone = []
@@ -230,13 +227,12 @@ async def test_a_guest_is_cancelled_while_it_starts_or_stops(
     if what == "aclose":
         await guest.start()
     task = asyncio.ensure_future(getattr(guest, what)())
-    for _ in range(turns):
-        await asyncio.sleep(0)
+    await turns(count)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     if what == "start" and not task.cancelled():
         await guest.aclose()
-    if what == "aclose" and turns == 0:
+    if what == "aclose" and count == 0:
         await guest.aclose()  # it had not begun
     del guest, task
     await until(lambda: served.backend._session is None)

@@ -10,14 +10,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.processes import end, running
-from tests.support.waiting import DEADLINE
+from tests.support.processes import end, end_now, running
+from tests.support.waiting import DEADLINE, until, until_file_says, wait_until
 from vring_serial.cli import vring
 
 PORTS = {1: "one", 2: "two", 3: "com.redhat.spice.0"}
@@ -93,13 +92,13 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     directory = tmp_path_factory.mktemp("served")
     command = [sys.executable, "-m", "vring_serial", *serve_arguments(directory)]
     with open(directory / "log", "wb") as log, subprocess.Popen(command, stderr=log) as process:
-        for _ in range(1000):
-            if b"waiting for a frontend" in (directory / "log").read_bytes():
-                break
-            time.sleep(0.01)
-        yield directory
-        process.terminate()
-        assert process.wait() == 0
+        try:
+            wait_until(lambda: b"waiting for a frontend" in (directory / "log").read_bytes())
+            yield directory
+            process.terminate()
+            assert process.wait(DEADLINE) == 0
+        finally:
+            end_now(process)
 
 
 async def connect(path: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -173,9 +172,7 @@ async def test_open_waits_for_a_host_that_stays(served: Path, commands: type[Com
     _, left = await connect(served / "one")
     left.write(b"from one that left")
     left.close()
-    log = served / "log"
-    while b"peer left; 18 bytes that it had sent were not read" not in log.read_bytes():
-        await asyncio.sleep(0.01)
+    await until_file_says(served / "log", "peer left; 18 bytes that it had sent were not read")
     guest = await commands.start(
         *("guest", "--vhost-user", f"{served}/vu", "--open", "1", "--no-input")
     )
@@ -206,8 +203,7 @@ async def test_open_tells_of_what_the_host_did_not_take(
         assert received == bytes(len(received))
         # Of a MiB that the guest took, the socket and the guest's standard input hold less than
         # three quarters: the rest is in the port.
-        while stdin.transport.get_write_buffer_size() > 7 << 20:
-            await asyncio.sleep(0.01)
+        await until(lambda: stdin.transport.get_write_buffer_size() <= 7 << 20)
     status, _ = await guest.end()
     assert status == 1
     assert "port 2 (two): the host end closed before it took all that was sent to it" in guest.err

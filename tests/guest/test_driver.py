@@ -273,7 +273,7 @@ async def test_removal_ends_readers_and_writers_and_the_number_can_come_back(
     reader, writer = await port.open()
     assert await device.next_control() == (1, PORT_OPEN, 1)
     reading = asyncio.ensure_future(reader.read(1))
-    await asyncio.sleep(0)
+    await turns(1)
     device.control(1, PORT_REMOVE)
     with pytest.raises(PortRemovedError, match="port 1: the device removed it"):
         await reading
@@ -383,7 +383,7 @@ async def test_a_backend_that_dies_ends_every_port(
 ) -> None:
     reader, writer = await port.open()
     reading = asyncio.ensure_future(reader.read(1))
-    await asyncio.sleep(0)
+    await turns(1)
     scripted.backend.close()
     with pytest.raises(BackendClosedError, match="closed the connection"):
         await asyncio.wait_for(reading, 5)

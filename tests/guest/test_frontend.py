@@ -154,8 +154,7 @@ async def test_replies_split_at_every_byte(scripted) -> None:
             frontend.attach(ours)
             asking = asyncio.ensure_future(frontend.ask(vu.Request.GET_FEATURES, vu.U64))
             theirs.sendall(reply[:cut])
-            for _ in range(3):
-                await asyncio.sleep(0)
+            await turns(3)
             theirs.sendall(reply[cut:])
             assert (await asking).value == 0x1234
             frontend.close()
@@ -292,5 +291,5 @@ async def test_a_backend_that_dies_while_it_is_sent_to_is_told_once(tmp_path, ca
         await asking
     del asking
     gc.collect()
-    await asyncio.sleep(0)
+    await turns(1)
     assert "never retrieved" not in caplog.text

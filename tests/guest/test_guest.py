@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.leaks import held
+from tests.support.waiting import turns, until
 from vring_serial import EmbeddedGuest, GuestPort
 from vring_serial.chardev.protocol import ProtocolChardev
 from vring_serial.chardev.socket import SocketChardev, SocketOptions
@@ -122,7 +123,15 @@ async def test_the_host_comes_and_goes_while_the_port_is_open(
         reader, writer = await port.open()
     writer.write(b"nobody is there")
     draining = asyncio.ensure_future(writer.drain())
-    await asyncio.sleep(0.02)
+    # What another port of the same pump has carried there and back came after it.
+    other = await (await guest.wait_port(name="two")).open()
+    other_host = await setup.connect("two")
+    other[1].write(b"ping\n")
+    assert await other_host[0].readline() == b"ping\n"
+    other_host[1].write(b"pong\n")
+    assert await other[0].readline() == b"pong\n"
+    for each in (other_host[1], other[1]):
+        await hang_up(each)
     assert not draining.done()
     host_reader, host_writer = await setup.connect("one")
     await draining
@@ -259,7 +268,7 @@ async def test_the_backend_stops(setup: Setup, guest: EmbeddedGuest) -> None:
     port = await guest.wait_port(name="one")
     reader, _ = await port.open()
     reading = asyncio.ensure_future(reader.read(1))
-    await asyncio.sleep(0)
+    await turns(1)
     await setup.backend.aclose()
     with pytest.raises(BackendClosedError, match="closed the connection"):
         await reading
@@ -325,16 +334,18 @@ def test_impossible_numbers(options: dict[str, int], why: str) -> None:
 
 
 async def test_nothing_stays_open(setup: Setup) -> None:
+    happened: list[object] = []
+    setup.backend.on_peer = happened.append
     async with EmbeddedGuest(setup.path) as guest:
         await guest.wait_port(2)
-    await asyncio.sleep(0.05)
+    await until(lambda: len(happened) == 2, "the first guest has come and gone")
     before = held()
     for _ in range(3):
         async with EmbeddedGuest(setup.path) as guest:
             port: GuestPort = await guest.wait_port(2)
             _, writer = await port.open()
             writer.write(b"unread")
-    await asyncio.sleep(0.05)
+    await until(lambda: len(happened) == 8, lambda: f"three more have come and gone: {happened}")
     assert held() == before
 
 

@@ -86,7 +86,7 @@ async def harness(*, event_idx: bool = True) -> AsyncIterator[Harness]:
             yield harness
     finally:
         harness.port.remove(ConnectionError("the test is over"))
-        await asyncio.sleep(0)
+        await turns(1)
         harness.close()
 
 
@@ -103,7 +103,7 @@ class Reader:
             reader, self.writer = await self._port.open(limit=48)
             while data := await reader.read(40):
                 self.segments[-1] += data
-                await asyncio.sleep(0)
+                await turns(1)
             self.segments.append(b"")
 
 
@@ -154,7 +154,7 @@ async def play(steps: list[tuple[str, int]], event_idx: bool) -> None:
         h.port.set_host_connected(True)
         for _ in range(300):
             taken += h.take(0)
-            await asyncio.sleep(0)
+            await turns(1)
         assert not_empty(reader.segments) == not_empty(sent)
         assert h.device_rx.available() == QUEUE_SIZE
         assert taken == written

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 from tests.support.processes import end, running
-from tests.support.waiting import until
+from tests.support.waiting import turns, until
 
 SCREEN = "2560x1600x24"
 PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
@@ -97,7 +97,7 @@ class VdAgentSession:
                     number = (await reader.readline()).decode().strip()
             finally:
                 transport.close()
-                await asyncio.sleep(0)
+                await turns(1)
         assert number.isdigit(), "Xvfb did not start"
         self.display = f":{number}"
 

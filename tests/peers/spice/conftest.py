@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 names += ["linux.uml", "busybox", "virtio_console.ko"]
                 names += ["spice-vdagentd", "spice-vdagent", "Xvfb", "xclip", "xrandr"]
             item.add_marker(pytest.mark.peer(*names))
+
+
+async def until_pasted(paste: Callable[[], Awaitable[str | None]], text: str | None) -> None:
+    """Wait until this is what is pasted; None for nothing."""
+    got: str | None = None
+
+    async def is_right() -> bool:
+        nonlocal got
+        got = await paste()
+        return got == text
+
+    await until(is_right, lambda: f"what is pasted is {got and got[:80]!r}")
 
 
 class Client:
@@ -186,18 +198,13 @@ class EmbeddedSide:
 
     async def pasted(self, text: str | None, selection: str) -> None:
         """Wait until this is what is pasted; None for nothing."""
-        got: str | None = None
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(15):
-                while True:
-                    try:
-                        got = (await self.agent.get_clipboard(SELECTIONS[selection])).decode()
-                    except AgentError:
-                        got = None
-                    if got == text:
-                        return
-                    await asyncio.sleep(0.05)
-        raise AssertionError(f"what is pasted is {got and got[:80]!r}")
+        await until_pasted(lambda: self._paste(selection), text)
+
+    async def _paste(self, selection: str) -> str | None:
+        try:
+            return (await self.agent.get_clipboard(SELECTIONS[selection])).decode()
+        except AgentError:
+            return None
 
     async def file(self, name: str) -> bytes | None:
         """What is in a file that was received; None if there is none."""
@@ -255,13 +262,7 @@ class UmlSide:
         return (self._guest.share / "pasted").read_text() if result.status == 0 else None
 
     async def pasted(self, text: str | None, selection: str) -> None:
-        got: str | None = None
-        for _ in range(30):
-            got = await self._paste(selection)
-            if got == text:
-                return
-            await asyncio.sleep(0.1)
-        raise AssertionError(f"what is pasted is {got and got[:80]!r}")
+        await until_pasted(lambda: self._paste(selection), text)
 
     async def file(self, name: str) -> bytes | None:
         result = await self._guest.run(f"cp /tmp/downloads/{name} /mnt/received")

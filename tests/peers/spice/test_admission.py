@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from tests.support.waiting import until
 from vring_serial.spice import admission
 
 
@@ -25,8 +26,6 @@ async def test_all_channels_of_a_client_are_admitted(bench_with, monkeypatch, op
                 assert not await reader.read()
         for _, writer in idle:
             writer.close()
-        async with asyncio.timeout(10):
-            while waiting:  # none of the client's is among them
-                await asyncio.sleep(0.01)
+        await until(lambda: not waiting)  # none of the client's is among them
         await bench.guest.copy("still there", "clipboard")
         await client.wait("grabbed", 0)

@@ -12,6 +12,7 @@ import subprocess
 
 import pytest
 
+from tests.support.waiting import until
 from vring_serial import EmbeddedGuest, SpiceOptions
 from vring_serial.device.console.controller import Controller
 from vring_serial.device.console.port import Port
@@ -227,8 +228,7 @@ class PortBench:
         await self.server.aclose()
 
     async def until_host(self, connected):
-        while self.port.host_connected != connected:
-            await asyncio.sleep(0.01)
+        await until(lambda: self.port.host_connected == connected)
 
     @property
     def properties(self):

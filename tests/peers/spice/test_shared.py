@@ -49,9 +49,11 @@ async def vring_agent(bench, *arguments):
 
 async def host_pastes(host, text):
     """Wait until the host gets this, for something else may have been there before."""
-    async with asyncio.timeout(20):
-        while not host.clipboard_types() or await host.get_clipboard() != text:
-            await asyncio.sleep(0.01)
+
+    async def is_there():
+        return host.clipboard_types() and await host.get_clipboard() == text
+
+    await until(is_there)
 
 
 async def connected(bench):
@@ -155,9 +157,11 @@ async def test_a_client_that_is_killed_leaves_the_others_whole(bench, host, spar
     assert await bench.guest.file("whole") == (tmp_path / "whole").read_bytes()
     await bench.guest.pasted("the host's", "primary")
     await bench.guest.pasted(None, "clipboard")
-    async with asyncio.timeout(10):
-        while await bench.guest.file("sparse") is not None:
-            await asyncio.sleep(0.05)
+
+    async def is_gone():
+        return await bench.guest.file("sparse") is None
+
+    await until(is_gone)
     # The next client begins anew, and is told what the others own.
     following = await bench.connect()
     await following.wait("grabbed", 1)

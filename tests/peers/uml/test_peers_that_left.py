@@ -9,6 +9,8 @@ import socket
 
 import pytest
 
+from tests.support.waiting import until
+
 DIALS = 400
 
 
@@ -69,9 +71,7 @@ async def test_a_health_check_every_moment_for_a_minute(bench):
                 assert await reader.readline() == b"tick\n"
                 writer.close()
                 await writer.wait_closed()
-                while checks < before + 10:
-                    assert not checking.done()
-                    await asyncio.sleep(0.01)
+                await until(lambda more=before + 10: checks >= more, unless=checking.done)
             turns += 1
     finally:
         checking.cancel()
