@@ -79,8 +79,8 @@ class Emulator:
             )
         return pci
 
-    def mmio(self, host, device) -> InProcessMmio:
-        mmio = InProcessMmio(host, device, self.memory, interrupt=self.levels.append)
+    def mmio(self, host, device, **options) -> InProcessMmio:
+        mmio = InProcessMmio(host, device, self.memory, interrupt=self.levels.append, **options)
         self.driver = MmioDriver(mmio.read, mmio.write)
         return mmio
 

@@ -7,6 +7,8 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from vring_serial.errors import ConfigError
+
 SIZE = 256
 #: Where the first capability may lie.
 _CAPABILITIES_AT = 0x40
@@ -72,11 +74,20 @@ class Bar:
 class ConfigSpace:
     """The bytes, a mask of the bits that software can write, and hooks on accesses.
 
+    Args:
+        state: contents to go on from, of which the bits that software can write count; kept up to
+            date here from :meth:`seal` on. Empty: as after a reset.
+
+    Raises ConfigError if the state has another size.
+
     Attributes:
         data: the present contents, which are all the state.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, state: bytearray) -> None:
+        if len(state) not in (0, SIZE):
+            raise ConfigError(f"a configuration space of {len(state)} bytes")
+        self._state = state
         self.data = bytearray(SIZE)
         self._initial = bytes(SIZE)
         self._writable = bytearray(SIZE)
@@ -129,8 +140,13 @@ class ConfigSpace:
         self._write_hooks.append((offset, offset + size, hook))
 
     def seal(self) -> None:
-        """Make the present contents those after a reset."""
+        """Make the present contents those after a reset, and go on from the state."""
         self._initial = bytes(self.data)
+        if not self._state:
+            self._state += self.data
+        for at, writable in enumerate(self._writable):
+            self._state[at] = self.data[at] & ~writable & 0xFF | self._state[at] & writable
+        self.data = self._state
 
     # --- to use it
 

@@ -20,7 +20,8 @@ from vring_serial.device.pci.isr import PciInterrupts
 from vring_serial.device.pci.layout import Layout, virtio_capability
 from vring_serial.device.pci.legacy import LegacyRegisters
 from vring_serial.device.pci.modern import CommonConfig
-from vring_serial.device.pci.msix import ENTRY_SIZE, MAX_VECTORS, Msix
+from vring_serial.device.pci.msix import MAX_VECTORS, Msix
+from vring_serial.device.pci.state import ENTRY_SIZE, FunctionState
 from vring_serial.device.registers.bank import RegisterBank
 from vring_serial.device.registers.driver_registers import DriverRegisters
 from vring_serial.device.registers.host import Host, LoopThread
@@ -86,8 +87,11 @@ class PciDevice(Closing):
         vectors: entries of the MSI-X table; 0: the function has INTx alone; None: one for each
             queue and one for the configuration, at most 253.
         host: brings accesses into the event loop; None: they come in its thread.
+        state: to go on from, of a function made with the same options; taken over.
 
     Attributes:
+        state: kept up to date by the function's parts. Positions of rings are exact after
+            :meth:`note_positions`.
         bars: the base address registers.
         notify_offsets: one for each queue.
 
@@ -104,6 +108,7 @@ class PciDevice(Closing):
         queue_size: int = 0,
         vectors: int | None = None,
         host: Host | None = None,
+        state: FunctionState | None = None,
     ) -> None:
         if vectors is None:
             vectors = min(device.num_queues + 1, _DEFAULT_VECTORS_MAX)
@@ -115,8 +120,12 @@ class PciDevice(Closing):
             raise ConfigError(f"configuration of {device.config_size} bytes")
         self.device = device
         self.transitional = transitional
+        self.state = state or FunctionState()
         host = host or LoopThread()
         self._layout = Layout(device.num_queues, device.config_size, vectors)
+        # First what may refuse the state, before the device is taken.
+        self._config = ConfigSpace(self.state.config_space)
+        self._msix = Msix(vectors, self.state.msix)
         self._registers = DriverRegisters(
             device,
             queue_size=queue_size,
@@ -125,9 +134,8 @@ class PciDevice(Closing):
             queue_called=self._queue_called,
             config_changed=self._config_changed,
             was_reset=self._was_reset,
+            saved=self.state.registers,
         )
-        self._msix = Msix(vectors)
-        self._config = ConfigSpace()
         self._msix_at = 0
         self._msix.may_send = lambda: self._registers.bus_master
         self._interrupts = PciInterrupts(self._msix, self._registers, host)
@@ -197,10 +205,16 @@ class PciDevice(Closing):
         self._msix.sink = sink
         self._msix.client_masks = client_masks
         self.vectors_changed()
+        if self.intx_level:
+            sink.set_intx(True)
 
     def vectors_changed(self) -> None:
         """Ask the sink for its descriptors again, and deliver pending interrupts."""
         self._interrupts.masks_changed()
+
+    def note_positions(self) -> None:
+        """Bring the positions of running rings in ``state`` up to date; see QueueTable."""
+        self._registers.queues.note_positions()
 
     def kick_fd(self, queue: int) -> int:
         """Return an eventfd that notifies the queue, for callers that watch its NotifyOffset.
@@ -309,6 +323,7 @@ class PciDevice(Closing):
         self._add_window()
         config.seal()
         self._command_written()
+        self._msix_written()
 
     def _command_bits(self) -> int:
         bits = Command.MEMORY_SPACE | Command.BUS_MASTER | Command.INTX_DISABLE

@@ -7,7 +7,7 @@ import struct
 from dataclasses import dataclass
 
 from vring_serial.device.pci.config_space import Bar
-from vring_serial.device.pci.msix import ENTRY_SIZE
+from vring_serial.device.pci.state import ENTRY_SIZE
 
 #: BAR numbers: legacy drivers demand 0 for their registers.
 LEGACY_BAR = 0

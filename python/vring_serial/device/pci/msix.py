@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from threading import RLock
 
+from vring_serial.device.pci.state import ENTRY_SIZE, MsixState
 from vring_serial.device.registers.interrupts import InterruptSink, NoInterrupts
 from vring_serial.device.registers.state import NO_VECTOR
+from vring_serial.errors import ConfigError
 
-ENTRY_SIZE = 16
 MAX_VECTORS = 0x800
 _CONTROL = 12
 _MASKED = 1
@@ -17,24 +17,14 @@ _MASKED = 1
 _WRITABLE = _MASKED << 96 | 0xFFFFFFFF << 64 | 0xFFFFFFFF_FFFFFFFC
 
 
-@dataclass(slots=True)
-class MsixState:
-    """The state of MSI-X that is not in configuration space.
-
-    Attributes:
-        table: ENTRY_SIZE bytes for each vector.
-        pending: the pending bits, vector 0 lowest.
-    """
-
-    table: bytearray
-    pending: int = 0
-
-
 class Msix:
     """The table and the pending bit array of one function.
 
     Args:
         vectors: entries of the table.
+        state: to go on from; kept up to date here. Empty: all as after a reset.
+
+    Raises ConfigError if the state has another number of vectors.
 
     Attributes:
         sink: delivers vectors.
@@ -45,17 +35,21 @@ class Msix:
         may_send: whether the function may send messages at all (Bus Master Enable).
     """
 
-    def __init__(self, vectors: int) -> None:
+    def __init__(self, vectors: int, state: MsixState | None = None) -> None:
         self.vectors = vectors
         self.sink: InterruptSink = NoInterrupts()
         self.may_send: Callable[[], bool] = lambda: True
         self.client_masks = False
         self.enabled = False
         self.function_masked = False
-        self.state = MsixState(bytearray(ENTRY_SIZE * vectors))
+        self.state = state or MsixState()
         # A driver may unmask in another thread than vectors are fired in.
         self._lock = RLock()
-        self.reset()
+        if not self.state.table:
+            self.state.table += bytes(ENTRY_SIZE * vectors)
+            self.reset()
+        if len(self.state.table) != ENTRY_SIZE * vectors:
+            raise ConfigError(f"the state is not one of {vectors} MSI-X vectors")
 
     def reset(self) -> None:
         """Mask all vectors, forget what is pending, and disable MSI-X."""

@@ -11,7 +11,7 @@ from vring_serial.device.registers.host import Host
 from vring_serial.device.registers.negotiation import FeatureNegotiation
 from vring_serial.device.registers.queues import QueueTable
 from vring_serial.device.registers.selected import SelectedQueue
-from vring_serial.device.registers.state import DriverState, QueueSetup
+from vring_serial.device.registers.state import DriverState, QueueSetup, RegistersState
 from vring_serial.errors import ConfigError
 from vring_serial.proto.virtio import Feature, Status
 from vring_serial.ratelimit import RateLimitedLog
@@ -41,8 +41,10 @@ class DriverRegisters:
         queue_called: must interrupt the driver of the queue with this index.
         config_changed: must interrupt the driver for a changed configuration or status.
         was_reset: must forget events; called after the driver has reset the device.
+        saved: the registers to go on from; taken over. The device is in its own state of then.
 
     Attributes:
+        saved: all registers; kept up to date here and in the parts, but for positions of rings.
         state: what the driver has set, apart from the queues.
         features: the negotiation of feature bits.
         queues: the queues, running or not.
@@ -51,7 +53,8 @@ class DriverRegisters:
             any thread.
 
     Raises:
-        ConfigError: more queues than registers can name, or an impossible ``queue_size``.
+        ConfigError: more queues than registers can name, an impossible ``queue_size``, or the
+            registers of another device.
         LocalProtocolError: another front or server has the device.
     """
 
@@ -67,6 +70,7 @@ class DriverRegisters:
         queue_called: Callable[[int], None],
         config_changed: Callable[[], None],
         was_reset: Callable[[], None],
+        saved: RegistersState | None = None,
     ) -> None:
         check_unserved(device)
         if device.num_queues > MAX_QUEUES:
@@ -77,7 +81,8 @@ class DriverRegisters:
                 f"queue size {size} is not a power of two up to {device.queue_size_max}"
             )
         self.device = device
-        self.state = DriverState(legacy=legacy)
+        self.saved = saved or RegistersState(DriverState(legacy=legacy))
+        self.state = self.saved.driver
         self._always_legacy = legacy
         self._log = RateLimitedLog(log)
         self.features = FeatureNegotiation(
@@ -87,7 +92,9 @@ class DriverRegisters:
             notification_data=notification_data,
             log=self._log,
         )
-        self.queues = QueueTable(device, self.state, size, queue_called, self._queue_failed)
+        self.queues = QueueTable(
+            device, self.state, size, queue_called, self._queue_failed, self.saved.queues
+        )
         self.selected = SelectedQueue(self.queues, self.state, host.run)
         self._run = host.run
         self.notifiers = tuple(
@@ -101,6 +108,7 @@ class DriverRegisters:
         self._config_seen = device.config_generation
         device.on_config_change = self._device_config_changed
         device.on_needs_reset = self._device_broken
+        self._update_live()
 
     # --- legacy drivers
 

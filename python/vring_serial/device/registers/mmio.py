@@ -14,7 +14,7 @@ from vring_serial.device.registers.bank import RegisterBank
 from vring_serial.device.registers.driver_registers import DriverRegisters
 from vring_serial.device.registers.host import Host, LoopThread
 from vring_serial.device.registers.interrupts import Event, EventStatus
-from vring_serial.device.registers.state import QUEUE_AREAS
+from vring_serial.device.registers.state import QUEUE_AREAS, RegistersState
 from vring_serial.errors import ConfigError
 from vring_serial.lifetime import Closing
 from vring_serial.proto.virtio import MMIO_MAGIC, VENDOR_ID
@@ -86,8 +86,10 @@ class MmioDevice(Closing):
         queue_size: of every queue, unless the driver chooses less; 0: what the device allows, at
             most 256.
         host: brings accesses into the event loop; None: they come in its thread.
+        state: the registers to go on from, of a device made with the same options; taken over.
 
     Attributes:
+        state: all registers. Positions of rings are exact after :meth:`note_positions`.
         size: bytes of the range, a power of two.
         on_interrupt: must set the interrupt line to the level that it gets; called when that
             changes, in the event loop's thread or within the driver's access that acknowledges.
@@ -105,6 +107,7 @@ class MmioDevice(Closing):
         notification_data: bool = True,
         queue_size: int = 0,
         host: Host | None = None,
+        state: RegistersState | None = None,
     ) -> None:
         if version not in (1, 2):
             raise ConfigError(f"virtio-mmio has versions 1 and 2, not {version}")
@@ -125,9 +128,12 @@ class MmioDevice(Closing):
             queue_called=self._queue_called,
             config_changed=self._config_changed,
             was_reset=self._was_reset,
+            saved=state,
         )
+        self.state = self._registers.saved
         self._state = self._registers.state
         self._events = EventStatus(self._state, self._level_changed)
+        self._events.masked = False  # the level that events of the state ask for
         self._bank = RegisterBank(self.size)
         self._place_common()
         if version == 2:
@@ -162,6 +168,10 @@ class MmioDevice(Closing):
         None before the first one, or if NOTIFICATION_DATA is not negotiated.
         """
         return self._registers.notification_data(queue)
+
+    def note_positions(self) -> None:
+        """Bring the positions of running rings in ``state`` up to date; see QueueTable."""
+        self._registers.queues.note_positions()
 
     @property
     def interrupt_level(self) -> bool:

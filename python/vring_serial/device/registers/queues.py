@@ -12,11 +12,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vring import Drained, GuestMemory, drain, notify
+from vring import Drained, GuestMemory, VirtQueue, drain, notify
 from vring.errors import AddressError, Error
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.registers.state import DriverState, QueueSetup
 from vring_serial.device.virtqueue import RunningQueue, make_queue
+from vring_serial.errors import ConfigError
 from vring_serial.proto.virtio import Feature
 from vring_serial.unix_fds import make_eventfd
 
@@ -34,14 +35,14 @@ class _Descriptors:
         call_fd: the device writes to it. The number stays while the queue runs; it is redirected by
             exchanging the file behind it.
         direct: ``call_fd`` is somebody else's eventfd, instead of our own that the loop watches.
-        running: the device has both.
+        running: the ring, while the device has it and both descriptors.
     """
 
     kick_fd: int = -1
     kick_shared: bool = False
     call_fd: int = -1
     direct: bool = False
-    running: bool = False
+    running: VirtQueue | None = None
 
 
 class QueueTable:
@@ -57,6 +58,9 @@ class QueueTable:
         size_max: largest size that drivers may choose, and the size of a queue after a reset.
         called: gets the index of a queue whose driver wants to know of used buffers.
         failed: gets the index of a queue that cannot run as the driver set it up, and why.
+        queues: to go on from; taken over. Empty: all are as after a reset.
+
+    Raises ConfigError if there are ``queues`` and they are not the device's.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class QueueTable:
         size_max: int,
         called: Callable[[int], None],
         failed: Callable[[int, Exception], None],
+        queues: list[QueueSetup] | None = None,
     ) -> None:
         self.size_max = size_max
         self._state = state
@@ -74,7 +79,11 @@ class QueueTable:
         self._failed = failed
         self._memory: GuestMemory | None = None
         self._live = False
-        self._queues = [QueueSetup(index, size_max) for index in range(device.num_queues)]
+        self._queues = [] if queues is None else queues
+        if not self._queues:
+            self._queues += (QueueSetup(index, size_max) for index in range(device.num_queues))
+        if [queue.index for queue in self._queues] != list(range(device.num_queues)):
+            raise ConfigError(f"{device.name}: the state is not one of {device.num_queues} queues")
         self._descriptors = [_Descriptors() for _ in self._queues]
 
     def __len__(self) -> int:
@@ -205,7 +214,16 @@ class QueueTable:
 
     def is_running(self, queue: QueueSetup) -> bool:
         """Return whether the device has the queue."""
-        return self._descriptors[queue.index].running
+        return self._descriptors[queue.index].running is not None
+
+    def note_positions(self) -> None:
+        """Write into the setup of each running queue where its ring is now.
+
+        Exact while nothing is in flight, as inside ``Controller.settled``.
+        """
+        for queue, fds in zip(self._queues, self._descriptors, strict=True):
+            if fds.running is not None:
+                queue.position = fds.running.avail_index
 
     def is_routed(self, queue: QueueSetup) -> bool:
         """Return whether the queue's calls go straight to somebody else's event."""
@@ -239,7 +257,7 @@ class QueueTable:
         os.dup2(event, fds.call_fd, inheritable=False)
         os.close(event)
         fds.direct = False
-        if fds.running:
+        if fds.running is not None:
             self._watch(queue)
 
     # --- internals
@@ -254,8 +272,10 @@ class QueueTable:
         ``waits``: a ring outside of memory is no failure, the queue waits for other memory.
         """
         fds = self._descriptors[queue.index]
-        if fds.running and not (queue.enabled and self._live and self._memory is not None):
-            fds.running = False
+        if fds.running is not None and not (
+            queue.enabled and self._live and self._memory is not None
+        ):
+            fds.running = None
             queue.position = self._device.stop_queue(queue.index)
             self._unwatch(queue)
         try:
@@ -271,7 +291,8 @@ class QueueTable:
     def _start_if_wanted(self, queue: QueueSetup) -> None:
         memory = self._memory
         fds = self._descriptors[queue.index]
-        if fds.running or queue.failed or not queue.enabled or not self._live or memory is None:
+        wanted = queue.enabled and self._live and not queue.failed
+        if fds.running is not None or not wanted or memory is None:
             return
         areas = (queue.descriptor_area, queue.driver_area, queue.device_area)
         name = f"queue {queue.index}"
@@ -286,7 +307,7 @@ class QueueTable:
         except BaseException:
             self._unwatch(queue)
             raise
-        fds.running = True
+        fds.running = ring
 
     def _watch(self, queue: QueueSetup) -> None:
         fds = self._descriptors[queue.index]

@@ -6,7 +6,7 @@ are all that a device model has to keep in order to go on elsewhere.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vring import SplitDriver
 
@@ -59,8 +59,9 @@ class QueueSetup:
         vector: the queue's MSI-X vector, or NO_VECTOR (PCI).
         alignment: bytes, of the used ring in legacy layouts.
         notified: the value of the driver's last notification; None before the first.
-        position: the available index to resume from; None for a fresh ring. While the queue runs,
-            the device has the current one.
+        position: the available index to resume from, 16 bits, with the wrap counter in bit 15 if
+            the ring is packed; None for a fresh ring. While the queue runs, the device has the
+            current one: see ``QueueTable.note_positions``.
     """
 
     index: int
@@ -91,3 +92,16 @@ class QueueSetup:
         self.driver_area = address + table
         end = self.driver_area + available
         self.device_area = (end + self.alignment - 1) & -self.alignment
+
+
+@dataclass(slots=True)
+class RegistersState:
+    """All registers of a device, in any layout.
+
+    Attributes:
+        driver: those that belong to no single queue.
+        queues: one for each queue of the device; empty: all are as after a reset.
+    """
+
+    driver: DriverState = field(default_factory=DriverState)
+    queues: list[QueueSetup] = field(default_factory=list)

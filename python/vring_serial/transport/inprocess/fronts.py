@@ -13,8 +13,10 @@ from vring_serial.callbacks import tell
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.pci import Bar, PciDevice
 from vring_serial.device.pci.config_space import SIZE as CONFIG_SIZE
+from vring_serial.device.pci.state import FunctionState
 from vring_serial.device.registers.host import Host
 from vring_serial.device.registers.mmio import MmioDevice
+from vring_serial.device.registers.state import RegistersState
 from vring_serial.errors import LocalProtocolError
 from vring_serial.lifetime import Closing
 from vring_serial.ratelimit import RateLimitedLog
@@ -66,8 +68,10 @@ class InProcessPci(Closing):
         msi: called with address and data of each MSI-X message: what a write to memory would be.
         intx: called with the level of INTA# when it changes.
         transitional, packed, queue_size, vectors: see PciDevice.
+        state: to go on from; see PciDevice. Interrupts that are pending in it are told at once.
 
     Attributes:
+        state: see PciDevice, as :meth:`note_positions`.
         config: the 256 bytes of configuration space, a Window: read(offset, size) -> value,
             write(offset, value, size), size.
         bars: by number: each a Window. Their kinds are in ``layout``.
@@ -90,6 +94,7 @@ class InProcessPci(Closing):
         packed: bool = False,
         queue_size: int = 0,
         vectors: int | None = None,
+        state: FunctionState | None = None,
     ) -> None:
         _check_started(device)
         self._function = PciDevice(
@@ -99,7 +104,9 @@ class InProcessPci(Closing):
             queue_size=queue_size,
             vectors=vectors,
             host=host,
+            state=state,
         )
+        self.state = self._function.state
         self._host = host
         self._closed = False
         self._function.set_irq_sink(_Callbacks(self._function, msi, intx))
@@ -114,6 +121,10 @@ class InProcessPci(Closing):
     def notification_data(self, queue: int) -> NotificationData | None:
         """Return what the driver's last notification of a queue carried; see PciDevice."""
         return self._function.notification_data(queue)
+
+    def note_positions(self) -> None:
+        """Bring the positions of running rings in ``state`` up to date; see PciDevice."""
+        self._function.note_positions()
 
     def find(self, address: int, *, io: bool = False) -> tuple[Window, int] | None:
         """Return the BAR that the guest mapped at a bus address: its window, and the offset in it.
@@ -155,8 +166,10 @@ class InProcessMmio(Window, Closing):
         memory: the guest's; None until :meth:`set_memory`.
         interrupt: called with the level of the interrupt line when it changes.
         version, packed, queue_size: see MmioDevice.
+        state: to go on from; see MmioDevice. An interrupt that is pending in it is told at once.
 
     Attributes:
+        state: see MmioDevice, as :meth:`note_positions`.
         size: bytes of the registers.
         read: ``read(offset, size) -> value``, any offset and size; the value's bytes are
             little-endian.
@@ -167,7 +180,7 @@ class InProcessMmio(Window, Closing):
         LocalProtocolError: another front has the device, or it is a Controller not started.
     """
 
-    __slots__ = ("_closed", "_host", "_registers")
+    __slots__ = ("_closed", "_host", "_registers", "state")
 
     def __init__(
         self,
@@ -179,20 +192,28 @@ class InProcessMmio(Window, Closing):
         version: int = 2,
         packed: bool = False,
         queue_size: int = 0,
+        state: RegistersState | None = None,
     ) -> None:
         _check_started(device)
         self._host = host
         self._closed = False
         self._registers = MmioDevice(
-            device, version=version, packed=packed, queue_size=queue_size, host=host
+            device, version=version, packed=packed, queue_size=queue_size, host=host, state=state
         )
+        self.state = self._registers.state
         self._registers.on_interrupt = interrupt
+        if self._registers.interrupt_level:
+            interrupt(True)
         super().__init__(self._registers.size, self._registers.read, self._registers.write)
         self.set_memory(memory)
 
     def notification_data(self, queue: int) -> NotificationData | None:
         """Return what the driver's last notification of a queue carried; see MmioDevice."""
         return self._registers.notification_data(queue)
+
+    def note_positions(self) -> None:
+        """Bring the positions of running rings in ``state`` up to date; see MmioDevice."""
+        self._registers.note_positions()
 
     @property
     def interrupt_level(self) -> bool:

@@ -1,0 +1,38 @@
+"""What a PCI function must remember in order to go on elsewhere: plain values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vring_serial.device.registers.state import RegistersState
+
+#: Bytes of an entry of the MSI-X table (PCI 3.0, 6.8.2).
+ENTRY_SIZE = 16
+
+
+@dataclass(slots=True)
+class MsixState:
+    """The state of MSI-X that is not in configuration space.
+
+    Attributes:
+        table: ENTRY_SIZE bytes for each vector; empty: as after a reset.
+        pending: the pending bits, vector 0 lowest.
+    """
+
+    table: bytearray = field(default_factory=bytearray)
+    pending: int = 0
+
+
+@dataclass(slots=True)
+class FunctionState:
+    """The whole function, but for the virtio device behind it.
+
+    Attributes:
+        registers: of the virtio device.
+        config_space: 256 bytes; empty: as after a reset. Only bits that software can write count.
+        msix: the table and the pending bits.
+    """
+
+    registers: RegistersState = field(default_factory=RegistersState)
+    config_space: bytearray = field(default_factory=bytearray)
+    msix: MsixState = field(default_factory=MsixState)
