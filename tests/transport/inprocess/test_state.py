@@ -116,8 +116,8 @@ def test_a_device_that_no_driver_has_touched_can_be_exchanged(machine):
     assert machine.emulator.take() == b"WORD"
 
 
-def test_bars_and_masked_vectors_are_as_they_were(host):
-    machine = Machine(host, "pci")
+@pytest.mark.parametrize("machine", ["pci"], indirect=True)
+def test_bars_and_masked_vectors_are_as_they_were(machine):
     emulator = machine.emulator
     emulator.boot()
     config = machine.front.config
@@ -140,7 +140,6 @@ def test_bars_and_masked_vectors_are_as_they_were(host):
     config.write(control, 0x8000, 2)
     assert (0xFEE0_0000, 0x40 + RECEIVEQ) in emulator.messages
     assert emulator.take() == b"WORD"
-    machine.end()
 
 
 def test_what_software_cannot_write_is_not_taken_from_a_state():
