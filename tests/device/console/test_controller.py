@@ -9,76 +9,27 @@ import random
 
 import pytest
 
+from tests.support.console import events_of, python_port, sink_of
 from tests.support.pump import pump_turn
 from tests.support.waiting import turns, until
 from vring import RingError
-from vring_serial.chardev.protocol import ProtocolChardev
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.console import events as ev
 from vring_serial.device.console.controller import DEFAULT_FEATURES, Controller
 from vring_serial.device.console.events import Side
 from vring_serial.device.console.port import Port
-from vring_serial.errors import LocalProtocolError, RemoteProtocolError
+from vring_serial.errors import LocalProtocolError
 from vring_serial.proto.console import (
     CONTROL_RECEIVEQ,
     CONTROL_TRANSMITQ,
     NO_PORT,
-    ConsoleConfig,
     ConsoleFeature,
     ControlEvent,
     ControlMessage,
-    Size,
 )
 from vring_serial.proto.virtio import Feature, Status
 
 E = ControlEvent
-
-
-class Sink(asyncio.Protocol):
-    """Keeps what it hears."""
-
-    def __init__(self) -> None:
-        self.data = b""
-        self.lost = False
-        self.transport: asyncio.Transport | None = None
-
-    def connection_made(self, transport):
-        self.transport = transport
-
-    def data_received(self, data):
-        self.data += data
-
-    def connection_lost(self, error):
-        self.lost = True
-
-
-class SinkChardev(ProtocolChardev):
-    """Connects sinks, and keeps them."""
-
-    def __init__(self, id: str, *, connected: bool = True) -> None:
-        super().__init__(id, self._make, connected=connected)
-        self.sinks: list[Sink] = []
-
-    def _make(self) -> Sink:
-        self.sinks.append(Sink())
-        return self.sinks[-1]
-
-
-def python_port(nr: int, name: str = "", *, console: bool = False, connected: bool = True) -> Port:
-    return Port(nr, name, SinkChardev(f"chr{nr}", connected=connected), console=console)
-
-
-def sink_of(controller: Controller, nr: int) -> Sink | None:
-    """The sink that is connected to a port now."""
-    chardev = controller.ports[nr].chardev
-    assert isinstance(chardev, SinkChardev)
-    return chardev.sinks[-1] if chardev.sinks and not chardev.sinks[-1].lost else None
-
-
-def events_of(controller: Controller) -> list[ev.DeviceEvent]:
-    events: list[ev.DeviceEvent] = []
-    controller.on_event = events.append
-    return events
 
 
 def test_the_controller_is_a_virtio_device():
@@ -314,80 +265,6 @@ def test_a_second_listener_does_not_silently_replace_the_first():
     assert events_of(controller) == []
 
 
-# --- features, status, configuration --------------------------------------------------------------
-
-
-async def test_features_that_were_not_offered_are_refused(make_controller):
-    controller = make_controller()
-    with pytest.raises(RemoteProtocolError, match="not offered: RING_PACKED"):
-        controller.set_driver_features(DEFAULT_FEATURES | Feature.RING_PACKED)
-    assert controller.driver_features == 0
-    controller.set_driver_features(DEFAULT_FEATURES)
-    assert controller.driver_features == DEFAULT_FEATURES
-
-
-async def test_configuration_space(make_controller):
-    controller = make_controller(max_ports=7)
-    port = python_port(0, console=True)
-    controller.add_port(port)
-    assert ConsoleConfig.unpack(controller.read_config(0, 12)) == ConsoleConfig(0, 0, 7, 0)
-    changes = []
-    controller.on_config_change = lambda: changes.append(controller.read_config(0, 4))
-    port.end_resized(80, 25)
-    assert changes == []  # nobody has accepted SIZE yet
-    generation = controller.config_generation
-    controller.set_driver_features(DEFAULT_FEATURES)
-    port.end_resized(132, 43)
-    assert changes == [Size(132, 43).pack()]
-    assert controller.config_generation == generation + 1
-    for offset in range(20):
-        for length in range(20):
-            whole = controller.read_config(0, 12) + bytes(40)
-            assert controller.read_config(offset, length) == whole[offset : offset + length]
-
-
-async def test_a_terminals_size_reaches_the_guest_as_a_resize_message(make_controller, make_guest):
-    controller = make_controller()
-    console, plain = python_port(0, console=True), python_port(1, "org.test")
-    controller.add_port(console)
-    controller.add_port(plain)
-    console.end_resized(80, 25)
-    await controller.start()
-    guest = make_guest(controller)
-    guest.boot()
-    await guest.until(lambda: guest.control.ports.get(0) and guest.control.ports[0].size)
-    assert guest.control.ports[0].size == Size(80, 25)
-    console.end_resized(100, 30)
-    plain.end_resized(1, 1)
-    await guest.until(lambda: guest.control.ports[0].size == Size(100, 30))
-    assert not any(m.event == E.RESIZE and m.id == 1 for m in guest.messages)
-
-
-async def test_emergency_writes_reach_the_console_also_before_any_driver(make_controller):
-    controller = make_controller()
-    events = events_of(controller)
-    controller.add_port(python_port(0, console=True))
-    await controller.start()
-    sink = sink_of(controller, 0)
-    controller.write_config(8, b"A\0\0\0")
-    controller.write_config(0, bytes(8) + b"B\xff\xff\xff")  # QEMU writes all of it
-    controller.write_config(0, bytes(12))  # and means nothing by 0
-    controller.write_config(8, b"C")
-    controller.write_config(0, bytes(8))
-    controller.write_config(9, b"\1\1\1")
-    controller.write_config(500, b"D")
-    await until(lambda: sink.data == b"ABC")
-    assert controller.read_config(8, 4) == bytes(4)
-    assert [e.char for e in events if isinstance(e, ev.EmergencyWrite)] == list(b"ABC")
-
-
-async def test_without_the_feature_an_emergency_write_is_nothing(make_controller):
-    controller = make_controller(features=DEFAULT_FEATURES & ~int(ConsoleFeature.EMERG_WRITE))
-    events = events_of(controller)
-    controller.write_config(8, b"A\0\0\0")
-    assert events == []
-
-
 # --- queues ---------------------------------------------------------------------------------------
 
 
@@ -603,53 +480,3 @@ async def test_garbage_in_the_rings_harms_no_one_else(make_controller, make_gues
     guest.write(1, b"at last")
     await guest.until(lambda: sink_of(controller, 1).data == b"at last")
     assert failures == []
-
-
-def test_a_guest_that_opens_and_closes_in_a_loop_fills_no_log(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    caplog.set_level(logging.INFO)
-    controller = Controller()
-    for _ in range(1000):
-        controller.emit(ev.PortOpened(Side.GUEST, 1))
-        controller.emit(ev.PortClosed(Side.GUEST, 1))
-    assert len(caplog.records) == 20
-    controller.emit(ev.PortOpened(Side.GUEST, 2))
-    assert len(caplog.records) == 21  # other ports are heard
-
-
-def test_a_guest_that_starts_breaks_and_resets_in_a_loop_fills_no_log(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    caplog.set_level(logging.INFO)
-    controller = Controller()
-    broken = ev.QueueBroken(3, RingError("queue 3", 0, "garbage"))
-    for _ in range(1000):
-        controller.emit(ev.FeaturesNegotiated(1 << 32))
-        controller.emit(ev.DriverReady())
-        controller.emit(broken)
-        controller.emit(ev.DeviceReset())
-        controller.emit(ev.PortReady(1))
-    # Each kind by itself: what broke is not lost among resets.
-    assert len(caplog.records) == 100
-    assert sum(record.levelno == logging.WARNING for record in caplog.records) == 20
-
-
-def test_all_ports_that_open_and_close_in_loops_share_one_budget(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    caplog.set_level(logging.INFO)
-    controller = Controller(max_ports=511)
-    for _ in range(20):
-        for nr in range(511):
-            controller.emit(ev.PortOpened(Side.GUEST, nr))
-            controller.emit(ev.PortClosed(Side.GUEST, nr))
-    assert len(caplog.records) < 4100  # of 10220 that each port by itself may log in 10 s
-
-
-def test_emergency_writes_in_a_loop_fill_no_log(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-    controller = Controller()
-    for _ in range(5000):
-        controller.write_config(ConsoleConfig.EMERG_WR, b"x\0\0\0")
-    assert len(caplog.records) == 20

@@ -4,60 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import random
-from collections.abc import Iterator
 
 import pytest
 
+from tests.support.console import Recorder
 from tests.support.waiting import turns, until
-from vring import GuestMemory, Region, RingError, SplitDriver, SplitQueue
 from vring_serial.chardev.protocol import ProtocolChardev
 from vring_serial.chardev.ringbuf import RingbufChardev
 from vring_serial.device.console import events as ev
 from vring_serial.device.console.port import Port
-from vring_serial.device.console.port_transport import BACKLOG_MAX, PortTransport
-from vring_serial.device.console.state import ChainState
-from vring_serial.device.virtqueue import RunningQueue
+from vring_serial.device.console.port_transport import BACKLOG_MAX
 from vring_serial.proto.console import CONTROL_RECEIVEQ, ControlEvent
-
-
-class Recorder(asyncio.Protocol):
-    """Keeps everything, and answers if told to."""
-
-    def __init__(self) -> None:
-        self.calls: list[str] = []
-        self.data = bytearray()
-        self.transport: asyncio.Transport | None = None
-        self.error: BaseException | None = None
-        self.fail = False
-
-    def connection_made(self, transport):
-        self.transport = transport
-        self.calls.append("made")
-
-    def data_received(self, data):
-        assert not self.paused
-        if self.fail:
-            raise RuntimeError("a handler's mistake")
-        self.data += data
-
-    @property
-    def paused(self):
-        return not self.transport.is_reading()
-
-    def pause_writing(self):
-        self.calls.append("pause")
-
-    def resume_writing(self):
-        self.calls.append("resume")
-
-    def eof_received(self):
-        self.calls.append("eof")
-
-    def connection_lost(self, error):
-        self.calls.append("lost")
-        self.error = error
 
 
 class Rig:
@@ -105,50 +63,6 @@ async def rig(make_controller, make_guest):
         return built
 
     return build
-
-
-class Bare:
-    """A transport without a port, over one ring in memory that can be cut off."""
-
-    SIZE = 16
-    BUFFERS = 0x10000
-    LENGTH = 4 << 20
-
-    def __init__(self) -> None:
-        self.memfd = os.memfd_create("guest")
-        os.ftruncate(self.memfd, self.LENGTH)
-        self.memory = GuestMemory([Region.map(self.memfd, self.LENGTH, guest_addr=0)])
-        parts = (0x1000, 0x2000, 0x3000)
-        self.driver = SplitDriver(self.memory, self.SIZE, *parts, event_idx=True)
-        self.kick_fd = os.eventfd(0, os.EFD_NONBLOCK)
-        queue = SplitQueue(self.memory, self.SIZE, *parts, event_idx=True, name="queue 5")
-        self.running = RunningQueue(queue, self.kick_fd, -1)
-        self.broken: list[RingError] = []
-
-    def connect(self, protocol: asyncio.Protocol) -> PortTransport:
-        return PortTransport(
-            protocol,
-            lossy=False,
-            extra={},
-            on_lost=lambda by_protocol: None,
-            on_broken=lambda is_transmit, error: self.broken.append(error),
-            on_dropped=lambda count: None,
-        )
-
-    def publish(self) -> None:
-        if self.driver.publish():
-            os.eventfd_write(self.kick_fd, 1)
-
-    def close(self) -> None:
-        os.close(self.kick_fd)
-        os.close(self.memfd)
-
-
-@pytest.fixture
-def bare() -> Iterator[Bare]:
-    built = Bare()
-    yield built
-    built.close()
 
 
 async def test_asyncio_streams_work_on_a_port(make_controller, make_guest):
@@ -309,64 +223,6 @@ async def test_the_write_buffer_has_marks_and_the_guests_buffers_drain_it(rig):
     assert guest.received[1] == data
     assert protocol.calls == ["made", "pause", "resume"]
     assert transport.get_write_buffer_size() == 0
-
-
-async def test_writing_resumes_once_the_buffer_is_at_its_low_mark(bare):
-    protocol = Recorder()
-    transport = bare.connect(protocol)
-    transport.set_write_buffer_limits(20_000, 10_000)
-    transport.start_receiveq(bare.running)
-    transport.write(bytes(30_000))
-    assert protocol.calls == ["pause"]
-    left = [30_000]
-    while "resume" not in protocol.calls:
-        bare.driver.add([], [(bare.BUFFERS, 4000)])
-        bare.publish()
-        await until(lambda: transport.get_write_buffer_size() != left[-1])
-        left.append(transport.get_write_buffer_size())
-    assert left == [30_000, 26_000, 22_000, 18_000, 14_000, 10_000]
-    transport.stop_receiveq()
-
-
-async def test_nothing_of_a_large_chain_comes_from_memory_that_is_gone(bare):
-    class Nibbler(Recorder):
-        def data_received(self, data):
-            super().data_received(data)
-            self.transport.pause_reading()
-
-    protocol = Nibbler()
-    transport = bare.connect(protocol)
-    transport.start_transmitq(bare.running, ChainState())
-    bare.memory.write(bare.BUFFERS, b"x" * (2 << 20))
-    bare.driver.add([(bare.BUFFERS, 2 << 20)], [])
-    bare.publish()
-    await until(lambda: protocol.data)
-    begun = len(protocol.data)
-    assert begun < 2 << 20
-    # The rings stay: only what is copied next is not there.
-    os.ftruncate(bare.memfd, bare.BUFFERS)
-    protocol.transport.resume_reading()
-    await until(lambda: bare.broken or protocol.data.count(0))
-    assert protocol.data == b"x" * begun
-    assert [error.queue for error in bare.broken] == ["queue 5"]
-    assert "is gone" in str(bare.broken[0])
-
-
-async def test_what_was_delivered_is_left_out_of_its_own_chain_alone(bare):
-    protocol = Recorder()
-    transport = bare.connect(protocol)
-    for number, data in enumerate([b"delivered, rest", b" and more"]):
-        address = bare.BUFFERS + 4096 * number
-        bare.memory.write(address, data)
-        bare.driver.add([(address, len(data))], [])
-    bare.publish()
-    chain = ChainState(delivered=len(b"delivered, "))
-    transport.start_transmitq(bare.running, chain)
-    used: list[int] = []
-    await until(lambda: (used.extend(bare.driver.get_used()[0]), len(used) == 2)[1])
-    assert protocol.data == b"rest and more"
-    transport.stop_transmitq()
-    assert chain.delivered == 0
 
 
 async def test_what_is_written_while_the_vm_is_paused_arrives_when_it_goes_on(rig):
