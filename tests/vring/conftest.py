@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
+from tests.support.pump import pump_turn as through_the_pump
 from tests.support.waiting import wait_until
 from vring import Flow, FlowEvent, Pump
 from vring.testing import GuestQueue
@@ -162,21 +163,8 @@ def make_rig(pump: Pump, sockets: object, descriptors: object) -> Iterator[Calla
 
 @pytest.fixture
 def pump_turn(pump: Pump) -> Callable[..., None]:
-    """Returns when the pump has seen all that happened before: a byte went through it since."""
-
-    def turn(pump: Pump = pump) -> None:
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)
-        rig = PortRig(pump, writable=False)
-        with ours, theirs:
-            rig.write_to(ours.fileno())
-            for _ in range(2):
-                rig.send(b"x")
-                assert theirs.recv(1) == b"x"
-                rig.wait_used(1)
-            rig.close()
-
-    return turn
+    """See tests/support/pump.py; with no argument it is the test's own pump that is meant."""
+    return lambda other=pump: through_the_pump(other)
 
 
 @pytest.fixture
@@ -195,7 +183,7 @@ def assert_asleep() -> Callable[[], None]:
 
     def rests() -> bool:
         before = count()
-        time.sleep(0.1)
+        time.sleep(0.1)  # that a thread sleeps, and goes on sleeping, only time can show
         return count() == before
 
     return lambda: wait_until(rests)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.support.waiting import wait_until
 from vring import Drained, Pump, drain, notify
 from vring.testing import GuestQueue
 
@@ -164,18 +165,12 @@ def test_the_pump_goes_on_while_a_call_cannot_be_written(incoming: bool) -> None
                 guest.offer()
                 os.eventfd_write(kick_fd, 1)
                 theirs.sendall(b"%d" % turn)
-                until = time.monotonic() + 10
-                received = b""
-                while not received:
-                    assert time.monotonic() < until
-                    received = guest.receive()
-                assert received == b"%d" % turn
+                wait_until(lambda turn=turn: guest.receive() == b"%d" % turn)
             else:
                 guest.send(b"%2d" % turn, [2])
                 os.eventfd_write(kick_fd, 1)
                 assert theirs.recv(100) == b"%2d" % turn
-                time.sleep(0.002)
-                guest.collect()
+                wait_until(lambda: len(guest.collect()))
         assert flow.counters.calls > 1
         flow.detach()
     assert select.select([call_fd], [], [], 0)[0]
@@ -209,10 +204,10 @@ class CalledFlow:
         os.eventfd_write(self.kick_fd, 1)
 
     def wait_used(self) -> None:
-        end = time.monotonic() + 5
-        while self.guest.driver.num_free < QUEUE:
-            assert time.monotonic() < end, "the pump does not go on"
-            self.guest.collect()
+        wait_until(
+            lambda: (self.guest.collect(), self.guest.driver.num_free == QUEUE)[1],
+            "the pump goes on",
+        )
 
     def close(self) -> None:
         self.flow.detach()

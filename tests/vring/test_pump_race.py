@@ -236,7 +236,7 @@ def test_change_under_traffic(change: Callable[[Port], None], incoming: bool) ->
             for _ in range(ROUNDS):
                 port.attach()
                 if rng.random() < 0.5:
-                    time.sleep(rng.random() * 0.0005)
+                    time.sleep(rng.random() * 0.0005)  # so that it ends at any moment
                 port.detach()
                 change(port)
             assert port.moved > 10 * SIZE * SLOT

@@ -11,6 +11,7 @@ import pytest
 
 from tests.device.conftest import Guest
 from tests.device.console.test_port import PairChardev, pattern, received
+from tests.support.waiting import turns
 from vring_serial.chardev.base import Chardev
 from vring_serial.chardev.protocol import ProtocolChardev
 from vring_serial.device.console.controller import Controller
@@ -222,7 +223,7 @@ async def test_settling_changes_nothing_that_the_guest_or_a_peer_sees(boot):
         guest.write(1, b"%d," % number)
         with guest.controller.settled():
             pass
-        await asyncio.sleep(0)
+        await turns(1)
     wanted = b"".join(b"%d," % number for number in range(50))
     got = bytearray()
     await guest.until(lambda: got.extend(received(chardev.peer)) or len(got) >= len(wanted))
