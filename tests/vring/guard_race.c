@@ -12,7 +12,7 @@ static volatile int held, go_on;
 static void hold_the_first(void) {
     if (!__atomic_exchange_n(&held, 1, __ATOMIC_SEQ_CST))
         while (!__atomic_load_n(&go_on, __ATOMIC_SEQ_CST))
-            usleep(1000); /* a signal handler may wait for nothing but by looking */
+            usleep(1000); /* polls: nothing else may wait in a signal handler */
 }
 
 #define __atomic_fetch_add(at, n, order) (hold_the_first(), __atomic_fetch_add(at, n, order))
@@ -41,7 +41,7 @@ int main(void) {
     if (pthread_create(&thread, NULL, first, NULL))
         return 2;
     while (!__atomic_load_n(&held, __ATOMIC_SEQ_CST))
-        usleep(1000); /* looks as well: what holds the other thread must not wake this one */
+        usleep(1000); /* polls: a signal handler can wake nobody */
     byte = pages[4096];
     printf("read %d, losses %d\n", byte, vr_guard_count() != 0);
     __atomic_store_n(&go_on, 1, __ATOMIC_SEQ_CST);
