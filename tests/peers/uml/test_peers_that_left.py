@@ -46,14 +46,13 @@ async def test_a_program_that_does_not_read_keeps_nobody_out(bench):
     await writer.wait_closed()
 
 
-async def test_a_health_check_every_moment_for_a_minute(bench):
+async def test_a_health_check_every_moment(bench):
     """It connects, says nothing and leaves; who has business with the guest gets a turn always."""
     bench.add_port(1, "data")
     await bench.serve()
     guest = await bench.boot()
     await guest.run(TICKING)
-    loop = asyncio.get_running_loop()
-    checks = turns = 0
+    checks = 0
 
     async def check() -> None:
         nonlocal checks
@@ -63,8 +62,7 @@ async def test_a_health_check_every_moment_for_a_minute(bench):
 
     checking = asyncio.create_task(check())
     try:
-        end = loop.time() + 60
-        while loop.time() < end:
+        for _ in range(50):
             before = checks
             async with asyncio.timeout(20):
                 reader, writer = await bench.connect("data")
@@ -72,11 +70,9 @@ async def test_a_health_check_every_moment_for_a_minute(bench):
                 writer.close()
                 await writer.wait_closed()
                 await until(lambda more=before + 10: checks >= more, unless=checking.done)
-            turns += 1
     finally:
         checking.cancel()
         await asyncio.wait([checking])
-    assert turns > 1
 
 
 @pytest.mark.peer("qemu-ga")
