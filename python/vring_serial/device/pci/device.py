@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from vring import GuestMemory, NotificationData
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.pci import layout as at
 from vring_serial.device.pci.config_space import (
@@ -23,11 +22,11 @@ from vring_serial.device.pci.modern import CommonConfig
 from vring_serial.device.pci.msix import MAX_VECTORS, Msix
 from vring_serial.device.pci.state import ENTRY_SIZE, FunctionState
 from vring_serial.device.registers.bank import RegisterBank
+from vring_serial.device.registers.device import RegisterDevice
 from vring_serial.device.registers.driver_registers import DriverRegisters
 from vring_serial.device.registers.host import Host, LoopThread
 from vring_serial.device.registers.interrupts import InterruptSink
 from vring_serial.errors import ConfigError
-from vring_serial.lifetime import Closing
 from vring_serial.proto.virtio import VENDOR_ID
 
 #: Transitional PCI device ids by device type (4.1.2.1).
@@ -69,7 +68,7 @@ class NotifyOffset:
     size: int
 
 
-class PciDevice(Closing):
+class PciDevice(RegisterDevice):
     """The registers of a PCI function with a virtio device behind them.
 
     Accesses have any offset and size; values are numbers, their bytes little-endian. Outside of
@@ -189,13 +188,6 @@ class PciDevice(Closing):
 
     # --- what the machine does
 
-    def set_memory(self, memory: GuestMemory | None) -> None:
-        """Exchange the guest's memory; running queues continue in it without loss.
-
-        None: queues stop until there is memory again.
-        """
-        self._registers.set_memory(memory)
-
     def set_irq_sink(self, sink: InterruptSink, *, client_masks: bool = False) -> None:
         """Deliver interrupts to ``sink``.
 
@@ -211,27 +203,6 @@ class PciDevice(Closing):
     def vectors_changed(self) -> None:
         """Ask the sink for its descriptors again, and deliver pending interrupts."""
         self._interrupts.masks_changed()
-
-    def note_positions(self) -> None:
-        """Bring the positions of running rings in ``state`` up to date; see QueueTable."""
-        self._registers.queues.note_positions()
-
-    def kick_fd(self, queue: int) -> int:
-        """Return an eventfd that notifies the queue, for callers that watch its NotifyOffset.
-
-        It belongs to the device and stays open until :meth:`close`.
-
-        Raises:
-            OSError: there are no more descriptors.
-        """
-        return self._registers.queues.kick_fd(queue)
-
-    def notification_data(self, queue: int) -> NotificationData | None:
-        """Return what the driver's last notification of a queue carried (2.9), which is a hint.
-
-        None before the first one, or if NOTIFICATION_DATA is not negotiated.
-        """
-        return self._registers.notification_data(queue)
 
     @property
     def intx_level(self) -> bool:
@@ -264,10 +235,6 @@ class PciDevice(Closing):
         self._registers.reset()
         self._command_written()
         self._msix_written()
-
-    def close(self) -> None:
-        """Reset the device, let go of it and close all descriptors. Safe to call twice."""
-        self._registers.close()
 
     # --- its parts
 

@@ -7,16 +7,15 @@ import logging
 from collections.abc import Callable
 from functools import partial
 
-from vring import GuestMemory, NotificationData
 from vring_serial.callbacks import tell
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.registers.bank import RegisterBank
+from vring_serial.device.registers.device import RegisterDevice
 from vring_serial.device.registers.driver_registers import DriverRegisters
 from vring_serial.device.registers.host import Host, LoopThread
 from vring_serial.device.registers.interrupts import Event, EventStatus
 from vring_serial.device.registers.state import QUEUE_AREAS, RegistersState
 from vring_serial.errors import ConfigError
-from vring_serial.lifetime import Closing
 from vring_serial.proto.virtio import MMIO_MAGIC, VENDOR_ID
 from vring_serial.ratelimit import RateLimitedLog
 
@@ -68,7 +67,7 @@ _SIZE_MIN = 0x200
 _ONES = 0xFFFFFFFF
 
 
-class MmioDevice(Closing):
+class MmioDevice(RegisterDevice):
     """The registers of one virtio-mmio device.
 
     Accesses have any offset and size; values are numbers, their bytes little-endian. Where nothing
@@ -145,34 +144,6 @@ class MmioDevice(Closing):
         #: Write ``size`` bytes at ``offset``: write(offset, value, size).
         self.write: Callable[[int, int, int], None] = self._bank.write
 
-    def set_memory(self, memory: GuestMemory | None) -> None:
-        """Exchange the guest's memory; running queues continue in it without loss.
-
-        None: queues stop until there is memory again.
-        """
-        self._registers.set_memory(memory)
-
-    def kick_fd(self, queue: int) -> int:
-        """Return an eventfd that notifies the queue, for callers that watch QueueNotify themselves.
-
-        It belongs to the device and stays open until :meth:`close`.
-
-        Raises:
-            OSError: there are no more descriptors.
-        """
-        return self._registers.queues.kick_fd(queue)
-
-    def notification_data(self, queue: int) -> NotificationData | None:
-        """Return what the driver's last notification of a queue carried (2.9), which is a hint.
-
-        None before the first one, or if NOTIFICATION_DATA is not negotiated.
-        """
-        return self._registers.notification_data(queue)
-
-    def note_positions(self) -> None:
-        """Bring the positions of running rings in ``state`` up to date; see QueueTable."""
-        self._registers.queues.note_positions()
-
     @property
     def interrupt_level(self) -> bool:
         """The level of the interrupt line."""
@@ -181,10 +152,6 @@ class MmioDevice(Closing):
     def reset(self) -> None:
         """Reset the device and all registers to their state after power-on."""
         self._registers.reset()
-
-    def close(self) -> None:
-        """Reset the device, let go of it and close all descriptors. Safe to call twice."""
-        self._registers.close()
 
     # --- registers
 
