@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.leaks import held
+from tests.support.waiting import DEADLINE, until
 from vring_serial.chardev.base import Chardev, DescriptorEnd, End, ProtocolEnd
 from vring_serial.chardev.file import FileChardev, FileOptions
 from vring_serial.chardev.null import NullChardev
@@ -21,8 +22,6 @@ from vring_serial.chardev.pty import PtyChardev
 from vring_serial.chardev.ringbuf import RingbufChardev, RingbufOptions
 from vring_serial.chardev.socket import SocketChardev, SocketOptions
 from vring_serial.chardev.stdio import StdioChardev
-
-DEADLINE = 5.0  # seconds in which anything that happens at all has happened
 
 
 async def readable(fd: int) -> None:
@@ -101,8 +100,6 @@ class Guest:
         self.end: End | None = None
         self.protocol: asyncio.Protocol | None = None
         self.transport: GuestTransport | None = None
-        self._changed = asyncio.Condition()
-        self._wakers: set[asyncio.Task[None]] = set()
         chardev.attach(self)
         chardev.guest_opened(True)
 
@@ -115,7 +112,6 @@ class Guest:
             self.transport = GuestTransport()
             self.protocol = end.factory()
             self.protocol.connection_made(self.transport)
-        self._wake()
 
     def end_replaced(self, end: DescriptorEnd) -> None:
         assert isinstance(self.end, DescriptorEnd)
@@ -125,7 +121,6 @@ class Guest:
         assert self.chardev.end is end
         self.end = end
         self.events.append("replaced")
-        self._wake()
 
     def end_closed(self) -> None:
         assert self.end is not None, "an end was closed that was not open"
@@ -139,32 +134,17 @@ class Guest:
             self.protocol = None
         self.end = None
         self.events.append("closed")
-        self._wake()
 
     def end_resized(self, cols: int, rows: int) -> None:
         assert self.end is not None
         self.sizes.append((cols, rows))
         self.events.append(f"resized {cols}x{rows}")
-        self._wake()
-
-    def _wake(self) -> None:
-        async def notify() -> None:
-            async with self._changed:
-                self._changed.notify_all()
-
-        task = asyncio.get_running_loop().create_task(notify())
-        self._wakers.add(task)
-        task.add_done_callback(self._wakers.discard)
-
-    async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(DEADLINE), self._changed:
-            await self._changed.wait_for(condition)
 
     async def opened(self) -> None:
-        await self.until(lambda: self.end is not None)
+        await until(lambda: self.end is not None)
 
     async def closed(self) -> None:
-        await self.until(lambda: self.end is None)
+        await until(lambda: self.end is None)
 
     @property
     def read_fd(self) -> int:

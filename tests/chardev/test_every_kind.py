@@ -156,7 +156,7 @@ async def test_a_peer_that_leaves_is_noticed_although_nobody_reads(peer: Peer) -
     guest = await connected(peer)
     await peer.disconnect()
     if peer.leaves:
-        await guest.until(lambda: "closed" in guest.events)
+        await until(lambda: "closed" in guest.events)
     else:
         assert guest.events == ["opened"]
 
@@ -166,9 +166,9 @@ async def test_the_next_peer_is_served(peer: Peer) -> None:
     guest = await connected(peer)
     for turn in range(1, 4):
         await peer.disconnect()
-        await guest.until(lambda turn=turn: guest.events.count("closed") == turn)
+        await until(lambda turn=turn: guest.events.count("closed") == turn)
         await peer.connect()
-        await guest.until(lambda turn=turn: guest.events.count("opened") == turn + 1)
+        await until(lambda turn=turn: guest.events.count("opened") == turn + 1)
         await guest.write(PATTERN)
         assert await peer.receive(len(PATTERN)) == PATTERN
         await peer.send(b"and back")
@@ -219,7 +219,7 @@ async def test_last_words_that_nobody_reads_do_not_keep_the_end(
     peer.chardev.peer_gone(BrokenPipeError(errno.EPIPE, "Broken pipe"))
     assert guest.end is not None
     await clock.forward(LAST_WORDS_SECONDS)
-    await guest.until(lambda: "closed" in guest.events)
+    await until(lambda: "closed" in guest.events)
 
 
 @pytest.mark.parametrize("peer", WITH_LAST_WORDS, indirect=True)
@@ -232,7 +232,7 @@ async def test_a_peer_that_left_is_let_go_when_its_bytes_are_read_and_no_more(
     await left(peer, guest, clock)
     assert await guest.read(10) == b"last words"
     await clock.forward(RECHECK_SECONDS)
-    await guest.until(lambda: "closed" in guest.events)
+    await until(lambda: "closed" in guest.events)
 
 
 @pytest.mark.parametrize("peer", LEAVING, indirect=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.chardev.conftest import Guest, read_exactly
-from tests.support.waiting import LoopClock
+from tests.support.waiting import LoopClock, until
 from vring_serial.chardev.pty import PtyChardev, PtyOptions
 from vring_serial.errors import ConfigError, ResourceError
 
@@ -112,10 +112,10 @@ async def test_the_size_and_its_changes_are_told(
     chardev, guest = pty
     slave = open_slave(chardev)
     set_size(slave, 80, 24)
-    await guest.until(lambda: guest.sizes == [(80, 24)])
+    await until(lambda: guest.sizes == [(80, 24)])
     assert guest.events[0] == "opened"
     set_size(slave, 132, 43)
-    await guest.until(lambda: guest.sizes == [(80, 24), (132, 43)])
+    await until(lambda: guest.sizes == [(80, 24), (132, 43)])
     await clock.forward(A_LOOK)
     assert len(guest.sizes) == 2, "the same size is told once"
     set_size(slave, 0, 0)  # nobody knows
@@ -132,7 +132,7 @@ async def test_the_size_is_told_again_when_the_end_opens_again(
     for turn in (1, 2):
         slave = open_slave(chardev)
         set_size(slave, 80, 24)
-        await guest.until(lambda turn=turn: guest.sizes == [(80, 24)] * turn)
+        await until(lambda turn=turn: guest.sizes == [(80, 24)] * turn)
         os.close(slave)
         await guest.closed()
 

@@ -69,7 +69,7 @@ async def test_a_client_follows_its_server_through_restarts(
             server.setblocking(False)
             async with asyncio.timeout(5):
                 sock, _ = await asyncio.get_running_loop().sock_accept(server)
-            await guest.until(lambda turn=turn: guest.events.count("opened") == turn)
+            await until(lambda turn=turn: guest.events.count("opened") == turn)
             await guest.write(b"hello")
             assert await read_exactly(sock.fileno(), 5) == b"hello"
         path.unlink()

@@ -59,7 +59,7 @@ async def test_400_clients_that_call_and_leave_while_the_guest_has_the_port_clos
     assert "; 19 bytes that it had sent were not read" in caplog.text
     with await dial() as sock:
         sock.send(b"alive")
-        await guest.until(lambda: guest.end is not None and waits(guest) == 5)
+        await until(lambda: guest.end is not None and waits(guest) == 5)
         chardev.guest_opened(True)
         assert await guest.read(5) == b"alive"
 
@@ -86,7 +86,7 @@ async def test_clients_that_call_and_leave_while_another_is_served(
         last.send(b"alive")
         assert guest.events == ["opened"]
     with last:
-        await guest.until(lambda: guest.end is not None and waits(guest) == 5)
+        await until(lambda: guest.end is not None and waits(guest) == 5)
 
 
 async def test_what_a_client_left_keeps_the_next_for_the_stated_seconds_only(
@@ -120,9 +120,9 @@ async def test_a_guest_that_closes_the_port_lets_go_of_who_left(
             sock.send(b"hello?")
     with await dial() as sock:
         sock.send(b"alive")
-        await guest.until(lambda: guest.end is not None and waits(guest) == 6)
+        await until(lambda: guest.end is not None and waits(guest) == 6)
         chardev.guest_opened(False)
-        await guest.until(lambda: guest.end is not None and waits(guest) == 5)
+        await until(lambda: guest.end is not None and waits(guest) == 5)
 
 
 async def test_who_shut_down_its_sending_side_is_there_yet(
@@ -177,7 +177,7 @@ async def test_more_clients_than_may_wait_are_all_served(tmp_path: Path) -> None
         assert await guest.read(3) == bytes([number]) * 3
         sock.close()
         turn = number + 1
-        await guest.until(lambda turn=turn: guest.events.count("opened") == min(turn + 1, count))
+        await until(lambda turn=turn: guest.events.count("opened") == min(turn + 1, count))
     await guest.closed()
     await chardev.aclose()
 
@@ -204,5 +204,5 @@ async def test_a_listener_that_greets_and_starts_again_is_dialled_again(
                 sock, _ = await asyncio.get_running_loop().sock_accept(server)
             with sock:
                 sock.send(b"220 welcome\r\n")
-                await guest.until(lambda turn=turn: guest.events.count("opened") == turn)
+                await until(lambda turn=turn: guest.events.count("opened") == turn)
         await chardev.aclose()

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tests.chardev.conftest import Guest
 from tests.support.sockets import unix_client, unix_server
-from tests.support.waiting import turns, until_logged
+from tests.support.waiting import turns, until, until_logged
 from vring_serial.errors import ResourceError
 
 pytestmark = pytest.mark.usefixtures("no_leak")
@@ -35,7 +35,7 @@ async def test_the_next_client_waits_in_the_backlog(tmp_path: Path) -> None:
     with pytest.raises(BlockingIOError):
         os.read(guest.read_fd, 8)
     first.close()
-    await guest.until(lambda: guest.events == ["opened", "closed", "opened"])
+    await until(lambda: guest.events == ["opened", "closed", "opened"])
     assert await guest.read(8) == b"my turn?"
     second.close()
     await guest.closed()
@@ -96,7 +96,7 @@ async def test_peers_that_come_and_go_in_a_loop_fill_no_log(
             sock = await unix_client(tmp_path / "s")
             await guest.opened()
             sock.close()
-            await guest.until(lambda turn=turn: guest.events == ["opened", "closed"] * turn)
+            await until(lambda turn=turn: guest.events == ["opened", "closed"] * turn)
     await chardev.aclose()
     about_peers = [line for line in caplog.messages if ": peer " in line]
     assert len(about_peers) == 20
