@@ -15,9 +15,11 @@ from tests.support.waiting import wait_until
 from vring import GuestMemory, Region
 from vring.testing import GuestQueue
 from vring_serial.device.base import VirtioDevice
+from vring_serial.device.pci.device import PciDevice
 from vring_serial.device.queue_device import QueueDevice
+from vring_serial.device.registers.mmio import MmioDevice
 from vring_serial.device.testing import ANY_FEATURE, MmioDriver
-from vring_serial.errors import LocalProtocolError, RemoteProtocolError
+from vring_serial.errors import ConfigError, LocalProtocolError, RemoteProtocolError
 from vring_serial.proto.virtio import Status
 from vring_serial.transport.inprocess.fronts import InProcessMmio, PolledHost
 
@@ -102,6 +104,19 @@ def test_the_configuration_changes_and_the_driver_is_told(host):
     with pytest.raises(LocalProtocolError, match="5 bytes"):
         device.set_config(b"12345")
     driven.mmio.close()
+
+
+def test_a_device_too_large_for_its_registers_is_refused():
+    largest = MmioDevice(Plain("plain", 42, 0xFFFF))
+    largest.close()
+    with pytest.raises(ConfigError, match="65536 queues, at most 65535"):
+        MmioDevice(Plain("plain", 42, 0x10000))
+    function = PciDevice(Plain("plain", 42, 1, config=bytes(0x1000)))
+    function.close()
+    with pytest.raises(ConfigError, match="configuration of 4097 bytes"):
+        PciDevice(Plain("plain", 42, 1, config=bytes(0x1001)))
+    with pytest.raises(ConfigError, match="no transitional device of virtio type 42"):
+        PciDevice(Plain("plain", 42, 1), transitional=True)
 
 
 def test_misuse_has_a_name():

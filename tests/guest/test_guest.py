@@ -323,9 +323,11 @@ async def test_without_optional_features(setup: Setup) -> None:
     [
         ({"queue_size": 100}, "queue size 100"),
         ({"queue_size": 65536}, "queue size 65536"),
-        ({"max_ports": 128}, "128 ports"),
         ({"receive_size": 0}, "receive buffers of 0"),
-        ({"memory": 1}, "1 bytes of RAM"),
+        ({"receive_size": (1 << 20) + 1}, "receive buffers of 1048577"),
+        ({"memory": (1 << 20) - 1}, "1048575 bytes of RAM"),
+        ({"max_ports": 0}, "0 ports"),
+        ({"max_ports": 128}, "128 ports are not between 1 and 127"),
     ],
 )
 def test_impossible_numbers(options: dict[str, int], why: str) -> None:
