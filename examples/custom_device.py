@@ -64,11 +64,12 @@ async def main() -> None:
     way.add_argument("--vhost-user", metavar="SOCKET", help="behind a frontend's own registers")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    kind = VfioUserServer if options.vfio_user else VhostUserBackend
+    path = options.vhost_user if options.vfio_user is None else options.vfio_user
+    kind = VhostUserBackend if options.vfio_user is None else VfioUserServer
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    async with kind(Entropy(), options.vfio_user or options.vhost_user):
+    async with kind(Entropy(), path):
         await stop.wait()
 
 

@@ -10,26 +10,52 @@ import argparse
 import pathlib
 import sys
 
-import gi
+try:
+    import gi
 
-gi.require_version("SpiceClientGLib", "2.0")
-from gi.repository import Gio, GLib, GObject, SpiceClientGLib  # noqa: E402
+    gi.require_version("SpiceClientGLib", "2.0")
+except (ImportError, ValueError) as error:
+    sys.exit(f"spice_send: {error}: install python3-gi and gir1.2-spiceclientglib-2.0")
+from gi.repository import Gio, GLib, GObject, SpiceClientGLib
+
+
+def port_number(text: str) -> str:
+    """Return ``text`` if it is the number of a TCP port; raise ValueError otherwise."""
+    if not 0 < int(text) < 65536:
+        raise ValueError
+    return text
+
+
+def password_in(path: str) -> str:
+    """Return the first line of a file. Raises ArgumentTypeError if it cannot be read."""
+    try:
+        return pathlib.Path(path).read_text().partition("\n")[0]
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise argparse.ArgumentTypeError(f"{path}: {why}") from None
+
+
+def existing_file(path: str) -> str:
+    """Return the path of a regular file; raise ArgumentTypeError for any other."""
+    if not pathlib.Path(path).is_file():
+        raise argparse.ArgumentTypeError(f"{path}: there is no such file")
+    return path
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", required=True)
-    parser.add_argument("--password-file", type=pathlib.Path)
-    parser.add_argument("files", nargs="+")
+    parser.add_argument("--port", required=True, type=port_number)
+    parser.add_argument("--password-file", dest="password", metavar="FILE", type=password_in)
+    parser.add_argument("files", nargs="+", type=existing_file)
     arguments = parser.parse_args()
 
     loop = GLib.MainLoop()
     failures: list[str] = []
     sending: list[bool] = []
     session = SpiceClientGLib.Session(host=arguments.host, port=arguments.port)
-    if arguments.password_file is not None:
-        session.set_property("password", arguments.password_file.read_text().rstrip("\n"))
+    if arguments.password is not None:
+        session.set_property("password", arguments.password)
 
     def end(*why: str) -> bool:
         failures.extend(why)

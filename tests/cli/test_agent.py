@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
-from tests.support.processes import end_now, running
+from tests.support.processes import end, end_now, running
 from tests.support.waiting import DEADLINE, wait_until
-from vring_serial import AgentRouter
+from vring_serial import AgentRouter, Controller, EmbeddedGuest, VhostUserBackend
 from vring_serial.agent.guest import GuestAgent
 
 VRING = (sys.executable, "-m", "vring_serial")
@@ -170,6 +170,15 @@ def test_an_empty_clipboard_is_said(session):
     assert "Traceback" not in result.stderr
 
 
+def test_a_type_that_the_clipboard_does_not_hold_is_named(session):
+    assert session.run("clipboard", "set", "text", "--paste-once").returncode == 0
+    result = session.run(
+        *("clipboard", "get", "--selection", "primary", "--type", "png", "--output", "/dev/null")
+    )
+    assert result.returncode == 1
+    assert result.stderr == "vring: the primary clipboard holds no png, only text\n"
+
+
 def test_files_arrive(session, tmp_path):
     big = tmp_path / "big file.bin"
     big.write_bytes(os.urandom(5 << 20))
@@ -213,9 +222,16 @@ def test_interrupt_cancels_in_the_guest(session, tmp_path):
 def test_monitor_decodes(session):
     with session.agent("monitor") as monitor:
         announced = monitor.stdout.readline()
-        assert " AnnounceCapabilities: " in announced
+        assert " AnnounceCapabilities (request): " in announced
         assert " MONITORS_CONFIG " in announced
-        assert "Capabilities(" not in announced
+        assert announced.endswith(" FILES_FROM_GUEST\n")
+        # What the guest answers is what it had announced.
+        assert monitor.stdout.readline().endswith(" AnnounceCapabilities (answer): as before\n")
+        owned = session.run("clipboard", "set", "monitored", "--paste-once")
+        assert (owned.returncode, owned.stderr) == (0, "")
+        grabbed = monitor.stdout.readline()
+        assert " ClipboardGrab selection=" in grabbed
+        assert " types=[UTF8_TEXT] " in grabbed
 
 
 def test_monitor_between_a_client_and_the_channel(session, tmp_path):
@@ -225,8 +241,9 @@ def test_monitor_between_a_client_and_the_channel(session, tmp_path):
         command = [*VRING, "agent", "--socket", str(path), "resize", "800x600"]
         subprocess.run(command, check=True, timeout=30, capture_output=True)
         output, _ = session.interrupt(monitor)
-    assert "client: port 1 MonitorsConfig(monitors=(Monitor(width=800, height=600" in output
-    assert "guest: port 1 Reply(" in output
+    assert "client: port 1 MonitorsConfig monitors=[Monitor width=800 height=600" in output
+    assert "flags=USE_POS" in output
+    assert "guest: port 1 Reply to=MONITORS_CONFIG error=SUCCESS" in output
     assert not path.exists()
 
 
@@ -293,8 +310,26 @@ def test_a_channel_that_stays_silent(tmp_path):
         command = [*VRING, "agent", "--socket", str(path), "--timeout", "0.5", "caps"]
         result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert result.returncode == 1
-    assert "no SPICE agent within 0.5 s" in result.stderr
-    assert f"; another client may have --socket {path}" in result.stderr
+    assert f"--socket {path}: no SPICE agent within 0.5 s: it is open but silent" in result.stderr
+    assert "or another client has the channel" in result.stderr
+
+
+async def test_a_channel_that_closes_before_the_agent_answers_ends_the_command_at_once(tmp_path):
+    path = tmp_path / "closing.sock"
+
+    async def leave(reader, writer):
+        await reader.read(1)
+        writer.close()
+
+    async with await asyncio.start_unix_server(leave, path):
+        command = [*VRING, "agent", "--socket", str(path), "--timeout", "3600", "caps"]
+        result = await asyncio.to_thread(
+            subprocess.run, command, capture_output=True, text=True, timeout=30, check=False
+        )
+    assert result.returncode == 1
+    assert f"--socket {path}: the connection was closed before an agent answered" in result.stderr
+    assert "another client" not in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 def test_a_backend_that_stays_silent(tmp_path):
@@ -305,7 +340,31 @@ def test_a_backend_that_stays_silent(tmp_path):
         command = [*VRING, "guest", "--vhost-user", str(path), "--timeout", "0.5", "--list"]
         result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr.endswith(" in 0.5 s; another frontend may have it\n")
+    assert result.stderr.endswith(" in 0.5 s; it probably serves another frontend\n")
+
+
+async def test_a_guest_says_that_the_device_serves_another_frontend_and_waits_for_it(tmp_path):
+    """The backend accepts it once the other one has gone."""
+    path = str(tmp_path / "vring.sock")
+    async with Controller() as controller, VhostUserBackend(controller, path):
+        first = EmbeddedGuest(path, memory=16 << 20)
+        await first.start()
+        second = await asyncio.create_subprocess_exec(
+            *(*VRING, "guest", "--vhost-user", path, "--timeout", "3600", "--list"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        try:
+            async with asyncio.timeout(DEADLINE):
+                notice = (await second.stderr.readline()).decode()
+                assert "it probably serves another frontend; waiting for up to 3600 s" in notice
+                await first.aclose()
+                table, rest = await second.communicate()
+            assert (second.returncode, rest) == (0, b"")
+            assert b"host end" in table
+        finally:
+            await end(second)
+            await first.aclose()
 
 
 def test_agent_socket_needs_one_spicevmc_port(tmp_path):

@@ -254,7 +254,7 @@ CASES: dict[str, tuple[tuple[str, ...], Stage | str, set[int]]] = {
     **{
         f"{arguments[0]} imports {module}": (arguments, Importing(module), set())
         for arguments in ((*SERVE, *NULL), BUSY_GUEST, (*BUSY_CLIENT, "caps"), DEMO, BENCH)
-        for module in (f"vring_serial.cli.{arguments[0]}", "asyncio")
+        for module in ("vring_serial.cli", "click", f"vring_serial.cli.{arguments[0]}", "asyncio")
     },
     "serve waits for a client": ((*SERVE, *WAITS), there("c"), {0}),
     "serve calls": ((*SERVE, *CALLS), said("waiting for a frontend"), {0}),

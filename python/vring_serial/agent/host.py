@@ -216,7 +216,7 @@ class HostAgent(Ending):
         if self._is_away:
             return "who shares the channel has none at the moment"
         if self._handshake.link is not None:
-            return "it is open but silent"
+            return "it is open but silent: no agent runs, or another client has the channel"
         if self._last_end is None:
             return "nobody opened the channel"
         return f"the channel was closed at its other end{self._last_end}"

@@ -205,9 +205,11 @@ def vring(debug: bool) -> None:
 
 
 def main() -> NoReturn:
-    """Run the console script ``vring``."""
+    """Run the command ``vring`` and exit. A KeyboardInterrupt exits with STATUS_INTERRUPTED."""
     _have_standard_descriptors()
     try:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as the process began
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         vring.main()
     except KeyboardInterrupt:  # while another error was told
         sys.exit(STATUS_INTERRUPTED)

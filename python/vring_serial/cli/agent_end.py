@@ -26,6 +26,7 @@ from vring_serial.cli.logs import emit
 from vring_serial.config.build import ProtocolFactory
 from vring_serial.config.topology import PortConfig
 from vring_serial.errors import ConfigError
+from vring_serial.proto.agent import clipboard_type_name
 from vring_serial.ratelimit import RateLimitedLog, cut
 from vring_serial.unix_socket import UnixListener
 
@@ -126,7 +127,7 @@ def _logger_of(port: PortConfig) -> Callable[[AgentEvent], None]:
             case AgentGone(reason):
                 tell("agent_gone", f"gone{f': {reason}' if reason else ''}", reason=reason)
             case ClipboardGrabbed(selection, types):
-                shown = " ".join(cut([str(kind) for kind in types]))
+                shown = " ".join(cut([clipboard_type_name(kind) for kind in types]))
                 text = f"{name}: the guest owns clipboard {selection}, types {shown}"
                 emit(logging.DEBUG, "clipboard_grabbed", text, nr=port.nr, selection=selection)
             case ClipboardReleased(selection):

@@ -32,6 +32,11 @@ log = logging.getLogger(__name__)
 
 #: Seconds that a backend may take for one request.
 DEFAULT_TIMEOUT = 10.0
+#: Seconds without any reply after which the user is told that the backend is silent. Backends
+#: serve one frontend at a time; the others wait in the backlog of the socket.
+SILENCE_NOTICED = 1.0
+
+BUSY = "it probably serves another frontend"
 
 SUPPORTED = (
     vu.ProtocolFeature.MQ
@@ -236,7 +241,7 @@ class Frontend:
             what = "answer" if reply else "read"
             error = BackendTimeoutError(
                 f"{self.path}: the backend did not {what} {kind.name} in {self._timeout:g} s"
-                f"{'' if self._answered else '; another frontend may have it'}"
+                f"{'' if self._answered else f'; {BUSY}'}"
             )
             self.fail(error)
             raise error from None
@@ -296,7 +301,12 @@ class Frontend:
     async def negotiate_protocol(self) -> None:
         """Own the session, learn what is offered, settle the protocol features."""
         await self.tell(vu.Request.SET_OWNER)
-        offered = (await self.ask(vu.Request.GET_FEATURES, vu.U64)).value
+        loop = asyncio.get_running_loop()
+        silence = loop.call_later(SILENCE_NOTICED, self._log_silence)
+        try:
+            offered = (await self.ask(vu.Request.GET_FEATURES, vu.U64)).value
+        finally:
+            silence.cancel()
         self._has_protocol_features = bool(offered >> vu.F_PROTOCOL_FEATURES & 1)
         self.offered = offered & ~(1 << vu.F_PROTOCOL_FEATURES)
         if not self._has_protocol_features:
@@ -309,6 +319,12 @@ class Frontend:
             self.max_queues = (await self.ask(vu.Request.GET_QUEUE_NUM, vu.U64)).value
         if vu.ProtocolFeature.BACKEND_REQ in features:
             await self._open_backend_channel()
+
+    def _log_silence(self) -> None:
+        log.warning(
+            "%s: the backend has not answered yet: %s; waiting for up to %g s",
+            *(self.path, BUSY, self._timeout),
+        )
 
     async def set_features(self, bits: int) -> None:
         """Tell the backend the driver's feature bits, a subset of ``offered``."""

@@ -39,6 +39,7 @@ from vring_serial.proto.agent import (
     Message,
     Selection,
     Side,
+    clipboard_type_name,
 )
 from vring_serial.proto.agent.constants import PIECE_MAX
 
@@ -331,7 +332,10 @@ class ClipboardChannel:
         if types is None:
             raise ClipboardEmptyError("the other end owns no such clipboard")
         if kind not in types:
-            raise ClipboardEmptyError(f"the clipboard has only the types {types}")
+            names = ", ".join(map(clipboard_type_name, types)) or "no data"
+            raise ClipboardEmptyError(
+                f"the clipboard has no {clipboard_type_name(kind)}, only {names}"
+            )
         return self._link
 
     # --- messages from the other end

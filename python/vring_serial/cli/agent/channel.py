@@ -10,7 +10,8 @@ from typing import Any
 
 import click
 
-from vring_serial.agent.errors import AgentTimeoutError
+from vring_serial.agent.errors import AgentError, AgentGoneError
+from vring_serial.agent.events import AgentGone, EventStream
 from vring_serial.agent.host import HostAgent
 from vring_serial.agent.host_capabilities import HOST_CAPABILITIES
 from vring_serial.cli.signals import run_until_signal
@@ -56,23 +57,43 @@ class Channel:
     async def agent(self, capabilities: Capabilities) -> AsyncIterator[HostAgent]:
         """Connect and yield the agent when it has announced itself; ``capabilities`` are ours.
 
-        Raises AgentTimeoutError if it does not.
+        Raises AgentTimeoutError if it does not, AgentGoneError if the channel is closed before.
         """
         agent = HostAgent(timeout=self.timeout, capabilities=capabilities)
         transport = None
         try:
-            transport = await self.open(agent.protocol_factory)
-            try:
-                await agent.wait_ready()
-            except AgentTimeoutError as error:
-                text = f"{error}; another client may have --socket {self.address}"
-                raise AgentTimeoutError(text) from None
+            with agent.events() as events:
+                transport = await self.open(agent.protocol_factory)
+                await self._wait_ready(agent, events)
             yield agent
         finally:
             await agent.aclose()
             if transport is not None:
                 transport.abort()  # of a cancelled transfer something may wait that nobody reads
                 await asyncio.sleep(0)
+
+    async def _wait_ready(self, agent: HostAgent, events: EventStream) -> None:
+        """Wait for the agent's announcement or the end of the connection, whichever is first.
+
+        HostAgent would wait for another connection after that, which a command does not make.
+        """
+        ready = asyncio.ensure_future(agent.wait_ready())
+        closed = asyncio.ensure_future(_closed(events))
+        try:
+            await asyncio.wait((ready, closed), return_when=asyncio.FIRST_COMPLETED)
+            if not ready.done():
+                raise AgentGoneError(
+                    f"--socket {self.address}: the connection was closed before an agent answered"
+                    f"{closed.result()}"
+                )
+            try:
+                ready.result()
+            except AgentError as error:
+                raise type(error)(f"--socket {self.address}: {error}") from None
+        finally:
+            ready.cancel()
+            closed.cancel()
+            await asyncio.gather(ready, closed, return_exceptions=True)
 
     def run(
         self,
@@ -89,3 +110,12 @@ class Channel:
                 await work(agent)
 
         run_until_signal(on_agent)
+
+
+async def _closed(events: EventStream) -> str:
+    """Wait for the end of the connection; return ": reason", or "" if it has none."""
+    async for event in events:
+        match event:
+            case AgentGone(reason, closed=True):
+                return f": {reason}" if reason else ""
+    return ""

@@ -14,7 +14,7 @@ from typing import BinaryIO
 import click
 
 from vring_serial.agent.channel.clipboard import StreamSource
-from vring_serial.agent.errors import AgentError, AgentGoneError
+from vring_serial.agent.errors import AgentError, AgentGoneError, ClipboardEmptyError
 from vring_serial.agent.events import AgentGone, ClipboardGrabbed, ClipboardReleased
 from vring_serial.agent.host import HostAgent
 from vring_serial.agent.host_capabilities import HOST_CAPABILITIES
@@ -23,7 +23,13 @@ from vring_serial.cli.agent.channel import Channel
 from vring_serial.cli.background import in_background
 from vring_serial.cli.plain import escaped
 from vring_serial.errors import ConfigError, ResourceError
-from vring_serial.proto.agent import FILES_FROM_GUEST, Buffer, ClipboardType, Selection
+from vring_serial.proto.agent import (
+    FILES_FROM_GUEST,
+    Buffer,
+    ClipboardType,
+    Selection,
+    clipboard_type_name,
+)
 from vring_serial.proto.agent.filelist import FileList
 
 TYPES = {
@@ -95,6 +101,11 @@ def get_command(channel: Channel, selection: str, kind: str, output: str | None,
 
     async def work(agent: HostAgent) -> None:
         await _settle(agent, which)
+        types = agent.clipboard_types(which)
+        if types and TYPES[kind] not in types:
+            raise ClipboardEmptyError(
+                f"the {selection} clipboard holds no {kind}, only {', '.join(_names(types))}"
+            )
         if kind == "text" and output is None:
             text = await agent.get_clipboard(which)
             if sys.stdout.isatty():
@@ -279,10 +290,15 @@ def watch_command(channel: Channel, selection: str, as_json: bool) -> None:
     channel.run(work)
 
 
+def _names(types: tuple[int, ...]) -> list[str]:
+    """Return what ``--type`` calls these; the protocol's name of a type that it does not have."""
+    return [NAMES.get(number, clipboard_type_name(number)) for number in types]
+
+
 async def _tell(
     agent: HostAgent, selection: Selection, types: tuple[int, ...], as_json: bool
 ) -> None:
-    names = [NAMES.get(number, str(number)) for number in types]
+    names = _names(types)
     text: str | None = None
     if ClipboardType.UTF8_TEXT in types:
         # What was copied may be gone again by the time that it is fetched.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import datetime
+import enum
 import os
 import socket
 
@@ -25,9 +27,18 @@ from vring_serial.proto.agent import (
     BodyStarted,
     Capabilities,
     ChunkError,
+    Clipboard,
+    ClipboardGrab,
+    ClipboardRequest,
     Event,
+    FileXferResult,
+    FileXferStatus,
     MessageReceived,
+    Reply,
+    ReplyError,
     Side,
+    clipboard_type_name,
+    message_name,
 )
 from vring_serial.unix_socket import UnixListener
 
@@ -35,27 +46,31 @@ from vring_serial.unix_socket import UnixListener
 READ_SIZE = 64 << 10
 #: Seconds for one side to take what the other left for it when it closed.
 LAST_WORDS = 2.0
-#: Characters of a message that are shown.
-SHOWN = 300
+#: Characters of a message that are shown; an announcement of all known capabilities fits.
+SHOWN = 800
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 class Decoder:
-    """Shows one direction of a channel; what cannot be decoded is said once and then passed over.
+    """Prints the messages of one direction of a channel.
+
+    After bytes that are no chunk it prints one line, and nothing from then on.
 
     Args:
-        name: the sender.
-        side: which side reads this direction.
+        name: of the sender, in front of each line.
+        side: the side that receives this direction.
     """
 
     def __init__(self, name: str, side: Side) -> None:
         self._name = name
         self._connection = AgentConnection(side)
         self._broken = False
+        # The capabilities that were last announced in this direction.
+        self._announced: Capabilities | None = None
 
     def feed(self, data: bytes) -> None:
-        """Show the messages that end in ``data``."""
+        """Print the messages whose last byte is in ``data``."""
         if self._broken:
             return
         self._connection.receive_data(data)
@@ -76,13 +91,17 @@ class Decoder:
     def _show_event(self, event: Event) -> None:
         match event:
             case MessageReceived(port, AnnounceCapabilities(request, capabilities)):
-                names = " ".join(capabilities.names()) or "none"
-                asks = ", asks for ours" if request else ""
-                self._show(f"port {port} AnnounceCapabilities: {names}{asks}")
+                # Each end announces its own and once more when it is asked.
+                names = "as before"
+                if capabilities != self._announced:
+                    names = " ".join(capabilities.names()) or "none"
+                self._announced = capabilities
+                kind = "request" if request else "answer"
+                self._show(f"port {port} AnnounceCapabilities ({kind}): {names}")
             case MessageReceived(port, message):
-                self._show(f"port {port} {message}")
+                self._show(f"port {port} {plain(message)}")
             case BodyStarted(port, head, size):
-                self._show(f"port {port} {head} and {size} bytes")
+                self._show(f"port {port} {plain(head)} and {size} bytes")
             case BodyEnded(port, complete=False):
                 self._show(f"port {port} (the message ended early)")
             case BodyReceived() | BodyEnded():
@@ -92,6 +111,44 @@ class Decoder:
         time = datetime.datetime.now().isoformat(" ", "milliseconds")
         line = text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
         click.echo(escaped(f"{time} {self._name}: {line}"))
+
+
+def plain(value: object) -> str:
+    """Return a message, or the value of a field, as text: fields by name, constants by theirs."""
+    match value:
+        case Capabilities():
+            return f"[{', '.join(value.names())}]"
+        case enum.Flag() | enum.Enum():
+            return value.name or str(value.value)
+        case tuple() | list():
+            return f"[{', '.join(map(plain, value))}]"
+        case bytes() | bytearray() | memoryview():
+            return bytes(value).decode("utf-8", "backslashreplace")
+        case _ if dataclasses.is_dataclass(value):
+            fields = [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value)]
+            shown = (f"{name}={_field(value, name, held)}" for name, held in fields if held != b"")
+            return " ".join((type(value).__name__, *shown))
+        case _:
+            return str(value)
+
+
+def _field(message: object, name: str, value: object) -> str:
+    match message, name, value:
+        case (Clipboard() | ClipboardRequest(), "type", int()):
+            return clipboard_type_name(value)
+        case (ClipboardGrab(), "types", tuple()):
+            return plain([clipboard_type_name(kind) for kind in value])
+        case (Reply(), "to", int()):
+            return message_name(value)
+        case (Reply(), "error", int()):
+            return _constant(ReplyError, value)
+        case (FileXferStatus(), "result", int()):
+            return _constant(FileXferResult, value)
+    return plain(value)
+
+
+def _constant(kind: type[enum.IntEnum], value: int) -> str:
+    return kind(value).name if value in kind._value2member_map_ else str(value)
 
 
 @click.command("monitor")

@@ -114,16 +114,21 @@ class MessageRefused:
 
 @dataclass(frozen=True, slots=True)
 class OutputDropped:
-    """``count`` bytes of the guest in all were dropped so far, for no host end took them.
+    """Bytes that the guest sent were dropped because no host end took them.
 
-    A console's, whose host end did not keep up; any port's, when it is removed or the device stops.
+    On a console port this happens when the host end does not keep up; on any port, when the port is
+    removed or the device stops.
+
+    Attributes:
+        nr: the port's number.
+        count: bytes dropped on this port so far in total, not since the previous event.
     """
 
     nr: int
     count: int
 
     def __str__(self) -> str:
-        return f"output dropped, {self.count} bytes so far: its host end did not take them"
+        return f"output dropped, {self.count} bytes in total: no host end took them"
 
 
 @dataclass(frozen=True, slots=True)

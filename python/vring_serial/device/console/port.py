@@ -282,7 +282,7 @@ class Port:
         self._require_owner().port_queue_broken(self, direction.is_transmit, error)
 
     def output_dropped(self, count: int) -> None:
-        """Emit OutputDropped; ``count`` is of bytes, in all so far."""
+        """Emit OutputDropped; ``count`` is the total of bytes dropped on this port so far."""
         self._require_owner().emit(OutputDropped(self.nr, count))
 
     # --- what should run

@@ -33,6 +33,7 @@ from .constants import (
     MouseButton,
     ReplyError,
     Selection,
+    clipboard_type_name,
 )
 from .errors import AgentProtocolError, ChunkError, MessageError
 from .file_xfer import FileXferData, FileXferStart, FileXferStatus
@@ -97,6 +98,7 @@ __all__ = [
     "ClipboardRequest",
     "ClipboardRelease",
     "ClipboardType",
+    "clipboard_type_name",
     "Selection",
     "DisplayConfig",
     "DisplayFlag",

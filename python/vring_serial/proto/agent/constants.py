@@ -126,6 +126,14 @@ class ClipboardType(enum.IntEnum):
     FILE_LIST = 6
 
 
+def clipboard_type_name(number: int) -> str:
+    """Return the name of a clipboard type without its prefix, or ``TYPE_n``."""
+    try:
+        return ClipboardType(number).name
+    except ValueError:
+        return f"TYPE_{number}"
+
+
 class ReplyError(enum.IntEnum):
     """``error`` of REPLY."""
 
