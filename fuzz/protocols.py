@@ -125,7 +125,7 @@ def control(data: bytes) -> None:
             while event & 0x40 and side.outbox.peek() is not None:
                 side.outbox.sent()
         assert set(driver.ports) <= set(range(PORTS))
-        assert set(device._ports) == set(range(0, PORTS, 2))
+        assert device.ports == set(range(0, PORTS, 2))
 
 
 # --- vhost-user and vfio-user

@@ -12,6 +12,7 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,15 +57,28 @@ async def a_chardev(path: Path) -> AsyncIterator[asyncio.Event]:
 
 
 @contextlib.asynccontextmanager
+async def looked_for(condition: Callable[[], object]) -> AsyncIterator[asyncio.Event]:
+    """An event that is set when the condition is seen to hold."""
+    came = asyncio.Event()
+
+    async def look() -> None:
+        await until(condition)
+        came.set()
+
+    looking = asyncio.ensure_future(look())
+    yield came
+    looking.cancel()
+    await asyncio.gather(looking, return_exceptions=True)
+
+
+@contextlib.asynccontextmanager
 async def an_agent_socket(path: Path) -> AsyncIterator[asyncio.Event]:
     agents = AgentEnds(str(path))
     agents.factory(PortConfig(1, "x", ChardevConfig("spicevmc", "a", SpicevmcOptions())))
     agents.start()
-    came = asyncio.Event()
-    (router,) = agents._routers
-    admit = router.client_came
-    router.client_came = lambda client: (came.set(), admit(client))[1]
-    yield came
+    (router,) = agents.routers
+    async with looked_for(lambda: router.clients) as came:
+        yield came
     await agents.aclose()
 
 
@@ -74,12 +88,8 @@ async def a_spice_server(path: Path) -> AsyncIterator[asyncio.Event]:
 
     server = SpiceServer(SpiceOptions(unix=True, addr=str(path), disable_ticketing=True))
     await server.start()
-    came = asyncio.Event()
-    assert server._core is not None
-    admission = server._core.admission
-    know = admission.came
-    admission.came = lambda fd: (came.set(), know(fd))[1]
-    yield came
+    async with looked_for(lambda: server.unauthenticated) as came:
+        yield came
     await server.aclose()
 
 
@@ -104,13 +114,15 @@ async def test_it_is_said_once_and_tried_ever_less_often(
     monkeypatch.setattr(accept, "PAUSE_MOST", 0.05)
     caplog.set_level(logging.INFO, "vring_serial")
     pauses: list[float] = []
-    put_off = Acceptor._put_off
+    loop = asyncio.get_running_loop()
+    call_later = loop.call_later
 
-    def counted(acceptor: Acceptor, error: Exception) -> None:
-        put_off(acceptor, error)
-        pauses.append(acceptor._pause)
+    def counted(delay: float, callback: Callable[..., object], *args: Any) -> object:
+        if getattr(callback, "__func__", None) is Acceptor.resume:
+            pauses.append(delay)
+        return call_later(delay, callback, *args)
 
-    monkeypatch.setattr(Acceptor, "_put_off", counted)
+    monkeypatch.setattr(loop, "call_later", counted)
     path = tmp_path / "s"
     async with listening(path) as came:
         with socket.socket(socket.AF_UNIX) as client:
@@ -325,14 +337,14 @@ async def test_a_frontend_that_has_settled_needs_no_reserve(
         descriptors=40,
     )
     door.open()
-    assert accept._reserved[door] == 40
+    assert accept.reserved() == 40
     with socket.socket(socket.AF_UNIX) as frontend:
         frontend.connect(str(tmp_path / "d"))
         async with asyncio.timeout(DEADLINE):
             await until(lambda: came)
-            await until(lambda: door not in accept._reserved)
+            await until(lambda: not accept.reserved())
     came[0].close()
     door.gone()
-    assert accept._reserved[door] == 40
+    assert accept.reserved() == 40
     door.close()
-    assert door not in accept._reserved
+    assert accept.reserved() == 0

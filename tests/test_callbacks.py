@@ -25,6 +25,7 @@ from vring_serial.device.virtqueue import RunningQueue
 from vring_serial.errors import LocalProtocolError
 from vring_serial.guest.guest import EmbeddedGuest
 from vring_serial.proto import vfio_user
+from vring_serial.proto.control.device import PortState
 from vring_serial.proto.vfio_user_version import Version
 from vring_serial.proto.virtio import Status
 from vring_serial.transport.inprocess.fronts import InProcessMmio, InProcessPci, PolledHost
@@ -222,6 +223,17 @@ def test_interrupt_callbacks_raise_out_of_no_register_access(
     host.close()
 
 
+class FragilePort(Port):
+    """A port of a user's own, which raises when it is told to."""
+
+    fails = False
+
+    def set_guest(self, state: PortState, *, single: bool = False) -> None:
+        if self.fails:
+            raise OopsError("set_guest")
+        super().set_guest(state, single=single)
+
+
 class BadChardev(ProtocolChardev):
     """A user's kind of chardev, which raises when it is told."""
 
@@ -234,7 +246,8 @@ async def test_a_control_message_is_completed_whatever_came_of_it(
 ) -> None:
     """Linux spins until it is, with a lock held."""
     controller = Controller()
-    controller.add_port(Port(1, "bad", BadChardev("b", Upper)))
+    fragile = FragilePort(1, "bad", BadChardev("b", Upper))
+    controller.add_port(fragile)
     controller.add_port(Port(2, "good", ProtocolChardev("c", Upper)))
     await controller.start()
     backend = VhostUserBackend(controller, str(tmp_path / "v"))
@@ -253,7 +266,7 @@ async def test_a_control_message_is_completed_whatever_came_of_it(
         writer.close()
         unused.close()
         # What is ours may fail as well.
-        controller.ports[1].set_guest = raising([])  # type: ignore[method-assign]
+        fragile.fails = True
         _, unused = await bad.open()
         await guest.wait_port(nr=2)
         unused.close()
@@ -262,7 +275,7 @@ async def test_a_control_message_is_completed_whatever_came_of_it(
         writer.write(b"hello")
         assert await reader.readexactly(5) == b"HELLO"
         writer.close()
-        del controller.ports[1].set_guest
+        fragile.fails = False
     assert "guest_opened failed" in caplog.text
     await backend.aclose()
     await controller.aclose()

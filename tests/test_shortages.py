@@ -6,6 +6,7 @@ Listeners are in test_accept.py, the router's task for a SPICE server in test_ro
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 from collections.abc import Callable
@@ -141,9 +142,7 @@ async def test_files_that_are_to_be_opened_anew(
     assert isinstance(chardev.end, DescriptorEnd)
     os.write(chardev.end.write_fd, b"goes on")
     logs.emit(20, "test", "goes on as well")
-    handler = logs._handler
-    assert handler is not None
-    handler.flush()
+    logging.getLogger().handlers[0].flush()
     assert (tmp_path / "out").read_bytes() == b"goes on"
     assert "goes on as well" in (tmp_path / "log").read_text()
     await chardev.aclose()

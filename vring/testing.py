@@ -78,8 +78,17 @@ class GuestQueue:
         """How much memory rings and buffers take."""
         return cls._layout(size)[3] + size * slot
 
-    def device_queue(self, name: str = "queue", memory: GuestMemory | None = None) -> SplitQueue:
-        """Return the device's side, in `memory` if that is another mapping of the same bytes."""
+    def device_queue(
+        self,
+        name: str = "queue",
+        memory: GuestMemory | None = None,
+        *,
+        index: int | None = None,
+    ) -> SplitQueue:
+        """Return the device's side, in `memory` if that is another mapping of the same bytes.
+
+        It begins at `index`, where a device before it has stopped; by default where the queue did.
+        """
         desc, avail, used = self.rings
         return SplitQueue(
             memory or self.memory,
@@ -88,7 +97,7 @@ class GuestQueue:
             avail,
             used,
             event_idx=self._event_idx,
-            index=self._index,
+            index=self._index if index is None else index,
             name=name,
         )
 

@@ -49,6 +49,11 @@ def reserve(holder: object, count: int) -> None:
         _reserved.pop(holder, None)
 
 
+def reserved() -> int:
+    """Return the sum of all reservations."""
+    return sum(_reserved.values())
+
+
 def descriptor_freed() -> None:
     """Make acceptors that failed retry in the next loop iteration: a descriptor gets closed."""
     for acceptor in list(_waiting):
@@ -176,7 +181,7 @@ class Acceptor:
 def _leave_reserve(listening: socket.socket) -> None:
     """Raise OSError if one more descriptor would cut into the reserve."""
     most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = sum(_reserved.values())
+    wanted = reserved()
     if not wanted or most == resource.RLIM_INFINITY:
         return
     # The kernel hands out the lowest free number, so all numbers below it are in use.

@@ -80,9 +80,9 @@ async def server(tmp_path: Path) -> AsyncIterator[Server]:
 
 def cut_off(guest: EmbeddedGuest) -> None:
     """And kick: a server that has nothing to do there does not miss the memory."""
-    assert guest._ram is not None
-    os.ftruncate(guest._ram.fd, 0)
-    for queue in guest._queues.values():
+    assert guest.ram is not None
+    os.ftruncate(guest.ram.fd, 0)
+    for queue in guest.queues.values():
         os.eventfd_write(queue.kick_fd, 1)
 
 
@@ -228,8 +228,8 @@ async def test_on_the_control_queue(server: Server) -> None:
     guest = await server.guest()
     await guest.settle()
     # Only the control queues have buffers; that the host's end opens is a control message.
-    assert guest._ram is not None
-    os.ftruncate(guest._ram.fd, 0)
+    assert guest.ram is not None
+    os.ftruncate(guest.ram.fd, 0)
     host = await server.host()
     await server.logged("is gone: the file was cut off")
     await server.logged("frontend gone")

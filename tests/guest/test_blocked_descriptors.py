@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.support.waiting import turns
 from vring_serial.guest.memory import GuestRam
 from vring_serial.guest.queue import DriverQueue
 
@@ -43,7 +44,23 @@ async def test_a_call_that_is_gone_before_it_is_read(queue: DriverQueue) -> None
     called = asyncio.Event()
     queue.listen(called.set)
     os.set_blocking(queue.call_fd, True)
-    queue._call()
+    # Another one is told in the same turn of the loop, before the queue, and reads it.
+    reading, writing = os.pipe()
+    taken = asyncio.Event()
+
+    def take() -> None:
+        asyncio.get_running_loop().remove_reader(reading)
+        os.eventfd_read(queue.call_fd)
+        taken.set()
+
+    asyncio.get_running_loop().add_reader(reading, take)
+    os.write(writing, b"x")
+    os.eventfd_write(queue.call_fd, 1)
+    async with asyncio.timeout(5):
+        await taken.wait()
+    await turns()
+    os.close(reading)
+    os.close(writing)
     assert not called.is_set()
     os.eventfd_write(queue.call_fd, 1)
     async with asyncio.timeout(5):

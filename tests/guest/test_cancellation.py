@@ -221,7 +221,7 @@ async def test_a_guest_is_cancelled_while_it_starts_or_stops(
     await served.works()
     gone = []
     served.backend.on_peer = gone.append
-    await until(lambda: served.backend._session is None)
+    await until(lambda: not served.backend.has_peer)
     before = held()
     guest = EmbeddedGuest(served.path, memory=32 << 20)
     if what == "aclose":
@@ -235,7 +235,7 @@ async def test_a_guest_is_cancelled_while_it_starts_or_stops(
     if what == "aclose" and count == 0:
         await guest.aclose()  # it had not begun
     del guest, task
-    await until(lambda: served.backend._session is None)
+    await until(lambda: not served.backend.has_peer)
     await until(lambda: held() == before)
     await served.works()
 

@@ -257,7 +257,10 @@ async def test_a_guest_that_dies_leaves_the_backend_to_the_next(setup: Setup) ->
     await first.start()
     port = await first.wait_port(name="one")
     _, writer = await port.open()
-    first._frontend.close()  # as a killed process does
+    leaving = asyncio.ensure_future(first.aclose())
+    await turns(1)
+    leaving.cancel()  # so that it leaves as a killed process does
+    await asyncio.gather(leaving, return_exceptions=True)
     writer.transport.abort()
     async with EmbeddedGuest(setup.path) as guest:
         await guest.wait_port(name="one")

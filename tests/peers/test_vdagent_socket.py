@@ -30,10 +30,10 @@ pytestmark = pytest.mark.peer("spice-vdagentd", "spice-vdagent", "Xvfb", "xclip"
 class Bench:
     """A HostAgent that serves the socket, and the real agent that connects to it."""
 
-    def __init__(self, vdagent):
+    def __init__(self, vdagent, **options):
         self.vdagent = vdagent
         self.events = []
-        self.host = HostAgent(on_event=self.events.append)
+        self.host = HostAgent(on_event=self.events.append, **options)
         self.server = None
 
     async def serve(self):
@@ -50,9 +50,10 @@ class Bench:
         await self.server.wait_closed()
 
 
-@pytest.fixture
-async def bench(vdagent):
-    bench = Bench(vdagent)
+@contextlib.asynccontextmanager
+async def serving(vdagent, **options):
+    """The real agent, connected to a HostAgent."""
+    bench = Bench(vdagent, **options)
     await bench.serve()
     async with asyncio.timeout(40):
         await vdagent.start()
@@ -62,6 +63,12 @@ async def bench(vdagent):
         print(vdagent.log())
     await bench.aclose()
     assert not [e for e in bench.events if isinstance(e, AgentTrouble)]
+
+
+@pytest.fixture
+async def bench(vdagent):
+    async with serving(vdagent) as bench:
+        yield bench
 
 
 async def test_capabilities_and_resolution(bench):
@@ -157,9 +164,14 @@ async def test_clipboard_refusals(bench):
     await bench.host.wait_clipboard()
     with pytest.raises(ClipboardEmptyError):
         await bench.host.get_clipboard_data(ClipboardType.IMAGE_PNG)
-    bench.host._clipboard._most = 4
-    with pytest.raises(ClipboardTooLargeError):
-        await bench.host.get_clipboard()
+
+
+async def test_a_clipboard_larger_than_wanted(vdagent):
+    async with serving(vdagent, max_clipboard=4) as bench:
+        await bench.vdagent.copy(b"only text")
+        await bench.host.wait_clipboard()
+        with pytest.raises(ClipboardTooLargeError):
+            await bench.host.get_clipboard()
 
 
 async def test_the_agent_restarts_and_is_offered_the_clipboard_again(bench):

@@ -58,6 +58,7 @@ class EchoDevice:
     """Writes what a chain's driver wrote into the same chain, and keeps what it was told.
 
     Attributes:
+        holds: leaves chains in the rings.
         serves_on_start: looks for chains when a queue starts, too; else only when it is kicked.
     """
 
@@ -73,6 +74,7 @@ class EchoDevice:
         self.on_config_change: Callable[[], None] | None = None
         self.on_needs_reset: Callable[[RingError], None] | None = None
         self.status = 0
+        self.holds = False
         self.serves_on_start = True
         self.config = bytearray(range(12))
         self.told: list[tuple[object, ...]] = []
@@ -101,7 +103,7 @@ class EchoDevice:
         self.running[index] = queue
         asyncio.get_running_loop().add_reader(queue.kick_fd, self._kicked, index)
         if self.serves_on_start:
-            self._serve(index)
+            self.serve(index)
 
     def stop_queue(self, index: int) -> int:
         queue = self.running.pop(index)
@@ -121,9 +123,11 @@ class EchoDevice:
     def _kicked(self, index: int) -> None:
         with suppress(BlockingIOError):
             os.read(self.running[index].kick_fd, 8)
-        self._serve(index)
+        self.serve(index)
 
-    def _serve(self, index: int) -> None:
+    def serve(self, index: int) -> None:
+        if self.holds:
+            return
         running = self.running[index]
         try:
             again = True

@@ -24,7 +24,6 @@ from vring_serial.proto.vhost_user import (
     VringDescriptor,
 )
 from vring_serial.transport import closer
-from vring_serial.transport.closer import Closer
 from vring_serial.transport.vhost_user.backend import PROTOCOL_FEATURES, VhostUserBackend
 
 OFFERED = int(PROTOCOL_FEATURES)
@@ -36,10 +35,6 @@ def time_limit() -> Iterator[None]:
     signal.alarm(60)
     yield
     signal.alarm(0)
-
-
-async def closed(closer: Closer) -> None:
-    await until(lambda: not closer.waiting)
 
 
 REGION = MemoryRegion(4 << 20, 4096, 4 << 20, 0)
@@ -67,10 +62,10 @@ async def test_a_file_that_does_not_answer_holds_nobody_up(
         assert await frontend.acked(kind, payload, (getattr(hostile_files, which),)) != 0
         assert await frontend.echo(0, b"served all the same")
     assert not hostile_files.gone
-    assert backend._door.closer.waiting == len(MESSAGES)
+    assert backend.unclosed == len(MESSAGES)
     # All of them are closed once the file system lets them.
     hostile_files.end()
-    await closed(backend._door.closer)
+    await until(lambda: not backend.unclosed)
 
 
 async def test_peers_wait_while_too_much_cannot_be_closed(
@@ -113,7 +108,7 @@ async def test_a_connection_that_lingers_in_a_message(
     frontend.send(Request.SET_LOG_FD, None, fds, need_reply=True)
     unix_fds.close_all(fds)
     assert (await frontend.receive()).decode_reply(U64).value != 0
-    assert backend._door.closer.waiting
+    assert backend.unclosed
     assert await frontend.number(Request.GET_QUEUE_NUM) == 4
 
 
@@ -139,7 +134,7 @@ async def test_a_connection_that_lingers_in_a_call_socket(
         assert await frontend.acked(Request.SET_STATUS, U64(0)) == 0
     else:
         await backend.aclose()
-    assert backend._door.closer.waiting == 1
+    assert backend.unclosed == 1
 
 
 async def test_a_connection_that_lingers_in_a_socket_that_is_closed(
@@ -154,4 +149,4 @@ async def test_a_connection_that_lingers_in_a_socket_that_is_closed(
         unix_fds.send(sock, b"x", [fd])
         os.close(fd)
     await backend.aclose()
-    assert backend._door.closer.waiting
+    assert backend.unclosed

@@ -205,9 +205,8 @@ def new_memory(port: Port) -> None:
 def new_queue(port: Port) -> None:
     """The rings stopped, and started at the index where they had stopped (GET_VRING_BASE)."""
     rings = port.guest.guest
-    rings._index = port.queue.avail_index
     assert port.queue.used_index == port.queue.avail_index
-    port.queue = rings.device_queue()
+    port.queue = rings.device_queue(index=port.queue.avail_index)
 
 
 def reset(port: Port) -> None:

@@ -41,19 +41,22 @@ class AgentEnds:
 
     Args:
         path: unix socket for clients of the only spicevmc port, or None.
+
+    Attributes:
+        routers: one for each spicevmc port.
     """
 
     def __init__(self, path: str | None = None) -> None:
+        self.routers: list[AgentRouter] = []
         self._path = path
-        self._routers: list[AgentRouter] = []
         self._listener: UnixListener | None = None
         self._acceptor: Acceptor | None = None
         self._connecting: set[asyncio.Future[None]] = set()
 
     def factory(self, port: PortConfig) -> ProtocolFactory:
         """Return the factory for the end of a spicevmc port."""
-        router = AgentRouter(on_event=_logger_of(port))
-        self._routers.append(router)
+        router = AgentRouter(on_event=logger_of(port))
+        self.routers.append(router)
         return router.protocol_factory
 
     def share_with_server(self, device: AgentDevice) -> None:
@@ -75,12 +78,12 @@ class AgentEnds:
         self._acceptor.open([self._listener.socket])
 
     def _the_router(self) -> AgentRouter:
-        if len(self._routers) != 1:
+        if len(self.routers) != 1:
             raise ConfigError(
-                f"it is for one spicevmc port, and there are {len(self._routers)}",
+                f"it is for one spicevmc port, and there are {len(self.routers)}",
                 f"--agent-socket {self._path}",
             )
-        return self._routers[0]
+        return self.routers[0]
 
     def _accepted(self, client: socket.socket, router: AgentRouter) -> None:
         connecting = asyncio.ensure_future(self._connect(client, router))
@@ -104,11 +107,12 @@ class AgentEnds:
         await asyncio.gather(*self._connecting, return_exceptions=True)
         if self._listener is not None:
             self._listener.close()
-        for router in self._routers:
+        for router in self.routers:
             await router.aclose()
 
 
-def _logger_of(port: PortConfig) -> Callable[[AgentEvent], None]:
+def logger_of(port: PortConfig) -> Callable[[AgentEvent], None]:
+    """Return a listener that logs the events of a port's agent."""
     name = f"agent of port {port.nr}"
     trouble = RateLimitedLog(log)
     # A guest can open and close its port in a loop, and say what it can do each time.

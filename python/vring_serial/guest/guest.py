@@ -127,6 +127,16 @@ class EmbeddedGuest(Starting):
         self._config_is_new = False
 
     @property
+    def ram(self) -> GuestRam | None:
+        """The memory that the device has mapped, from the start on."""
+        return self._ram
+
+    @property
+    def queues(self) -> Mapping[int, DriverQueue]:
+        """The virtqueues that run, by index."""
+        return self._queues
+
+    @property
     def ports(self) -> Mapping[int, GuestPort]:
         """The ports that the device has announced, by number."""
         return self._driver.ports if self._driver is not None else {}

@@ -29,6 +29,11 @@ class Admission:
         self._deadlines: dict[int, asyncio.TimerHandle] = {}  # the oldest first
         self._log = RateLimitedLog(log, burst=5, seconds=60)
 
+    @property
+    def waiting(self) -> int:
+        """Connections that have not authenticated."""
+        return len(self._deadlines)
+
     def came(self, fd: int) -> None:
         """Track a new connection."""
         self.left(fd)

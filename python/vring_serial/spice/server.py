@@ -67,6 +67,11 @@ class SpiceServer(Starting):
         self._acceptor: Acceptor | None = None
         self._tls_port = 0
 
+    @property
+    def unauthenticated(self) -> int:
+        """Connections that have not authenticated: at most UNAUTHENTICATED_MAX, none for long."""
+        return self._core.admission.waiting if self._core is not None else 0
+
     def agent_chardev(self, id: str) -> AgentChardev:
         """Return the host end of the agent channel; a server has one agent."""
         return AgentChardev(id, self)

@@ -63,6 +63,16 @@ class Server(Starting, abc.ABC, Generic[SessionT]):
         self._log = RateLimitedLog(logging.getLogger(type(self).__module__), burst=60, seconds=20)
         self._started = False
 
+    @property
+    def has_peer(self) -> bool:
+        """Whether a peer is connected."""
+        return self._session is not None
+
+    @property
+    def unclosed(self) -> int:
+        """Descriptors that peers sent and that cannot be closed yet; see Closer."""
+        return self._door.closer.waiting
+
     async def start(self) -> None:
         """Listen, or begin to connect.
 

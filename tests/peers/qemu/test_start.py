@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import json
 
 import pytest
-from machine import QEMU
+from tests.support.bench import DeviceBench
+from tests.support.qemu_machine import QEMU
+from tests.support.qemu_ways import vfio_user_device
 
 from tests.support.processes import running
 from vring_serial.transport.vfio_user.server import VfioUserServer
@@ -15,17 +16,14 @@ QUIT = b'{"execute":"qmp_capabilities"}\n{"execute":"quit"}\n'
 
 
 @pytest.mark.parametrize("options", [{}, {"transitional": True}, {"vectors": 0}, {"vectors": 253}])
-async def test_qemu_starts_without_a_warning(bench_type, tmp_path, caplog, options):
+async def test_qemu_starts_without_a_warning(tmp_path, caplog, options):
     """Nor do we warn of what it asks for: error recovery and release requests."""
-    bench = bench_type(tmp_path, None, max_ports=4)
-    await bench.serve(VfioUserServer, **options)
-    socket = {"type": "unix", "path": str(bench.path)}
-    device = {"driver": "vfio-user-pci", "addr": "05.0", "socket": socket}
     memory = "memory-backend-memfd,id=mem,size=64M,share=on"
-    try:
+    async with DeviceBench(tmp_path, max_ports=4) as bench:
+        await bench.serve(VfioUserServer, **options)
         async with running(
             *(*QEMU, "-S", "-m", "64", "-object", memory, "-M", "q35,memory-backend=mem"),
-            *("-device", json.dumps(device), "-qmp", "stdio"),
+            *(*vfio_user_device(bench.path, addr="05.0"), "-qmp", "stdio"),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
@@ -35,5 +33,3 @@ async def test_qemu_starts_without_a_warning(bench_type, tmp_path, caplog, optio
         assert said.decode() == ""
         assert qemu.returncode == 0
         assert [r.getMessage() for r in caplog.records if r.levelname != "INFO"] == []
-    finally:
-        await bench.aclose()

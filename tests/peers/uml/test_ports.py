@@ -137,7 +137,7 @@ async def test_console_with_a_shell(bench):
     writer.write(b"echo sum $((40 + 2))\n")
     async with asyncio.timeout(10):
         await reader.readuntil(b"sum 42")
-    port.chardev._user.end_resized(132, 43)
+    port.end_resized(132, 43)
     size = ""
     async with asyncio.timeout(10):
         while size != "43 132":

@@ -158,6 +158,20 @@ def test_an_interrupt_that_is_owed_when_maps_change_comes_later(remote: Any) -> 
     assert remote.echoed(b"owed")
 
 
+def test_rings_that_fail_in_a_loop_fill_no_log(remote: Any, log: Callable[[], list[str]]) -> None:
+    for _ in range(15):
+        remote.dma_error = 0
+        driver = remote.start_driver(0)
+        remote.serve_dma()
+        remote.dma_error = errno.EFAULT
+        remote.put(0, b"nobody hears this")
+        driver.notify(0)
+        remote.serve_dma()
+        assert driver.status & Status.DEVICE_NEEDS_RESET
+    # They share one limit with what is said of drivers that come.
+    assert 0 < sum("refused with error 14" in line for line in log()) <= 10
+
+
 def test_memory_that_the_client_refuses_breaks_the_device(
     remote: Any, device: Any, log: Callable[[], list[str]]
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import mmap
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,6 @@ from vring_serial.proto.vfio_user_dma import DmaAccess, DmaMap
 from vring_serial.proto.vfio_user_version import Capabilities, Version
 from vring_serial.proto.vfio_user_wire import Command
 from vring_serial.proto.virtio import Status
-from vring_serial.transport.vfio_user import copies as vfio_copies
 from vring_serial.transport.vfio_user import remote as vfio_remote
 from vring_serial.transport.vfio_user.copies import (
     LARGE_BYTES,
@@ -251,8 +251,7 @@ class Holding:
 
     def __init__(self, device: Any, server: Any) -> None:
         self._device, self._server = device, server
-        self._serve = device._serve
-        device._serve = lambda index: None
+        device.holds = True
 
     def available(self, index: int) -> int:
         async def ask() -> int:
@@ -261,11 +260,11 @@ class Holding:
         return int(self._server.run(ask()))
 
     def go_on(self) -> None:
-        self._device._serve = self._serve
+        self._device.holds = False
 
         async def serve() -> None:
             for index in self._device.running:
-                self._serve(index)
+                self._device.serve(index)
 
         self._server.run(serve())
 
@@ -387,7 +386,7 @@ def test_a_ring_that_is_shared_in_part_is_refused_and_left_alone(
 
 
 def test_pages_that_others_use_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    page = vfio_copies._PAGE
+    page = mmap.PAGESIZE
     copy = Copy(0x1000, 8 * page)
     view = memoryview(copy.region)
     held = [Held() for _ in range(3)]

@@ -46,10 +46,9 @@ def test_a_file_that_does_not_answer_holds_nobody_up(
         assert client.echo(driver, 0, b"served all the same")
     assert any("where an access can wait for ever" in line for line in log())
     assert not hostile_files.gone
-    closer = server.server._door.closer
-    assert closer.waiting == len(MESSAGES)
+    assert server.server.unclosed == len(MESSAGES)
     hostile_files.end()
-    wait_until(lambda: not closer.waiting)
+    wait_until(lambda: not server.server.unclosed)
 
 
 @pytest.mark.parametrize("how", ["replaced", "disabled", "gone"])
@@ -72,5 +71,5 @@ def test_a_connection_that_lingers_in_an_interrupts_socket(
     else:
         client.close()
         server.wait_for("connected", "gone")
-    assert server.server._door.closer.waiting == 1
+    assert server.server.unclosed == 1
     server.settle()

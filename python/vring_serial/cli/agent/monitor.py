@@ -174,8 +174,7 @@ def monitor_command(channel: Channel, listen: str | None) -> None:
 async def _streams(channel: Channel) -> Streams:
     reader = asyncio.StreamReader()
     protocol = asyncio.StreamReaderProtocol(reader)
-    await channel.open(lambda: protocol)
-    transport = reader._transport  # type: ignore[attr-defined]
+    transport = await channel.open(lambda: protocol)
     writer = asyncio.StreamWriter(transport, protocol, reader, asyncio.get_running_loop())
     return reader, writer
 

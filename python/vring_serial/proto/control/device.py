@@ -123,6 +123,11 @@ class ControlDevice:
         """Whether :meth:`add_port` is still to be called for ports of the state."""
         return bool(self._unclaimed)
 
+    @property
+    def ports(self) -> frozenset[int]:
+        """Numbers of the ports that the device has."""
+        return frozenset(self._ports)
+
     # what the device's owner does
 
     def add_port(self, nr: int, name: bytes = b"", *, console: bool = False) -> None:
