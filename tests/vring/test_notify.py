@@ -67,7 +67,7 @@ def test_while_the_peer_fills_it_again_and_again(eventfd: int) -> None:
     # It may end up waiting for room itself.
     peer = threading.Thread(target=fill, daemon=True)
     peer.start()
-    until = time.monotonic() + 1
+    until = time.monotonic() + 1  # a race, which takes what turns it gets in this time
     while time.monotonic() < until:
         notify(eventfd)
     done = True

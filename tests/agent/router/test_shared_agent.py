@@ -273,9 +273,8 @@ async def test_a_client_that_does_not_read_its_files_is_given_up_for_the_others(
 
 
 async def test_a_client_that_is_alone_may_read_as_slowly_as_it_likes(
-    make_bench, make_file, tmp_path, monkeypatch
+    make_bench, make_file, tmp_path, clock
 ):
-    monkeypatch.setattr(relay_module, "HOLD_SECONDS", 0.05)
     bench = await make_bench()
     path = make_file("long", 16 * MIB)
     bench.guest.copy_files([path])
@@ -286,8 +285,7 @@ async def test_a_client_that_is_alone_may_read_as_slowly_as_it_likes(
     client.link.hold_reading()
     await until(lambda: bench.router.agent_link.is_held)
     for _ in range(4):
-        # The loop's timers end in order: this one behind the next look at how much was taken.
-        await asyncio.sleep(relay_module.HOLD_SECONDS)
+        await clock.forward(relay_module.HOLD_SECONDS)
     client.link.release_reading()
     assert (await getting)[0].read_bytes() == path.read_bytes()
 
