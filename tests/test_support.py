@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.leaks import held
 from tests.support.processes import end, end_now, running
-from tests.support.waiting import LoopClock, turns, until, until_file_says, wait_until
+from tests.support.waiting import LoopClock, turns, until, until_file_says, until_gives, wait_until
 
 
 def test_what_is_not_closed_is_held() -> None:
@@ -87,6 +87,18 @@ async def test_a_condition_may_be_awaited() -> None:
 
     await until(answer)
     assert not list(answers)
+
+
+async def test_an_answer_that_does_not_come_is_told_with_the_last() -> None:
+    answers = iter(range(100_000))
+
+    async def answer() -> int:
+        return next(answers)
+
+    await until_gives(answer, 2)
+    assert next(answers) == 3
+    with pytest.raises(AssertionError, match=r"-1 and not \[\d+\]: not in time"):
+        await until_gives(answer, -1, timeout=0.01)
 
 
 async def test_a_file_is_waited_for_with_what_it_says(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 from tests.support.processes import end, running
-from tests.support.waiting import turns, until
+from tests.support.waiting import turns, until, until_gives
 
 SCREEN = "2560x1600x24"
 PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
@@ -162,9 +162,7 @@ class VdAgentSession:
 
     async def until_resolution(self, width: int, height: int) -> None:
         """Wait until the X screen has this size."""
-        async with asyncio.timeout(10):
-            while await self._resolution_if_settled() != (width, height):
-                pass
+        await until_gives(self._resolution_if_settled, (width, height))
 
     async def end_helpers(self) -> None:
         """End the applications that own selections."""
@@ -174,11 +172,14 @@ class VdAgentSession:
         self, expected: bytes, selection: str = "clipboard", target: str = "UTF8_STRING"
     ) -> None:
         """Wait until pasting gives this; the agent takes a selection a moment after our grab."""
-        async with asyncio.timeout(15):
-            pasted = b""
-            while pasted != expected:
-                with contextlib.suppress(AssertionError):
-                    pasted = await self.paste(selection, target)
+
+        async def paste() -> bytes | None:
+            try:
+                return await self.paste(selection, target)
+            except AssertionError:  # there is nothing yet
+                return None
+
+        await until_gives(paste, expected)
 
     async def _resolution_if_settled(self) -> tuple[int, int] | None:
         try:

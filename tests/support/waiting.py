@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -59,6 +59,19 @@ async def until(
             return
         _check(end, what, unless)
         await asyncio.sleep(PERIOD)
+
+
+async def until_gives(
+    ask: Callable[[], Awaitable[object]], wanted: object, *, timeout: float = DEADLINE
+) -> None:
+    """Ask again and again until this is the answer."""
+    answer: list[object] = []
+
+    async def is_right() -> bool:
+        answer[:] = [await ask()]
+        return answer == [wanted]
+
+    await until(is_right, lambda: f"{wanted!r:.1000} and not {answer!r:.1000}", timeout=timeout)
 
 
 def wait_until(

@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 from exchange import MIB, Exchange, check, connections
 
-from tests.support.waiting import until
+from tests.support.waiting import until, until_gives
 from vring_serial.device.console.events import DeviceReset, PortClosed, PortOpened
 from vring_serial.proto.console import ConsoleFeature
 from vring_serial.proto.virtio import Feature
@@ -112,16 +112,14 @@ async def test_port_hot_added_and_removed(shared, guest):
         port = shared.bench.make_port(6, "org.example.hot")
         await shared.bench.controller.plug_port(port)
         async with asyncio.timeout(20):
-            while await guest.run(names) != before + "org.example.hot\n":
-                pass
+            await until_gives(lambda: guest.run(names), before + "org.example.hot\n")
             reader, writer = await shared.bench.connect("org.example.hot")
             await guest.run(f"echo hot {number} >/dev/vport0p6")
             assert await reader.readline() == f"hot {number}\n".encode()
             writer.close()
             await writer.wait_closed()
             await shared.bench.controller.remove_port(6)
-            while await guest.run(names) != before:
-                pass
+            await until_gives(lambda: guest.run(names), before)
 
 
 async def test_paused_and_continued_under_traffic(shared, guest):

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import pytest
 import pytest_asyncio
 
 from tests.support.processes import end
-from tests.support.waiting import until
+from tests.support.waiting import until, until_gives
 from vring_serial import AgentError, AgentRouter, EmbeddedGuest, SpiceOptions
 from vring_serial.agent.guest import AGENT_PORT, GuestAgent
 from vring_serial.chardev import Chardev
@@ -50,18 +50,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 names += ["linux.uml", "busybox", "virtio_console.ko"]
                 names += ["spice-vdagentd", "spice-vdagent", "Xvfb", "xclip", "xrandr"]
             item.add_marker(pytest.mark.peer(*names))
-
-
-async def until_pasted(paste: Callable[[], Awaitable[str | None]], text: str | None) -> None:
-    """Wait until this is what is pasted; None for nothing."""
-    got: str | None = None
-
-    async def is_right() -> bool:
-        nonlocal got
-        got = await paste()
-        return got == text
-
-    await until(is_right, lambda: f"what is pasted is {got and got[:80]!r}")
 
 
 class Client:
@@ -198,7 +186,7 @@ class EmbeddedSide:
 
     async def pasted(self, text: str | None, selection: str) -> None:
         """Wait until this is what is pasted; None for nothing."""
-        await until_pasted(lambda: self._paste(selection), text)
+        await until_gives(lambda: self._paste(selection), text)
 
     async def _paste(self, selection: str) -> str | None:
         try:
@@ -262,7 +250,7 @@ class UmlSide:
         return (self._guest.share / "pasted").read_text() if result.status == 0 else None
 
     async def pasted(self, text: str | None, selection: str) -> None:
-        await until_pasted(lambda: self._paste(selection), text)
+        await until_gives(lambda: self._paste(selection), text)
 
     async def file(self, name: str) -> bytes | None:
         result = await self._guest.run(f"cp /tmp/downloads/{name} /mnt/received")

@@ -7,7 +7,7 @@ import hashlib
 
 import pytest
 
-from tests.support.waiting import until
+from tests.support.waiting import until, until_gives
 
 MIB = 1 << 20
 AGENT = "com.redhat.spice.0"
@@ -77,10 +77,7 @@ async def test_host_disconnects_and_reconnects(bench):
         await until(lambda: port.guest_open, "the guest opens its port")
         writer.write(f"line {number}\n".encode())
         await writer.drain()
-        got = ""
-        async with asyncio.timeout(10):
-            while f"line {number}" not in got:
-                got = (await guest.run("cat /tmp/got")).output
+        await guest.run(f"until grep -q 'line {number}' /tmp/got; do :; done")
         sent = asyncio.create_task(guest.run(f"echo answer {number} >/dev/vport0p1 || echo busy"))
         await sent
         writer.close()
@@ -106,14 +103,15 @@ async def test_port_added_and_removed_while_the_guest_runs(bench):
     bench.add_port(1, "first")
     await bench.serve()
     guest = await bench.boot()
-    names = "cat /sys/class/virtio-ports/*/name"
-    assert (await guest.run(names)).output == "first"
+
+    async def read_names():
+        return (await guest.run("cat /sys/class/virtio-ports/*/name")).output
+
+    assert await read_names() == "first"
     for number in range(2):
         added = bench.add_port(2, "second")
         await added.chardev.start()
-        async with asyncio.timeout(10):
-            while (await guest.run(names)).output != "first\nsecond":
-                pass
+        await until_gives(read_names, "first\nsecond")
         reader, writer = await bench.connect("second")
         await guest.run(f"echo hot {number} >/dev/vport0p2")
         async with asyncio.timeout(10):
@@ -121,9 +119,7 @@ async def test_port_added_and_removed_while_the_guest_runs(bench):
         writer.close()
         await writer.wait_closed()
         await bench.controller.remove_port(2)
-        async with asyncio.timeout(10):
-            while (await guest.run(names)).output != "first":
-                pass
+        await until_gives(read_names, "first")
         assert (await guest.run("ls /dev/vport0p2")).status != 0
 
 
@@ -138,10 +134,7 @@ async def test_console_with_a_shell(bench):
     async with asyncio.timeout(10):
         await reader.readuntil(b"sum 42")
     port.end_resized(132, 43)
-    size = ""
-    async with asyncio.timeout(10):
-        while size != "43 132":
-            size = (await guest.run("stty size </dev/hvc0")).output
+    await guest.run("until [ \"$(stty size </dev/hvc0)\" = '43 132' ]; do :; done")
     writer.close()
     await writer.wait_closed()
     # Nobody reads the console: the guest must not spin.
