@@ -15,9 +15,9 @@ offset  size  contents
 
 ``kind`` names what was saved, ``version`` the form that its state has; each kind counts its own.
 In the state a dataclass is an object with its fields' names, bytes are a string in base64, enums
-are their values, sets of flags numbers, tuples arrays, and keys of mappings strings. Nothing may be
-missing and nothing added: a reader knows each version that was ever released, and brings older ones
-up to date with functions that turn one version's object into the next one's.
+are their values, sets of flags numbers, tuples and sets arrays, and keys of mappings strings.
+Nothing may be missing and nothing added: a reader knows each version that was ever released, and
+brings older ones up to date with functions that turn one version's object into the next one's.
 
 Whoever wrote the bytes may be hostile: all of it is checked before anything is built from it.
 """
@@ -59,8 +59,8 @@ class StateFormat(Generic[StateT]):
         kind: its name in the saved bytes.
         version: what :meth:`pack` writes, 1 or more.
         cls: the dataclass. Its fields are made of bool, int, str, bytes, bytearray, None, enums,
-            dataclasses, and of ``list``, ``tuple``, ``dict`` (with keys that are int or str) and
-            ``|`` of them.
+            dataclasses, and of ``list``, ``tuple``, ``frozenset`` (of one type), ``dict`` (with
+            keys that are int or str) and ``|`` of them.
         upgrades: for each older version the function that gives the next version's fields; it may
             change its argument; what it raises for fields that are not there is made a StateError.
     """
@@ -162,6 +162,8 @@ def _plain(value: Any) -> Any:
         return base64.b64encode(value).decode()
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
+    if isinstance(value, frozenset):
+        return sorted(_plain(item) for item in value)
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -184,7 +186,7 @@ def _build(wanted: Any, value: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
     if origin in (types.UnionType, typing.Union):
         return _build_union(arguments, value, where)
-    if origin is list or origin is tuple:
+    if origin in (list, tuple, frozenset):
         return _build_sequence(origin, arguments, value, where)
     if origin is dict:
         return _build_mapping(arguments, value, where)

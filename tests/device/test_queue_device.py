@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 import signal
@@ -146,3 +147,17 @@ def test_the_example_runs_and_ends(tmp_path, way):
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_device_goes_on_from_the_state_of_another():
+    first = Plain("plain", 42, 1, config=b"abcd")
+    first.set_driver_features(int(first.device_features))
+    first.set_status(15)
+    first.set_config(b"efgh")
+    second = Plain("plain", 42, 1, config=b"abcd", state=copy.deepcopy(first.state))
+    assert second.status == 15
+    assert second.driver_features == first.driver_features
+    assert second.read_config(0, 4) == b"efgh"
+    assert second.config_generation == 1
+    with pytest.raises(LocalProtocolError, match="4 bytes"):
+        Plain("plain", 42, 1, config=b"abc", state=copy.deepcopy(first.state))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 from vring import RingError
@@ -20,6 +21,23 @@ log = logging.getLogger(__name__)
 RING_FEATURES = Feature.VERSION_1 | Feature.EVENT_IDX | Feature.INDIRECT_DESC
 
 
+@dataclass(slots=True)
+class QueueDeviceState:
+    """What a QueueDevice remembers itself; a device adds what is its own.
+
+    Attributes:
+        status: the device status (2.1), with what the device set itself.
+        driver_features: the accepted features; 0 before the driver has said.
+        config_generation: counts changes of the configuration space.
+        config: the configuration space; None: that which the device was made with.
+    """
+
+    status: int = 0
+    driver_features: int = 0
+    config_generation: int = 0
+    config: bytes | None = None
+
+
 class QueueDevice(abc.ABC):
     """A ``device.base.VirtioDevice`` that serves every queue with :meth:`serve`.
 
@@ -32,6 +50,12 @@ class QueueDevice(abc.ABC):
         features: of the device type; those of the rings are added.
         config: the configuration space; drivers cannot write it.
         queue_size_max: largest size of a queue, in descriptors.
+        state: to go on from; taken over. Its configuration space counts, unless it has none.
+
+    Attributes:
+        state: kept up to date here alone. Between turns of the event loop nothing is in flight.
+
+    Raises LocalProtocolError if the state has a configuration space of another size.
     """
 
     on_config_change = Listener[Callable[[], None]]()
@@ -46,16 +70,18 @@ class QueueDevice(abc.ABC):
         features: int = 0,
         config: bytes = b"",
         queue_size_max: int = QUEUE_SIZE_MAX,
+        state: QueueDeviceState | None = None,
     ) -> None:
         self.name = name
         self.device_id = device_id
         self.num_queues = num_queues
         self.device_features = int(features | RING_FEATURES)
-        self.driver_features = 0
         self.queue_size_max = queue_size_max
-        self.config_generation = 0
+        self.state = state or QueueDeviceState()
         self._config = config
-        self._status = 0
+        if self.state.config is not None:
+            self._check_config(self.state.config)
+            self._config = self.state.config
         self._said = RateLimitedLog(log)
         self._served: dict[int, ServedQueue] = {}
 
@@ -72,14 +98,27 @@ class QueueDevice(abc.ABC):
 
     def set_config(self, config: bytes) -> None:
         """Change the configuration space, whose size stays, and tell the driver."""
-        if len(config) != len(self._config):
-            raise LocalProtocolError(f"{self.name}: configuration of {len(config)} bytes")
+        self._check_config(config)
         if config != self._config:
-            self._config = config
-            self.config_generation += 1
+            self._config = self.state.config = config
+            self.state.config_generation += 1
             tell(self._said, f"{self.name}: on_config_change", self.on_config_change)
 
+    def _check_config(self, config: bytes) -> None:
+        if len(config) != len(self._config):
+            raise LocalProtocolError(f"{self.name}: configuration of {len(config)} bytes")
+
     # --- for transports: see VirtioDevice
+
+    @property
+    def driver_features(self) -> int:
+        """What the driver accepted; 0 if it has not yet."""
+        return self.state.driver_features
+
+    @property
+    def config_generation(self) -> int:
+        """See VirtioDevice."""
+        return self.state.config_generation
 
     @property
     def config_size(self) -> int:
@@ -89,18 +128,18 @@ class QueueDevice(abc.ABC):
     @property
     def status(self) -> int:
         """See VirtioDevice."""
-        return self._status
+        return self.state.status
 
     def set_status(self, status: int) -> None:
         """See VirtioDevice."""
-        needs_reset = self._status & Status.DEVICE_NEEDS_RESET
-        self._status = status | needs_reset if status else 0
+        needs_reset = self.state.status & Status.DEVICE_NEEDS_RESET
+        self.state.status = status | needs_reset if status else 0
 
     def set_driver_features(self, bits: int) -> None:
         """See VirtioDevice; the bits are kept in ``driver_features``."""
         if bits & ~self.device_features:
             raise RemoteProtocolError(f"{self.name}: the driver accepted features {bits:#x}")
-        self.driver_features = bits
+        self.state.driver_features = bits
 
     def read_config(self, offset: int, length: int) -> bytes:
         """See VirtioDevice."""
@@ -132,10 +171,10 @@ class QueueDevice(abc.ABC):
         """See VirtioDevice."""
         for index in list(self._served):
             self.stop_queue(index)
-        self._status = 0
-        self.driver_features = 0
+        self.state.status = 0
+        self.state.driver_features = 0
 
     def _broken(self, index: int, error: RingError) -> None:
         self._said.warning("%s: queue %d is broken: %s", self.name, index, error)
-        self._status |= int(Status.DEVICE_NEEDS_RESET)
+        self.state.status |= int(Status.DEVICE_NEEDS_RESET)
         tell(self._said, f"{self.name}: on_needs_reset", self.on_needs_reset, error)

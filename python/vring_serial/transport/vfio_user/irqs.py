@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from types import MappingProxyType
 
 from vring import notify
 from vring_serial.device.kicks import KickWatch
@@ -28,6 +29,9 @@ _FLAGS: dict[int, int] = {
     IrqIndex.MSIX: IrqFlag.EVENTFD,
 }
 
+#: None of any type.
+NO_DESCRIPTORS: Mapping[int, Sequence[int]] = MappingProxyType({})
+
 
 class Interrupts:
     """The sink of a PCI function's interrupts (device.interrupts.InterruptSink).
@@ -41,7 +45,11 @@ class Interrupts:
         intx_level: whether the device asserts INTA#.
         vectors_changed: called when vectors have other descriptors than before.
         closer: closes descriptors.
-        state: of the client; ``intx_masked`` is kept up to date here.
+        state: of the client; what it says of interrupts is kept up to date here.
+        fds: the descriptors that ``state.irqs`` tells of, by type, in that order; taken over.
+        unmask_fd: the descriptor that ``state.unmask_event`` tells of, or -1; taken over.
+
+    Raises ValueError if ``fds`` are not those of the state; they are still the caller's then.
     """
 
     def __init__(
@@ -51,6 +59,9 @@ class Interrupts:
         vectors_changed: Callable[[], None],
         closer: Closer,
         state: ClientState,
+        *,
+        fds: Mapping[int, Sequence[int]] = NO_DESCRIPTORS,
+        unmask_fd: int = -1,
     ) -> None:
         self._state = state
         self._close_all = closer.close
@@ -62,8 +73,15 @@ class Interrupts:
             IrqIndex.MSI: [],
             IrqIndex.MSIX: [-1] * vectors,
         }
+        for index, numbers in state.irqs.items():
+            for number, fd in zip(numbers, fds.get(index, ()), strict=True):
+                self._fds[index][number] = fd
+        if state.unmask_event is not (unmask_fd >= 0):
+            raise ValueError("the state and the descriptors differ on the event that unmasks INTx")
         self._unmask_fd = -1
         self._unmask_kicks: KickWatch | None = None
+        if unmask_fd >= 0:
+            self._watch_unmask(unmask_fd)
 
     # --- for the device
 
@@ -177,6 +195,7 @@ class Interrupts:
             self._unmask_kicks.close()
             os.close(self._unmask_fd)
         self._unmask_fd, self._unmask_kicks = fd, kicks
+        self._state.unmask_event = fd >= 0
 
     def _unmask_event(self) -> None:
         self._state.intx_masked = False
@@ -191,6 +210,7 @@ class Interrupts:
         part = slice(start, start + len(fds))
         old = self._fds[index][part]
         self._fds[index][part] = fds
+        self._state.irqs[index] = [nr for nr, fd in enumerate(self._fds[index]) if fd >= 0]
         if index == IrqIndex.INTX and fds:
             self._state.intx_masked = False
         return old

@@ -9,6 +9,7 @@ from vring_serial.device.base import VirtioDevice
 from vring_serial.device.virtqueue import RunningQueue
 from vring_serial.proto.virtio import Status
 from vring_serial.transport.vfio_user.shadow import ClientMemory, ShadowRing
+from vring_serial.transport.vfio_user.state import RemoteRingsState
 
 
 class ClientMemoryError(RingError):
@@ -26,19 +27,21 @@ class RemoteRings:
 
     Args:
         device: the device itself.
+        state: to go on from; taken over.
 
     Attributes:
+        state: exact while no ring runs, and after :meth:`note_owed`.
         client: the client's memory while there is a client.
         name, device_id, device_features: the device's; see VirtioDevice.
         num_queues, queue_size_max, config_size, config_generation, status: likewise.
         on_config_change, on_needs_reset: likewise; setting them sets the device's.
     """
 
-    def __init__(self, device: VirtioDevice) -> None:
+    def __init__(self, device: VirtioDevice, state: RemoteRingsState | None = None) -> None:
+        self.state = state or RemoteRingsState()
         self.client: ClientMemory | None = None
         self._device = device
         self._shadows: dict[int, ShadowRing] = {}
-        self._owed: set[int] = set()  # queues whose drivers are to be interrupted
 
     # --- queues
 
@@ -55,9 +58,9 @@ class RemoteRings:
             queue,
             client,
             lambda error: self._failed(index, error),
-            owed=index in self._owed,
+            owed=index in self.state.owed,
         )
-        self._owed.discard(index)
+        self._set_owed(index, False)
         try:
             self._device.start_queue(index, shadow.queue)
         except BaseException:
@@ -69,13 +72,22 @@ class RemoteRings:
         """See VirtioDevice."""
         position = self._device.stop_queue(index)
         shadow = self._shadows.pop(index, None)
-        if shadow is not None and shadow.stop():
-            self._owed.add(index)
+        if shadow is not None:
+            self._set_owed(index, shadow.stop())
         return position
+
+    def note_owed(self) -> None:
+        """Write into the state which drivers of rings that run are owed an interrupt now."""
+        for index, shadow in self._shadows.items():
+            self._set_owed(index, shadow.owed)
+
+    def _set_owed(self, index: int, owed: bool) -> None:
+        others = {each for each in self.state.owed if each != index}
+        self.state.owed = sorted(others | {index} if owed else others)
 
     def reset_queue(self, index: int) -> None:
         """See VirtioDevice."""
-        self._owed.discard(index)
+        self._set_owed(index, False)
         self._device.reset_queue(index)
 
     def _failed(self, index: int, error: Exception) -> None:
@@ -153,5 +165,5 @@ class RemoteRings:
 
     def reset(self) -> None:
         """See VirtioDevice."""
-        self._owed.clear()
+        self.state.owed.clear()
         self._device.reset()

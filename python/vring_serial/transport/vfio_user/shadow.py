@@ -156,6 +156,11 @@ class ShadowRing:
         self._loop.add_reader(self.queue.call_fd, self._device_calls)
         self._fetching = self._loop.create_task(self._fetch_all())
 
+    @property
+    def owed(self) -> bool:
+        """Whether the driver is owed an interrupt for what was stored by now."""
+        return self._owed or self._told != self._stored or self._telling is not None
+
     def stop(self) -> bool:
         """Store what the device used, and close; the device has left the queue.
 
@@ -168,7 +173,7 @@ class ShadowRing:
         del self._fetching
         self._store()
         self._failure.forget()
-        owed = self._owed or self._told != self._stored or self._telling is not None
+        owed = self.owed
         if self._telling is not None:
             self._telling.cancel()
         close_all([self.queue.kick_fd, self.queue.call_fd])

@@ -39,8 +39,24 @@ class ClientState:
         agreed: capabilities that VERSION settled; None before it.
         regions: DMA mappings by address.
         intx_masked: INTx is not to be told until the client unmasks it.
+        irqs: numbers of the interrupts for which the client has given an event descriptor, by type
+            (IrqIndex), in ascending order.
+        unmask_event: the client has given an event that unmasks INTx.
     """
 
     agreed: Capabilities | None = None
     regions: dict[int, DmaRegion] = field(default_factory=dict)
     intx_masked: bool = False
+    irqs: dict[int, list[int]] = field(default_factory=dict)
+    unmask_event: bool = False
+
+
+@dataclass(slots=True)
+class RemoteRingsState:
+    """What is left of rings in memory that only the client can access, when they stop.
+
+    Attributes:
+        owed: queues whose drivers are to be interrupted, in ascending order.
+    """
+
+    owed: list[int] = field(default_factory=list)

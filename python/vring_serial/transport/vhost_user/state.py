@@ -22,7 +22,8 @@ class VringSetup:
         size: descriptors; 0 until SET_VRING_NUM.
         packed: the driver accepted RING_PACKED.
         base: available index to go on from, with the wrap counter in bit 15 if the ring is packed;
-            None: it starts anew. Not up to date while the ring runs: the device has the index then.
+            None: it starts anew. While the ring runs, the device has the current one: see
+            ``Vring.note_position``.
         used: used index of a packed ring likewise, None: the same as ``base``. That of a split ring
             is in guest memory.
         address: user addresses; None until SET_VRING_ADDR.

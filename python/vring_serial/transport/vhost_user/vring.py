@@ -196,6 +196,15 @@ class Vring:
             self.setup.base = self._device.stop_queue(self.index)
             self.setup.used = queue.used_index if self.setup.packed else None
 
+    def note_position(self) -> None:
+        """Write into ``setup`` where the ring is now, if it runs.
+
+        Exact while nothing is in flight, as inside ``Controller.settled``.
+        """
+        if self._queue is not None:
+            self.setup.base = self._queue.avail_index
+            self.setup.used = self._queue.used_index if self.setup.packed else None
+
     def end(self) -> None:
         """Stop until started anew with new descriptors (GET_VRING_BASE)."""
         self.stop()
