@@ -212,7 +212,8 @@ class Client:
     def read_more(self) -> None:
         """Wait for bytes, and give them to the parser."""
         received = unix_fds.receive(self.sock, 65536, 64)
-        assert received.data, "the server closed the connection"
+        if not received.data:
+            raise ConnectionResetError("the server closed the connection")
         self.parser.receive_data(received.data, received.fds)
 
     def answer(self, message_id: int) -> Message:

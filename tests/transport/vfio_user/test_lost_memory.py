@@ -25,7 +25,7 @@ def test_the_client_is_sent_away_and_the_next_is_served(
     assert client.echo(driver, 0, b"all is there")
     client.put(0, b"before it is cut off")
     os.ftruncate(client.memfd, left)
-    with suppress(BrokenPipeError):  # it may be noticed before
+    with suppress(ConnectionError):  # it may be noticed before, or before the answer
         driver.notify(0)
     assert client.is_sent_away()
     *_, line = log()
@@ -60,7 +60,7 @@ def test_a_read_only_map_that_is_cut_off(client: Any, log: Callable[[], list[str
     driver = client.start_driver(0)
     client.put(0, b"before it is cut off")
     os.ftruncate(client.memfd, half)
-    with suppress(BrokenPipeError):  # it may be noticed before
+    with suppress(ConnectionError):  # it may be noticed before, or before the answer
         driver.notify(0)
     assert client.is_sent_away()
     *_, line = log()
