@@ -327,12 +327,14 @@ class Machine:
     def bar(self, index: int) -> tuple[Callable[..., int], Callable[..., None]]:
         return partial(self.pci.bar_read, index), partial(self.pci.bar_write, index)
 
-    def driver(self) -> RegisterDriver:
+    def driver(
+        self, pci: type[PciDriver] = PciDriver, mmio: type[MmioDriver] = MmioDriver
+    ) -> RegisterDriver:
         if self.kind == "pci":
-            return PciDriver(self.pci.config_read, self.pci.config_write, self.bar)
+            return pci(self.pci.config_read, self.pci.config_write, self.bar)
         if self.kind == "pci-legacy":
             return LegacyPciDriver(self.pci.config_write, *self.bar(0))
-        return MmioDriver(self.mmio.read, self.mmio.write)
+        return mmio(self.mmio.read, self.mmio.write)
 
 
 class RegisterGuest(Guest):
@@ -342,6 +344,7 @@ class RegisterGuest(Guest):
         super().__init__(controller, **options)
         self.machine = machine
         self.registers = machine.driver()
+        self.accept = self.registers.accept
         self.vectors: dict[int, int] = {}
         self.size = min(self.size, self.registers.queue_size(0))
         machine.model.set_memory(self.memory)
@@ -370,7 +373,7 @@ class RegisterGuest(Guest):
             self.registers.notify(index, data if self.features & NOTIFICATION_DATA else None)
 
     def start(self, ports: int | None = None) -> None:
-        self.features = self.registers.accept(self.features)
+        self.features = self.accept(self.features)
         for index in range(self.controller.num_queues if ports is None else 2 * ports + 2):
             self.start_queue(index)
         self.registers.status = self.registers.status | Status.DRIVER_OK

@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import itertools
 import socket
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ import pytest
 from tests.guest.conftest import ScriptedDevice, ScriptedServer
 from tests.support.leaks import held
 from tests.support.waiting import turns, until
-from vring_serial import unix_fds
 from vring_serial.chardev.ringbuf import RingbufChardev
 from vring_serial.device.console.controller import Controller
 from vring_serial.device.console.port import Port
@@ -115,19 +114,23 @@ async def test_a_request_that_is_cancelled(scripted: ScriptedServer, name: str) 
     ram.close()
 
 
-async def test_a_request_that_is_cancelled_in_the_middle_of_its_bytes(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+class Narrow(socket.socket):
     """A socket that takes five bytes and is full then, again and again."""
-    send, calls = unix_fds.send, itertools.count()
 
-    def send_five(sock: socket.socket, data: bytes, fds: Sequence[int]) -> int:
-        if next(calls) % 2:
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__(fileno=sock.detach())
+        self.calls = itertools.count()
+
+    def sendmsg(self, buffers: Any, ancdata: Any = (), flags: int = 0, address: Any = None) -> int:
+        if next(self.calls) % 2:
             raise BlockingIOError
-        return send(sock, data[:5], fds)
+        (data,) = buffers
+        return super().sendmsg([data[:5]], ancdata, flags, address)
 
-    monkeypatch.setattr(unix_fds, "send", send_five)
-    ours, theirs = socket.socketpair()
+
+async def test_a_request_that_is_cancelled_in_the_middle_of_its_bytes() -> None:
+    one, theirs = socket.socketpair()
+    ours = Narrow(one)
     ours.setblocking(False)
     theirs.setblocking(False)
     frontend = Frontend("test")

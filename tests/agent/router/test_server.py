@@ -181,8 +181,6 @@ async def test_what_still_waits_for_the_agent_goes_with_the_client_that_sent_it(
     bench, _, server = served
     spice = await server()
     await spice.greet()
-    seen = []
-    bench.guest.link_message = lambda link, port, message: seen.append(message)
     bench.writer.transport.pause_reading()
     # More than socket and transport take, less than keeps the router from reading what follows.
     for _ in range(6):
@@ -192,8 +190,8 @@ async def test_what_still_waits_for_the_agent_goes_with_the_client_that_sent_it(
     await spice.greet()
     spice.send(UnknownMessage(99, b"the next client's"))
     bench.writer.transport.resume_reading()
-    await until(lambda: UnknownMessage(99, b"the next client's") in seen)
-    assert UnknownMessage(99, b"the first client's") not in seen
+    await until(lambda: UnknownMessage(99, b"the next client's") in bench.tap.of(UnknownMessage))
+    assert UnknownMessage(99, b"the first client's") not in bench.tap.of(UnknownMessage)
 
 
 async def test_it_is_connected_while_the_agent_is_there(served):

@@ -85,14 +85,14 @@ async def guest(make_controller, make_register_guest, enable_msix):
     guest = make_register_guest(controller)
     guest.vectors = {2: 2, 3: 3}
     enable_msix(guest.machine, guest.registers)
-    accept = guest.registers.accept
+    accept = guest.accept
 
     def accept_and_map(wanted: int) -> int:
         bits = accept(wanted)
         guest.registers.write_common(16, 0, 2)
         return bits
 
-    guest.registers.accept = accept_and_map
+    guest.accept = accept_and_map
     return guest
 
 

@@ -55,7 +55,7 @@ async def test_features_are_those_that_legacy_drivers_are_offered(
     guest = make_register_guest(controller, "pci-legacy+packed")
     machine = guest.machine
     modern = PciDriver(machine.pci.config_read, machine.pci.config_write, machine.bar)
-    accept = guest.registers.accept
+    accept = guest.accept
 
     def write_modern() -> None:
         for word in (0, 1):
@@ -70,7 +70,7 @@ async def test_features_are_those_that_legacy_drivers_are_offered(
             write_modern()
         return bits
 
-    guest.registers.accept = accept_legacy
+    guest.accept = accept_legacy
     guest.boot()
     await guest.until(lambda: guest.collect(3) is not None and not guest.rings[3].buffers)
     read, _ = machine.bar(0)

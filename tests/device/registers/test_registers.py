@@ -17,6 +17,7 @@ from vring_serial.chardev.pipe import PipeChardev, PipeOptions
 from vring_serial.device.console.controller import DEFAULT_FEATURES
 from vring_serial.device.console.events import EmergencyWrite
 from vring_serial.device.console.port import Port
+from vring_serial.device.testing import MmioDriver, PciDriver
 from vring_serial.proto.console import ConsoleFeature
 from vring_serial.proto.virtio import Feature, Status
 
@@ -317,21 +318,38 @@ async def test_nothing_is_heard_of_a_device_after_its_reset(
     assert bytes(guest.ram) == ram
 
 
+class Willing:
+    """A driver that accepts what it likes: ``bits``."""
+
+    bits = 0
+
+    def offered(self) -> int:
+        return self.bits
+
+
+class WillingPciDriver(Willing, PciDriver):
+    pass
+
+
+class WillingMmioDriver(Willing, MmioDriver):
+    pass
+
+
 @pytest.mark.parametrize("kind", ["pci", "mmio"])
 async def test_features_are_refused_without_version_1_and_what_is_not_offered(
     make_controller, make_machine, kind
 ):
     machine = make_machine(make_controller(), kind)
-    driver = machine.driver()
-    for bits in (ConsoleFeature.MULTIPORT, driver.offered() | Feature.NOTIF_CONFIG_DATA):
+    offered = machine.driver().offered()
+    driver = machine.driver(WillingPciDriver, WillingMmioDriver)
+    for bits in (ConsoleFeature.MULTIPORT, offered | Feature.NOTIF_CONFIG_DATA):
         driver.status = 0
         driver.status = 3
-        driver.offered = lambda bits=bits: bits  # a driver that accepts what it likes
+        driver.bits = bits
         with pytest.raises(Exception, match="does not take"):
             driver.accept(bits)
         driver.status = 15
         assert driver.status & (Status.FEATURES_OK | Status.DRIVER_OK) == 0
-        del driver.offered
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -27,9 +27,7 @@ def kind(request):
 @pytest_asyncio.fixture(loop_scope="module")
 async def host(bench):
     """A client over the socket."""
-    events = []
-    host = HostAgent(timeout=20, on_event=events.append)
-    host.events = events
+    host = HostAgent(timeout=20)
     loop = asyncio.get_running_loop()
     await loop.create_unix_connection(host.protocol_factory, str(bench.socket))
     await host.wait_ready()
@@ -173,9 +171,12 @@ async def test_the_agent_stops_and_starts_under_all_of_them(bench, host):
     await host.set_clipboard("survives")
     await bench.guest.pasted("survives", "clipboard")
     client.events.clear()
-    await bench.guest.stop_agent()
-    await client.wait("agent", False)
-    await until(lambda: AgentGone("", closed=False) in host.events)
+    with host.events() as events:
+        await bench.guest.stop_agent()
+        await client.wait("agent", False)
+        async with asyncio.timeout(30):
+            while await anext(events) != AgentGone("", closed=False):
+                pass
     await bench.guest.start_agent()
     await client.wait_agent()
     await host.wait_ready()

@@ -10,6 +10,9 @@ import vfio_user as target
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from vring_serial.device.virtqueue import RunningQueue
+from vring_serial.transport.vfio_user.rings import RemoteRings
+
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
@@ -32,13 +35,13 @@ def test_any_messages(data: bytes) -> None:
 def test_the_target_reaches_the_rings(shared: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fuzzer whose driver never gets to DRIVER_OK would find nothing."""
     running = []
-    start = target.RemoteRings.start_queue
 
-    def watched(self: object, index: int, queue: object) -> None:
-        start(self, index, queue)
-        running.append(index)
+    class Watched(RemoteRings):
+        def start_queue(self, index: int, queue: RunningQueue) -> None:
+            super().start_queue(index, queue)
+            running.append(index)
 
-    monkeypatch.setattr(target.RemoteRings, "start_queue", watched)
+    monkeypatch.setattr(target, "RemoteRings", Watched)
     choices = [1, shared, 1]
     target.one_input(b"".join(number.to_bytes(2, "little") for number in choices))
     assert running == [0, 1, 2, 3]
