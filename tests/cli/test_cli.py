@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import click
 import pytest
 from click.testing import CliRunner, Result
 
 from vring import VringError
-from vring_serial.cli import COMMANDS, vring
+from vring_serial.cli import COMMANDS, LazyCommand, vring
 from vring_serial.errors import ConfigError, DependencyError, ResourceError
 
 
@@ -89,7 +90,8 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> list[BaseException]:
     def fail() -> None:
         raise errors[0]
 
-    monkeypatch.setattr(type(vring), "get_command", lambda *_: fail)
+    monkeypatch.setitem(sys.modules, "vring_serial.cli.failing", SimpleNamespace(fail=fail))
+    monkeypatch.setitem(COMMANDS, "serve", LazyCommand("failing", "fail", "Fail."))
     return errors
 
 
