@@ -200,6 +200,20 @@ async def test_a_change_of_size_is_told(terminal: Terminal) -> None:
     await terminal.says("size 132x43")
 
 
+async def test_a_change_of_size_is_told_where_the_output_alone_is_a_terminal(no_leak: None) -> None:
+    stdin, feed = os.pipe()
+    master, slave = os.openpty()
+    child = Child(stdin, slave)
+    os.close(stdin)
+    with contextlib.closing(child):
+        await child.says("blocking True True True")  # and has told the size that it began with
+        termios.tcsetwinsize(master, (43, 132))
+        child.process.send_signal(signal.SIGWINCH)  # it does not control that terminal
+        await child.says("size 132x43")
+    for fd in (feed, master, slave):
+        os.close(fd)
+
+
 async def test_after_a_stop_and_a_continuation_it_is_raw_again(terminal: Terminal) -> None:
     os.kill(terminal.process.pid, signal.SIGSTOP)
     termios.tcsetattr(terminal.slave, termios.TCSANOW, terminal.before)  # what a shell does
