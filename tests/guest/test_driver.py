@@ -151,6 +151,50 @@ async def test_a_new_opener_does_not_get_what_was_for_the_last_one(device, port)
     writer.transport.abort()
 
 
+async def test_what_the_device_sends_the_last_opener_late_is_not_for_the_next(device, port) -> None:
+    """Before it has heard that the port was closed, and what waits in the ring at an opening."""
+    _, writer = await port.open()
+    assert await device.next_control() == (1, PORT_OPEN, 1)
+    writer.close()
+    await writer.wait_closed()
+    reader, writer = await port.open()
+    device.send(PORT1_RX, b"it has not heard")
+    await turns()
+    device.send(PORT1_RX, b"nor now")
+    assert await device.next_control() == (1, PORT_OPEN, 0)
+    assert await device.next_control() == (1, PORT_OPEN, 1)
+    device.send(PORT1_RX, b"to the second")
+    assert await reader.readexactly(13) == b"to the second"
+    writer.close()
+    await writer.wait_closed()
+    assert await device.next_control() == (1, PORT_OPEN, 0)
+    await turns()
+    device.send(PORT1_RX, b"nobody has looked at it")
+    reader, writer = await port.open()
+    assert await device.next_control() == (1, PORT_OPEN, 1)
+    device.send(PORT1_RX, b"to the third")
+    assert await reader.readexactly(12) == b"to the third"
+    writer.transport.abort()
+
+
+async def test_a_port_that_is_closed_again_before_the_device_heard_of_the_opening(
+    device, port
+) -> None:
+    _, writer = await port.open()
+    assert await device.next_control() == (1, PORT_OPEN, 1)
+    for _ in range(3):
+        writer.close()
+        await writer.wait_closed()
+        reader, writer = await port.open()
+    assert await device.next_control() == (1, PORT_OPEN, 0)
+    assert await device.next_control() == (1, PORT_OPEN, 1)
+    device.send(PORT1_RX, b"here")
+    assert await reader.readexactly(4) == b"here"
+    writer.write(b"there")
+    assert await device.receive(PORT1_TX) == b"there"
+    writer.transport.abort()
+
+
 async def test_drain_returns_when_all_is_in_the_ring(device, port) -> None:
     _, writer = await port.open()
     assert await device.next_control() == (1, PORT_OPEN, 1)

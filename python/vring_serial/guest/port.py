@@ -81,8 +81,10 @@ class GuestPort(Closing):
         self._held: list[npt.NDArray[np.int64]] = []
         self._receive_due = False
         self._rings_taken = False
-        #: PORT_OPEN(1) is on its way.
+        #: PORT_OPEN(1) is on its way, or waits for PORT_OPEN(0).
         self._unheard = False
+        #: PORT_OPEN(0) is on its way: what the device sends is for the opener before.
+        self._parting = False
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
 
@@ -147,8 +149,10 @@ class GuestPort(Closing):
         if self._tx is None:
             self._tx = self._owner.transmit_buffers(self)
         if not self.guest_connected:
+            # The device cannot have sent this opener anything yet.
+            self._discard()
             self.guest_connected = True
-            self._unheard = not self._owner.port_opened(self, True)
+            self._unheard = self._parting or not self._owner.port_opened(self, True)
         return self._tx
 
     async def take_rings(self) -> tuple[ReceiveBuffers, TransmitBuffers]:
@@ -244,13 +248,19 @@ class GuestPort(Closing):
         if self.is_console or self.removed is not None:
             return
         self.guest_connected = False
-        self._owner.port_opened(self, False)
+        if not self._parting:
+            self._parting = not self._owner.port_opened(self, False)
         self._inbox.clear()
         self._release_held()
         # What is in the ring by now was for this opener, as in Linux.
-        slots, _ = self._rx.take()
-        self._rx.give_back(slots)
+        self._discard()
         self.schedule_receive()
+
+    def _discard(self) -> None:
+        """Throw away what is in the ring, but for a console, which is open always."""
+        if not self.is_console:
+            slots, _ = self._rx.take()
+            self._rx.give_back(slots)
 
     # --- for the driver
 
@@ -278,7 +288,8 @@ class GuestPort(Closing):
         slots, data = rx.take(max(1, MAX_DELIVERY // rx.size))
         if data:
             # Linux discards what arrives while the port is closed, and so it goes here.
-            received = b"".join(data) if self._transport is not None else b""
+            wanted = self._transport is not None and not self._parting
+            received = b"".join(data) if wanted else b""
             rx.give_back(slots)
             self.schedule_receive()
             if self._transport is not None and received:
@@ -313,12 +324,18 @@ class GuestPort(Closing):
         The control protocol sends the PORT_OPEN(1) by itself; ``settled``: it needs none.
         """
         self._unheard = not settled
+        self._parting = False
         self.is_console = self.guest_connected = True
         if self._transport is not None:
             self._transport.flush()
 
     def control_settled(self) -> None:
         """Go on: the device has used every control message."""
+        if self._parting:
+            self._parting = False
+            self._discard()
+            if self.guest_connected and not self._owner.port_opened(self, True):
+                return
         if self._unheard:
             self._unheard = False
             if self._transport is not None:
@@ -343,6 +360,8 @@ class GuestPort(Closing):
 
     def _put_aside(self) -> None:
         """Everything in the ring came before the end of file that is due now."""
+        if self._parting:
+            self._discard()
         slots, data = self._rx.take()
         if data:
             self._inbox.append(b"".join(data))
