@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.peers import vdagent
+from tests.support import vdagent
 from vring_serial import HostAgent
 from vring_serial.agent.guest import AGENT_PORT, GuestAgent
 from vring_serial.chardev.protocol import ProtocolChardev

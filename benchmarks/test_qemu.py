@@ -20,7 +20,8 @@ import time
 from contextlib import ExitStack
 
 import pytest
-from machine import ROOT, QemuMachine
+
+from tests.support.qemu_machine import ROOT, QemuMachine
 
 MIB = 1 << 20
 TOTAL = 128 * MIB

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.examples import EXAMPLES, names_of
 from tests.support.leaks import held
 from vring_serial.bench.rig import Rig
 from vring_serial.chardev.file import FileChardev, FileOptions
@@ -60,7 +60,7 @@ async def test_a_controller_whose_last_chardev_does_not_start(tmp_path: Path) ->
 
 @pytest.mark.parametrize("way", ["--vhost-user", "--vfio-user"])
 def test_the_entropy_example_where_the_socket_cannot_be_made(tmp_path: Path, way: str) -> None:
-    command = [sys.executable, "-W", "error", str(ROOT / "examples" / "custom_device.py")]
+    command = [sys.executable, "-W", "error", str(EXAMPLES / "custom_device.py")]
     result = subprocess.run(
         [*command, way, str(tmp_path / "missing" / "v")],
         capture_output=True,
@@ -75,7 +75,7 @@ def test_the_entropy_example_where_the_socket_cannot_be_made(tmp_path: Path, way
 
 def test_the_unicorn_example_with_a_guest_that_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("unicorn")
-    names = runpy.run_path(str(ROOT / "examples" / "unicorn" / "run.py"), run_name="example")
+    names = names_of("unicorn/run.py")
     main = names["main"]
     # A program that writes to the port that ends the machine, and nothing else.
     monkeypatch.setitem(main.__globals__, "compile_guest", lambda directory: b"\xe6\xf4\xf4")

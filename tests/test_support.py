@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.examples import names_of
 from tests.support.leaks import held
 from tests.support.processes import end, end_now, running
+from tests.support.shared import Shared
 from tests.support.waiting import LoopClock, turns, until, until_file_says, until_gives, wait_until
 
 
@@ -172,3 +174,54 @@ def test_a_process_ends_where_no_loop_runs() -> None:
     process = subprocess.Popen(TALKS, stdout=subprocess.PIPE)
     end_now(process)
     assert process.returncode is not None
+
+
+class Machine:
+    """What tests share; ``left`` is what the next test would find."""
+
+    def __init__(self) -> None:
+        self.left: bool | Exception = False
+        self.ended = False
+
+    @classmethod
+    async def start(cls) -> Machine:
+        return cls()
+
+    async def settle(self) -> bool:
+        if isinstance(self.left, Exception):
+            raise self.left
+        return not self.left
+
+    async def aclose(self) -> None:
+        self.ended = True
+
+
+async def test_what_is_shared_is_started_once() -> None:
+    shared = Shared(Machine.start)
+    async with shared.turn(lambda: False) as first:
+        pass
+    async with shared.turn(lambda: False) as second:
+        assert second is first
+    assert not first.ended
+    await shared.aclose()
+    assert first.ended
+
+
+@pytest.mark.parametrize(
+    ("left", "failed"),
+    [(True, False), (OSError("it is gone"), False), (False, True)],
+    ids=["not as before", "cannot be settled", "failed"],
+)
+async def test_what_a_test_has_spoiled_is_replaced(left: bool | Exception, failed: bool) -> None:
+    shared = Shared(Machine.start)
+    async with shared.turn(lambda: failed) as first:
+        first.left = left
+    assert first.ended
+    async with shared.turn(lambda: False) as second:
+        assert second is not first
+        assert not second.ended
+    await shared.aclose()
+
+
+def test_the_names_of_an_example_are_had_without_running_it() -> None:
+    assert names_of("custom_device.py")["Entropy"]().device_id == 4

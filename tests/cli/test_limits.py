@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.examples import EXAMPLES
 from vring_serial.cli import _report, limits
 
 
@@ -45,7 +46,7 @@ def test_too_little_memory_to_start(limit: int, how: str, mib: int, command: lis
 @pytest.mark.parametrize("limit", [resource.RLIMIT_AS, resource.RLIMIT_DATA])
 def test_what_is_needed_is_enough(tmp_path: Path, limit: int) -> None:
     """On however many processors: OpenBLAS would reserve memory for each of them."""
-    domain = Path(__file__).parents[2] / "examples" / "spice-agent.xml"
+    domain = EXAMPLES / "spice-agent.xml"
     mib = limits.NEEDED >> 20
     missing = str(tmp_path / "missing" / "s")
     done = run(limit, mib, "serve", "--vhost-user", missing, "--domain", str(domain))

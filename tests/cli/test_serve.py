@@ -16,14 +16,13 @@ import pytest
 from click.testing import CliRunner
 
 from tests.cli.conftest import NULL_PORT, TIMEOUT, Serve, close, connect, guest_of, listening
+from tests.support.examples import EXAMPLES
 from vring_serial.cli import vring
 from vring_serial.guest.guest import EmbeddedGuest
 from vring_serial.proto import vfio_user
 from vring_serial.proto.vfio_user_regions import RegionIndex, RegionRead
 from vring_serial.proto.vfio_user_version import Version
 from vring_serial.proto.vfio_user_wire import IrqIndex, IrqInfo
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
 
 #: What spice-vdagentd sends first: ANNOUNCE_CAPABILITIES, request 1 (recorded).
 AGENT_HELLO = bytes.fromhex(

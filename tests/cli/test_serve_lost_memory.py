@@ -14,13 +14,14 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.support.examples import EXAMPLES
 from tests.support.processes import end
 from tests.support.waiting import until, until_file_says
 from vring_serial.guest import memory
 from vring_serial.guest.guest import EmbeddedGuest
 
 TIMEOUT = 20
-DOMAIN = Path(__file__).parents[2] / "examples" / "spice-agent.xml"
+DOMAIN = EXAMPLES / "spice-agent.xml"
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.examples import EXAMPLES
 from vring_serial.chardev.null import NullChardev
 from vring_serial.chardev.protocol import ProtocolChardev
 from vring_serial.chardev.socket import SocketChardev
@@ -15,7 +16,7 @@ from vring_serial.config.topology import PortConfig
 from vring_serial.device.console.events import DriverReady
 from vring_serial.errors import ConfigError, ResourceError
 
-DOMAIN = str(Path(__file__).parents[2] / "examples" / "spice-agent.xml")
+DOMAIN = str(EXAMPLES / "spice-agent.xml")
 
 
 def test_a_controller_with_its_ports() -> None:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.examples import EXAMPLES
 from vring_serial.chardev.file import FileOptions
 from vring_serial.chardev.pipe import PipeOptions
 from vring_serial.chardev.socket import SocketOptions
@@ -16,8 +17,6 @@ from vring_serial.config import domain_xml
 from vring_serial.config.domain_xml import load, parse
 from vring_serial.config.topology import PciAddress, Topology
 from vring_serial.errors import ConfigError, ResourceError
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
 
 VIRTIO = "<target type='virtio'/>"
 

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.examples import EXAMPLES
 from vring_serial.config.load import load_topology
 from vring_serial.config.qemu_options import QemuOptions
 from vring_serial.errors import ConfigError
 
-DOMAIN = str(Path(__file__).parents[2] / "examples" / "spice-agent.xml")
+DOMAIN = str(EXAMPLES / "spice-agent.xml")
 
 
 def test_options_add_to_a_domain() -> None:

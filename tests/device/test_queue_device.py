@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from tests.support.examples import EXAMPLES, names_of
 from tests.support.waiting import wait_until
 from vring import GuestMemory, Region
 from vring.testing import GuestQueue
@@ -24,14 +23,7 @@ from vring_serial.errors import ConfigError, LocalProtocolError, RemoteProtocolE
 from vring_serial.proto.virtio import Status
 from vring_serial.transport.inprocess.fronts import InProcessMmio, PolledHost
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "custom_device.py"
-
-
-def load_example():
-    spec = importlib.util.spec_from_file_location("custom_device", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+EXAMPLE = EXAMPLES / "custom_device.py"
 
 
 @pytest.fixture
@@ -60,7 +52,7 @@ class Driven:
 
 
 def test_the_entropy_device_fills_buffers(host):
-    driven = Driven(host, load_example().Entropy())
+    driven = Driven(host, names_of("custom_device.py")["Entropy"]())
     assert driven.mmio.read(8, 4) == 4
     driven.boot()
     driven.queue.offer(3)
@@ -73,7 +65,7 @@ def test_the_entropy_device_fills_buffers(host):
 
 
 def test_a_driver_that_breaks_its_ring_meets_a_device_that_needs_a_reset(host):
-    driven = Driven(host, load_example().Entropy())
+    driven = Driven(host, names_of("custom_device.py")["Entropy"]())
     driven.boot()
     driven.queue.driver.add([], [(0xDEAD_0000, 16)])
     driven.queue.driver.publish()

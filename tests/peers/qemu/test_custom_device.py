@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import json
 import lzma
 import sys
 import zlib
-from pathlib import Path
 
 import pytest
-from machine import QemuMachine, modules
 
+from tests.support.examples import EXAMPLES
 from tests.support.processes import end
+from tests.support.qemu_machine import QemuMachine, modules
+from tests.support.qemu_ways import vfio_user_device
 from tests.support.waiting import until
 
-EXAMPLE = Path(__file__).parents[3] / "examples" / "custom_device.py"
+EXAMPLE = EXAMPLES / "custom_device.py"
 DRIVER = "kernel/drivers/char/hw_random/virtio-rng.ko.xz"
 BYTES = 1 << 16
 
@@ -24,8 +24,7 @@ BYTES = 1 << 16
 def options(way, path):
     """QEMU's, as the example's head says."""
     if way == "vfio-user":
-        socket = {"type": "unix", "path": str(path)}
-        return ["-device", json.dumps({"driver": "vfio-user-pci", "socket": socket})]
+        return vfio_user_device(path)
     device = "vhost-user-test-device-pci,chardev=rng,virtio-id=4,num_vqs=1"
     return ["-chardev", f"socket,id=rng,path={path}", "-device", device]
 

@@ -8,8 +8,10 @@ import time
 
 import pytest
 import pytest_asyncio
-from exchange import MIB, Exchange, check, connections
 
+from tests.support.bench import MIB
+from tests.support.exchange import Exchange, check, connections
+from tests.support.qemu_ways import DATA_PORTS, OWN_PORT, PORT_NAMES
 from tests.support.waiting import until, until_gives
 from vring_serial.device.console.events import DeviceReset, PortClosed, PortOpened
 from vring_serial.proto.console import ConsoleFeature
@@ -17,24 +19,24 @@ from vring_serial.proto.virtio import Feature
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-PORTS = (1, 2, 3, 4)
 TIMES = 16  # the payload's 16 MiB, 256 in all
 #: For what depends on the transport, and not on rings and register layouts.
 each_transport = pytest.mark.parametrize(
-    "shared", ["vhost-user", "vfio-user"], indirect=True, scope="module"
+    "each_way", ["vhost-user", "vfio-user"], indirect=True, scope="module"
 )
-OWN_PORT = "org.example.own"
 DEVICE = "/sys/bus/pci/devices/0000:00:05.0"
 
 
 @pytest_asyncio.fixture(loop_scope="module")
-async def guest(request, shared):
-    """The shared guest, booted, with nobody connected to its ports."""
-    failed = request.session.testsfailed
-    await shared.begin()
-    yield shared.guest
-    if request.session.testsfailed > failed:
-        await shared.kill()  # who knows what goes on in it
+async def shared(each_way, failed):
+    """The device and its guest, booted, with nobody connected to the ports."""
+    async with each_way.turn(failed) as shared:
+        yield shared
+
+
+@pytest.fixture
+def guest(shared):
+    return shared.guest
 
 
 def ports(bench, *numbers):
@@ -76,15 +78,15 @@ async def test_features_that_were_agreed(shared, guest):
 
 async def test_names_of_ports(guest):
     names = await guest.run("cd /sys/class/virtio-ports && grep . vport0p*/name")
-    assert names.split() == [f"vport0p{nr}/name:org.example.data{nr}" for nr in PORTS]
+    assert names.split() == [f"vport0p{nr}/name:org.example.data{nr}" for nr in DATA_PORTS]
 
 
 async def test_256_mib_each_way_on_four_ports_at_once(shared, guest):
     writers = ["dd bs=4k", "dd bs=64k", "cat", "cat"]  # cat uses splice
-    async with ports(shared.bench, *PORTS) as streams:
+    async with ports(shared.bench, *DATA_PORTS) as streams:
         exchanges = [
             Exchange(stream, f"/dev/vport0p{nr}", shared.payload, TIMES, writer)
-            for stream, nr, writer in zip(streams, PORTS, writers, strict=True)
+            for stream, nr, writer in zip(streams, DATA_PORTS, writers, strict=True)
         ]
         await check(guest, *exchanges, expected=shared.payload.sha256(TIMES))
 
@@ -105,21 +107,19 @@ async def test_qemus_own_device_beside_ours(shared, guest, record_property):
 
 
 async def test_port_hot_added_and_removed(shared, guest):
-    # A port is there before its name is.
-    names = "cat /sys/class/virtio-ports/vport0p*/name 2>/dev/null || true"
-    before = await guest.run(names)
+    before = await guest.run(PORT_NAMES)
     for number in range(2):
         port = shared.bench.make_port(6, "org.example.hot")
         await shared.bench.controller.plug_port(port)
         async with asyncio.timeout(20):
-            await until_gives(lambda: guest.run(names), before + "org.example.hot\n")
+            await until_gives(lambda: guest.run(PORT_NAMES), before + "org.example.hot\n")
             reader, writer = await shared.bench.connect("org.example.hot")
             await guest.run(f"echo hot {number} >/dev/vport0p6")
             assert await reader.readline() == f"hot {number}\n".encode()
             writer.close()
             await writer.wait_closed()
             await shared.bench.controller.remove_port(6)
-            await until_gives(lambda: guest.run(names), before)
+            await until_gives(lambda: guest.run(PORT_NAMES), before)
 
 
 async def test_paused_and_continued_under_traffic(shared, guest):
@@ -164,7 +164,7 @@ async def test_guest_reboots_and_is_reset(shared, guest):
 async def test_qemu_killed_and_started_again(shared, guest):
     async with ports(shared.bench, 1, 2) as [(reader, writer), _], asyncio.timeout(180):
         await guest.run("cat /dev/zero >/dev/vport0p2 & exec 3</dev/vport0p1; sleep 0.2")
-        await shared.kill()
+        await guest.aclose()
         await shared.boot()
         await shared.guest.run("echo again >/dev/vport0p1")
         assert await reader.readline() == b"again\n"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+
 from tests.support.bench import DeviceBench
+from tests.support.processes import running
 from tests.support.qemu_machine import QEMU
 from tests.support.qemu_ways import vfio_user_device
-
-from tests.support.processes import running
 from vring_serial.transport.vfio_user.server import VfioUserServer
 
 QUIT = b'{"execute":"qmp_capabilities"}\n{"execute":"quit"}\n'

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
-from exchange import MIB, Exchange, Payload, check, connections
-from machine import QemuMachine
 
+from tests.support.bench import MIB, DeviceBench
+from tests.support.exchange import Exchange, Payload, check, connections
+from tests.support.qemu_ways import boot_qemu, vfio_user_device
 from vring_serial.transport.vfio_user.server import VfioUserServer
-
-
-async def boot(bench, **options):
-    socket = {"type": "unix", "path": str(bench.path)}
-    device = {"driver": "vfio-user-pci", "addr": "05.0", "socket": socket}
-    machine = QemuMachine(bench.directory, ["-device", json.dumps(device)], **options)
-    bench.guests.append(machine)
-    await machine.start()
-    return machine
 
 
 @pytest.mark.parametrize(
@@ -25,13 +15,13 @@ async def boot(bench, **options):
     [({"append": "pci=nomsi"}, 32), ({"shared": False}, 2)],
     ids=["intx", "not-shared"],
 )
-async def test_bytes_both_ways(bench_type, tmp_path, options, times):
+async def test_bytes_both_ways(tmp_path, options, times):
     payload = Payload(MIB)
-    bench = bench_type(tmp_path, boot, max_ports=4)
-    bench.add_port(1, "org.example.data1")
-    await bench.serve(VfioUserServer)
-    try:
-        guest = await bench.boot(files={"payload": payload.data}, **options)
+    async with DeviceBench(tmp_path, max_ports=4) as bench:
+        bench.add_port(1, "org.example.data1")
+        await bench.serve(VfioUserServer)
+        device = vfio_user_device(bench.path, addr="05.0")
+        guest = await boot_qemu(bench, device, files={"payload": payload.data}, **options)
         interrupts = await guest.run("grep virtio0 /proc/interrupts")
         assert ("MSIX" in interrupts) == ("append" not in options)
         features = await guest.run("cat /sys/bus/virtio/devices/virtio0/features")
@@ -40,5 +30,3 @@ async def test_bytes_both_ways(bench_type, tmp_path, options, times):
         async with connections(bench.connect, "org.example.data1") as [stream]:
             exchange = Exchange(stream, "/dev/vport0p1", payload, times)
             await check(guest, exchange, expected=payload.sha256(times), timeout=120)
-    finally:
-        await bench.aclose()

@@ -15,7 +15,8 @@ import time
 from pathlib import Path
 
 import pytest
-from machine import ROOT as QEMU_ROOT
+
+from tests.support.qemu_machine import ROOT as QEMU_ROOT
 
 ROOT = Path(__file__).parents[3]
 PROMPT = "reader$ "

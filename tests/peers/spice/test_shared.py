@@ -10,6 +10,7 @@ import pytest
 import pytest_asyncio
 
 from tests.support.processes import running
+from tests.support.spice import UmlSide
 from tests.support.waiting import until
 from vring_serial import AgentGone, HostAgent
 from vring_serial.proto.agent import Capability, Monitor, Selection
@@ -133,7 +134,7 @@ async def test_transfers_at_once_and_one_is_cancelled(bench, host, sparse, tmp_p
 
 
 def is_uml(bench):
-    return type(bench.guest).__name__ == "UmlSide"
+    return isinstance(bench.guest, UmlSide)
 
 
 async def test_a_client_that_is_killed_leaves_the_others_whole(bench, host, sparse, tmp_path):

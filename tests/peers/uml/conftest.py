@@ -1,16 +1,20 @@
-"""A served device and a real Linux kernel (User-Mode Linux) that drives it, in one test."""
+"""A served device and a real Linux kernel (User-Mode Linux) that drives it.
+
+A test that boots has ``bench``, with a device and guests of its own. All others have ``uml``, one
+guest for a module. Tests of a module share an event loop: each module says so in ``pytestmark``.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+import pytest_asyncio
 
-from vring_serial.guest.uml import UmlGuest
+from tests.support.bench import DeviceBench
+from tests.support.shared import Shared
+from tests.support.uml import PluggedUml
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -20,33 +24,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.peer("linux.uml", "busybox", "virtio_console.ko"))
 
 
-async def boot(bench: Any, memory_mib: int = 128) -> UmlGuest:
-    guest = UmlGuest([bench.path], memory_mib=memory_mib)
-    bench.guests.append(guest)
-    await guest.start()
-    return guest
-
-
-@pytest.fixture
-async def bench(bench_type: type[Any], tmp_path: Path) -> AsyncIterator[Any]:
-    bench = bench_type(tmp_path, boot)
-    try:
+@pytest_asyncio.fixture(loop_scope="module")
+async def bench(tmp_path: Path) -> AsyncIterator[DeviceBench]:
+    async with DeviceBench(tmp_path) as bench:
         yield bench
-    finally:
-        await bench.aclose()
 
 
-class Payload:
-    """Random bytes in a file that the guest sees as /mnt/NAME, and their checksum."""
-
-    def __init__(self, guest: UmlGuest, size: int, name: str = "payload") -> None:
-        self.size = size
-        self.data = os.urandom(size)
-        self.sha256 = hashlib.sha256(self.data).hexdigest()
-        self.guest_path = f"/mnt/{name}"
-        (guest.share / name).write_bytes(self.data)
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared_uml(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> AsyncIterator[Shared[PluggedUml]]:
+    shared = Shared(lambda: PluggedUml.start(tmp_path_factory.mktemp("uml")))
+    yield shared
+    await shared.aclose()
 
 
-@pytest.fixture
-def payload() -> Callable[[UmlGuest, int], Payload]:
-    return Payload
+@pytest_asyncio.fixture(loop_scope="module")
+async def uml(
+    shared_uml: Shared[PluggedUml], failed: Callable[[], bool]
+) -> AsyncIterator[PluggedUml]:
+    """The module's guest, booted and without ports."""
+    async with shared_uml.turn(failed) as uml:
+        yield uml

@@ -6,14 +6,17 @@ import asyncio
 
 import pytest
 
+from tests.support.uml import boot_uml
 from tests.support.waiting import until
 from vring_serial.guest.errors import GuestTimeoutError
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 async def test_a_script_that_nobody_waits_for_gives_its_answer_to_nobody(bench):
     bench.add_port(1, "data")
     await bench.serve()
-    guest = await bench.boot()
+    guest = await boot_uml(bench)
     first = asyncio.ensure_future(
         guest.run("echo its own; touch /mnt/begun; until [ -e /mnt/go ]; do :; done; exit 3")
     )
@@ -31,7 +34,7 @@ async def test_a_guest_that_talks_to_nobody_ends_at_once(bench):
     """asyncio tells of a process's end only after its output was read, and it stopped reading."""
     bench.add_port(1, "data")
     await bench.serve()
-    guest = await bench.boot()
+    guest = await boot_uml(bench)
     turns = guest.share / "turns"
     talk = "n=0; while :; do n=$((n+1)); echo $n >/mnt/turns; head -c 9999 /dev/zero; echo; done"
     with pytest.raises(GuestTimeoutError):

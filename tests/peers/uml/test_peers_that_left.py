@@ -9,8 +9,11 @@ import socket
 
 import pytest
 
+from tests.support.uml import boot_uml
 from tests.support.waiting import DEADLINE, until
 from vring_serial.chardev import hangup
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 DIALS = 400
 #: Clients that have business, with ten health checks from each to the next.
@@ -30,38 +33,35 @@ async def call_and_leave(path, request: bytes) -> None:
     await asyncio.to_thread(dial)
 
 
-#: A program that has its port open, writes to it now and then, and never reads.
-TICKING = "(while :; do echo tick; sleep 0.1; done) <>/dev/vport0p1 >&0 2>/dev/null &"
+#: A program that has its port open, writes to it now and then, and never reads. That a client has
+#: left shows when it writes.
+TICKING = "(while :; do echo tick; sleep 0.01; done) <>/dev/vport0p1 >&0 2>/dev/null &"
 
 
-async def test_a_program_that_does_not_read_keeps_nobody_out(bench, monkeypatch):
+async def test_a_program_that_does_not_read_keeps_nobody_out(uml, monkeypatch):
     """400 requests are more than the ring has room for; the next client who stays is served."""
     monkeypatch.setattr(hangup, "LAST_WORDS_SECONDS", 0.1)  # nobody reads them
-    bench.add_port(1, "data")
-    await bench.serve()
-    guest = await bench.boot()
-    await guest.run(TICKING)
+    await uml.plug(1, "data")
+    await uml.guest.run(TICKING)
     async with asyncio.timeout(180):
         for _ in range(DIALS):
-            await call_and_leave(bench.socket_path("data"), b"request of the dead\n")
-        reader, writer = await bench.connect("data")
+            await call_and_leave(uml.bench.socket_path("data"), b"request of the dead\n")
+        reader, writer = await uml.connect("data")
         assert await reader.readline() == b"tick\n"
     writer.close()
     await writer.wait_closed()
 
 
-async def test_a_health_check_every_moment(bench):
+async def test_a_health_check_every_moment(uml):
     """It connects, says nothing and leaves; who has business with the guest gets a turn always."""
-    bench.add_port(1, "data")
-    await bench.serve()
-    guest = await bench.boot()
-    await guest.run(TICKING)
+    await uml.plug(1, "data")
+    await uml.guest.run(TICKING)
     checks = 0
 
     async def check() -> None:
         nonlocal checks
         while True:
-            await call_and_leave(bench.socket_path("data"), b"")
+            await call_and_leave(uml.bench.socket_path("data"), b"")
             checks += 1
 
     checking = asyncio.create_task(check())
@@ -69,7 +69,7 @@ async def test_a_health_check_every_moment(bench):
         for _ in range(TURNS):
             before = checks
             async with asyncio.timeout(DEADLINE):
-                reader, writer = await bench.connect("data")
+                reader, writer = await uml.connect("data")
                 assert await reader.readline() == b"tick\n"
                 writer.close()
                 await writer.wait_closed()
@@ -89,7 +89,7 @@ async def test_the_guest_agent_answers_the_living_only(bench):
         request = {"execute": "guest-sync", "arguments": {"id": number}}
         await call_and_leave(bench.socket_path(name), json.dumps(request).encode() + b"\n")
     reader, writer = await bench.connect(name)
-    guest = await bench.boot()
+    guest = await boot_uml(bench)
     await guest.run("mkdir -p /run/ga; qemu-ga -d -p /dev/vport0p1 -t /run/ga -f /run/ga/pid")
     request = {"execute": "guest-sync", "arguments": {"id": 4711}}
     writer.write(json.dumps(request).encode() + b"\n")

@@ -7,17 +7,19 @@ import hashlib
 
 import pytest
 
+from tests.support.bench import MIB, receive_digest
+from tests.support.uml import UmlPayload, boot_uml
 from tests.support.waiting import until, until_gives
 
-MIB = 1 << 20
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
 AGENT = "com.redhat.spice.0"
 
 
-async def test_name_stands_in_sysfs(bench):
-    bench.add_port(1, AGENT)
-    bench.add_port(5, "org.example.data")
-    await bench.serve()
-    guest = await bench.boot()
+async def test_name_stands_in_sysfs(uml):
+    await uml.plug(1, AGENT)
+    await uml.plug(5, "org.example.data")
+    guest = uml.guest
     result = await guest.run("cd /sys/class/virtio-ports && grep . */name")
     assert result.output.splitlines() == [
         f"vport0p1/name:{AGENT}",
@@ -25,17 +27,24 @@ async def test_name_stands_in_sysfs(bench):
     ]
 
 
-@pytest.mark.parametrize("inband_notifications", [False, True], ids=["eventfd", "in-band"])
-async def test_64_mib_each_way(bench, payload, digest_of, inband_notifications):
+async def test_64_mib_each_way(uml):
+    await uml.plug(1, "data")
+    await move_64_mib_each_way(uml.bench, uml.guest)
+
+
+async def test_64_mib_each_way_with_in_band_notifications(bench):
     bench.add_port(1, "data")
-    await bench.serve(inband_notifications=inband_notifications)
-    guest = await bench.boot()
-    data = payload(guest, 64 * MIB)
+    await bench.serve(inband_notifications=True)
+    await move_64_mib_each_way(bench, await boot_uml(bench))
+
+
+async def move_64_mib_each_way(bench, guest):
+    data = UmlPayload(guest, 64 * MIB)
     reader, writer = await bench.connect("data")
 
     send = asyncio.create_task(guest.run(f"dd if={data.guest_path} of=/dev/vport0p1 bs=64k"))
     async with asyncio.timeout(60):
-        assert await digest_of(reader, data.size) == data.sha256
+        assert await receive_digest(reader, data.size) == data.sha256
     assert (await send).status == 0
 
     receive = asyncio.create_task(guest.run(f"head -c {data.size} /dev/vport0p1 | sha256sum"))
@@ -47,11 +56,10 @@ async def test_64_mib_each_way(bench, payload, digest_of, inband_notifications):
     await writer.wait_closed()
 
 
-async def test_guest_closes_and_opens_again(bench):
-    port = bench.add_port(1, "data")
-    await bench.serve()
-    guest = await bench.boot()
-    reader, writer = await bench.connect("data")
+async def test_guest_closes_and_opens_again(uml):
+    port = await uml.plug(1, "data")
+    guest = uml.guest
+    reader, writer = await uml.connect("data")
     for number in range(3):
         line = f"round {number}\n".encode()
         await guest.run(f"echo round {number} > /dev/vport0p1")
@@ -66,14 +74,13 @@ async def test_guest_closes_and_opens_again(bench):
     await writer.wait_closed()
 
 
-async def test_host_disconnects_and_reconnects(bench):
-    port = bench.add_port(1, "data")
-    await bench.serve()
-    guest = await bench.boot()
+async def test_host_disconnects_and_reconnects(uml):
+    port = await uml.plug(1, "data")
+    guest = uml.guest
     # One descriptor stays open in the guest over all connections of the host.
     await guest.run("exec 3<>/dev/vport0p1; while :; do head -n 1 <&3; done >/tmp/got 2>&1 &")
     for number in range(3):
-        _, writer = await bench.connect("data")
+        _, writer = await uml.connect("data")
         await until(lambda: port.guest_open, "the guest opens its port")
         writer.write(f"line {number}\n".encode())
         await writer.drain()
@@ -85,50 +92,46 @@ async def test_host_disconnects_and_reconnects(bench):
         await until(lambda: not port.host_open, "the host end is closed")
 
 
-async def test_guest_reads_end_of_file_and_writers_block_while_the_host_is_away(bench):
-    port = bench.add_port(1, "data")
-    await bench.serve()
-    guest = await bench.boot()
+async def test_guest_reads_end_of_file_and_writers_block_while_the_host_is_away(uml):
+    port = await uml.plug(1, "data")
+    guest = uml.guest
     assert not port.host_open
     assert (await guest.run("head -c 1 /dev/vport0p1 | wc -c")).output == "0"
     await guest.run("echo waited >/dev/vport0p1 &")
-    reader, writer = await bench.connect("data")
+    reader, writer = await uml.connect("data")
     async with asyncio.timeout(10):
         assert await reader.readline() == b"waited\n"
     writer.close()
     await writer.wait_closed()
 
 
-async def test_port_added_and_removed_while_the_guest_runs(bench):
-    bench.add_port(1, "first")
-    await bench.serve()
-    guest = await bench.boot()
+async def test_port_added_and_removed_while_the_guest_runs(uml):
+    await uml.plug(1, "first")
+    guest = uml.guest
 
     async def read_names():
         return (await guest.run("cat /sys/class/virtio-ports/*/name")).output
 
     assert await read_names() == "first"
     for number in range(2):
-        added = bench.add_port(2, "second")
-        await added.chardev.start()
-        await until_gives(read_names, "first\nsecond")
-        reader, writer = await bench.connect("second")
+        await uml.plug(2, "second")
+        assert await read_names() == "first\nsecond"
+        reader, writer = await uml.connect("second")
         await guest.run(f"echo hot {number} >/dev/vport0p2")
         async with asyncio.timeout(10):
             assert await reader.readline() == f"hot {number}\n".encode()
         writer.close()
         await writer.wait_closed()
-        await bench.controller.remove_port(2)
+        await uml.bench.controller.remove_port(2)
         await until_gives(read_names, "first")
         assert (await guest.run("ls /dev/vport0p2")).status != 0
 
 
-async def test_console_with_a_shell(bench):
-    port = bench.add_port(0, "console", console=True)
-    bench.add_port(1, "data")
-    await bench.serve()
-    guest = await bench.boot()
-    reader, writer = await bench.connect("console")
+async def test_console_with_a_shell(uml):
+    port = await uml.plug(0, "console", console=True)
+    await uml.plug(1, "data")
+    guest = uml.guest
+    reader, writer = await uml.connect("console")
     await guest.run("setsid sh -c 'exec sh -i </dev/hvc0 >/dev/hvc0 2>&1' &")
     writer.write(b"echo sum $((40 + 2))\n")
     async with asyncio.timeout(10):
@@ -142,16 +145,15 @@ async def test_console_with_a_shell(bench):
     assert result.output == "alive"
 
 
-async def test_two_ports_at_once(bench, payload, digest_of):
-    bench.add_port(1, "one")
-    bench.add_port(2, "two")
-    await bench.serve()
-    guest = await bench.boot()
-    data = payload(guest, 16 * MIB)
+async def test_two_ports_at_once(uml):
+    await uml.plug(1, "one")
+    await uml.plug(2, "two")
+    guest = uml.guest
+    data = UmlPayload(guest, 16 * MIB)
     readers = []
     writers = []
     for name in ("one", "two"):
-        reader, writer = await bench.connect(name)
+        reader, writer = await uml.connect(name)
         readers.append(reader)
         writers.append(writer)
     run = asyncio.create_task(
@@ -160,7 +162,7 @@ async def test_two_ports_at_once(bench, payload, digest_of):
         )
     )
     async with asyncio.timeout(60):
-        digests = await asyncio.gather(*(digest_of(reader, data.size) for reader in readers))
+        digests = await asyncio.gather(*(receive_digest(reader, data.size) for reader in readers))
         await run
     assert digests == [data.sha256] * 2
     run = asyncio.create_task(
@@ -177,12 +179,11 @@ async def test_two_ports_at_once(bench, payload, digest_of):
         await writer.wait_closed()
 
 
-async def test_driver_unloaded_and_loaded_again(bench):
-    bench.add_port(1, AGENT)
-    await bench.serve()
-    guest = await bench.boot()
+async def test_driver_unloaded_and_loaded_again(uml):
+    await uml.plug(1, AGENT)
+    guest = uml.guest
     module = "/usr/lib/uml/modules/*/kernel/drivers/char/virtio_console.ko"
-    reader, writer = await bench.connect(AGENT)
+    reader, writer = await uml.connect(AGENT)
     for number in range(3):
         result = await guest.run(f"busybox rmmod virtio_console && busybox insmod {module}")
         assert result.status == 0, result.output
@@ -198,7 +199,7 @@ async def test_one_guest_after_another_even_killed(bench):
     await bench.serve()
     reader, writer = await bench.connect(AGENT)
     for number in range(2):
-        guest = await bench.boot()
+        guest = await boot_uml(bench)
         await guest.run(f"echo guest {number} >/dev/vport0p1")
         async with asyncio.timeout(10):
             assert await reader.readline() == f"guest {number}\n".encode()
@@ -207,14 +208,13 @@ async def test_one_guest_after_another_even_killed(bench):
     await writer.wait_closed()
 
 
-async def test_1_gib_while_another_port_is_blocked(bench, payload):
-    bench.add_port(1, AGENT)
-    bench.add_port(2, "blocked")
-    await bench.serve()
-    guest = await bench.boot()
-    data = payload(guest, 64 * MIB)
-    reader, writer = await bench.connect(AGENT)
-    _, idle = await bench.connect("blocked")
+async def test_1_gib_while_another_port_is_blocked(uml):
+    await uml.plug(1, AGENT)
+    await uml.plug(2, "blocked")
+    guest = uml.guest
+    data = UmlPayload(guest, 64 * MIB)
+    reader, writer = await uml.connect(AGENT)
+    _, idle = await uml.connect("blocked")
     idle.transport.pause_reading()
     await guest.run(f"cat {data.guest_path} >/dev/vport0p2 &")
     run = asyncio.create_task(

@@ -6,11 +6,12 @@ import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-EXAMPLE = Path(__file__).parents[3] / "examples" / "unicorn" / "run.py"
+from tests.support.examples import EXAMPLES
+
+EXAMPLE = EXAMPLES / "unicorn" / "run.py"
 
 
 @pytest.mark.peer("gcc")

@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any
 
-MIB = 1 << 20
-
-Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+from tests.support.bench import MIB, Stream, hang_up
+from tests.support.qemu_machine import QemuMachine
 
 
 class Payload:
@@ -97,7 +95,9 @@ class Exchange:
                 self.sent += MIB
 
 
-async def check(machine: Any, *exchanges: Exchange, expected: str, timeout: float = 240) -> None:
+async def check(
+    machine: QemuMachine, *exchanges: Exchange, expected: str, timeout: float = 240
+) -> None:
     """Run exchanges at once; assert that every byte arrived on both sides."""
     script = "\n".join(exchange.script for exchange in exchanges)
     async with asyncio.timeout(timeout):
@@ -109,12 +109,12 @@ async def check(machine: Any, *exchanges: Exchange, expected: str, timeout: floa
 
 
 @asynccontextmanager
-async def connections(connect: Callable[[str], Any], *names: str) -> AsyncIterator[list[Stream]]:
+async def connections(
+    connect: Callable[[str], Awaitable[Stream]], *names: str
+) -> AsyncIterator[list[Stream]]:
     """Streams to host ends, all of them closed in the end."""
     streams = [await connect(name) for name in names]
     try:
         yield streams
     finally:
-        for _, writer in streams:
-            writer.close()
-        await asyncio.gather(*(writer.wait_closed() for _, writer in streams))
+        await asyncio.gather(*(hang_up(writer) for _, writer in streams))
