@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.waiting import LoopClock
+from tests.support.waiting import DEADLINE, LoopClock
 
 #: Peers that are not a program on PATH, and the file that shows they are there.
 PEER_FILES = {
@@ -203,7 +203,7 @@ class CallEnd:
             self._ends[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # soon full
             self.fd, self._heard = (end.fileno() for end in self._ends)
 
-    def wait(self, timeout: float = 5) -> None:
+    def wait(self, timeout: float = DEADLINE) -> None:
         """Sleep until the device calls, as a driver does."""
         assert select.select([self._heard], [], [], timeout)[0], "no call"
         self.empty()

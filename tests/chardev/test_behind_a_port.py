@@ -27,7 +27,7 @@ from tests.chardev.conftest import (
     TcpClientKind,
     TcpServerKind,
 )
-from tests.support.waiting import LoopClock, until, until_logged
+from tests.support.waiting import DEADLINE, LoopClock, until, until_logged
 from vring_serial.chardev.base import DescriptorEnd
 from vring_serial.chardev.file import FileChardev, FileOptions
 from vring_serial.chardev.hangup import is_leaving, unread
@@ -80,7 +80,7 @@ async def receive(peer: Peer, size: int) -> bytes:
         data += await peer.receive(min(65536, size - len(data)))
         return len(data) == size
 
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(DEADLINE):
         await until(has_all)
     return data
 
@@ -103,7 +103,7 @@ async def test_the_peers_bytes_arrive(peer: Peer, guest_port: GuestPort) -> None
     reader, writer = await guest_port.open()
     await guest_port.wait_host()
     sending = asyncio.create_task(peer.send(DATA))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(DEADLINE):
         assert await reader.readexactly(len(DATA)) == DATA
     await sending
     writer.close()
@@ -125,7 +125,7 @@ async def test_the_whole_input_file_arrives_and_the_output_goes_on(
 ) -> None:
     peer.input.write_bytes(DATA)
     reader, writer = await guest_port.open()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(DEADLINE):
         assert await reader.readexactly(len(DATA)) == DATA
         assert await reader.read() == b""
     reader, writer = await guest_port.open()
@@ -154,7 +154,7 @@ async def test_a_full_disk_holds_up_one_port_alone(
         _, stuck = await (await guest.wait_port(nr=1, timeout=5)).open()
         stuck.write(DATA)
         _, fine = await (await guest.wait_port(nr=2, timeout=5)).open()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE):
             await until_logged(caplog, "No space left on device")
             await until(lambda: len(failures) > 3)
             fine.write(b"and this goes on")
@@ -172,7 +172,7 @@ async def test_a_console_has_the_size_of_its_terminal(
     async with served(Port(0, "", pty, console=True)) as guest:
         console = await guest.wait_port(nr=0, timeout=5)
         slave = os.open(pty.path, os.O_RDWR | os.O_NOCTTY)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE):
             for cols, rows in ((80, 24), (132, 43)):
                 size = struct.pack("HHHH", rows, cols, 0, 0)
                 fcntl.ioctl(slave, termios.TIOCSWINSZ, size)
@@ -189,7 +189,7 @@ async def test_the_guest_sees_the_peer_leave_and_the_next_come(
         reader, writer = await guest_port.open()
         await guest_port.wait_host()
         await peer.send(text)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE):
             assert await reader.readexactly(len(text)) == text
             writer.write(text)
             assert await receive(peer, len(text)) == text
@@ -216,7 +216,7 @@ async def test_last_words_reach_the_guest(
     await until(lambda: is_leaving(end.read_fd))
     await clock.forward(1.0)  # ptys are looked at by a timer
     reader, writer = await guest_port.open()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(DEADLINE):
         assert await reader.readexactly(10) == b"last words"
     writer.close()
 
@@ -232,7 +232,7 @@ async def test_a_guest_reads_nothing_of_who_left_before_it_opened(
         await peer.disconnect()
     await peer.connect()
     await peer.send(b"request")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(DEADLINE):
         await until(lambda: waits(peer) == 7)
         reader, writer = await guest_port.open()
         assert await reader.readexactly(7) == b"request"
@@ -268,7 +268,7 @@ async def test_last_words_on_an_open_port_are_read_for_the_stated_seconds(
     await peer.disconnect()
     in_tcp = isinstance(peer, TcpServerKind | TcpClientKind)
     writer.write(b"whoever" if in_tcp else b"for the next")  # TCP takes it, and then says reset
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(DEADLINE):
         await until_logged(caplog, "not read")
         assert not (await reader.read()).strip(b"\0")  # to the end that the guest was told of
         if in_tcp:

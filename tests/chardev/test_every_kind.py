@@ -21,7 +21,7 @@ from tests.chardev.conftest import (
     Peer,
 )
 from tests.support.leaks import held
-from tests.support.waiting import LoopClock, turns, until
+from tests.support.waiting import DEADLINE, LoopClock, turns, until
 from vring_serial.chardev.base import DescriptorEnd
 from vring_serial.chardev.hangup import LAST_WORDS_SECONDS, RECHECK_SECONDS, is_leaving
 from vring_serial.errors import LocalProtocolError, ResourceError
@@ -117,7 +117,7 @@ async def test_one_user_only(peer: Peer) -> None:
 async def test_the_guests_output_arrives(peer: Peer) -> None:
     guest = await connected(peer)
     await guest.write(PATTERN)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(DEADLINE):
         assert await peer.receive(len(PATTERN)) == PATTERN
 
 
@@ -145,7 +145,7 @@ async def test_a_reader_that_does_not_read_loses_nothing(peer: Peer) -> None:
     writing = asyncio.create_task(guest.write(data))
     await turns()  # the peer does not read; the loop stays ours
     received = b""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(DEADLINE):
         while len(received) < total:
             received += await peer.receive(min(65536, total - len(received)))
     assert received == data

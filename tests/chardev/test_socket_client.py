@@ -13,7 +13,7 @@ import pytest
 
 from tests.chardev.conftest import Guest, read_exactly
 from tests.support.sockets import refused
-from tests.support.waiting import LoopClock, turns, until
+from tests.support.waiting import DEADLINE, LoopClock, turns, until
 from vring_serial.chardev import endpoint
 from vring_serial.chardev.endpoint import Address
 from vring_serial.chardev.socket import SocketChardev, SocketOptions
@@ -67,7 +67,7 @@ async def test_a_client_follows_its_server_through_restarts(
             server.bind(str(path))
             server.listen()
             server.setblocking(False)
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(DEADLINE):
                 sock, _ = await asyncio.get_running_loop().sock_accept(server)
             await until(lambda turn=turn: guest.events.count("opened") == turn)
             await guest.write(b"hello")
@@ -112,7 +112,7 @@ async def test_connecting_waits_for_a_place_in_a_full_backlog(
         assert not starting.done()
         assert guest.events == []
         stack.enter_context(server.accept()[0])
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(DEADLINE):
             await starting
         assert guest.events == ["opened"]
         await chardev.aclose()

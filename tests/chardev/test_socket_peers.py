@@ -13,7 +13,7 @@ import pytest
 
 from tests.chardev.conftest import Guest
 from tests.support.sockets import tcp_server, unix_client, unix_server
-from tests.support.waiting import LoopClock, turns, until
+from tests.support.waiting import DEADLINE, LoopClock, turns, until
 from vring_serial.chardev.hangup import LAST_WORDS_SECONDS, RECHECK_SECONDS, is_leaving, unread
 from vring_serial.chardev.socket import MOST_WAITING, SocketChardev, SocketOptions
 
@@ -200,7 +200,7 @@ async def test_a_listener_that_greets_and_starts_again_is_dialled_again(
         chardev.guest_opened(False)
         await chardev.start()
         for turn in range(1, 4):
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(DEADLINE):
                 sock, _ = await asyncio.get_running_loop().sock_accept(server)
             with sock:
                 sock.send(b"220 welcome\r\n")

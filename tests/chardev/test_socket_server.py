@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tests.chardev.conftest import Guest
 from tests.support.sockets import unix_client, unix_server
-from tests.support.waiting import turns, until, until_logged
+from tests.support.waiting import DEADLINE, turns, until, until_logged
 from vring_serial.errors import ResourceError
 
 pytestmark = pytest.mark.usefixtures("no_leak")
@@ -91,7 +91,7 @@ async def test_peers_that_come_and_go_in_a_loop_fill_no_log(
     chardev = unix_server(tmp_path / "s")
     guest = Guest(chardev)
     await chardev.start()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(DEADLINE):
         for turn in range(1, 51):
             sock = await unix_client(tmp_path / "s")
             await guest.opened()
@@ -136,7 +136,7 @@ def test_every_byte_of_every_client_in_their_order(steps: list[tuple[str, int]])
             await turns(1)
         for client in clients:
             client.close()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(DEADLINE):
             while received != b"".join(sent) or guest.end is not None:
                 received += read_what_is_there(guest)
                 await turns(1)
@@ -193,7 +193,7 @@ async def test_start_waits_for_the_first_client(
     await turns()
     assert not starting.done()
     with await unix_client(tmp_path / "s"):
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(DEADLINE):
             await starting
         assert guest.events == ["opened"]
     await guest.closed()

@@ -17,6 +17,7 @@ from click.testing import CliRunner
 
 from tests.cli.conftest import NULL_PORT, TIMEOUT, Serve, close, connect, guest_of, listening
 from tests.support.examples import EXAMPLES
+from tests.support.waiting import DEADLINE
 from vring_serial.cli import vring
 from vring_serial.guest.guest import EmbeddedGuest
 from vring_serial.proto import vfio_user
@@ -266,7 +267,7 @@ async def test_a_pci_function_over_vfio_user(serve: Serve, tmp_path: Path) -> No
         identifiers = RegionRead(0, RegionIndex.CONFIG, 4)
         writer.write(vfio_user.request(vfio_user.Command.VERSION, 1, Version()))
         writer.write(vfio_user.request(vfio_user.Command.REGION_READ, 2, identifiers))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE):
             answers = await reader.readexactly(16 + 4 + 16 + 16 + 4)
         assert answers[-4:] == bytes.fromhex("f41a0310")
         assert await server.stop() == 0
@@ -284,7 +285,7 @@ async def test_the_size_of_the_msix_table(
         writer.write(vfio_user.request(vfio_user.Command.VERSION, 1, Version()))
         asked = vfio_user.request(vfio_user.Command.DEVICE_GET_IRQ_INFO, 2, IrqInfo(IrqIndex.MSIX))
         writer.write(asked)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE):
             answers = await reader.readexactly(16 + 4 + 16 + 16)
         assert int.from_bytes(answers[-4:], "little") == vectors
         assert await server.stop() == 0

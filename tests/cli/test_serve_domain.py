@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import Serve
+from tests.support.waiting import DEADLINE
 from vring_serial.proto import vfio_user
 from vring_serial.proto.vfio_user_regions import RegionIndex, RegionRead
 from vring_serial.proto.vfio_user_version import Version
@@ -46,7 +47,7 @@ async def test_model_and_vectors_over_vfio_user(
         writer.write(vfio_user.request(vfio_user.Command.REGION_READ, 2, read))
         asked = vfio_user.request(vfio_user.Command.DEVICE_GET_IRQ_INFO, 3, IrqInfo(IrqIndex.MSIX))
         writer.write(asked)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE):
             await reader.readexactly(16 + 4 + 16 + 16)
             assert await reader.readexactly(4) == bytes.fromhex(identifiers)
             vectors = (await reader.readexactly(16 + 16))[-4:]
@@ -72,7 +73,7 @@ async def test_packed_over_vhost_user(
     async with serve("--vhost-user", "v", "--domain", domain, *option) as server:
         reader, writer = await asyncio.open_unix_connection(tmp_path / "v")
         writer.write(_GET_FEATURES)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE):
             answer = await reader.readexactly(12 + 8)
         features = int.from_bytes(answer[-8:], "little")
         assert bool(features >> _RING_PACKED & 1) is offered

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.waiting import turns
+from tests.support.waiting import DEADLINE, turns
 from vring_serial.guest.memory import GuestRam
 from vring_serial.guest.queue import DriverQueue
 
@@ -56,12 +56,12 @@ async def test_a_call_that_is_gone_before_it_is_read(queue: DriverQueue) -> None
     asyncio.get_running_loop().add_reader(reading, take)
     os.write(writing, b"x")
     os.eventfd_write(queue.call_fd, 1)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(DEADLINE):
         await taken.wait()
     await turns()
     os.close(reading)
     os.close(writing)
     assert not called.is_set()
     os.eventfd_write(queue.call_fd, 1)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(DEADLINE):
         await called.wait()

@@ -14,7 +14,7 @@ import pytest
 
 from tests.guest.conftest import ScriptedDevice, ScriptedServer
 from tests.support.leaks import held
-from tests.support.waiting import turns, until
+from tests.support.waiting import DEADLINE, turns, until
 from vring_serial.chardev.ringbuf import RingbufChardev
 from vring_serial.device.console.controller import Controller
 from vring_serial.device.console.port import Port
@@ -141,7 +141,7 @@ async def test_a_request_that_is_cancelled_in_the_middle_of_its_bytes() -> None:
     telling = asyncio.ensure_future(frontend.tell(vu.Request.SET_OWNER))
     parser = vu.VhostUserParser(vu.Request)
     seen: list[str] = []
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(DEADLINE):
         while len(seen) < 2:
             parser.receive_data(await asyncio.get_running_loop().sock_recv(theirs, 100), ())
             while (message := parser.next_message()) is not None:
@@ -262,7 +262,7 @@ async def test_waiting_is_cancelled_and_ends_with_the_guest(served: Served, name
         await cancel(first)
         await let_wait(second)
         assert guest.lost is None
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(DEADLINE):
         if name in ("wait_port", "settle"):
             with pytest.raises(PortRemovedError):
                 await second
@@ -292,7 +292,7 @@ async def test_taking_the_rings_is_cancelled(
     reader, writer = await port.open()
     assert (await device.next_control())[1:] == (6, 1)
     device.send(4, b"for the reader")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(DEADLINE):
         assert await reader.read(100) == b"for the reader"
     writer.write(b"for the device")
     assert await device.receive(5) == b"for the device"

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.waiting import turns
+from tests.support.waiting import DEADLINE, turns
 from vring import SplitQueue
 from vring_serial.guest.memory import GuestRam
 from vring_serial.guest.port import GuestPort
@@ -82,7 +82,7 @@ class Harness:
 async def harness(*, event_idx: bool = True) -> AsyncIterator[Harness]:
     harness = Harness(event_idx=event_idx)
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE):
             yield harness
     finally:
         harness.port.remove(ConnectionError("the test is over"))

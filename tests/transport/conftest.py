@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.waiting import turns, until
+from tests.support.waiting import DEADLINE, turns, until
 from vring import (
     Driver,
     Flow,
@@ -232,7 +232,7 @@ class ScriptedFrontend:
         """Exactly so many, with no other behind them."""
         loop = asyncio.get_running_loop()
         data = b""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(DEADLINE):
             while len(data) < count:
                 more = await loop.sock_recv(self.sock, 4096)
                 assert more, "the backend closed the connection"
@@ -242,7 +242,7 @@ class ScriptedFrontend:
 
     async def receive(self) -> Message:
         loop = asyncio.get_running_loop()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(DEADLINE):
             while (message := self.parser.next_message()) is None:
                 data = await loop.sock_recv(self.sock, 4096)
                 assert data, "the backend closed the connection"
@@ -275,7 +275,7 @@ class ScriptedFrontend:
 
     async def is_sent_away(self) -> bool:
         loop = asyncio.get_running_loop()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(DEADLINE):
             try:
                 return await loop.sock_recv(self.sock, 100) == b""
             except ConnectionError:
@@ -387,7 +387,7 @@ class ScriptedFrontend:
         """The backend's next request, not acknowledged yet."""
         assert self.channel is not None
         loop = asyncio.get_running_loop()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(DEADLINE):
             while (message := self.channel_parser.next_message()) is None:
                 data = await loop.sock_recv(self.channel, 4096)
                 assert data, "the backend closed its channel"

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.support import waiting
+from tests.support.waiting import DEADLINE
 from vring_serial import turns
 from vring_serial.proto.vhost_user import U64, ProtocolFeature, Request, request
 from vring_serial.transport.vhost_user.session import READ_SIZE
@@ -66,7 +67,7 @@ async def test_a_flood_is_handled_in_many_turns(
     frontend.send_bytes(request(Request.GET_FEATURES) * FLOOD)
     loop = asyncio.get_running_loop()
     answers = b""
-    async with counted_turns() as count, asyncio.timeout(10):
+    async with counted_turns() as count, asyncio.timeout(DEADLINE):
         while len(answers) < FLOOD * 20:
             answers += await loop.sock_recv(frontend.sock, 1 << 16)
     assert len(answers) == FLOOD * 20

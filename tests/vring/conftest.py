@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.support.pump import pump_turn as through_the_pump
-from tests.support.waiting import wait_until
+from tests.support.waiting import DEADLINE, wait_until
 from vring import Flow, FlowEvent, Pump
 from vring.testing import GuestQueue
 
@@ -70,11 +70,11 @@ class PortRig:
         if self.driver.publish():
             self.kick()
 
-    def wait_call(self, timeout: float = 5) -> None:
+    def wait_call(self, timeout: float = DEADLINE) -> None:
         assert select.select([self.call_fd], [], [], timeout)[0], "no call"
         os.eventfd_read(self.call_fd)
 
-    def wait_used(self, chains: int, timeout: float = 5) -> list[int]:
+    def wait_used(self, chains: int, timeout: float = DEADLINE) -> list[int]:
         """Written lengths of the next chains used; sleeps on the call descriptor, as a guest."""
         lengths = list(self.guest.collect())
         while len(lengths) < chains:
@@ -84,7 +84,7 @@ class PortRig:
         assert len(lengths) == chains
         return lengths
 
-    def receive(self, length: int, timeout: float = 5) -> bytes:
+    def receive(self, length: int, timeout: float = DEADLINE) -> bytes:
         """The next bytes; buffers go back to the device at once."""
         received = b""
         while len(received) < length:
@@ -97,7 +97,7 @@ class PortRig:
         assert len(received) == length
         return received
 
-    def wait_event(self, timeout: float = 5) -> tuple[FlowEvent, object]:
+    def wait_event(self, timeout: float = DEADLINE) -> tuple[FlowEvent, object]:
         """The next event."""
         if not self.events:
             assert select.select([self.pump.event_fd], [], [], timeout)[0], "no event"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.support.waiting import wait_until
+from tests.support.waiting import DEADLINE, wait_until
 from vring import Batch, FlowEvent, GuestMemory, MemoryWatch, Pump, Region, RingError
 from vring.errors import MemoryLostError
 from vring.testing import GuestQueue
@@ -40,7 +40,7 @@ class Guest:
         os.ftruncate(self.memfd, 0)
 
     def told(self) -> bool:
-        return bool(select.select([self.watch], [], [], 5)[0])
+        return bool(select.select([self.watch], [], [], DEADLINE)[0])
 
     def close(self) -> None:
         for fd in (self.memfd, self.kick_fd, self.call_fd):
@@ -150,7 +150,7 @@ def test_no_zeros_reach_the_host(
         guest = make_guest(writable=False)
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
-        theirs.settimeout(10)
+        theirs.settimeout(DEADLINE)
         events: list[tuple[FlowEvent, object]] = []
         sent = threading.Event()
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support.waiting import wait_until
+from tests.support.waiting import DEADLINE, wait_until
 from vring import Drained, Pump, drain, notify
 from vring.testing import GuestQueue
 
@@ -145,7 +145,7 @@ def test_the_pump_goes_on_while_a_call_cannot_be_written(incoming: bool) -> None
     kick_fd, call_fd = os.eventfd(0), os.eventfd(0)
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
-    theirs.settimeout(10)
+    theirs.settimeout(DEADLINE)
     events: list[object] = []
     arguments = {
         "kick_fd": kick_fd,

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.waiting import wait_until
+from tests.support.waiting import DEADLINE, wait_until
 from vring import FlowEvent, LocalMisuseError, Pump
 
 ALL = socket.MSG_WAITALL
@@ -375,7 +375,7 @@ def test_exception_in_the_callback_delays_the_flows_other_news(
     wait_until(lambda: rig.queue.broken)
     expected = [FlowEvent.OVERFLOW, FlowEvent.PEER_ERROR, FlowEvent.RING_BROKEN]
     while len(told) < len(expected):
-        assert select.select([pump.event_fd], [], [], 5)[0], told
+        assert select.select([pump.event_fd], [], [], DEADLINE)[0], told
         with pytest.raises(KeyError):
             pump.dispatch()
     assert told == expected

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.waiting import DEADLINE
 from vring import FlowEvent
 
 STREAM = random.Random(11).randbytes(100_000).replace(b"\n", b"-")
@@ -84,7 +85,8 @@ def read_slowly(
     received = bytearray()
     turn = 0
     while len(received) < length:
-        assert select.select([fd], [], [], 10)[0], f"{len(received)} of {length} bytes, and no more"
+        ready = select.select([fd], [], [], DEADLINE)[0]
+        assert ready, f"{len(received)} of {length} bytes, and no more"
         if every and turn % every == 0:
             pump_turn()
         turn += 1

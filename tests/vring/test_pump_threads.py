@@ -12,7 +12,7 @@ from contextlib import suppress
 
 import pytest
 
-from tests.support.waiting import wait_until
+from tests.support.waiting import DEADLINE, wait_until
 from vring import Flow, FlowEvent, LocalMisuseError, Pump, VirtQueue
 
 
@@ -86,7 +86,7 @@ def test_a_number_that_is_reused_while_its_flow_is_attached(
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     with ours, theirs:
-        theirs.settimeout(5)
+        theirs.settimeout(DEADLINE)
         os.dup2(second.kick_fd, kick)
         second.write_to(ours.fileno(), kick_fd=descriptors(kick))
         for _ in range(3):
@@ -127,7 +127,7 @@ def test_a_child_has_no_part_in_its_parents_pump(make_rig: Callable, sockets, pu
     ours.setblocking(False)
     told.read_from(ours.fileno())
     theirs.close()
-    assert select.select([pump.event_fd], [], [], 5)[0]
+    assert select.select([pump.event_fd], [], [], DEADLINE)[0]
 
     def detach() -> None:
         assert not flow.attached

@@ -9,7 +9,7 @@ import random
 import pytest
 
 from tests.support.console import Recorder
-from tests.support.waiting import turns, until
+from tests.support.waiting import DEADLINE, turns, until
 from vring_serial.chardev.protocol import ProtocolChardev
 from vring_serial.chardev.ringbuf import RingbufChardev
 from vring_serial.device.console import events as ev
@@ -142,7 +142,7 @@ async def test_a_chain_larger_than_a_batch_comes_in_pieces_and_stops_where_the_p
     guest.write(1, b"after")
     whole = b"before" + data + b"after"
     vm_stops = 0
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(DEADLINE):
         while len(protocol.data) < len(whole):
             await guest.settle(2)
             if vm_stops < 3 and len(protocol.data) > vm_stops * 300_000:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.bench import MIB, receive_digest
 from tests.support.uml import UmlPayload, boot_uml
-from tests.support.waiting import until, until_gives
+from tests.support.waiting import DEADLINE, until, until_gives
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -63,7 +63,7 @@ async def test_guest_closes_and_opens_again(uml):
     for number in range(3):
         line = f"round {number}\n".encode()
         await guest.run(f"echo round {number} > /dev/vport0p1")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE):
             assert await reader.readline() == line
         assert not port.guest_open
         # What the host writes while the port is closed waits for the guest's next open.
@@ -99,7 +99,7 @@ async def test_guest_reads_end_of_file_and_writers_block_while_the_host_is_away(
     assert (await guest.run("head -c 1 /dev/vport0p1 | wc -c")).output == "0"
     await guest.run("echo waited >/dev/vport0p1 &")
     reader, writer = await uml.connect("data")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(DEADLINE):
         assert await reader.readline() == b"waited\n"
     writer.close()
     await writer.wait_closed()
@@ -118,7 +118,7 @@ async def test_port_added_and_removed_while_the_guest_runs(uml):
         assert await read_names() == "first\nsecond"
         reader, writer = await uml.connect("second")
         await guest.run(f"echo hot {number} >/dev/vport0p2")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE):
             assert await reader.readline() == f"hot {number}\n".encode()
         writer.close()
         await writer.wait_closed()
@@ -134,7 +134,7 @@ async def test_console_with_a_shell(uml):
     reader, writer = await uml.connect("console")
     await guest.run("setsid sh -c 'exec sh -i </dev/hvc0 >/dev/hvc0 2>&1' &")
     writer.write(b"echo sum $((40 + 2))\n")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(DEADLINE):
         await reader.readuntil(b"sum 42")
     port.end_resized(132, 43)
     await guest.run("until [ \"$(stty size </dev/hvc0)\" = '43 132' ]; do :; done")
@@ -188,7 +188,7 @@ async def test_driver_unloaded_and_loaded_again(uml):
         result = await guest.run(f"busybox rmmod virtio_console && busybox insmod {module}")
         assert result.status == 0, result.output
         await guest.run(f"echo load {number} >/dev/vport0p1")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE):
             assert await reader.readline() == f"load {number}\n".encode()
     writer.close()
     await writer.wait_closed()
@@ -201,7 +201,7 @@ async def test_one_guest_after_another_even_killed(bench):
     for number in range(2):
         guest = await boot_uml(bench)
         await guest.run(f"echo guest {number} >/dev/vport0p1")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE):
             assert await reader.readline() == f"guest {number}\n".encode()
         await guest.aclose()
     writer.close()

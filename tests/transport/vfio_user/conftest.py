@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from tests.support.waiting import LoopClock, turns, until
+from tests.support.waiting import DEADLINE, LoopClock, turns, until
 from vring import GuestMemory, Region, SplitDriver
 from vring_serial import unix_fds
 from vring_serial.device.base import VirtioDevice
@@ -39,7 +39,6 @@ from vring_serial.transport.vfio_user.server import VfioUserServer
 
 T = TypeVar("T", bound=Payload)
 
-TIMEOUT = 5
 MEMORY_SIZE = 1 << 20
 QUEUE_SIZE = 64
 BUFFERS = 0x80000
@@ -76,7 +75,7 @@ class Server:
 
     def run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         """Run it in the server's loop."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(TIMEOUT)
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(DEADLINE)
 
     def settle(self) -> None:
         """Let the server see what was sent before, and finish with it."""
@@ -108,7 +107,7 @@ class Client:
 
     def __init__(self, path: Path) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(TIMEOUT)
+        self.sock.settimeout(DEADLINE)
         self.sock.connect(str(path))
         self.parser = VfioUserParser()
         self.memfd = os.memfd_create("guest", os.MFD_CLOEXEC)
@@ -341,16 +340,16 @@ class Client:
 
     def wait_irq_serving(self, vector: int) -> None:
         """As :meth:`wait_irq`, while the server asks for memory."""
-        give_up = time.monotonic() + 12 * TIMEOUT
+        give_up = time.monotonic() + 2 * DEADLINE
         while not self.irq_count(vector):
             assert time.monotonic() < give_up, f"interrupt {vector} did not come"
             self.serve_waiting()  # what was read already, too
-            select.select([self.sock, self.irqs[vector]], [], [], TIMEOUT)
+            select.select([self.sock, self.irqs[vector]], [], [], DEADLINE)
 
     def wait_irq(self, vector: int) -> None:
         """Until the device has told this interrupt."""
         os.set_blocking(self.irqs[vector], True)
-        done = threading.Timer(TIMEOUT, os.eventfd_write, (self.irqs[vector], 1 << 32))
+        done = threading.Timer(DEADLINE, os.eventfd_write, (self.irqs[vector], 1 << 32))
         done.start()
         assert os.eventfd_read(self.irqs[vector]) < 1 << 32, f"interrupt {vector} did not come"
         done.cancel()

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.support.leaks import held
-from tests.support.waiting import LoopClock, turns, until
+from tests.support.waiting import DEADLINE, LoopClock, turns, until
 from vring_serial.errors import ConfigError, LocalProtocolError, ResourceError
 from vring_serial.proto.vhost_user import (
     U64,
@@ -321,7 +321,7 @@ async def test_connecting_to_a_frontend_that_listens(
         listener.listen()
         listener.setblocking(False)
         for _ in range(2):
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(DEADLINE):
                 sock, _ = await loop.sock_accept(listener)
                 with sock:
                     await loop.sock_sendall(sock, header(1, 1, 0))

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.waiting import turns
+from tests.support.waiting import DEADLINE, turns
 from vring_serial.proto.vhost_user import BackendRequest, Empty, ProtocolFeature, Request
 from vring_serial.transport.vhost_user.backend import PROTOCOL_FEATURES
 
@@ -119,7 +119,7 @@ async def test_the_loss_of_the_channel_costs_nothing_else(
     if data:
         frontend.channel.send(data)
         loop = asyncio.get_running_loop()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(DEADLINE):
             assert await loop.sock_recv(frontend.channel, 10) == b""
     frontend.channel.close()
     await frontend.ask(Request.GET_FEATURES)
@@ -163,7 +163,7 @@ async def test_channels_of_garbage_in_a_loop_fill_no_log(
         with ours, theirs:
             await frontend.acked(Request.SET_BACKEND_REQ_FD, None, (theirs.fileno(),))
             ours.send(b"garbage that is no message of the protocol")
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(DEADLINE):
                 with contextlib.suppress(ConnectionError):
                     while await asyncio.to_thread(ours.recv, 1):
                         pass

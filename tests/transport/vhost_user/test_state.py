@@ -8,6 +8,7 @@ import os
 
 import pytest
 
+from tests.support.waiting import DEADLINE
 from vring import GuestMemory, PackedDriver, Region, SplitDriver
 from vring_serial.device.queue_device import QueueDevice
 from vring_serial.device.virtqueue import RunningQueue
@@ -57,7 +58,7 @@ async def test_a_ring_goes_on_elsewhere_from_where_it_was_noted(packed: bool) ->
             driver.publish()
             os.eventfd_write(kick, 1)
             used = 0
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(DEADLINE):
                 while used < 3:
                     used += len(driver.get_used()[0])
                     await asyncio.sleep(0)
