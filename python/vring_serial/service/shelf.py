@@ -1,0 +1,142 @@
+"""A worker's :class:`vring_serial.keeping.Keeping`: the keeper's store and the journal."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+from vring_serial.lifetime import Closing
+from vring_serial.service.descriptor_store import Notifier
+from vring_serial.service.journal import Journal
+from vring_serial.unix_fds import close_all
+
+
+class Shelf(Closing):
+    """Descriptors by role, states by section.
+
+    In the store a descriptor is named by its role and a number, which grows with every one: of two
+    that a worker left in one role, because it died between storing one and removing the other, the
+    later counts.
+
+    Args:
+        journal: locked by this process; taken over.
+        notifier: to the keeper.
+        left: what predecessors stored, by name; taken over.
+    """
+
+    def __init__(self, journal: Journal, notifier: Notifier, left: dict[str, list[int]]) -> None:
+        self._journal = journal
+        self._notifier = notifier
+        self._names: dict[str, str] = {}
+        self._left: dict[str, int] = {}
+        self._number = 0
+        for name, fds in sorted(left.items(), key=lambda item: _number(item[0])):
+            self._inherit(name, fds)
+
+    def close(self) -> None:
+        """Close what nobody took, and the journal; all of it stays kept."""
+        close_all(self._left.values())
+        self._left.clear()
+        self._journal.close()
+
+    def keep(self, role: str, fd: int) -> None:
+        """See Keeping."""
+        before = self._names.get(role)
+        self._number += 1
+        name = f"{role}#{self._number}"
+        self._notifier.store(name, fd)
+        self._names[role] = name
+        if before is not None:
+            self._notifier.remove(before)
+
+    def drop(self, role: str) -> None:
+        """See Keeping."""
+        if (name := self._names.pop(role, None)) is not None:
+            self._notifier.remove(name)
+        if (fd := self._left.pop(role, None)) is not None:
+            os.close(fd)
+
+    def take(self, role: str) -> int | None:
+        """See Keeping."""
+        return self._left.pop(role, None)
+
+    def write(self, section: str, state: bytes) -> None:
+        """See Keeping."""
+        self._journal.write(section, state)
+
+    def read(self, section: str) -> bytes | None:
+        """See Keeping."""
+        return self._journal.read(section) or None
+
+    def scoped(self, name: str) -> ScopedShelf:
+        """See Keeping."""
+        return ScopedShelf(self, name)
+
+    def drop_untaken(self) -> list[str]:
+        """Drop what nobody took, once everything has begun; return the roles."""
+        roles = sorted(self._left)
+        for role in roles:
+            self.drop(role)
+        return roles
+
+    def _inherit(self, name: str, fds: list[int]) -> None:
+        role, mark, number = name.rpartition("#")
+        if not mark or not number.isdecimal() or len(fds) != 1:
+            # Nobody of ours stored that.
+            close_all(fds)
+            self._notifier.remove(name)
+            return
+        self._number = max(self._number, int(number))
+        if role in self._names:  # of the two, the one before
+            close_all([self._left.pop(role)])
+            self._notifier.remove(self._names[role])
+        self._names[role] = name
+        self._left[role] = fds[0]
+
+
+class ScopedShelf:
+    """A view of a shelf whose roles and sections begin with a name."""
+
+    def __init__(self, shelf: Shelf, prefix: str) -> None:
+        self._shelf = shelf
+        self._prefix = prefix
+
+    def keep(self, role: str, fd: int) -> None:
+        """See Keeping."""
+        self._shelf.keep(f"{self._prefix}/{role}", fd)
+
+    def drop(self, role: str) -> None:
+        """See Keeping."""
+        self._shelf.drop(f"{self._prefix}/{role}")
+
+    def take(self, role: str) -> int | None:
+        """See Keeping."""
+        return self._shelf.take(f"{self._prefix}/{role}")
+
+    def write(self, section: str, state: bytes) -> None:
+        """See Keeping."""
+        self._shelf.write(f"{self._prefix}/{section}", state)
+
+    def read(self, section: str) -> bytes | None:
+        """See Keeping."""
+        return self._shelf.read(f"{self._prefix}/{section}")
+
+    def scoped(self, name: str) -> ScopedShelf:
+        """See Keeping."""
+        return ScopedShelf(self._shelf, f"{self._prefix}/{name}")
+
+
+def _number(name: str) -> int:
+    number = name.rpartition("#")[2]
+    return int(number) if number.isdecimal() and len(number) < 20 else 0
+
+
+def open_shelf(journal_fd: int, notifier: Notifier, left: dict[str, list[int]]) -> Shelf:
+    """Return the shelf of a worker. Raises StateError: the journal is damaged, or in use."""
+    with contextlib.ExitStack() as stack:
+        for fds in left.values():
+            stack.callback(close_all, fds)
+        journal = stack.enter_context(Journal(journal_fd))
+        journal.lock()
+        stack.pop_all()
+    return Shelf(journal, notifier, left)

@@ -1,0 +1,129 @@
+"""A shelf: what a predecessor kept is found by its role, wherever it died."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+
+from tests.support.leaks import held
+from vring_serial.errors import StateError
+from vring_serial.service.descriptor_store import DescriptorStore, Notifier
+from vring_serial.service.journal import Journal
+from vring_serial.service.shelf import Shelf, open_shelf
+
+
+class Keeper:
+    """The keeper of workers that come one after another, all of them in this process."""
+
+    def __init__(self):
+        self.end, self.worker = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.store = DescriptorStore(100)
+        self.journal = Journal.create()
+        self.shelf = None
+
+    def begin(self):
+        """Begin a worker, after all that its predecessor sent was taken."""
+        while self.store.receive(self.end) is not None:
+            pass
+        left = {name: [os.dup(fd) for fd in fds] for name, fds in self.store.descriptors.items()}
+        if self.shelf is not None:
+            self.shelf.close()
+        self.shelf = Shelf(Journal(self.journal), Notifier(self.worker), left)
+        return self.shelf
+
+    def close(self):
+        if self.shelf is not None:
+            self.shelf.close()
+        self.end.close()
+        self.worker.close()
+        self.store.close()
+        os.close(self.journal)
+
+
+@pytest.fixture
+def keeper():
+    keeper = Keeper()
+    yield keeper
+    keeper.close()
+
+
+def pipe_with(data):
+    reader, writer = os.pipe()
+    os.write(writer, data)
+    os.close(writer)
+    return reader
+
+
+def content(fd):
+    data = os.read(fd, 99)
+    os.close(fd)
+    return data
+
+
+def keep(shelf, role, data):
+    fd = pipe_with(data)
+    shelf.keep(role, fd)
+    os.close(fd)
+
+
+def test_a_successor_takes_each_role_once(keeper):
+    before = held()
+    shelf = keeper.begin()
+    keep(shelf, "a", b"first")
+    keep(shelf, "a", b"second")
+    keep(shelf.scoped("x").scoped("y"), "a", b"scoped")
+    keep(shelf, "gone", b"")
+    shelf.drop("gone")
+    shelf.drop("never there")
+    shelf.scoped("x").write("state", b"of x")
+    shelf = keeper.begin()
+    assert content(shelf.take("a")) == b"second"
+    assert shelf.take("a") is None
+    assert shelf.take("gone") is None
+    assert content(shelf.scoped("x").take("y/a")) == b"scoped"
+    assert shelf.read("x/state") == b"of x"
+    assert shelf.read("y/state") is None
+    keep(shelf, "a", b"third")
+    shelf = keeper.begin()
+    assert content(shelf.take("a")) == b"third"
+    assert shelf.drop_untaken() == ["x/y/a"]
+    assert keeper.begin().take("x/y/a") is None
+    keeper.shelf.close()
+    keeper.store.close()
+    assert held() == before
+
+
+def test_of_two_in_one_role_the_later_counts(keeper):
+    """A worker stored one, and died before it removed the one before."""
+    keep(keeper.begin(), "a", b"first")
+    notifier = Notifier(keeper.worker)
+    fd = pipe_with(b"second")
+    notifier.store("a#11", fd)
+    os.close(fd)
+    shelf = keeper.begin()
+    assert content(shelf.take("a")) == b"second"
+    keep(shelf, "b", b"the next one")
+    shelf = keeper.begin()
+    assert list(keeper.store.descriptors) == ["a#11", "b#12"]
+    shelf.close()
+
+
+@pytest.mark.parametrize("name", ["nobody's", "a#", "a#x", "#3x"])
+def test_names_that_nobody_knows_are_dropped(keeper, name):
+    before = held()
+    notifier = Notifier(keeper.worker)
+    notifier.store(name, keeper.journal)
+    keeper.begin().close()
+    keeper.begin().close()
+    assert not keeper.store.descriptors
+    assert held() == before
+
+
+def test_a_journal_in_use_or_damaged_is_an_error_and_nothing_stays_open(keeper):
+    before = held()
+    os.pwrite(keeper.journal, b"X", 0)
+    with pytest.raises(StateError, match="does not begin as one"):
+        open_shelf(keeper.journal, Notifier(keeper.worker), {"a#1": [os.dup(0)]})
+    assert held() == before
