@@ -29,6 +29,9 @@ class Keeping(Protocol):
         It is still kept. None if there is none, or it was taken.
         """
 
+    def roles(self) -> list[str]:
+        """Return the roles of descriptors that a predecessor left and nobody took, sorted."""
+
     def write(self, section: str, state: bytes) -> None:
         """Write a part's state, instead of the one before. Raises ResourceError without memory."""
 

@@ -29,11 +29,13 @@ class Received:
     truncated: bool = False
 
 
-def receive(sock: socket.socket, size: int, max_fds: int) -> Received:
+def receive(sock: socket.socket, size: int, max_fds: int, *, peek: bool = False) -> Received:
     """Read up to ``size`` bytes, with the descriptors that came with them.
 
     Descriptors beyond ``max_fds`` are among those that are returned: the kernel would close what it
     had no room for, in this thread, and that may take for ever.
+
+    With ``peek`` all of it stays in the socket as well; the descriptors are duplicates then.
 
     Raises:
         BlockingIOError: a non-blocking socket has nothing.
@@ -41,7 +43,7 @@ def receive(sock: socket.socket, size: int, max_fds: int) -> Received:
     """
     room = socket.CMSG_SPACE(_SCM_MAX_FD * array.array("i").itemsize)
     # Not blocking by itself: who sent us the socket may have another opinion of it.
-    how = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
+    how = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT | (socket.MSG_PEEK if peek else 0)
     data, ancillary, flags, _ = sock.recvmsg(size, room, how)
     fds = array.array("i")
     for level, kind, content in ancillary:

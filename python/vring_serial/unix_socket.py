@@ -85,6 +85,22 @@ class UnixListener:
         except OSError as error:
             raise SocketPathError(path, error.strerror or str(error)) from None
 
+    @classmethod
+    def adopt(cls, path: str, fd: int) -> UnixListener:
+        """Return the listener that a predecessor of this process made at ``path``.
+
+        Args:
+            fd: its descriptor; taken over.
+        """
+        listener = cls.__new__(cls)
+        listener.path = path
+        listener.socket = socket.socket(fileno=fd)
+        listener.socket.setblocking(False)
+        with suppress(OSError):
+            listener._identity = None
+            listener._identity = _identity(path)
+        return listener
+
     def close(self) -> None:
         """Stop listening and remove the socket, unless another has taken its place. Safe twice."""
         if self.socket.fileno() < 0:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from vring_serial.errors import LocalProtocolError, ResourceError
+from vring_serial.keeping import Keeping
 from vring_serial.lifetime import Starting
 
 
@@ -83,11 +84,14 @@ class Chardev(Starting):
     Attributes:
         id: the name that options and logs use.
         end: the connected end, or None. It changes only inside calls of ChardevUser methods.
+        keeping: where kinds that can go on in a successor of this process keep what that needs, and
+            find what a predecessor left; set before ``start``. None: there is no successor.
     """
 
     def __init__(self, id: str) -> None:
         self.id = id
         self.end: End | None = None
+        self.keeping: Keeping | None = None
         self._user: ChardevUser | None = None
 
     def attach(self, user: ChardevUser) -> None:

@@ -105,6 +105,18 @@ class Listener:
             self.close()
             raise
 
+    def adopt(self, address: Address, sockets: list[socket.socket]) -> None:
+        """Go on listening on what a predecessor of this process made for ``address``."""
+        if isinstance(address, UnixAddress) and not address.abstract:
+            self._file = UnixListener.adopt(address.path, sockets[0].detach())
+            self.sockets.append(self._file.socket)
+        else:
+            self.sockets += sockets
+            if isinstance(address, TcpAddress):
+                self.port = sockets[0].getsockname()[1]
+        for sock in self.sockets:
+            sock.setblocking(False)
+
     def close(self) -> None:
         """Stop listening; a path that was made is removed."""
         if self._file is not None:

@@ -16,6 +16,7 @@ from vring_serial.chardev import hangup
 from vring_serial.chardev.base import Chardev, DescriptorEnd
 from vring_serial.chardev.endpoint import Address, Listener, TcpAddress, UnixAddress, connect
 from vring_serial.chardev.hangup import HangupWatch, is_leaving, unread
+from vring_serial.chardev.kept import KeptSockets
 from vring_serial.chardev.options import Options, check_path, check_range
 from vring_serial.errors import ConfigError
 from vring_serial.ratelimit import RateLimitedLog
@@ -160,6 +161,7 @@ class SocketChardev(Chardev):
         self._waiting: dict[int, socket.socket] = {}  # by descriptor, as they came
         self._watch: HangupWatch | None = None
         self._guest_is_open = False
+        self._kept = KeptSockets(None)
 
     @property
     def port(self) -> int:
@@ -183,11 +185,18 @@ class SocketChardev(Chardev):
         self._started = True
         try:
             self._watch = self._make_watch()
-            if self.options.reconnect_delay:
+            self._kept = KeptSockets(self.keeping)
+            clients = self._kept.take_clients()
+            for sock in clients:
+                self._arrived(sock)
+            if clients and not self.options.server:
+                pass  # a predecessor had connected
+            elif self.options.reconnect_delay:
                 self._task = asyncio.create_task(self._keep_connecting(0))
             else:
                 self._task = asyncio.create_task(self._bring_up())
                 await self._task
+            self._kept.started()
         except BaseException as error:
             stopped = not self._started
             await self.aclose()
@@ -244,16 +253,21 @@ class SocketChardev(Chardev):
     async def _bring_up(self) -> None:
         try:
             if not self.options.server:
-                self._arrived(await connect(self._address))
+                if not self._kept.started_before:  # then its peer has left
+                    self._arrived(await connect(self._address))
                 return
-            await self._listener.listen(self._address)
+            if listening := self._kept.take_listeners():
+                self._listener.adopt(self._address, listening)
+            else:
+                await self._listener.listen(self._address)
+                self._kept.keep_listeners(self._listener.sockets)
         except (OSError, SocketPathError) as error:
             raise self._error(self._doing, _why(error)) from error
         self._acceptor = Acceptor(
             self._arrived, name=f"chardev {self.id} at {self.description}", peer="client"
         )
         self._acceptor.open(self._listener.sockets)
-        if self.options.waits:
+        if self.options.waits and self._peer is None and not self._kept.started_before:
             log.info("chardev %s: waiting for a client at %s", self.id, self.description)
             self._first_peer = asyncio.get_running_loop().create_future()
             await self._first_peer
@@ -281,6 +295,7 @@ class SocketChardev(Chardev):
             if self.options.nodelay:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._watch.watch(sock.fileno())
+            self._kept.keep_client(sock)
         except BaseException:
             sock.close()
             raise
@@ -371,6 +386,7 @@ class SocketChardev(Chardev):
     def _close(self, sock: socket.socket) -> None:
         assert self._watch is not None
         self._watch.unwatch(sock.fileno())
+        self._kept.drop_client(sock)
         sock.close()
         accept.descriptor_freed()
 

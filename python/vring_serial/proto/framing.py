@@ -118,6 +118,23 @@ class MessageParser(abc.ABC, Generic[HeaderT, MessageT]):
         self._error: FramingError | None = None
 
     @property
+    def header_size(self) -> int:
+        """Bytes of a header."""
+        return self._header_size
+
+    def size_of(self, data: bytes) -> int:
+        """Return the bytes of the message that begins with ``data``, which has a whole header.
+
+        Of what cannot be a message, and will be refused, only the header counts.
+        """
+        try:
+            header = self._unpack_header(data[: self._header_size])
+            self._check(header)
+        except FramingError:
+            return self._header_size
+        return header.message_size
+
+    @property
     def wanted(self) -> int:
         """Bytes that complete the current header or message; at least 1."""
         size = self._header_size

@@ -280,6 +280,7 @@ class Journal(Closing):
 
     def _allocate(self, name: str, size: int) -> int:
         logarithm = _logarithm(size)
+        free: int
         if gaps := self._free.get(logarithm):
             return gaps.pop() << 8 | logarithm
         _, _, _, free = _HEADER.unpack_from(self._map)

@@ -60,6 +60,10 @@ class Shelf(Closing):
         """See Keeping."""
         return self._left.pop(role, None)
 
+    def roles(self) -> list[str]:
+        """See Keeping."""
+        return sorted(self._left)
+
     def write(self, section: str, state: bytes) -> None:
         """See Keeping."""
         self._journal.write(section, state)
@@ -112,6 +116,11 @@ class ScopedShelf:
     def take(self, role: str) -> int | None:
         """See Keeping."""
         return self._shelf.take(f"{self._prefix}/{role}")
+
+    def roles(self) -> list[str]:
+        """See Keeping."""
+        start = f"{self._prefix}/"
+        return [role.removeprefix(start) for role in self._shelf.roles() if role.startswith(start)]
 
     def write(self, section: str, state: bytes) -> None:
         """See Keeping."""

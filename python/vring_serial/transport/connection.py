@@ -135,7 +135,11 @@ class Connection:
         finally:
             self._handling = False
         if not self.closed:
+            self._before_answer()
             self._flush()
+
+    def _before_answer(self) -> None:
+        """Do what must be done between handling what was read and sending the answers to it."""
 
     def _flush(self) -> None:
         try:
@@ -166,13 +170,16 @@ class Connection:
         reads_answers = self._unsent_bytes <= self._max_unread
         if self._more and reads_answers and self._turn is None:
             self._turn = self._loop.call_soon(self._another_turn)
-        reads = reads_answers and not self._more
+        reads = reads_answers and not self._more and self._may_read()
         if reads != self._reads:
             self._reads = reads
             if reads:
                 self._loop.add_reader(self._sock, self._readable)
             else:
                 self._loop.remove_reader(self._sock)
+
+    def _may_read(self) -> bool:
+        return True
 
     def _fail(self, error: OSError | None) -> None:
         self.close()

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from vring_serial import accept
 from vring_serial.accept import Acceptor
+from vring_serial.keeping import Keeping
 from vring_serial.ratelimit import RateLimitedLog
 from vring_serial.transport.closer import Closer
 from vring_serial.unix_socket import SocketPathError, UnixListener, encode_path
@@ -25,6 +26,8 @@ SETTLED_SECONDS = 30.0
 DESCRIPTORS_PER_QUEUE = 4
 #: Those that a peer needs beside: its socket, its memory, logs.
 OTHER_DESCRIPTORS = 16
+
+_LISTENER = "listener"
 
 
 class Door:
@@ -44,6 +47,7 @@ class Door:
             listens nobody else can come.
         descriptors: number of descriptors that a peer needs; other listeners leave that many unused
             until SETTLED_SECONDS after a peer came.
+        keeping: where the listening socket is kept for a successor of this process, or None.
 
     Attributes:
         closer: closes the descriptors of the peers. While there are too many that it cannot close,
@@ -60,6 +64,7 @@ class Door:
         on_connected: Callable[[socket.socket], None],
         on_silent: Callable[[], None],
         descriptors: int = 0,
+        keeping: Keeping | None = None,
     ) -> None:
         self.closer = Closer()
         self._path = path
@@ -77,15 +82,19 @@ class Door:
         self._last_failure = ""
         self._log = RateLimitedLog(log, burst=20, seconds=60)
         self._open = False
+        self._keeping = keeping
 
-    def open(self) -> None:
+    def open(self, peer: socket.socket | None = None) -> None:
         """Listen, or begin to connect.
+
+        Args:
+            peer: the connection of a peer that a predecessor of this process admitted; taken over.
 
         Raises:
             SocketPathError: the socket exists or cannot be made.
         """
         if self._listens:
-            self._listener = UnixListener(self._path, descriptors=True)
+            self._listener = self._listen()
             log.info("%s: waiting for a %s", self._name, self._peer)
             self._acceptor = Acceptor(
                 self._accepted, name=self._name, peer=self._peer, one_at_a_time=True
@@ -99,7 +108,9 @@ class Door:
             encode_path(self._path)
         self._open = True
         self._reserve(self._descriptors)
-        if not self._listens:
+        if peer is not None:
+            self._admit(peer)
+        elif not self._listens:
             self._connect()
 
     def greeted(self) -> None:
@@ -144,6 +155,27 @@ class Door:
         if self._listener is not None:
             self._listener.close()
             self._listener = None
+
+    def _listen(self) -> UnixListener:
+        inherited = None if self._keeping is None else self._keeping.take(_LISTENER)
+        if inherited is not None:
+            return UnixListener.adopt(self._path, inherited)
+        listener = UnixListener(self._path, descriptors=True)
+        if self._keeping is not None:
+            self._keeping.keep(_LISTENER, listener.socket.fileno())
+        return listener
+
+    def _admit(self, sock: socket.socket) -> None:
+        """Admit a predecessor's peer; one that cannot be served makes room for the next."""
+        if self._acceptor is not None:
+            self._acceptor.pause()
+        try:
+            self._accepted(sock)
+        except Exception as error:
+            sock.close()
+            text = "%s: the session of the %s cannot go on: %s"
+            self._log.warning(text, self._name, self._peer, f"{type(error).__name__}: {error}")
+            self._next()
 
     def _accepted(self, sock: socket.socket) -> None:
         loop = asyncio.get_running_loop()

@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 from vring import MemoryWatch
 from vring_serial.callbacks import Listener, tell
 from vring_serial.errors import LocalProtocolError
+from vring_serial.keeping import Keeping
 from vring_serial.lifetime import Starting
 from vring_serial.ratelimit import RateLimitedLog
 from vring_serial.transport.door import (
@@ -20,7 +21,9 @@ from vring_serial.transport.door import (
     Door,
 )
 from vring_serial.transport.lost_memory import make_watch
-from vring_serial.transport.session import Session, SessionContext
+from vring_serial.transport.session import SESSION, Session, SessionContext
+
+_PEER = "peer"
 
 SessionT = TypeVar("SessionT", bound=Session[Any])
 
@@ -34,16 +37,25 @@ class Server(Starting, abc.ABC, Generic[SessionT]):
         peer: what a peer is called in them.
         listen: make the socket; False: connect to a peer that listens.
         queues: number of queues that a peer sets up.
+        keeping: where what a successor of this process needs is kept, and what a predecessor left
+            is found; None: there is no successor.
 
     Attributes:
-        on_peer: called with "connected" and "gone". One listener at a time: setting another one
-            raises LocalProtocolError, None removes it.
+        on_peer: called with "connected", "resumed" (the peer of a predecessor) and "gone". One
+            listener at a time: setting another one raises LocalProtocolError, None removes it.
     """
 
     on_peer = Listener[Callable[[str], None]]()
 
     def __init__(
-        self, path: str, *, protocol: str, peer: str, listen: bool = True, queues: int
+        self,
+        path: str,
+        *,
+        protocol: str,
+        peer: str,
+        listen: bool = True,
+        queues: int,
+        keeping: Keeping | None = None,
     ) -> None:
         self._path = path
         self._name = f"{protocol} {path}"
@@ -56,7 +68,10 @@ class Server(Starting, abc.ABC, Generic[SessionT]):
             on_connected=self._serve,
             on_silent=self._send_silent_away,
             descriptors=DESCRIPTORS_PER_QUEUE * queues + OTHER_DESCRIPTORS,
+            keeping=keeping,
         )
+        self._keeping = keeping
+        self._resumes = False  # the peer that the door admits now is a predecessor's
         self._session: SessionT | None = None
         self._watch: MemoryWatch | None = None
         # One for all sessions: a peer can come as often as it likes.
@@ -85,7 +100,7 @@ class Server(Starting, abc.ABC, Generic[SessionT]):
         self._check()
         self._watch = make_watch(self._name)
         try:
-            self._door.open()  # a peer that listens already comes at once
+            self._door.open(self._take_peer())  # one that listens already comes at once
             self._attach()
         except BaseException:
             self._door.close()
@@ -122,10 +137,24 @@ class Server(Starting, abc.ABC, Generic[SessionT]):
     def _make_session(self, sock: socket.socket, context: SessionContext) -> SessionT:
         """Serve the peer at ``sock``."""
 
+    def _take_peer(self) -> socket.socket | None:
+        """Return the connection of the peer that a predecessor of this process left."""
+        fd = None if self._keeping is None else self._keeping.take(_PEER)
+        if fd is None:
+            return None
+        self._resumes = True
+        peer = socket.socket(fileno=fd)
+        peer.setblocking(False)
+        return peer
+
     # --- what the door tells
 
     def _serve(self, sock: socket.socket) -> None:
         assert self._watch is not None
+        resumed, self._resumes = self._resumes, False
+        if self._keeping is not None and not resumed:
+            self._keeping.write(SESSION, b"")  # what there is, is of the one before
+            self._keeping.keep(_PEER, sock.fileno())
         context = SessionContext(
             name=self._name,
             log=self._log,
@@ -133,9 +162,11 @@ class Server(Starting, abc.ABC, Generic[SessionT]):
             closer=self._door.closer,
             greeted=self._door.greeted,
             ended=self._ended,
+            keeping=self._keeping,
+            resumed=resumed,
         )
         self._session = self._make_session(sock, context)
-        self._tell("connected")
+        self._tell("resumed" if resumed else "connected")
 
     def _send_silent_away(self) -> None:
         if self._session is not None:
@@ -145,6 +176,8 @@ class Server(Starting, abc.ABC, Generic[SessionT]):
 
     def _ended(self) -> None:
         self._session = None
+        if self._keeping is not None:
+            self._keeping.drop(_PEER)
         self._door.gone()
         self._tell("gone")
 

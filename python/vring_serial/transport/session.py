@@ -13,11 +13,13 @@ from typing import Any, Generic, Protocol, TypeVar
 from vring import GuestMemory, MemoryWatch
 from vring.errors import VringError
 from vring_serial.errors import RemoteProtocolError
+from vring_serial.keeping import Keeping
 from vring_serial.proto.framing import MAX_FDS, BadMessageError, MessageParser, Payload
 from vring_serial.ratelimit import RateLimitedLog
 from vring_serial.transport.closer import Closer
 from vring_serial.transport.connection import MAX_UNREAD, Connection
 from vring_serial.transport.lost_memory import describe_loss
+from vring_serial.transport.repeatable import Handled, RepeatableConnection
 from vring_serial.turns import Turn
 from vring_serial.unix_fds import Received
 
@@ -44,6 +46,9 @@ class PeerMessage(Protocol):
     def fds(self) -> tuple[int, ...]: ...
 
 
+#: Section of a session's state (see Keeping).
+SESSION = "session"
+
 MessageT = TypeVar("MessageT", bound=PeerMessage)
 
 
@@ -58,6 +63,8 @@ class SessionContext:
         closer: closes the peer's descriptors.
         greeted: the session calls it when the peer has begun the protocol, perhaps repeatedly.
         ended: the session calls it once, when the peer has gone or was sent away; not in ``close``.
+        keeping: where what a successor needs of the session is kept, or None.
+        resumed: the peer is a predecessor's, which has left its session there.
     """
 
     name: str
@@ -66,6 +73,8 @@ class SessionContext:
     closer: Closer
     greeted: Callable[[], None]
     ended: Callable[[], None]
+    keeping: Keeping | None = None
+    resumed: bool = False
 
 
 class Session(abc.ABC, Generic[MessageT]):
@@ -80,6 +89,7 @@ class Session(abc.ABC, Generic[MessageT]):
         context: of the server.
         read_size: bytes read in one turn of the loop.
         max_unread: bytes that the peer has not read from which on it is not listened to.
+        handled: what a predecessor had handled last.
     """
 
     def __init__(
@@ -90,6 +100,7 @@ class Session(abc.ABC, Generic[MessageT]):
         *,
         read_size: int,
         max_unread: int = MAX_UNREAD,
+        handled: Handled | None = None,
     ) -> None:
         self._name = context.name
         self._log = context.log
@@ -101,16 +112,26 @@ class Session(abc.ABC, Generic[MessageT]):
         self._closed = False
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._watch, self._memory_lost)
-        self._connection = Connection(
-            sock,
-            read_size=read_size,
-            max_fds=MAX_FDS,
-            closer=self._closer,
-            received=self._received,
-            go_on=self._handle_messages,
-            lost=self._lost,
-            max_unread=max_unread,
-        )
+        arguments: dict[str, Any] = {
+            "read_size": read_size,
+            "max_fds": MAX_FDS,
+            "closer": self._closer,
+            "received": self._received,
+            "go_on": self._handle_messages,
+            "lost": self._lost,
+            "max_unread": max_unread,
+        }
+        if context.keeping is None:
+            self._connection = Connection(sock, **arguments)
+        else:
+            self._connection = RepeatableConnection(
+                sock,
+                size_of=parser.size_of,
+                header_size=parser.header_size,
+                record=self._record,
+                handled=handled or Handled(),
+                **arguments,
+            )
 
     def close(self) -> None:
         """Stop all queues, unmap the guest's memory, close every descriptor. Safe to call twice."""
@@ -165,6 +186,9 @@ class Session(abc.ABC, Generic[MessageT]):
 
     def _settle(self) -> None:
         """Do what all messages of one turn have in common; called after the last of them."""
+
+    def _record(self, handled: Handled) -> None:
+        """Write down what a successor needs; called only if there may be one."""
 
     # --- the connection
 

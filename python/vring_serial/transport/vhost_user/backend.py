@@ -7,6 +7,7 @@ import socket
 from vring.errors import RingError
 from vring_serial.device.base import VirtioDevice, check_unserved
 from vring_serial.errors import ConfigError
+from vring_serial.keeping import Keeping
 from vring_serial.proto.vhost_user import ProtocolFeature, VringDescriptor
 from vring_serial.transport.server import Server
 from vring_serial.transport.session import SessionContext
@@ -41,6 +42,7 @@ class VhostUserBackend(Server[VhostUserSession]):
         inband_notifications: offer kicks and calls as messages. Frontends that take this
             (User-Mode Linux does) lose much speed; it is meant for simulations.
         packed: offer packed rings.
+        keeping: see :class:`Server`.
 
     Attributes:
         on_peer: called with "connected" and "gone"; see :class:`Server`.
@@ -57,6 +59,7 @@ class VhostUserBackend(Server[VhostUserSession]):
         listen: bool = True,
         inband_notifications: bool = False,
         packed: bool = False,
+        keeping: Keeping | None = None,
     ) -> None:
         if controller.num_queues > MAX_QUEUES:
             raise ConfigError(
@@ -68,6 +71,7 @@ class VhostUserBackend(Server[VhostUserSession]):
             peer="frontend",
             listen=listen,
             queues=controller.num_queues,
+            keeping=keeping,
         )
         self._device = controller
         self._offered = PROTOCOL_FEATURES

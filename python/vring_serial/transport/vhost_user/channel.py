@@ -37,13 +37,21 @@ class BackendChannel:
         name: for log lines.
         closer: closes ``fd``.
         log: gets log lines; one for all channels, of which a frontend can make any number.
+        resumed: a predecessor had the channel, and may be owed an acknowledgement.
 
     Raises:
         RemoteProtocolError: ``fd`` is not a connected unix stream socket.
     """
 
     def __init__(
-        self, fd: int, *, acks: bool, name: str, log: RateLimitedLog, closer: Closer
+        self,
+        fd: int,
+        *,
+        acks: bool,
+        name: str,
+        log: RateLimitedLog,
+        closer: Closer,
+        resumed: bool = False,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._acks = acks
@@ -53,6 +61,7 @@ class BackendChannel:
         # A dict for its order: what is asked twice before it could be sent is sent once.
         self._waiting: dict[tuple[BackendRequest, Payload], None] = {}
         self._unacknowledged = False
+        self._may_be_owed = resumed and acks
         self._log = log
         self._rest = b""
         self._sock = _stream_socket(fd)
@@ -125,6 +134,9 @@ class BackendChannel:
         self._send()
 
     def _acknowledged(self, status: int, name: str) -> None:
+        if not self._unacknowledged and self._may_be_owed:
+            self._may_be_owed = False
+            return
         if not self._unacknowledged:
             raise RemoteProtocolError(f"reply to {name}, which was not asked")
         self._unacknowledged = False

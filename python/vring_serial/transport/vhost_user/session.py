@@ -9,7 +9,8 @@ import socket
 from vring import GuestMemory, Region
 from vring.errors import MemoryLostError, RingError, VringError
 from vring_serial.device.base import VirtioDevice
-from vring_serial.errors import RemoteProtocolError
+from vring_serial.errors import RemoteProtocolError, StateError
+from vring_serial.keeping import Keeping
 from vring_serial.proto.framing import BadMessageError
 from vring_serial.proto.vhost_user import (
     F_PROTOCOL_FEATURES,
@@ -32,10 +33,11 @@ from vring_serial.proto.vhost_user import (
 )
 from vring_serial.proto.virtio import Feature, Status, feature_names
 from vring_serial.transport.event_fds import check_event_descriptor
-from vring_serial.transport.session import FatalError, Handler, Session, SessionContext
+from vring_serial.transport.repeatable import Handled
+from vring_serial.transport.session import SESSION, FatalError, Handler, Session, SessionContext
 from vring_serial.transport.vhost_user.channel import BackendChannel, CallRelay
-from vring_serial.transport.vhost_user.state import FrontendState, VringSetup
-from vring_serial.transport.vhost_user.vring import Vring
+from vring_serial.transport.vhost_user.state import FRONTEND, FrontendState, VringSetup
+from vring_serial.transport.vhost_user.vring import CALL, ERROR, KICK, Vring
 
 #: Regions that a frontend may map in all (ADD_MEM_REG).
 MAX_MEM_SLOTS = 64
@@ -43,6 +45,8 @@ MAX_MEM_SLOTS = 64
 POLL_INTERVAL = 0.002
 #: Bytes read in one turn of the loop.
 READ_SIZE = 4096
+#: Roles of descriptors (see Keeping), beside those of queues.
+MEMORY, CHANNEL = "memory.{}", "channel"
 
 _PROTOCOL_FEATURES_BIT = 1 << F_PROTOCOL_FEATURES
 _INBAND_NEEDS = ProtocolFeature.BACKEND_REQ | ProtocolFeature.REPLY_ACK
@@ -78,7 +82,9 @@ class VhostUserSession(Session[Message]):
         if packed:
             self._features_offered |= Feature.RING_PACKED
         self._memory = GuestMemory()
-        self._state = FrontendState(vrings=[VringSetup() for _ in range(device.num_queues)])
+        self._keeping = context.keeping
+        self._roles: set[str] = set()  # in which descriptors are kept
+        self._state = self._saved_state(context, device.num_queues)
         self._vrings = [
             Vring(index, setup, device, context.closer)
             for index, setup in enumerate(self._state.vrings)
@@ -87,7 +93,15 @@ class VhostUserSession(Session[Message]):
         self._calls = CallRelay(self._call_inband)
         self._poll_timer: asyncio.TimerHandle | None = None
         self._handlers = self._handler_table()
-        super().__init__(sock, VhostUserParser(Request), context, read_size=READ_SIZE)
+        super().__init__(
+            sock,
+            VhostUserParser(Request),
+            context,
+            read_size=READ_SIZE,
+            handled=self._state.handled,
+        )
+        if context.resumed:  # in the loop's next turn: the server knows the session then
+            self._loop.call_soon(self._resume)
 
     # --- what the device tells ------------------------------------------------------------------
 
@@ -107,11 +121,83 @@ class VhostUserSession(Session[Message]):
         if self._has(ProtocolFeature.STATUS):
             self.config_changed()
 
+    # --- what a successor of this process needs -------------------------------------------------
+
+    def _saved_state(self, context: SessionContext, queues: int) -> FrontendState:
+        """Return what a predecessor left, or a new state. Raises StateError."""
+        saved = context.keeping.read(SESSION) if context.keeping and context.resumed else None
+        if saved is None:
+            return FrontendState(vrings=[VringSetup() for _ in range(queues)])
+        state = FRONTEND.unpack(saved)
+        if len(state.vrings) != queues:
+            raise StateError(f"it has {len(state.vrings)} queues, and the device has {queues}")
+        if len(state.regions) != len(state.serials) or len(state.regions) > MAX_MEM_SLOTS:
+            raise StateError(f"{len(state.regions)} regions, {len(state.serials)} descriptors")
+        return state
+
+    def _resume(self) -> None:
+        """Go on where a predecessor ended; if that cannot be, the session ends."""
+        keeping = self._keeping
+        assert keeping is not None
+        if self._closed:
+            return
+        try:
+            self._memory = GuestMemory(
+                [
+                    self._map_kept(keeping, region, serial)
+                    for region, serial in zip(self._state.regions, self._state.serials, strict=True)
+                ]
+            )
+            self._roles = {MEMORY.format(serial) for serial in self._state.serials}
+            for vring in self._vrings:
+                vring.resume(keeping, self._memory)
+                self._roles |= set(vring.roles)
+            if (fd := keeping.take(CHANNEL)) is not None:
+                self._open_channel(fd, resumed=True)
+            self._run_all()
+        except (StateError, RemoteProtocolError, VringError, OSError) as error:
+            self.send_away(f"what the process before left cannot be gone on with: {error}")
+            return
+        self._greeted()
+        for vring in self._vrings:
+            if vring.running:
+                vring.call()
+
+    def _map_kept(self, keeping: Keeping, region: MemoryRegion, serial: int) -> Region:
+        fd = keeping.take(MEMORY.format(serial))
+        if fd is None:
+            raise StateError("guest memory is not there")
+        try:
+            return self._map(region, fd)
+        finally:
+            self._closer.close([fd])
+
+    def _keep(self, role: str, fd: int) -> None:
+        """Keep a descriptor until :meth:`_record` finds that it is not in use."""
+        if self._keeping is not None:
+            self._keeping.keep(role, fd)
+            self._roles.add(role)
+
+    def _record(self, handled: Handled) -> None:
+        assert self._keeping is not None
+        self._state.handled = handled
+        self._keeping.write(SESSION, FRONTEND.pack(self._state))
+        used = {MEMORY.format(serial) for serial in self._state.serials}
+        used.update(role for vring in self._vrings for role in vring.roles)
+        if self._channel is not None and not self._channel.closed:
+            used.add(CHANNEL)
+        for role in self._roles - used:
+            self._keeping.drop(role)
+        self._roles &= used
+
     # --- what a session needs -------------------------------------------------------------------
 
     def _release(self) -> None:
         if self._poll_timer is not None:
             self._poll_timer.cancel()
+        for role in self._roles:
+            assert self._keeping is not None
+            self._keeping.drop(role)
         for vring in self._vrings:
             vring.reset()
         self._memory = GuestMemory()
@@ -262,11 +348,18 @@ class VhostUserSession(Session[Message]):
             raise RemoteProtocolError("BACKEND_REQ was not negotiated")
         if self._channel is not None:
             self._channel.close()
-        acks = self._has(ProtocolFeature.REPLY_ACK)
+        self._open_channel(fds[0])
+        self._keep(CHANNEL, fds.pop(0))
+
+    def _open_channel(self, fd: int, *, resumed: bool = False) -> None:
         self._channel = BackendChannel(
-            fds[0], acks=acks, name=self._name, log=self._log, closer=self._closer
+            fd,
+            acks=self._has(ProtocolFeature.REPLY_ACK),
+            name=self._name,
+            log=self._log,
+            closer=self._closer,
+            resumed=resumed,
         )
-        fds.clear()
 
     # --- the device -----------------------------------------------------------------------------
 
@@ -326,7 +419,14 @@ class VhostUserSession(Session[Message]):
     def _set_mem_table(self, table: MemoryTable, fds: list[int]) -> None:
         pairs = zip(table.regions, fds, strict=True)
         memory = GuestMemory([self._map(region, fd) for region, fd in pairs])
-        self._set_memory(memory, list(table.regions))
+        self._set_memory(memory, list(table.regions), [self._keep_memory(fd) for fd in fds])
+
+    def _keep_memory(self, fd: int) -> int:
+        """Keep a region's descriptor; return the number that it has."""
+        serial = self._state.next_serial
+        self._state.next_serial += 1
+        self._keep(MEMORY.format(serial), fd)
+        return serial
 
     def _get_max_mem_slots(self, _: Empty, fds: list[int]) -> U64:
         return U64(MAX_MEM_SLOTS)
@@ -335,19 +435,28 @@ class VhostUserSession(Session[Message]):
         if len(self._state.regions) >= MAX_MEM_SLOTS:
             raise RemoteProtocolError(f"all {MAX_MEM_SLOTS} memory slots are taken")
         memory = self._memory.with_region(self._map(added.region, fds[0]))
-        self._set_memory(memory, [*self._state.regions, added.region])
+        serials = [*self._state.serials, self._keep_memory(fds[0])]
+        self._set_memory(memory, [*self._state.regions, added.region], serials)
 
     def _rem_mem_reg(self, removed: SingleRegion, fds: list[int]) -> None:
         address = removed.region.guest_address
         memory = self._memory.without_region(address, removed.region.size)
-        left = [region for region in self._state.regions if region.guest_address != address]
-        self._set_memory(memory, left)
+        left = [
+            (region, serial)
+            for region, serial in zip(self._state.regions, self._state.serials, strict=True)
+            if region.guest_address != address
+        ]
+        regions, serials = [region for region, _ in left], [serial for _, serial in left]
+        self._set_memory(memory, regions, serials)
 
-    def _set_memory(self, memory: GuestMemory, regions: list[MemoryRegion]) -> None:
+    def _set_memory(
+        self, memory: GuestMemory, regions: list[MemoryRegion], serials: list[int]
+    ) -> None:
         """Exchange the memory under the running queues; user addresses are translated anew."""
         self._stop_all()
         self._memory = memory
         self._state.regions = regions
+        self._state.serials = serials
         self._run_all()
 
     # --- queues ---------------------------------------------------------------------------------
@@ -380,6 +489,7 @@ class VhostUserSession(Session[Message]):
         vring = self._vring(descriptor.index)
         if fds:
             check_event_descriptor(fds[0], writable=False)
+            self._keep(KICK.format(vring.index), fds[0])
         vring.stop()
         vring.set_kick(fds.pop() if fds else -1, polled=descriptor.no_fd)
         self._run(vring)
@@ -388,12 +498,14 @@ class VhostUserSession(Session[Message]):
         vring = self._vring(descriptor.index)
         if fds:
             check_event_descriptor(fds[0], writable=True)
+            self._keep(CALL.format(vring.index), fds[0])
         vring.set_call(fds.pop() if fds else -1)
 
     def _set_vring_err(self, descriptor: VringDescriptor, fds: list[int]) -> None:
         vring = self._vring(descriptor.index)
         if fds:
             check_event_descriptor(fds[0], writable=True)
+            self._keep(ERROR.format(vring.index), fds[0])
         vring.set_error(fds.pop() if fds else -1)
 
     def _set_vring_enable(self, state: VringState, fds: list[int]) -> None:

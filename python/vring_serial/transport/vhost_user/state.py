@@ -10,6 +10,8 @@ from vring_serial.proto.vhost_user import (
     ProtocolFeature,
     VringAddress,
 )
+from vring_serial.saving import StateFormat
+from vring_serial.transport.repeatable import Handled
 
 NO_FEATURES = ProtocolFeature(0)
 
@@ -31,6 +33,7 @@ class VringSetup:
         started: a kick descriptor or a kick has come since the ring was stopped.
         polled: the frontend does not kick.
         called: SET_VRING_CALL has come.
+        running: the device has the ring, which says itself where it is.
     """
 
     size: int = 0
@@ -42,6 +45,7 @@ class VringSetup:
     started: bool = False
     polled: bool = False
     called: bool = False
+    running: bool = False
 
 
 @dataclass(slots=True)
@@ -53,16 +57,26 @@ class FrontendState:
         protocol_features: those in use.
         paused: the status was last set to 0, and reads as 0 whatever the device's is.
         regions: guest memory, in the order in which it was mapped.
+        serials: for each region the number under which its descriptor is kept.
+        next_serial: the number of the next one.
         vrings: one setup for each queue of the device.
+        handled: the message that was handled last, if it may still be in the socket.
     """
 
     features: int = 0
     protocol_features: ProtocolFeature = NO_FEATURES
     paused: bool = False
     regions: list[MemoryRegion] = field(default_factory=list)
+    serials: list[int] = field(default_factory=list)
+    next_serial: int = 0
     vrings: list[VringSetup] = field(default_factory=list)
+    handled: Handled = field(default_factory=Handled)
 
     @property
     def rings_start_disabled(self) -> bool:
         """Whether queues need SET_VRING_ENABLE: so if protocol features were negotiated."""
         return bool(self.features >> F_PROTOCOL_FEATURES & 1)
+
+
+#: How the state is written down for a successor of this process.
+FRONTEND = StateFormat("vhost-user frontend", 1, FrontendState)

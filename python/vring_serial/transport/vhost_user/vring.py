@@ -9,7 +9,8 @@ from vring import layout as ring
 from vring.errors import AddressError
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.virtqueue import FRESH_PACKED_INDEX, RunningQueue, make_queue
-from vring_serial.errors import RemoteProtocolError
+from vring_serial.errors import RemoteProtocolError, StateError
+from vring_serial.keeping import Keeping
 from vring_serial.proto.vhost_user import VringAddress
 from vring_serial.transport.closer import Closer
 from vring_serial.transport.vhost_user.state import VringSetup
@@ -19,6 +20,9 @@ _SPLIT_ALIGNMENTS = (ring.DESC_ALIGN, ring.AVAIL_ALIGN, ring.USED_ALIGN)
 _PACKED_ALIGNMENTS = (ring.DESC_ALIGN, ring.EVENT_ALIGN, ring.EVENT_ALIGN)
 _SPLIT_AREAS = ("descriptor table", "available ring", "used ring")
 _PACKED_AREAS = ("descriptor ring", "driver event suppression", "device event suppression")
+
+#: Roles of a queue's descriptors (see Keeping).
+KICK, CALL, ERROR = "kick.{}", "call.{}", "error.{}"
 
 
 class Vring:
@@ -49,6 +53,7 @@ class Vring:
         # The device keeps the number of the call descriptor while the ring runs, and frontends
         # change the descriptor under it: the number stays, what it stands for is exchanged.
         self._call_fd = -1
+        self._call_given = False  # by the frontend
         self._error_fd = -1
 
     def __repr__(self) -> str:
@@ -58,6 +63,42 @@ class Vring:
     def running(self) -> bool:
         """Whether the device has it."""
         return self._queue is not None
+
+    @property
+    def roles(self) -> list[str]:
+        """In which roles descriptors of the frontend's are kept for a successor."""
+        given = {
+            KICK: self._kick_fd >= 0 and not self._kick_ours,
+            CALL: self._call_given,
+            ERROR: self._error_fd >= 0,
+        }
+        return [role.format(self.index) for role, is_given in given.items() if is_given]
+
+    def resume(self, keeping: Keeping, memory: GuestMemory) -> None:
+        """Take the descriptors that a predecessor left, and find out where its ring was.
+
+        Raises:
+            StateError: it cannot be known.
+            AddressError: the ring is not in guest memory.
+        """
+        setup = self.setup
+        kick, call, error = (keeping.take(role.format(self.index)) for role in (KICK, CALL, ERROR))
+        if setup.started:
+            self.set_kick(-1 if kick is None else kick, polled=setup.polled)
+        if setup.called and call is not None:
+            self.set_call(call)
+        else:
+            setup.called = False
+        self.set_error(-1 if error is None else error)
+        if setup.running:
+            setup.running = False
+            if setup.packed:
+                raise StateError(f"{self}: a packed ring does not say where it is")
+            if setup.address is None or not setup.size:
+                raise StateError(f"{self}: runs, and is not set up")
+            # Chains are completed in order, so nothing before is in flight, and nothing after used.
+            used = self._translate(memory, setup.address)[2]
+            setup.base = memory.load16(used + ring.USED_INDEX)
 
     def may_run(self, enabled: bool) -> bool:
         """Return whether it is started and enabled; ``enabled`` counts without SET_VRING_ENABLE."""
@@ -109,6 +150,7 @@ class Vring:
     def set_call(self, fd: int) -> None:
         """Take ``fd`` over, also while the ring runs; -1 when the frontend polls."""
         self.setup.called = True
+        self._call_given = fd >= 0
         new = make_eventfd() if fd < 0 else fd
         if self._call_fd < 0:
             self._call_fd = new
@@ -133,6 +175,11 @@ class Vring:
         if self._kick_ours:
             notify(self._kick_fd)
         return self._kick_ours
+
+    def call(self) -> None:
+        """Tell the driver, in case a predecessor owed it that."""
+        if self._call_fd >= 0:
+            notify(self._call_fd)
 
     def report_error(self) -> bool:
         """Signal that the ring broke; return False if the frontend gave no descriptor for that."""
@@ -187,12 +234,14 @@ class Vring:
             self._call_fd = make_eventfd()
         self._device.start_queue(self.index, RunningQueue(queue, self._kick_fd, self._call_fd))
         self._queue = queue
+        self.setup.running = True
         return True
 
     def stop(self) -> None:
         """Take the ring back from the device; it stays as it is configured."""
         if self._queue is not None:
             queue, self._queue = self._queue, None
+            self.setup.running = False
             self.setup.base = self._device.stop_queue(self.index)
             self.setup.used = queue.used_index if self.setup.packed else None
 
@@ -211,6 +260,7 @@ class Vring:
         self.setup.started = self.setup.polled = self.setup.called = False
         self._close([self._kick_fd, self._call_fd])
         self._kick_fd = self._call_fd = -1
+        self._call_given = False
         self._kick_ours = False
 
     def forget_driver(self) -> None:
