@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -99,20 +99,31 @@ class CommandGroup(click.Group):
         arguments = list(sys.argv[1:] if args is None else args)
         debug = "--debug" in arguments[: _command_position(arguments)]
         extra["standalone_mode"] = False
-        try:
-            status = super().main(arguments, prog_name or "vring", **extra)
-        except click.exceptions.Exit as exit_:
-            status = exit_.exit_code
-        except click.ClickException as error:
-            _show(error)
-            status = error.exit_code
-        except (click.Abort, KeyboardInterrupt):
-            status = STATUS_INTERRUPTED
-        except Exception as error:
-            if debug:
-                _say(traceback.format_exc().rstrip())
-            status = _report(error)
-        sys.exit(status if isinstance(status, int) else 0)
+        run = super().main
+        sys.exit(status_of(lambda: run(arguments, prog_name or "vring", **extra), debug=debug))
+
+
+def status_of(work: Callable[[], object], *, debug: bool = False) -> int:
+    """Do ``work``; return the exit status, after telling what went wrong on standard error.
+
+    Args:
+        work: returns the status, or anything else for 0.
+        debug: show the traceback of an error too.
+    """
+    try:
+        status = work()
+    except click.exceptions.Exit as exit_:
+        status = exit_.exit_code
+    except click.ClickException as error:
+        _show(error)
+        status = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        status = STATUS_INTERRUPTED
+    except Exception as error:
+        if debug:
+            _say(traceback.format_exc().rstrip())
+        status = _report(error)
+    return status if isinstance(status, int) else 0
 
 
 class PathName(click.ParamType[str]):

@@ -36,7 +36,8 @@ class LineWriter:
         self._torn = False  # what was written last is half a line
         self._closed = False
         self._changed = threading.Condition()
-        threading.Thread(target=self._run, name="log", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+        self._thread.start()
 
     def put(self, line: bytes) -> None:
         """Queue ``line``, which ends in a newline, or drop it."""
@@ -58,6 +59,11 @@ class LineWriter:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+
+    def join(self, timeout: float) -> bool:
+        """Wait for the end of the thread after :meth:`close`; return whether it came in time."""
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
 
     def _idle(self) -> bool:
         return self._failing or not (self._lines or self._dropped or self._busy)

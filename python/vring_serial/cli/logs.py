@@ -8,11 +8,13 @@ In JSON a line is one object. Every one has the keys ``time`` (ISO 8601, UTC), `
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import fcntl
 import json
 import logging
 import os
+import select
 import stat
 import sys
 from collections.abc import Callable
@@ -91,6 +93,11 @@ class LineHandler(logging.Handler):
         self._writer.close()
         super().close()
 
+    def end(self) -> bool:
+        """Close, and wait up to FLUSH_SECONDS for the thread; return whether it has ended."""
+        self.close()
+        return self._writer.join(FLUSH_SECONDS)
+
     def reopen(self) -> None:
         """Reopen the file at its path. On ResourceError the old file stays in use."""
         if self._path is not None:
@@ -148,6 +155,32 @@ def configure(level: str, *, as_json: bool, path: str | None = None) -> None:
     # Python's own messages must not block on standard error either.
     logging.captureWarnings(True)
     sys.unraisablehook = _unraisable
+
+
+def end() -> bool:
+    """Log nothing more, and end the thread that writes; return whether it has ended.
+
+    It has not if the log's reader has stopped.
+    """
+    global _handler
+    handler, _handler = _handler, None
+    if handler is None:
+        return True
+    logging.getLogger().handlers[:] = []
+    return handler.end()
+
+
+def write_now(level: int, event: str, message: str, *, as_json: bool, **fields: object) -> None:
+    """Write a record to standard error without a thread; it is dropped if that would block."""
+    formatter = JsonFormatter() if as_json else TextFormatter()
+    extra = {"event": event, "fields": fields}
+    record = _logger.makeRecord(_logger.name, level, "", 0, "%s", (message,), None, extra=extra)
+    line = f"{formatter.format(record)}\n".encode(errors="backslashreplace")
+    poll = select.poll()
+    poll.register(2, select.POLLOUT)
+    with contextlib.suppress(OSError):
+        if any(events & select.POLLOUT for _, events in poll.poll(0)):
+            os.write(2, line[: select.PIPE_BUF])
 
 
 def reopen() -> None:

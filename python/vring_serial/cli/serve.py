@@ -110,6 +110,11 @@ from vring_serial.errors import ConfigError
     help="Share the agent behind the spicevmc port with `vring agent` on this unix socket.",
 )
 @click.option(
+    "--keeper",
+    is_flag=True,
+    help="Hold sockets and state in a process of its own, so that the one that serves may die.",
+)
+@click.option(
     "--pid-file", type=PATH, metavar="FILE", help="Write the process id here while serving."
 )
 @click.option(
@@ -142,6 +147,7 @@ def serve_command(
     channel_directory: str | None,
     inband_notifications: bool,
     busy_poll: int,
+    keeper: bool,
     pid_file: str | None,
     agent_socket: str | None,
     log_level: str,
@@ -195,6 +201,10 @@ def serve_command(
         packed=packed,
         vectors=vectors,
     )
+    if keeper:
+        from vring_serial.cli.kept import LogSettings, serve_kept
+
+        raise SystemExit(serve_kept(topology, settings, LogSettings(log_level, json_log, log_file)))
     run(serve(topology, settings))
 
 

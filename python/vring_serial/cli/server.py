@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import resource
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from vring_serial.cli import logs
@@ -19,6 +20,7 @@ from vring_serial.config.topology import ControllerConfig, Topology
 from vring_serial.device.console.controller import Controller
 from vring_serial.device.console.loop_pump import LoopPump
 from vring_serial.errors import ConfigError, ResourceError
+from vring_serial.keeping import Keeping
 from vring_serial.transport.vfio_user.server import VfioUserServer
 from vring_serial.transport.vhost_user.backend import VhostUserBackend
 from vring_serial.unix_socket import check_can_listen
@@ -54,8 +56,19 @@ class Settings:
     vectors: int | None = None
 
 
-async def serve(topology: Topology, settings: Settings) -> None:
+async def serve(
+    topology: Topology,
+    settings: Settings,
+    keeping: Keeping | None = None,
+    on_serving: Callable[[], None] = lambda: None,
+) -> None:
     """Serve until the first SIGINT or SIGTERM; the second ends the process at once.
+
+    Args:
+        topology: what to serve.
+        settings: how.
+        keeping: where what a successor of this process needs is kept, and what a predecessor left.
+        on_serving: called when everything has started.
 
     Raises:
         ConfigError: a host end or a device cannot be as it was asked for.
@@ -66,7 +79,8 @@ async def serve(topology: Topology, settings: Settings) -> None:
     stop = stop_on_signals(lambda: _reload(controllers))
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(pid_file(settings.pid_file))
-        if await finished_before(stop, _start(topology, settings, controllers, stack)):
+        if await finished_before(stop, _start(topology, settings, controllers, stack, keeping)):
+            on_serving()
             emit(logging.INFO, "serving", "serving; SIGINT or SIGTERM stops", pid=os.getpid())
             await stop.wait()
         emit(logging.INFO, "stopping", "stopping")
@@ -97,12 +111,13 @@ async def _start(
     settings: Settings,
     controllers: list[Controller],
     stack: contextlib.AsyncExitStack,
+    keeping: Keeping | None,
 ) -> None:
     """Start everything, host ends first; ``stack`` stops it in the opposite order.
 
     ``controllers`` gets all of them.
     """
-    if settings.vfio_user or not settings.connect:
+    if keeping is None and (settings.vfio_user or not settings.connect):
         for socket in settings.sockets:  # before the log tells of ports that nobody will reach
             check_can_listen(socket)
     pump = stack.enter_context(LoopPump(settings.busy_poll)).pump
@@ -116,11 +131,21 @@ async def _start(
         for config in topology.controllers
     ]
     backends = [
-        _make_backend(config, controller, socket, settings)
-        for config, controller, socket in zip(
-            topology.controllers, controllers, settings.sockets, strict=True
+        _make_backend(
+            config,
+            controller,
+            socket,
+            settings,
+            None if keeping is None else keeping.scoped(f"frontend-{number}"),
+        )
+        for number, (config, controller, socket) in enumerate(
+            zip(topology.controllers, controllers, settings.sockets, strict=True)
         )
     ]
+    if keeping is not None:
+        for controller in controllers:
+            for port in controller.ports.values():
+                port.chardev.keeping = keeping.scoped(f"chardev-{port.chardev.id}")
     agents.start()
     if (device := spice.agent_device()) is not None:
         agents.share_with_server(device)
@@ -145,7 +170,11 @@ async def _start(
 
 
 def _make_backend(
-    config: ControllerConfig, controller: Controller, socket: str, settings: Settings
+    config: ControllerConfig,
+    controller: Controller,
+    socket: str,
+    settings: Settings,
+    keeping: Keeping | None,
 ) -> VhostUserBackend | VfioUserServer:
     packed = settings.packed if config.packed is None else config.packed
     try:
@@ -164,6 +193,7 @@ def _make_backend(
             listen=not settings.connect,
             inband_notifications=settings.inband_notifications,
             packed=packed,
+            keeping=keeping,
         )
     except ConfigError as error:
         option = "--vfio-user" if settings.vfio_user else "--vhost-user"
