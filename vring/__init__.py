@@ -39,7 +39,7 @@ from vring.notification import NotificationData
 if TYPE_CHECKING:
     from vring import _layout as layout
     from vring._chains import Batch, Chain
-    from vring._core import VirtQueue
+    from vring._core import RECORD_SIZE, VirtQueue
     from vring._driver import Driver, need_event
     from vring._guard import MemoryWatch
     from vring._memory import GuestMemory, Region
@@ -59,6 +59,7 @@ __all__ = [
     "SplitQueue",
     "PackedQueue",
     "VirtQueue",
+    "RECORD_SIZE",
     "Batch",
     "Chain",
     "SplitDriver",
@@ -111,7 +112,7 @@ if not TYPE_CHECKING:  # type checkers take the imports above
         {
             "vring._split": "SplitQueue",
             "vring._packed": "PackedQueue",
-            "vring._core": "VirtQueue",
+            "vring._core": "RECORD_SIZE VirtQueue",
             "vring._chains": "Batch Chain",
             "vring._split_driver": "SplitDriver",
             "vring._packed_driver": "PackedDriver",

@@ -7,6 +7,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from vring._chains cimport Batch, Chain
 from vring._memory cimport GuestMemory, VR_HINTS, vr_map
+from vring._record cimport vr_record
 from vring._walk cimport vr_chain
 from vring._wire cimport iovec
 
@@ -39,6 +40,11 @@ cdef class VirtQueue:
     # Who alone may use the queue now, else NULL: the Flow of a pump. Python's methods refuse then;
     # the *_c methods do not look.
     cdef void* holder
+    # Where the queue is, for a successor of this process; NULL: there is none. `accounted` is for the
+    # next push_c: bytes of the chains from the oldest on that were taken or given in all.
+    cdef vr_record* record
+    cdef const uint8_t[::1] _record_owner
+    cdef uint64_t accounted
     cdef uint64_t[3] areas                  # guest addresses of descriptors, driver's and device's
     cdef Batch _spare_batch
     cdef Batch _older_batch
@@ -86,6 +92,10 @@ cdef class VirtQueue:
 
     cdef int locate_rings(self, GuestMemory memory) except -1
     cdef void restart(self) noexcept
+    cdef int take_record(self, object record) except -1
+    cdef uint64_t left_after(
+        self, const vr_chain* chains, const uint32_t* written, uint32_t n
+    ) noexcept nogil
     cdef uint8_t* locate(
         self, GuestMemory memory, uint64_t address, uint64_t length, uint64_t align, str what
     ) except NULL

@@ -2,11 +2,13 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from typing_extensions import disjoint_base
+from typing_extensions import Buffer, disjoint_base
 
 from vring._chains import Batch, Chain
 from vring._memory import GuestMemory
 from vring.errors import RingError
+
+RECORD_SIZE: int
 
 @disjoint_base
 class VirtQueue:
@@ -24,6 +26,8 @@ class VirtQueue:
         index: int | None = None,
         used_index: int | None = None,
         name: str = "queue",
+        record: Buffer | None = None,
+        resume: bool = False,
     ) -> None: ...
     @property
     def name(self) -> str: ...

@@ -27,6 +27,9 @@ cdef enum:
     BATCH_SEGMENTS = 1024
     CHAIN_SEGMENTS = 16
 
+#: Bytes of a queue's record.
+RECORD_SIZE = sizeof(vr_record)
+
 _FAULTS = {
     FAULT_AVAIL_INDEX: (AvailableIndexError, "the driver made more available than the queue has"),
     FAULT_HEAD: (HeadError, "the available ring names a head outside the descriptor table"),
@@ -59,18 +62,23 @@ cdef class VirtQueue:
         index: what `avail_index` starts from; default: that of a fresh ring.
         used_index: what `used_index` starts from; default: `index`, so nothing is in flight.
         name: what errors call the queue.
+        record: RECORD_SIZE bytes, writable and aligned to 8, of memory that outlives this process:
+            where the queue writes how far it is. None: a killed process leaves that unknown.
+        resume: go on where the process ended that had `record` before; `index` and `used_index` do
+            not count then.
 
     Attributes:
         name, size, event_idx, indirect, in_order: as given; read-only.
 
     Raises:
         AddressError: an area is misaligned or not in one region of memory.
-        LocalMisuseError: an impossible size or index.
+        LocalMisuseError: an impossible size or index; a record that cannot be one.
     """
 
     def __cinit__(
         self, GuestMemory memory not None, size, desc, avail, used, *, event_idx=False,
-        indirect=False, in_order=False, index=None, used_index=None, name="queue"
+        indirect=False, in_order=False, index=None, used_index=None, name="queue", record=None,
+        resume=False
     ):
         cdef int i
         size = PyNumber_Index(size)
@@ -87,10 +95,14 @@ cdef class VirtQueue:
             if not 0 <= at <= UINT64_MAX:
                 raise LocalMisuseError(f"{name}: {at:#x} is not an address of 64 bits")
             self.areas[i] = at
+        if record is not None:
+            self.take_record(record)
+        elif resume:
+            raise LocalMisuseError(f"{name}: there is no record to go on from")
 
     def __init__(
         self, memory, size, desc, avail, used, *, event_idx=False, indirect=False, in_order=False,
-        index=None, used_index=None, name="queue"
+        index=None, used_index=None, name="queue", record=None, resume=False
     ):
         if type(self) is VirtQueue:
             raise TypeError("VirtQueue is abstract: make a SplitQueue or a PackedQueue")
@@ -140,6 +152,30 @@ cdef class VirtQueue:
         raise NotImplementedError
 
     # --- common to all
+
+    cdef int take_record(self, object record) except -1:
+        cdef uint8_t[::1] view = record
+        if view.shape[0] < <Py_ssize_t>sizeof(vr_record) or <size_t>&view[0] % 8:
+            raise LocalMisuseError(
+                f"{self.name}: a record has {sizeof(vr_record)} bytes, aligned to 8"
+            )
+        self._record_owner = view
+        self.record = <vr_record*>&view[0]
+        return 0
+
+    cdef uint64_t left_after(
+        self, const vr_chain* chains, const uint32_t* written, uint32_t n
+    ) noexcept nogil:
+        """What remains of `accounted` after the next n chains, and forgets it."""
+        cdef uint64_t left = self.accounted, bytes
+        cdef uint32_t i
+        for i in range(n):
+            if left == 0:
+                break
+            bytes = written[i] if written != NULL else chains[i].readable_bytes
+            left -= min(left, bytes)
+        self.accounted = 0
+        return left
 
     cdef uint16_t check_index(self, object index) except? 0:
         index = PyNumber_Index(index)

@@ -80,6 +80,7 @@ cdef struct vr_flow:
     uint32_t offered            # incoming: most buffers the driver had available at once
     uint64_t room               # bytes to try at once: what the descriptor took lately, and more
     uint64_t skip               # bytes of the first available chain that the descriptor took
+    uint64_t owed               # bytes that a predecessor moved and did not complete
     uint64_t busy_ns            # how long to poll the queue before asking for kicks
     uint64_t poll_until         # ns
     vr_backlog backlog

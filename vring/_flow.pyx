@@ -20,6 +20,7 @@ from vring._linux cimport (
     errno, ioctl, msghdr, readv, recv, recvmsg, sendmsg, vr_count, vr_note, vr_now, writev
 )
 from vring._notify cimport notify_any
+from vring._record cimport vr_record, vr_recorded_call, vr_set_record
 from vring._sampler cimport sampler_call_waits, sampler_goes_on
 from vring._segments cimport (
     backlog_add, backlog_cut, backlog_drop, backlog_segments, strip_copy, strip_cut, strip_mend,
@@ -98,13 +99,19 @@ cdef uint64_t gather(
 
 # --- system calls; a negative answer is -errno
 
-cdef ssize_t put(const vr_fd* fd, const vr_strip* strip, uint64_t total) noexcept nogil:
+cdef ssize_t put(
+    const vr_fd* fd, const vr_strip* strip, uint64_t total, vr_record* record
+) noexcept nogil:
     cdef msghdr message
     cdef ssize_t done
     if fd.kind == FD_NONE:
         return total
     while True:
-        if fd.kind == FD_SOCKET:
+        if fd.kind == FD_SOCKET and record != NULL:
+            done = vr_recorded_call(
+                record, False, fd.number, strip.at, strip.n, MSG_DONTWAIT | MSG_NOSIGNAL
+            )
+        elif fd.kind == FD_SOCKET:
             message = msghdr(msg_iov=strip.at, msg_iovlen=strip.n)
             done = sendmsg(fd.number, &message, MSG_DONTWAIT | MSG_NOSIGNAL)
         else:
@@ -115,11 +122,13 @@ cdef ssize_t put(const vr_fd* fd, const vr_strip* strip, uint64_t total) noexcep
             return -errno
 
 
-cdef ssize_t get(const vr_fd* fd, const vr_strip* strip) noexcept nogil:
+cdef ssize_t get(const vr_fd* fd, const vr_strip* strip, vr_record* record) noexcept nogil:
     cdef msghdr message
     cdef ssize_t done
     while True:
-        if fd.kind == FD_SOCKET:
+        if fd.kind == FD_SOCKET and record != NULL:
+            done = vr_recorded_call(record, True, fd.number, strip.at, strip.n, MSG_DONTWAIT)
+        elif fd.kind == FD_SOCKET:
             message = msghdr(msg_iov=strip.at, msg_iovlen=strip.n)
             done = recvmsg(fd.number, &message, MSG_DONTWAIT)
         else:
@@ -264,15 +273,49 @@ cdef bint wait_for_chains(vr_flow* flow) noexcept nogil:
     )
 
 
+# --- what a successor of this process must know
+
+cdef void account(vr_flow* flow, uint64_t bytes) noexcept nogil:
+    """Tells the queue how many bytes of the oldest chains the descriptor took or gave."""
+    (<VirtQueue>flow.queue).accounted = bytes
+
+
+cdef void record_skip(vr_flow* flow) noexcept nogil:
+    """Records that the descriptor took a part of a chain, and no whole one."""
+    cdef vr_record* record = (<VirtQueue>flow.queue).record
+    (<VirtQueue>flow.queue).accounted = 0
+    if record != NULL:
+        vr_set_record(record, record.position, flow.skip)
+
+
+cdef void settle_owed(vr_flow* flow, vr_tables* tables) noexcept nogil:
+    """Completes what a predecessor moved and did not complete."""
+    cdef uint64_t owed = flow.owed
+    cdef int n
+    flow.owed = 0
+    flow.room = <uint64_t>-1
+    n = take(flow, tables, CHAINS)
+    flow.room = TURN_BYTES
+    if n <= 0:
+        record_skip(flow)       # the driver took back what it had offered
+    elif flow.incoming:
+        deliver(flow, tables, n, owed)
+    else:
+        settle(flow, tables, n, owed)
+
+
 # --- guest to host
 
 cdef void settle(vr_flow* flow, const vr_tables* tables, uint32_t n, uint64_t taken) noexcept nogil:
     """Completes the chains within the first `taken` bytes of a batch and gives back the others."""
     cdef uint32_t done = 0
+    account(flow, taken)
     while done < n and taken >= tables.chains[done].readable_bytes:
         taken -= tables.chains[done].readable_bytes
         done += 1
     flow.skip = taken if done < n else 0
+    if done == 0:
+        record_skip(flow)
     complete(flow, tables, NULL, done)
     give_back(flow, n - done)
 
@@ -296,7 +339,8 @@ cdef void put_failed(vr_flow* flow, int error) noexcept nogil:
 
 
 cdef uint64_t put_some(
-    vr_flow* flow, const vr_tables* tables, const vr_strip* strip, uint64_t total
+    vr_flow* flow, const vr_tables* tables, const vr_strip* strip, uint64_t total,
+    vr_record* record
 ) noexcept nogil:
     """Writes to the descriptor; the bytes it took, all of them unless it is full or fails."""
     cdef ssize_t done
@@ -309,9 +353,9 @@ cdef uint64_t put_some(
         staged.n = 1
         if memory_gone(flow, NULL):
             return 0
-        done = put(&flow.data, &staged, total)
+        done = put(&flow.data, &staged, total, record)
     else:
-        done = put(&flow.data, strip, total)
+        done = put(&flow.data, strip, total, record)
     if done == -EFAULT and memory_gone(flow, strip):
         return 0
     if done < 0:
@@ -332,7 +376,7 @@ cdef void flush(vr_flow* flow, const vr_tables* tables) noexcept nogil:
     cdef vr_strip strip
     strip.at = segments
     strip.n = backlog_segments(&flow.backlog, segments)
-    backlog_drop(&flow.backlog, put_some(flow, tables, &strip, flow.backlog.length))
+    backlog_drop(&flow.backlog, put_some(flow, tables, &strip, flow.backlog.length, NULL))
     if flow.backlog.length == 0:
         flow.overflowing = False
 
@@ -373,7 +417,7 @@ cdef uint64_t send_batch(vr_flow* flow, vr_tables* tables, uint32_t n) noexcept 
     part = strip
     if flow.ready and not flow.failed and not flow.backlog.length and total:
         asked = strip_cut(&part, total, TURN_BYTES)
-        done = put_some(flow, tables, &part, asked)
+        done = put_some(flow, tables, &part, asked, (<VirtQueue>flow.queue).record)
         strip_mend(&part)
         adapt(flow, asked, done)
         if done == asked and asked < total:
@@ -423,6 +467,7 @@ cdef int turn_out(vr_flow* flow, vr_tables* tables) noexcept nogil:
 cdef void deliver(vr_flow* flow, vr_tables* tables, uint32_t n, uint64_t length) noexcept nogil:
     """Completes the chains that `length` bytes went into and gives back the others."""
     cdef uint32_t used = 0, there
+    account(flow, length)
     while used < n and length:
         there = <uint32_t>min(length, <uint64_t>tables.chains[used].writable_bytes)
         tables.written[used] = there
@@ -442,7 +487,7 @@ cdef uint64_t receive_batch(vr_flow* flow, vr_tables* tables, uint32_t n) noexce
         complete(flow, tables, NULL, n)         # buffers for nothing: nothing is what they get
         return 0
     asked = strip_cut(&strip, asked, READ_BYTES)
-    done = get(&flow.data, &strip)
+    done = get(&flow.data, &strip, (<VirtQueue>flow.queue).record)
     if done > 0:
         vr_count(&flow.counters.bytes, done)
         adapt(flow, asked, done)
@@ -502,6 +547,8 @@ cdef int flow_turn(vr_flow* flow, vr_tables* tables) noexcept nogil:
     if flow.listening:
         flow.listening = False
         (<VirtQueue>flow.queue).disable_notifications_c()
+    if flow.owed:
+        settle_owed(flow, tables)
     after = turn_in(flow, tables) if flow.incoming else turn_out(flow, tables)
     if not sampler_call_waits(&flow.sampler, after == TURN_LATER):
         call_driver(flow)
@@ -523,6 +570,8 @@ cdef void flow_finish(vr_flow* flow, vr_tables* tables) noexcept nogil:
     cdef vr_strip strip
     cdef uint64_t total, skip
     unthrottle(flow)
+    if flow.owed and not flow.broken:
+        settle_owed(flow, tables)
     if flow.backlog.length:
         strip.at = segments
         strip.n = backlog_segments(&flow.backlog, segments)

@@ -4,6 +4,7 @@ cimport cython
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from vring._core cimport VirtQueue
+from vring._walk cimport vr_chain
 
 
 @cython.final
@@ -20,5 +21,9 @@ cdef class PackedQueue(VirtQueue):
     cdef uint32_t next_taken
 
     cdef void note_taken(self, uint32_t n, uint16_t slots) noexcept nogil
+    cdef int resume(self) except -1
+    cdef bint push_recorded(
+        self, const vr_chain* chains, const uint32_t* written, uint32_t n
+    ) noexcept nogil
     cdef bint ready(self) noexcept nogil
     cdef bint wanted(self, uint32_t slots) noexcept nogil

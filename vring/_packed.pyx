@@ -8,6 +8,9 @@ from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from vring._core cimport VR_BROKEN
 from vring._layout cimport DESC_ALIGN, DESC_SIZE, EVENT_ALIGN, EVENT_SIZE, PACKED_FLAGS, WRAP
 from vring._memory cimport GuestMemory, vr_lookup, vr_region
+from vring._record cimport (
+    VR_BOOKED, vr_book, vr_close_record, vr_record, vr_recorded_bytes, vr_set_record
+)
 from vring._walk cimport (
     FAULT_AVAIL_INDEX, FAULT_INDIRECT_ADDRESS, FAULT_INDIRECT_NESTED, FAULT_INDIRECT_NEXT,
     FAULT_NONE, FAULT_ORDER, FAULT_TOO_LONG, vr_add_buffer, vr_chain, vr_end_chain, vr_end_readable,
@@ -147,7 +150,7 @@ cdef class PackedQueue(VirtQueue):
     0x8000: slot 0, wrap counter 1.
     """
 
-    def __cinit__(self, *args, index=None, used_index=None, **features):
+    def __cinit__(self, *args, index=None, used_index=None, resume=False, **features):
         cdef uint32_t avail_at = WRAP if index is None else self.check_index(index)
         cdef uint32_t used_at = avail_at if used_index is None else self.check_index(used_index)
         self.next_avail = avail_at & ~<uint32_t>WRAP
@@ -162,6 +165,31 @@ cdef class PackedQueue(VirtQueue):
         if self.taken == NULL:
             raise MemoryError
         self.memory = self._memory
+        if resume:
+            self.resume()
+        elif self.record != NULL:
+            vr_set_record(self.record, self.used_index, 0)
+
+    cdef int resume(self) except -1:
+        """Goes on where the record says, and the ring confirms."""
+        cdef vr_record* record = self.record
+        cdef uint64_t at = record.position, left = vr_recorded_bytes(record)
+        cdef uint32_t flags
+        if at > 0xFFFF or (at & ~<uint64_t>WRAP) >= self.size:
+            raise LocalMisuseError(f"{self.name}: the record says {at:#x}, which is no place in it")
+        if record.state == VR_BOOKED:
+            flags = vr_load16_acquire(
+                self.ring + <size_t>(at & ~<uint64_t>WRAP) * DESC_SIZE + PACKED_FLAGS
+            )
+            if record.next_position == at or not is_available(flags, (at & WRAP) != 0):
+                at = record.next_position
+                left = record.next_left
+        if at > 0xFFFF or (at & ~<uint64_t>WRAP) >= self.size:
+            raise LocalMisuseError(f"{self.name}: the record says {at:#x}, which is no place in it")
+        self.next_avail = self.next_used = at & ~<uint64_t>WRAP
+        self.avail_wrap = self.used_wrap = (at & WRAP) != 0
+        vr_set_record(record, at, left)
+        return 0
 
     def __dealloc__(self):
         PyMem_RawFree(self.taken)
@@ -312,6 +340,8 @@ cdef class PackedQueue(VirtQueue):
         cdef bint wrap = self.used_wrap, first_wrap = wrap
         if n == 0:
             return False
+        if self.record != NULL:
+            return self.push_recorded(chains, written, n)
         for i in range(n):
             if i:
                 length = written[i] if written != NULL else 0
@@ -335,6 +365,41 @@ cdef class PackedQueue(VirtQueue):
         self.slots_in_flight -= slots
         self.pushed += n
         # What was used must be visible before the driver's wish is read, or both sides may sleep.
+        vr_fence()
+        return self.wanted(slots)
+
+    cdef bint push_recorded(
+        self, const vr_chain* chains, const uint32_t* written, uint32_t n
+    ) noexcept nogil:
+        """push_c chain by chain: whoever goes on after a half-published batch could not pop the
+        rest again, since used descriptors overwrite those of the driver.
+        """
+        cdef uint32_t slot = self.next_used, size = self.size, slots = 0, i, length, after
+        cdef bint wrap = self.used_wrap, after_wrap
+        cdef uint64_t left = self.accounted, bytes
+        self.accounted = 0
+        for i in range(n):
+            length = written[i] if written != NULL else 0
+            bytes = length if written != NULL else chains[i].readable_bytes
+            left -= min(left, bytes)
+            slots += chains[i].descriptors
+            after = slot + chains[i].descriptors
+            after_wrap = wrap
+            if after >= size:
+                after -= size
+                after_wrap = not wrap
+            vr_book(self.record, after | (WRAP if after_wrap else 0), left)
+            vr_write_packed_used(
+                self.ring + <size_t>slot * DESC_SIZE, length, chains[i].head,
+                used_flags(wrap, length)
+            )
+            vr_close_record(self.record)
+            slot = after
+            wrap = after_wrap
+        self.next_used = slot
+        self.used_wrap = wrap
+        self.slots_in_flight -= slots
+        self.pushed += n
         vr_fence()
         return self.wanted(slots)
 

@@ -363,6 +363,8 @@ cdef class Pump:
         flow.queue = queue
         flow.on_event = on_event
         flow.seat.flow.queue = <void*>queue
+        if queue.record != NULL:
+            flow.seat.flow.owed = queue.record.left
         flow.seat.flow.owner = <void*>flow
         return flow
 

@@ -13,3 +13,5 @@ cdef class SplitQueue(VirtQueue):
     cdef uint8_t* used
     cdef uint16_t next_avail
     cdef uint16_t next_used
+
+    cdef void resume(self) noexcept

@@ -11,6 +11,9 @@ from vring._layout cimport (
     used_event_at, used_size
 )
 from vring._memory cimport GuestMemory, vr_lookup, vr_region
+from vring._record cimport (
+    VR_BOOKED, vr_book, vr_close_record, vr_record, vr_recorded_bytes, vr_set_record
+)
 from vring._walk cimport (
     FAULT_AVAIL_INDEX, FAULT_FULL, FAULT_HEAD, FAULT_INDIRECT_ADDRESS, FAULT_INDIRECT_NESTED,
     FAULT_NEXT, FAULT_NONE, FAULT_ORDER, vr_add_buffer, vr_chain, vr_end_chain, vr_end_readable,
@@ -182,12 +185,28 @@ cdef class SplitQueue(VirtQueue):
     Its indices are of 16 bits and start at 0.
     """
 
-    def __cinit__(self, *args, index=None, used_index=None, **features):
+    def __cinit__(self, *args, index=None, used_index=None, resume=False, **features):
         if self.size & (self.size - 1):
             raise LocalMisuseError(f"{self.name}: size {self.size} is not a power of two")
         self.next_avail = 0 if index is None else self.check_index(index)
         self.next_used = self.next_avail if used_index is None else self.check_index(used_index)
         self.memory = self._memory
+        if resume:
+            self.resume()
+        elif self.record != NULL:
+            vr_set_record(self.record, self.next_used, 0)
+
+    cdef void resume(self) noexcept:
+        """Goes on where the ring says that it is; the record says of which bytes."""
+        cdef uint16_t used = vr_load16(self.used + USED_INDEX)
+        cdef vr_record* record = self.record
+        cdef uint64_t left = 0      # a ring that is elsewhere is not the one that was recorded
+        if record.state == VR_BOOKED and used == <uint16_t>record.next_position:
+            left = record.next_left
+        elif used == <uint16_t>record.position:
+            left = vr_recorded_bytes(record)
+        self.next_avail = self.next_used = used
+        vr_set_record(record, used, left)
 
     cdef int locate_rings(self, GuestMemory memory) except -1:
         cdef uint8_t* desc = self.locate(
@@ -316,9 +335,13 @@ cdef class SplitQueue(VirtQueue):
                 elements + USED_ENTRY * <size_t>((before + i) & mask), chains[i].head,
                 written[i] if written != NULL else 0
             )
+        if self.record != NULL:
+            vr_book(self.record, after, self.left_after(chains, written, n))
         vr_store16_release(self.used + USED_INDEX, after)
         self.next_used = after
         self.pushed += n
+        if self.record != NULL:
+            vr_close_record(self.record)
         # The index must be visible before the driver's wish is read, or both sides may sleep.
         vr_fence()
         if self.event_idx:

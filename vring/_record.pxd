@@ -1,0 +1,107 @@
+# What a queue and the flow that has it must not forget when the process is killed, in memory that
+# outlives it: how far the ring is, and how many bytes a socket took or gave beyond that.
+#
+# The kernel stores the result of sendmmsg and recvmmsg into the record within the call, so it
+# cannot get lost between the bytes and their record. Every other step is a store that is either
+# done or not, and each state leads to the same end when it is entered again:
+#
+#   state    what is known                                          a successor
+#   IDLE     the ring is at `position`, and `left` bytes of the     goes on there
+#            chains from there on have been taken (or given)
+#   CALL     the same, and `call.msg_len` bytes more, unless that   settles left + msg_len bytes
+#            is UNSET: then the call has not happened
+#   BOOKED   chains up to `next_position` are to be published,      looks at the ring: published,
+#            `next_left` bytes remain after them                    it is IDLE at next_position;
+#                                                                   else it is as in CALL
+#
+# Only the order of the program counts: who reads the record has waited for the writer's end.
+
+from libc.stdint cimport uint32_t, uint64_t
+
+from vring._wire cimport iovec
+
+cdef extern from * nogil:
+    """
+    #include <errno.h>
+    #include <sys/socket.h>
+    #include <sys/syscall.h>
+    #include <unistd.h>
+
+    enum { VR_IDLE, VR_CALL, VR_BOOKED };
+    #define VR_UNSET UINT32_MAX
+
+    typedef struct {
+        uint64_t state;
+        uint64_t position;          /* used index; packed: with the wrap counter in bit 15 */
+        uint64_t left;
+        uint64_t next_position;
+        uint64_t next_left;
+        struct mmsghdr call;
+        uint64_t unused[3];
+    } vr_record;
+    _Static_assert(sizeof(vr_record) == 128, "the layout is shared with other versions");
+
+    #define vr_in_order() __asm__ __volatile__("" ::: "memory")
+
+    /* Announces the chains that are about to be published. */
+    static inline void vr_book(vr_record *record, uint64_t position, uint64_t left) {
+        record->next_position = position;
+        record->next_left = left;
+        vr_in_order();
+        record->state = VR_BOOKED;
+        vr_in_order();
+    }
+
+    /* They are published. */
+    static inline void vr_close_record(vr_record *record) {
+        vr_in_order();
+        record->position = record->next_position;
+        record->left = record->next_left;
+        record->call.msg_len = VR_UNSET;
+        vr_in_order();
+        record->state = VR_IDLE;
+        vr_in_order();
+    }
+
+    /* Bytes of the chains from `position` on that were taken or given. */
+    static inline uint64_t vr_recorded_bytes(const vr_record *record) {
+        uint64_t more = record->state == VR_IDLE ? 0 : record->call.msg_len;
+        return record->left + (more == VR_UNSET ? 0 : more);
+    }
+
+    /* sendmmsg or recvmmsg of one message; its length, or -1 with errno. */
+    static inline ssize_t vr_recorded_call(
+        vr_record *record, int receive, int fd, const struct iovec *segments, size_t n, int flags
+    ) {
+        struct msghdr message = {.msg_iov = (struct iovec *)segments, .msg_iovlen = n};
+        record->call.msg_hdr = message;
+        record->call.msg_len = VR_UNSET;
+        vr_in_order();
+        record->state = VR_CALL;
+        vr_in_order();
+        /* Not the C library's functions: one of them makes several calls of it. */
+        long done = receive ? syscall(SYS_recvmmsg, fd, &record->call, 1, flags, NULL)
+                            : syscall(SYS_sendmmsg, fd, &record->call, 1, flags);
+        vr_in_order();
+        return done == 1 ? (ssize_t)record->call.msg_len : -1;
+    }
+    """
+    enum:
+        VR_IDLE, VR_CALL, VR_BOOKED
+    ctypedef struct vr_record:
+        uint64_t state
+        uint64_t position
+        uint64_t left
+        uint64_t next_position
+        uint64_t next_left
+    void vr_book(vr_record* record, uint64_t position, uint64_t left)
+    void vr_close_record(vr_record* record)
+    uint64_t vr_recorded_bytes(const vr_record* record)
+    ssize_t vr_recorded_call(
+        vr_record* record, int receive, int fd, const iovec* segments, size_t n, int flags
+    )
+
+cdef inline void vr_set_record(vr_record* record, uint64_t position, uint64_t left) noexcept nogil:
+    """Records a place in the ring, in one step for whoever comes after us."""
+    vr_book(record, position, left)
+    vr_close_record(record)
