@@ -38,5 +38,11 @@ class Keeping(Protocol):
     def read(self, section: str) -> bytes | None:
         """Return the state that was written last. Raises StateError if it is damaged."""
 
+    def area(self, name: str, size: int) -> memoryview:
+        """Return ``size`` bytes of memory that outlives the process, zeroed when they are made.
+
+        Raises ResourceError without memory, StateError if a predecessor's has another size.
+        """
+
     def scoped(self, name: str) -> Keeping:
         """Return a view in which every role and section begins with ``name`` and a slash."""

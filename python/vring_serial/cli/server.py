@@ -127,8 +127,14 @@ async def _start(
     stack.push_async_callback(spice.aclose)
     await spice.start()
     controllers += [
-        make_controller(config, pump, {"spicevmc": agents.factory}, spice.makers)
-        for config in topology.controllers
+        make_controller(
+            config,
+            pump,
+            {"spicevmc": agents.factory},
+            spice.makers,
+            None if keeping is None else keeping.scoped(f"controller-{number}"),
+        )
+        for number, config in enumerate(topology.controllers)
     ]
     backends = [
         _make_backend(
@@ -142,10 +148,6 @@ async def _start(
             zip(topology.controllers, controllers, settings.sockets, strict=True)
         )
     ]
-    if keeping is not None:
-        for controller in controllers:
-            for port in controller.ports.values():
-                port.chardev.keeping = keeping.scoped(f"chardev-{port.chardev.id}")
     agents.start()
     if (device := spice.agent_device()) is not None:
         agents.share_with_server(device)

@@ -11,7 +11,9 @@ from vring_serial.chardev import Chardev
 from vring_serial.config.topology import ChardevConfig, ControllerConfig, PortConfig
 from vring_serial.device.console.controller import Controller
 from vring_serial.device.console.port import Port
+from vring_serial.device.console.state import CONSOLE, ConsoleState
 from vring_serial.errors import ConfigError
+from vring_serial.keeping import Keeping
 
 #: Makes the protocol of one connection to the port.
 ProtocolFactory = Callable[[], asyncio.Protocol]
@@ -41,6 +43,7 @@ def make_controller(
     pump: Pump | None = None,
     protocol_factories: ProtocolFactories | None = None,
     chardev_makers: ChardevMakers | None = None,
+    keeping: Keeping | None = None,
 ) -> Controller:
     """Return a controller with its ports, not started. Raises as :func:`make_chardev`.
 
@@ -48,15 +51,28 @@ def make_controller(
         pump: moves the bytes of ports whose host end is a descriptor; None for one of its own.
         protocol_factories: see :data:`ProtocolFactories`; needed for spicevmc.
         chardev_makers: see :data:`ChardevMakers`; they come before the factories.
+        keeping: see Controller; what a predecessor of this process left there is gone on from.
     """
     factories = protocol_factories or {}
     makers = chardev_makers or {}
-    controller = Controller(name=config.name, max_ports=config.max_ports, pump=pump)
+    saved = None if keeping is None else keeping.read(CONSOLE.kind)
+    state = ConsoleState() if saved is None else CONSOLE.unpack(saved)
+    controller = Controller(
+        name=config.name,
+        max_ports=config.max_ports,
+        pump=pump,
+        state=state.controller,
+        keeping=keeping,
+    )
     for port in config.ports:
         if maker := makers.get(port.chardev.kind):
             end = maker(port)
         else:
             choose = factories.get(port.chardev.kind)
             end = make_chardev(port.chardev, choose(port) if choose is not None else None)
-        controller.add_port(Port(port.nr, port.name, end, console=port.console))
+        if keeping is not None:
+            end.keeping = keeping.scoped(f"port-{port.nr}")
+        controller.add_port(
+            Port(port.nr, port.name, end, console=port.console, state=state.ports.get(port.nr))
+        )
     return controller

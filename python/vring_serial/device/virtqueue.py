@@ -20,6 +20,8 @@ def make_queue(
     index: int | None = None,
     used_index: int | None = None,
     name: str,
+    record: memoryview | None = None,
+    resume: bool = False,
 ) -> VirtQueue:
     """Make the device's side of a ring with the layout and abilities that were negotiated.
 
@@ -31,6 +33,8 @@ def make_queue(
         index: ``avail_index`` to go on from; None: the ring is fresh.
         used_index: likewise; None: the same, for nothing is in flight.
         name: for errors.
+        record: see VirtQueue.
+        resume: see VirtQueue.
 
     Raises:
         AddressError: an area is misaligned or not in one region of memory.
@@ -47,6 +51,8 @@ def make_queue(
         index=index,
         used_index=used_index,
         name=name,
+        record=record,
+        resume=resume,
     )
 
 

@@ -25,6 +25,7 @@ dies at any instruction leaves the state before it or the new one, and never a m
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
@@ -99,11 +100,12 @@ class Journal(Closing):
         return fd
 
     def close(self) -> None:
-        """Unmap the journal; areas that were handed out can no longer be used."""
-        for area in self._areas:
-            area.release()
+        """Unmap the journal, once nobody uses its areas any more."""
+        with contextlib.suppress(BufferError):  # a queue has one: it goes with the queue
+            for area in self._areas:
+                area.release()
+            self._map.close()
         self._areas.clear()
-        self._map.close()
 
     def lock(self) -> None:
         """Become the one process that writes. The lock goes with the process.

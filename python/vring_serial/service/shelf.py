@@ -72,6 +72,10 @@ class Shelf(Closing):
         """See Keeping."""
         return self._journal.read(section) or None
 
+    def area(self, name: str, size: int) -> memoryview:
+        """See Keeping."""
+        return self._journal.area(name, size)
+
     def scoped(self, name: str) -> ScopedShelf:
         """See Keeping."""
         return ScopedShelf(self, name)
@@ -129,6 +133,10 @@ class ScopedShelf:
     def read(self, section: str) -> bytes | None:
         """See Keeping."""
         return self._shelf.read(f"{self._prefix}/{section}")
+
+    def area(self, name: str, size: int) -> memoryview:
+        """See Keeping."""
+        return self._shelf.area(f"{self._prefix}/{name}", size)
 
     def scoped(self, name: str) -> ScopedShelf:
         """See Keeping."""

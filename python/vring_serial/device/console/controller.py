@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 
@@ -15,10 +16,11 @@ from vring_serial.device.console.event_log import EventLog
 from vring_serial.device.console.events import DeviceEvent, Side
 from vring_serial.device.console.loop_pump import LoopPump
 from vring_serial.device.console.port import Port
-from vring_serial.device.console.state import ControllerState
+from vring_serial.device.console.state import CONSOLE, ConsoleState, ControllerState
 from vring_serial.device.served import Discarder
 from vring_serial.device.virtqueue import RunningQueue, is_fresh
 from vring_serial.errors import LocalProtocolError, RemoteProtocolError
+from vring_serial.keeping import Keeping
 from vring_serial.lifetime import Starting
 from vring_serial.proto import control as ctl
 from vring_serial.proto.console import (
@@ -56,6 +58,7 @@ class Controller(Starting):
         queue_size_max: largest queue, in descriptors.
         state: to go on from; taken over. Its ports are to be added, each with its own state, before
             a queue starts.
+        keeping: where the state is written down for a successor of this process, or None.
 
     Attributes:
         state: kept up to date here alone; see :meth:`settled`.
@@ -80,6 +83,7 @@ class Controller(Starting):
         features: int = DEFAULT_FEATURES,
         queue_size_max: int = QUEUE_SIZE_MAX,
         state: ControllerState | None = None,
+        keeping: Keeping | None = None,
     ) -> None:
         self.state = state or ControllerState()
         self.name = name
@@ -98,6 +102,8 @@ class Controller(Starting):
         self._queues: dict[int, RunningQueue] = {}
         self._discarder: Discarder | None = None  # of single-port mode without a port 0
         self._log = EventLog()
+        self._keeping = keeping
+        self._recorded = b""
 
     # --- for those who build it
 
@@ -183,6 +189,10 @@ class Controller(Starting):
         except BaseException:
             await self.aclose()
             raise
+        for port in self._ports.values():
+            # A predecessor's end need not be there any more.
+            self._control.set_host_open(port.nr, port.host_open)
+        self._record()
         self.started = True
 
     async def aclose(self) -> None:
@@ -239,11 +249,13 @@ class Controller(Starting):
             self._console_changed()
             self._serve_unclaimed()
             self._sync_guest()
+            self._record()
 
     def set_status(self, status: int) -> None:
         """Take over the device status that was written: see VirtioDevice."""
         needs_reset = self.state.status & Status.DEVICE_NEEDS_RESET
         self.state.status = status | needs_reset if status else 0
+        self._record()
 
     def read_config(self, offset: int, length: int) -> bytes:
         """Return ``length`` bytes of the configuration space; what lies outside reads as zero."""
@@ -279,6 +291,7 @@ class Controller(Starting):
         position = queue.queue.avail_index
         if is_fresh(queue.queue) and self.state.stopped_at.get(index, position) != position:
             self._start_anew()
+        self.state.stopped_at.pop(index, None)
         self._queues[index] = queue
         try:
             self._serve(index, queue)
@@ -301,6 +314,7 @@ class Controller(Starting):
             self._control_queues.stop(index)
         self._serve_unclaimed()
         self.state.stopped_at[index] = queue.queue.avail_index
+        self._record()
         return queue.queue.avail_index
 
     @contextlib.contextmanager
@@ -349,6 +363,7 @@ class Controller(Starting):
         event = ev.PortOpened if is_open else ev.PortClosed
         self.emit(event(Side.HOST, port.nr))
         self._control.set_host_open(port.nr, is_open)
+        self._record()
         self._control_queues.flush()
 
     def port_resized(self, port: Port) -> None:
@@ -371,6 +386,22 @@ class Controller(Starting):
         tell(self._log.failures, f"{self.name}: on_event", self.on_event, event)
 
     # --- internals
+
+    def _record(self) -> None:
+        """Write the state down for a successor, before anybody is told of what changed.
+
+        Connections of protocols end with this process, and begin anew in the next.
+        """
+        if self._keeping is None:
+            return
+        ports = {
+            nr: dataclasses.replace(port.state, session=None, session_over=False)
+            for nr, port in self._ports.items()
+        }
+        state = CONSOLE.pack(ConsoleState(self.state, ports))
+        if state != self._recorded:
+            self._keeping.write(CONSOLE.kind, state)
+            self._recorded = state
 
     def _console(self) -> Port | None:
         """Return the port that the configuration space describes: first console, or only port."""
@@ -445,6 +476,7 @@ class Controller(Starting):
                 case ctl.PortClosed(nr):
                     self.emit(ev.PortClosed(Side.GUEST, nr))
                     self._set_guest(self._ports[nr])
+        self._record()
         self._control_queues.flush()
 
     def _start_anew(self, *, silent: bool = False) -> None:
@@ -457,6 +489,7 @@ class Controller(Starting):
         self._sync_guest()
         for port in self._ports.values():
             port.forget_driver()
+        self._record()
         if not silent:
             self.emit(ev.DeviceReset())
 

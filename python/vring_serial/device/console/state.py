@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from vring_serial.proto.control import ControlState, PortState
+from vring_serial.saving import StateFormat
 
 
 @dataclass(slots=True)
@@ -92,3 +93,20 @@ class ControllerState:
     config_generation: int = 0
     size_told: tuple[int, int] = (0, 0)
     control: ControlState = field(default_factory=ControlState)
+
+
+@dataclass(slots=True)
+class ConsoleState:
+    """The device with its ports: what is written down.
+
+    Attributes:
+        controller: the device.
+        ports: by number.
+    """
+
+    controller: ControllerState = field(default_factory=ControllerState)
+    ports: dict[int, DevicePortState] = field(default_factory=dict)
+
+
+#: How it is written down.
+CONSOLE = StateFormat("console device", 1, ConsoleState)

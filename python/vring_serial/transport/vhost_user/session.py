@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+from collections.abc import Sequence
 
-from vring import GuestMemory, Region
+from vring import RECORD_SIZE, GuestMemory, Region
 from vring.errors import MemoryLostError, RingError, VringError
 from vring_serial.device.base import VirtioDevice
 from vring_serial.errors import RemoteProtocolError, StateError
@@ -85,9 +86,10 @@ class VhostUserSession(Session[Message]):
         self._keeping = context.keeping
         self._roles: set[str] = set()  # in which descriptors are kept
         self._state = self._saved_state(context, device.num_queues)
+        records = self._records(context, device.num_queues)
         self._vrings = [
-            Vring(index, setup, device, context.closer)
-            for index, setup in enumerate(self._state.vrings)
+            Vring(index, setup, device, context.closer, record)
+            for index, (setup, record) in enumerate(zip(self._state.vrings, records, strict=True))
         ]
         self._channel: BackendChannel | None = None
         self._calls = CallRelay(self._call_inband)
@@ -135,6 +137,13 @@ class VhostUserSession(Session[Message]):
             raise StateError(f"{len(state.regions)} regions, {len(state.serials)} descriptors")
         return state
 
+    def _records(self, context: SessionContext, queues: int) -> Sequence[memoryview | None]:
+        """Return the record of each queue."""
+        if context.keeping is None:
+            return [None] * queues
+        area = context.keeping.area("rings", queues * RECORD_SIZE)
+        return [area[i * RECORD_SIZE : (i + 1) * RECORD_SIZE] for i in range(queues)]
+
     def _resume(self) -> None:
         """Go on where a predecessor ended; if that cannot be, the session ends."""
         keeping = self._keeping
@@ -150,7 +159,7 @@ class VhostUserSession(Session[Message]):
             )
             self._roles = {MEMORY.format(serial) for serial in self._state.serials}
             for vring in self._vrings:
-                vring.resume(keeping, self._memory)
+                vring.resume(keeping)
                 self._roles |= set(vring.roles)
             if (fd := keeping.take(CHANNEL)) is not None:
                 self._open_channel(fd, resumed=True)

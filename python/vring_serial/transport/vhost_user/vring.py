@@ -9,7 +9,7 @@ from vring import layout as ring
 from vring.errors import AddressError
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.virtqueue import FRESH_PACKED_INDEX, RunningQueue, make_queue
-from vring_serial.errors import RemoteProtocolError, StateError
+from vring_serial.errors import RemoteProtocolError
 from vring_serial.keeping import Keeping
 from vring_serial.proto.vhost_user import VringAddress
 from vring_serial.transport.closer import Closer
@@ -36,18 +36,28 @@ class Vring:
         setup: kept up to date here.
         device: which the queue belongs to.
         closer: closes the frontend's descriptors.
+        record: see VirtQueue; None: there is no successor of this process.
 
     Attributes:
         index: which queue.
         setup: what the frontend has set up.
     """
 
-    def __init__(self, index: int, setup: VringSetup, device: VirtioDevice, closer: Closer) -> None:
+    def __init__(
+        self,
+        index: int,
+        setup: VringSetup,
+        device: VirtioDevice,
+        closer: Closer,
+        record: memoryview | None = None,
+    ) -> None:
         self._close = closer.close
         self.index = index
         self.setup = setup
         self._device = device
         self._queue: VirtQueue | None = None  # while the device has it
+        self._record = record
+        self._resumes = False  # the device had it in a predecessor, which is recorded
         self._kick_fd = -1
         self._kick_ours = False
         # The device keeps the number of the call descriptor while the ring runs, and frontends
@@ -74,13 +84,8 @@ class Vring:
         }
         return [role.format(self.index) for role, is_given in given.items() if is_given]
 
-    def resume(self, keeping: Keeping, memory: GuestMemory) -> None:
-        """Take the descriptors that a predecessor left, and find out where its ring was.
-
-        Raises:
-            StateError: it cannot be known.
-            AddressError: the ring is not in guest memory.
-        """
+    def resume(self, keeping: Keeping) -> None:
+        """Take the descriptors that a predecessor left; a ring that ran then goes on there."""
         setup = self.setup
         kick, call, error = (keeping.take(role.format(self.index)) for role in (KICK, CALL, ERROR))
         if setup.started:
@@ -90,15 +95,7 @@ class Vring:
         else:
             setup.called = False
         self.set_error(-1 if error is None else error)
-        if setup.running:
-            setup.running = False
-            if setup.packed:
-                raise StateError(f"{self}: a packed ring does not say where it is")
-            if setup.address is None or not setup.size:
-                raise StateError(f"{self}: runs, and is not set up")
-            # Chains are completed in order, so nothing before is in flight, and nothing after used.
-            used = self._translate(memory, setup.address)[2]
-            setup.base = memory.load16(used + ring.USED_INDEX)
+        self._resumes, setup.running = setup.running, False
 
     def may_run(self, enabled: bool) -> bool:
         """Return whether it is started and enabled; ``enabled`` counts without SET_VRING_ENABLE."""
@@ -229,7 +226,10 @@ class Vring:
             index=self.setup.base,
             used_index=self._used_index(memory, areas[2]),
             name=repr(self),
+            record=self._record,
+            resume=self._resumes,
         )
+        self._resumes = False
         if self._call_fd < 0:
             self._call_fd = make_eventfd()
         self._device.start_queue(self.index, RunningQueue(queue, self._kick_fd, self._call_fd))
