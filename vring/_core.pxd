@@ -40,7 +40,7 @@ cdef class VirtQueue:
     # Who alone may use the queue now, else NULL: the Flow of a pump. Python's methods refuse then;
     # the *_c methods do not look.
     cdef void* holder
-    # Where the queue is, for a successor of this process; NULL: there is none. `accounted` is for the
+    # Where the queue is, for a successor of this process; NULL: none. `accounted` is for the
     # next push_c: bytes of the chains from the oldest on that were taken or given in all.
     cdef vr_record* record
     cdef const uint8_t[::1] _record_owner

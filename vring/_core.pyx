@@ -166,12 +166,10 @@ cdef class VirtQueue:
     cdef uint64_t left_after(
         self, const vr_chain* chains, const uint32_t* written, uint32_t n
     ) noexcept nogil:
-        """What remains of `accounted` after the next n chains, and forgets it."""
+        """Returns what remains of `accounted` after the next n chains, and forgets it."""
         cdef uint64_t left = self.accounted, bytes
         cdef uint32_t i
-        for i in range(n):
-            if left == 0:
-                break
+        for i in range(n if left else 0):
             bytes = written[i] if written != NULL else chains[i].readable_bytes
             left -= min(left, bytes)
         self.accounted = 0

@@ -62,14 +62,29 @@ class UnixListener:
         path: where; at most 107 bytes.
         backlog: connections that may wait.
         descriptors: peers may send descriptors, which whoever accepts them must receive.
+        inherited: the descriptor of the listener that a predecessor of this process made at
+            ``path``, taken over; None: make one.
 
     Raises:
         SocketPathError: the path exists, is in use, is too long, or cannot be created.
     """
 
-    def __init__(self, path: str, backlog: int = 16, *, descriptors: bool = False) -> None:
+    def __init__(
+        self,
+        path: str,
+        backlog: int = 16,
+        *,
+        descriptors: bool = False,
+        inherited: int | None = None,
+    ) -> None:
         self.path = path
         self._identity: tuple[int, int] | None = None
+        if inherited is not None:
+            self.socket = socket.socket(fileno=inherited)
+            self.socket.setblocking(False)
+            with suppress(OSError):
+                self._identity = _identity(path)
+            return
         name = encode_path(path)
         try:
             self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -84,22 +99,6 @@ class UnixListener:
                 raise
         except OSError as error:
             raise SocketPathError(path, error.strerror or str(error)) from None
-
-    @classmethod
-    def adopt(cls, path: str, fd: int) -> UnixListener:
-        """Return the listener that a predecessor of this process made at ``path``.
-
-        Args:
-            fd: its descriptor; taken over.
-        """
-        listener = cls.__new__(cls)
-        listener.path = path
-        listener.socket = socket.socket(fileno=fd)
-        listener.socket.setblocking(False)
-        with suppress(OSError):
-            listener._identity = None
-            listener._identity = _identity(path)
-        return listener
 
     def close(self) -> None:
         """Stop listening and remove the socket, unless another has taken its place. Safe twice."""

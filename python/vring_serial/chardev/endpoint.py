@@ -108,7 +108,7 @@ class Listener:
     def adopt(self, address: Address, sockets: list[socket.socket]) -> None:
         """Go on listening on what a predecessor of this process made for ``address``."""
         if isinstance(address, UnixAddress) and not address.abstract:
-            self._file = UnixListener.adopt(address.path, sockets[0].detach())
+            self._file = UnixListener(address.path, inherited=sockets[0].detach())
             self.sockets.append(self._file.socket)
         else:
             self.sockets += sockets

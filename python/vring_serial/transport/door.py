@@ -159,7 +159,7 @@ class Door:
     def _listen(self) -> UnixListener:
         inherited = None if self._keeping is None else self._keeping.take(_LISTENER)
         if inherited is not None:
-            return UnixListener.adopt(self._path, inherited)
+            return UnixListener(self._path, inherited=inherited)
         listener = UnixListener(self._path, descriptors=True)
         if self._keeping is not None:
             self._keeping.keep(_LISTENER, listener.socket.fileno())

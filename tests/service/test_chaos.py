@@ -1,0 +1,152 @@
+"""Workers are killed at random moments under full traffic, and nobody but the keeper notices.
+
+``VRING_CHAOS_KILLS`` says how often; `make chaos` a thousand times.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.support.processes import end
+from tests.support.waiting import until
+from vring_serial import EmbeddedGuest
+
+KILLS = int(os.environ.get("VRING_CHAOS_KILLS", "20"))
+PORTS = 4
+#: A prime length: no lost or doubled power of two of bytes goes unnoticed.
+PRIME = 65_521
+PATTERN = random.Random(3).randbytes(PRIME) * 6
+
+
+def pattern(at, length):
+    start = at % PRIME
+    return PATTERN[start : start + length]
+
+
+class Stream:
+    """A sequence of bytes from one end of a port to the other.
+
+    Attributes:
+        sent, received: bytes.
+    """
+
+    def __init__(self, name, reader, writer):
+        self.name = name
+        self.sent = self.received = 0
+        self._reader, self._writer = reader, writer
+
+    async def send(self, enough, chance):
+        while not enough.is_set():
+            data = pattern(self.sent, chance.randrange(1, 60_000))
+            self._writer.write(data)
+            self.sent += len(data)
+            await self._writer.drain()
+            await asyncio.sleep(0)
+
+    async def receive(self):
+        while data := await self._reader.read(1 << 18):
+            expected = pattern(self.received, len(data))
+            assert data == expected, f"{self.name}: wrong after byte {self.received}"
+            self.received += len(data)
+        raise AssertionError(f"{self.name} ended after byte {self.received}")
+
+
+def worker_of(process):
+    """The worker's process id; None while there is none."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return int(children[0]) if children else None
+
+
+def held_by(pid):
+    """What a process has open, without what says only which one it is."""
+    names = []
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        names.append(os.readlink(fd).partition(":")[0])
+    return sorted(names)
+
+
+@asynccontextmanager
+async def serving(directory, *arguments) -> AsyncIterator[asyncio.subprocess.Process]:
+    log = directory / "log"
+    with log.open("wb") as stream:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "vring_serial", "serve", "--keeper", "--vhost-user", "v"),
+            *arguments,
+            cwd=directory,
+            stdin=asyncio.subprocess.DEVNULL,
+            stderr=stream,
+            start_new_session=True,
+        )
+        try:
+            await until(lambda: "serving;" in log.read_text(), log.read_text)
+            yield process
+        finally:
+            await end(process, session=True)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+async def test_no_kill_is_noticed(tmp_path, monkeypatch, packed):
+    monkeypatch.chdir(tmp_path)  # short socket paths
+    chance = random.Random(KILLS)
+    ports = range(1, PORTS + 1)
+    arguments = ["--packed"] if packed else []
+    for nr in ports:
+        chardev = f"socket,id=c{nr},path=c{nr},server=on,wait=off"
+        arguments += ["--chardev", chardev, "--port", f"chardev=c{nr},nr={nr},name=p{nr}"]
+    async with AsyncExitStack() as stack:
+        keeper = await stack.enter_async_context(serving(tmp_path, *arguments))
+        guest = await stack.enter_async_context(EmbeddedGuest("v", memory=64 << 20, packed=packed))
+        streams = []
+        writers = []
+        for nr in ports:
+            host_reader, host_writer = await asyncio.open_unix_connection(f"c{nr}")
+            port = await guest.wait_port(name=f"p{nr}")
+            guest_reader, guest_writer = await port.open()
+            streams.append(Stream(f"{nr} out", host_reader, guest_writer))
+            streams.append(Stream(f"{nr} in", guest_reader, host_writer))
+            writers += [host_writer, guest_writer]
+        enough = asyncio.Event()
+        async with asyncio.TaskGroup() as group:
+            sending = [group.create_task(s.send(enough, chance)) for s in streams]
+            receiving = [group.create_task(s.receive()) for s in streams]
+            await all_go_on(streams)
+            keepers, workers = held_by(keeper.pid), held_by(worker_of(keeper))
+            for _ in range(KILLS):
+                victim = worker_of(keeper)
+                os.kill(victim, chance.choice([signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT]))
+                await until(lambda pid=victim: worker_of(keeper) not in (None, pid))
+                await all_go_on(streams)
+                await asyncio.sleep(chance.random() * 0.3)
+            enough.set()
+            await asyncio.gather(*sending)
+            await until(lambda: all(s.received == s.sent for s in streams), "bytes are missing")
+            assert (held_by(keeper.pid), held_by(worker_of(keeper))) == (keepers, workers)
+            for task in receiving:
+                task.cancel()
+        for writer in writers:
+            writer.close()
+        keeper.send_signal(signal.SIGTERM)
+        assert await keeper.wait() == 0
+    log = (tmp_path / "log").read_text()
+    assert log.count("another one goes on") == KILLS
+    assert log.count("frontend resumed") == KILLS
+    assert log.count("opened by the guest") == PORTS
+    assert "warning" not in log
+
+
+async def all_go_on(streams):
+    """Wait until every stream has moved."""
+    before = [stream.received for stream in streams]
+    await until(
+        lambda: all(s.received > b for s, b in zip(streams, before, strict=True)),
+        lambda: f"{before} {[stream.received for stream in streams]}",
+    )
