@@ -530,7 +530,8 @@ class TestInBand:
         frontend.close()
         async with asyncio.timeout(DEADLINE):
             await gone.wait()
-        assert held().descriptors == before
+        # A socket in which something may be unread is closed in a thread.
+        await until(lambda: held().descriptors == before)
 
     async def test_kicks_that_are_malformed(self, frontend: Any) -> None:
         await frontend.negotiate(INBAND)
