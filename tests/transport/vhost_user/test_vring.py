@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.support.leaks import held
-from tests.support.waiting import DEADLINE, turns
+from tests.support.waiting import DEADLINE, turns, until
 from vring_serial.proto.vhost_user import (
     U64,
     MemoryRegion,
