@@ -340,7 +340,7 @@ cdef class PackedQueue(VirtQueue):
         cdef bint wrap = self.used_wrap, first_wrap = wrap
         if n == 0:
             return False
-        if self.record != NULL:
+        if vr_unlikely(self.record != NULL):
             return self.push_recorded(chains, written, n)
         for i in range(n):
             if i:

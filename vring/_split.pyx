@@ -335,12 +335,12 @@ cdef class SplitQueue(VirtQueue):
                 elements + USED_ENTRY * <size_t>((before + i) & mask), chains[i].head,
                 written[i] if written != NULL else 0
             )
-        if self.record != NULL:
+        if vr_unlikely(self.record != NULL):
             vr_book(self.record, after, self.left_after(chains, written, n))
         vr_store16_release(self.used + USED_INDEX, after)
         self.next_used = after
         self.pushed += n
-        if self.record != NULL:
+        if vr_unlikely(self.record != NULL):
             vr_close_record(self.record)
         # The index must be visible before the driver's wish is read, or both sides may sleep.
         vr_fence()
