@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 SOURCES := $(wildcard vring/*.pyx vring/*.pxd)
 
-.PHONY: help build run test check coverage bench fuzz sanitize tsan mutants format wheel wheel-check peers \
+.PHONY: help build run test check coverage chaos bench fuzz sanitize tsan mutants format wheel wheel-check peers \
 	peers-qemu peers-vdagent clean
 .DEFAULT_GOAL := help
 
@@ -65,6 +65,10 @@ coverage: build ## the tests with the coverage of lines and branches, processes 
 	$(BIN)/coverage run -m pytest $(PYTEST_ARGS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
+
+CHAOS_KILLS ?= 1000
+chaos: build ## workers killed CHAOS_KILLS times under full traffic, for each way in and layout
+	VRING_CHAOS_KILLS=$(CHAOS_KILLS) $(BIN)/python -m pytest tests/service/test_chaos.py --timeout=0 $(PYTEST_ARGS)
 
 bench: build ## the benchmarks
 	$(BIN)/python -m pytest benchmarks --benchmark-only --override-ini addopts= $(PYTEST_ARGS)
