@@ -93,24 +93,26 @@ class Guest:
         return [self.allocate(length) for length in self.ring_driver.layout(self.size)]
 
     def make_ring(self, index: int) -> Ring:
+        # One that says DEVICE_READY begins with fresh control queues (decision 21).
+        start = 0 if index in (CONTROL_RECEIVEQ, CONTROL_TRANSMITQ) else self._index
         parts = self.place_ring()
         if self.ring_driver is SplitDriver:
             # A device that resumes finds the used index where it left it.
-            self.memory.write(parts[2] + 2, self._index.to_bytes(2, "little"))
+            self.memory.write(parts[2] + 2, start.to_bytes(2, "little"))
         driver = self.ring_driver(
             self.memory,
             self.size,
             *parts,
             event_idx=bool(self.features & Feature.EVENT_IDX),
             indirect=bool(self.features & Feature.INDIRECT_DESC),
-            index=self._index or (0x8000 if self.ring_driver is PackedDriver else 0),
+            index=start or (0x8000 if self.ring_driver is PackedDriver else 0),
         )
         ring = Ring(
             driver,
             (parts[0], parts[1], parts[2]),
             os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC),
             os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC),
-            base=self._index,
+            base=start,
         )
         self.rings[index] = ring
         return ring

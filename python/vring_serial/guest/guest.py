@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from vring_serial.callbacks import Listener, tell
-from vring_serial.errors import ConfigError
+from vring_serial.errors import ConfigError, ResourceError
 from vring_serial.guest.driver import ConsoleDriver
 from vring_serial.guest.errors import (
     BackendClosedError,
@@ -41,6 +41,8 @@ DRIVER_FEATURES = (
 )
 #: Seconds that a backend may take to let a guest leave in good order.
 LEAVE_TIMEOUT = 3.0
+#: Seconds between two attempts to reach the next backend.
+RECONNECT_INTERVAL = 0.01
 #: Queues whose descriptors vhost-user can pass: SET_VRING_KICK has 8 bits for the index.
 MAX_QUEUES = 256
 #: Bytes of the configuration space that a driver reads: cols, rows, max_nr_ports.
@@ -81,6 +83,7 @@ class EmbeddedGuest(Starting):
         receive_size: int = PAGE,
         packed: bool = True,
         timeout: float = DEFAULT_TIMEOUT,
+        reconnect: bool = False,
     ) -> None:
         """Touches nothing yet.
 
@@ -93,6 +96,9 @@ class EmbeddedGuest(Starting):
             receive_size: bytes of one receive buffer; Linux has one page.
             packed: take packed rings where the device offers them, as Linux does.
             timeout: seconds that the backend may take for an answer.
+            reconnect: when the backend closes the connection, go on with the next one that listens
+                at ``path``, however long that takes: with the same memory and rings, as Cloud
+                Hypervisor does. A backend that breaks the protocol ends the guest as ever.
 
         Raises:
             ConfigError: a number that cannot be.
@@ -118,6 +124,8 @@ class EmbeddedGuest(Starting):
         self._packed = packed
         self._timeout = timeout
         self._frontend = Frontend(path, timeout=timeout)
+        self._reconnects = reconnect
+        self._reconnecting: asyncio.Task[None] | None = None
         self._ram: GuestRam | None = None
         self._queues: dict[int, DriverQueue] = {}
         self._driver: ConsoleDriver | None = None
@@ -186,10 +194,45 @@ class EmbeddedGuest(Starting):
             receive_size=self._receive_size,
             timeout=self._timeout,
             on_event=self._driver_event,
-            on_failure=frontend.fail,
+            on_failure=self._driver_failed,
         )
         await frontend.set_status(self._status | Status.DRIVER_OK)
         driver.start()
+
+    async def _reconnect(self) -> None:
+        """Hand the rings as they are to the next backend."""
+        while self._frontend.closed is not None:
+            frontend = Frontend(self.path, timeout=self._timeout)
+            try:
+                await frontend.connect()
+            except ResourceError:
+                await asyncio.sleep(RECONNECT_INTERVAL)
+                continue
+            self._frontend = frontend
+            try:
+                await self._hand_over(frontend)
+            except BackendClosedError:
+                frontend.close()  # killed again: on to the next
+            except BackendError as error:
+                frontend.close()
+                self._backend_lost(error)
+                return
+        self._frontend.on_closed = self._backend_lost
+        self._frontend.on_config_change = self._config_changed
+        self._config_changed()
+
+    async def _hand_over(self, frontend: Frontend) -> None:
+        ram = self._ram
+        assert ram is not None
+        await frontend.negotiate_protocol()
+        if self.features & ~frontend.offered:
+            raise BackendRefusedError(f"{self.path}: the next backend offers fewer features")
+        await frontend.set_features(self.features)
+        await frontend.set_memory(ram)
+        for queue in self._queues.values():
+            await frontend.set_queue(queue, ram)
+        await frontend.enable_queues(list(self._queues))
+        await frontend.set_status(self._status | Status.DRIVER_OK)
 
     _status = Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK
 
@@ -252,6 +295,8 @@ class EmbeddedGuest(Starting):
         If it is cancelled the guest leaves at once, as a killed one does.
         """
         error = PortRemovedError("the guest was stopped")
+        if self._reconnecting is not None:
+            self._reconnecting.cancel()
         if self._driver is not None:
             self._driver.stop(error)
         try:
@@ -266,8 +311,9 @@ class EmbeddedGuest(Starting):
 
     def _release(self, error: Exception) -> None:
         self._frontend.close()
-        if self._following is not None:
-            self._following.cancel()
+        for task in (self._following, self._reconnecting):
+            if task is not None:
+                task.cancel()
         if self._lost is None:
             self._lost = error
         if self._driver is not None:
@@ -281,7 +327,18 @@ class EmbeddedGuest(Starting):
 
     # --- what happens
 
+    def _driver_failed(self, error: Exception) -> None:
+        if self._frontend.closed is None:
+            self._frontend.fail(error)
+        else:
+            self._backend_lost(error)
+
     def _backend_lost(self, error: Exception) -> None:
+        started = self._driver is not None and self._lost is None
+        if self._reconnects and started and isinstance(error, BackendClosedError):
+            loop = asyncio.get_running_loop()
+            self._reconnecting = loop.create_task(self._reconnect())
+            return
         self._lost = error
         if self._driver is not None:
             self._driver.stop(error)

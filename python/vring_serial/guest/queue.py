@@ -14,6 +14,8 @@ from vring_serial import unix_fds
 from vring_serial.guest.errors import BackendError
 from vring_serial.guest.memory import PAGE, GuestRam
 
+#: Flags AVAIL and USED of a packed descriptor (2.8.1): both are the wrap counter if it is used.
+_PACKED_USED = 1 << 7 | 1 << 15
 _NONE: npt.NDArray[np.uint32] = np.empty(0, np.uint32)
 
 
@@ -25,7 +27,6 @@ class DriverQueue:
         size: descriptors.
         desc, avail, used: guest addresses of the three parts; of a packed ring, the descriptor
             ring and the event suppression of driver and device.
-        base: where it begins, as SET_VRING_BASE wants it.
         ring: the driver's side.
         broken: what the device did to the ring, or None.
         on_broken: told so.
@@ -53,14 +54,43 @@ class DriverQueue:
             event_idx=event_idx,
             name=f"queue {index}",
         )
-        # A packed ring's wrap counter starts at 1, and its base has the used index, too.
-        self.base = self.ring.avail_index | (self.ring.used_index << 16 if packed else 0)
+        self._ram = ram
         self.kick_fd = unix_fds.make_eventfd()
         self.call_fd = unix_fds.make_eventfd()
         self.broken: Exception | None = None
         self.on_broken: Callable[[Exception], None] | None = None
         self._called: Callable[[], None] | None = None
         self._loop = asyncio.get_running_loop()
+
+    @property
+    def base(self) -> int:
+        """Where a device is to begin, as SET_VRING_BASE wants it: behind the last used buffer.
+
+        While a device has the ring, this is only where it was a moment ago.
+        """
+        if isinstance(self.ring, SplitDriver):
+            view = self._ram.view(self.used + layout.USED_INDEX, 2)
+            return int.from_bytes(view, "little")
+        index = self._packed_used_index(self.ring)
+        return index | index << 16  # the available and the used one
+
+    def _packed_used_index(self, ring: PackedDriver) -> int:
+        """Return where the device marks its next used buffer (2.8.1), with the wrap counter.
+
+        The ring says it alone of buffers that the driver has not taken back. Every chain of ours
+        has one descriptor.
+        """
+        index, wrap = ring.used_index & ~layout.WRAP, ring.used_index & layout.WRAP
+        descriptors = self._ram.view(self.desc, self.size * layout.DESC_SIZE)
+        for _ in range(self.size):
+            at = index * layout.DESC_SIZE + layout.PACKED_FLAGS
+            flags = int.from_bytes(descriptors[at : at + 2], "little")
+            if flags & _PACKED_USED != (_PACKED_USED if wrap else 0):
+                break
+            index += 1
+            if index == self.size:
+                index, wrap = 0, wrap ^ layout.WRAP
+        return index | wrap
 
     def listen(self, called: Callable[[], None]) -> None:
         """Have ``called`` run whenever the device notifies."""

@@ -24,6 +24,7 @@ from vring_serial.keeping import Keeping
 from vring_serial.lifetime import Starting
 from vring_serial.proto import control as ctl
 from vring_serial.proto.console import (
+    CONTROL_TRANSMITQ,
     DEVICE_ID,
     ConsoleConfig,
     ConsoleFeature,
@@ -291,6 +292,12 @@ class Controller(Starting):
         position = queue.queue.avail_index
         if is_fresh(queue.queue) and self.state.stopped_at.get(index, position) != position:
             self._start_anew()
+        # The driver said DEVICE_READY there to a device of which nothing is left.
+        resumed = (
+            index == CONTROL_TRANSMITQ
+            and not (is_fresh(queue.queue) or index in self.state.stopped_at)
+            and not (self.single_port or self._control.driver_ready)
+        )
         self.state.stopped_at.pop(index, None)
         self._queues[index] = queue
         try:
@@ -298,6 +305,8 @@ class Controller(Starting):
         except BaseException:
             self.stop_queue(index)
             raise
+        if resumed:
+            self._control_events(self._control.resume())
 
     def stop_queue(self, index: int) -> int:
         """Leave a queue alone: nothing is in flight when this returns.

@@ -197,6 +197,25 @@ class ControlDevice:
         """Return what the port is to the driver. LocalProtocolError if there is no such port."""
         return self._port(nr).state
 
+    def resume(self) -> list[DeviceSideEvent]:
+        """Take the driver for one that has all ports, from a device of which nothing is left.
+
+        Which of them its programs have open nobody knows: each is taken to be, until the driver
+        says otherwise. It is told of every port again, for there may be new ones, and whether the
+        host end is connected.
+
+        Returns PeerReady, and PortOpened for every port.
+        """
+        self.state.driver_ready = True
+        events: list[DeviceSideEvent] = [PeerReady(True)]
+        for port in self._ports.values():
+            port.state = PortState.OPEN
+            port.spoken_of = port.told_open = True
+            self.outbox.add(ControlMessage(port.nr, ControlEvent.PORT_ADD, 1))
+            self._send_open(port)
+            events.append(PortOpened(port.nr))
+        return events
+
     def reset(self) -> list[DeviceSideEvent]:
         """Forget the driver, which is gone or starts anew: it knows no port, nothing waits for it.
 

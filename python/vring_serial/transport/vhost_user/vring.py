@@ -8,7 +8,7 @@ from vring import GuestMemory, PackedDriver, SplitDriver, VirtQueue, notify
 from vring import layout as ring
 from vring.errors import AddressError
 from vring_serial.device.base import VirtioDevice
-from vring_serial.device.virtqueue import FRESH_PACKED_INDEX, RunningQueue, make_queue
+from vring_serial.device.virtqueue import FRESH_PACKED_INDEX, RunningQueue, is_fresh, make_queue
 from vring_serial.errors import RemoteProtocolError
 from vring_serial.keeping import Keeping
 from vring_serial.proto.vhost_user import VringAddress
@@ -235,6 +235,8 @@ class Vring:
         self._device.start_queue(self.index, RunningQueue(queue, self._kick_fd, self._call_fd))
         self._queue = queue
         self.setup.running = True
+        if not is_fresh(queue):
+            self.call()  # whoever had the ring before may have owed it
         return True
 
     def stop(self) -> None:
