@@ -52,6 +52,7 @@ if TYPE_CHECKING:
         FlowEvent,
         Pump,
     )
+    from vring._recorded import receive_recorded, recorded, send_recorded, set_record
     from vring._split import SplitQueue
     from vring._split_driver import SplitDriver
 
@@ -73,6 +74,10 @@ __all__ = [
     "notify",
     "drain",
     "Drained",
+    "send_recorded",
+    "receive_recorded",
+    "set_record",
+    "recorded",
     "layout",
     "Pump",
     "Flow",
@@ -121,6 +126,7 @@ if not TYPE_CHECKING:  # type checkers take the imports above
             "vring._guard": "MemoryWatch",
             "vring._notify": "notify drain Drained",
             "vring._pump": "Pump Flow FlowEvent FlowCounters",
+            "vring._recorded": "send_recorded receive_recorded set_record recorded",
         },
     )
 

@@ -145,7 +145,7 @@ class Connection:
         try:
             while self._unsent:
                 data, fds = self._unsent[0]
-                sent = unix_fds.send(self._sock, bytes(data[:_SEND_SIZE]), fds)
+                sent = self._send_some(bytes(data[:_SEND_SIZE]), fds)
                 unix_fds.close_all(fds)
                 fds.clear()
                 self._unsent_bytes -= sent
@@ -164,6 +164,10 @@ class Connection:
                 self._waits_to_send = False
                 self._loop.remove_writer(self._sock)
         self._listen()
+
+    def _send_some(self, data: bytes, fds: Sequence[int]) -> int:
+        """Send as much as fits, and return how much. Raises as unix_fds.send does."""
+        return unix_fds.send(self._sock, data, fds)
 
     def _listen(self) -> None:
         """Read, or handle what was read, as long as the peer reads its answers."""

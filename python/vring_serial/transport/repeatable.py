@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from vring import RECORD_SIZE, receive_recorded, recorded, send_recorded, set_record
 from vring_serial import unix_fds
 from vring_serial.transport.connection import Connection
 
 #: Seconds until a message of which only a part is there is looked at again.
 REST_SECONDS = 0.005
+#: Bytes of a connection's records.
+AREA_SIZE = 2 * RECORD_SIZE
 
 
 @dataclass(slots=True)
 class Handled:
-    """A message that has been handled, and may still be in the socket.
+    """A message that has been handled; what has become of it since, the connection's records say.
 
     Attributes:
-        message: its bytes; empty: none.
-        answer: the bytes that were sent for it, or are to be.
+        number: one more than that of the message before.
+        message: its bytes.
+        answer: the bytes that are to be sent for it.
     """
 
+    number: int = 0
     message: bytes = b""
     answer: bytes = b""
 
@@ -31,10 +36,11 @@ class Handled:
 class RepeatableConnection(Connection):
     """Takes a message off the socket only after it was handled and answered.
 
-    The steps are: look at one message (MSG_PEEK), handle it, have that written down, answer, take
-    it off. A successor that finds the message again knows from what was written down that it was
-    handled, and does the rest: so no message is lost, none is handled twice, and an answer is
-    repeated only if this process died between sending it and taking its message off.
+    The steps are: look at one message (MSG_PEEK), handle it, have that written down with a number,
+    answer, take it off. Two records (``vring.send_recorded``) say how many bytes of the answer and
+    of the message have gone; with another number they speak of the message before. A successor does
+    the rest. So no message is lost, none is handled twice once that was written down, and every
+    byte of an answer is sent once.
 
     Args:
         size_of: returns the size in bytes of the message that begins with these; of what is no
@@ -42,6 +48,7 @@ class RepeatableConnection(Connection):
         header_size: bytes from which on ``size_of`` knows.
         record: writes down what was handled, with all that it led to.
         handled: what a predecessor wrote down.
+        area: AREA_SIZE bytes of memory that outlives the process.
         arguments: see Connection.
     """
 
@@ -53,19 +60,41 @@ class RepeatableConnection(Connection):
         header_size: int,
         record: Callable[[Handled], None],
         handled: Handled,
+        area: memoryview,
         **arguments: Any,
     ) -> None:
         self._size_of = size_of
         self._header_size = header_size
         self._record = record
-        self._handled = handled
+        self._number = handled.number
+        self._sending, self._taking = area[:RECORD_SIZE], area[RECORD_SIZE:AREA_SIZE]
         self._message = b""  # what is being handled, or waits to be taken off
         super().__init__(sock, **arguments)
+        answered, taken = self._gone(self._sending), self._gone(self._taking)
+        self._begin(answered, taken)
+        if taken < len(handled.message) or answered < len(handled.answer):
+            self._message = handled.message[taken:]
+            self._loop.call_soon(self._finish, handled.answer[answered:])
 
     def close(self) -> None:
         """See Connection."""
         self._message = b""
         super().close()
+
+    def _gone(self, record: memoryview) -> int:
+        """Return how many bytes of this message, or of its answer, have gone."""
+        number, length = recorded(record)
+        return length if number == self._number else 0
+
+    def _begin(self, answered: int = 0, taken: int = 0) -> None:
+        """Have the records speak of this message."""
+        set_record(self._taking, self._number, taken)
+        set_record(self._sending, self._number, answered)
+
+    def _finish(self, answer: bytes) -> None:
+        """Do what is left to do for the message that a predecessor handled."""
+        if not self.closed:
+            self.send(answer)
 
     def _readable(self) -> None:
         try:
@@ -85,14 +114,7 @@ class RepeatableConnection(Connection):
             self._wait_for_rest()
             return
         self._message = received.data
-        if received.data == self._handled.message:
-            # Of a predecessor, which died before it took the message off.
-            self._closer.close(received.fds)
-            self.send(self._handled.answer)
-            self._flush()
-        else:
-            self._handled = Handled()
-            self._handle(partial(self._received, received))
+        self._handle(partial(self._received, received))
 
     def _wait_for_rest(self) -> None:
         """Look again in a while: the socket is readable all the time."""
@@ -101,8 +123,15 @@ class RepeatableConnection(Connection):
         self._rest = self._loop.call_later(REST_SECONDS, self._listen)
 
     def _before_answer(self) -> None:
+        self._number += 1
         answer = b"".join(bytes(data) for data, _ in self._unsent)
-        self._record(Handled(self._message, answer))
+        self._record(Handled(self._number, self._message, answer))
+        self._begin()
+
+    def _send_some(self, data: bytes, fds: Sequence[int]) -> int:
+        if fds:
+            raise NotImplementedError("descriptors are not part of what is recorded")
+        return send_recorded(self._sock.fileno(), data, self._sending) if data else 0
 
     def _may_read(self) -> bool:
         return not self._message
@@ -112,13 +141,20 @@ class RepeatableConnection(Connection):
             return
         if self._message and not self._unsent:
             self._take_off()
-        super()._listen()
+        if not self.closed:
+            super()._listen()
 
     def _take_off(self) -> None:
         """Take the message off the socket, with its descriptors, which nobody wants twice."""
-        left = len(self._message)
-        while left:
-            left -= len(self._sock.recv(left, socket.MSG_DONTWAIT))
+        left = bytearray(self._message)
+        try:
+            while left:
+                taken = receive_recorded(self._sock.fileno(), left, self._taking)
+                if not taken:
+                    self._fail(None)
+                    return
+                del left[:taken]
+        except OSError as error:
+            self._fail(error)
+            return
         self._message = b""
-        self._handled = Handled()
-        self._record(self._handled)

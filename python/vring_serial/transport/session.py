@@ -19,7 +19,7 @@ from vring_serial.ratelimit import RateLimitedLog
 from vring_serial.transport.closer import Closer
 from vring_serial.transport.connection import MAX_UNREAD, Connection
 from vring_serial.transport.lost_memory import describe_loss
-from vring_serial.transport.repeatable import Handled, RepeatableConnection
+from vring_serial.transport.repeatable import AREA_SIZE, Handled, RepeatableConnection
 from vring_serial.turns import Turn
 from vring_serial.unix_fds import Received
 
@@ -130,6 +130,7 @@ class Session(abc.ABC, Generic[MessageT]):
                 header_size=parser.header_size,
                 record=self._record,
                 handled=handled or Handled(),
+                area=context.keeping.area("connection", AREA_SIZE),
                 **arguments,
             )
 

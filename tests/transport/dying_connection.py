@@ -1,0 +1,152 @@
+"""A connection whose process dies at every line in turn: run by a test as a process of its own.
+
+Messages have 8 bytes, the second half of which is the length of the answer. This process keeps
+the socket and the journal; it writes all messages, and reads the answers. Prints how many lines
+there were to die at.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+from types import FrameType
+from typing import Any
+
+from vring_serial import unix_fds
+from vring_serial.service.journal import Journal
+from vring_serial.transport import connection, repeatable
+from vring_serial.transport.closer import Closer
+from vring_serial.transport.repeatable import AREA_SIZE, Handled, RepeatableConnection
+from vring_serial.unix_fds import Received
+
+#: Two are the same and have no answer, one has an answer that is more than fits.
+LENGTHS = [0, 0, 250_000]
+STATE = struct.Struct("<QQQ")
+TRACED = {connection.__file__, repeatable.__file__}
+
+
+def message(length: int) -> bytes:
+    return b"what" + length.to_bytes(4, "little")
+
+
+def answer(count: int, length: int) -> bytes:
+    """The answer to the message of this number."""
+    return bytes((count * 31 + i) & 0xFF for i in range(256)) * (length // 256 + 1)
+
+
+def die_at(line: int) -> None:
+    """Be killed before the line of that number is run."""
+    left = line
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal left
+        if event == "line":
+            left -= 1
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return trace if frame.f_code.co_filename in TRACED else None
+
+    sys.settrace(trace)
+
+
+async def serve(sock: socket.socket, journal: Journal) -> None:
+    state = journal.read("state") or STATE.pack(0, 0, 0)
+    number, count, size = STATE.unpack_from(state)
+    said, answered = state[STATE.size :][:size], state[STATE.size :][size:]
+    gone = asyncio.Event()
+
+    def received(got: Received) -> bool:
+        nonlocal count
+        unix_fds.close_all(got.fds)
+        length = int.from_bytes(got.data[4:], "little")
+        count += 1
+        conn.send(answer(count, length)[:length])
+        return False
+
+    def record(handled: Handled) -> None:
+        head = STATE.pack(handled.number, count, len(handled.message))
+        journal.write("state", head + handled.message + handled.answer)
+
+    conn = RepeatableConnection(
+        sock,
+        size_of=lambda _: 8,
+        header_size=8,
+        record=record,
+        handled=Handled(number, said, answered),
+        area=journal.area("connection", AREA_SIZE),
+        read_size=4096,
+        max_fds=4,
+        closer=Closer(),
+        received=received,
+        go_on=lambda: False,
+        lost=lambda error: gone.set(),
+    )
+    await gone.wait()
+
+
+def start(sock: socket.socket, journal_fd: int, line: int) -> int:
+    """Serve in another process, which dies at that line; 0: which goes on to the end."""
+    if pid := os.fork():
+        return pid
+    try:
+        with Journal(journal_fd) as journal, asyncio.Runner() as runner:
+            runner.get_loop()
+            die_at(line)
+            runner.run(serve(sock, journal))
+        os._exit(0)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        os._exit(1)
+
+
+def check(line: int) -> bool:
+    """Die there once; return whether there is such a line."""
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    journal = Journal.create()
+    reader, writer = os.pipe()
+    for i, length in enumerate(LENGTHS):
+        unix_fds.send(theirs, message(length), [writer] if i % 2 else [])
+    wanted = b"".join(answer(i + 1, n)[:n] for i, n in enumerate(LENGTHS))
+    got = b""
+    died = False
+    pid = start(ours, journal, line)
+    pidfd = os.pidfd_open(pid)
+    while pid:
+        more = len(got) < len(wanted)
+        if pidfd in select.select([theirs, pidfd] if more else [pidfd], [], [], 30)[0]:
+            status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            os.close(pidfd)
+            assert status in ((0, -signal.SIGKILL) if not died else (0,)), status
+            pid = 0
+            if status:
+                died = True
+                pid = start(ours, journal, 0)
+                pidfd = os.pidfd_open(pid)
+        else:
+            data = theirs.recv(1 << 16)
+            assert data, "the connection was closed"
+            got += data
+            if len(got) >= len(wanted):
+                theirs.shutdown(socket.SHUT_WR)  # it ends as soon as all is handled
+    ours.close()
+    while data := theirs.recv(1 << 16):
+        got += data
+    assert len(got) == len(wanted), f"{line}: {len(got)} of {len(wanted)} bytes"
+    assert got == wanted, line
+    theirs.close()
+    for fd in (journal, reader, writer):
+        os.close(fd)
+    return died
+
+
+if __name__ == "__main__":
+    line = 1
+    while check(line):
+        line += 1
+    print(line - 1)

@@ -1,0 +1,92 @@
+"""A connection that a successor goes on with: nothing lost, nothing doubled, wherever it dies."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vring import (
+    RECORD_SIZE,
+    LocalMisuseError,
+    receive_recorded,
+    recorded,
+    send_recorded,
+    set_record,
+)
+
+PROGRAM = Path(__file__).with_name("dying_connection.py")
+#: The fields of a record (vring/_record.pxd), and its states.
+FIELDS = struct.Struct("<QQQQQ 56x I")
+IDLE, CALL, BOOKED = range(3)
+UNSET = 0xFFFFFFFF
+
+
+def test_answers_go_once_at_whatever_line_the_process_dies() -> None:
+    result = subprocess.run(
+        [sys.executable, PROGRAM],
+        env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert int(result.stdout) > 100
+
+
+def make_record() -> bytearray:
+    record = bytearray(RECORD_SIZE)
+    set_record(record, 0)
+    return record
+
+
+@pytest.mark.parametrize(
+    ("state", "length", "gone"),
+    [(IDLE, 7, 100), (CALL, UNSET, 100), (CALL, 7, 107), (BOOKED, 7, 107), (BOOKED, UNSET, 107)],
+)
+def test_a_record_counts_every_byte_once_in_each_state(state: int, length: int, gone: int) -> None:
+    record = make_record()
+    FIELDS.pack_into(record, 0, state, 3, 100, 3, 107, length)
+    assert recorded(record) == (3, gone)
+    sender, receiver = socket.socketpair()
+    with sender, receiver:
+        assert send_recorded(sender.fileno(), b"12", record) == 2
+    assert recorded(record) == (3, gone + 2)
+
+
+def test_calls_add_their_lengths() -> None:
+    record = make_record()
+    taken = make_record()
+    sender, receiver = socket.socketpair()
+    with sender, receiver:
+        set_record(record, 9, 5)
+        while True:
+            try:
+                send_recorded(sender.fileno(), bytes(10_000), record)
+            except BlockingIOError:
+                break
+        number, length = recorded(record)
+        assert number == 9
+        assert length > 10_000
+        data = bytearray(1 << 20)
+        assert receive_recorded(receiver.fileno(), data, taken) == length - 5
+        assert recorded(taken) == (0, length - 5)
+        with pytest.raises(BlockingIOError):
+            receive_recorded(receiver.fileno(), data, taken)
+        receiver.close()
+        with pytest.raises(BrokenPipeError):
+            send_recorded(sender.fileno(), b"x", record)
+    assert recorded(record) == (9, length)
+
+
+def test_what_cannot_be_a_record_is_refused() -> None:
+    with pytest.raises(LocalMisuseError):
+        recorded(bytearray(RECORD_SIZE - 1))
+    with pytest.raises(LocalMisuseError):
+        recorded(memoryview(bytearray(RECORD_SIZE + 8))[1:])
