@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vring_serial.errors import StateError
-from vring_serial.saving import StateFormat, saved_length
+from vring_serial.saving import Packer, StateFormat, saved_length
 
 
 class Colour(enum.Enum):
@@ -199,3 +199,44 @@ def test_state_is_plain():
 
     with pytest.raises(TypeError, match="object cannot be part of a state"):
         StateFormat("odd", 1, Odd).pack(Odd(object()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    at: int
+    name: str | None
+
+
+@dataclasses.dataclass
+class Part:
+    place: Place
+    pair: tuple[int, bool]
+    flags: Flags
+
+
+@dataclasses.dataclass
+class Parts:
+    parts: list[Part]
+    loose: list[int]
+
+
+PARTS = StateFormat("parts", 1, Parts)
+PLACES = st.builds(Place, st.integers(0, 3), st.none() | st.sampled_from(["", "a"]))
+PART = st.builds(
+    Part, PLACES, st.tuples(st.integers(0, 2), st.booleans()), st.sampled_from([*Flags, Flags(0)])
+)
+CHANGE = st.tuples(st.integers(0, 3), st.sampled_from(["place", "pair", "flags"]), PART)
+
+
+@given(st.lists(PART, min_size=4, max_size=4), st.lists(CHANGE, max_size=9))
+def test_a_packer_sees_every_change(parts, changes):
+    state = Parts(parts, [0])
+    packer = Packer(PARTS)
+    for index, name, part in changes:
+        assert PARTS.unpack(packer.pack(state)) == state
+        setattr(state.parts[index], name, getattr(part, name))
+        state.loose[0] += 1
+        assert packer.pack(state) == PARTS.pack(state)
+        state.parts[index] = part  # another object, perhaps where one was before
+        assert packer.pack(state) == PARTS.pack(state)
+    assert PARTS.unpack(packer.pack(state)) == state

@@ -30,11 +30,12 @@ import dataclasses
 import enum
 import functools
 import json
+import operator
 import struct
 import types
 import typing
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Generic, NoReturn, TypeVar
 
 from vring_serial.errors import StateError
@@ -49,6 +50,8 @@ _HEADER = struct.Struct("<8sIII")
 #: What JSON gives for an object.
 Fields = dict[str, Any]
 StateT = TypeVar("StateT")
+#: Gives the values of an object's fields.
+_ValuesOf = Callable[[Any], tuple[Any, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +75,7 @@ class StateFormat(Generic[StateT]):
 
     def pack(self, state: StateT) -> bytes:
         """Return the saved form of ``state``, which is not changed and shares nothing with it."""
-        fields = {"kind": self.kind, "version": self.version, "state": _plain(state)}
-        body = json.dumps(fields, separators=(",", ":"), allow_nan=False).encode()
-        return _HEADER.pack(MAGIC, LAYOUT_VERSION, len(body), zlib.crc32(body)) + body
+        return Packer(self).pack(state)
 
     def unpack(self, data: bytes | bytearray | memoryview) -> StateT:
         """Return the state that was saved; bytes after it are ignored.
@@ -152,23 +153,113 @@ def _refuse_constant(name: str) -> NoReturn:
 # --- from dataclasses
 
 
-def _plain(value: Any) -> Any:
-    """Return ``value`` as JSON has it."""
-    if isinstance(value, enum.Enum):
-        return value.value
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, bytes | bytearray | memoryview):
-        return base64.b64encode(value).decode()
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, frozenset):
-        return sorted(_plain(item) for item in value)
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {name: _plain(getattr(value, name)) for name in _hints(type(value))}
-    raise TypeError(f"{type(value).__name__} cannot be part of a state")
+class Packer(Generic[StateT]):
+    """Writes down one state again and again: parts that did not change keep their text.
+
+    Args:
+        form: of the state.
+    """
+
+    def __init__(self, form: StateFormat[StateT]) -> None:
+        name, version = json.dumps(form.kind), form.version
+        self._head = f'{{"kind":{name},"version":{version},"state":'
+        # By identity, the objects whose text was needed last time: what gives their values, the
+        # values then, and the text. The object is held, so that no other one gets its identity.
+        self._texts: dict[int, tuple[object, _ValuesOf, tuple[Any, ...], str]] = {}
+        self._before = self._texts
+
+    def pack(self, state: StateT) -> bytes:
+        """Return the saved form of ``state``, as :meth:`StateFormat.pack` does."""
+        self._before, self._texts = self._texts, {}
+        body = f"{self._head}{self._text(state)}}}".encode()
+        self._before = {}
+        return _HEADER.pack(MAGIC, LAYOUT_VERSION, len(body), zlib.crc32(body)) + body
+
+    def _text(self, value: Any) -> str:
+        """Return ``value`` as JSON."""
+        if (before := self._before.get(id(value))) is not None:
+            _, values_of, values, text = before
+            if values_of(value) == values:
+                self._texts[id(value)] = before
+                return text
+        cls = type(value)
+        if cls is bool or value is None or cls is str:
+            return json.dumps(value)
+        if cls is int:
+            return repr(value)
+        if isinstance(value, enum.Enum):
+            return self._text(value.value)
+        if isinstance(value, bytes | bytearray | memoryview):
+            return f'"{base64.b64encode(value).decode()}"'
+        if isinstance(value, list | tuple):
+            return f"[{','.join(map(self._text, value))}]"
+        if isinstance(value, frozenset):
+            return self._text(sorted(map(_plain_scalar, value)))
+        if isinstance(value, dict):
+            items = (f"{json.dumps(str(k))}:{self._text(item)}" for k, item in value.items())
+            return f"{{{','.join(items)}}}"
+        if (known := _known(cls)) is not None:
+            return self._dataclass_text(value, known)
+        raise TypeError(f"{cls.__name__} cannot be part of a state")
+
+    def _dataclass_text(self, value: Any, known: _Known) -> str:
+        values = known.values_of(value)
+        parts = (
+            f"{name}{self._text(item)}" for name, item in zip(known.names, values, strict=True)
+        )
+        text = f"{{{','.join(parts)}}}"
+        if known.flat:
+            self._texts[id(value)] = (value, known.values_of, values, text)
+        return text
+
+
+def _plain_scalar(value: Any) -> Any:
+    return value.value if isinstance(value, enum.Enum) else value
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Known:
+    """What is known of a dataclass.
+
+    Attributes:
+        names: of its fields, as an object of JSON begins each.
+        values_of: gives their values.
+        flat: none of them can change in itself, so that equal values have equal texts.
+    """
+
+    names: tuple[str, ...]
+    values_of: _ValuesOf
+    flat: bool
+
+
+@functools.cache
+def _known(cls: Hashable) -> _Known | None:
+    """Return what is known of a dataclass; None if it is none."""
+    if not isinstance(cls, type) or not dataclasses.is_dataclass(cls):
+        return None
+    hints = _hints(cls)
+    names = tuple(hints)
+    get = operator.attrgetter(*names) if names else lambda _: ()
+    return _Known(
+        tuple(f'"{name}":' for name in names),
+        get if len(names) != 1 else lambda value: (get(value),),
+        all(map(_is_fixed, hints.values())),
+    )
+
+
+def _is_fixed(wanted: Any) -> bool:
+    """Return whether values of this type never change in themselves."""
+    arguments = typing.get_args(wanted)
+    if arguments:
+        origin = typing.get_origin(wanted)
+        fixed = origin in (types.UnionType, typing.Union, tuple, frozenset)
+        return fixed and all(each is Ellipsis or _is_fixed(each) for each in arguments)
+    if dataclasses.is_dataclass(wanted):
+        frozen: bool = wanted.__dataclass_params__.frozen  # type: ignore[union-attr]
+        return frozen and all(map(_is_fixed, _hints(typing.cast(type, wanted)).values()))
+    if wanted in (bool, int, str, bytes, types.NoneType):
+        return True
+    return isinstance(wanted, type) and issubclass(wanted, enum.Enum)
 
 
 # --- to dataclasses

@@ -33,6 +33,7 @@ from vring_serial.proto.console import (
     queues_of_port,
 )
 from vring_serial.proto.virtio import QUEUE_SIZE_MAX, Feature, Status, feature_names
+from vring_serial.saving import Packer
 
 #: What is offered unless the one who builds the device says otherwise.
 DEFAULT_FEATURES = (
@@ -104,6 +105,7 @@ class Controller(Starting):
         self._discarder: Discarder | None = None  # of single-port mode without a port 0
         self._log = EventLog()
         self._keeping = keeping
+        self._packer = Packer(CONSOLE)
         self._recorded = b""
 
     # --- for those who build it
@@ -407,7 +409,7 @@ class Controller(Starting):
             nr: dataclasses.replace(port.state, session=None, session_over=False)
             for nr, port in self._ports.items()
         }
-        state = CONSOLE.pack(ConsoleState(self.state, ports))
+        state = self._packer.pack(ConsoleState(self.state, ports))
         if state != self._recorded:
             self._keeping.write(CONSOLE.kind, state)
             self._recorded = state

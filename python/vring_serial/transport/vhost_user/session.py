@@ -33,6 +33,7 @@ from vring_serial.proto.vhost_user import (
     reply,
 )
 from vring_serial.proto.virtio import Feature, Status, feature_names
+from vring_serial.saving import Packer
 from vring_serial.transport.event_fds import check_event_descriptor
 from vring_serial.transport.repeatable import Handled
 from vring_serial.transport.session import SESSION, FatalError, Handler, Session, SessionContext
@@ -84,11 +85,13 @@ class VhostUserSession(Session[Message]):
             self._features_offered |= Feature.RING_PACKED
         self._memory = GuestMemory()
         self._keeping = context.keeping
+        self._packer = Packer(FRONTEND)
         self._roles: set[str] = set()  # in which descriptors are kept
+        self._queue_roles: set[str] = set()  # those of them that queues use
         self._state = self._saved_state(context, device.num_queues)
         records = self._records(context, device.num_queues)
         self._vrings = [
-            Vring(index, setup, device, context.closer, record)
+            Vring(index, setup, device, context.closer, record, self._queue_roles)
             for index, (setup, record) in enumerate(zip(self._state.vrings, records, strict=True))
         ]
         self._channel: BackendChannel | None = None
@@ -160,7 +163,7 @@ class VhostUserSession(Session[Message]):
             self._roles = {MEMORY.format(serial) for serial in self._state.serials}
             for vring in self._vrings:
                 vring.resume(keeping)
-                self._roles |= set(vring.roles)
+            self._roles |= self._queue_roles
             if (fd := keeping.take(CHANNEL)) is not None:
                 self._open_channel(fd, resumed=True)
             self._run_all()
@@ -190,9 +193,8 @@ class VhostUserSession(Session[Message]):
     def _record(self, handled: Handled) -> None:
         assert self._keeping is not None
         self._state.handled = handled
-        self._keeping.write(SESSION, FRONTEND.pack(self._state))
-        used = {MEMORY.format(serial) for serial in self._state.serials}
-        used.update(role for vring in self._vrings for role in vring.roles)
+        self._keeping.write(SESSION, self._packer.pack(self._state))
+        used = {MEMORY.format(serial) for serial in self._state.serials} | self._queue_roles
         if self._channel is not None and not self._channel.closed:
             used.add(CHANNEL)
         for role in self._roles - used:

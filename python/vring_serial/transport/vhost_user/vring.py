@@ -37,6 +37,7 @@ class Vring:
         device: which the queue belongs to.
         closer: closes the frontend's descriptors.
         record: see VirtQueue; None: there is no successor of this process.
+        roles: kept up to date here: of the frontend's descriptors that are in use.
 
     Attributes:
         index: which queue.
@@ -50,8 +51,10 @@ class Vring:
         device: VirtioDevice,
         closer: Closer,
         record: memoryview | None = None,
+        roles: set[str] | None = None,
     ) -> None:
         self._close = closer.close
+        self._roles = set() if roles is None else roles
         self.index = index
         self.setup = setup
         self._device = device
@@ -63,7 +66,6 @@ class Vring:
         # The device keeps the number of the call descriptor while the ring runs, and frontends
         # change the descriptor under it: the number stays, what it stands for is exchanged.
         self._call_fd = -1
-        self._call_given = False  # by the frontend
         self._error_fd = -1
 
     def __repr__(self) -> str:
@@ -73,16 +75,6 @@ class Vring:
     def running(self) -> bool:
         """Whether the device has it."""
         return self._queue is not None
-
-    @property
-    def roles(self) -> list[str]:
-        """In which roles descriptors of the frontend's are kept for a successor."""
-        given = {
-            KICK: self._kick_fd >= 0 and not self._kick_ours,
-            CALL: self._call_given,
-            ERROR: self._error_fd >= 0,
-        }
-        return [role.format(self.index) for role, is_given in given.items() if is_given]
 
     def resume(self, keeping: Keeping) -> None:
         """Take the descriptors that a predecessor left; a ring that ran then goes on there."""
@@ -140,6 +132,7 @@ class Vring:
         new = make_eventfd() if fd < 0 else fd
         self._close([self._kick_fd])
         self._kick_ours = fd < 0
+        self._use(KICK, fd)
         self._kick_fd = new
         self.setup.polled = polled
         self.setup.started = True
@@ -147,7 +140,7 @@ class Vring:
     def set_call(self, fd: int) -> None:
         """Take ``fd`` over, also while the ring runs; -1 when the frontend polls."""
         self.setup.called = True
-        self._call_given = fd >= 0
+        self._use(CALL, fd)
         new = make_eventfd() if fd < 0 else fd
         if self._call_fd < 0:
             self._call_fd = new
@@ -166,6 +159,7 @@ class Vring:
         """Take ``fd`` over; -1 for none."""
         self._close([self._error_fd])
         self._error_fd = fd
+        self._use(ERROR, fd)
 
     def kick(self) -> bool:
         """Kick the device for a frontend without a descriptor; return False if it has one."""
@@ -262,7 +256,8 @@ class Vring:
         self.setup.started = self.setup.polled = self.setup.called = False
         self._close([self._kick_fd, self._call_fd])
         self._kick_fd = self._call_fd = -1
-        self._call_given = False
+        self._use(KICK, -1)
+        self._use(CALL, -1)
         self._kick_ours = False
 
     def forget_driver(self) -> None:
@@ -284,6 +279,14 @@ class Vring:
         if self.setup.packed or self.setup.base is None:
             return self.setup.used
         return memory.load16(device_area + ring.USED_INDEX)
+
+    def _use(self, role: str, fd: int) -> None:
+        """Note that the frontend's descriptor in this role is ``fd``; -1 for none."""
+        name = role.format(self.index)
+        if fd >= 0:
+            self._roles.add(name)
+        else:
+            self._roles.discard(name)
 
     def _refuse_while_running(self) -> None:
         if self.running:
