@@ -25,7 +25,9 @@ import sys
 
 from vring_serial import (
     QueueDevice,
+    QueueDeviceState,
     RunningQueue,
+    StateFormat,
     VfioUserServer,
     VhostUserBackend,
     VringSerialError,
@@ -38,6 +40,9 @@ BUFFER_MAX = 64 * 1024
 
 class Entropy(QueueDevice):
     """One queue; the device fills whatever buffers come with random bytes."""
+
+    #: For snapshots: this device remembers nothing but what every device does.
+    state_format = StateFormat("entropy device", 1, QueueDeviceState)
 
     def __init__(self) -> None:
         super().__init__("entropy0", ENTROPY_DEVICE, num_queues=1)

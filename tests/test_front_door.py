@@ -17,7 +17,7 @@ Controller Port
 DeviceEvent DeviceReset DriverReady EmergencyWrite FeaturesNegotiated MessageRefused
 OutputDropped
 PortAdded PortClosed PortOpened PortReady PortRemoved QueueBroken Side
-VirtioDevice QueueDevice RunningQueue
+VirtioDevice QueueDevice QueueDeviceState RunningQueue StateFormat
 Chardev ChardevUser DescriptorEnd End ProtocolEnd
 FileChardev FileOptions NullChardev NullOptions PipeChardev PipeOptions ProtocolChardev
 PtyChardev

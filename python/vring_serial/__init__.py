@@ -98,7 +98,10 @@ if TYPE_CHECKING:
         InterruptSink as InterruptSink,
         PciDevice as PciDevice,
     )
-    from vring_serial.device.queue_device import QueueDevice as QueueDevice
+    from vring_serial.device.queue_device import (
+        QueueDevice as QueueDevice,
+        QueueDeviceState as QueueDeviceState,
+    )
     from vring_serial.device.registers.mmio import MmioDevice as MmioDevice
     from vring_serial.device.virtqueue import RunningQueue as RunningQueue
     from vring_serial.errors import (
@@ -137,6 +140,7 @@ if TYPE_CHECKING:
         Monitor as Monitor,
         Selection as Selection,
     )
+    from vring_serial.saving import StateFormat as StateFormat
     from vring_serial.spice.options import SpiceOptions as SpiceOptions
     from vring_serial.spice.server import SpiceServer as SpiceServer
     from vring_serial.transport.inprocess.fronts import (
@@ -161,7 +165,7 @@ _EXPORTS = {
         "QueueBroken Side"
     ),
     "vring_serial.device.base": "VirtioDevice",
-    "vring_serial.device.queue_device": "QueueDevice",
+    "vring_serial.device.queue_device": "QueueDevice QueueDeviceState",
     "vring_serial.device.virtqueue": "RunningQueue",
     "vring_serial.chardev.base": "Chardev ChardevUser DescriptorEnd End ProtocolEnd",
     "vring_serial.chardev.file": "FileChardev FileOptions",
@@ -195,6 +199,7 @@ _EXPORTS = {
     "vring_serial.guest.uml": "UmlGuest",
     "vring_serial.spice.options": "SpiceOptions",
     "vring_serial.spice.server": "SpiceServer",
+    "vring_serial.saving": "StateFormat",
     "vring_serial.errors": (
         "ConfigError DependencyError LocalProtocolError ProtocolError RemoteProtocolError "
         "ResourceError StateError VringSerialError"

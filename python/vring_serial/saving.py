@@ -123,6 +123,12 @@ def saved_length(header: bytes | memoryview) -> int:
     return _HEADER.size + int(length)
 
 
+def check_range(name: str, value: int, bits: int) -> None:
+    """Raise StateError, naming the field, if ``value`` is no number of so many bits."""
+    if not 0 <= value < 1 << bits:
+        raise StateError(f"{name} is {value:#x}, no number of {bits} bits")
+
+
 def _read(data: memoryview) -> Fields:
     end = saved_length(data)
     if len(data) < end:

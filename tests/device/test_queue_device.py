@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import signal
 import subprocess
@@ -16,11 +17,12 @@ from vring import GuestMemory, Region
 from vring.testing import GuestQueue
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.pci.device import PciDevice
-from vring_serial.device.queue_device import QueueDevice
+from vring_serial.device.queue_device import QueueDevice, QueueDeviceState
 from vring_serial.device.registers.mmio import MmioDevice
 from vring_serial.device.testing import ANY_FEATURE, MmioDriver
-from vring_serial.errors import ConfigError, LocalProtocolError, RemoteProtocolError
+from vring_serial.errors import ConfigError, LocalProtocolError, RemoteProtocolError, StateError
 from vring_serial.proto.virtio import Status
+from vring_serial.saving import StateFormat
 from vring_serial.transport.inprocess.fronts import InProcessMmio, PolledHost
 
 EXAMPLE = EXAMPLES / "custom_device.py"
@@ -41,8 +43,8 @@ class Driven:
             bytearray(GuestQueue.bytes_needed(16, 4096)), 16, 4096, writable=True, event_idx=True
         )
         self.levels: list[bool] = []
-        memory = GuestMemory([*self.queue.memory.regions, Region(0, bytearray(4096))])
-        self.mmio = InProcessMmio(host, device, memory, interrupt=self.levels.append)
+        self.mmio_memory = GuestMemory([*self.queue.memory.regions, Region(0, bytearray(4096))])
+        self.mmio = InProcessMmio(host, device, self.mmio_memory, interrupt=self.levels.append)
         self.driver = MmioDriver(self.mmio.read, self.mmio.write)
 
     def boot(self) -> None:
@@ -153,3 +155,111 @@ def test_a_device_goes_on_from_the_state_of_another():
     assert second.config_generation == 1
     with pytest.raises(LocalProtocolError, match="4 bytes"):
         Plain("plain", 42, 1, config=b"abc", state=copy.deepcopy(first.state))
+
+
+# --- snapshots
+
+
+@dataclasses.dataclass(slots=True)
+class CountingState(QueueDeviceState):
+    """Of a device that remembers more than every device does."""
+
+    served: int = 0
+
+    def __post_init__(self) -> None:
+        if self.served < 0:
+            raise ValueError("fewer than no buffers")
+
+
+class Counting(QueueDevice):
+    """Writes into each buffer how many it has served."""
+
+    state_format = StateFormat("counting device", 1, CountingState)
+    state: CountingState
+
+    def __init__(self, config: bytes = b"1234") -> None:
+        super().__init__("counter", 42, num_queues=1, config=config, state=CountingState())
+
+    def serve(self, index, running):
+        chain = running.queue.pop()
+        if chain is None:
+            return running.queue.enable_notifications()
+        self.state.served += 1
+        chain.write(bytes([self.state.served]))
+        if running.queue.push(chain):
+            running.call()
+        return True
+
+
+def restored(host: PolledHost, driven: Driven, saved: bytes, device: QueueDevice) -> None:
+    """Exchange the device behind the driver for one that goes on from a state."""
+    driven.mmio = host.complete(
+        InProcessMmio.restore(
+            saved, host, device, driven.mmio_memory, interrupt=driven.levels.append
+        )
+    )
+    driven.driver = MmioDriver(driven.mmio.read, driven.mmio.write)
+
+
+def test_a_device_that_says_what_its_state_is_goes_on_elsewhere(host):
+    first = Counting()
+    driven = Driven(host, first)
+    driven.boot()
+    driven.queue.offer(2)
+    driven.driver.notify(0)
+    assert driven.queue.receive() == b"\1\2"
+    first.set_config(b"5678")
+    saved = driven.mmio.save()
+    driven.mmio.close()
+    restored(host, driven, saved, Counting())
+    assert driven.driver.read_config(0, 4) == int.from_bytes(b"5678", "little")
+    driven.queue.offer(3)
+    driven.driver.notify(0)
+    assert driven.queue.receive() == b"\3\4\5"
+    driven.mmio.close()
+
+
+def test_the_entropy_device_goes_on_elsewhere(host):
+    entropy = names_of("custom_device.py")["Entropy"]
+    driven = Driven(host, entropy())
+    driven.boot()
+    saved = driven.mmio.save()
+    driven.mmio.close()
+    restored(host, driven, saved, entropy())
+    driven.queue.offer(3)
+    driven.driver.notify(0)
+    assert len(driven.queue.receive()) == 3 * 4096
+    driven.mmio.close()
+
+
+def test_a_state_of_another_device_is_refused_before_it_is_taken(host):
+    driven = Driven(host, Counting())
+    saved = driven.mmio.save()
+    driven.mmio.close()
+    other = Counting(b"another size")
+    with pytest.raises(StateError, match="size of the configuration space is 4 in the state"):
+        restored(host, driven, saved, other)
+    with pytest.raises(StateError, match="virtio device type is 42 in the state, 4 here"):
+        restored(host, driven, saved, names_of("custom_device.py")["Entropy"]())
+    state = CountingState(served=3, driver_features=1 << 40)
+    with pytest.raises(StateError, match="features 0x10000000000, which are not offered"):
+        other.check_state(Counting.state_format.pack(state))
+    state = CountingState()
+    state.served = -1
+    with pytest.raises(StateError, match="fewer than no buffers"):
+        other.check_state(Counting.state_format.pack(state))
+    assert other.state == CountingState()
+
+
+def test_a_device_that_does_not_say_what_its_state_is_cannot_be_saved(host):
+    class Silent(Counting):
+        state_format = None
+
+    driven = Driven(host, Silent())
+    with pytest.raises(LocalProtocolError, match="counter does not say what its state is"):
+        driven.mmio.save()
+    driven.boot()
+    driven.queue.offer(1)
+    driven.driver.notify(0)  # it goes on
+    assert driven.queue.receive() == b"\1"
+    driven.mmio.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from vring import RingError
@@ -103,4 +104,29 @@ class VirtioDevice(Protocol):
 
     def reset(self) -> None:
         """Stop all queues and forget the driver."""
+        ...
+
+    def settled(self) -> AbstractContextManager[None]:
+        """Hold all queues inside a ``with`` without await.
+
+        Nothing is in flight there: ``avail_index`` and ``used_index`` of the queues, and the state,
+        are exact. On leaving, all go on as if nothing had happened.
+        """
+        ...
+
+    def save_state(self) -> bytes:
+        """Return all that another device, made in the same way, needs to go on from here.
+
+        Called inside :meth:`settled`. Whatever the device owes its host ends goes with the state:
+        it stands still then, until a queue is started. Raises LocalProtocolError if the device
+        does not say what its state is.
+        """
+        ...
+
+    def check_state(self, saved: bytes) -> Callable[[], None]:
+        """Check what :meth:`save_state` of another device returned; return what takes it over.
+
+        The device has no front or server and was not started; it is as before until the result is
+        called, which does not fail. Raises StateError if the state does not fit this device.
+        """
         ...

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, ClassVar
 
 from vring import RingError
 from vring_serial.callbacks import Listener, tell
 from vring_serial.device.served import ServedQueue
 from vring_serial.device.virtqueue import RunningQueue
-from vring_serial.errors import LocalProtocolError, RemoteProtocolError
+from vring_serial.errors import LocalProtocolError, RemoteProtocolError, StateError
 from vring_serial.proto.virtio import QUEUE_SIZE_MAX, Feature, Status
 from vring_serial.ratelimit import RateLimitedLog
+from vring_serial.saving import StateFormat, check_range
 
 log = logging.getLogger(__name__)
 
@@ -54,9 +57,15 @@ class QueueDevice(abc.ABC):
 
     Attributes:
         state: kept up to date here alone. Between turns of the event loop nothing is in flight.
+        state_format: how ``state`` is written down, for snapshots: a device that has no state of
+            its own sets ``StateFormat("my device", 1, QueueDeviceState)``; another derives a
+            dataclass of plain values from QueueDeviceState, makes ``state`` one, and keeps what it
+            must remember there. None: the device cannot be saved.
 
     Raises LocalProtocolError if the state has a configuration space of another size.
     """
+
+    state_format: ClassVar[StateFormat[Any] | None] = None
 
     on_config_change = Listener[Callable[[], None]]()
     on_needs_reset = Listener[Callable[[RingError], None]]()
@@ -173,6 +182,38 @@ class QueueDevice(abc.ABC):
             self.stop_queue(index)
         self.state.status = 0
         self.state.driver_features = 0
+
+    @contextlib.contextmanager
+    def settled(self) -> Iterator[None]:
+        """See VirtioDevice; nothing is in flight between calls of :meth:`serve`."""
+        yield
+
+    def save_state(self) -> bytes:
+        """See VirtioDevice."""
+        return self._format().pack(self.state)
+
+    def check_state(self, saved: bytes) -> Callable[[], None]:
+        """See VirtioDevice."""
+        state: QueueDeviceState = self._format().unpack(saved)
+        check_range("the status", state.status, 8)
+        check_range("config_generation", state.config_generation, 64)
+        check_range("the features", state.driver_features, 64)
+        if extra := state.driver_features & ~self.device_features:
+            raise StateError(f"the driver accepted features {extra:#x}, which are not offered")
+        if state.config is not None and len(state.config) != len(self._config):
+            raise StateError(f"its configuration has {len(state.config)} bytes")
+
+        def take_over() -> None:
+            self.state = state
+            if state.config is not None:
+                self._config = state.config
+
+        return take_over
+
+    def _format(self) -> StateFormat[Any]:
+        if self.state_format is None:
+            raise LocalProtocolError(f"{self.name} does not say what its state is: state_format")
+        return self.state_format
 
     def _broken(self, index: int, error: RingError) -> None:
         self._said.warning("%s: queue %d is broken: %s", self.name, index, error)

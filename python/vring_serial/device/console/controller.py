@@ -16,7 +16,12 @@ from vring_serial.device.console.event_log import EventLog
 from vring_serial.device.console.events import DeviceEvent, Side
 from vring_serial.device.console.loop_pump import LoopPump
 from vring_serial.device.console.port import Port
-from vring_serial.device.console.state import CONSOLE, ConsoleState, ControllerState
+from vring_serial.device.console.state import (
+    CONSOLE,
+    ConsoleState,
+    ControllerState,
+    check_console,
+)
 from vring_serial.device.served import Discarder
 from vring_serial.device.virtqueue import RunningQueue, is_fresh
 from vring_serial.errors import LocalProtocolError, RemoteProtocolError
@@ -87,16 +92,12 @@ class Controller(Starting):
         state: ControllerState | None = None,
         keeping: Keeping | None = None,
     ) -> None:
-        self.state = state or ControllerState()
         self.name = name
         self.max_ports = max_ports
         self.device_features = int(features)
         self.num_queues = queue_count(max_ports, bool(features & ConsoleFeature.MULTIPORT))
         self.queue_size_max = queue_size_max
-        self._control = ctl.ControlDevice(max_ports, self.state.control)
-        self._control_queues = ControlQueues(
-            self._control, self._control_events, self._queue_broken
-        )
+        self._take(state or ControllerState())
         self._ports: dict[int, Port] = {}
         self._pump = pump
         self._own_pump: LoopPump | None = None
@@ -107,6 +108,14 @@ class Controller(Starting):
         self._keeping = keeping
         self._packer = Packer(CONSOLE)
         self._recorded = b""
+        self._saved = False  # nothing moves before a queue is started
+
+    def _take(self, state: ControllerState) -> None:
+        self.state = state
+        self._control = ctl.ControlDevice(self.max_ports, state.control)
+        self._control_queues = ControlQueues(
+            self._control, self._control_events, self._queue_broken
+        )
 
     # --- for those who build it
 
@@ -301,6 +310,9 @@ class Controller(Starting):
             and not (self.single_port or self._control.driver_ready)
         )
         self.state.stopped_at.pop(index, None)
+        if self._saved:
+            self._saved = False
+            self._go_on()
         self._queues[index] = queue
         try:
             self._serve(index, queue)
@@ -343,8 +355,39 @@ class Controller(Starting):
         try:
             yield
         finally:
-            for port in ports:
-                port.go_on()
+            if not self._saved:
+                self._go_on()
+
+    def _go_on(self) -> None:
+        for port in list(self._ports.values()):
+            port.go_on()
+
+    def save_state(self) -> bytes:
+        """See VirtioDevice: ports with what they owe, and connections of protocols."""
+        self._saved = True
+        ports = {nr: port.state for nr, port in self._ports.items()}
+        return CONSOLE.pack(ConsoleState(self.max_ports, self.state, ports))
+
+    def check_state(self, saved: bytes) -> Callable[[], None]:
+        """See VirtioDevice; the ports are added before, and are those of the state."""
+        if self.started:
+            raise LocalProtocolError(f"{self.name} was started: a state comes before that")
+        state = CONSOLE.unpack(saved)
+        check_console(
+            state,
+            max_ports=self.max_ports,
+            ports={nr: (port.name, port.console) for nr, port in self._ports.items()},
+            num_queues=self.num_queues,
+            features=self.device_features,
+        )
+        return lambda: self._take_over(state)
+
+    def _take_over(self, state: ConsoleState) -> None:
+        self._take(state.controller)
+        for nr, port in self._ports.items():
+            self._control.add_port(nr, port.name, console=port.console)
+            port.take_state(state.ports[nr])
+            self._set_guest(port)
 
     def reset_queue(self, index: int) -> None:
         """Forget where the queue, which does not run, was stopped; its driver is the same one."""
@@ -409,7 +452,7 @@ class Controller(Starting):
             nr: dataclasses.replace(port.state, session=None, session_over=False)
             for nr, port in self._ports.items()
         }
-        state = self._packer.pack(ConsoleState(self.state, ports))
+        state = self._packer.pack(ConsoleState(self.max_ports, self.state, ports))
         if state != self._recorded:
             self._keeping.write(CONSOLE.kind, state)
             self._recorded = state

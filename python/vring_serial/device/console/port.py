@@ -83,14 +83,19 @@ class Port:
         self.nr = nr
         self.name = name.encode() if isinstance(name, str) else name
         self.chardev = chardev
-        self.state = state or DevicePortState()
         self._owner: PortOwner | None = None
-        self._sides = Sides(console, self.state)
-        self._transmit = Transmit(self._sides, self)
-        self._receive = Receive(self._sides, self)
+        self._console = console
+        self._take(state or DevicePortState())
+        self._still = False  # inside the device's settled, or after it was saved
         self._retry: asyncio.TimerHandle | None = None
         self._retry_delay = 0.0  # of the last; 0 after a success
         self._said = RateLimitedLog(log)  # a peer can come and break in a loop
+
+    def _take(self, state: DevicePortState) -> None:
+        self.state = state
+        self._sides = Sides(self._console, state)
+        self._transmit = Transmit(self._sides, self)
+        self._receive = Receive(self._sides, self)
 
     def __repr__(self) -> str:
         return f"<Port {self.label}>"
@@ -133,6 +138,13 @@ class Port:
         self.chardev.attach(self)
         self._owner = owner
         if self.guest_open:  # by the state that the port was made with
+            self._tell_guest_opened()
+
+    def take_state(self, state: DevicePortState) -> None:
+        """Go on from a state instead of one's own, before the host end is started."""
+        was_open = self.guest_open
+        self._take(state)
+        if self.guest_open != was_open:
             self._tell_guest_opened()
 
     def release(self) -> None:
@@ -182,12 +194,14 @@ class Port:
 
     def settle(self) -> None:
         """Hold both directions until :meth:`go_on`: ``state`` is exact and nothing in flight."""
+        self._still = True
         self._transmit.stop()
         self._transmit.stop_residue()
         self._receive.stop()
 
     def go_on(self) -> None:
         """Serve the queues again after :meth:`settle`."""
+        self._still = False
         self._update()
 
     def start_queue(self, is_transmit: bool, running: RunningQueue) -> None:
@@ -291,6 +305,8 @@ class Port:
         return self._transmit if is_transmit else self._receive
 
     def _update(self) -> None:
+        if self._still:
+            return
         self._update_session()
         for direction in (self._transmit, self._receive):
             try:

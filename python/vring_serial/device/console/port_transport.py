@@ -8,12 +8,9 @@ from typing import Any
 
 from vring import RingError
 from vring_serial.device.console.delivery import Delivery
-from vring_serial.device.console.state import ChainState, SessionState
+from vring_serial.device.console.state import BACKLOG_MAX, ChainState, SessionState
 from vring_serial.device.console.write_buffer import WriteBuffer
 from vring_serial.device.virtqueue import RunningQueue
-
-#: Bytes that a console's protocol may leave waiting while it does not read; more are dropped.
-BACKLOG_MAX = 1 << 20
 
 
 class PortTransport(asyncio.Transport):

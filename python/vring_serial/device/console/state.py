@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from vring_serial.errors import StateError
+from vring_serial.proto.console import ConsoleFeature
 from vring_serial.proto.control import ControlState, PortState
-from vring_serial.saving import StateFormat
+from vring_serial.proto.virtio import feature_names
+from vring_serial.saving import StateFormat, check_range
 
 
 @dataclass(slots=True)
@@ -100,13 +103,91 @@ class ConsoleState:
     """The device with its ports: what is written down.
 
     Attributes:
+        max_ports: of the device; port numbers are below it.
         controller: the device.
         ports: by number.
     """
 
+    max_ports: int = 0
     controller: ControllerState = field(default_factory=ControllerState)
     ports: dict[int, DevicePortState] = field(default_factory=dict)
 
 
+#: Bytes that a console's protocol may leave waiting while it does not read; more are dropped.
+BACKLOG_MAX = 1 << 20
 #: How it is written down.
 CONSOLE = StateFormat("console device", 1, ConsoleState)
+
+
+def check_console(
+    state: ConsoleState,
+    *,
+    max_ports: int,
+    ports: dict[int, tuple[bytes, bool]],
+    num_queues: int,
+    features: int,
+) -> None:
+    """Check a state that somebody else wrote down against the device that is to go on from it.
+
+    Args:
+        state: all of it.
+        max_ports, num_queues, features: of the device; features are those that it offers.
+        ports: the device's, by number: name, and whether it is a console.
+
+    Raises StateError that names what does not fit.
+    """
+    if state.max_ports != max_ports:
+        raise StateError(f"it is of a device with max_ports {state.max_ports}, not {max_ports}")
+    controller, control = state.controller, state.controller.control
+    theirs = {nr: (port.name, port.console) for nr, port in control.ports.items()}
+    for nr in sorted(theirs.keys() | ports.keys()):
+        if theirs.get(nr) != ports.get(nr):
+            raise StateError(f"{_describe(nr, theirs)} in it, {_describe(nr, ports)} here")
+    if state.ports.keys() != ports.keys():
+        raise StateError(f"it has the state of ports {sorted(state.ports)}, not {sorted(ports)}")
+    if extra := (controller.features or 0) & ~features:
+        names = feature_names(extra, ConsoleFeature)
+        raise StateError(f"the driver accepted features that are not offered: {names}")
+    check_range("the status", controller.status, 8)
+    check_range("the features", controller.features or 0, 64)
+    check_range("config_generation", controller.config_generation, 64)
+    for index, position in controller.stopped_at.items():
+        if not 0 <= index < num_queues:
+            raise StateError(f"a position of queue {index}; there are {num_queues} queues")
+        check_range(f"the position of queue {index}", position, 16)
+    _check_control(control)
+    for nr, port in state.ports.items():
+        _check_port(f"port {nr}", port)
+
+
+def _describe(nr: int, ports: dict[int, tuple[bytes, bool]]) -> str:
+    if nr not in ports:
+        return f"there is no port {nr}"
+    name, console = ports[nr]
+    kind = "a console" if console else "no console"
+    return f"port {nr} is {name.decode(errors='backslashreplace')!r}, {kind},"
+
+
+def _check_control(control: ControlState) -> None:
+    for nr, port in control.ports.items():
+        if port.nr != nr:
+            raise StateError(f"port {nr} is said to be port {port.nr}")
+        if port.size is not None:
+            check_range(f"port {nr}: columns", port.size.cols, 16)
+            check_range(f"port {nr}: rows", port.size.rows, 16)
+    if sorted(control.waiting) != list(control.waiting) or min(control.waiting, default=0) < 0:
+        raise StateError("the messages that wait are not in order")
+    for message in control.waiting.values():
+        check_range("the port of a message", message.id, 32)
+        check_range("the event of a message", message.event, 16)
+        check_range("the value of a message", message.value, 16)
+
+
+def _check_port(port: str, state: DevicePortState) -> None:
+    for number in state.size or ():
+        check_range(f"{port}: the size", number, 16)
+    check_range(f"{port}: delivered bytes", state.chain.delivered, 63)
+    if state.session is not None:
+        check_range(f"{port}: dropped bytes", state.session.dropped, 63)
+        if len(state.session.backlog) > BACKLOG_MAX:
+            raise StateError(f"{port} has a backlog of {len(state.session.backlog)} bytes")

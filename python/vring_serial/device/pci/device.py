@@ -51,6 +51,11 @@ _MSIX_ENABLE = 1 << 15
 _MSIX_FUNCTION_MASK = 1 << 14
 
 
+def vectors_of(device: VirtioDevice, vectors: int | None) -> int:
+    """Return how many MSI-X vectors a function has; ``vectors`` as of PciDevice."""
+    return min(device.num_queues + 1, _DEFAULT_VECTORS_MAX) if vectors is None else vectors
+
+
 @dataclass(frozen=True, slots=True)
 class NotifyOffset:
     """The place where a driver notifies a queue, for callers that can watch it themselves.
@@ -109,8 +114,7 @@ class PciDevice(RegisterDevice):
         host: Host | None = None,
         state: FunctionState | None = None,
     ) -> None:
-        if vectors is None:
-            vectors = min(device.num_queues + 1, _DEFAULT_VECTORS_MAX)
+        vectors = vectors_of(device, vectors)
         if not 0 <= vectors <= MAX_VECTORS:
             raise ConfigError(f"{vectors} MSI-X vectors, at most {MAX_VECTORS} are possible")
         if transitional and device.device_id not in _TRANSITIONAL_IDS:

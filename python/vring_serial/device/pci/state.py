@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from vring_serial.device.registers.state import RegistersState
+from vring_serial.errors import StateError
+from vring_serial.saving import check_range
 
+#: Bytes of a conventional function's configuration space (PCI 3.0, 6).
+CONFIG_SIZE = 256
 #: Bytes of an entry of the MSI-X table (PCI 3.0, 6.8.2).
 ENTRY_SIZE = 16
 
@@ -36,3 +40,18 @@ class FunctionState:
     registers: RegistersState = field(default_factory=RegistersState)
     config_space: bytearray = field(default_factory=bytearray)
     msix: MsixState = field(default_factory=MsixState)
+
+
+def check_function(state: FunctionState, vectors: int) -> None:
+    """Check what is not of the registers in a state that somebody else wrote down.
+
+    Raises StateError that names what does not fit a function with so many MSI-X vectors.
+    """
+    if len(state.config_space) not in (0, CONFIG_SIZE):
+        raise StateError(f"its configuration space has {len(state.config_space)} bytes")
+    if len(state.msix.table) not in (0, ENTRY_SIZE * vectors):
+        raise StateError(
+            f"its MSI-X table has {len(state.msix.table)} bytes, {ENTRY_SIZE} for each of "
+            f"{vectors} vectors are expected"
+        )
+    check_range("the pending vectors", state.msix.pending, vectors)

@@ -23,8 +23,11 @@ class RegisterDevice(Closing):
         self._registers.set_memory(memory)
 
     def note_positions(self) -> None:
-        """Bring the positions of running rings in ``state`` up to date; see QueueTable."""
-        self._registers.queues.note_positions()
+        """Bring positions of running rings, and interrupts that are due, in ``state`` up to date.
+
+        Exact inside the device's ``settled``.
+        """
+        self._registers.note_progress()
 
     def kick_fd(self, queue: int) -> int:
         """Return an eventfd that notifies the queue, for callers that watch the place themselves.

@@ -24,6 +24,17 @@ QUEUE_SIZE = 256
 MAX_QUEUES = 0xFFFF
 
 
+def queue_size_of(device: VirtioDevice, queue_size: int) -> int:
+    """Return the largest size that drivers may choose; ``queue_size`` as of DriverRegisters.
+
+    Raises ConfigError if that is impossible.
+    """
+    size = queue_size or min(device.queue_size_max, QUEUE_SIZE)
+    if not 0 < size <= device.queue_size_max or size & (size - 1):
+        raise ConfigError(f"queue size {size} is not a power of two up to {device.queue_size_max}")
+    return size
+
+
 class DriverRegisters:
     """The state and behaviour behind the registers of a device, in any layout.
 
@@ -75,11 +86,7 @@ class DriverRegisters:
         check_unserved(device)
         if device.num_queues > MAX_QUEUES:
             raise ConfigError(f"the device has {device.num_queues} queues, at most {MAX_QUEUES}")
-        size = queue_size or min(device.queue_size_max, QUEUE_SIZE)
-        if not 0 < size <= device.queue_size_max or size & (size - 1):
-            raise ConfigError(
-                f"queue size {size} is not a power of two up to {device.queue_size_max}"
-            )
+        size = queue_size_of(device, queue_size)
         self.device = device
         self.saved = saved or RegistersState(DriverState(legacy=legacy))
         self.state = self.saved.driver
@@ -210,15 +217,30 @@ class DriverRegisters:
         self.device.on_config_change = None
         self.device.on_needs_reset = None
 
+    def note_progress(self) -> None:
+        """Bring ``saved`` up to date with the device.
+
+        Positions of rings, drivers to be called whom the event loop has not called yet, and the
+        generation of the configuration. Exact while nothing is in flight.
+        """
+        self.queues.take_calls()
+        self.queues.note_positions()
+        self._see_generation()
+
     # --- configuration
+
+    def _see_generation(self) -> None:
+        """Change the driver's generation if the configuration space is another one than before."""
+        generation = self.device.config_generation
+        if generation != self._config_seen:
+            self._config_seen = generation
+            self._config = None
+            self.state.config_generation = self.state.config_generation + 1 & 0xFF
 
     def read_config(self, offset: int, size: int) -> int:
         """Return ``size`` bytes of the configuration space; zero outside."""
-        generation = self.device.config_generation
-        if self._config is None or generation != self._config_seen:
-            if generation != self._config_seen:
-                self._config_seen = generation
-                self.state.config_generation = self.state.config_generation + 1 & 0xFF
+        self._see_generation()
+        if self._config is None:
             self._config = self.device.read_config(0, self.device.config_size)
         return int.from_bytes(self._config[offset : offset + size], "little")
 

@@ -19,6 +19,18 @@ _RING_PACKED = int(Feature.RING_PACKED)
 _WORD = (1 << 32) - 1
 
 
+def offered_features(device: VirtioDevice, *, packed: bool, notification_data: bool) -> int:
+    """Return the feature bits that a device and its registers offer to modern drivers."""
+    bits = (int(device.device_features) | _REGISTER_FEATURES) & ~_LEGACY_ONLY
+    bits |= int(Feature.NOTIFICATION_DATA) if notification_data else 0
+    return bits | _RING_PACKED if packed else bits & ~_RING_PACKED
+
+
+def offered_legacy_features(device: VirtioDevice) -> int:
+    """Return the feature bits that legacy drivers are offered: 0 to 31."""
+    return int(device.device_features & _WORD | Feature.ANY_LAYOUT)
+
+
 class FeatureNegotiation:
     """The features that a device and its registers offer, and those that a driver accepts.
 
@@ -42,20 +54,20 @@ class FeatureNegotiation:
         self._device = device
         self._state = state
         self._packed = packed
-        self._notification_data = int(Feature.NOTIFICATION_DATA) if notification_data else 0
+        self._notification_data = notification_data
         self._log = log
 
     @property
     def offered(self) -> int:
         """Feature bits for modern drivers."""
-        bits = (int(self._device.device_features) | _REGISTER_FEATURES) & ~_LEGACY_ONLY
-        bits |= self._notification_data
-        return bits | _RING_PACKED if self._packed else bits & ~_RING_PACKED
+        return offered_features(
+            self._device, packed=self._packed, notification_data=self._notification_data
+        )
 
     @property
     def offered_legacy(self) -> int:
         """Feature bits for legacy drivers: 0 to 31."""
-        return int(self._device.device_features & _WORD | Feature.ANY_LAYOUT)
+        return offered_legacy_features(self._device)
 
     def has(self, feature: int) -> bool:
         """Return whether the feature is accepted."""

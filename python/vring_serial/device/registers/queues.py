@@ -225,6 +225,12 @@ class QueueTable:
             if fds.running is not None:
                 queue.position = fds.running.avail_index
 
+    def take_calls(self) -> None:
+        """Call drivers now for whom a call waits that the event loop has not seen yet."""
+        for index, fds in enumerate(self._descriptors):
+            if fds.call_fd >= 0 and not fds.direct:
+                self._call_waits(index)
+
     def is_routed(self, queue: QueueSetup) -> bool:
         """Return whether the queue's calls go straight to somebody else's event."""
         return self._descriptors[queue.index].direct

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from vring import SplitDriver
+from vring_serial.errors import StateError
+from vring_serial.saving import check_range
 
 #: The areas of a queue, as :class:`QueueSetup` names them, in the order of their registers.
 QUEUE_AREAS = ("descriptor_area", "driver_area", "device_area")
@@ -105,3 +107,53 @@ class RegistersState:
 
     driver: DriverState = field(default_factory=DriverState)
     queues: list[QueueSetup] = field(default_factory=list)
+
+
+def check_registers(
+    state: RegistersState, *, num_queues: int, size_max: int, offered: int, legacy: int
+) -> None:
+    """Check a state that somebody else wrote down.
+
+    Args:
+        state: all of it.
+        num_queues: of the device.
+        size_max: descriptors of a queue, at most.
+        offered, legacy: feature bits that modern and legacy drivers are offered.
+
+    Raises StateError that names what does not fit.
+    """
+    driver = state.driver
+    for name, bits in (
+        ("device_feature_select", 32),
+        ("driver_feature_select", 32),
+        ("features_written", 64),
+        ("features", 64),
+        ("queue_select", 32),
+        ("config_generation", 8),
+        ("config_vector", 16),
+        ("events", 8),
+        ("page_size", 32),
+    ):
+        check_range(name, getattr(driver, name), bits)
+    if extra := driver.features & ~(legacy if driver.legacy else offered):
+        raise StateError(f"the driver accepted features {extra:#x}, which are not offered")
+    if not state.queues:
+        return
+    if [setup.index for setup in state.queues] != list(range(num_queues)):
+        raise StateError(f"it has {len(state.queues)} queues, the device {num_queues}")
+    for setup in state.queues:
+        _check_queue(setup, size_max)
+
+
+def _check_queue(setup: QueueSetup, size_max: int) -> None:
+    queue = f"queue {setup.index}"
+    if not 0 < setup.size <= size_max:
+        raise StateError(f"{queue} has {setup.size} descriptors; 1 to {size_max} are possible")
+    for area in QUEUE_AREAS:
+        check_range(f"{queue}: {area}", getattr(setup, area), 64)
+    check_range(f"{queue}: vector", setup.vector, 16)
+    check_range(f"{queue}: alignment", setup.alignment, 32)
+    if setup.notified is not None:
+        check_range(f"{queue}: notified", setup.notified, 32)
+    if setup.position is not None:
+        check_range(f"{queue}: position", setup.position, 16)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Self
 
 from vring import GuestMemory, NotificationData
 from vring_serial.callbacks import tell
-from vring_serial.device.base import VirtioDevice
+from vring_serial.device.base import VirtioDevice, check_unserved
 from vring_serial.device.pci import Bar, PciDevice
 from vring_serial.device.pci.config_space import SIZE as CONFIG_SIZE
 from vring_serial.device.pci.state import FunctionState
@@ -18,9 +19,17 @@ from vring_serial.device.registers.host import Host
 from vring_serial.device.registers.mmio import MmioDevice
 from vring_serial.device.registers.state import RegistersState
 from vring_serial.errors import LocalProtocolError
-from vring_serial.lifetime import Closing
+from vring_serial.lifetime import Closing, Starting
 from vring_serial.ratelimit import RateLimitedLog
 from vring_serial.transport.inprocess.hosts import LoopHost, PolledHost
+from vring_serial.transport.inprocess.state import (
+    MMIO_SNAPSHOT,
+    PCI_SNAPSHOT,
+    MmioSnapshotState,
+    PciSnapshotState,
+    check_mmio,
+    check_pci,
+)
 
 log = logging.getLogger(__name__)
 
@@ -137,6 +146,91 @@ class InProcessPci(Closing):
                 return self.bars[bar.index], address - start
         return None
 
+    def save(self) -> bytes:
+        """Return all that :meth:`restore` needs but the guest's memory; the device stands still.
+
+        From then on the device touches neither the guest's memory nor its host ends, as after
+        ``set_memory(None)``: copy the memory now. Then go on with :meth:`set_memory`, or close.
+        In any thread, as a register access; not in a callback of an interrupt.
+
+        Raises:
+            LocalProtocolError: the device does not say what its state is.
+        """
+        saved: list[bytes] = []
+        self._host.run(lambda: saved.append(self._save()))
+        return saved[0]
+
+    def _save(self) -> bytes:
+        device = self._function.device
+        with device.settled():
+            self._function.note_positions()
+            saved = PCI_SNAPSHOT.pack(
+                PciSnapshotState(
+                    device.device_id,
+                    device.config_size,
+                    self._function.transitional,
+                    self._function.vectors,
+                    self.state,
+                    device.save_state(),
+                )
+            )
+            self._function.set_memory(None)
+        return saved
+
+    @classmethod
+    async def restore(
+        cls,
+        saved: bytes,
+        host: Host,
+        device: VirtioDevice,
+        memory: GuestMemory | None,
+        *,
+        msi: Callable[[int, int], None],
+        intx: Callable[[bool], None],
+        transitional: bool = False,
+        packed: bool = False,
+        queue_size: int = 0,
+        vectors: int | None = None,
+    ) -> Self:
+        """Return a front that goes on where :meth:`save` was called, in this process or another.
+
+        The guest's memory is as it was when it was copied. The device is made in the same way as
+        the one that was saved, with the same ports, and not started: it is started here, once the
+        state is known to fit. With a PolledHost: ``host.complete(InProcess...restore(...))``.
+
+        Its host ends are new. Where the guest believes one connected that is not, it is told;
+        protocols of ports that the guest has open see a new connection. Interrupts that were
+        pending are told at once. The other arguments are the front's; so is what it raises.
+
+        Raises:
+            StateError: the state is torn, forged, or of another device, front or version; the
+                message says what does not fit. Nothing was started or changed.
+            LocalProtocolError: the device was started, or another front has it.
+            ResourceError: the device cannot be started.
+        """
+        snapshot = PCI_SNAPSHOT.unpack(saved)
+        take_over = check_pci(
+            snapshot,
+            device,
+            transitional=transitional,
+            packed=packed,
+            queue_size=queue_size,
+            vectors=vectors,
+        )
+        await _start_from(device, take_over)
+        return cls(
+            host,
+            device,
+            memory,
+            msi=msi,
+            intx=intx,
+            transitional=transitional,
+            packed=packed,
+            queue_size=queue_size,
+            vectors=vectors,
+            state=snapshot.function,
+        )
+
     @property
     def intx_level(self) -> bool:
         """The level of INTA#."""
@@ -215,6 +309,81 @@ class InProcessMmio(Window, Closing):
         """Bring the positions of running rings in ``state`` up to date; see MmioDevice."""
         self._registers.note_positions()
 
+    def save(self) -> bytes:
+        """Return all that :meth:`restore` needs but the guest's memory; the device stands still.
+
+        From then on the device touches neither the guest's memory nor its host ends, as after
+        ``set_memory(None)``: copy the memory now. Then go on with :meth:`set_memory`, or close.
+        In any thread, as a register access; not in a callback of an interrupt.
+
+        Raises:
+            LocalProtocolError: the device does not say what its state is.
+        """
+        saved: list[bytes] = []
+        self._host.run(lambda: saved.append(self._save()))
+        return saved[0]
+
+    def _save(self) -> bytes:
+        device = self._registers.device
+        with device.settled():
+            self._registers.note_positions()
+            saved = MMIO_SNAPSHOT.pack(
+                MmioSnapshotState(
+                    device.device_id,
+                    device.config_size,
+                    self._registers.version,
+                    self.state,
+                    device.save_state(),
+                )
+            )
+            self._registers.set_memory(None)
+        return saved
+
+    @classmethod
+    async def restore(
+        cls,
+        saved: bytes,
+        host: Host,
+        device: VirtioDevice,
+        memory: GuestMemory | None,
+        *,
+        interrupt: Callable[[bool], None],
+        version: int = 2,
+        packed: bool = False,
+        queue_size: int = 0,
+    ) -> Self:
+        """Return a front that goes on where :meth:`save` was called, in this process or another.
+
+        The guest's memory is as it was when it was copied. The device is made in the same way as
+        the one that was saved, with the same ports, and not started: it is started here, once the
+        state is known to fit. With a PolledHost: ``host.complete(InProcess...restore(...))``.
+
+        Its host ends are new. Where the guest believes one connected that is not, it is told;
+        protocols of ports that the guest has open see a new connection. Interrupts that were
+        pending are told at once. The other arguments are the front's; so is what it raises.
+
+        Raises:
+            StateError: the state is torn, forged, or of another device, front or version; the
+                message says what does not fit. Nothing was started or changed.
+            LocalProtocolError: the device was started, or another front has it.
+            ResourceError: the device cannot be started.
+        """
+        snapshot = MMIO_SNAPSHOT.unpack(saved)
+        take_over = check_mmio(
+            snapshot, device, version=version, packed=packed, queue_size=queue_size
+        )
+        await _start_from(device, take_over)
+        return cls(
+            host,
+            device,
+            memory,
+            interrupt=interrupt,
+            version=version,
+            packed=packed,
+            queue_size=queue_size,
+            state=snapshot.registers,
+        )
+
     @property
     def interrupt_level(self) -> bool:
         """The level of the interrupt line."""
@@ -233,6 +402,14 @@ class InProcessMmio(Window, Closing):
         if not self._closed:
             self._closed = True
             self._host.run(self._registers.close)
+
+
+async def _start_from(device: VirtioDevice, take_over: Callable[[], None]) -> None:
+    """Start a device in the state that was saved. Raises as ``restore``."""
+    check_unserved(device)
+    take_over()
+    if isinstance(device, Starting):
+        await device.start()
 
 
 def _check_started(device: VirtioDevice) -> None:

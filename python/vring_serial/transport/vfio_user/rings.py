@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 from vring import RingError
 from vring_serial.device.base import VirtioDevice
@@ -98,6 +99,18 @@ class RemoteRings:
             self._device.on_needs_reset(ClientMemoryError(f"queue {index}", str(error)))
 
     # --- all else is the device's
+
+    def settled(self) -> AbstractContextManager[None]:
+        """See VirtioDevice."""
+        return self._device.settled()
+
+    def save_state(self) -> bytes:
+        """See VirtioDevice."""
+        return self._device.save_state()
+
+    def check_state(self, saved: bytes) -> Callable[[], None]:
+        """See VirtioDevice."""
+        return self._device.check_state(saved)
 
     @property
     def on_config_change(self) -> Callable[[], None] | None:

@@ -1,0 +1,122 @@
+"""What is written down of a device inside an emulator: its front, and the device's own state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from vring_serial.device.base import VirtioDevice
+from vring_serial.device.pci.device import vectors_of
+from vring_serial.device.pci.state import FunctionState, check_function
+from vring_serial.device.registers.driver_registers import queue_size_of
+from vring_serial.device.registers.negotiation import offered_features, offered_legacy_features
+from vring_serial.device.registers.state import RegistersState, check_registers
+from vring_serial.errors import StateError
+from vring_serial.saving import StateFormat
+
+
+@dataclass(slots=True)
+class PciSnapshotState:
+    """A PCI function and the device behind it.
+
+    Attributes:
+        device_id: the virtio device type.
+        config_size: bytes of the device's configuration space.
+        transitional: the function supports legacy drivers as well.
+        vectors: entries of the MSI-X table.
+        function: what the guest sees.
+        device: what ``VirtioDevice.save_state`` returned.
+    """
+
+    device_id: int = 0
+    config_size: int = 0
+    transitional: bool = False
+    vectors: int = 0
+    function: FunctionState = field(default_factory=FunctionState)
+    device: bytes = b""
+
+
+@dataclass(slots=True)
+class MmioSnapshotState:
+    """A virtio-mmio device: its registers, and the device behind them.
+
+    Attributes:
+        device_id: the virtio device type.
+        config_size: bytes of the device's configuration space.
+        version: of the registers, 1 or 2.
+        registers: what the guest sees.
+        device: what ``VirtioDevice.save_state`` returned.
+    """
+
+    device_id: int = 0
+    config_size: int = 0
+    version: int = 0
+    registers: RegistersState = field(default_factory=RegistersState)
+    device: bytes = b""
+
+
+#: How they are written down.
+PCI_SNAPSHOT = StateFormat("PCI function in an emulator", 1, PciSnapshotState)
+MMIO_SNAPSHOT = StateFormat("virtio-mmio device in an emulator", 1, MmioSnapshotState)
+
+
+def check_pci(
+    saved: PciSnapshotState,
+    device: VirtioDevice,
+    *,
+    transitional: bool,
+    packed: bool,
+    queue_size: int,
+    vectors: int | None,
+) -> Callable[[], None]:
+    """Check that a function with these options can go on from a state; see PciDevice for them.
+
+    Returns what has the device take its part over. Raises StateError that names what does not fit,
+    ConfigError as PciDevice.
+    """
+    _compare("transitional", saved.transitional, transitional)
+    take_over = _check_device(saved, device)
+    vectors = vectors_of(device, vectors)
+    _compare("the number of MSI-X vectors", saved.vectors, vectors)
+    check_function(saved.function, vectors)
+    _check_registers(saved.function.registers, device, packed, queue_size)
+    return take_over
+
+
+def check_mmio(
+    saved: MmioSnapshotState, device: VirtioDevice, *, version: int, packed: bool, queue_size: int
+) -> Callable[[], None]:
+    """Check that registers with these options can go on from a state; see MmioDevice for them.
+
+    Returns and raises as :func:`check_pci`.
+    """
+    _compare("the version of virtio-mmio", saved.version, version)
+    take_over = _check_device(saved, device)
+    _check_registers(saved.registers, device, packed, queue_size)
+    return take_over
+
+
+def _check_device(
+    saved: PciSnapshotState | MmioSnapshotState, device: VirtioDevice
+) -> Callable[[], None]:
+    _compare("the virtio device type", saved.device_id, device.device_id)
+    take_over = device.check_state(saved.device)
+    _compare("the size of the configuration space", saved.config_size, device.config_size)
+    return take_over
+
+
+def _check_registers(
+    state: RegistersState, device: VirtioDevice, packed: bool, queue_size: int
+) -> None:
+    check_registers(
+        state,
+        num_queues=device.num_queues,
+        size_max=queue_size_of(device, queue_size),
+        offered=offered_features(device, packed=packed, notification_data=True),
+        legacy=offered_legacy_features(device),
+    )
+
+
+def _compare(what: str, theirs: int, ours: int) -> None:
+    if theirs != ours:
+        raise StateError(f"{what} is {theirs} in the state, {ours} here")
