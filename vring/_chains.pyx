@@ -43,7 +43,7 @@ _SEGMENT = np.dtype({
 
 @cython.final
 cdef class _Column:
-    """Read-only buffer over a table of a batch, which it keeps alive and out of reuse."""
+    """A read-only buffer over a table of a batch; it keeps the batch alive and out of reuse."""
 
     cdef Batch batch
     cdef void* start
@@ -63,13 +63,13 @@ cdef object column(Batch batch, void* start, Py_ssize_t length, object dtype):
 
 @cython.final
 cdef class Batch:
-    """Chains that one pop took from a queue, as tables; made by ``pop_many``.
+    """The chains that one ``pop_many`` took from a queue, as tables.
 
-    ``len(batch)`` and every array count the chains not completed yet. The arrays are read-only
-    views of the batch's tables: take them anew after a partial ``push_many``. Segments are
-    ranges of this process's memory that lie in guest memory; those of chain i are
-    ``first_segment[i]`` and the following, its device-readable ones first. A buffer that crosses a
-    region border is two segments; one of length zero is none.
+    ``len(batch)`` and every array cover the chains not completed yet. The arrays are read-only
+    views of the batch's tables: get them again after a partial ``push_many``. A segment is a range
+    of guest memory, given as an address in this process. The segments of chain i start at
+    ``first_segment[i]``, the device-readable ones first. A buffer that crosses a region border
+    has two segments; a buffer of length zero has none.
 
     The batch keeps the guest memory it was popped from alive until its chains are completed.
     """
@@ -95,7 +95,7 @@ cdef class Batch:
         PyMem_RawFree(self.written)
 
     cdef int grow(self) except -1:
-        """Doubles the segment table, for a single chain that crosses very many region borders."""
+        """Double the segment table, for a single chain that crosses very many region borders."""
         cdef iovec* segments = <iovec*>PyMem_RawRealloc(
             self.segments, 2 * <size_t>self.max_segments * sizeof(iovec)
         )
@@ -106,7 +106,7 @@ cdef class Batch:
         return 0
 
     cdef int take_written(self, object written, uint32_t n) except -1:
-        """Sets self.written[:n] from what plain_lengths made, and checks it against room."""
+        """Store the result of plain_lengths in self.written[:n]; check it against the room."""
         cdef uint32_t i
         cdef const vr_chain* chains = self.chains + self.start
         cdef Py_buffer held
@@ -132,7 +132,7 @@ cdef class Batch:
         return 0
 
     cdef int note_viewed(self, Chain chain) except -1:
-        """Remembers a chain that gives out memoryviews (the first apart: mostly the only one)."""
+        """Remember a chain that gave out memoryviews; the first, mostly the only one, apart."""
         if self.viewed_first is None:
             self.viewed_first = chain
         elif self.viewed_first is not chain:
@@ -142,15 +142,17 @@ cdef class Batch:
         return 0
 
     cdef void forget_views(self) noexcept:
-        """Before the batch is used again; what is None already stays untouched, as counting
-        references to None several times a chain costs as much as the chain."""
+        """Drop the references to views before the batch is used again.
+
+        Fields that are None stay untouched: counting references to None costs as much as a chain.
+        """
         if self.viewed_first is not None:
             self.viewed_first = None
         if self.viewed is not None:
             self.viewed = None
 
     cdef int withdraw_views(self, uint32_t end) except -1:
-        """Releases the memoryviews of chains before row `end`."""
+        """Release the memoryviews of the chains before row `end`."""
         cdef Chain chain
         if self.viewed_first is None:
             return 0
@@ -167,7 +169,7 @@ cdef class Batch:
         return 0
 
     cdef int finish(self, uint32_t n) except -1:
-        """The first n chains are no longer ours; the last one takes the memory along."""
+        """Drop the first n chains; with the last one, drop the reference to guest memory."""
         self.start += n
         if self.start == self.count:
             self.owner = None
@@ -205,42 +207,42 @@ cdef class Batch:
 
     @property
     def heads(self):
-        """uint16 per chain: head descriptor index (split) or buffer id (packed)."""
+        """Head descriptor index (split) or buffer id (packed) of each chain; uint16."""
         return self.chain_column("head")
 
     @property
     def first_segment(self):
-        """uint32 per chain: where its segments start in `addresses` and `lengths`."""
+        """Index in `addresses` and `lengths` of each chain's first segment; uint32."""
         return self.chain_column("first_segment")
 
     @property
     def n_readable(self):
-        """uint32 per chain: number of its device-readable segments."""
+        """Number of device-readable segments of each chain; uint32."""
         return self.chain_column("n_readable")
 
     @property
     def n_writable(self):
-        """uint32 per chain: number of its device-writable segments, which follow."""
+        """Number of device-writable segments of each chain, after its readable ones; uint32."""
         return self.chain_column("n_writable")
 
     @property
     def readable_bytes(self):
-        """uint32 per chain: bytes of its device-readable part."""
+        """Bytes of the device-readable part of each chain; uint32."""
         return self.chain_column("readable_bytes")
 
     @property
     def writable_bytes(self):
-        """uint32 per chain: bytes of its device-writable part."""
+        """Bytes of the device-writable part of each chain; uint32."""
         return self.chain_column("writable_bytes")
 
     @property
     def addresses(self):
-        """uint64 per segment: its address in this process."""
+        """Address in this process of each segment; uint64."""
         return self.segment_column("address")
 
     @property
     def lengths(self):
-        """uint64 per segment: its length in bytes."""
+        """Length in bytes of each segment; uint64."""
         return self.segment_column("length")
 
     cdef uint64_t readable_total(self) noexcept nogil:
@@ -254,13 +256,13 @@ cdef class Batch:
         vr_copy_out(self.chains + self.start, self.count - self.start, self.segments, to)
 
     cdef int check_epoch(self) except -1:
-        """Before guest memory is touched for chains."""
+        """Refuse access to the chains after their queue was reset."""
         if self.owner is not None and self.current_epoch[0] != self.epoch:
             raise LocalMisuseError("the queue was reset after the chains were popped")
         return 0
 
     cdef int check_memory(self) except -1:
-        """After reading guest memory. Raises MemoryLostError if it may have been zeros instead."""
+        """Raise MemoryLostError if guest memory just read may have been zeros instead."""
         if self.memory is not None and self.memory.is_lost():
             raise MemoryLostError(self.owner.name, 0, "guest memory is gone: its file was cut off")
         return 0
@@ -270,7 +272,7 @@ cdef class Batch:
 
         Raises:
             LocalMisuseError: the queue was reset since.
-            MemoryLostError: guest memory was cut off, and what was copied may be zeros instead.
+            MemoryLostError: a file behind guest memory was truncated; the copy may contain zeros.
         """
         self.check_epoch()
         cdef uint64_t total = self.readable_total()
@@ -285,12 +287,12 @@ cdef class Batch:
         return out
 
     def gather_into(self, buffer):
-        """Copy what gather returns to the start of a writable buffer; return the number of bytes.
+        """Copy all device-readable bytes to the start of a writable buffer; return their number.
 
         Raises:
             LocalMisuseError: the buffer is smaller than the bytes of the batch, or the queue was
                 reset since.
-            MemoryLostError: guest memory was cut off, and what was copied may be zeros instead.
+            MemoryLostError: a file behind guest memory was truncated; the copy may contain zeros.
         """
         cdef uint64_t total
         cdef Py_buffer held
@@ -311,8 +313,8 @@ cdef class Batch:
         """Copy data into the device-writable parts, chain by chain, until data or room ends.
 
         Returns:
-            How many chains got data, and the bytes written into each (uint32 array), as push_many
-            takes them: ``queue.push_many(batch, written, used)``. Nothing is completed here.
+            The number of chains that got data, and the bytes written into each (uint32 array), for
+            ``queue.push_many(batch, written, used)``. No chain is completed here.
 
         Raises:
             LocalMisuseError: the queue was reset since.
@@ -322,7 +324,7 @@ cdef class Batch:
         cdef uint64_t done = 0
         cdef const vr_chain* chain
         cdef uint32_t[::1] rows
-        # First: its code may complete the chains.
+        # First: the buffer's own code may complete the chains.
         PyObject_GetBuffer(data, &held, PyBUF_SIMPLE)
         try:
             self.check_epoch()
@@ -373,10 +375,10 @@ cdef object plain_lengths(object written, uint32_t most):
 
 
 cdef inline int release_views(tuple views) except -1:
-    """Releases memoryviews that others refer to; those that nobody does die with the tuple.
+    """Release the memoryviews that others refer to; the rest are freed with the tuple.
 
-    The caller's variable is the only reference to the tuple, and the tuple's to each view, where
-    nobody else has one.
+    The caller's variable must be the only reference to the tuple. A view to which the tuple has the
+    only reference is in use by nobody else.
     """
     cdef Py_ssize_t i
     for i in range(PyTuple_GET_SIZE(views)):
@@ -397,7 +399,7 @@ cdef Chain new_chain(Batch batch, uint32_t index):
 
 @cython.final
 cdef class _Chains:
-    """Iterator over a batch. The Chain object is used again where nothing else refers to it."""
+    """An iterator over a batch; it reuses a Chain object that nothing else refers to."""
 
     cdef Batch batch
     cdef uint32_t at
@@ -427,10 +429,10 @@ cdef class Chain:
     """One descriptor chain in flight: device-readable buffers, then device-writable ones.
 
     Valid until it is completed (``queue.push``); afterwards every use raises LocalMisuseError, and
-    memoryviews it gave out are released. The memory behind them is kept alive meanwhile.
+    the memoryviews it gave out are released. Until then it keeps the memory behind them alive.
 
     Attributes:
-        written: bytes that `write` stored so far; read-only.
+        written: bytes stored by `write` so far; read-only.
     """
 
     def __init__(self, *args, **kwargs):
@@ -479,7 +481,7 @@ cdef class Chain:
             self.exported.iov_base = NULL
 
     cdef void forget_views(self) noexcept:
-        """As Batch.forget_views, for a chain that has a batch of its own."""
+        """Do as Batch.forget_views, for a chain that has its own batch."""
         if self._readable is not None:
             self._readable = None
         if self._writable is not None:
@@ -487,7 +489,7 @@ cdef class Chain:
         self.batch.forget_views()
 
     cdef int withdraw(self) except -1:
-        """Releases the memoryviews; refuses while something else still points into them."""
+        """Release the memoryviews; refuse while something else still points into them."""
         cdef tuple views
         if self._readable is not None:
             views = self._readable
@@ -534,7 +536,7 @@ cdef class Chain:
     def writable(self):
         """Memoryviews of the device-writable buffers, released at completion.
 
-        What is written through them counts only if its length is passed to ``push``.
+        Bytes written through them count only if their number is passed to ``push``.
         """
         cdef vr_chain* row = self.row()
         if self._writable is None:
@@ -558,7 +560,7 @@ cdef class Chain:
         return out
 
     def write(self, data):
-        """Copy data into the device-writable part, after what earlier calls wrote there.
+        """Append data to what earlier calls wrote into the device-writable part.
 
         Returns:
             The number of bytes that fitted; ``chain.written`` is the sum of all calls.
@@ -569,7 +571,7 @@ cdef class Chain:
         cdef vr_chain* row
         cdef Py_buffer held
         cdef uint64_t done
-        # First: its code may complete the chain.
+        # First: the buffer's own code may complete the chain.
         PyObject_GetBuffer(data, &held, PyBUF_SIMPLE)
         try:
             row = self.row()

@@ -23,7 +23,7 @@ from vring.errors import (
 )
 
 cdef enum:
-    # Segments of a batch: enough for most queues, and small enough to stay in the first cache.
+    # Segments of a batch: enough for most queues, and small enough for the L1 cache.
     BATCH_SEGMENTS = 1024
     CHAIN_SEGMENTS = 16
 
@@ -51,28 +51,28 @@ _FAULTS = {
 cdef class VirtQueue:
     """The device's side of a virtqueue, of either layout: made as SplitQueue or PackedQueue.
 
-    One thread at a time may use a queue; objects it gave out count as using it. While a pump's flow
-    has it, methods that look at the ring or change it raise LocalMisuseError.
+    One thread at a time may use a queue and the objects it gave out. While a flow of a pump uses
+    the queue, methods that read or change the ring raise LocalMisuseError.
 
     Args:
         memory: the guest's memory; the queue keeps it alive.
         size: number of descriptors, 1 to 32768; split: a power of two.
         desc, avail, used: guest addresses of descriptor area, driver area and device area (2.6).
-        event_idx, indirect, in_order: the negotiated features of these names.
-        index: what `avail_index` starts from; default: that of a fresh ring.
-        used_index: what `used_index` starts from; default: `index`, so nothing is in flight.
-        name: what errors call the queue.
-        record: RECORD_SIZE bytes, writable and aligned to 8, of memory that outlives this process:
-            where the queue writes how far it is. None: a killed process leaves that unknown.
-        resume: go on where the process ended that had `record` before; `index` and `used_index` do
-            not count then.
+        event_idx, indirect, in_order: whether the feature of this name is negotiated.
+        index: initial `avail_index`; default: that of a fresh ring.
+        used_index: initial `used_index`; default: `index`, so nothing is in flight.
+        name: name of the queue in errors.
+        record: RECORD_SIZE writable bytes, aligned to 8, in memory that outlives this process: the
+            queue records its position there. None: the position is lost if the process is killed.
+        resume: continue where the last process with this `record` ended; `index` and `used_index`
+            are ignored then.
 
     Attributes:
         name, size, event_idx, indirect, in_order: as given; read-only.
 
     Raises:
         AddressError: an area is misaligned or not in one region of memory.
-        LocalMisuseError: an impossible size or index; a record that cannot be one.
+        LocalMisuseError: an impossible size or index, or an invalid record.
     """
 
     def __cinit__(
@@ -166,7 +166,7 @@ cdef class VirtQueue:
     cdef uint64_t left_after(
         self, const vr_chain* chains, const uint32_t* written, uint32_t n
     ) noexcept nogil:
-        """Returns what remains of `accounted` after the next n chains, and forgets it."""
+        """Return what remains of `accounted` after the next n chains, and clear it."""
         cdef uint64_t left = self.accounted, bytes
         cdef uint32_t i
         for i in range(n if left else 0):
@@ -184,7 +184,7 @@ cdef class VirtQueue:
     cdef uint8_t* locate(
         self, GuestMemory memory, uint64_t address, uint64_t length, uint64_t align, str what
     ) except NULL:
-        """Where a part of the ring lies in this process. Raises AddressError, naming the part."""
+        """Return the address in this process of a part of the ring, or raise AddressError."""
         cdef uint8_t* host
         what = f"{self.name}: {what}"
         if address % align:
@@ -219,7 +219,7 @@ cdef class VirtQueue:
     cdef int chain_fault(
         self, int code, uint32_t at, uint64_t address, uint64_t length
     ) noexcept nogil:
-        """What a walk that ended with a fault at descriptor `at` means for the queue."""
+        """Mark the queue broken by the fault of a walk, unless only the segment table was full."""
         if code == FAULT_FULL:
             return VR_TOO_SMALL
         if code == FAULT_ADDRESS or code == FAULT_INDIRECT_SIZE or code == FAULT_INDIRECT_ADDRESS:
@@ -244,7 +244,7 @@ cdef class VirtQueue:
     cdef Batch take_batch(self):
         """Return a batch that nobody else refers to, or a new one.
 
-        Best the one used last, whose tables are in the cache; a loop's variable may still have it.
+        Prefer the one used last, whose tables are in the cache; a loop variable may still hold it.
         """
         if self._spare_batch is None or not held_once(<PyObject*>self._spare_batch):
             self._spare_batch, self._older_batch = self._older_batch, self._spare_batch
@@ -254,14 +254,14 @@ cdef class VirtQueue:
         return self._spare_batch
 
     cdef bint has_spare_chain(self) noexcept:
-        """Whether nobody else refers to `_spare_chain` or its batch."""
+        """Return whether nobody else refers to `_spare_chain` or its batch."""
         return (
             self._spare_chain is not None and held_once(<PyObject*>self._spare_chain)
             and held_once(<PyObject*>self._spare_chain.batch)
         )
 
     cdef Chain take_chain(self):
-        """Return a single chain that nobody else refers to, with a batch of its own."""
+        """Return a single chain that nobody else refers to, with its own batch."""
         if not self.has_spare_chain():
             self._spare_chain, self._older_chain = self._older_chain, self._spare_chain
             if not self.has_spare_chain():
@@ -272,7 +272,7 @@ cdef class VirtQueue:
         return self._spare_chain
 
     cdef int fill(self, Batch batch, uint32_t limit, uint64_t max_bytes) except -1:
-        """Pops into a batch; the number of chains."""
+        """Pop into a batch; return the number of chains."""
         cdef int n
         if self.holder != NULL:
             self.check_free()
@@ -282,7 +282,7 @@ cdef class VirtQueue:
             )
             if n != VR_TOO_SMALL:
                 break
-            # A table as large as this is not kept for the next batch.
+            # A table of this size is not kept for the next batch.
             if 2 * batch.max_segments > max(self.size, <uint32_t>BATCH_SEGMENTS):
                 if batch is self._spare_batch:
                     self._spare_batch = None
@@ -311,18 +311,18 @@ cdef class VirtQueue:
         """Take chains that the driver made available, in its order (2.7.13, 2.8.21).
 
         Args:
-            limit: at most so many chains; 0: as many as there are. The batch also ends where its
-                segment table (of 1024 segments, or the queue's size) is full, or descriptors
-                without bytes have taken as long as that, so there may be more.
-            max_bytes: end before the chains hold more bytes (readable and writable) than this; the
-                first chain is taken whatever it holds. 0: no such end.
+            limit: maximum number of chains; 0: no limit. The batch also ends when its segment table
+                (1024 segments, or the queue's size) is full or empty descriptors took as much
+                work as filling it, so more chains may be available.
+            max_bytes: maximum number of bytes (readable and writable) of the chains together, which
+                only the first chain may exceed; 0: no limit.
 
         Returns:
             The batch; empty (and false) if nothing is available.
 
         Raises:
-            RingError: the driver broke the ring. The chains before the broken one are delivered
-                first; later calls raise again.
+            RingError: the driver broke the ring. Chains before the broken one are returned first;
+                every later call raises again.
         """
         if limit < 0 or max_bytes < 0:
             raise LocalMisuseError(f"limit {limit}, max_bytes {max_bytes}: below 0")
@@ -337,17 +337,17 @@ cdef class VirtQueue:
         Args:
             batch: from this queue's pop_many. It keeps the chains that are not completed.
             written: bytes stored from the start of each device-writable part: one number per
-                chain completed (fastest as an uint32 array), or one for all, or None for none.
-            count: how many; default all.
+                completed chain (fastest as a uint32 array), one number for all, or None for zero.
+            count: number of chains to complete; default: all.
 
         Returns:
             Whether the driver wants a notification now.
 
         Raises:
-            LocalMisuseError: the batch is completed or another queue's; more written than there is
-                room; memoryviews of its chains are in use; not the oldest chains, with IN_ORDER.
+            LocalMisuseError: the batch is completed or another queue's; `written` exceeds the room;
+                memoryviews of its chains are in use; with IN_ORDER, older chains are in flight.
         """
-        # Converted first: their code may use the queue, whose state is looked at afterwards.
+        # Converted first: their own code may use the queue, whose state is checked afterwards.
         if written is not None:
             written = plain_lengths(written, self.size)
         if count is not None:
@@ -372,7 +372,7 @@ cdef class VirtQueue:
         return notify
 
     def unpop(self, Batch batch not None):
-        """Give back what is not completed of the most recent batch: it will be popped again.
+        """Give back the uncompleted chains of the most recent batch; they will be popped again.
 
         Raises:
             LocalMisuseError: not the most recent batch of this queue, or views of it are in use.
@@ -405,9 +405,9 @@ cdef class VirtQueue:
         return 0
 
     cdef int withdraw(self, Batch batch, uint32_t n) except -1:
-        """Releases the memoryviews of the next n chains of a batch, before those leave our hands.
+        """Release the memoryviews of the next n chains of a batch before the chains are completed.
 
-        Weak references to a view may call somebody then, who must not have used the queue.
+        Callbacks of weak references to a view run here and must not have used the queue.
         """
         cdef uint32_t start = batch.start, epoch = self.epoch
         cdef uint64_t popped = self.popped, pushed = self.pushed
@@ -463,7 +463,7 @@ cdef class VirtQueue:
 
         Raises:
             RingError: the driver broke the ring.
-            LocalMisuseError: a pump's flow has the queue.
+            LocalMisuseError: a flow of a pump uses the queue.
         """
         return self.pop_one()
 
@@ -471,9 +471,9 @@ cdef class VirtQueue:
         """Complete a chain; return whether the driver wants a notification (2.7.7, 2.7.8).
 
         Args:
-            chain: from pop, or the first not completed one of a batch.
-            written: bytes stored from the start of its device-writable part; default: what
-                ``chain.write`` stored.
+            chain: from pop, or the first uncompleted chain of a batch.
+            written: bytes stored from the start of its device-writable part; default:
+                ``chain.written``.
 
         Raises:
             LocalMisuseError: as push_many.
@@ -481,18 +481,18 @@ cdef class VirtQueue:
         return self.push_one(chain, written)
 
     def __iter__(self):
-        """Pop until nothing is available, completing each chain when the next is asked for.
+        """Pop until nothing is available; complete each chain before popping the next.
 
-        A chain is completed with the bytes ``chain.write`` stored, unless the loop's body completed
-        it itself. One that the loop was left with (break, an exception) stays in flight. Whether
-        the driver wants a notification is gathered for take_notification.
+        A chain is completed with ``chain.written`` bytes unless the loop's body completed it. If
+        the loop is left early (break, an exception), its chain stays in flight. take_notification
+        returns whether the driver wants a notification.
         """
         cdef _QueueIterator iterator = _QueueIterator.__new__(_QueueIterator)
         iterator.queue = self
         return iterator
 
     def take_notification(self):
-        """Return whether chains completed by iteration call for a notification, and forget it."""
+        """Return whether chains completed by iteration need a notification; clear the answer."""
         cdef bint due = self.notification_due
         self.notification_due = False
         return due
@@ -501,7 +501,7 @@ cdef class VirtQueue:
         """Ask the driver to kick at the next chain (2.7.10, 2.8.14).
 
         Returns:
-            True if chains are available already: no kick may come for those, so go on popping.
+            True if chains are available already: they may bring no kick, so continue popping.
         """
         self.check_free()
         return self.enable_notifications_c()
@@ -512,13 +512,13 @@ cdef class VirtQueue:
         self.disable_notifications_c()
 
     def available(self):
-        """Return how many chains can be popped now (packed: 1 stands for at least one)."""
+        """Return the number of chains that can be popped now (packed: 1 means at least one)."""
         self.check_free()
         return self.available_c()
 
     @property
     def vring_base(self):
-        """What GET_VRING_BASE answers when nothing is in flight (vhost-user).
+        """Ring position for the answer to GET_VRING_BASE (vhost-user) when nothing is in flight.
 
         Split: the available index. Packed: available index and wrap counter in bits 0 to 15, the
         used ones in bits 16 to 31.
@@ -526,10 +526,10 @@ cdef class VirtQueue:
         return self.avail_index
 
     def reset(self):
-        """Start the ring anew (RING_RESET, 2.6.1): first indices, nothing in flight, not broken.
+        """Restart the ring (RING_RESET, 2.6.1): initial indices, nothing in flight, not broken.
 
-        Chains in flight are forgotten: the driver takes all its buffers back. Completing, reading
-        or writing one raises LocalMisuseError; memoryviews of them, which are guest memory itself,
+        Chains in flight are dropped, since the driver takes all its buffers back: to complete, read
+        or write one raises LocalMisuseError. Their memoryviews still refer to guest memory and
         must not be written to any more.
         """
         self.check_free()
@@ -541,12 +541,12 @@ cdef class VirtQueue:
 
     @property
     def in_flight(self):
-        """Chains popped and neither completed nor given back."""
+        """Number of chains popped and neither completed nor given back."""
         return self.popped - self.pushed
 
     @property
     def broken(self):
-        """The RingError of a ring that the driver broke, else None."""
+        """The RingError if the driver broke the ring, else None."""
         return None if vr_get_flag(&self.fault.code) == FAULT_NONE else self.make_fault()
 
     @property
@@ -556,17 +556,17 @@ cdef class VirtQueue:
 
     @property
     def memory(self):
-        """The guest memory the queue works in. Setting it moves the queue to a new region table;
-        chains in flight keep the old one. Not while another thread uses the queue.
+        """The guest memory of the queue. Setting it moves the queue to a new region table; chains
+        in flight keep the old one. No other thread may use the queue meanwhile.
 
         Raises:
-            AddressError: on setting, when a ring is not in the new memory.
+            AddressError: on setting, if a part of the ring is not in the new memory.
         """
         return self._memory
 
     @memory.setter
     def memory(self, GuestMemory memory not None):
-        # The old memory stays to the end, since its buffers' owners may be told when it goes.
+        # Kept to the end of this call: freeing it may run code of its buffers' owners.
         cdef GuestMemory _old = self._memory
         cdef int i
         self.check_free()
@@ -579,7 +579,7 @@ cdef class VirtQueue:
 
 @cython.final
 cdef class _QueueIterator:
-    """Iterator over a queue: completes the chain before when the next is asked for."""
+    """An iterator over a queue; it completes each chain before it pops the next."""
 
     cdef VirtQueue queue
     cdef Chain last

@@ -1,4 +1,4 @@
-"""What drivers of either layout have in common: guests, tests, benchmarks, fuzzing use them."""
+"""The common part of both layouts' drivers, for guests, tests, benchmarks and fuzzing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _UINT64 = np.dtype(np.uint64)
 
 
 cdef bint plain_numbers(list values, uint64_t most) except -1:
-    """Whether all are plain ints of 0 to `most` that a signed number of 64 bits holds."""
+    """Return whether all are plain ints from 0 to `most` that fit a signed 64-bit number."""
     cdef long long number
     cdef int overflow = 0
     for value in values:
@@ -32,9 +32,9 @@ cdef bint plain_numbers(list values, uint64_t most) except -1:
 
 
 def need_event(uint16_t event, uint16_t after, uint16_t before):
-    """Return whether moving an index from `before` to `after` passes `event` (2.7.7.2), wrap-safe.
+    """Return whether moving an index from `before` to `after` passes `event` (2.7.7.2).
 
-    All are of 16 bits.
+    All three are 16-bit indices and may wrap around.
     """
     return bool(vr_need_event(event, after, before))
 
@@ -42,16 +42,16 @@ def need_event(uint16_t event, uint16_t after, uint16_t before):
 cdef class Driver:
     """The driver's side of a virtqueue, of either layout: made as SplitDriver or PackedDriver.
 
-    The rings' memory must be zero, or belong to a device that is set up with the same `index`.
-    Buffers that are added are the caller's to manage.
+    The rings' memory must be zero, or in use by a device set up with the same `index`. The caller
+    manages the buffers that it adds.
 
     Args:
         memory: the guest's memory, kept alive.
         size: number of descriptors, 1 to 32768; split: a power of two.
         desc, avail, used: guest addresses of descriptor area, driver area and device area (2.6).
-        event_idx, indirect, in_order: the negotiated features.
-        index: what `avail_index` and `used_index` start from; default: those of a fresh ring.
-        name: what errors call the queue.
+        event_idx, indirect, in_order: whether the feature of this name is negotiated.
+        index: initial `avail_index` and `used_index`; default: those of a fresh ring.
+        name: name of the queue in errors.
 
     Attributes:
         memory, name, size, event_idx, indirect, in_order: as given; read-only.
@@ -105,7 +105,7 @@ cdef class Driver:
     cdef uint32_t read_buffers(
         self, object pairs, vr_buffer* buffers, uint32_t n, uint32_t flags
     ) except? 0:
-        """Writes (address, length) pairs behind n other buffers; how many there are then."""
+        """Append (address, length) pairs to n buffers; return the new number of buffers."""
         for address, length in pairs:
             if n == self.size:
                 raise LocalMisuseError(
@@ -118,7 +118,7 @@ cdef class Driver:
         return n
 
     cdef uint64_t check_number(self, object value, uint64_t most, str what) except? 0:
-        """A number from outside, converted once, of 0 to `most`."""
+        """Convert a caller's number once; raise LocalMisuseError unless it is 0 to `most`."""
         cdef uint64_t number
         if not PyLong_CheckExact(value):
             value = PyNumber_Index(value)
@@ -131,7 +131,7 @@ cdef class Driver:
         raise LocalMisuseError(f"{self.name}: {what}: {value} is not 0 to {most}")
 
     cdef object check_numbers(self, object values, object kind, uint64_t most, str what):
-        """The values as an array of `kind`, none of them changed by that."""
+        """Return the values as an array of `kind`; refuse values that it cannot hold exactly."""
         if isinstance(values, _ARRAY) and values.dtype == kind:
             return np.ascontiguousarray(values)
         if type(values) is list and plain_numbers(<list>values, most):
@@ -144,7 +144,7 @@ cdef class Driver:
         return np.ascontiguousarray(values, kind)
 
     cdef void note(self, uint16_t head, uint32_t descriptors, uint32_t writable) noexcept nogil:
-        """A chain is in flight from now on."""
+        """Record a chain that is in flight from now on."""
         self.descriptors[head] = <uint16_t>descriptors
         self.writable[head] = writable
         self.order[self.youngest] = head
@@ -161,7 +161,7 @@ cdef class Driver:
         pass
 
     cdef int batch_size(self, uint32_t head) except -1:
-        """How many chains an element that names `head` uses: with IN_ORDER all up to it."""
+        """Return how many chains a used element for `head` covers: with IN_ORDER all up to it."""
         cdef uint32_t n, at = self.oldest
         if head >= self.size or self.descriptors[head] == 0:
             raise UsedRingError(self.name, head, "the device used a buffer that is not in flight")
@@ -189,7 +189,7 @@ cdef class Driver:
                 if n > <uint32_t>head_rows.shape[0] - i:
                     raise LocalMisuseError(f"{self.name}: used while it took chains back")
                 while n > 1:
-                    # IN_ORDER (2.7.9): skipped buffers have been used completely.
+                    # IN_ORDER (2.7.9): skipped buffers were used completely.
                     head_rows[i] = self.order[self.oldest]
                     length_rows[i] = self.writable[head_rows[i]]
                     self.take_back(<uint16_t>head_rows[i])
@@ -202,14 +202,14 @@ cdef class Driver:
         except UsedRingError:
             if i == 0:
                 raise
-            # What is sound comes first; the next call meets the other again.
+            # Valid chains are returned first; the next call meets the broken one again.
         return heads[:i], lengths[:i]
 
     def get_used(self, Py_ssize_t limit=0):
         """Take chains back that the device has used (2.7.14, 2.8.22).
 
         Args:
-            limit: end after so many (with IN_ORDER the last batch may exceed it); 0: all.
+            limit: maximum number of chains (the last IN_ORDER batch may exceed it); 0: no limit.
 
         Returns:
             Their heads (packed: buffer ids) and the bytes the device stored in each, two uint32
@@ -217,14 +217,14 @@ cdef class Driver:
 
         Raises:
             RingError: the device used a chain that is not in flight, or its index jumped. Chains
-                that it used before are returned first; the next call raises.
+                used before are returned first; the next call raises.
         """
         return self.collect(limit)
 
     def reset(self):
-        """Start the ring anew (RING_RESET, 2.6.1): all buffers are the caller's again.
+        """Restart the ring (RING_RESET, 2.6.1): all buffers are the caller's again.
 
-        The device must have stopped using the ring, and does the same before the next ``publish``.
+        The device must have stopped using the ring, and must reset it before the next ``publish``.
         """
         memset(self.descriptors, 0, self.size * sizeof(uint16_t))
         self.oldest = self.youngest = self.flying = 0
@@ -249,11 +249,11 @@ cdef class Driver:
         Args:
             readable, writable: (guest address, length in bytes) of device-readable and
                 device-writable buffers, in order; at least one in all.
-            indirect_at: guest address of a free piece of memory of 16 bytes per buffer, the
-                caller's until the chain is used: the chain goes there and takes one descriptor.
+            indirect_at: guest address of free memory, 16 bytes per buffer, for an indirect table:
+                the chain then takes one descriptor. Keep the memory until the chain is used.
 
         Returns:
-            The head (packed: the buffer id), by which get_used names the chain.
+            The head (packed: the buffer id), with which get_used identifies the chain.
 
         Raises:
             QueueFullError: not enough free descriptors.
@@ -261,14 +261,14 @@ cdef class Driver:
                 cannot hold, or indirect not negotiated.
             AddressError: `indirect_at` is not in one region of memory.
 
-        Where it raises, nothing has been taken or written.
+        If it raises, nothing has been taken or written.
         """
         cdef vr_buffer* buffers = self.scratch
         cdef uint64_t table_at = 0, total = 0
         cdef uint8_t* table = NULL
         cdef uint32_t n, i, needed
         cdef uint16_t head
-        # What the numbers' code may add meanwhile has a scratch of its own.
+        # Code of the caller's numbers may call `add`; that call has its own scratch table.
         self.scratch = NULL
         if buffers == NULL:
             buffers = <vr_buffer*>calloc(self.size, sizeof(vr_buffer))
@@ -279,7 +279,7 @@ cdef class Driver:
                 table_at = self.check_number(indirect_at, UINT64_MAX, "indirect_at")
             n = self.read_buffers(readable, buffers, 0, 0)
             n = self.read_buffers(writable, buffers, n, DESC_F_WRITE)
-            # No code of the caller's runs from here on.
+            # From here on no code of the caller's runs.
             if n == 0:
                 raise LocalMisuseError(f"{self.name}: a chain of no buffers")
             if indirect_at is not None:
@@ -309,10 +309,10 @@ cdef class Driver:
         Args:
             addresses: guest addresses (uint64 array or sequence).
             lengths: bytes of each (uint32 array or sequence).
-            writable: whether all are device-writable (else all device-readable).
+            writable: True: all are device-writable; False: all are device-readable.
 
         Raises:
-            LocalMisuseError: not as many lengths as addresses, or one that does not fit.
+            LocalMisuseError: the numbers of lengths and addresses differ, or a value does not fit.
         """
         cdef uint32_t flags = DESC_F_WRITE if writable else 0
         cdef const uint64_t[::1] at = self.check_numbers(
@@ -336,7 +336,7 @@ cdef class Driver:
         raise NotImplementedError
 
     def enable_notifications(self, after=1):
-        """Ask the device to notify; return True if so many chains are used already."""
+        """Ask the device to notify; return True if `after` chains are used already."""
         raise NotImplementedError
 
     def disable_notifications(self):
@@ -349,15 +349,15 @@ cdef class Driver:
 
     @property
     def avail_index(self):
-        """Where the next chain goes, 16 bits."""
+        """Next available index to publish, 16 bits."""
         raise NotImplementedError
 
     @property
     def used_index(self):
-        """Where the next used chain comes from, 16 bits."""
+        """Next used index to take back, 16 bits."""
         raise NotImplementedError
 
     @property
     def in_flight(self):
-        """Chains added and not taken back."""
+        """Number of chains added and not taken back."""
         return self.flying

@@ -1,4 +1,4 @@
-"""Which files a peer's memory may be mapped from: none that can make us wait for ever."""
+"""Checks that an access to a peer's memory file cannot block for ever."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ cdef extern from *:
     #include <sys/syscall.h>
     #include <unistd.h>
 
-    /* Major and minor number of the device that a file is on, from what the kernel knows: fstat
-       asks the file system. 0 if there is no statx (before Linux 4.11). */
+    /* Get major and minor number of a file's device from the kernel's cache (fstat would ask the
+       file system). 0 if there is no statx (before Linux 4.11). */
     static int vr_device_of(int fd, uint32_t device[2]) {
     #ifdef SYS_statx
         enum { EMPTY_PATH = 0x1000, DONT_SYNC = 0x4000, MAJOR_AT = 136 };
@@ -42,7 +42,7 @@ cdef extern from *:
     """
     bint vr_device_of(int fd, uint32_t* device) nogil
 
-#: Whose accesses wait for this machine's memory and disks, and for nobody else.
+#: File systems on which an access waits only for this machine's memory and disks.
 _LOCAL = frozenset(
     "bcachefs btrfs devtmpfs ext2 ext3 ext4 f2fs hugetlbfs ramfs rootfs tmpfs xfs zfs".split()
 )
@@ -62,10 +62,10 @@ cdef uint64_t mapping_page(int fd, what) except 0:
 
 
 def _check_file_system(int fd, what):
-    """Raises MemoryMapError on what is not known to be local, by name.
+    """Raise MemoryMapError unless the file's file system is known to be local.
 
-    Nothing here asks the file system, which is why fstat and fstatfs are not used: they may wait
-    for ever as well, and neither a time limit nor a signal would help.
+    Nothing here asks the file system: fstat and fstatfs may block for ever as well, and neither a
+    time limit nor a signal would end that.
     """
     try:
         if not os.readlink(f"/proc/self/fd/{fd}").startswith("/"):
@@ -82,7 +82,7 @@ def _check_file_system(int fd, what):
 
 
 def _file_system(int fd):
-    """The type of the file system that a file is on; "" if it cannot be told."""
+    """Return the type of a file's file system, or "" if it is unknown."""
     cdef uint32_t device[2]
     with open(f"/proc/self/fdinfo/{fd}") as file:
         mount = next((line.split()[1] for line in file if line.startswith("mnt_id:")), "")
@@ -93,9 +93,9 @@ def _file_system(int fd):
             fields = line.split()
             kind = fields[fields.index("-", 6) + 1]
             if fields[0] == mount:
-                # Our own root, whatever it is, holds the very code that runs here.
+                # The root file system, whatever its type, holds the code that runs here.
                 return "rootfs" if fields[4] == "/" else kind
             if fields[2] == number:
                 elsewhere = kind
-    # Mounted for the peer alone (libvirt gives each machine a namespace); here too, it is the same.
+    # Mounted only for the peer (libvirt gives each machine a namespace): same result.
     return elsewhere

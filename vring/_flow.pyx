@@ -29,16 +29,16 @@ from vring._segments cimport (
 from vring._walk cimport VR_SEGMENTS_MAX
 
 cdef enum:
-    # A turn ends after so many bytes or batches, so that a busy port delays the others little.
+    # A turn ends after this many bytes or batches, so that a busy port delays the others little.
     TURN_BYTES = 256 << 10
     TURN_BATCHES = 8
-    # What one read may be asked for: reading into part of a chain would complete it half empty.
+    # Bytes that one read may ask for: reading into part of a chain would complete it half empty.
     READ_BYTES = 1 << 20
     ROOM_MIN = 16 << 10
-    # What part of its buffers a reading guest has to give back before it need kick.
+    # Fraction of its buffers that a reading guest gives back before it has to kick.
     OFFERED_PART = 4
     CHAINS = 1024
-    # The kernel takes longer over a segment than a copy of so few bytes does.
+    # Copying up to this many bytes takes less time than the kernel needs for a segment.
     SMALL = 512
     # A longer rest of a half-written chain is cut off when the flow ends, and counted as dropped.
     RESIDUE_MAX = 64 << 20
@@ -47,7 +47,7 @@ cdef enum:
 # --- tables
 
 cdef int tables_init(vr_tables* tables) noexcept nogil:
-    """0, or -1 without memory. The tables must be zeroed; tables_free suits both outcomes."""
+    """Allocate zeroed tables; return 0, or -1 without memory. Call tables_free in both cases."""
     tables.max_segments = IOV_MAX
     tables.chains = <vr_chain*>calloc(CHAINS, sizeof(vr_chain))
     tables.written = <uint32_t*>calloc(CHAINS, sizeof(uint32_t))
@@ -75,10 +75,10 @@ cdef void tables_free(vr_tables* tables) noexcept nogil:
 cdef uint64_t gather(
     vr_strip* strip, const vr_tables* tables, uint32_t n, bint writable
 ) noexcept nogil:
-    """Strip of all readable (or all writable) segments of n chains; their bytes.
+    """Make a strip of all readable (or all writable) segments of n chains; return its bytes.
 
-    A chain may have both kinds although its queue is meant for one; the segments that are not
-    wanted are squeezed out of the table.
+    A chain may have both kinds although its queue is meant for one; the segments of the other kind
+    are removed from the table.
     """
     cdef const vr_chain* chain
     cdef uint64_t total = 0
@@ -142,7 +142,7 @@ cdef ssize_t get(const vr_fd* fd, const vr_strip* strip, vr_record* record) noex
 
 
 cdef ssize_t unread(const vr_fd* fd) noexcept nogil:
-    """More than 0 if bytes wait to be read, 0 at the end of file, else -errno."""
+    """Return more than 0 if there are bytes to read, 0 at end of file, else -errno."""
     cdef uint8_t byte
     cdef ssize_t n
     cdef int waiting = 0
@@ -153,12 +153,12 @@ cdef ssize_t unread(const vr_fd* fd) noexcept nogil:
 
 
 cdef void call_driver(vr_flow* flow) noexcept nogil:
-    """Eight bytes to the call descriptor, if due."""
+    """Write 8 bytes to the call descriptor, if a call is due."""
     if not flow.call_due or flow.call.kind == FD_NONE:
         return
     flow.call_due = False
     vr_count(&flow.counters.calls, 1)
-    # Its owner may have exchanged what the number stands for; the kind says what to try first.
+    # The owner may have put another file behind the number; the kind says what to try first.
     flow.call.kind = (
         FD_SOCKET if notify_any(flow.call.number, flow.call.kind == FD_SOCKET) else FD_OTHER
     )
@@ -167,15 +167,16 @@ cdef void call_driver(vr_flow* flow) noexcept nogil:
 # --- what both directions share
 
 cdef void flow_stop(vr_flow* flow, uint32_t news, int error) noexcept nogil:
-    """Ends the flow's turns, with news for its owner."""
+    """End the flow's turns and report `news` to its owner."""
     flow.news |= news
     flow.error = error
     flow.stopped = True
 
 
 cdef bint memory_gone(vr_flow* flow, const vr_strip* refused) noexcept nogil:
-    """Whether guest memory was cut off: then what was read of it is not to be believed, and the
-    flow is stopped. `refused` are segments that a system call did not like, or NULL.
+    """Stop the flow and return 1 if guest memory was truncated: what was read may be zeros.
+
+    `refused`: segments that a system call refused, or NULL.
     """
     if refused != NULL:
         guard_probe(refused.at, refused.n)
@@ -187,7 +188,7 @@ cdef bint memory_gone(vr_flow* flow, const vr_strip* refused) noexcept nogil:
 
 
 cdef void throttle(vr_flow* flow) noexcept nogil:
-    """The other side takes nothing, from now on. One number says all to those who look."""
+    """Note that the other side takes nothing from now on; one number is all that readers need."""
     cdef uint64_t before = flow.counters.throttled_ns
     if not before & VR_THROTTLED:
         vr_note(&flow.counters.throttled_ns, VR_THROTTLED | (vr_now() - before))
@@ -200,7 +201,7 @@ cdef void unthrottle(vr_flow* flow) noexcept nogil:
 
 
 cdef void adapt(vr_flow* flow, uint64_t asked, uint64_t done) noexcept nogil:
-    """Learns how much to try: popping what is then given back costs as much as moving it."""
+    """Adapt how much is tried: popping and giving back costs as much as moving."""
     if done == asked:
         flow.room = min(max(flow.room, 2 * done), <uint64_t>TURN_BYTES)
     else:
@@ -208,7 +209,7 @@ cdef void adapt(vr_flow* flow, uint64_t asked, uint64_t done) noexcept nogil:
 
 
 cdef int take(vr_flow* flow, vr_tables* tables, uint32_t most) noexcept nogil:
-    """Pops a batch into the tables: chains; 0: none; less: the ring broke, the flow is stopped."""
+    """Pop a batch into the tables; return its chains, or < 0 if the ring broke (flow stopped)."""
     cdef iovec* bigger
     cdef uint32_t size
     cdef int n
@@ -245,7 +246,7 @@ cdef int take(vr_flow* flow, vr_tables* tables, uint32_t most) noexcept nogil:
 cdef void complete(
     vr_flow* flow, const vr_tables* tables, const uint32_t* written, uint32_t n
 ) noexcept nogil:
-    """Returns the first n chains to the driver. The call for them may wait for more."""
+    """Return the first n chains to the driver. The call for them may wait for more."""
     if n == 0:
         return
     vr_count(&flow.counters.chains, n)
@@ -262,26 +263,26 @@ cdef void give_back(vr_flow* flow, uint32_t n) noexcept nogil:
 
 
 cdef bint wait_for_chains(vr_flow* flow) noexcept nogil:
-    """The queue is empty: 1 to poll it again, 0 when the driver will kick."""
+    """Handle an empty queue; return 1 to poll it again, 0 if the driver will kick."""
     if flow.busy_ns and vr_now() < flow.poll_until:
         return True
     flow.listening = True
-    # A guest that reads gives its buffers back one by one. All of them are with it now: it will
-    # give back a good part of them if it wants more, and one kick serves for as many.
+    # A guest that reads gives its buffers back one by one. It has all of them now and will give
+    # back a good part if it wants more; one kick serves for all of that part.
     return (<VirtQueue>flow.queue).enable_notifications_after_c(
         <uint16_t>max(flow.offered // <uint32_t>OFFERED_PART, <uint32_t>1)
     )
 
 
-# --- what a successor of this process must know
+# --- what a successor process must know
 
 cdef void account(vr_flow* flow, uint64_t bytes) noexcept nogil:
-    """Tells the queue how many bytes of the oldest chains the descriptor took or gave."""
+    """Record in the queue how many bytes of the oldest chains the descriptor took or gave."""
     (<VirtQueue>flow.queue).accounted = bytes
 
 
 cdef void record_skip(vr_flow* flow) noexcept nogil:
-    """Records that the descriptor took a part of a chain, and no whole one."""
+    """Record that the descriptor took part of a chain, and no whole chain."""
     cdef vr_record* record = (<VirtQueue>flow.queue).record
     (<VirtQueue>flow.queue).accounted = 0
     if record != NULL:
@@ -289,7 +290,7 @@ cdef void record_skip(vr_flow* flow) noexcept nogil:
 
 
 cdef void settle_owed(vr_flow* flow, vr_tables* tables) noexcept nogil:
-    """Completes what a predecessor moved and did not complete."""
+    """Complete the chains that a predecessor process moved and did not complete."""
     cdef uint64_t owed = flow.owed
     cdef int n
     flow.owed = 0
@@ -307,7 +308,7 @@ cdef void settle_owed(vr_flow* flow, vr_tables* tables) noexcept nogil:
 # --- guest to host
 
 cdef void settle(vr_flow* flow, const vr_tables* tables, uint32_t n, uint64_t taken) noexcept nogil:
-    """Completes the chains within the first `taken` bytes of a batch and gives back the others."""
+    """Complete the chains within the first `taken` bytes of a batch; give back the others."""
     cdef uint32_t done = 0
     account(flow, taken)
     while done < n and taken >= tables.chains[done].readable_bytes:
@@ -321,13 +322,13 @@ cdef void settle(vr_flow* flow, const vr_tables* tables, uint32_t n, uint64_t ta
 
 
 cdef void put_failed(vr_flow* flow, int error) noexcept nogil:
-    """The descriptor took nothing: wait for room, or give up."""
+    """Wait for room, or give up, after the descriptor took nothing."""
     if error == EAGAIN and flow.data.pollable:
         flow.ready = False
         if not flow.lossy:
             throttle(flow)
     elif flow.lossy:
-        # Whoever writes to a console waits for completion in a loop: drain it all the same.
+        # A console driver spins until its buffer is used, so keep draining.
         flow.failed = True
         flow.news |= NEWS_ERROR
         flow.error = error
@@ -342,7 +343,7 @@ cdef uint64_t put_some(
     vr_flow* flow, const vr_tables* tables, const vr_strip* strip, uint64_t total,
     vr_record* record
 ) noexcept nogil:
-    """Writes to the descriptor; the bytes it took, all of them unless it is full or fails."""
+    """Write to the descriptor; return the bytes it took: all, unless it is full or fails."""
     cdef ssize_t done
     cdef iovec segment
     cdef vr_strip staged
@@ -363,15 +364,15 @@ cdef uint64_t put_some(
         return 0
     vr_count(&flow.counters.bytes, done)
     if <uint64_t>done < total and (flow.data.pollable or done == 0):
-        # It was full, or the segments after were no memory any more. Whatever it was may be over
-        # by now, without an event: its state is to be asked for. A file just goes on.
+        # It was full, or the next segments were no longer memory. Either may have ended by now
+        # without an event, so ask for the descriptor's state. A file simply continues.
         put_failed(flow, EAGAIN)
         flow.doubtful = done != 0
     return done
 
 
 cdef void flush(vr_flow* flow, const vr_tables* tables) noexcept nogil:
-    """Writes what waits in the backlog."""
+    """Write the backlog."""
     cdef iovec[2] segments
     cdef vr_strip strip
     strip.at = segments
@@ -382,7 +383,7 @@ cdef void flush(vr_flow* flow, const vr_tables* tables) noexcept nogil:
 
 
 cdef bint absorb(vr_flow* flow, const vr_strip* strip, uint64_t total) noexcept nogil:
-    """Takes what a console's descriptor did not: into the backlog, or away; 0: it is no more."""
+    """Store what a console's descriptor did not take in the backlog, or drop it; 0: flow ended."""
     cdef uint64_t kept = 0
     cdef size_t before = flow.backlog.length, there
     cdef uint32_t i
@@ -406,11 +407,11 @@ cdef bint absorb(vr_flow* flow, const vr_strip* strip, uint64_t total) noexcept 
 
 
 cdef uint64_t send_batch(vr_flow* flow, vr_tables* tables, uint32_t n) noexcept nogil:
-    """Moves popped chains to the descriptor; a measure of the work."""
+    """Move popped chains to the descriptor; return a measure of the work."""
     cdef uint64_t total, asked, done = 0, skip
     cdef vr_strip strip, part
     total = gather(&strip, tables, n, False)
-    # The driver may have made the chain shorter meanwhile; it is then as good as written.
+    # The driver may have made the chain shorter meanwhile; it then counts as written.
     skip = min(flow.skip, <uint64_t>tables.chains[0].readable_bytes)
     strip_skip(&strip, skip)
     total -= skip
@@ -465,7 +466,7 @@ cdef int turn_out(vr_flow* flow, vr_tables* tables) noexcept nogil:
 # --- host to guest
 
 cdef void deliver(vr_flow* flow, vr_tables* tables, uint32_t n, uint64_t length) noexcept nogil:
-    """Completes the chains that `length` bytes went into and gives back the others."""
+    """Complete the chains that `length` bytes went into; give back the others."""
     cdef uint32_t used = 0, there
     account(flow, length)
     while used < n and length:
@@ -478,7 +479,7 @@ cdef void deliver(vr_flow* flow, vr_tables* tables, uint32_t n, uint64_t length)
 
 
 cdef uint64_t receive_batch(vr_flow* flow, vr_tables* tables, uint32_t n) noexcept nogil:
-    """Reads into popped chains; the bytes read."""
+    """Read into popped chains; return the bytes read."""
     cdef uint64_t asked
     cdef vr_strip strip
     cdef ssize_t done
@@ -508,7 +509,7 @@ cdef uint64_t receive_batch(vr_flow* flow, vr_tables* tables, uint32_t n) noexce
 
 
 cdef void check_peer(vr_flow* flow) noexcept nogil:
-    """The peer left and the guest has no buffers: that is the end unless bytes are left to read."""
+    """End the flow if the peer left and no bytes are left to read (the guest has no buffers)."""
     cdef ssize_t waiting = unread(&flow.data)
     if waiting == 0:
         flow_stop(flow, NEWS_EOF, 0)
@@ -556,7 +557,7 @@ cdef int flow_turn(vr_flow* flow, vr_tables* tables) noexcept nogil:
 
 
 cdef void keep_residue(vr_flow* flow, const vr_strip* strip, uint64_t total) noexcept nogil:
-    """Copies the rest that nobody took to where the owner finds it."""
+    """Copy the rest that the descriptor did not take into the flow's residue."""
     cdef uint64_t length = min(total, <uint64_t>RESIDUE_MAX)
     flow.residue = <uint8_t*>malloc(length) if length else NULL
     flow.residue_length = 0
@@ -591,6 +592,6 @@ cdef void flow_finish(vr_flow* flow, vr_tables* tables) noexcept nogil:
                 complete(flow, tables, NULL, 1)
     call_driver(flow)
     flow.skip = 0
-    # As a queue is when it is new: whoever uses it next need not know of the pump.
+    # As in a new queue: its next user need not know of the pump.
     if not flow.broken:
         (<VirtQueue>flow.queue).enable_notifications_c()

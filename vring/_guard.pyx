@@ -1,7 +1,7 @@
-"""Files behind guest memory that become shorter under us (SIGBUS).
+"""Protection from truncated files behind guest memory (SIGBUS).
 
-A frontend may truncate its memfd at any time, and the next access to what is gone would end the
-process, in whichever thread and language it happens. The handler here puts zeros there instead.
+A frontend may truncate its memfd at any time. The next access to the lost part would then kill the
+process, in whatever thread it happens. The handler here maps zeros there instead.
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ cdef extern from *:
 
     enum { VR_SLOTS = 256, VR_PROBE_STEP = 4096, VR_HANDLERS = 16, VR_PASSING = 8 };
 
-    /* Slots are never freed, only used again: the handler may read the table in any thread at any
-       time. It skips a slot that is just changing, as that cannot be the one whose mapping is being
-       accessed. */
+    /* Slots are reused but never freed: the handler may read the table in any thread at any time.
+       It skips a slot that is being changed, whose mapping cannot be the one being accessed. */
     typedef struct vr_slots {
         vr_guarded slots[VR_SLOTS];
         struct vr_slots *next;
@@ -37,11 +36,11 @@ cdef extern from *:
     static vr_slots vr_table;
     static uint64_t vr_losses;
 
-    /* The handlers that ours has replaced, the newest last. */
+    /* The handlers that ours replaced, the newest last. */
     static struct sigaction vr_before[VR_HANDLERS];
     static int vr_before_count;
 
-    /* A thread that is in one of them, and how many there are before that one. */
+    /* A thread that runs one of them, and the number of handlers before it. */
     typedef struct vr_passing {
         pid_t thread;                   /* 0: free */
         int level;
@@ -64,12 +63,12 @@ cdef extern from *:
         return NULL;
     }
 
-    /* Async-signal-safe. The whole mapping is given up, not a page at a time: pages would take a
-       fault and a mapping each, and the system has only so many of those. */
+    /* Replace a slot's mapping by zeros. Async-signal-safe. The whole mapping is replaced: each
+       page alone would need a fault and a mapping, and the number of mappings is limited. */
     static int vr_guard_lose(vr_guarded *slot) {
         static const uint64_t one = 1;
-        /* First of all, and in each thread that comes here: whoever sees a zero finds mark and
-           count, whichever thread put it there, and however far the others are. */
+        /* First of all, and in every thread that comes here: whoever reads a zero must find mark
+           and count set, no matter which thread mapped the zeros. */
         __atomic_store_n(&slot->lost, 1, __ATOMIC_SEQ_CST);
         __atomic_fetch_add(&vr_losses, 1, __ATOMIC_SEQ_CST);
         if (mmap((void *)slot->base, slot->length, PROT_READ | PROT_WRITE,
@@ -82,7 +81,7 @@ cdef extern from *:
         return 1;
     }
 
-    /* What a handler that was there does, or, without one, the system. */
+    /* Do what an earlier handler does or, without one, the system. */
     static void vr_guard_let(const struct sigaction *before, int number, siginfo_t *info,
                              void *context) {
         int fault = info->si_code == BUS_ADRERR || info->si_code == BUS_ADRALN
@@ -93,7 +92,7 @@ cdef extern from *:
         struct sigaction fatal;
         sigset_t raised;
         if (before && before->sa_flags & SA_NODEFER) {
-            /* It may raise the signal and wait for that to be its end. */
+            /* It may raise the signal and expect that to end the process. */
             sigemptyset(&raised);
             sigaddset(&raised, number);
             pthread_sigmask(SIG_UNBLOCK, &raised, NULL);
@@ -113,7 +112,7 @@ cdef extern from *:
         }
     }
 
-    /* Where a thread is noted, or with 0 a free place, which `thread` is noted in; or NULL. */
+    /* Find the place of thread `noted` (0: a free place) and note `thread` in it; or NULL. */
     static vr_passing *vr_guard_place(pid_t noted, pid_t thread) {
         for (int i = 0; i < VR_PASSING; i++) {
             pid_t there = noted;
@@ -124,9 +123,9 @@ cdef extern from *:
         return NULL;
     }
 
-    /* What the process would have done without us: the newest handler first. One that came after
-       us may pass on to us, by a call or by raising the signal (faulthandler does): then it is the
-       turn of the one before it. */
+    /* Do what the process would have done without this handler, the newest handler first. A handler
+       installed after ours may pass the signal back, by a call or by raising it (faulthandler
+       does): then the one before it is next. */
     static void vr_guard_pass_on(int number, siginfo_t *info, void *context) {
         pid_t thread = (pid_t)syscall(SYS_gettid);
         vr_passing *outer = vr_guard_place(thread, thread);
@@ -146,7 +145,7 @@ cdef extern from *:
     static void vr_on_sigbus(int number, siginfo_t *info, void *context) {
         int error = errno;
         vr_guarded *slot = NULL;
-        /* Hardware errors (BUS_MCEERR_*) and signals that somebody sent are not ours. */
+        /* Hardware errors (BUS_MCEERR_*) and signals sent by a process are not ours. */
         if (info->si_code == BUS_ADRERR)
             slot = vr_guard_find((uintptr_t)info->si_addr);
         if (!slot || !vr_guard_lose(slot))
@@ -154,7 +153,7 @@ cdef extern from *:
         errno = error;
     }
 
-    /* Puts ours in front. 1: others had been installed over it, -1: it cannot be. */
+    /* Install our handler. 1: another had been installed over it; -1: error. */
     static int vr_guard_install(void) {
         struct sigaction ours, there, *newest = &vr_before[vr_before_count];
         if (sigaction(SIGBUS, NULL, &there))
@@ -164,7 +163,7 @@ cdef extern from *:
         int again = vr_before_count > 0;
         int known = again && newest[-1].sa_flags == there.sa_flags &&
                     newest[-1].sa_handler == there.sa_handler;
-        /* Known before ours can run. One too many is not called. */
+        /* Stored before ours can run. Handlers beyond VR_HANDLERS are not called. */
         if (!known && vr_before_count < VR_HANDLERS) {
             *newest = there;
             __atomic_store_n(&vr_before_count, vr_before_count + 1, __ATOMIC_RELEASE);
@@ -200,7 +199,7 @@ cdef extern from *:
         }
     }
 
-    /* Both are asked after guest memory was read. Only a fence keeps those loads in front. */
+    /* Both are called after guest memory was read. Only a fence keeps those loads before this. */
     static int vr_guard_is_lost(const vr_guarded *slot) {
         __atomic_thread_fence(__ATOMIC_ACQUIRE);
         return __atomic_load_n(&slot->lost, __ATOMIC_ACQUIRE);
@@ -245,7 +244,7 @@ cdef vr_guarded* guard_add(void* base, size_t length, int event_fd) noexcept:
 
 
 def _say_displaced():
-    """Log once that somebody took the signal away."""
+    """Log once that another handler for SIGBUS had replaced ours."""
     global _said
     if not _said:
         _said = True
@@ -284,15 +283,15 @@ cdef bint guard_probe(const iovec* segments, uint64_t n) noexcept nogil:
 cdef class MemoryWatch:
     """A descriptor that becomes readable when guest memory is lost (see Region.lost).
 
-    Pass it to Region.map, for as many regions as it is to watch, and wait for it in an event loop:
-    ``loop.add_reader(watch, ...)``. It is an eventfd, open as long as the watch or one of its
-    regions lives.
+    Pass it to Region.map for each region to watch, and wait for it in an event loop:
+    ``loop.add_reader(watch, ...)``. It is an eventfd that stays open as long as the watch or one of
+    its regions lives.
 
     Attributes:
-        fd: the eventfd's number, which stays the watch's; read-only.
+        fd: the eventfd's number, owned by the watch; read-only.
 
     Raises:
-        OSError: there is no descriptor to be had.
+        OSError: no file descriptor is available.
     """
 
     def __cinit__(self):
@@ -308,7 +307,7 @@ cdef class MemoryWatch:
         return self.fd
 
     def clear(self):
-        """Make it unreadable until more is lost."""
+        """Make it unreadable until more memory is lost."""
         try:
             os.eventfd_read(self.fd)
         except BlockingIOError:

@@ -1,14 +1,14 @@
-"""Sizes and offsets of ring parts in bytes, both layouts (virtio 1.3, 2.7 and 2.8).
+"""Sizes and offsets, in bytes, of ring parts in both layouts (virtio 1.3, 2.7 and 2.8).
 
-The numbers are those that the rings themselves work with. The sizes of whole areas are
-``SplitDriver.layout`` and ``PackedDriver.layout``.
+The rings use the same numbers. For the sizes of whole areas see ``SplitDriver.layout`` and
+``PackedDriver.layout``.
 """
 
 from __future__ import annotations
 
 
 def used_event_offset(uint32_t size):
-    """Return where `used_event` is in the available ring of a split queue (2.7.7).
+    """Return the offset of `used_event` in the available ring of a split queue (2.7.7).
 
     Args:
         size: descriptors of the queue.
@@ -20,7 +20,7 @@ def used_event_offset(uint32_t size):
 
 
 def avail_event_offset(uint32_t size):
-    """Return where `avail_event` is in the used ring of a split queue (2.7.10).
+    """Return the offset of `avail_event` in the used ring of a split queue (2.7.10).
 
     Args:
         size: descriptors of the queue.

@@ -37,7 +37,7 @@ MAX_REGIONS = 65536
 cdef const vr_region* vr_learn(
     const vr_map* memory, uint16_t* hints, uint64_t address
 ) noexcept nogil:
-    """vr_find that leaves a hint for the next vr_lookup."""
+    """Do as vr_find, and leave a hint for the next vr_lookup."""
     cdef const vr_region* region = vr_find(memory, address)
     if region != NULL:
         hints[(address >> 20) % VR_HINTS] = <uint16_t>(region - memory.regions)
@@ -45,7 +45,7 @@ cdef const vr_region* vr_learn(
 
 
 cdef uint64_t as_address(object value, str what) except? 0:
-    """An address (0 to 2**64 - 1) that came from outside."""
+    """Convert a caller's address; raise MemoryMapError unless it is 0 to 2**64 - 1."""
     if isinstance(value, int):
         value = PyNumber_Index(value)       # a plain one, whose comparisons are ours
         if 0 <= value <= UINT64_MAX:
@@ -55,7 +55,7 @@ cdef uint64_t as_address(object value, str what) except? 0:
 
 @cython.final
 cdef class _Mapping:
-    """A mapping of a file; unmapped when the last buffer over it is gone."""
+    """A mapping of a file; unmapped when the last buffer over it is released."""
 
     cdef void* base
     cdef size_t length          # whole pages
@@ -86,7 +86,7 @@ cdef class _Mapping:
                 f"cannot map {size:#x} bytes at offset {offset:#x}: {os.strerror(errno)}"
             )
         self.base = base
-        # What is the guest's does not belong into core dumps of this process.
+        # Guest memory does not belong in core dumps of this process.
         madvise(base, self.length, MADV_DONTDUMP)
         self.guarded = guard_add(base, self.length, -1 if watch is None else watch.fd)
         if self.guarded == NULL:
@@ -104,19 +104,19 @@ cdef class _Mapping:
         )
 
 
-# Cython's clearing would drop the buffer under pointers still in use. Nor may the collector see all
-# references to what is exported: it would clear that first, in a cycle, while it is exported.
+# Cython's tp_clear would drop the buffer under pointers still in use. The collector must not see
+# all references to the exporter either: in a cycle it would clear it while it is exported.
 @cython.no_gc_clear
 @cython.final
 cdef class Region:
-    """A piece of guest memory: guest addresses that a writable buffer backs.
+    """A region of guest memory: a range of guest addresses backed by a writable buffer.
 
-    The region holds the buffer (and its export) as long as it lives. Sizes and addresses are bytes.
+    The region keeps the buffer exported as long as it lives. Sizes and addresses are in bytes.
 
     Args:
         guest_addr: first guest address.
-        buffer: anything contiguous and writable: mmap, numpy array, bytearray. Not copied.
-        user_addr: the frontend's own address of the first byte (vhost-user), if it has one.
+        buffer: any contiguous, writable buffer: mmap, numpy array, bytearray. Not copied.
+        user_addr: the frontend's virtual address of the first byte (vhost-user), if there is one.
 
     Attributes:
         buffer, user_addr: as given; read-only.
@@ -165,7 +165,7 @@ cdef class Region:
 
     @property
     def guest_addr(self):
-        """First guest address (bytes)."""
+        """First guest address, in bytes."""
         return self.table.guest
 
     @property
@@ -175,11 +175,10 @@ cdef class Region:
 
     @property
     def lost(self):
-        """Whether what was behind the region is gone.
+        """Whether the file behind the region was truncated and an access met the lost part.
 
-        A peer may cut off the file of a mapped region (`map`) at any time. Once something that is
-        gone is accessed, the whole region has memory of its own instead, of zeros at first, and
-        stays so.
+        A peer may truncate the file of a mapped region (`map`) at any time. The first access to the
+        lost part replaces the whole region by private memory, initially zeros, for good.
         """
         return isinstance(self.buffer, _Mapping) and guard_lost((<_Mapping>self.buffer).guarded)
 
@@ -190,16 +189,15 @@ cdef class Region:
     ):
         """Map a file (memfd, shared memory) that a peer sent, readable, writable and shared.
 
-        The descriptor is neither kept nor closed. `offset` need not be aligned to a page. With
-        `private` it need not be writable, and what is written there changes nothing in the file.
-        Should the file become shorter than it was, see `lost`; `watch` is told. Core dumps leave
-        the mapping out.
+        The descriptor is neither kept nor closed. `offset` need not be page-aligned. With `private`
+        the file need not be writable, and writes do not change it. If the file is truncated later,
+        see `lost`; `watch` becomes readable. Core dumps leave the mapping out.
 
-        The first call installs a handler for SIGBUS, which passes on what is not about regions.
+        The first call installs a SIGBUS handler, which passes on signals not about regions.
 
         Raises:
-            MemoryMapError: no bytes asked for, the file is shorter than offset + size, it is on
-                no local file system, so that an access may block for ever, or the system refuses.
+            MemoryMapError: `size` is 0, the file is shorter than offset + size, it is not on a
+                local file system, so that an access may block for ever, or the system refuses.
         """
         size, offset = PyNumber_Index(size), PyNumber_Index(offset)
         if size <= 0 or offset < 0 or offset + size > 2**63 - 1:
@@ -228,7 +226,7 @@ cdef class Region:
 cdef class GuestMemory:
     """An immutable table of regions. A new memory map is a new object; old ones stay valid.
 
-    Whoever holds this object holds the buffers of all its regions.
+    The object keeps the buffers of all its regions alive.
 
     Args:
         regions: in any order; they may touch but not overlap.
@@ -247,7 +245,7 @@ cdef class GuestMemory:
         if len(ordered) > MAX_REGIONS:
             raise MemoryMapError(f"{len(ordered)} regions; at most {MAX_REGIONS} are possible")
         self.regions = tuple(ordered)
-        # One empty region more: a lookup can always start from a region.
+        # One more, empty region: a lookup can always start from a region.
         cdef vr_region* table = <vr_region*>calloc(len(ordered) + 1, sizeof(vr_region))
         if table == NULL:
             raise MemoryError
@@ -266,7 +264,7 @@ cdef class GuestMemory:
         free(<void*>self.map.regions)
 
     cdef bint is_lost(self) noexcept nogil:
-        # Before looking: what is lost meanwhile is seen next time.
+        # Before the check: a loss meanwhile is seen next time.
         cdef uint64_t losses = guard_losses()
         cdef uint32_t i
         if vr_get_flag(&self.was_lost):
@@ -286,10 +284,10 @@ cdef class GuestMemory:
         return self.is_lost()
 
     def with_region(self, Region region not None):
-        """Return a new table with one region more.
+        """Return a new table with one more region.
 
         Raises:
-            MemoryMapError: it overlaps another, or there are MAX_REGIONS already.
+            MemoryMapError: the region overlaps another, or there are MAX_REGIONS already.
         """
         return GuestMemory((*self.regions, region))
 
@@ -305,7 +303,7 @@ cdef class GuestMemory:
         return GuestMemory(kept)
 
     def user_to_guest(self, user_addr, length=1):
-        """Return the guest address of `length` bytes at one of the frontend's own addresses.
+        """Return the guest address of `length` bytes at a virtual address of the frontend.
 
         Raises:
             AddressError: no region with a user address holds all of these bytes.
@@ -346,10 +344,10 @@ cdef class GuestMemory:
         return at
 
     def load16(self, guest_addr):
-        """Load a little-endian number of 16 bits that another thread or process may be changing.
+        """Load a little-endian 16-bit number that another thread or process may be changing.
 
-        One load, never half of an old value and half of a new one, as `read` may give; whatever is
-        read after it is at least as new (acquire). For indices and flags of rings.
+        The load is atomic, unlike `read`, and has acquire order: later reads are at least as new.
+        For indices and flags of rings.
 
         Raises:
             AddressError: the two bytes are not in one region, or not aligned.
@@ -357,11 +355,11 @@ cdef class GuestMemory:
         return vr_load16_acquire(self.locate16(guest_addr))
 
     def store16(self, guest_addr, uint16_t value):
-        """Store a little-endian number of 16 bits for another thread or process to load.
+        """Store a little-endian 16-bit number for another thread or process to load.
 
-        One store. What was written before is visible before it (release), and it is itself
-        visible before anything is read afterwards (a full fence): after publishing an event index
-        one may look at the index again.
+        The store is atomic. Earlier writes are visible before it (release), and it is visible
+        before any later read (full fence): after publishing an event index, a caller may check the
+        index again.
 
         Raises:
             AddressError: the two bytes are not in one region, or not aligned.
@@ -370,7 +368,7 @@ cdef class GuestMemory:
         vr_fence()
 
     cdef int check(self, uint64_t address, uint64_t length) except -1:
-        """Raises AddressError unless all bytes are in memory (adjacent regions count as one)."""
+        """Raise AddressError unless all bytes are in memory (adjacent regions count as one)."""
         cdef uint64_t at = address, left = length, there
         cdef const vr_region* region
         while left:
@@ -387,7 +385,7 @@ cdef class GuestMemory:
         return 0
 
     cdef void copy(self, uint64_t address, uint8_t* local, uint64_t length, bint write) noexcept:
-        """Copies a checked range out of (or into) guest memory, region by region."""
+        """Copy a checked range out of (or into) guest memory, region by region."""
         cdef const vr_region* region
         cdef uint64_t offset, there
         while length:
@@ -416,7 +414,7 @@ cdef class GuestMemory:
         return out
 
     cdef bint holds(self, const uint8_t* start, uint64_t length) noexcept:
-        """Whether bytes of this process are, in part at least, those of a region."""
+        """Return whether a range of this process's memory overlaps a region."""
         cdef uint32_t i
         for i in range(self.map.count):
             if (
@@ -429,8 +427,8 @@ cdef class GuestMemory:
     def write(self, guest_addr, data):
         """Copy data into guest memory; the range may cross adjacent regions.
 
-        Data that is guest memory itself is copied aside first, so the two may overlap, also where a
-        file is mapped twice.
+        Data in guest memory is copied aside first, so source and destination may overlap, even
+        through two mappings of one file.
 
         Raises:
             AddressError: a byte of the range is in no region; nothing is written then.
@@ -460,7 +458,7 @@ def _guest_addr(Region region not None):
 cdef int read_range(
     object guest_addr, object length, uint64_t* address, uint64_t* size
 ) except -1:
-    """Converts both numbers, once. Raises AddressError unless they fit 64 bits and do not wrap."""
+    """Convert both numbers once; raise AddressError unless they fit 64 bits and do not wrap."""
     guest_addr, length = PyNumber_Index(guest_addr), PyNumber_Index(length)
     if length < 0:
         raise LocalMisuseError(f"length {length} of guest memory is negative")

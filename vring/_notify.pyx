@@ -1,12 +1,12 @@
 """Kicks and calls that cannot block, whatever the peer does to the descriptor.
 
-A peer's eventfd is shared with the peer: it can clear O_NONBLOCK and fill the counter at any time,
-between any check and the write after it, and the write would then wait for ever. Signalling by the
-completion of an asynchronous read never waits; and the read need not succeed.
+An eventfd is shared with the peer, which can clear O_NONBLOCK and fill the counter at any time,
+also between a check and the write after it; the write would then block for ever. The completion of
+an asynchronous read signals an eventfd without ever blocking, and the read need not succeed.
 
-What a number stands for may be exchanged between any two system calls (a frontend sends another
-call descriptor while its ring runs). So each kind is tried with a call that refuses the others and
-waits for none, and nothing is ever written to what is neither an eventfd nor a socket.
+A descriptor number may refer to another file after any system call (a frontend sends another call
+descriptor while its ring runs). So each kind is tried with a call that refuses the other kinds and
+never blocks, and nothing is written to a file that is neither an eventfd nor a socket.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ cdef extern from *:
     #include <sys/syscall.h>
     #include <unistd.h>
 
-    /* The start of a context's memory, which the kernel shares with us. */
+    /* The start of a context's memory, which the kernel shares with the process. */
     struct vr_aio_ring {
         unsigned id, count, head, tail, magic, compatible, incompatible, header;
     };
@@ -39,10 +39,10 @@ cdef extern from *:
     enum { VR_AIO_EVENTS = 64, VR_AIO_MAGIC = 0xa10a10a1 };
 
     static aio_context_t vr_aio;        /* 0: none yet */
-    static int vr_aio_owner;            /* a context is not its process's child's */
+    static int vr_aio_owner;            /* pid: a child does not inherit the context */
     static int vr_aio_missing;
 
-    /* An asynchronous read that fails at once, told to `event`, in the context. */
+    /* Submit an asynchronous read that fails at once and signals `event`. */
     static int vr_aio_submit(aio_context_t context, int event) {
         struct iocb operation, *operations[1] = {&operation};
         memset(&operation, 0, sizeof operation);
@@ -54,7 +54,7 @@ cdef extern from *:
         return syscall(SYS_io_submit, context, 1L, operations) == 1;
     }
 
-    /* Whether it is as we need it: kernels before 5.8 do not read eventfds so. */
+    /* Return whether the kernel can do it: kernels before 5.8 cannot read eventfds this way. */
     static int vr_aio_suits(aio_context_t context) {
         const struct vr_aio_ring *ring = (const struct vr_aio_ring *)context;
         int event, suits;
@@ -72,7 +72,7 @@ cdef extern from *:
         if (now || __atomic_load_n(&vr_aio_missing, __ATOMIC_RELAXED))
             return now;
         if (syscall(SYS_io_setup, VR_AIO_EVENTS, &made)) {
-            /* EAGAIN: the system has as many contexts as it may; that can change. */
+            /* EAGAIN: the system's limit of contexts is reached, which can change. */
             __atomic_store_n(&vr_aio_missing, errno != EAGAIN, __ATOMIC_RELAXED);
             return 0;
         }
@@ -98,8 +98,8 @@ cdef extern from *:
             if (!context)
                 return ENOSYS;
             if (vr_aio_submit(context, fd)) {
-                /* What completed is not looked at; threads may undo each other's step here, and
-                   the next one makes it good. */
+                /* Completions are discarded unread. Threads may undo each other's store here; the
+                   next one repairs that. */
                 __atomic_store_n(&ring->head, __atomic_load_n(&ring->tail, __ATOMIC_ACQUIRE),
                                  __ATOMIC_RELEASE);
                 return 0;
@@ -121,8 +121,9 @@ cdef uint64_t ONE = 1
 
 
 cdef void write_if_room(int fd) noexcept nogil:
-    """To an eventfd, where the kernel has no way that never waits: a peer that fills its eventfd
-    in between, and made it blocking, stops us.
+    """Write to an eventfd if it has room, on kernels without a call that never blocks.
+
+    A peer that fills its blocking eventfd between check and write blocks the caller.
     """
     cdef int own = fcntl(fd, F_DUPFD_CLOEXEC, 0)    # what it is may not change meanwhile
     cdef pollfd room = pollfd(fd=own, events=POLLOUT, revents=0)
@@ -137,7 +138,7 @@ cdef void write_if_room(int fd) noexcept nogil:
 
 
 cdef bint notify_socket(int fd) noexcept nogil:
-    """False if it is none."""
+    """Notify through a socket; return False if `fd` is not one."""
     return send(fd, &ONE, sizeof(ONE), MSG_DONTWAIT | MSG_NOSIGNAL) >= 0 or errno != ENOTSOCK
 
 
@@ -156,7 +157,7 @@ cdef bint notify_any(int fd, bint is_socket) noexcept nogil:
 
 
 class Drained(enum.Enum):
-    """What `drain` found."""
+    """Result of `drain`."""
 
     READ = "read"       # a kick or call, which is read now
     EMPTY = "empty"     # none so far
@@ -166,11 +167,11 @@ class Drained(enum.Enum):
 def notify(int fd):
     """Write the 8 bytes of a kick or call to an eventfd or a socket; never waits (2.3).
 
-    A descriptor that is full already tells its reader. One that is broken or of another kind
-    is left alone: that a peer has left is noticed elsewhere.
+    A full descriptor is readable already. A broken one or one of another kind is ignored: a peer
+    that left is noticed elsewhere.
 
     Args:
-        fd: descriptor number, the caller's; any number is allowed.
+        fd: descriptor number, owned by the caller; any number is allowed.
     """
     with nogil:
         notify_any(fd, False)
@@ -180,10 +181,10 @@ def drain(int fd):
     """Read what a kick or call wrote; never waits, except for a blocking eventfd of an old kernel.
 
     Args:
-        fd: descriptor number, the caller's; any number is allowed.
+        fd: descriptor number, owned by the caller; any number is allowed.
 
     Returns:
-        A `Drained`. Compare it: every member is true.
+        A `Drained`. Compare it with a member: every member is true.
     """
     buffer = bytearray(8)
     try:
@@ -194,7 +195,7 @@ def drain(int fd):
         if error.errno != EOPNOTSUPP:
             return Drained.ENDED
     try:
-        # An old kernel's, or a pipe of our own.
+        # An eventfd on an old kernel, or a pipe of our own.
         return Drained.READ if os.read(fd, 8) else Drained.ENDED
     except BlockingIOError:
         return Drained.EMPTY

@@ -25,12 +25,12 @@ from vring.errors import LocalMisuseError
 
 
 cdef inline bint is_available(uint32_t flags, bint wrap) noexcept nogil:
-    """Whether a descriptor's flags say that the driver made it available (2.8.1)."""
+    """Return whether a descriptor's flags mark it as available (2.8.1)."""
     return ((flags & DESC_F_AVAIL) != 0) == wrap and ((flags & DESC_F_USED) != 0) != wrap
 
 
 cdef inline int take_buffer(vr_room* room, vr_walk* walk, vr_chain* chain) noexcept nogil:
-    """The buffer of walk.desc, which is no indirect one. Returns a vr_fault_code."""
+    """Take the buffer of walk.desc, which is not indirect. Return a vr_fault_code."""
     if (walk.desc.flags & DESC_F_WRITE) != walk.writable:
         if vr_unlikely(walk.writable):
             return FAULT_ORDER
@@ -43,10 +43,9 @@ cdef uint32_t pop_singles(
     const uint8_t* ring, uint32_t* at, bint* at_wrap, uint32_t limit, vr_chain* chains,
     const vr_room* room, iovec* segments
 ) noexcept nogil:
-    """Pops one-descriptor chains, the most common, up to the first of another kind; how many.
+    """Pop one-descriptor chains, the commonest kind, up to the first other; return their number.
 
-    What is unusual about a chain or wrong with it is left to the loop over all kinds. Moves the
-    slot and the wrap counter on.
+    Unusual and faulty chains are left to the general loop. Advances the slot and the wrap counter.
     """
     cdef const vr_region* near = room.memory.regions
     cdef uint32_t i, slot = at[0], size = room.size
@@ -58,7 +57,7 @@ cdef uint32_t pop_singles(
     cdef uint64_t offset
     for i in range(limit):
         entry = ring + <size_t>slot * DESC_SIZE
-        # Written last by the driver, so read first.
+        # The driver writes the flags last, so read them first.
         flags = vr_load16_acquire(entry + PACKED_FLAGS)
         if flags & (DESC_F_AVAIL | DESC_F_USED | DESC_F_NEXT | DESC_F_INDIRECT) != expected:
             limit = i
@@ -71,7 +70,7 @@ cdef uint32_t pop_singles(
                 limit = i
                 break
             offset = desc.addr - near.guest
-        # length - 1 leaves a length of 0 to the other way
+        # length - 1 wraps for a length of 0, which is left to the general loop
         if vr_unlikely(<uint64_t>desc.len - 1 >= near.size - offset):
             limit = i
             break
@@ -91,12 +90,12 @@ cdef uint32_t pop_singles(
 cdef inline int walk_table(
     vr_room* room, vr_walk* walk, vr_chain* chain, const uint8_t* table, uint32_t entries
 ) noexcept nogil:
-    """Takes the buffers of an indirect table: all of its entries. Returns a vr_fault_code."""
+    """Take the buffers of all entries of an indirect table. Return a vr_fault_code."""
     cdef int code
     cdef uint32_t i
     for i in range(entries):
         walk.desc = vr_read_packed(table + <size_t>i * DESC_SIZE)
-        # 2.8.19: only WRITE has a meaning in there
+        # 2.8.19: only WRITE has a meaning in an indirect table
         if vr_unlikely(walk.desc.flags & DESC_F_INDIRECT):
             return FAULT_INDIRECT_NESTED
         code = take_buffer(room, walk, chain)
@@ -108,7 +107,7 @@ cdef inline int walk_table(
 cdef int walk_scattered(
     vr_room* room, vr_walk* walk, vr_chain* chain, uint64_t table, uint32_t entries
 ) noexcept nogil:
-    """walk_table for a table that crosses region borders: entry by entry."""
+    """Do as walk_table, entry by entry, for a table that crosses region borders."""
     cdef uint8_t[DESC_SIZE] entry
     cdef uint32_t i
     cdef int code
@@ -126,7 +125,7 @@ cdef int walk_scattered(
 cdef inline int walk_indirect(
     vr_room* room, vr_walk* walk, vr_chain* chain, bint negotiated
 ) noexcept nogil:
-    """Takes the buffers of the indirect table that walk.desc names. Returns a vr_fault_code."""
+    """Take the buffers of the indirect table that walk.desc names. Return a vr_fault_code."""
     cdef uint64_t address = walk.desc.addr
     cdef uint32_t entries = walk.desc.len // DESC_SIZE
     cdef const uint8_t* table = NULL
@@ -144,9 +143,9 @@ cdef inline int walk_indirect(
 
 @cython.final
 cdef class PackedQueue(VirtQueue):
-    """The device's side of a packed virtqueue (virtio 1.3, 2.8); made as VirtQueue says.
+    """The device's side of a packed virtqueue (virtio 1.3, 2.8); arguments as of VirtQueue.
 
-    Its indices are a slot of the ring (bits 0 to 14) and a wrap counter (bit 15), and start at
+    Its indices hold a slot of the ring (bits 0 to 14) and a wrap counter (bit 15). They start at
     0x8000: slot 0, wrap counter 1.
     """
 
@@ -171,7 +170,7 @@ cdef class PackedQueue(VirtQueue):
             vr_set_record(self.record, self.used_index, 0)
 
     cdef int resume(self) except -1:
-        """Goes on where the record says, and the ring confirms."""
+        """Continue where the record says, if the ring confirms it."""
         cdef vr_record* record = self.record
         cdef uint64_t at = record.position, left = vr_recorded_bytes(record)
         cdef uint32_t flags
@@ -225,7 +224,7 @@ cdef class PackedQueue(VirtQueue):
 
     @property
     def vring_base(self):
-        """avail_index in bits 0 to 15, used_index in bits 16 to 31 (GET_VRING_BASE)."""
+        """`avail_index` in bits 0 to 15, `used_index` in bits 16 to 31 (GET_VRING_BASE)."""
         return self.avail_index | self.used_index << 16
 
     cdef int pop_within(
@@ -275,7 +274,7 @@ cdef class PackedQueue(VirtQueue):
                 walk.desc = vr_read_packed(ring + <size_t>after * DESC_SIZE)
                 if slots == 0:
                     walk.desc.flags = flags
-                # What is in flight still occupies its slots.
+                # Chains in flight still occupy their slots.
                 if vr_unlikely(slots == room_left):
                     code = FAULT_TOO_LONG if slots else FAULT_AVAIL_INDEX
                     break
@@ -310,7 +309,7 @@ cdef class PackedQueue(VirtQueue):
             slot = after
             wrap = after_wrap
             i += 1
-        # What is sound comes first; the next pop meets the broken chain again, or the bigger table.
+        # Valid chains are returned first; the next pop meets the broken chain, or table, again.
         if code and i == 0:
             return self.chain_fault(code, walk.at, walk.desc.addr, walk.desc.len)
         self.next_avail = slot
@@ -320,7 +319,7 @@ cdef class PackedQueue(VirtQueue):
         return i
 
     cdef void note_taken(self, uint32_t n, uint16_t slots) noexcept nogil:
-        """Remembers for unpop that n chains of so many slots each were popped."""
+        """Record for unpop that n chains of `slots` slots each were popped."""
         cdef uint16_t* taken = self.taken
         cdef uint32_t at = self.next_taken, size = self.size, i
         cdef uint32_t straight = min(n, size - at)
@@ -354,7 +353,7 @@ cdef class PackedQueue(VirtQueue):
             if slot >= size:
                 slot -= size
                 wrap = not wrap
-        # The driver reads in order, so the first descriptor shows it all of them: last.
+        # The driver reads in order: the first descriptor publishes all others, so write it last.
         length = written[0] if written != NULL else 0
         vr_write_packed_used(
             ring + <size_t>first * DESC_SIZE, length, chains[0].head,
@@ -364,15 +363,17 @@ cdef class PackedQueue(VirtQueue):
         self.used_wrap = wrap
         self.slots_in_flight -= slots
         self.pushed += n
-        # What was used must be visible before the driver's wish is read, or both sides may sleep.
+        # Used descriptors must be visible before the driver's setting is read, or both may sleep.
         vr_fence()
         return self.wanted(slots)
 
     cdef bint push_recorded(
         self, const vr_chain* chains, const uint32_t* written, uint32_t n
     ) noexcept nogil:
-        """push_c chain by chain: whoever goes on after a half-published batch could not pop the
-        rest again, since used descriptors overwrite those of the driver.
+        """Do as push_c, chain by chain.
+
+        A successor could not pop the rest of a half-published batch again, since used descriptors
+        overwrite those of the driver.
         """
         cdef uint32_t slot = self.next_used, size = self.size, slots = 0, i, length, after
         cdef bint wrap = self.used_wrap, after_wrap
@@ -404,7 +405,7 @@ cdef class PackedQueue(VirtQueue):
         return self.wanted(slots)
 
     cdef bint wanted(self, uint32_t slots) noexcept nogil:
-        """Whether the driver wants a notification of the last `slots` slots (2.8.14)."""
+        """Return whether the driver wants a notification for the last `slots` slots (2.8.14)."""
         cdef uint32_t event = vr_load32(self.driver_event)
         cdef uint32_t flags = event >> 16 & 3
         cdef uint16_t offset = event & 0x7FFF
@@ -438,8 +439,8 @@ cdef class PackedQueue(VirtQueue):
         if self.event_idx:
             event = EVENT_DESC << 16 | self.next_avail | (WRAP if self.avail_wrap else 0)
         vr_store32(self.device_event, event)
-        # The wish must be visible before the ring is read again: the driver may have added a chain
-        # after the last pop and before it could see the wish.
+        # The setting must be visible before the ring is read again: the driver may have added a
+        # chain after the last pop and before it could see the setting.
         vr_fence()
         return self.ready()
 

@@ -20,11 +20,11 @@ from vring.errors import LocalMisuseError
 
 @cython.final
 cdef class PackedDriver(Driver):
-    """The driver's side of a packed virtqueue (virtio 1.3, 2.8); made as Driver says."""
+    """The driver's side of a packed virtqueue (virtio 1.3, 2.8); arguments as of Driver."""
 
     @staticmethod
     def layout(size):
-        """Return the bytes of descriptor ring, driver and device event suppression structures."""
+        """Return the sizes of descriptor ring, driver and device event suppression, in bytes."""
         return DESC_SIZE * size, EVENT_SIZE, EVENT_SIZE
 
     def __cinit__(self, memory, size, desc, avail, used, *, index=None, **features):
@@ -60,7 +60,7 @@ cdef class PackedDriver(Driver):
     cdef void put(
         self, uint64_t address, uint32_t length, uint32_t flags, uint16_t id
     ) noexcept nogil:
-        """Writes the next descriptor; the first that is not published keeps its old flags."""
+        """Write the next descriptor; the first unpublished one keeps its old flags."""
         cdef uint8_t* slot = self.ring + <size_t>self.next_slot * DESC_SIZE
         flags |= DESC_F_AVAIL if self.wrap else DESC_F_USED
         if self.held_slots == 0:
@@ -111,12 +111,12 @@ cdef class PackedDriver(Driver):
         cdef uint16_t offset
         if slots == 0:
             return False
-        # The device reads in order, so the first descriptor shows it all of them: last.
+        # The device reads in order: the first descriptor publishes all others, so write it last.
         vr_store16_release(
             self.ring + <size_t>self.held * DESC_SIZE + PACKED_FLAGS, <uint16_t>self.held_flags
         )
         self.held_slots = 0
-        # What is available must be visible before the device's wish is read, or both may sleep.
+        # Descriptors must be visible before the device's setting is read, or both may sleep.
         vr_fence()
         event = vr_load32(self.device_event)
         flags = event >> 16 & 3
@@ -153,10 +153,10 @@ cdef class PackedDriver(Driver):
             self.used_wrap = not self.used_wrap
 
     cdef bint used_so_far(self, uint32_t wanted) noexcept nogil:
-        """Whether so many of the descriptors in flight are used.
+        """Return whether `wanted` of the descriptors in flight are used.
 
-        Goes from used element to used element: into the other slots of its chain, or with IN_ORDER
-        of its batch, the device writes nothing (2.8.7, 2.7.9).
+        It steps from used element to used element: the device does not write the other slots of a
+        chain or, with IN_ORDER, of a batch (2.8.7, 2.7.9).
         """
         cdef uint32_t slot = self.next_used, slots = 0, chains = 0, at = self.oldest
         cdef uint16_t head, each
@@ -186,11 +186,11 @@ cdef class PackedDriver(Driver):
         """Ask the device to notify of used chains.
 
         Args:
-            after: when so many descriptors are (2.8.10), counted from the last that get_used
-                returned, at most the queue's size; without EVENT_IDX it stands for 1.
+            after: number of used descriptors after which to notify (2.8.10), counted from the last
+                that get_used returned; at most the queue's size. Without EVENT_IDX it counts as 1.
 
         Returns:
-            True if they are used already: no notification may come for those.
+            True if they are used already: they may bring no notification.
 
         Raises:
             LocalMisuseError: `after` is not 1 to the queue's size.
@@ -215,10 +215,10 @@ cdef class PackedDriver(Driver):
 
     @property
     def avail_index(self):
-        """Where the next descriptor goes (bits 0 to 14) and the wrap counter (bit 15)."""
+        """Next descriptor to write (bits 0 to 14) and its wrap counter (bit 15)."""
         return self.next_slot | (WRAP if self.wrap else 0)
 
     @property
     def used_index(self):
-        """The next used descriptor to take back (bits 0 to 14) and its wrap counter (bit 15)."""
+        """Next used descriptor to take back (bits 0 to 14) and its wrap counter (bit 15)."""
         return self.next_used | (WRAP if self.used_wrap else 0)

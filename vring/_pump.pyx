@@ -31,7 +31,7 @@ from vring.errors import LocalMisuseError
 
 
 class FlowEvent(enum.IntEnum):
-    """What a flow tells its owner; on_event gets it with a detail."""
+    """Event of a flow; on_event gets it with a detail."""
 
     PEER_EOF = 0        # the descriptor is at its end and all of it is with the guest; detail None
     PEER_ERROR = 1      # the descriptor failed in this direction; detail: errno
@@ -40,7 +40,7 @@ class FlowEvent(enum.IntEnum):
 
 
 class FlowCounters(NamedTuple):
-    """What a flow has done so far. Bytes are those the descriptor took or gave."""
+    """Counters of a flow since it began. Bytes are those that the descriptor took or gave."""
 
     bytes: int
     chains: int
@@ -53,7 +53,7 @@ class FlowCounters(NamedTuple):
 
 
 cdef int describe(vr_fd* fd, object number, str what) except -1:
-    """Looks a descriptor up. Raises LocalMisuseError if it is not one."""
+    """Find out the kind of a descriptor; raise LocalMisuseError if the number is none."""
     cdef stat_t status
     fd.number = number
     fd.kind = FD_NONE
@@ -89,8 +89,8 @@ cdef int describe_data(vr_fd* fd, object number, str what) except -1:
 
 
 cdef int describe_notifier(vr_fd* fd, object number, str what) except -1:
-    # A file could block whoever writes to it, some file systems whoever polls it, and a pipe
-    # whoever reads it: another process that has it can make it blocking at any time.
+    # Writing to a file, polling it on some file systems, and reading from a pipe may block: another
+    # process that has the file can make it blocking at any time.
     if describe(fd, number, what) not in (0, S_IFSOCK):
         raise LocalMisuseError(f"{what} {number} is neither an eventfd nor a socket")
     return 0
@@ -98,14 +98,13 @@ cdef int describe_notifier(vr_fd* fd, object number, str what) except -1:
 
 @cython.final
 cdef class Flow:
-    """One direction of a port at work, from Pump.guest_to_host or Pump.host_to_guest.
+    """One active direction of a port, from Pump.guest_to_host or Pump.host_to_guest.
 
-    The flow keeps its queue alive and uses it alone until `detach` has returned: no other flow can
-    have it, and methods of the queue that look at the ring or change it raise LocalMisuseError. The
-    descriptors are the caller's, who keeps them open as long; what the pump watches are duplicates
-    of its own.
+    The flow keeps its queue alive and has the sole use of it until `detach` returns: no other flow
+    can use it, and methods of the queue that read or change the ring raise LocalMisuseError. The
+    caller owns the descriptors and keeps them open until then; the pump watches duplicates.
 
-    Any thread may call any method. A child of fork has no part in the flow.
+    Any thread may call any method. After a fork, the child has no part in the flow.
 
     Attributes:
         queue: its VirtQueue; read-only.
@@ -125,16 +124,16 @@ cdef class Flow:
         free(self.seat.flow.backlog.data)
 
     def detach(self):
-        """End the flow. On return the pump touches neither the queue nor the descriptors, and no
-        chain is in flight; no event of this flow is delivered any more. Waits for the work at hand.
+        """End the flow, after the turn in progress.
 
-        Guest to host: what the descriptor took whole is used, what it did not begin with is given
-        back to the queue. A chain that it took in part is completed.
+        On return the pump uses neither the queue nor the descriptors, no chain is in flight and no
+        more event of this flow is delivered. Guest to host: chains of which the descriptor took at
+        least a part are completed, the others are given back to the queue.
 
         Returns:
-            The rest of that chain, or what a lossy flow's backlog holds: bytes for the `residue` of
-            the flow that follows. Empty otherwise, when called again, and in a child of fork. Of
-            more than 64 MiB the end is cut off and counted as dropped.
+            The rest of the chain taken in part, or a lossy flow's backlog: bytes for `residue` of
+            the next flow. Empty otherwise, when called again, and in a child of fork. More than
+            64 MiB are truncated; the rest counts as dropped.
         """
         cdef Pump pump = self.pump
         cdef bytes residue = b""
@@ -150,19 +149,19 @@ cdef class Flow:
 
     @property
     def attached(self):
-        """False after detach, after the pump was closed, and in a child of fork."""
+        """Whether the flow runs: False after detach, in a closed pump, and in a child of fork."""
         return self.pump is not None and self.pump.is_ours()
 
     @property
     def counters(self):
-        """A snapshot of the FlowCounters; valid after detach too."""
+        """A snapshot of the FlowCounters; also valid after detach."""
         cdef vr_counters* c = &self.seat.flow.counters
         cdef uint64_t now = vr_now()
         cdef uint64_t throttled = vr_counted(&c.throttled_ns)
         if throttled & VR_THROTTLED:
             throttled &= ~VR_THROTTLED
             throttled = max(now, throttled) - throttled
-        # The pump took its time before or after us: never less than what was told already.
+        # The pump's clock reading may be older than ours: never report less than before.
         self.throttled_told = throttled = max(throttled, self.throttled_told)
         return FlowCounters(
             vr_counted(&c.bytes), vr_counted(&c.chains), vr_counted(&c.batches),
@@ -171,7 +170,7 @@ cdef class Flow:
         )
 
     cdef int tell(self, uint32_t news, int error) except -1:
-        """Calls on_event with one kind of news."""
+        """Call on_event with one kind of news."""
         if news == NEWS_OVERFLOW:
             self.on_event(FlowEvent.OVERFLOW, vr_counted(&self.seat.flow.counters.dropped))
         elif news == NEWS_EOF:
@@ -187,21 +186,21 @@ cdef class Flow:
 cdef class Pump:
     """A thread that serves any number of flows, fairly and without the GIL.
 
-    Descriptors must be non-blocking (regular files and /dev/null cannot be and need not); reads and
-    writes of one descriptor may be two flows. While nothing moves, the thread sleeps.
+    Descriptors must be non-blocking (except regular files and /dev/null, which cannot be). Reading
+    and writing one descriptor may be two flows. While nothing moves, the thread sleeps.
 
-    Any thread may call any method. A child of fork has no part in its parent's pump: there, it is
+    Any thread may call any method. After a fork, the child has no part in the pump: there it is
     closed, whatever is called.
 
     Args:
-        busy_poll_us: how long (microseconds) to go on polling after work before sleeping. It saves
-            kicks and wake-ups while messages come close together, and costs a processor.
+        busy_poll_us: how long to keep polling after work before sleeping, in microseconds. Polling
+            saves kicks and wake-ups while messages are frequent, and occupies a processor.
 
     Attributes:
         busy_poll_us: as given; read-only.
 
     Raises:
-        OSError: no descriptors or no thread to be had.
+        OSError: no descriptor or no thread is available.
     """
 
     cdef vr_reactor reactor
@@ -234,19 +233,19 @@ cdef class Pump:
             warnings.warn(f"unclosed pump {self!r}", ResourceWarning, source=self)
 
     cdef bint is_ours(self) noexcept:
-        """Whether this process has the thread."""
+        """Return whether this process has the thread."""
         return getpid() == self.pid
 
     @property
     def event_fd(self):
-        """Readable while events wait for `dispatch`; -1 when closed."""
+        """Descriptor that is readable while events wait for `dispatch`; -1 when closed."""
         return self.reactor.event_fd if self.is_ours() else -1
 
     def dispatch(self):
-        """Deliver the events that wait: on_event(event, detail) of their flows, in this thread.
+        """Deliver pending events: call on_event(event, detail) of their flows in this thread.
 
-        For an event loop: ``loop.add_reader(pump.event_fd, pump.dispatch)``. What on_event raises
-        comes out of here; the events after it wait for the next call.
+        For an event loop: ``loop.add_reader(pump.event_fd, pump.dispatch)``. An exception of
+        on_event propagates from here; later events wait for the next call.
         """
         cdef vr_seat* seat
         cdef uint32_t news
@@ -272,28 +271,27 @@ cdef class Pump:
         self, VirtQueue queue not None, *, write_fd, kick_fd, call_fd, on_event, lossy=False,
         backlog=1 << 20, residue=b""
     ):
-        """Move what the driver makes available in `queue` to a descriptor.
+        """Move the bytes that the driver makes available in `queue` to a descriptor.
 
-        A buffer goes back to the driver when the descriptor took its bytes, and not before; while
-        the descriptor takes nothing, nothing is popped. Device-writable parts of chains are left
-        alone.
+        A buffer is returned to the driver only after the descriptor took its bytes; while the
+        descriptor takes nothing, nothing is popped. Device-writable parts of chains are ignored.
 
         Args:
-            queue: a VirtQueue with no chain in flight, that no other flow has.
-            write_fd: where the bytes go; -1: nowhere, they are discarded.
+            queue: a VirtQueue with no chain in flight and no other flow.
+            write_fd: descriptor to write to; -1: discard the bytes.
             kick_fd: eventfd or socket that becomes readable when the driver kicks. It is polled,
                 and read only if it is a socket.
-            call_fd: eventfd or socket to write 8 bytes to when the driver wants to know; -1: none.
-                What the number stands for may be exchanged meanwhile (dup2), also for the other
-                kind.
+            call_fd: eventfd or socket to write 8 bytes to when the driver wants a notification;
+                -1: none. It may be replaced meanwhile (dup2), also by the other kind.
             on_event: called by `dispatch` with a FlowEvent and its detail.
-            lossy: for consoles: always take what the driver offers. What the descriptor does not
-                take goes to a backlog, then is dropped and counted. After a PEER_ERROR all is.
-            backlog: bytes a lossy flow keeps.
+            lossy: for consoles: always take what the driver offers. Bytes that the descriptor does
+                not take go to a backlog, or are dropped and counted if it is full; after a
+                PEER_ERROR all are dropped.
+            backlog: size of a lossy flow's backlog in bytes.
             residue: bytes to write before those of the queue; copied.
 
         Raises:
-            LocalMisuseError: a queue or a descriptor that cannot serve, or the pump is closed.
+            LocalMisuseError: an unsuitable queue or descriptor, or the pump is closed.
             OSError: the descriptor cannot be watched (out of memory, descriptors or watches).
         """
         cdef Flow flow = self.make(queue, kick_fd, call_fd, on_event)
@@ -311,16 +309,16 @@ cdef class Pump:
         return self.begin(flow, f"write_fd {write_fd}")
 
     def host_to_guest(self, VirtQueue queue not None, *, read_fd, kick_fd, call_fd, on_event):
-        """Move what a descriptor has to read into the buffers that the driver offers in `queue`.
+        """Move bytes from a descriptor into the buffers that the driver makes available in `queue`.
 
-        A chain is completed with what one read put into it. Device-readable parts of chains are
-        left alone; a chain with no room comes back with nothing written.
+        A chain is completed with the bytes of one read. Device-readable parts of chains are
+        ignored; a chain without room is completed with length 0.
 
         Args: as of guest_to_host, but
-            read_fd: where the bytes come from.
+            read_fd: descriptor to read from.
 
         Raises:
-            LocalMisuseError: a queue or a descriptor that cannot serve, or the pump is closed.
+            LocalMisuseError: an unsuitable queue or descriptor, or the pump is closed.
             OSError: the descriptor cannot be watched (out of memory, descriptors or watches).
         """
         cdef Flow flow = self.make(queue, kick_fd, call_fd, on_event)
@@ -331,7 +329,7 @@ cdef class Pump:
         return self.begin(flow, f"read_fd {read_fd}")
 
     def close(self):
-        """Detach all flows (each keeps its residue for `detach`) and end the thread."""
+        """Detach all flows and end the thread; `detach` still returns each flow's residue."""
         self.closing = True
         if not self.is_ours():
             if self.running:
@@ -377,7 +375,7 @@ cdef class Pump:
         queue.check_free()
         if queue.in_flight:
             raise LocalMisuseError(f"{queue.name}: {queue.in_flight} chains are in flight")
-        # Before the thread can have news, which go to attached flows only; and all of it before
+        # Before the thread can have news, which go only to attached flows; and all of it before
         # another thread runs, which may close the pump.
         flow.pump = self
         queue.holder = <void*>flow
@@ -395,7 +393,7 @@ cdef class Pump:
         return flow
 
     cdef int end(self, Flow flow) except -1:
-        """Detaches a flow; who comes second waits as long as who came first."""
+        """Detach a flow; a second caller waits as long as the first."""
         cdef vr_seat* seat = &flow.seat
         if self.is_ours():
             with nogil:

@@ -1,8 +1,8 @@
-"""One thread, one epoll: watches descriptors, gives flows their turns, takes commands.
+"""The pump's thread with its epoll: it watches descriptors, schedules flows and takes commands.
 
-Every descriptor is edge-triggered: its state is kept in the flow, so nothing spins on a peer that
-left, a throttled flow costs nothing and a kick needs no reading. Commands are taken between turns,
-never while events are being looked at; so what an event points to exists.
+Every descriptor is edge-triggered and the flow keeps its state, so a peer that left causes no busy
+loop, a throttled flow costs nothing and a kick needs no reading. Commands are taken between turns,
+never while events are being processed, so the object that an event points to exists.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ cdef uint64_t ONE = 1
 # --- watches
 
 cdef int watch_update(vr_reactor* reactor, vr_watch* watch, bint anew) noexcept nogil:
-    """Registers what the users want, if that changed; 0 or errno.
+    """Register the events that the users want, if they changed; return 0 or errno.
 
-    `anew`: in any case, for an event that tells of the state as it is.
+    `anew`: register in any case, to get an event with the current state.
     """
     cdef epoll_event event
     cdef vr_user* user = watch.users
@@ -62,10 +62,10 @@ cdef int watch_update(vr_reactor* reactor, vr_watch* watch, bint anew) noexcept 
 
 
 cdef int watch_of(vr_reactor* reactor, int fd, vr_watch** found) noexcept nogil:
-    """The watch of a descriptor, new if need be; 0 or errno.
+    """Find or make the watch of a descriptor; return 0 or errno.
 
-    A watch has a duplicate, which nobody else can close: else epoll would go on telling of a file
-    whose number was closed, or stands for another file, as long as anybody has it open.
+    A watch has a duplicate that nobody else can close: otherwise epoll would keep reporting a file
+    whose number was closed or reused, as long as any process has the file open.
     """
     cdef uint32_t size = reactor.watches_size
     cdef vr_watch** bigger
@@ -104,7 +104,7 @@ cdef vr_fd* descriptor_of(vr_user* user) noexcept nogil:
 
 
 cdef void unwatch(vr_reactor* reactor, vr_user* user) noexcept nogil:
-    """Ends a user's interest; not while events are being looked at."""
+    """End a user's interest. Not to be called while events are being processed."""
     cdef vr_watch* watch = user.watch
     cdef vr_user** link
     if watch == NULL:
@@ -129,9 +129,9 @@ cdef void unwatch(vr_reactor* reactor, vr_user* user) noexcept nogil:
 cdef int start_watching(
     vr_reactor* reactor, vr_user* user, vr_seat* seat, uint32_t events
 ) noexcept nogil:
-    """0 or errno. A descriptor of -1 is never ready and not watched.
+    """Watch a user's descriptor; return 0 or errno. -1 is never ready and not watched.
 
-    Nor is a file: it is always ready, and closing a duplicate could mean to wait for its disk.
+    A file is not watched either: it is always ready, and closing a duplicate may wait for its disk.
     """
     cdef vr_fd* fd
     cdef stat_t status
@@ -196,7 +196,7 @@ cdef void want_turn(vr_reactor* reactor, vr_seat* seat) noexcept nogil:
 
 
 cdef void want_turn_later(vr_reactor* reactor, vr_seat* seat) noexcept nogil:
-    """All that wait wake together, the first of them after SAMPLE_NS and the others before."""
+    """Queue a turn for later. All waiting flows wake together, SAMPLE_NS after the first."""
     if reactor.later.count == 0:
         reactor.later_at = vr_now() + SAMPLE_NS
     stand_in_line(&reactor.later, seat)
@@ -205,7 +205,7 @@ cdef void want_turn_later(vr_reactor* reactor, vr_seat* seat) noexcept nogil:
 # --- news
 
 cdef void post(vr_reactor* reactor, vr_seat* seat) noexcept nogil:
-    """Puts a flow's news where dispatch finds it."""
+    """Queue a flow's news for dispatch."""
     pthread_mutex_lock(&reactor.lock)
     if seat.news == 0:
         seat.news_next = NULL
@@ -222,7 +222,7 @@ cdef void post(vr_reactor* reactor, vr_seat* seat) noexcept nogil:
 
 
 cdef void unpost(vr_reactor* reactor, vr_seat* seat) noexcept nogil:
-    """Forgets what was not delivered."""
+    """Drop a flow's undelivered news."""
     cdef vr_seat* at
     cdef vr_seat* before = NULL
     pthread_mutex_lock(&reactor.lock)
@@ -248,7 +248,7 @@ cdef vr_seat* reactor_next_news(
     pthread_mutex_lock(&reactor.lock)
     seat = reactor.news
     if seat != NULL:
-        # One kind at a time, the lowest: the others stay in the list, whatever becomes of this one.
+        # One kind at a time, the lowest: the others stay queued, however this one is handled.
         news[0] = seat.news & (~seat.news + 1)
         error[0] = seat.error
         seat.news ^= news[0]
@@ -261,7 +261,7 @@ cdef vr_seat* reactor_next_news(
 
 
 cdef void after_turn(vr_reactor* reactor, vr_seat* seat) noexcept nogil:
-    """Passes news on and watches for what the flow waits for."""
+    """Queue the flow's news and watch for the events that it waits for."""
     if seat.flow.news:
         post(reactor, seat)
     if seat.flow.stopped:
@@ -278,7 +278,7 @@ cdef void after_turn(vr_reactor* reactor, vr_seat* seat) noexcept nogil:
 
 
 cdef void run_turns(vr_reactor* reactor) noexcept nogil:
-    """One turn for each flow that wants one; after the first, commands come before the others."""
+    """Give each flow that wants one a turn; after the first, commands come before the others."""
     cdef uint32_t n
     cdef vr_seat* seat
     cdef int after
@@ -301,7 +301,7 @@ cdef void run_turns(vr_reactor* reactor) noexcept nogil:
             return
 
 
-# --- what epoll says
+# --- events of epoll
 
 cdef void kicked(vr_reactor* reactor, vr_seat* seat, uint32_t events) noexcept nogil:
     cdef uint8_t[4096] sink     # as much as makes room for the next kick, whoever filled the socket
@@ -310,7 +310,7 @@ cdef void kicked(vr_reactor* reactor, vr_seat* seat, uint32_t events) noexcept n
     vr_count(&seat.flow.counters.kicks, 1)
     if seat.flow.kick.kind == FD_SOCKET:
         recv(seat.flow.kick.number, sink, sizeof(sink), MSG_DONTWAIT)
-    # Otherwise the flow looks at its queue anyway before it next waits for a kick.
+    # Otherwise the flow checks its queue anyway before it next waits for a kick.
     if seat.flow.listening:
         want_turn(reactor, seat)
 
@@ -334,7 +334,7 @@ cdef void may_write(vr_reactor* reactor, vr_seat* seat, uint32_t events) noexcep
         seat.flow.ready = True
         want_turn(reactor, seat)
     elif seat.data.events:
-        # Nobody waits for room any more. Disarming only now spares a system call each time.
+        # No flow waits for room any more. Disarming only now saves a system call each time.
         seat.data.events = 0
         watch_update(reactor, seat.data.watch, False)
 
@@ -355,7 +355,7 @@ cdef void look_at(vr_reactor* reactor, vr_watch* watch, uint32_t events) noexcep
 # --- commands
 
 cdef int attach(vr_reactor* reactor, vr_seat* seat) noexcept nogil:
-    """0, errno, REACTOR_BLOCKING or REACTOR_ENDED."""
+    """Attach a flow; return 0, errno, REACTOR_BLOCKING or REACTOR_ENDED."""
     cdef uint32_t events = <uint32_t>EPOLLIN | EPOLLRDHUP if seat.flow.incoming else 0
     cdef int error
     if seat.detached:
@@ -397,7 +397,7 @@ cdef void detach(vr_reactor* reactor, vr_seat* seat) noexcept nogil:
 
 
 cdef bint serve(vr_reactor* reactor) noexcept nogil:
-    """Does what was asked, in that order; 0 to end."""
+    """Execute the queued commands in order; return 0 to end the thread."""
     cdef vr_command* command
     cdef vr_command* next
     cdef bint go_on = True
@@ -454,7 +454,7 @@ cdef int reactor_command(vr_reactor* reactor, int operation, vr_seat* seat) noex
 # --- the thread
 
 cdef int wait(vr_reactor* reactor, epoll_event* events) noexcept nogil:
-    """Waits until there is something to do; how many events."""
+    """Wait until there is something to do; return the number of events."""
     cdef bint awake = reactor.now.count != 0
     cdef uint64_t now
     cdef timespec left
@@ -489,9 +489,9 @@ cdef void* reactor_main(void* argument) noexcept nogil:
 
 
 cdef int launch(vr_reactor* reactor) noexcept nogil:
-    """Starts the thread, with all signals blocked but its own faults: they are for other threads.
+    """Start the thread with all signals blocked except those of its own faults.
 
-    0 or errno.
+    Other threads handle the rest. Return 0 or errno.
     """
     cdef sigset_t others, before
     cdef int error
@@ -575,7 +575,7 @@ cdef void reactor_stop(vr_reactor* reactor) noexcept nogil:
 
 
 cdef void reactor_abandon(vr_reactor* reactor) noexcept nogil:
-    # Nothing else of the parent's is touched: its thread may have held the lock.
+    # Nothing else inherited is touched: the parent's thread may have held the lock.
     cdef vr_watch* watch
     cdef uint32_t i
     for i in range(reactor.watches_size):

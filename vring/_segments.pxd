@@ -1,5 +1,5 @@
-# Runs of segments on their way to a descriptor or from it, and bytes that wait for one: arithmetic
-# on memory, without a system call. Inline, for both are touched with every batch.
+# Strips of segments to move to or from a descriptor, and bytes that wait for one: arithmetic on
+# memory, without a system call. Inline, since every batch uses both.
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
@@ -26,7 +26,7 @@ cdef struct vr_backlog:
 # --- strips
 
 cdef inline void strip_skip(vr_strip* strip, uint64_t length) noexcept nogil:
-    """Moves past the first bytes."""
+    """Skip the first bytes of the strip."""
     while strip.n and length >= strip.at.iov_len:
         length -= strip.at.iov_len
         strip.at += 1
@@ -37,7 +37,7 @@ cdef inline void strip_skip(vr_strip* strip, uint64_t length) noexcept nogil:
 
 
 cdef inline uint64_t strip_cut(vr_strip* strip, uint64_t total, uint64_t most) noexcept nogil:
-    """Ends the strip after `most` bytes, or where one system call does; the bytes left in it."""
+    """Cut the strip to `most` bytes and to what one system call takes; return its bytes."""
     cdef uint64_t left = most
     cdef uint32_t i
     strip.cut = NULL
@@ -56,13 +56,13 @@ cdef inline uint64_t strip_cut(vr_strip* strip, uint64_t total, uint64_t most) n
 
 
 cdef inline void strip_mend(vr_strip* strip) noexcept nogil:
-    """Takes strip_cut's change of the table back."""
+    """Undo the change of strip_cut to the table."""
     if strip.cut != NULL:
         strip.cut.iov_len = strip.cut_length
 
 
 cdef inline uint64_t strip_copy(const vr_strip* strip, uint8_t* to, uint64_t most) noexcept nogil:
-    """Copies up to `most` of its bytes; how many."""
+    """Copy up to `most` bytes of the strip; return the number of bytes."""
     cdef uint64_t done = 0, there
     cdef uint32_t i
     for i in range(strip.n):
@@ -77,7 +77,7 @@ cdef inline uint64_t strip_copy(const vr_strip* strip, uint8_t* to, uint64_t mos
 cdef inline int backlog_init(
     vr_backlog* backlog, const uint8_t* data, size_t length, size_t capacity
 ) noexcept nogil:
-    """A backlog that starts with `data`; -1 without memory."""
+    """Make a backlog that starts with `data`; return -1 without memory."""
     backlog.data = NULL
     backlog.capacity = max(capacity, length)
     backlog.head = 0
@@ -94,7 +94,7 @@ cdef inline int backlog_init(
 cdef inline size_t backlog_add(
     vr_backlog* backlog, const uint8_t* data, size_t length
 ) noexcept nogil:
-    """Appends as much as there is room for; bytes taken."""
+    """Append as much as there is room for; return the bytes taken."""
     cdef size_t tail, first
     if backlog.data == NULL and backlog.capacity:
         backlog.data = <uint8_t*>malloc(backlog.capacity)
@@ -110,7 +110,7 @@ cdef inline size_t backlog_add(
 
 
 cdef inline void backlog_drop(vr_backlog* backlog, size_t length) noexcept nogil:
-    """Forgets the oldest bytes, and the memory with the last of them: idle ports hold none."""
+    """Drop the oldest bytes; free the memory with the last, so that idle ports hold none."""
     backlog.length -= length
     backlog.head = (backlog.head + length) % backlog.capacity
     if backlog.length == 0:
@@ -120,13 +120,13 @@ cdef inline void backlog_drop(vr_backlog* backlog, size_t length) noexcept nogil
 
 
 cdef inline void backlog_cut(vr_backlog* backlog, size_t length) noexcept nogil:
-    """Forgets all but the oldest `length` bytes."""
+    """Drop all but the oldest `length` bytes."""
     backlog.length = length
     backlog_drop(backlog, 0)
 
 
 cdef inline uint32_t backlog_segments(const vr_backlog* backlog, iovec* segments) noexcept nogil:
-    """Describes the backlog as one segment, or two where it wraps around."""
+    """Describe the backlog as one segment, or two if it wraps around; return their number."""
     cdef size_t first = min(backlog.length, backlog.capacity - backlog.head)
     segments[0].iov_base = backlog.data + backlog.head
     segments[0].iov_len = first

@@ -28,7 +28,7 @@ from vring.errors import LocalMisuseError
 
 
 cdef inline bint take_plain(const vr_room* room, vr_walk* walk) noexcept nogil:
-    """Takes the buffer of walk.desc if it is one ordinary segment; else changes nothing."""
+    """Take the buffer of walk.desc if it is one ordinary segment; otherwise change nothing."""
     cdef uint64_t offset = walk.desc.addr - walk.near.guest
     cdef const vr_region* near
     if offset >= walk.near.size:
@@ -51,14 +51,14 @@ cdef inline bint take_plain(const vr_room* room, vr_walk* walk) noexcept nogil:
 cdef inline int walk_table(
     vr_room* room, vr_walk* walk, vr_chain* chain, const uint8_t* table, uint32_t entries, bint rare
 ) noexcept nogil:
-    """Takes the buffers of a chain from walk.desc on, which is entry walk.at of a table.
+    """Take the buffers of a chain, starting with walk.desc, which is entry walk.at of a table.
 
-    Ends after the last descriptor, at one that names an indirect table, or at a fault; walk.at and
-    walk.desc tell where. Returns a vr_fault_code.
+    Stop after the last descriptor, at one that names an indirect table, or at a fault; walk.at and
+    walk.desc say where. Return a vr_fault_code.
 
-    `rare` is a constant wherever this is called, so two loops are compiled. Without it, a buffer
-    that is not one ordinary segment ends the walk like a fault, and walk_rare begins anew. That
-    loop calls vr_learn alone, which leaves the walk in registers.
+    `rare` is a constant in every call, so the compiler makes two loops. Without `rare`, a buffer
+    that is not one ordinary segment ends the walk like a fault, and walk_rare starts again. That
+    loop calls only vr_learn, so the walk stays in registers.
     """
     cdef int code
     while True:
@@ -88,7 +88,7 @@ cdef inline int walk_table(
 cdef int walk_scattered(
     vr_room* room, vr_walk* walk, vr_chain* chain, uint64_t table, uint32_t entries
 ) noexcept nogil:
-    """Like walk_table, for an indirect table that crosses region borders: entry by entry."""
+    """Do as walk_table, entry by entry, for an indirect table that crosses region borders."""
     cdef uint8_t[DESC_SIZE] entry
     cdef uint32_t at = 0
     cdef int code
@@ -98,7 +98,7 @@ cdef int walk_scattered(
             walk.desc.len = entries * DESC_SIZE
             return FAULT_INDIRECT_ADDRESS
         walk.desc = vr_read_desc(entry)
-        # A table of no entries makes every `next` a fault.
+        # With an empty table, every `next` is a fault.
         code = walk_table(room, walk, chain, entry, 0, True)
         walk.at = at
         if code != FAULT_NEXT or walk.desc.next >= entries:
@@ -109,9 +109,9 @@ cdef int walk_scattered(
 cdef int walk_rare(
     vr_room* room, vr_walk* walk, vr_chain* chain, const uint8_t* table, bint negotiated
 ) noexcept nogil:
-    """Takes a chain that has something unusual or wrong about it, from its head walk.at on.
+    """Take a chain with an unusual or faulty descriptor, starting from its head walk.at.
 
-    `negotiated`: whether indirect tables are. Returns a vr_fault_code.
+    `negotiated`: whether indirect tables are negotiated. Return a vr_fault_code.
     """
     cdef const uint8_t* found = NULL
     cdef uint64_t address
@@ -141,9 +141,9 @@ cdef uint32_t pop_singles(
     const uint8_t* heads, const uint8_t* table, uint16_t index, uint32_t ready, vr_chain* chains,
     const vr_room* room, uint64_t* max_bytes
 ) noexcept nogil:
-    """Pops one-descriptor chains, the most common, up to the first of another kind; how many.
+    """Pop one-descriptor chains, the commonest kind, up to the first other; return their number.
 
-    What is unusual about a chain or wrong with it is left to the walk over all kinds.
+    Unusual and faulty chains are left to the general walk.
     """
     cdef const vr_region* near = room.memory.regions
     cdef iovec* segment = room.segments
@@ -166,7 +166,7 @@ cdef uint32_t pop_singles(
                 ready = i
                 break
             offset = desc.addr - near.guest
-        # length - 1 leaves a length of 0 to the other way
+        # length - 1 wraps for a length of 0, which is left to the general walk
         if vr_unlikely(<uint64_t>desc.len - 1 >= near.size - offset or desc.len > left):
             ready = i
             break
@@ -180,9 +180,9 @@ cdef uint32_t pop_singles(
 
 @cython.final
 cdef class SplitQueue(VirtQueue):
-    """The device's side of a split virtqueue (virtio 1.3, 2.7); made as VirtQueue says.
+    """The device's side of a split virtqueue (virtio 1.3, 2.7); arguments as of VirtQueue.
 
-    Its indices are of 16 bits and start at 0.
+    Its indices have 16 bits and start at 0.
     """
 
     def __cinit__(self, *args, index=None, used_index=None, resume=False, **features):
@@ -197,7 +197,7 @@ cdef class SplitQueue(VirtQueue):
             vr_set_record(self.record, self.next_used, 0)
 
     cdef void resume(self) noexcept:
-        """Goes on where the ring says that it is; the record says of which bytes."""
+        """Continue where the ring ended; the record holds the bytes already moved."""
         cdef uint16_t used = vr_load16(self.used + USED_INDEX)
         cdef vr_record* record = self.record
         cdef uint64_t left = 0      # a ring that is elsewhere is not the one that was recorded
@@ -229,12 +229,12 @@ cdef class SplitQueue(VirtQueue):
 
     @property
     def avail_index(self):
-        """The next available index to pop (0 to 65535)."""
+        """Next available index to pop (0 to 65535)."""
         return self.next_avail
 
     @property
     def used_index(self):
-        """The next used index to publish (0 to 65535)."""
+        """Next used index to publish (0 to 65535)."""
         return self.next_used
 
     cdef int pop_within(
@@ -255,7 +255,7 @@ cdef class SplitQueue(VirtQueue):
         ready = <uint16_t>(vr_load16_acquire(self.avail + AVAIL_INDEX) - index)
         if self.fault.code:
             return VR_BROKEN
-        # What is in flight still occupies descriptors, so the driver cannot add a whole ring.
+        # Chains in flight still occupy descriptors, so the driver cannot add a whole ring.
         if ready + (self.popped - self.pushed) > size:
             return self.fail(FAULT_AVAIL_INDEX, <uint16_t>(index + ready), 0, 0)
         ready = min(ready, max_chains)
@@ -315,7 +315,7 @@ cdef class SplitQueue(VirtQueue):
                 max_bytes = walk.bytes
             max_bytes -= walk.bytes
             i += 1
-        # What is sound comes first; the next pop meets the broken chain again, or the bigger table.
+        # Valid chains are returned first; the next pop meets the broken chain, or table, again.
         if code and i == 0:
             return self.chain_fault(code, walk.at, walk.desc.addr, walk.desc.len)
         self.next_avail = index + i
@@ -342,7 +342,7 @@ cdef class SplitQueue(VirtQueue):
         self.pushed += n
         if vr_unlikely(self.record != NULL):
             vr_close_record(self.record)
-        # The index must be visible before the driver's wish is read, or both sides may sleep.
+        # The index must be visible before the driver's setting is read, or both sides may sleep.
         vr_fence()
         if self.event_idx:
             return vr_need_event(
@@ -359,8 +359,8 @@ cdef class SplitQueue(VirtQueue):
             vr_store16(self.used + avail_event_at(self.size), self.next_avail)
         else:
             vr_store16(self.used + USED_FLAGS, 0)
-        # The wish must be visible before the index is read again: the driver may have added a
-        # chain after the last pop and before it could see the wish.
+        # The setting must be visible before the index is read again: the driver may have added a
+        # chain after the last pop and before it could see the setting.
         vr_fence()
         return vr_load16(self.avail + AVAIL_INDEX) != self.next_avail
 
@@ -372,7 +372,7 @@ cdef class SplitQueue(VirtQueue):
         return <uint16_t>(vr_load16(self.avail + AVAIL_INDEX) - self.next_avail) >= n
 
     cdef void disable_notifications_c(self) noexcept nogil:
-        # With EVENT_IDX the event index stays behind, which asks for nothing until it is set.
+        # With EVENT_IDX the event index stays behind, which asks for no kick until it is set.
         if not self.event_idx:
             vr_store16(self.used + USED_FLAGS, USED_F_NO_NOTIFY)
 

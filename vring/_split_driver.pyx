@@ -21,11 +21,14 @@ from vring.errors import LocalMisuseError, UsedRingError
 
 @cython.final
 cdef class SplitDriver(Driver):
-    """The driver's side of a split virtqueue (virtio 1.3, 2.7); made as Driver says."""
+    """The driver's side of a split virtqueue (virtio 1.3, 2.7); arguments as of Driver."""
 
     @staticmethod
     def layout(size):
-        """Return the bytes of descriptor table, available and used ring, event indices included."""
+        """Return the sizes of descriptor table, available ring and used ring, in bytes.
+
+        The rings' event indices are included.
+        """
         return DESC_SIZE * size, avail_size(size, True), used_size(size, True)
 
     def __cinit__(self, memory, size, desc, avail, used, *, index=None, **features):
@@ -59,14 +62,14 @@ cdef class SplitDriver(Driver):
         self.start(0)
 
     cdef uint16_t take(self) noexcept nogil:
-        """A free descriptor. With IN_ORDER the links are never changed: ring order (2.7.9)."""
+        """Take a free descriptor. With IN_ORDER the links never change: ring order (2.7.9)."""
         cdef uint16_t at = self.free_head
         self.free_head = self.next[at]
         self.num_free -= 1
         return at
 
     cdef void take_back(self, uint16_t head) noexcept nogil:
-        """Puts a chain's descriptors back on the free list."""
+        """Put a chain's descriptors back on the free list."""
         cdef uint16_t n = self.descriptors[head], at = head
         self.descriptors[head] = 0
         self.num_free += n
@@ -124,7 +127,7 @@ cdef class SplitDriver(Driver):
             return False
         vr_store16_release(self.avail + AVAIL_INDEX, self.next_avail)
         self.published = self.next_avail
-        # The index must be visible before the device's wish is read, or both sides may sleep.
+        # The index must be visible before the device's setting is read, or both sides may sleep.
         vr_fence()
         if self.event_idx:
             return bool(vr_need_event(
@@ -153,12 +156,12 @@ cdef class SplitDriver(Driver):
         """Ask the device to notify when chains are used.
 
         Args:
-            after: when so many are (2.7.7.2), counted from the last that get_used returned; without
-                EVENT_IDX the device notifies at each. A driver with a full queue waits better for
-                half of it than for one chain.
+            after: number of used chains after which to notify (2.7.7.2), counted from the last that
+                get_used returned. Without EVENT_IDX the device notifies after each. With a full
+                queue, waiting for half of it is more efficient than waiting for one chain.
 
         Returns:
-            True if so many are used already: no notification may come for those.
+            True if that many are used already: they may bring no notification.
 
         Raises:
             LocalMisuseError: `after` is not 1 to the queue's size.
@@ -177,17 +180,17 @@ cdef class SplitDriver(Driver):
     def disable_notifications(self):
         """Tell the device that notifications are not needed; it may still send some."""
         if self.event_idx:
-            # The flag must stay 0 then (2.7.7): an event as far away as can be.
+            # With EVENT_IDX the flag must stay 0 (2.7.7): set the farthest event index.
             vr_store16(self.avail + used_event_at(self.size), <uint16_t>(self.next_used - 1))
         else:
             vr_store16(self.avail + AVAIL_FLAGS, AVAIL_F_NO_INTERRUPT)
 
     @property
     def avail_index(self):
-        """The next available index to publish (0 to 65535)."""
+        """Next available index to publish (0 to 65535)."""
         return self.next_avail
 
     @property
     def used_index(self):
-        """The next used index to take back (0 to 65535)."""
+        """Next used index to take back (0 to 65535)."""
         return self.next_used

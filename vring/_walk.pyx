@@ -1,4 +1,4 @@
-"""Descriptor chains as segments: the rare ways of a walk, and copies out of segments."""
+"""Slow paths of the walk over descriptor chains, and copies out of segments."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vring._wire cimport vr_copy, vr_read_whole
 
 
 cdef enum:
-    # What an entry of a table that crosses borders costs: as much as so many empty buffers.
+    # Cost of an entry of a table that crosses region borders, in empty buffers.
     SCATTERED_WORK = 2
 
 
@@ -31,7 +31,7 @@ cdef int vr_add_slow(
         if region == NULL:
             return FAULT_ADDRESS
         if segment[0] == room.end:
-            # No table is made larger for a chain that is too much already.
+            # The table does not grow for a chain that is too long already.
             return FAULT_TOO_MANY_BYTES if bytes >> 32 else FAULT_FULL
         offset = address - region.guest
         there = min(length, region.size - offset)
@@ -71,7 +71,7 @@ cdef bint vr_read_scattered(
 cdef void vr_copy_out(
     const vr_chain* chains, uint32_t n, const iovec* segments, uint8_t* to
 ) noexcept nogil:
-    """Segments that adjoin each other go as one."""
+    """Copy segments out of guest memory, adjacent ones with one copy."""
     cdef uint32_t i, _k
     cdef const uint8_t* run = NULL
     cdef size_t length = 0

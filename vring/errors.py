@@ -1,19 +1,19 @@
-"""Everything `vring` raises: one class per cause.
+"""The exceptions of `vring`: one class per cause.
 
-:class:`LocalMisuseError` is a bug of the calling program; :class:`RingError` is what the driver on
-the other side of the ring did. The two never share a handler: the first should be fixed, the second
-contained (the queue stops, the device asks for a reset, everything else goes on).
+:class:`LocalMisuseError` is a bug of the calling program; :class:`RingError` is a fault of the
+driver on the other side of the ring. Handle them separately: the first needs a fix, the second only
+containment (the queue stops, the device asks for a reset, everything else continues).
 """
 
 from __future__ import annotations
 
 
 class Error(Exception):
-    """Base of whatever `vring` and `vring_serial` raise of their own."""
+    """Base class of all exceptions defined by `vring` and `vring_serial`."""
 
 
 class VringError(Error):
-    """Base of every error of this package."""
+    """Base class of all exceptions of this package."""
 
 
 class LocalMisuseError(VringError):
@@ -21,14 +21,14 @@ class LocalMisuseError(VringError):
 
 
 class MemoryMapError(VringError):
-    """A region table that cannot be: regions overlap, wrap around 2**64, or have no bytes."""
+    """An invalid region table: regions overlap, wrap around 2**64, or are empty."""
 
 
 class AddressError(VringError):
     """A guest address that no region of the table covers.
 
     Attributes:
-        address: first guest address (bytes) of the access.
+        address: first guest address of the access, in bytes.
         length: length of the access in bytes.
     """
 
@@ -39,12 +39,12 @@ class AddressError(VringError):
 
 
 class RingError(VringError):
-    """The driver broke the ring; the queue answers nothing more until it is set up again.
+    """The driver broke the ring; the queue is unusable until it is set up again.
 
     Attributes:
         queue: name of the queue, as given when it was made.
-        index: descriptor index, head or ring index that was wrong, as the cause says.
-        cause: what was wrong, in the specification's terms.
+        index: the invalid descriptor index, head or ring index; `cause` says which.
+        cause: the fault, in the specification's terms.
     """
 
     def __init__(self, queue: str, index: int, cause: str) -> None:
@@ -79,15 +79,15 @@ class BufferAddressError(RingError):
 
 
 class DescriptorFlagsError(RingError):
-    """Descriptor flags that the negotiated features do not allow."""
+    """Descriptor flags not allowed by the negotiated features."""
 
 
 class MemoryLostError(RingError):
-    """The file behind guest memory was cut off while the ring was in use (Region.lost)."""
+    """The file behind guest memory was truncated while the ring was in use (Region.lost)."""
 
 
 class QueueFullError(LocalMisuseError):
-    """The driver's side was asked for more descriptors than are free."""
+    """The driver's side has not enough free descriptors for a chain."""
 
 
 class UsedRingError(RingError):

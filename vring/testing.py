@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 class GuestQueue:
     """A driver that streams bytes through one split queue, with a buffer per descriptor.
 
-    Buffers are used in turn, so the device must complete chains in the order it got them.
+    Buffers are used in turn, so the device must complete chains in the order of their arrival.
 
     Args:
-        data: zeroed, writable bytes for rings and buffers, `bytes_needed` of them; the device's
-            process may map the same. Kept alive by the memory made of it.
-        size: descriptors of the queue.
+        data: zeroed, writable buffer of `bytes_needed` bytes for rings and buffers; the device's
+            process may map the same memory. Kept alive by the GuestMemory made of it.
+        size: number of descriptors of the queue.
         slot: bytes per buffer.
-        writable: the device writes (a receive queue), else it reads.
-        event_idx: as negotiated.
-        index: available and used index to start from.
-        guest_addr: where the guest has the first byte of `data`.
+        writable: True: the device writes (a receive queue); False: it reads.
+        event_idx: whether EVENT_IDX is negotiated.
+        index: initial available and used index.
+        guest_addr: guest address of the first byte of `data`.
     """
 
     def __init__(
@@ -68,14 +68,14 @@ class GuestQueue:
 
     @staticmethod
     def _layout(size: int) -> tuple[int, int, int, int]:
-        """Offsets of descriptor table, available ring, used ring and buffers."""
+        """Return the offsets in bytes of descriptor table, available ring, used ring, buffers."""
         desc, avail, used = SplitDriver.layout(size)
         used_at = (desc + avail + 4095) & ~4095
         return 0, desc, used_at, (used_at + used + 4095) & ~4095
 
     @classmethod
     def bytes_needed(cls, size: int, slot: int) -> int:
-        """How much memory rings and buffers take."""
+        """Return the size of rings and buffers together, in bytes."""
         return cls._layout(size)[3] + size * slot
 
     def device_queue(
@@ -85,9 +85,9 @@ class GuestQueue:
         *,
         index: int | None = None,
     ) -> SplitQueue:
-        """Return the device's side, in `memory` if that is another mapping of the same bytes.
+        """Return the device's side, in `memory` if given: another mapping of the same bytes.
 
-        It begins at `index`, where a device before it has stopped; by default where the queue did.
+        It starts at `index`, where an earlier device stopped; default: where the queue started.
         """
         desc, avail, used = self.rings
         return SplitQueue(
@@ -102,7 +102,7 @@ class GuestQueue:
         )
 
     def add(self, lengths: Sequence[int] | NDArray[np.uint32]) -> bool:
-        """Make the next buffers available as they are, of these lengths; True: kick the device.
+        """Make the next buffers available unchanged, with these lengths; True: kick the device.
 
         Raises:
             LocalMisuseError: more buffers than are free.
@@ -118,7 +118,7 @@ class GuestQueue:
         """Make `data` available in buffers of these lengths; True: kick the device.
 
         Raises:
-            LocalMisuseError: more buffers than are free, or longer than a slot.
+            LocalMisuseError: more buffers than are free, or one longer than a slot.
         """
         if sum(lengths) != len(data) or max(lengths, default=0) > self.slot:
             raise LocalMisuseError(f"{len(data)} bytes do not go into buffers of {lengths}")
@@ -130,12 +130,12 @@ class GuestQueue:
         return self.add(lengths)
 
     def offer(self, count: int | None = None, length: int | None = None) -> bool:
-        """Make `count` (default: all free) buffers available as they are; True: kick."""
+        """Make `count` (default: all free) buffers available unchanged; True: kick the device."""
         n = self.driver.num_free if count is None else count
         return self.add(np.full(n, self.slot if length is None else length, np.uint32))
 
     def collect(self) -> NDArray[np.uint32]:
-        """Take used buffers back; return how many bytes the device wrote into each."""
+        """Take used buffers back; return the number of bytes the device wrote into each."""
         _, lengths = self.driver.get_used()
         self._oldest = (self._oldest + len(lengths)) % self.size
         return lengths
