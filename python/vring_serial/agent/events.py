@@ -14,7 +14,11 @@ from vring_serial.proto.agent import AgentProtocolError, Capabilities, TypedMess
 
 @dataclass(frozen=True, slots=True)
 class AgentReady:
-    """An agent announced its capabilities: for the first time, again, or after a restart."""
+    """The agent announced its capabilities: for the first time, again, or after a restart.
+
+    Attributes:
+        capabilities: the agent's capabilities.
+    """
 
     capabilities: Capabilities
 
@@ -58,16 +62,23 @@ class ClipboardReleased:
 
 @dataclass(frozen=True, slots=True)
 class OtherMessage:
-    """A message that needs no action of ours, of a known or an unknown type."""
+    """A message, of a known or an unknown type, that needs no action.
+
+    Attributes:
+        message: the message.
+    """
 
     message: TypedMessage | UnknownMessage
 
 
 @dataclass(frozen=True, slots=True)
 class AgentTrouble:
-    """The agent sent something wrong, or an answer of ours failed; the channel goes on if it can.
+    """The agent sent something invalid, or an answer to it failed; the channel continues if it can.
 
     After a ChunkError it cannot, and AgentGone follows.
+
+    Attributes:
+        error: the violation of the protocol, or the exception with which the answer failed.
     """
 
     error: AgentProtocolError | BaseException

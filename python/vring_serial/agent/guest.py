@@ -93,14 +93,22 @@ GUEST_CAPABILITIES = Capabilities.of(
 
 @dataclass(frozen=True, slots=True)
 class MonitorsSet:
-    """The host asked for these monitors, and they are what the guest has now."""
+    """The host set the guest's monitors, and the embedded guest has them now.
+
+    Attributes:
+        monitors: all monitors, in the host's order; sizes and positions in pixels.
+    """
 
     monitors: tuple[Monitor, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class HostAnnounced:
-    """The host told what it can do: a client has come, or has come again."""
+    """The host announced its capabilities: a client connected, or connected again.
+
+    Attributes:
+        capabilities: the host's capabilities.
+    """
 
     capabilities: Capabilities
 

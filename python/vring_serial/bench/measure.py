@@ -60,7 +60,13 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A part of the work: what it is called, how many results it has, and how to come by them."""
+    """A part of a run.
+
+    Attributes:
+        title: its name, for the progress line.
+        count: the number of its results.
+        run: measures, and yields each result when it is complete.
+    """
 
     title: str
     count: int

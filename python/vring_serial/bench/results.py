@@ -71,7 +71,13 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All results of a run, and where it ran."""
+    """All results of a run, and the machine.
+
+    Attributes:
+        results: in the order of measurement.
+        machine: properties of the machine by name (processor, kernel, versions), as in the JSON
+            file.
+    """
 
     results: Sequence[Result]
     machine: dict[str, Any] = field(default_factory=dict)

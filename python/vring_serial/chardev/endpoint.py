@@ -24,7 +24,13 @@ _NONBLOCKING = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
 
 @dataclass(frozen=True, slots=True)
 class UnixAddress:
-    """A path, or a name in the abstract namespace, filled up with NULs unless ``tight``."""
+    """The address of a unix socket.
+
+    Attributes:
+        path: path, or name in the abstract namespace.
+        abstract: whether `path` is a name in the abstract namespace.
+        tight: an abstract name has its own length; otherwise NULs fill it up to the longest.
+    """
 
     path: str
     abstract: bool = False
@@ -43,7 +49,14 @@ class UnixAddress:
 
 @dataclass(frozen=True, slots=True)
 class TcpAddress:
-    """Host ("" for any, or for this machine) and port; ``last_port`` is the last one to try."""
+    """The address of a TCP socket.
+
+    Attributes:
+        host: name or address; "" for every local address (listening) or this machine (connecting).
+        port: TCP port; 0 lets the system choose (listening).
+        last_port: last port to try if `port` and those after it are in use (listening).
+        family: the only address family to use; AF_UNSPEC for all.
+    """
 
     host: str
     port: int

@@ -44,7 +44,13 @@ def interrupts_end_at_once() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class LazyCommand:
-    """A command that is imported when it is run; its help line stands here so that help is fast."""
+    """A command that is imported when it runs; its help line is here so that ``--help`` is fast.
+
+    Attributes:
+        module: name of its module in `vring_serial.cli`.
+        attribute: name of the click command in that module.
+        help: its line in ``vring --help``.
+    """
 
     module: str
     attribute: str

@@ -69,7 +69,12 @@ Result = TypeVar("Result")
 
 @dataclass
 class Report:
-    """What was tried, what came of it, and whether all of it held."""
+    """The steps of the demonstration so far, with their results.
+
+    Attributes:
+        console: where each step is printed when it ends.
+        rows: for each step: what was tried, the result, and whether it succeeded.
+    """
 
     console: Console
     rows: list[tuple[str, str, bool]] = field(default_factory=list)

@@ -26,7 +26,12 @@ Digest = Callable[[], Awaitable[str]]
 
 @dataclass(frozen=True, slots=True)
 class BulkStreams:
-    """The host's end of the bulk port."""
+    """The host end of the bulk port, as a pair of asyncio streams.
+
+    Attributes:
+        reader: bytes from the guest.
+        writer: bytes to the guest.
+    """
 
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter

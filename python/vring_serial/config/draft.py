@@ -36,14 +36,16 @@ MAX_CONTROLLER_INDEX = 255
 
 @dataclass(slots=True)
 class DraftController:
-    """A controller as it was asked for.
+    """A controller as requested, not yet complete.
 
     Attributes:
-        max_ports: 0 if still to be chosen.
-        address: None if still to be chosen.
-        pci: whether it is to have a PCI address at all; None if nothing is said.
-        rank: its place in libvirt's list of them; None for one that nobody declares.
-        transitional, packed, vectors: as ControllerConfig has them.
+        index: its controller index.
+        where: place in the configuration that requested it, for errors.
+        max_ports: number of ports, port 0 included; 0 if still to be chosen.
+        address: its PCI address; None if still to be chosen.
+        pci: whether it gets a PCI address at all; None if unspecified.
+        rank: its place in libvirt's list of controllers; None if it was not declared.
+        transitional, packed, vectors: as in ControllerConfig.
     """
 
     index: int
@@ -59,7 +61,16 @@ class DraftController:
 
 @dataclass(slots=True)
 class DraftPort:
-    """A port as it was asked for; None is still to be chosen."""
+    """A port as requested, not yet complete.
+
+    Attributes:
+        where: place in the configuration that requested it, for errors.
+        chardev: its host end.
+        console: whether it is a console.
+        name: its name; "" for none.
+        controller: index of its controller; None if still to be chosen.
+        nr: its port number; None if still to be chosen.
+    """
 
     where: str
     chardev: ChardevConfig

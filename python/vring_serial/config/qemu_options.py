@@ -43,11 +43,14 @@ MAX_OPTION_LENGTH = 65536
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class QemuOptions:
-    """The options as they stand on the command line, each group in its order.
+    """The options of the command line, each group in its order.
 
     Attributes:
-        max_ports: ports of a controller that does not say; None if the option was not given.
-        spice: the SPICE server; None if the option was not given.
+        chardevs: the values of ``--chardev``.
+        ports: the values of ``--port``.
+        consoles: the values of ``--console``.
+        max_ports: ports of controllers that do not say; None if the option was not given.
+        spice: the value of ``--spice``; None if the option was not given.
     """
 
     chardevs: Sequence[str] = ()

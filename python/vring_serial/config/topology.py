@@ -27,7 +27,14 @@ _PCI_ADDRESS = re.compile(
 
 @dataclass(frozen=True, slots=True, order=True)
 class PciAddress:
-    """Where the guest sees a controller: domain, bus, slot and function, as libvirt writes them."""
+    """The address at which the guest sees a controller, as libvirt writes it.
+
+    Attributes:
+        domain: PCI domain, 16 bits.
+        bus: bus number, 8 bits.
+        slot: device number on the bus, 5 bits.
+        function: function number, 3 bits.
+    """
 
     domain: int = 0
     bus: int = 0
@@ -77,7 +84,14 @@ class ChardevConfig:
 
 @dataclass(frozen=True, slots=True)
 class PortConfig:
-    """One port: number (0 is for a console only), name (may be empty) and host end."""
+    """One port.
+
+    Attributes:
+        nr: port number on its controller; 0 only for a console.
+        name: name that the guest sees; "" for none.
+        chardev: its host end.
+        console: whether it is a console.
+    """
 
     nr: int
     name: str

@@ -51,7 +51,11 @@ CONFIG_BYTES = 8
 
 @dataclass(frozen=True, slots=True)
 class BackendLost:
-    """The backend is gone, or was given up because of what it did."""
+    """The connection to the backend ended.
+
+    Attributes:
+        error: why: the backend left, or violated the protocol and was disconnected.
+    """
 
     error: Exception
 

@@ -55,7 +55,13 @@ done
 
 @dataclass(frozen=True, slots=True)
 class UmlParts:
-    """Where the parts of the guest are on this machine."""
+    """Paths of the files that a User-Mode Linux guest is made of.
+
+    Attributes:
+        kernel: the User-Mode Linux kernel, an executable.
+        busybox: the busybox executable.
+        module: the kernel module virtio_console.
+    """
 
     kernel: Path
     busybox: Path
@@ -82,7 +88,12 @@ def find_parts() -> UmlParts:
 
 @dataclass(frozen=True, slots=True)
 class CommandResult:
-    """What a command in the guest did: exit status and what it printed (both streams)."""
+    """The result of a command in the guest.
+
+    Attributes:
+        status: exit status.
+        output: text printed to standard output and standard error.
+    """
 
     status: int
     output: str

@@ -136,7 +136,12 @@ class ControlMessage:
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """RESIZE's payload: the console's size in characters (5.3.6.2)."""
+    """Payload of RESIZE: the size of a console (5.3.6.2).
+
+    Attributes:
+        cols: columns, in characters.
+        rows: rows, in characters.
+    """
 
     cols: int
     rows: int

@@ -216,7 +216,11 @@ class RegionWrite(RegionAccess):
 
 @dataclass(frozen=True, slots=True)
 class WriteMulti:
-    """Several writes in their order, each of at most 8 bytes (VFIO_USER_REGION_WRITE_MULTI)."""
+    """Several writes, each of at most 8 bytes (VFIO_USER_REGION_WRITE_MULTI).
+
+    Attributes:
+        writes: the writes, in order.
+    """
 
     COUNT: ClassVar = struct.Struct("=Q")
     STRUCT: ClassVar = struct.Struct(f"=QII{MULTI_DATA}s")
@@ -247,7 +251,11 @@ class WriteMulti:
 
 @dataclass(frozen=True, slots=True)
 class WriteMultiDone:
-    """How many of several writes were done, from the first on (REGION_WRITE_MULTI's reply)."""
+    """The reply to VFIO_USER_REGION_WRITE_MULTI.
+
+    Attributes:
+        count: number of writes done, counted from the first.
+    """
 
     STRUCT: ClassVar = struct.Struct("=Q")
 

@@ -21,7 +21,12 @@ from vring_serial.proto.agent import Capabilities
 
 @dataclass(frozen=True, slots=True)
 class Channel:
-    """Where the agent is, and how long it may take to answer, in seconds."""
+    """How to reach the agent.
+
+    Attributes:
+        address: address of the socket, as given to ``--socket``; "" if none was given.
+        timeout: time limit for an answer, in seconds.
+    """
 
     address: str
     timeout: float

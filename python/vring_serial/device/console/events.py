@@ -22,7 +22,11 @@ class Side(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class FeaturesNegotiated:
-    """The driver accepted these feature bits."""
+    """The driver accepted features.
+
+    Attributes:
+        bits: the accepted feature bits (bit n: feature n).
+    """
 
     bits: int
 
@@ -32,7 +36,11 @@ class FeaturesNegotiated:
 
 @dataclass(frozen=True, slots=True)
 class DriverReady:
-    """The guest's driver runs the device; ``ok`` is False if it says that it failed."""
+    """The driver sent DEVICE_READY.
+
+    Attributes:
+        ok: False if the driver failed to set the device up.
+    """
 
     ok: bool = True
 
@@ -50,7 +58,12 @@ class DeviceReset:
 
 @dataclass(frozen=True, slots=True)
 class PortAdded:
-    """The device has a port more."""
+    """A port was added to the device.
+
+    Attributes:
+        nr: its number.
+        name: its name; "" for none.
+    """
 
     nr: int
     name: str
@@ -61,7 +74,11 @@ class PortAdded:
 
 @dataclass(frozen=True, slots=True)
 class PortRemoved:
-    """The device has a port less."""
+    """A port was removed from the device.
+
+    Attributes:
+        nr: its number.
+    """
 
     nr: int
 
@@ -71,7 +88,12 @@ class PortRemoved:
 
 @dataclass(frozen=True, slots=True)
 class PortReady:
-    """The guest's driver can use the port, or could not set it up (``ok`` False)."""
+    """The driver set up a port, or failed to.
+
+    Attributes:
+        nr: number of the port.
+        ok: False if the driver failed to set it up.
+    """
 
     nr: int
     ok: bool = True
@@ -82,7 +104,12 @@ class PortReady:
 
 @dataclass(frozen=True, slots=True)
 class PortOpened:
-    """One side of the port was opened: a guest's program, or a host end."""
+    """One side of a port was opened: by a program in the guest, or by a host end.
+
+    Attributes:
+        side: the side that was opened.
+        nr: number of the port.
+    """
 
     side: Side
     nr: int
@@ -93,7 +120,12 @@ class PortOpened:
 
 @dataclass(frozen=True, slots=True)
 class PortClosed:
-    """One side of the port was closed."""
+    """One side of a port was closed.
+
+    Attributes:
+        side: the side that was closed.
+        nr: number of the port.
+    """
 
     side: Side
     nr: int
@@ -104,7 +136,11 @@ class PortClosed:
 
 @dataclass(frozen=True, slots=True)
 class MessageRefused:
-    """A control message was ignored."""
+    """A control message was ignored.
+
+    Attributes:
+        why: the reason, in one line.
+    """
 
     why: str
 
@@ -133,7 +169,11 @@ class OutputDropped:
 
 @dataclass(frozen=True, slots=True)
 class EmergencyWrite:
-    """The guest wrote a character to the configuration space."""
+    """The guest wrote a character to `emerg_wr` in the configuration space.
+
+    Attributes:
+        char: the character's code, 0 to 255.
+    """
 
     char: int
 
@@ -143,7 +183,12 @@ class EmergencyWrite:
 
 @dataclass(frozen=True, slots=True)
 class QueueBroken:
-    """The driver broke a ring; the queue stands still until the next reset."""
+    """The driver broke a ring; the queue stops until the next reset.
+
+    Attributes:
+        index: index of the queue.
+        error: the violation.
+    """
 
     index: int
     error: RingError

@@ -52,10 +52,11 @@ class Side(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class MessageReceived:
-    """A whole message. A payload in it may be a view of what was given to ``receive_data``.
+    """A complete message.
 
     Attributes:
-        port: the chunk port on which it came; see :class:`ChunkPort`.
+        port: the chunk port on which it arrived; see :class:`ChunkPort`.
+        message: the message; its payload may be a view of the argument of ``receive_data``.
     """
 
     port: int
@@ -64,10 +65,12 @@ class MessageReceived:
 
 @dataclass(frozen=True, slots=True)
 class BodyStarted:
-    """A message whose payload of ``size`` bytes follows in pieces; ``head`` has none of it.
+    """A message began whose payload follows in pieces.
 
     Attributes:
-        port: the chunk port on which it comes; one message at a time does.
+        port: the chunk port on which it arrives, one message at a time.
+        head: the message, without its payload.
+        size: length of the whole payload in bytes.
     """
 
     port: int
@@ -77,10 +80,11 @@ class BodyStarted:
 
 @dataclass(frozen=True, slots=True)
 class BodyReceived:
-    """The next bytes of the payload that began on this port.
+    """The next bytes of a payload that arrives in pieces.
 
     Attributes:
-        data: may be a view of what was given to ``receive_data``.
+        port: the chunk port on which the payload began.
+        data: the bytes; may be a view of the argument of ``receive_data``.
     """
 
     port: int
@@ -89,10 +93,11 @@ class BodyReceived:
 
 @dataclass(frozen=True, slots=True)
 class BodyEnded:
-    """The payload that began on this port has ended.
+    """A payload that arrived in pieces has ended.
 
     Attributes:
-        complete: False if the rest never comes, because the sender's client went away.
+        port: the chunk port on which the payload began.
+        complete: False if the rest never comes, because the sender's client left.
     """
 
     port: int

@@ -10,21 +10,34 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class PeerReady:
-    """The driver sent DEVICE_READY: ``ok`` is False if it failed to set the device up."""
+    """The driver sent DEVICE_READY.
+
+    Attributes:
+        ok: False if the driver failed to set the device up.
+    """
 
     ok: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A message that was ignored, and why, in one line for a log."""
+    """A message was ignored.
+
+    Attributes:
+        why: the reason, in one line for a log.
+    """
 
     why: str
 
 
 @dataclass(frozen=True, slots=True)
 class PortReady:
-    """The driver can use the port, or failed to set it up (``ok`` False)."""
+    """The driver set up a port, or failed to.
+
+    Attributes:
+        nr: number of the port.
+        ok: False if the driver failed to set it up.
+    """
 
     nr: int
     ok: bool
@@ -32,35 +45,56 @@ class PortReady:
 
 @dataclass(frozen=True, slots=True)
 class PortOpened:
-    """The peer opened its side of the port."""
+    """The peer opened its side of a port.
+
+    Attributes:
+        nr: number of the port.
+    """
 
     nr: int
 
 
 @dataclass(frozen=True, slots=True)
 class PortClosed:
-    """The peer closed its side of the port; what it wrote before may still wait in the queue."""
+    """The peer closed its side of a port; bytes it wrote before may still be in the queue.
+
+    Attributes:
+        nr: number of the port.
+    """
 
     nr: int
 
 
 @dataclass(frozen=True, slots=True)
 class PortAdded:
-    """The device has a port: fill its receive queue, then call ``ControlDriver.port_ready``."""
+    """The device has a port: fill its receive queue, then call ``ControlDriver.port_ready``.
+
+    Attributes:
+        nr: number of the port.
+    """
 
     nr: int
 
 
 @dataclass(frozen=True, slots=True)
 class PortRemoved:
-    """The device took the port away."""
+    """The device removed a port.
+
+    Attributes:
+        nr: number of the port.
+    """
 
     nr: int
 
 
 @dataclass(frozen=True, slots=True)
 class PortNamed:
-    """The port's name."""
+    """The device named a port.
+
+    Attributes:
+        nr: number of the port.
+        name: the name, without a terminating NUL.
+    """
 
     nr: int
     name: bytes
@@ -68,14 +102,23 @@ class PortNamed:
 
 @dataclass(frozen=True, slots=True)
 class PortIsConsole:
-    """The port is a console; the driver has opened it in answer."""
+    """A port is a console; the driver has opened it in answer.
+
+    Attributes:
+        nr: number of the port.
+    """
 
     nr: int
 
 
 @dataclass(frozen=True, slots=True)
 class PortResized:
-    """The console's size in characters."""
+    """The size of a console changed.
+
+    Attributes:
+        nr: number of the port.
+        cols, rows: the new size, in characters.
+    """
 
     nr: int
     cols: int
