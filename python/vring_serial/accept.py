@@ -95,7 +95,7 @@ class Acceptor:
         self._pause = 0.0  # that was last made; 0 after a success
         self._told = ""
         # While descriptors are scarce, each success may be followed by another failure.
-        self._said = RateLimitedLog(log, burst=6, seconds=60)
+        self._log = RateLimitedLog(log, burst=6, seconds=60)
 
     def open(self, sockets: Sequence[socket.socket]) -> None:
         """Accept on ``sockets``. The caller keeps them and closes them after :meth:`close`."""
@@ -136,7 +136,7 @@ class Acceptor:
         self._pause = 0.0
         if self._told:
             self._told = ""
-            self._said.log(logging.INFO, "%s: accepts a %s again", self._name, self._peer)
+            self._log.log(logging.INFO, "%s: accepts a %s again", self._name, self._peer)
 
     def _accept(self, listening: socket.socket) -> None:
         sock, _ = listening.accept()
@@ -155,7 +155,7 @@ class Acceptor:
         why = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         if why != self._told:  # log it once until the next success
             self._told = str(why)
-            self._said.log(
+            self._log.log(
                 logging.WARNING if expected else logging.ERROR,
                 "%s: cannot accept a %s: %s",
                 *(self._name, self._peer, why),

@@ -1,7 +1,7 @@
-"""Addresses of sockets: listening and connecting, with errors that say what was wrong.
+"""Socket addresses: listening and connecting, with errors for users.
 
-Everything here raises OSError or SocketPathError with a text fit for a user; the caller says for
-whom and what.
+Everything here raises OSError or SocketPathError with a text for users; the caller adds the
+context.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class UnixAddress:
         return f"unix:{'@' if self.abstract else ''}{self.path}"
 
     def encode(self) -> bytes:
-        """As bind and connect take it. Raises SocketPathError if it is too long."""
+        """Return the address for bind and connect. Raises SocketPathError if it is too long."""
         name = encode_path(self.path)
         if not self.abstract:
             return name
@@ -71,7 +71,7 @@ class TcpAddress:
         return f"tcp:{f'[{self.host}]' if ':' in self.host else self.host}:{port}"
 
     async def resolve(self, *, passive: bool) -> list[tuple[int, tuple[Any, ...]]]:
-        """Families and socket addresses in order of preference, each once."""
+        """Return families and socket addresses in order of preference, without duplicates."""
         loop = asyncio.get_running_loop()
         flags = socket.AI_PASSIVE if passive else 0
         try:
@@ -108,7 +108,7 @@ class Listener:
         self._file: UnixListener | None = None
 
     async def listen(self, address: Address) -> None:
-        """Bind and listen. On an error nothing is left open or behind."""
+        """Bind and listen. After an error everything is closed and removed again."""
         try:
             if isinstance(address, UnixAddress):
                 self._listen_unix(address)
@@ -119,7 +119,7 @@ class Listener:
             raise
 
     def adopt(self, address: Address, sockets: list[socket.socket]) -> None:
-        """Go on listening on what a predecessor of this process made for ``address``."""
+        """Continue with the sockets that a predecessor process made for ``address``."""
         if isinstance(address, UnixAddress) and not address.abstract:
             self._file = UnixListener(address.path, inherited=sockets[0].detach())
             self.sockets.append(self._file.socket)
@@ -131,7 +131,7 @@ class Listener:
             sock.setblocking(False)
 
     def close(self) -> None:
-        """Stop listening; a path that was made is removed."""
+        """Stop listening, and remove the path if one was made."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -148,7 +148,7 @@ class Listener:
             self.sockets.append(self._file.socket)
 
     def _listen_tcp(self, address: TcpAddress, found: list[tuple[int, tuple[Any, ...]]]) -> None:
-        """Listen on all addresses of the host, at the first port that is free on every one."""
+        """Listen on all addresses of the host, on the first port that is free on every address."""
         ports = list(range(address.port, address.last_port + 1))
         if address.port == 0:
             ports = [0] * PORT_ATTEMPTS
@@ -168,7 +168,7 @@ class Listener:
             try:
                 sock = _listening(family, (host, self.port or port, *rest))
             except OSError as error:
-                # A name may have addresses of a family that this machine does not have.
+                # A name may have addresses of a family that this machine does not support.
                 if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
                     raise
                 unusable = error
@@ -180,7 +180,7 @@ class Listener:
 
 
 async def connect(address: Address) -> socket.socket:
-    """Connect; returns a non-blocking socket."""
+    """Connect, and return a non-blocking socket."""
     if isinstance(address, UnixAddress):
         return await _connect_unix(address)
     failure: OSError | None = None
@@ -197,7 +197,7 @@ async def _connect_unix(address: UnixAddress) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, _NONBLOCKING)
     refuse_descriptors(sock)
     try:
-        # A full backlog is "again" at once and not "in progress": others are waiting their turn.
+        # A full backlog gives EAGAIN at once instead of EINPROGRESS.
         while (error := sock.connect_ex(name)) == errno.EAGAIN:  # noqa: ASYNC110
             await asyncio.sleep(RETRY_SECONDS)
         if error:
@@ -212,13 +212,13 @@ async def _connect_tcp(family: int, where: tuple[Any, ...]) -> socket.socket:
     sock = socket.socket(family, _NONBLOCKING)
     try:
         await asyncio.get_running_loop().sock_connect(sock, where)
-        # Trying a free port of one's own machine again and again meets oneself in the end.
+        # Repeated attempts at a free port of the own machine eventually connect to themselves.
         if sock.getsockname() == sock.getpeername():
             raise OSError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
     except BaseException as error:
         sock.close()
         if isinstance(error, OSError) and error.errno:
-            # asyncio's texts name the call; ours name the cause.
+            # asyncio's texts name the failed call; ours name the cause.
             raise OSError(error.errno, os.strerror(error.errno)) from error
         raise
     return sock

@@ -8,8 +8,8 @@ import stat
 from dataclasses import dataclass
 
 from vring_serial.chardev.base import DescriptorEnd
+from vring_serial.chardev.fd import FdChardev
 from vring_serial.chardev.options import Options, check_path
-from vring_serial.chardev.streams import StreamChardev
 
 log = logging.getLogger(__name__)
 
@@ -19,9 +19,9 @@ class FileOptions(Options):
     """Options of file.
 
     Attributes:
-        path: where the guest's output goes; made if it does not exist.
-        append: keep what is in the file already; otherwise it is emptied first.
-        input_path: where the guest's input comes from; "" for none.
+        path: file for the guest's output; created if it does not exist.
+        append: keep the file's contents; otherwise the file is emptied first.
+        input_path: file with the guest's input; "" for none.
     """
 
     path: str = ""
@@ -34,12 +34,12 @@ class FileOptions(Options):
             check_path("input-path", self.input_path)
 
 
-class FileChardev(StreamChardev):
-    """Writes the guest's output to a file.
+class FileChardev(FdChardev):
+    """A file for the guest's output.
 
-    A write error (a full disk) is logged, and writing tried again after a second and then less and
-    less often; until it works the host end is closed, so the guest's writers wait and lose nothing.
-    After a rename, :meth:`reopen` continues in a new file at the path.
+    A write error (a full disk) is logged, and the write is retried after a second and then at
+    growing intervals. Until it works the host end is closed, so the guest's writers wait and lose
+    nothing. After a rename, :meth:`reopen` continues in a new file at the path.
     """
 
     retry_seconds = 1.0
@@ -48,7 +48,7 @@ class FileChardev(StreamChardev):
         super().__init__(id)
         self.options = options
 
-    def _open_streams(self) -> None:
+    def _open_fds(self) -> None:
         # The input first: if it is missing, the output must not have been emptied.
         if self.options.input_path:
             self._input = self._open_input(self.options.input_path)
@@ -67,7 +67,7 @@ class FileChardev(StreamChardev):
             os.close(old)
 
     def _open_output(self) -> int:
-        # With O_APPEND, writing continues at the new end after somebody truncates the file.
+        # With O_APPEND, writing continues at the new end after the file is truncated.
         flags = os.O_WRONLY | os.O_CREAT | os.O_NOCTTY | os.O_NONBLOCK | os.O_APPEND
         try:
             return os.open(self.options.path, flags, 0o666)
@@ -89,7 +89,7 @@ class FileChardev(StreamChardev):
 
     def _open_input(self, path: str) -> int:
         try:
-            # A named pipe that is open for writing too has no end of file between its writers.
+            # A FIFO that is also open for writing gives no end of file between its writers.
             fifo = stat.S_ISFIFO(os.stat(path).st_mode)
             fd = os.open(path, (os.O_RDWR if fifo else os.O_RDONLY) | os.O_NOCTTY | os.O_NONBLOCK)
         except OSError as error:

@@ -1,23 +1,23 @@
-"""When the peer of a descriptor end leaves, with bytes unread or without.
+"""How the peer of a descriptor end leaves, with or without unread bytes.
 
-This is the one account of it. A peer is in one of these states:
+A peer is in one of these states:
 
 - present: both directions work.
-- takes no more: a write failed (EPIPE), but the peer is connected and may send. The port writes no
-  more to this end and reads on.
-- leaving: the peer hung up, or a write failed, and bytes that it sent are unread. The end stays for
-  the guest to read them, for as long as its kind of chardev says (its *patience*).
-- gone: nothing is unread, or patience is over. The end closes.
+- takes no more: a write failed (EPIPE), but the peer is connected and may send. The port stops
+  writing to this end and keeps reading.
+- leaving: the peer hung up, or a write failed, and bytes that it sent are unread. The end stays
+  open for the guest to read them, for a time that depends on the kind of chardev (its *patience*).
+- gone: nothing is unread, or the time is over. The end closes.
 
-Three parts notice a change. The pump's flow from the host (``vring/_flow.pyx``) reads end of file
+Three parts detect a change. The pump's flow from the host (``vring/_flow.pyx``) reads end of file
 or an error; while the guest has no buffers, a hang-up ends it only if nothing is unread. The flow
-to the host, or the writer of a residue, fails. :class:`HangupWatch` looks while nobody reads: the
-guest may keep its port closed for long, so end of file alone would be seen late or never. The first
+to the host, or the writer of a residue, fails. :class:`HangupWatch` watches while nobody reads: a
+guest may keep its port closed for long, so that end of file would be read late or never. The first
 two reach the port, which marks that direction of the end as over (``device/console/direction.py``)
 and calls ``Chardev.peer_gone``; there the chardev decides which state follows.
 
-The kernel reports a hang-up apart from readability. The watch is for that and for nothing else,
-edge-triggered: bytes that wait unread never wake the event loop.
+The kernel reports a hang-up separately from readability. The watch waits only for hang-ups,
+edge-triggered: unread bytes never wake the event loop.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ import select
 import termios
 from collections.abc import Callable
 
-# How often a peer that left unread bytes behind is looked at again, for the case that whoever read
-# the last of them stopped before it saw the end of file.
+# Interval at which a peer that left unread bytes is checked again, in case the reader of the last
+# bytes stopped before it read the end of file.
 RECHECK_SECONDS = 1.0
 
-# For the guest to read what a peer sent before it left.
+# Time for the guest to read what a peer sent before it left.
 LAST_WORDS_SECONDS = 5.0
 
 _ENTIRELY = select.POLLHUP | select.POLLERR
 
 
 def _state(fd: int, events: int) -> int:
-    """Which of ``events`` a descriptor has; hang-up and errors are among them always."""
+    """Return which of ``events`` a descriptor has, and always hang-up and errors."""
     poller = select.poll()
     poller.register(fd, events)
     return sum(mask for _, mask in poller.poll(0))
 
 
 def unread(fd: int) -> int:
-    """How many bytes wait to be read; end of file and errors do not count as bytes."""
-    # The poll comes first because it makes a terminal deliver what is still on its way.
+    """Return the number of bytes to read; end of file and errors do not count as bytes."""
+    # The poll comes first because it makes a terminal deliver bytes in transit.
     if not _state(fd, select.POLLIN) & select.POLLIN:
         return 0
     count = array.array("i", [0])
@@ -61,7 +61,7 @@ def unread(fd: int) -> int:
 
 
 def is_leaving(fd: int) -> bool:
-    """Whether a peer hung up, entirely or its sending side alone."""
+    """Return whether a peer hung up, or shut down its sending side."""
     return bool(_state(fd, select.POLLRDHUP) & (select.POLLRDHUP | _ENTIRELY))
 
 
@@ -70,7 +70,7 @@ def _for_ever(_fd: int, _entirely: bool) -> float:
 
 
 class LastWords:
-    """Puts off the close of an end whose peer left unread bytes behind when a write to it failed.
+    """A delay before an end is closed whose peer left unread bytes when a write to it failed.
 
     Args:
         close: called with the error when the time is over.
@@ -81,7 +81,7 @@ class LastWords:
         self._timer: asyncio.TimerHandle | None = None
 
     def remain(self, fd: int, reason: OSError | None) -> bool:
-        """Whether to put it off: after an error, once, if ``fd`` has unread bytes."""
+        """Return whether the close is delayed: once, after an error, if ``fd`` has unread bytes."""
         if reason is None or self._timer is not None or not unread(fd):
             return False
         loop = asyncio.get_running_loop()
@@ -89,25 +89,26 @@ class LastWords:
         return True
 
     def cancel(self) -> None:
-        """Stop waiting, as the end is closed."""
+        """Stop waiting, since the end is closed."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
 
 class HangupWatch:
-    """Tells when the peer of a watched descriptor has gone and left no unread bytes.
+    """A watch that reports when the peer of a descriptor is gone and has left no unread bytes.
 
-    While unread bytes remain it waits, so that they can still be delivered, for as long as
-    ``patience`` says. Uses one epoll descriptor.
+    While unread bytes remain it waits for ``patience`` seconds, so that they can still be
+    delivered. It needs one epoll descriptor.
 
     Args:
         on_hangup: called in the event loop with the descriptor, once for each :meth:`watch`.
-        patience: for how many seconds since the hang-up unread bytes keep a descriptor; asked with
-            it, and with whether its peer hung up entirely, now and again. For ever if left out.
+        patience: called repeatedly with the descriptor and whether its peer hung up entirely;
+            returns for how many seconds after the hang-up unread bytes keep the descriptor.
+            Default: for ever.
 
     Raises:
-        OSError: no descriptor is left.
+        OSError: no descriptor is available.
     """
 
     def __init__(
@@ -121,22 +122,22 @@ class HangupWatch:
         self._epoll = select.epoll()
         self._watched: set[int] = set()
         self._condemned: set[int] = set()
-        # Whether the peer hung up entirely, and when that was noticed, of those with unread bytes.
+        # For peers with unread bytes: whether they hung up entirely, and when that was detected.
         self._draining: dict[int, tuple[bool, float]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._loop.add_reader(self._epoll.fileno(), self._wake)
 
     def watch(self, fd: int) -> None:
-        """Begin to watch; a descriptor that cannot hang up (a regular file) is left out."""
+        """Start to watch a descriptor; one that cannot hang up (a regular file) is ignored."""
         try:
-            # Hang-up and error are reported without being asked for.
+            # Hang-up and error are always reported.
             self._epoll.register(fd, select.EPOLLRDHUP | select.EPOLLET)
         except PermissionError:
             return
         self._watched.add(fd)
 
     def unwatch(self, fd: int) -> None:
-        """Watch no longer, before the descriptor is closed; nothing if it is not watched."""
+        """Stop watching, before the descriptor is closed; does nothing if it is not watched."""
         if fd in self._watched:
             self._watched.discard(fd)
             self._condemned.discard(fd)
@@ -144,11 +145,11 @@ class HangupWatch:
             self._epoll.unregister(fd)
 
     def condemn(self, fd: int) -> bool:
-        """Take the peer for gone entirely, whatever the kernel says.
+        """Treat the peer as hung up entirely, whatever the kernel reports.
 
         Returns:
-            True if bytes are unread: ``on_hangup`` follows, or was called if patience has an end
-            already. False if there are none; it is not called then.
+            True if bytes are unread: ``on_hangup`` will be called, or was called if the time is
+            over. False if there are none; then it is not called.
         """
         if not unread(fd):
             return False
@@ -157,11 +158,11 @@ class HangupWatch:
         return True
 
     def look_again(self) -> None:
-        """Ask again, in the next loop iteration, how long to wait."""
+        """Call ``patience`` again, in the next loop iteration."""
         self._loop.call_soon(self._recheck)
 
     def close(self) -> None:
-        """Watch nothing any more. Safe to call twice."""
+        """Stop watching everything. May be called twice."""
         if self._epoll.closed:
             return
         if self._timer is not None:

@@ -1,4 +1,4 @@
-"""The sockets of a chardev that a successor of this process goes on with."""
+"""The sockets of a chardev that a successor process takes over."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from vring_serial.keeping import Keeping
 
 _LISTENER, _CLIENT = "listener.", "client."
-#: Section that says that the chardev had been started, and with it everything that comes first.
+#: Section whose presence means that the chardev had been started.
 _STARTED = "started"
 
 
 class KeptSockets:
-    """Keeps listening sockets, and clients in the order in which they came.
+    """The kept listening sockets, and clients in order of arrival.
 
     Args:
-        keeping: of the chardev; None: there is no successor, and nothing is done.
+        keeping: the chardev's store; None: there is no successor, and nothing is kept.
     """
 
     def __init__(self, keeping: Keeping | None) -> None:
@@ -26,20 +26,20 @@ class KeptSockets:
 
     @property
     def started_before(self) -> bool:
-        """Whether a predecessor of this process had started the chardev."""
+        """Return whether a predecessor process had started the chardev."""
         return self._keeping is not None and self._keeping.read(_STARTED) is not None
 
     def started(self) -> None:
-        """Note that the chardev has started."""
+        """Record that the chardev has started."""
         if self._keeping is not None:
             self._keeping.write(_STARTED, b"1")
 
     def take_listeners(self) -> list[socket.socket]:
-        """Return the listening sockets that a predecessor left, in their order."""
+        """Return the listening sockets that a predecessor left, in order."""
         return [sock for _, sock in self._take(_LISTENER)]
 
     def take_clients(self) -> list[socket.socket]:
-        """Return the clients that a predecessor left, in the order in which they came."""
+        """Return the clients that a predecessor left, in order of arrival."""
         clients = self._take(_CLIENT)
         for number, sock in clients:
             self._roles[sock.fileno()] = f"{_CLIENT}{number}"
@@ -53,14 +53,14 @@ class KeptSockets:
                 self._keeping.keep(f"{_LISTENER}{i}", sock.fileno())
 
     def keep_client(self, sock: socket.socket) -> None:
-        """Keep a client that has come; one that is kept already stays where it is."""
+        """Keep a new client; one that is kept already keeps its place."""
         if self._keeping is not None and sock.fileno() not in self._roles:
             role = self._roles[sock.fileno()] = f"{_CLIENT}{self._next}"
             self._next += 1
             self._keeping.keep(role, sock.fileno())
 
     def drop_client(self, sock: socket.socket) -> None:
-        """Keep a client no longer; called before it is closed."""
+        """Stop keeping a client; called before it is closed."""
         role = self._roles.pop(sock.fileno(), None)
         if role is not None and self._keeping is not None:
             self._keeping.drop(role)

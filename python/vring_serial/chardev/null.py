@@ -1,4 +1,4 @@
-"""null: an end that is always connected, takes everything and gives nothing."""
+"""null: an end that is always connected, discards all output and has no input."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from vring_serial.chardev.options import Options
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NullOptions(Options):
-    """null has no options."""
+    """Options of null: none."""
 
 
 class NullChardev(Chardev):
-    """Discards what the guest writes. No descriptors, so its end has -1 on both sides."""
+    """A chardev that discards the guest's output; both descriptors of its end are -1."""
 
     def __init__(self, id: str, options: NullOptions | None = None) -> None:
         super().__init__(id)

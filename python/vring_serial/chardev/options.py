@@ -1,9 +1,8 @@
-"""What the option classes of all kinds share.
+"""The common part of the option classes of all kinds.
 
 Each kind has a frozen dataclass of options beside its class. Field names are the keys of QEMU's
-``-chardev`` with ``-`` written ``_``; every field has a type that says how a string becomes its
-value (bool: on/off; int; str), and ``__post_init__`` refuses what cannot be with a ConfigError
-whose ``where`` is the key.
+``-chardev`` with ``_`` for ``-``; a field's type says how a string is converted (bool: on/off; int;
+str). ``__post_init__`` refuses invalid values with a ConfigError whose ``where`` is the key.
 """
 
 from __future__ import annotations
@@ -16,16 +15,16 @@ from vring_serial.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Base of the options of every kind."""
+    """Base class of the options of every kind."""
 
     @classmethod
     def keys(cls) -> dict[str, dataclasses.Field[object]]:
-        """Key as QEMU spells it (``reconnect-ms``) → the dataclass field that holds it."""
+        """Return the field of each key, by the key in QEMU's spelling (``reconnect-ms``)."""
         return {field.name.replace("_", "-"): field for field in dataclasses.fields(cls)}
 
 
 def check_path(key: str, path: str) -> None:
-    """Raise ConfigError for a path that no system call would take."""
+    """Raise ConfigError for a path that no system call accepts."""
     if not path:
         raise ConfigError("a path is needed", key)
     if "\0" in path:

@@ -1,4 +1,4 @@
-"""pipe: named pipes that exist already, one for each direction or one for both."""
+"""pipe: existing named pipes, one per direction or one for both."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import os
 import stat
 from dataclasses import dataclass
 
+from vring_serial.chardev.fd import FdChardev
 from vring_serial.chardev.options import Options, check_path
-from vring_serial.chardev.streams import StreamChardev
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,8 +15,8 @@ class PipeOptions(Options):
     """Options of pipe.
 
     Attributes:
-        path: PATH.in is read for the guest and PATH.out takes its output; if either does not exist,
-            PATH itself does both.
+        path: PATH.in has the guest's input and PATH.out takes its output; if either does not exist,
+            PATH serves for both.
     """
 
     path: str = ""
@@ -25,19 +25,19 @@ class PipeOptions(Options):
         check_path("path", self.path)
 
 
-class PipeChardev(StreamChardev):
-    """Reads and writes named pipes.
+class PipeChardev(FdChardev):
+    """Named pipes as a host end.
 
-    They are held open in both directions, as QEMU does, so readers and writers on the other side
-    may come and go without the guest noticing; what the guest writes while nobody reads waits in
-    the pipe. With one pipe for both directions the guest can meet its own output.
+    They are opened for both directions, as QEMU does, so readers and writers on the other side may
+    come and go without the guest noticing; what the guest writes while nobody reads stays in the
+    pipe. With one pipe for both directions the guest may read its own output.
     """
 
     def __init__(self, id: str, options: PipeOptions) -> None:
         super().__init__(id)
         self.options = options
 
-    def _open_streams(self) -> None:
+    def _open_fds(self) -> None:
         path = self.options.path
         pair = (f"{path}.in", f"{path}.out")
         if all(os.path.lexists(name) for name in pair):

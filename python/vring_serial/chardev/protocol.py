@@ -1,4 +1,4 @@
-"""Python code as the host end of a port: the SPICE agent's, and users' own handlers."""
+"""Python code as the host end of a port: the SPICE agent's, and handlers of users."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class SpicevmcOptions(Options):
     """Options of spicevmc.
 
     Attributes:
-        name: the SPICE subtype of the channel; only the agent's is served here.
+        name: the SPICE subtype of the channel; only the agent's is supported.
     """
 
     name: str = "vdagent"
@@ -31,7 +31,7 @@ class SpiceportOptions(Options):
     """Options of spiceport.
 
     Attributes:
-        name: what SPICE clients know the channel as, such as ``org.spice-space.webdav.0``.
+        name: the channel's name for SPICE clients, such as ``org.spice-space.webdav.0``.
     """
 
     name: str = ""
@@ -47,14 +47,14 @@ class ProtocolChardev(Chardev):
     """An :class:`asyncio.Protocol` as the host end.
 
     The end opens at ``start``. When the protocol closes its transport, the port's host end is
-    closed until the program calls :meth:`connect` or the guest closes its side: whoever opens the
-    port in the guest next is a new session and gets a new protocol.
+    closed until the program calls :meth:`connect` or the guest closes its side: the next open in
+    the guest is a new session with a new protocol.
 
     Args:
         id: the chardev's name.
         factory: makes the protocol for one connection.
-        connected: whether the end opens at ``start``; if not, :meth:`connect` does it.
-        description: the phrase for logs; by default it names the factory.
+        connected: whether the end opens at ``start``; if not, :meth:`connect` opens it.
+        description: text for logs; default: the factory's name.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class ProtocolChardev(Chardev):
         self._close_end()
 
     def connect(self) -> None:
-        """Connect the end, now or, before ``start``, then. Does nothing if it is connected."""
+        """Connect the end, at ``start`` if called before. Does nothing if it is connected."""
         self._wanted = True
         if self._started and self.end is None:
             self._open_end(ProtocolEnd(self._factory))

@@ -1,4 +1,4 @@
-"""pty: a pseudo-terminal whose other side anybody may open."""
+"""pty: a pseudo-terminal whose slave any program may open."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vring_serial.chardev.base import Chardev, DescriptorEnd
 from vring_serial.chardev.options import Options, check_path
 from vring_serial.chardev.terminal import set_raw, terminal_size
 
-# The kernel tells the master's side neither that the slave was opened nor that its size changed.
+# The kernel does not tell the master that the slave was opened or that its size changed.
 POLL_SECONDS = 0.2
 
 
@@ -25,7 +25,7 @@ class PtyOptions(Options):
     """Options of pty.
 
     Attributes:
-        path: a symbolic link to make to the terminal, removed at the end; "" for none.
+        path: symbolic link to make to the terminal, removed on close; "" for none.
     """
 
     path: str = ""
@@ -36,13 +36,13 @@ class PtyOptions(Options):
 
 
 class PtyChardev(Chardev):
-    """A pseudo-terminal in raw mode; its end is open while anybody has the slave open.
+    """A pseudo-terminal in raw mode; its end is open while any program has the slave open.
 
-    The size of the terminal is told when the end opens, if the slave's user has set one, and
+    The size of the terminal is reported when the end opens, if the slave's user has set one, and
     whenever it changes.
 
     Attributes:
-        path: of the slave (``/dev/pts/3``) while started, else "".
+        path: path of the slave (``/dev/pts/3``) while started, else "".
     """
 
     def __init__(self, id: str, options: PtyOptions | None = None) -> None:
@@ -74,7 +74,7 @@ class PtyChardev(Chardev):
             return
         self._close_end()
         self._size = None
-        # The next program should not meet the settings that the last one left.
+        # The next program should not inherit the settings of the last one.
         set_raw(self._master)
 
     @property
@@ -94,7 +94,7 @@ class PtyChardev(Chardev):
         except OSError as error:
             raise self._error("make a pty", error) from error
         finally:
-            # A slave that was open once and is no more is what the master sees as hung up.
+            # The master sees a hang-up only after the slave was opened once and closed.
             os.close(slave)
 
     def _make_link(self) -> None:
@@ -128,13 +128,13 @@ class PtyChardev(Chardev):
             if hung_up and not readable:
                 self.peer_gone()
         elif readable or not hung_up:
-            # Bytes of a program that has left already are still delivered; end of file follows.
+            # Bytes of a program that has left are still delivered; end of file follows.
             self._open_end(DescriptorEnd(read_fd=self._master, write_fd=self._master))
         if self.end is not None:
             self._tell_size()
 
     def _state(self) -> tuple[bool, bool]:
-        """Whether bytes wait to be read, and whether nobody has the slave open."""
+        """Return whether there are bytes to read, and whether no program has the slave open."""
         poller = select.poll()
         poller.register(self._master, select.POLLIN)
         mask = sum(mask for _, mask in poller.poll(0))
@@ -153,7 +153,7 @@ class PtyChardev(Chardev):
             self._timer = None
         if self._master < 0:
             return
-        # The link may be gone, or somebody else's by now.
+        # The link may be gone by now, or belong to another process.
         with contextlib.suppress(OSError):
             if self.options.path and os.readlink(self.options.path) == self.path:
                 os.unlink(self.options.path)
@@ -169,7 +169,8 @@ class PtyChardev(Chardev):
 def _claim(link: str) -> socket.socket | None:
     """Bind the abstract address that marks the link as in use until this process ends.
 
-    It is derived from the link's directory and name. Returns None if another process has it.
+    The address is derived from the link's directory and name. Return None if another process has
+    it.
     """
     directory, name = os.path.split(link)
     status = os.stat(directory or ".")

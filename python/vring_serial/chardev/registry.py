@@ -1,6 +1,6 @@
-"""The table of kinds: from a name, as ``-chardev`` and the domain XML give it, to a chardev.
+"""The table of kinds: makes a chardev by the name that ``-chardev`` and the domain XML use.
 
-Modules are imported when their kind is asked for first, so a process pays only for what it uses.
+The module of a kind is imported when it is first needed, so a process loads only what it uses.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _TABLE = {
     "spicevmc": _Entry("protocol", "ProtocolChardev", "SpicevmcOptions"),
     "spiceport": _Entry("protocol", "ProtocolChardev", "SpiceportOptions"),
 }
-#: Kinds whose end is Python code that the caller gives, and what it is for messages.
+#: Kinds whose end is Python code that the caller supplies, with the code's name for messages.
 _NEEDS_CODE = {"spicevmc": "a SPICE agent end", "spiceport": "a SPICE server"}
 
 
@@ -58,13 +58,12 @@ def make(
     Args:
         kind: one of :func:`kinds`.
         id: the chardev's name.
-        options: an instance of ``options_type(kind)``; None for all defaults.
+        options: an instance of ``options_type(kind)``; None: all defaults.
         factory: for kinds whose end is Python code (spicevmc, spiceport): makes one protocol per
             connection.
 
     Raises:
-        ConfigError: no such kind, a required option is missing, or a kind that needs a factory
-            has none.
+        ConfigError: the kind is unknown, or a required option or factory is missing.
     """
     chardev_type, wanted = _load(kind)
     if options is None:

@@ -31,10 +31,10 @@ class RingbufOptions(Options):
 
 
 class RingbufChardev(Chardev):
-    """Keeps the newest ``size`` bytes; older ones are overwritten, and the guest never waits.
+    """A buffer of the newest ``size`` bytes; older ones are overwritten, the guest never waits.
 
     Attributes:
-        overwritten: bytes that were lost to newer ones before anybody read them.
+        overwritten: number of bytes overwritten before they were read.
     """
 
     def __init__(self, id: str, options: RingbufOptions | None = None) -> None:
@@ -58,7 +58,7 @@ class RingbufChardev(Chardev):
         return len(self._data)
 
     def read(self, n: int = -1) -> bytes:
-        """Take up to ``n`` of the oldest bytes out of the buffer; all if ``n`` is negative."""
+        """Remove and return up to ``n`` of the oldest bytes; all if ``n`` is negative."""
         n = len(self._data) if n < 0 else n
         taken = bytes(self._data[:n])
         del self._data[:n]
@@ -73,7 +73,7 @@ class RingbufChardev(Chardev):
 
 
 class _Collector(asyncio.Protocol):
-    """Hands everything on; never pauses, so the guest never waits."""
+    """The protocol that passes on all data; it never pauses, so the guest never waits."""
 
     def __init__(self, append: Callable[[bytes], None]) -> None:
         self._append = append

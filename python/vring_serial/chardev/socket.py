@@ -1,4 +1,4 @@
-"""socket: a unix or TCP stream socket, as a server or as a client that may connect again."""
+"""socket: a unix or TCP stream socket, as a server or as a client that may reconnect."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vring_serial.unix_socket import SocketPathError
 
 log = logging.getLogger(__name__)
 
-# Clients that wait for the one that is served; more stay in the system's backlog.
+# Clients that wait while another is served; more stay in the system's backlog.
 MOST_WAITING = 16
 
 _TCP_ONLY = ("to", "ipv4", "ipv6", "nodelay")
@@ -35,18 +35,18 @@ class SocketOptions(Options):
     """Options of socket; either ``path`` (unix) or ``port`` (TCP) is needed.
 
     Attributes:
-        path: of the unix socket; with ``abstract``, its name in the abstract namespace.
-        abstract: the address is a name that no file system knows; it goes with its socket.
-        tight: an abstract name is as long as it is; otherwise NULs fill it up to 107 bytes.
+        path: path of the unix socket; with ``abstract``, its name in the abstract namespace.
+        abstract: the address is a name in the abstract namespace; it vanishes with its socket.
+        tight: an abstract name has its own length; otherwise NULs fill it up to 107 bytes.
         host: name or address; "" for every local address (server) or this machine (client).
         port: TCP port; 0 lets the system choose (server).
-        to: the last port to try if ``port`` and those after it are in use (server).
-        ipv4, ipv6: use this family, or do not; if neither is given both are used.
+        to: last port to try if ``port`` and those after it are in use (server).
+        ipv4, ipv6: whether to use this family; both are used if neither is given.
         nodelay: send small segments at once.
         server: listen; otherwise connect.
-        wait: ``start`` returns when the first client is there (server); None is on, as with QEMU.
-        reconnect, reconnect_ms: connect again that long after the connection failed or ended, in
-            seconds or milliseconds (client); 0 for never.
+        wait: ``start`` waits for the first client (server); None means on, as in QEMU.
+        reconnect, reconnect_ms: delay before reconnecting after the connection failed or ended, in
+            seconds or milliseconds (client); 0: do not reconnect.
     """
 
     path: str = ""
@@ -111,12 +111,12 @@ class SocketOptions(Options):
 
     @property
     def reconnect_delay(self) -> float:
-        """Seconds between attempts to connect; 0 for no further attempt."""
+        """Seconds between attempts to connect; 0: only one attempt."""
         return float(self.reconnect) or self.reconnect_ms / 1000
 
     @property
     def address(self) -> Address:
-        """Where to listen or connect."""
+        """Address to listen on or to connect to."""
         if self.path:
             return UnixAddress(self.path, self.abstract, self.tight)
         assert self.port is not None  # __post_init__ saw to it
@@ -135,14 +135,14 @@ class SocketOptions(Options):
 class SocketChardev(Chardev):
     """A stream socket; its end is open while a peer is connected.
 
-    One peer at a time: others wait. End of file from the peer is a disconnection, also if it only
-    shut down its sending side, and so is a reset.
+    It serves one peer at a time; others wait. End of file from the peer is a disconnection, even if
+    the peer only shut down its sending side, and so is a reset.
 
-    A peer that hung up entirely holds the port no longer. What it left unread goes with it at once
-    while the guest has the port closed; while it is open the guest has ``LAST_WORDS_SECONDS`` from
-    the hang-up on to read it. That holds for those who wait as well. A peer that only shut down its
-    sending side is there yet, and its bytes stay. In TCP the two look alike: there they stay until
-    somebody came after that peer, or at once a client could connect again.
+    A peer that hung up entirely does not occupy the port. While the guest has the port closed, the
+    peer's unread bytes are dropped at once; while it is open, the guest has ``LAST_WORDS_SECONDS``
+    after the hang-up to read them. The same applies to waiting peers. A peer that only shut down
+    its sending side stays, with its bytes. TCP cannot tell the two apart: there the bytes stay
+    until another client arrives, or not at all if this client reconnects.
     """
 
     def __init__(self, id: str, options: SocketOptions) -> None:
@@ -151,7 +151,7 @@ class SocketChardev(Chardev):
         self._address = options.address
         self._started = False
         # A peer can come and go in a loop.
-        self._said = RateLimitedLog(log, burst=20, seconds=10)
+        self._log = RateLimitedLog(log, burst=20, seconds=10)
         self._listener = Listener()
         self._acceptor: Acceptor | None = None
         self._first_peer: asyncio.Future[None] | None = None
@@ -165,7 +165,7 @@ class SocketChardev(Chardev):
 
     @property
     def port(self) -> int:
-        """The TCP port that a started server listens on; 0 if there is none."""
+        """TCP port on which a started server listens; 0 if there is none."""
         return self._listener.port
 
     @property
@@ -177,8 +177,8 @@ class SocketChardev(Chardev):
     async def start(self) -> None:
         """Listen, or connect.
 
-        A server with ``wait`` returns when the first client is there; a client that connects again
-        returns at once and connects in the background, any other returns connected.
+        A server with ``wait`` returns when the first client is connected. A client that reconnects
+        returns at once and connects in the background; any other returns when it is connected.
         """
         if self._started:
             return
@@ -219,7 +219,7 @@ class SocketChardev(Chardev):
         if self._watch is not None:
             self._watch.close()
             self._watch = None
-        # Last: whoever is cancelled here leaves nothing open.
+        # Last: a cancellation here leaves nothing open.
         if task is not None and not task.done():
             await asyncio.wait([task])
 
@@ -282,13 +282,13 @@ class SocketChardev(Chardev):
                 delay = self.options.reconnect_delay
                 message = str(self._error(self._doing, _why(error)))
                 if message != told:
-                    self._said.warning("%s; trying again every %g s", message, delay)
+                    self._log.warning("%s; trying again every %g s", message, delay)
                 told = message
             else:
                 return
 
     def _arrived(self, sock: socket.socket) -> None:
-        """Serve a peer, or let it wait for its turn."""
+        """Serve a new peer, or let it wait."""
         assert self._watch is not None  # there from start to stop
         try:
             sock.setblocking(False)
@@ -311,7 +311,7 @@ class SocketChardev(Chardev):
         self._peer = sock
         try:
             text = "chardev %s: peer connected to %s"
-            self._said.log(logging.INFO, text, self.id, self.description)
+            self._log.log(logging.INFO, text, self.id, self.description)
             self._open_end(DescriptorEnd(read_fd=sock.fileno(), write_fd=sock.fileno()))
         except BaseException:
             self._disconnect()
@@ -322,7 +322,7 @@ class SocketChardev(Chardev):
     # --- peers that leave
 
     def _patience(self, fd: int, entirely: bool) -> float:
-        """How long what a peer left unread keeps it: it may be served, or wait."""
+        """Return for how many seconds unread bytes keep a peer, served or waiting."""
         if not entirely:
             others = bool(self._waiting) and next(reversed(self._waiting)) != fd
             if not isinstance(self._address, TcpAddress):
@@ -344,7 +344,7 @@ class SocketChardev(Chardev):
         assert self._peer is not None
         why = f": {self._why_gone.strerror}" if self._why_gone else ""
         cut_off = _cut_off(self._peer)
-        self._said.log(logging.INFO, "chardev %s: peer left%s%s", self.id, why, cut_off)
+        self._log.log(logging.INFO, "chardev %s: peer left%s%s", self.id, why, cut_off)
         self._disconnect()
         if not self._started:
             return
@@ -357,14 +357,14 @@ class SocketChardev(Chardev):
         while self._peer is None and self._waiting:
             sock = self._take_waiting(next(iter(self._waiting)))
             what = f"chardev {self.id}: serving a client that waited"
-            tell(self._said, what, self._connected, sock)
+            tell(self._log, what, self._connected, sock)
 
     def _dismiss(self, fd: int) -> None:
-        """Close the connection of one who waits."""
+        """Close the connection of a waiting peer."""
         sock = self._take_waiting(fd)
         if cut_off := _cut_off(sock):
             text = "chardev %s: a peer left before its turn%s"
-            self._said.log(logging.INFO, text, self.id, cut_off)
+            self._log.log(logging.INFO, text, self.id, cut_off)
         self._close(sock)
 
     def _take_waiting(self, fd: int) -> socket.socket:

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
+from vring_serial.chardev.fd import FdChardev
 from vring_serial.chardev.hangup import HangupWatch, LastWords
 from vring_serial.chardev.options import Options
-from vring_serial.chardev.streams import StreamChardev
 from vring_serial.chardev.terminal import set_raw, terminal_size
 
 
@@ -25,17 +25,17 @@ class StdioOptions(Options):
     """Options of stdio.
 
     Attributes:
-        signal: whether Ctrl-C and its like end the process; if not, they go to the guest.
+        signal: whether Ctrl-C and similar keys end the process; if not, they go to the guest.
     """
 
     signal: bool = True
 
 
-class StdioChardev(StreamChardev):
-    """Descriptors 0 and 1 as the host end; a terminal among them is set raw until ``stop`` or exit.
+class StdioChardev(FdChardev):
+    """Descriptors 0 and 1 as the host end; a terminal is set to raw mode until close or exit.
 
-    What the process itself prints stays as it is: the end has descriptors of its own that are
-    non-blocking, wherever the system can make them. One chardev of a process may have the streams.
+    The process's own output is not affected: the end has separate, non-blocking descriptors,
+    wherever the system can make them. Only one stdio chardev may be started in a process.
     """
 
     _holder: ClassVar[StdioChardev | None] = None
@@ -55,14 +55,14 @@ class StdioChardev(StreamChardev):
 
     def peer_gone(self, reason: OSError | None = None) -> None:
         if reason is None and self._on_terminal:
-            # A raw terminal has no end but its hang-up, which takes the output with it.
+            # A raw terminal ends only by its hang-up, which also ends the output.
             reason = OSError(errno.EIO, os.strerror(errno.EIO))
         if self._input >= 0 and self._last_words.remain(self._input, reason):
             return
         self._last_words.cancel()
         super().peer_gone(reason)
 
-    def _open_streams(self) -> None:
+    def _open_fds(self) -> None:
         if StdioChardev._holder is not None:
             raise self._error(
                 "use stdio", f"chardev {StdioChardev._holder.id} of this process has it"
@@ -82,7 +82,7 @@ class StdioChardev(StreamChardev):
             why = error if isinstance(error, OSError) else str(error)
             raise self._error("use stdio", why) from error
 
-    def _streams_closing(self) -> None:
+    def _fds_closing(self) -> None:
         self._last_words.cancel()
         if self._watch is not None:
             self._watch.close()
@@ -106,8 +106,8 @@ class StdioChardev(StreamChardev):
     def _own(self, fd: int, access: int) -> int:
         """Return a non-blocking descriptor for the file that ``fd`` is open on.
 
-        Non-blocking is a property of the open file, which other processes and our own standard
-        error may share, so the file is opened anew if it is of a kind that loses nothing by that.
+        O_NONBLOCK is a property of the open file, which other processes and our own standard error
+        may share, so the file is opened again if its kind allows that without loss.
         """
         mode = os.fstat(fd).st_mode
         if stat.S_ISCHR(mode) or stat.S_ISFIFO(mode):
@@ -137,7 +137,7 @@ class StdioChardev(StreamChardev):
         atexit.register(restore)
         self._undo.append(lambda: atexit.unregister(restore))
         go_raw()
-        # After Ctrl-Z the shell used the terminal in its own mode.
+        # After Ctrl-Z the shell has set the terminal to its own mode.
         self._on_signal(signal.SIGCONT, go_raw)
 
     def _on_signal(self, number: int, handler: Callable[[], None]) -> None:
@@ -157,7 +157,7 @@ class StdioChardev(StreamChardev):
 
 
 def _in_foreground(fd: int) -> bool:
-    """Whether the terminal may be set without the system stopping the process for it."""
+    """Return whether setting the terminal would not stop the process (SIGTTOU)."""
     try:
         return os.tcgetpgrp(fd) == os.getpgrp()
     except OSError:  # not our controlling terminal, where that rule does not hold

@@ -1,4 +1,4 @@
-"""Terminals: their raw mode and their size."""
+"""Raw mode and size of terminals."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import termios
 
 
 def terminal_size(fd: int) -> tuple[int, int] | None:
-    """Columns and rows in characters; None if nobody has set them or this is no terminal."""
+    """Return columns and rows in characters; None if they are not set or it is no terminal."""
     try:
         cols, rows = os.get_terminal_size(fd)
     except OSError:
@@ -16,12 +16,12 @@ def terminal_size(fd: int) -> tuple[int, int] | None:
 
 
 def set_raw(fd: int, *, keep_output: bool = False, keep_signals: bool = False) -> None:
-    """Let every byte through as it is, at once and without echo (cfmakeraw).
+    """Set raw mode: every byte passes unchanged, at once and without echo (cfmakeraw).
 
     Args:
         fd: either side of the terminal.
-        keep_output: leave output processing on, so that the process's own lines begin at the left.
-        keep_signals: Ctrl-C and its like go on sending signals.
+        keep_output: leave output processing on, so that the process's own lines start at the left.
+        keep_signals: Ctrl-C and similar keys still send signals.
 
     Raises:
         termios.error: not a terminal.

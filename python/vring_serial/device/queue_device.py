@@ -91,7 +91,7 @@ class QueueDevice(abc.ABC):
         if self.state.config is not None:
             self._check_config(self.state.config)
             self._config = self.state.config
-        self._said = RateLimitedLog(log)
+        self._log = RateLimitedLog(log)
         self._served: dict[int, ServedQueue] = {}
 
     # --- what a device does
@@ -111,7 +111,7 @@ class QueueDevice(abc.ABC):
         if config != self._config:
             self._config = self.state.config = config
             self.state.config_generation += 1
-            tell(self._said, f"{self.name}: on_config_change", self.on_config_change)
+            tell(self._log, f"{self.name}: on_config_change", self.on_config_change)
 
     def _check_config(self, config: bytes) -> None:
         if len(config) != len(self._config):
@@ -216,6 +216,6 @@ class QueueDevice(abc.ABC):
         return self.state_format
 
     def _broken(self, index: int, error: RingError) -> None:
-        self._said.warning("%s: queue %d is broken: %s", self.name, index, error)
+        self._log.warning("%s: queue %d is broken: %s", self.name, index, error)
         self.state.status |= int(Status.DEVICE_NEEDS_RESET)
-        tell(self._said, f"{self.name}: on_needs_reset", self.on_needs_reset, error)
+        tell(self._log, f"{self.name}: on_needs_reset", self.on_needs_reset, error)

@@ -23,7 +23,7 @@ def _serve_nothing() -> bool:
 
 
 # One for all: a guest can have it happen as often as it likes.
-_said = RateLimitedLog(logging.getLogger(__name__))
+_log = RateLimitedLog(logging.getLogger(__name__))
 
 
 class ServedQueue:
@@ -75,7 +75,7 @@ class ServedQueue:
             # Its driver may wait for a kick that was never asked for: nothing goes on here.
             self.stop()
             text = f"serving it failed: {type(error).__name__}: {error}"
-            _said.log(logging.ERROR, "%s", f"queue {self.queue.name}: {text}", exc_info=error)
+            _log.log(logging.ERROR, "%s", f"queue {self.queue.name}: {text}", exc_info=error)
             self._on_broken(RingError(self.queue.name, 0, text))
             return
         finally:

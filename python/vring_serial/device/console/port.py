@@ -89,7 +89,7 @@ class Port:
         self._still = False  # inside the device's settled, or after it was saved
         self._retry: asyncio.TimerHandle | None = None
         self._retry_delay = 0.0  # of the last; 0 after a success
-        self._said = RateLimitedLog(log)  # a peer can come and break in a loop
+        self._log = RateLimitedLog(log)  # a peer can come and break in a loop
 
     def _take(self, state: DevicePortState) -> None:
         self.state = state
@@ -190,7 +190,7 @@ class Port:
 
     def _tell_guest_opened(self) -> None:
         what = f"{self.label}: guest_opened"
-        tell(self._said, what, self.chardev.guest_opened, self.guest_open)
+        tell(self._log, what, self.chardev.guest_opened, self.guest_open)
 
     def settle(self) -> None:
         """Hold both directions until :meth:`go_on`: ``state`` is exact and nothing in flight."""
@@ -286,7 +286,7 @@ class Port:
         """Tell the chardev that its descriptor gave end of file (None) or failed; log a failure."""
         if reason is not None:
             text = f"{self.label}: {self.chardev.description}: {reason.strerror}"
-            self._said.log(logging.INFO, "%s", text)
+            self._log.log(logging.INFO, "%s", text)
         self._update()
         self.chardev.peer_gone(reason)
 
@@ -319,7 +319,7 @@ class Port:
         if error.errno not in _SHORTAGES:
             raise error
         if not self._retry_delay:  # log it once until the next success
-            self._said.warning("%s: it has to wait: %s", self.label, os.strerror(error.errno))
+            self._log.warning("%s: it has to wait: %s", self.label, os.strerror(error.errno))
         if self._retry is None:
             self._retry_delay = min(2 * self._retry_delay, RETRY_MOST) or RETRY_SECONDS
             loop = asyncio.get_running_loop()

@@ -115,7 +115,7 @@ class MmioDevice(RegisterDevice):
         self.device = device
         self.version = version
         self.on_interrupt: Callable[[bool], None] | None = None
-        self._said = RateLimitedLog(log)
+        self._log = RateLimitedLog(log)
         self.size = 1 << (max(MmioRegister.CONFIG + device.config_size, _SIZE_MIN) - 1).bit_length()
         self._registers = DriverRegisters(
             device,
@@ -244,4 +244,4 @@ class MmioDevice(RegisterDevice):
         self._events.take()
 
     def _level_changed(self, level: bool) -> None:
-        tell(self._said, f"{self.device.name}: on_interrupt", self.on_interrupt, level)
+        tell(self._log, f"{self.device.name}: on_interrupt", self.on_interrupt, level)

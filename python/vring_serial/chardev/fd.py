@@ -1,4 +1,4 @@
-"""What file, pipe and stdio have in common: descriptors opened at start, no peer to wait for."""
+"""The common part of file, pipe and stdio: descriptors opened at start, no peer to wait for."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ log = logging.getLogger(__name__)
 MAX_RETRY_SECONDS = 30.0
 
 
-class StreamChardev(Chardev):
+class FdChardev(Chardev):
     """A chardev whose end opens at ``start`` and lasts as long as its output works.
 
-    When the input is at its end the chardev goes on without one: the end closes and opens again
-    with ``read_fd`` -1. When the output fails, the end closes and, where a kind says so, opens
-    again after a while, so that a guest waits for a full disk instead of losing what it writes.
+    At the end of its input the chardev continues without one: the end closes and opens again with
+    ``read_fd`` -1. If the output fails, the end closes and, if `retry_seconds` is set, opens again
+    later, so that a guest waits for a full disk instead of losing its output.
     """
 
-    retry_seconds: ClassVar[float] = 0.0  # after the first error; 0 for never
+    retry_seconds: ClassVar[float] = 0.0  # delay after the first error; 0: no retry
 
     def __init__(self, id: str) -> None:
         super().__init__(id)
@@ -35,17 +35,17 @@ class StreamChardev(Chardev):
         self._delay = self.retry_seconds
 
     @abc.abstractmethod
-    def _open_streams(self) -> None:
-        """Set ``_input`` and ``_output`` to descriptors of our own. Raises ResourceError."""
+    def _open_fds(self) -> None:
+        """Open ``_input`` and ``_output``, which the chardev will close. Raises ResourceError."""
 
-    def _streams_closing(self) -> None:
-        """Prepare for the descriptors being closed; called also after ``_open_streams`` raised."""
+    def _fds_closing(self) -> None:
+        """Prepare for closing the descriptors; also called after ``_open_fds`` raised."""
 
     async def start(self) -> None:
         if self._started:
             return
         try:
-            self._open_streams()
+            self._open_fds()
         except BaseException:
             self._release()
             raise
@@ -83,7 +83,7 @@ class StreamChardev(Chardev):
             self._input = -1
 
     def _failed(self, reason: OSError, now: float) -> None:
-        """Log an error that is news; one met again by trying again makes the next pause longer."""
+        """Log a new error; for one that a retry met again, only double the delay."""
         last, self._last_failure = self._last_failure, (reason.errno, now)
         if last is not None and last[0] == reason.errno and now - last[1] < 3 * self._delay:
             self._delay = min(2 * self._delay, MAX_RETRY_SECONDS)
@@ -93,7 +93,7 @@ class StreamChardev(Chardev):
         log.warning("chardev %s: %s: %s%s", self.id, self.description, reason.strerror, after)
 
     def _release(self) -> None:
-        self._streams_closing()
+        self._fds_closing()
         self._input_ended()
         if self._output >= 0:
             os.close(self._output)
