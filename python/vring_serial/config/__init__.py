@@ -1,1 +1,1 @@
-"""What the user asks for, as dataclasses: from libvirt domain XML and QEMU-style options."""
+"""The configuration as dataclasses, read from libvirt domain XML and QEMU-style options."""

@@ -1,4 +1,4 @@
-"""From a topology to devices: nothing is opened here, that is what starting a controller does."""
+"""Makes devices from a topology. Nothing is opened here: starting a controller does that."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vring_serial.device.console.state import CONSOLE, ConsoleState
 from vring_serial.errors import ConfigError
 from vring_serial.keeping import Keeping
 
-#: Makes the protocol of one connection to the port.
+#: Makes the protocol for one connection to the port.
 ProtocolFactory = Callable[[], asyncio.Protocol]
 #: By kind: the Python code behind host ends that are protocols, for a given port.
 ProtocolFactories = Mapping[str, Callable[[PortConfig], ProtocolFactory]]
@@ -30,7 +30,7 @@ def make_chardev(config: ChardevConfig, factory: ProtocolFactory | None = None) 
         factory: for kinds whose end is Python code.
 
     Raises:
-        ConfigError: the host end cannot be; the message names the place that asked for it.
+        ConfigError: the host end is invalid; the message names its place in the configuration.
     """
     try:
         return chardev.make(config.kind, config.id, config.options, factory=factory)
@@ -48,10 +48,11 @@ def make_controller(
     """Return a controller with its ports, not started. Raises as :func:`make_chardev`.
 
     Args:
-        pump: moves the bytes of ports whose host end is a descriptor; None for one of its own.
+        pump: moves the bytes of ports whose host end is a descriptor; None: the controller makes
+            its own.
         protocol_factories: see :data:`ProtocolFactories`; needed for spicevmc.
-        chardev_makers: see :data:`ChardevMakers`; they come before the factories.
-        keeping: see Controller; what a predecessor of this process left there is gone on from.
+        chardev_makers: see :data:`ChardevMakers`; they take precedence over the factories.
+        keeping: see Controller; the state that a predecessor process left there is continued.
     """
     factories = protocol_factories or {}
     makers = chardev_makers or {}

@@ -1,8 +1,8 @@
-"""Which devices of a domain XML are on PCI: those that have an address, and those that wait.
+"""The PCI devices of a domain XML, with an address or still without.
 
-The order in which they wait and the bus that each of them needs are libvirt's (``qemuDomainAssign
-DevicePCISlots`` and ``qemuDomainDeviceCalculatePCIConnectFlags`` are their names there), devices
-that libvirt adds by itself included.
+The order of those without and the bus that each needs are libvirt's (its functions are
+``qemuDomainAssignDevicePCISlots`` and ``qemuDomainDeviceCalculatePCIConnectFlags``), including
+devices that libvirt adds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vring_serial.config.pci import (
 from vring_serial.config.topology import PciAddress
 from vring_serial.config.xml_node import Node
 
-#: Architectures of which some machines have no PCI, and those machines of theirs that have it.
+#: Architectures with machines without PCI, each with its machines that have PCI.
 _FEW_WITH_PCI = (
     (r"arm|aarch64", r"versatilepb$"),
     (r"mips", r"malta"),
@@ -35,9 +35,9 @@ _AFTER = (
     *("disk", "hostdev", "memballoon", "rng", "watchdog", "video", "shmem", "input", "serial"),
     *("iommu", "vsock", "memory", "crypto", "panic"),
 )
-#: Slots of bus 0 where the chipset of q35 has its sound and its USB controllers.
+#: Slots of bus 0 with the sound and USB controllers of q35's chipset.
 _Q35_SOUND, _Q35_USB = 0x1B, (0x1D, 0x1A)
-#: Disks of one controller.
+#: Disks per controller.
 _DISKS = {"sata": 6, "scsi": 7}
 
 
@@ -48,7 +48,7 @@ def devices(root: Node, *tags: str) -> Iterator[Node]:
 
 
 def pci_address(node: Node) -> PciAddress | None:
-    """Return the address of an ``<address>``; None if it is all zero, so that any will do."""
+    """Return the address of an ``<address>``; None if it is all zero, which means any."""
     parts = {name: node.number(name) or 0 for name in ("domain", "bus", "slot", "function")}
     try:
         address = PciAddress(**parts)
@@ -58,10 +58,9 @@ def pci_address(node: Node) -> PciAddress | None:
 
 
 def read_pci(root: Node) -> PciSlots | None:
-    """Who has which address and who waits for one; None for a machine without PCI.
+    """Return the used addresses and the devices without one; None for a machine without PCI.
 
-    Controllers of type virtio-serial are ours and are not looked at, but for their place among the
-    others.
+    Of our own controllers (type virtio-serial) only the place among the others counts.
     """
     machine = _machine(root)
     return None if machine is None else _Reader(root, machine).read()
@@ -92,7 +91,7 @@ def _arch_and_name(root: Node) -> tuple[str, str]:
 
 
 class _Reader:
-    """One domain."""
+    """The reader of one domain."""
 
     def __init__(self, root: Node, machine: PciMachine) -> None:
         self._root = root
@@ -120,7 +119,7 @@ class _Reader:
         return slots
 
     def _waits(self, node: Node) -> bool:
-        """Whether a device has no address yet; notes what it has."""
+        """Return whether a device has no address yet; record the address that it has."""
         address = node.child("address")
         is_bus = node.tag == "controller" and node.get("type") == "pci"
         given = None
@@ -145,7 +144,7 @@ class _Reader:
                 plugs.append(plug)
 
     def _read_video(self, videos: list[tuple[Node, bool]], *, graphics: bool) -> None:
-        """Place the first display, which libvirt adds where there are graphics."""
+        """Place the first display, which libvirt adds if there are graphics."""
         if not videos:
             self._slots.video = graphics
         elif self._machine.video_slot is not None:
@@ -234,8 +233,8 @@ class _Reader:
     def _controllers(self, nodes: Iterable[tuple[Node, bool]]) -> tuple[list[Plug], list[Plug]]:
         """Return the plugs of the controllers before ours, and of those after ours.
 
-        libvirt keeps them by type, the types in the order in which they come first. What it adds by
-        itself comes last: that of the host's SCSI devices, USB, those of disks, and ours.
+        libvirt sorts them by type, and types by first occurrence. The controllers that it adds come
+        last: that of the host's SCSI devices, USB, those of disks, and ours.
         """
         groups: dict[str, list[Plug]] = {}
         indices: dict[str, set[int]] = {}
@@ -304,7 +303,7 @@ class _Reader:
         return Plug.EXPRESS if self._machine in (Q35, PSERIES, CONVENTIONAL) else None
 
     def _implied_disk_controllers(self) -> Iterator[tuple[str, int]]:
-        """Types and numbers of controllers that disks need; on other machines they take no slot."""
+        """Yield types and numbers of controllers that disks need and that occupy a slot."""
         if not self._x86:
             return
         for type_, disks in sorted(_DISKS.items(), reverse=True):
@@ -327,7 +326,7 @@ def _model(node: Node) -> str:
 
 
 def _disk_number(name: str) -> int:
-    """25 for sdz, 26 for sdaa; 0 for what is no disk's name."""
+    """Return the number in a disk's name (sdz: 25, sdaa: 26); 0 for any other name."""
     number = 0
     for letter in name[2:5] if re.fullmatch(r"[hsv]d[a-z]{1,3}", name) else "":
         number = number * 26 + ord(letter) - ord("a") + 1

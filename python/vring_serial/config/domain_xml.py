@@ -1,8 +1,8 @@
 """libvirt domain XML: its virtio-serial controllers, channels and virtio consoles.
 
 The elements and their defaults are those of libvirt's "Domain XML format", sections "Controllers",
-"Device Addresses" and "Consoles, serial and channel devices". Everything else in a domain is the
-emulator's affair and is not looked at, except for the PCI addresses that it occupies.
+"Device Addresses" and "Consoles, serial and channel devices". All other elements of a domain
+concern the emulator; only their PCI addresses are read.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from vring_serial.config.xml_node import Node
 from vring_serial.errors import ConfigError, ResourceError
 from vring_serial.unix_socket import MAX_PATH
 
-#: libvirt's own bound for XML in one message.
+#: libvirt's limit for XML in one message.
 MAX_XML_BYTES = 4 << 20
 #: libvirt's name of a source → QEMU's name of the chardev.
 _KINDS = {
@@ -47,11 +47,11 @@ _KINDS = {
 _UNSERVED_TYPES = ("dbus", "dev", "nmdm", "qemu-vdagent", "udp", "vc")
 _CHANNEL_TARGETS = ("guestfwd", "virtio", "xen")
 _CONSOLE_TARGETS = ("lxc", "openvz", "sclp", "sclplm", "serial", "uml", "virtio", "xen")
-#: Characters of a domain's name that libvirt puts into the names of files.
+#: Maximum number of characters of a domain's name in libvirt's file names.
 _SHORT_NAME = 20
-#: Models of a controller, and whether they are for drivers of before virtio 1.0 too.
+#: Models of a controller, and whether they also support legacy (pre-1.0) drivers.
 _MODELS = {"virtio": None, "virtio-non-transitional": False, "virtio-transitional": True}
-#: Where libvirt puts the socket of a channel that it gives a path to itself.
+#: Part of the paths that libvirt generates for sockets of channels.
 _LIBVIRTS_PATH = re.compile(
     r".*/libvirt/qemu/(?:(?:lib|run)/)?channel/(?:target/)?[^/]+(?:/[^/]+)?"
 )
@@ -63,24 +63,24 @@ def load(path: str, *, channel_directory: str = "") -> Topology:
 
     Args:
         path: the file, at most MAX_XML_BYTES long.
-        channel_directory: where sockets of unix channels go whose path is left out.
+        channel_directory: directory for sockets of unix channels without a path.
 
     Raises:
         ResourceError: the file cannot be read.
-        ConfigError: it is no domain XML, or asks for the impossible.
+        ConfigError: it is not a domain XML, or is invalid.
     """
     return parse(read_file(path), file=path, channel_directory=channel_directory)
 
 
 def parse(data: bytes, *, file: str = "domain", channel_directory: str = "") -> Topology:
-    """As :func:`load`, for XML in memory; ``file`` is how messages name it."""
+    """Do as :func:`load`, for XML in memory; ``file`` is its name in messages."""
     draft = Draft()
     read(draft, data, file=file, channel_directory=channel_directory)
     return draft.finish()
 
 
 def read_file(path: str) -> bytes:
-    """Return the bytes of a file or of standard input (``-``), bounded; raise as :func:`load`."""
+    """Return the bytes of a file or of standard input (``-``), limited; raise as :func:`load`."""
     try:
         if path == "-":
             data = sys.stdin.buffer.read(MAX_XML_BYTES + 1)
@@ -97,7 +97,7 @@ def read_file(path: str) -> bytes:
 
 
 def read(draft: Draft, data: bytes, *, file: str, channel_directory: str = "") -> None:
-    """Add what the domain XML in ``data`` asks for to ``draft``. Raises ConfigError."""
+    """Add the configuration in the domain XML ``data`` to ``draft``. Raises ConfigError."""
     root = Node.parse(data, file)
     if root.tag != "domain":
         root.fail("the root of a domain is <domain>")
@@ -128,9 +128,9 @@ def _read_name(root: Node) -> str:
 
 
 def _read_controllers(draft: Draft, root: Node, unserved: list[str]) -> None:
-    """Those with an index first, then the others, each with the first index that is free.
+    """Add the controllers with an index, then the others with the first free index each.
 
-    Their order in libvirt's list, by which they get PCI addresses, is settled before that.
+    Their order in libvirt's list, in which they get PCI addresses, is determined before.
     """
     nodes = [n for n in devices(root, "controller") if n.get("type") == "virtio-serial"]
     for node in nodes[MAX_CONTROLLER_INDEX + 1 :]:
@@ -176,7 +176,7 @@ def _read_controller(controller: DraftController, node: Node, unserved: list[str
 
 
 class _Channels:
-    """Reads character devices one after another; keeps account of those that are not ours."""
+    """The reader of character devices; it collects those that are not served for a warning."""
 
     def __init__(self, draft: Draft, channel_directory: str, unserved: list[str]) -> None:
         self._draft = draft
@@ -252,7 +252,7 @@ class _Channels:
         return ChardevConfig(_KINDS[type_], id, options, node.where)
 
     def _unix(self, node: Node, source: Node | None, name: str) -> Options:
-        """libvirt makes the path of a channel that has none, and the emulator listens there."""
+        """Return the options of a unix channel; without a path it listens on a generated one."""
         path = source.get("path") if source is not None else None
         if source is None or not path:
             if node.tag == "console":
@@ -263,9 +263,9 @@ class _Channels:
 
 
 def _own_path(directory: str, domain: str, name: str) -> str:
-    """Where a socket goes that the domain gives no path.
+    """Return the path of a socket for which the domain has none.
 
-    One that would be too long has libvirt's short form of the domain's name, its first 20
+    If it would be too long, it has libvirt's short form of the domain's name, the first 20
     characters.
     """
     for stem in (domain, domain[:_SHORT_NAME]):
@@ -276,7 +276,7 @@ def _own_path(directory: str, domain: str, name: str) -> str:
 
 
 def _make(node: Node, kind: str, **values: object) -> Options:
-    """Options of a chardev; what they refuse is the fault of ``node``."""
+    """Return the options of a chardev; errors name ``node``."""
     try:
         return options_type(kind)(**values)
     except ConfigError as error:
@@ -303,7 +303,7 @@ def _tcp(node: Node, source: Node) -> Options:
 
 
 def _stream(source: Node) -> dict[str, object]:
-    """Which side connects, and how often, of a stream socket."""
+    """Return the options of a stream socket that say which side connects, and how often."""
     libvirts = _LIBVIRTS_PATH.fullmatch(source.get("path") or "") is not None
     mode = source.word("mode", ("bind", "connect"), "bind" if libvirts else "connect")
     reconnect = source.child("reconnect")
@@ -320,7 +320,7 @@ def _stream(source: Node) -> dict[str, object]:
 
 
 def _read_port_address(node: Node, port: DraftPort) -> None:
-    """Read controller and number, as far as they are given; 0 counts as left out."""
+    """Read controller and number, if given; 0 counts as omitted."""
     address = node.child("address")
     if address is None:
         return

@@ -1,8 +1,8 @@
-"""Between what the user wrote and a :class:`Topology`: collect, fill in, check.
+"""The step from the user's input to a :class:`Topology`: collect, complete, check.
 
-Both readers (:mod:`.domain_xml`, :mod:`.qemu_options`) put what they read into one :class:`Draft`;
-:meth:`Draft.finish` then does what libvirt does with a domain: adds missing controllers, gives free
-numbers, names, paths and PCI addresses to what has none, and refuses what cannot be.
+Both readers (:mod:`.domain_xml`, :mod:`.qemu_options`) add to one :class:`Draft`. Then
+:meth:`Draft.finish` does what libvirt does with a domain: it adds missing controllers, assigns free
+numbers, names, paths and PCI addresses, and refuses invalid combinations.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from vring_serial.errors import ConfigError
 from vring_serial.proto.console import MAX_NAME
 from vring_serial.unix_socket import MAX_PATH
 
-#: Host ends that are the SPICE server's.
+#: Kinds of host ends that belong to the SPICE server.
 _SPICE_KINDS = {"spicevmc", "spiceport"}
-#: More controllers than any machine has slots for.
+#: More controllers than any machine has slots.
 MAX_CONTROLLER_INDEX = 255
 
 
@@ -82,14 +82,14 @@ class DraftPort:
 
 @dataclass(slots=True)
 class _Numbers:
-    """Port numbers of one controller: who has which, and where to look for the next free one."""
+    """The port numbers of one controller: their owners, and where to search for a free one."""
 
     max_ports: int
     owners: dict[int, DraftPort] = field(default_factory=dict)
     next_free: int = 1
 
     def take_free(self, port: DraftPort) -> int | None:
-        """Give ``port`` the first free number and return that; None if all are taken."""
+        """Assign the first free number to ``port`` and return it; None if all are taken."""
         if port.console and 0 not in self.owners:
             nr = 0
         else:
@@ -103,17 +103,17 @@ class _Numbers:
 
 
 class Draft:
-    """Collects controllers, host ends and ports; see the module.
+    """Controllers, host ends and ports collected so far; see the module.
 
     Attributes:
-        where: what errors about the whole name.
+        where: place that errors about the whole configuration name.
         name: the domain's name.
-        max_ports: for controllers that do not say how many ports they have.
-        pci: the addresses that are taken, or None if no controller is to get one.
+        max_ports: number of ports of controllers that do not say.
+        pci: the used addresses, or None if no controller gets one.
         warnings: lines for the topology.
-        spice: the SPICE server that an option asks for.
-        read_spice: reads the domain's SPICE server; called if a host end needs one and no option
-            asks for another.
+        spice: the SPICE server of an option.
+        read_spice: reads the domain's SPICE server; called if a host end needs a server and no
+            option declares one.
     """
 
     def __init__(self, *, max_ports: int = 0) -> None:
@@ -166,7 +166,7 @@ class Draft:
         self._ports.append(port)
 
     def finish(self) -> Topology:
-        """Choose what was left open and check the whole.
+        """Choose all omitted values and check the whole.
 
         Raises:
             ConfigError: numbers, names, addresses or paths collide, or there is nothing to serve.
@@ -202,7 +202,7 @@ class Draft:
         return Topology(controllers, tuple(self.warnings), self.name, self.spice)
 
     def _check_spice_ports(self) -> None:
-        """Check that spiceports have a server and different names, by which clients know them."""
+        """Check that spiceports have a server, and different names to tell them apart."""
         named: dict[str, ChardevConfig] = {}
         for port in self._ports:
             if not isinstance(port.chardev.options, SpiceportOptions):
@@ -234,7 +234,7 @@ class Draft:
                 self.add_controller(DraftController(index, port.where))
 
     def _assign_numbers(self) -> dict[int, _Numbers]:
-        """Numbers that were given first, then consoles, then the others, each where it is free."""
+        """Assign given numbers first, then free ones to consoles, then to the other ports."""
         numbers = {
             index: _Numbers(controller.max_ports or self.max_ports)
             for index, controller in self._controllers.items()
@@ -271,9 +271,9 @@ class Draft:
             )
 
     def _assign_addresses(self) -> dict[int, PciAddress]:
-        """PCI addresses by controller index, given or chosen; none without a machine.
+        """Return PCI addresses by controller index, given or chosen; none without a machine.
 
-        Where there is no room left the address is the emulator's affair.
+        A controller for which there is no room has none: the emulator decides.
         """
         addresses: dict[int, PciAddress] = {}
         if self.pci is None:
@@ -302,9 +302,9 @@ class Draft:
 
 
 def place_of(index: int | None, others: Sequence[int | None]) -> int:
-    """Where libvirt puts a controller into the list of those of its type that it has already.
+    """Return where libvirt inserts a controller into its list of those of the same type.
 
-    Before the first with a larger index; to the end if there is none, or if it has no index yet.
+    Before the first with a larger index; at the end if there is none, or if it has no index yet.
     """
     if index is not None:
         for place, other in enumerate(others):
@@ -364,7 +364,7 @@ def _check_name(name: str, where: str) -> None:
 
 
 def _check_host_ends(chardevs: Iterable[ChardevConfig]) -> None:
-    """Two ends cannot make the same path, and a process has one standard input."""
+    """Raise ConfigError if two ends create the same path or use the standard input."""
     makers: dict[str, ChardevConfig] = {}
     for chardev in chardevs:
         path = getattr(chardev.options, "path", "")

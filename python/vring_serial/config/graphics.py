@@ -1,4 +1,4 @@
-"""``<graphics type='spice'>`` of a domain XML: where the SPICE server listens, and for whom."""
+"""``<graphics type='spice'>`` of a domain XML: the SPICE server's addresses and access rules."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def read_graphics(
 ) -> SpiceConfig | None:
     """Return the server that a domain's graphics elements declare; None if it listens nowhere.
 
-    What concerns display and sound (image, jpeg, streaming, gl, …) is not ours and is passed over.
+    Settings of display and sound (image, jpeg, streaming, gl, …) are ignored.
 
     Args:
-        nodes: the ``<graphics>`` elements, of whatever type.
-        socket_path: where to listen if a unix socket is asked for without a path.
-        warnings: gets a line for what is accepted and may surprise.
+        nodes: the ``<graphics>`` elements, of any type.
+        socket_path: path of a unix socket for which the domain has none.
+        warnings: gets a line for each setting with a surprising effect.
 
     Raises:
-        ConfigError: it asks for what cannot be.
+        ConfigError: the elements are invalid.
     """
     spice = [node for node in nodes if node.get("type") == "spice"]
     if not spice:
@@ -66,7 +66,7 @@ def read_graphics(
 
 
 def _read_address(node: Node, listen: Node | None, kind: str) -> str:
-    """Return the address; empty ones are left out, networks' are in a running domain's XML."""
+    """Return the address; an empty one counts as omitted. Only live XML has a network's."""
     given = (listen.get("address") if listen is not None else None) or node.get("listen")
     if kind == "network" and not given:
         assert listen is not None
@@ -75,9 +75,9 @@ def _read_address(node: Node, listen: Node | None, kind: str) -> str:
 
 
 def _read_ports(node: Node, values: dict[str, object]) -> bool:
-    """Whether it listens at all: a port of 0 is none, and -1 one that is to be chosen.
+    """Read the ports, and return whether the server listens: 0 is no port, -1 a chosen one.
 
-    Autoport gives ports to what needs them: channels that are to be secure need one with TLS.
+    Autoport chooses the ports that are needed: secure channels need one with TLS.
     """
     port, tls_port = _port(node, "port"), _port(node, "tlsPort")
     autoport = node.flag("autoport") or (port == -1 and tls_port == -1)
@@ -98,7 +98,7 @@ def _read_ports(node: Node, values: dict[str, object]) -> bool:
 
 
 def _port(node: Node, attribute: str) -> int | None:
-    """Return the number; -1 if libvirt would choose it; None if it is left out."""
+    """Return the number; -1 if libvirt would choose it; None if it is omitted."""
     return -1 if node.get(attribute) == "-1" else node.number(attribute)
 
 
@@ -122,7 +122,7 @@ def _read_channels(node: Node, values: dict[str, object]) -> None:
 
 
 def _read_password(node: Node, values: dict[str, object], warnings: list[str]) -> None:
-    """No password lets everybody in, an empty one nobody, and so does one that has expired."""
+    """Read the password: without one all clients may connect, with an empty or expired one none."""
     password = node.get("passwd")
     if password is None:
         values["disable_ticketing"] = True

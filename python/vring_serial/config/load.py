@@ -1,4 +1,4 @@
-"""The one way from all that a command line can say to a topology."""
+"""The topology of a whole command line."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ def load_topology(
 ) -> Topology:
     """Return the topology that a domain XML and options declare together.
 
-    Ports of options get numbers after those of the domain; without ``controller=`` they go to its
-    first controller that has one free.
+    Ports of options get their numbers after those of the domain; without ``controller=`` they are
+    added to its first controller with a free number.
 
     Args:
         domain: a file with libvirt domain XML, ``-`` for standard input, None for none.
-        channel_directory: where sockets of unix channels go whose path is left out.
+        channel_directory: directory for sockets of unix channels without a path.
 
     Raises:
         ResourceError: the file cannot be read.
-        ConfigError: what is asked for is malformed or impossible; the message names the place.
+        ConfigError: the configuration is malformed or invalid; the message names the place.
     """
     draft = Draft()
     if domain is not None:

@@ -1,9 +1,9 @@
-"""PCI addresses of a domain: which are taken, and which ones libvirt would choose.
+"""PCI addresses of a domain: those in use, and those that libvirt would choose.
 
-libvirt goes through the devices twice, in an order of its own. The first time it adds a bus where
-none has room for a device: a root port of PCI Express, or a bridge to conventional PCI. The second
-time it gives all addresses anew, beginning with those of the bridges that it has just added. So a
-device that comes after ours can move ours, and both passes have to be played through.
+libvirt makes two passes over the devices, in its own order. In the first, it adds a bus whenever
+none has room for a device: a PCI Express root port, or a bridge to conventional PCI. In the second,
+it assigns all addresses again, those of the added bridges first. So a device after ours can change
+our address, and both passes have to be simulated.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _LAST_BUS = 255
 
 
 class Plug(Enum):
-    """What a device needs of a bus."""
+    """The kind of slot that a device needs."""
 
     CONVENTIONAL = auto()
     EXPRESS = auto()
@@ -30,7 +30,7 @@ class Plug(Enum):
 
 _CONVENTIONAL_BUS = (frozenset({Plug.CONVENTIONAL, Plug.BRIDGE}), range(1, 32))
 _EXPRESS_PORT = (frozenset({Plug.EXPRESS, Plug.TO_CONVENTIONAL, Plug.UPSTREAM}), range(1))
-#: What libvirt puts by itself on the bus of a controller of this model, and into which slots.
+#: Devices that libvirt places on the bus of a controller of this model, and the usable slots.
 _BUSES = {
     "pci-root": _CONVENTIONAL_BUS,
     "pci-bridge": _CONVENTIONAL_BUS,
@@ -39,7 +39,7 @@ _BUSES = {
     "pcie-root-port": _EXPRESS_PORT,
     "pcie-switch-downstream-port": _EXPRESS_PORT,
 }
-#: What the controllers themselves need, as far as it is a slot that ours could have had.
+#: Needs of the controllers themselves, if they take a slot that ours could have had.
 _PLUGS = {
     "pci-bridge": Plug.BRIDGE,
     "pcie-to-pci-bridge": Plug.TO_CONVENTIONAL,
@@ -49,13 +49,13 @@ _PLUGS = {
 
 @dataclass(frozen=True, slots=True)
 class PciMachine:
-    """What a kind of machine has.
+    """The PCI properties of a kind of machine.
 
     Attributes:
         root: the model of its bus 0, ``pci-root`` or ``pcie-root``.
-        multi_root: it grows by further roots, not by bridges (pseries).
-        chipset: addresses that are its own.
-        video_slot: where on bus 0 the first display goes; None if it has no such place.
+        multi_root: it is extended by further roots instead of bridges (pseries).
+        chipset: addresses used by the chipset.
+        video_slot: slot of bus 0 for the first display; None if there is no fixed one.
     """
 
     root: str = "pci-root"
@@ -79,16 +79,16 @@ CONVENTIONAL = PciMachine()
 
 
 class PciSlots:
-    """Who has which address, and who waits for one.
+    """The used addresses of a domain, and the devices still without one.
 
     Args:
-        machine: what the machine has.
+        machine: the kind of machine.
 
     Attributes:
-        video: there is a first display without an address.
-        before, after: what devices of others without an address need, in libvirt's order: those
-            that get theirs before our controllers do, and those that get theirs later.
-        ours_by_default: controllers of ours of which nothing is said are on PCI.
+        video: whether there is a first display without an address.
+        before, after: needs of the emulator's devices without an address, in libvirt's order:
+            those before our controllers, and those after.
+        ours_by_default: whether our controllers are on PCI if the domain does not say.
     """
 
     def __init__(self, machine: PciMachine = PC) -> None:
@@ -112,23 +112,23 @@ class PciSlots:
                 self._fixed.add(index)
 
     def note(self, address: PciAddress, where: str) -> None:
-        """Somebody else's device has this address; whether it may is not ours to judge."""
+        """Record the address of an emulator's device, without checking it."""
         self._owners.setdefault(address, where)
         if address.domain == address.bus == 0:
             self._slots.add(address.slot)
 
     def take(self, address: PciAddress, where: str) -> None:
-        """Give ``address`` to one of our controllers. Raises ConfigError if it is taken."""
+        """Assign ``address`` to one of our controllers. Raises ConfigError if it is taken."""
         if (other := self._owners.get(address)) is not None:
             raise ConfigError(f"PCI address {address} is taken already ({other})", where)
         self.note(address, where)
 
     def has(self, slot: int) -> bool:
-        """Whether a slot of bus 0 is in use."""
+        """Return whether a slot of bus 0 is in use."""
         return slot in self._slots
 
     def assign(self, ours: Sequence[Plug]) -> list[PciAddress | None]:
-        """Addresses for ours that have none; None where there is no room left."""
+        """Return addresses for our controllers without one; None where there is no room left."""
         growing = _Buses(self.machine, self._models, self._owners, grows=True)
         self._place_video(growing)
         if not self.machine.express and growing.has_room:
@@ -173,12 +173,12 @@ class _Buses:
     """The buses of one of libvirt's two passes; see the module.
 
     Args:
-        models: of the buses that there are, by number; numbers left out get the usual model.
-        taken: addresses that are in use.
-        grows: buses are added where there is no room.
+        models: models of the existing buses, by number; omitted numbers get the usual model.
+        taken: used addresses.
+        grows: whether buses are added when there is no room.
 
     Attributes:
-        models: of all buses, those included that were added.
+        models: models of all buses, added ones included.
     """
 
     def __init__(
@@ -240,8 +240,8 @@ class _Buses:
         elif any(Plug.BRIDGE in bus.takes for bus in self._buses):
             self._add("pci-bridge")
         else:
-            # The first conventional bus of such a machine brings the port along that its bridge
-            # will need, and nothing else is put there in this pass.
+            # With the first conventional bus of such a machine, the port that its bridge will need
+            # is added as well; nothing else is placed there in this pass.
             self._add("pcie-root-port").takes = frozenset({Plug.TO_CONVENTIONAL})
             self._add("pcie-to-pci-bridge")
         return True

@@ -1,9 +1,9 @@
 """QEMU's option syntax: ``--chardev``, ``--port``, ``--console``, ``--max-ports``, ``--spice``.
 
-An option is a list of ``key=value`` separated by commas; ``,,`` stands for a comma in a value; a
-key alone means ``on``, and alone with ``no`` before it, ``off``. The keys of a chardev are those of
-QEMU's ``-chardev`` and of the option class of its kind; :data:`PORT_KEYS` are those of a port;
-those of ``--spice`` are QEMU's and :class:`vring_serial.spice.SpiceOptions`'.
+An option is a comma-separated list of ``key=value``; ``,,`` is a comma in a value. A key alone
+means ``on``, with the prefix ``no`` it means ``off``. The keys of a chardev are those of QEMU's
+``-chardev`` and of the option class of its kind, the keys of a port are :data:`PORT_KEYS`, and the
+keys of ``--spice`` are QEMU's and those of :class:`vring_serial.spice.SpiceOptions`.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from vring_serial.spice.options import SpiceOptions
 
 PORT_KEYS = ("chardev", "controller", "name", "nr")
 
-#: Keys of QEMU's ``-chardev`` that are known and not served.
+#: Keys of QEMU's ``-chardev`` that are known but not supported.
 UNSERVED_KEYS = {
     *("delay", "fd", "logappend", "logfile", "mux"),
     *("telnet", "tls-authz", "tls-creds", "tn3270", "websocket"),
 }
-#: Keys whose empty value means something: every address, no name. Elsewhere it is a mistake, such
-#: as a variable of the shell that is not set, and not the same as a key that is left out.
+#: Keys for which an empty value is valid: every address, no name. For all others it is an error,
+#: such as an unset shell variable.
 _MAY_BE_EMPTY = {"addr", "host", "name"}
 #: QEMU's older names of kinds.
 _ALIASES = {"memory": "ringbuf"}
-#: As QEMU requires of every id.
+#: QEMU's rule for ids.
 _ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,127}")
 #: No option of a sane command line is longer.
 MAX_OPTION_LENGTH = 65536
@@ -74,7 +74,7 @@ def parse(
 
 
 def read(draft: Draft, options: QemuOptions) -> None:
-    """Add what ``options`` ask for to ``draft``. Raises ConfigError as :func:`parse` does."""
+    """Add the configuration in ``options`` to ``draft``. Raises ConfigError, as :func:`parse`."""
     if options.max_ports is not None:
         check_max_ports(options.max_ports, "--max-ports")
         draft.max_ports = options.max_ports
@@ -93,7 +93,7 @@ def read(draft: Draft, options: QemuOptions) -> None:
 
 
 def split(text: str, *, repeated: Collection[str] = ()) -> list[tuple[str, str | None]]:
-    """Keys and values in their order; the value of a key alone is None.
+    """Return keys and values in order; the value of a key alone is None.
 
     Args:
         repeated: keys that may be given more than once.
@@ -182,7 +182,7 @@ def _take_kind(pairs: list[tuple[str, str | None]], where: str) -> str:
 
 
 def _parse_spice(text: str) -> SpiceConfig:
-    """Messages never repeat the text: a password may be in every part of it that is mistyped."""
+    """Parse ``--spice``. Messages never quote the text: any mistyped part may be a password."""
     where, fields = "--spice", SpiceOptions.keys()
     known = {*fields, *(f"no{key}" for key in fields), *UNSERVED_SPICE_KEYS, ""}
     for number, item in enumerate(_split_items(text), 1):
@@ -216,8 +216,8 @@ def _make_options(
     """Return an instance of ``wanted``.
 
     Args:
-        other_keys: known as well, and not in ``pairs``.
-        quote: whether messages may repeat values.
+        other_keys: further known keys, which are not in ``pairs``.
+        quote: whether messages may quote values.
     """
     fields = wanted.keys()
     types = typing.get_type_hints(wanted)

@@ -1,8 +1,8 @@
-"""What is to be served, settled and checked: controllers, their ports, and the ports' host ends.
+"""The complete, checked configuration: controllers, their ports, and the ports' host ends.
 
 A :class:`Topology` is made by :mod:`.domain_xml`, by :mod:`.qemu_options` or by both (see
-:func:`vring_serial.config.load`), and turned into devices by :mod:`.build`. It holds no open thing:
-making one touches no file, socket or terminal but the domain XML itself.
+:func:`vring_serial.config.load`), and turned into devices by :mod:`.build`. It holds no open
+resource: making one opens no file, socket or terminal except the domain XML.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from vring_serial.chardev import Options
 from vring_serial.spice.options import SpiceOptions
 
-#: Ports of a controller where nothing else is said: what QEMU and libvirt give (port 0 included).
+#: Default number of ports of a controller, as in QEMU and libvirt (port 0 included).
 DEFAULT_MAX_PORTS = 31
-#: QEMU's bound: 1024 queues, less the control queues, two for each port.
+#: QEMU's limit: 1024 queues, less the control queues, two per port.
 LARGEST_MAX_PORTS = 511
-#: The only name a spicevmc channel may have, and the one it gets.
+#: The only valid name of a spicevmc channel, and its default.
 SPICEVMC_NAME = "com.redhat.spice.0"
 
 _PCI_ADDRESS = re.compile(
@@ -54,7 +54,7 @@ class PciAddress:
 
     @classmethod
     def parse(cls, text: str) -> PciAddress:
-        """``0000:00:05.0`` or ``00:05.0``. Raises ValueError."""
+        """Parse ``0000:00:05.0`` or ``00:05.0``. Raises ValueError."""
         match = _PCI_ADDRESS.fullmatch(text)
         if match is None:
             raise ValueError(f"{text!r} is no PCI address such as 0000:00:05.0")
@@ -73,7 +73,7 @@ class ChardevConfig:
         kind: QEMU's name of the backend, one of ``vring_serial.chardev.kinds()``.
         id: unique in the topology; logs use it.
         options: an instance of ``vring_serial.chardev.options_type(kind)``.
-        where: the place that asked for it, for errors: ``guest.xml:12: <channel>``.
+        where: its place in the configuration, for errors: ``guest.xml:12: <channel>``.
     """
 
     kind: str
@@ -106,11 +106,11 @@ class ControllerConfig:
     Attributes:
         index: libvirt's number of the controller.
         max_ports: number of ports, port 0 included; a port's number is below it.
-        address: where the guest sees it, or None if that is the frontend's affair.
-        ports: by number, ascending.
-        vectors: entries of its MSI-X table, 0 for INTx alone; None if nothing is said about it.
-        transitional: whether it is there for drivers of before virtio 1.0; None as above.
-        packed: whether it offers packed rings; None as above.
+        address: its PCI address in the guest, or None if the frontend decides.
+        ports: its ports by number, ascending.
+        vectors: entries of its MSI-X table, 0 for INTx only; None if unspecified.
+        transitional: whether it also supports legacy (pre-1.0) drivers; None if unspecified.
+        packed: whether it offers packed rings; None if unspecified.
     """
 
     index: int
@@ -123,12 +123,12 @@ class ControllerConfig:
 
     @property
     def name(self) -> str:
-        """The name that QEMU's options and our logs use."""
+        """Name in QEMU's options and in logs."""
         return f"virtio-serial{self.index}"
 
     @property
     def summary(self) -> str:
-        """How many ports it has, and the address asked for; the guest may see another one."""
+        """Number of ports, and the requested address, for logs; the guest may see another one."""
         ports = f"{len(self.ports)} of {self.max_ports} ports"
         return ports if self.address is None else f"{ports}, {self.address} asked for"
 
@@ -138,9 +138,9 @@ class SpiceConfig:
     """The SPICE server that spicevmc and spiceport ends belong to.
 
     Attributes:
-        options: where and how.
-        where: the place that asked for it, for errors.
-        explicit: an option asked for it; it is no part of a domain that is there anyhow.
+        options: addresses and settings of the server.
+        where: its place in the configuration, for errors.
+        explicit: whether an option declares it, as opposed to the domain XML.
     """
 
     options: SpiceOptions
@@ -150,13 +150,13 @@ class SpiceConfig:
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """Everything one process serves.
+    """Everything that one process serves.
 
     Attributes:
         controllers: by index, ascending; at least one.
-        warnings: one line each, about what was asked for and is not ours to do.
+        warnings: one line each, about settings without effect.
         name: the domain's name.
-        spice: the SPICE server, or None if none was asked for.
+        spice: the SPICE server, or None.
     """
 
     controllers: tuple[ControllerConfig, ...]

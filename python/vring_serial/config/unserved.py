@@ -1,4 +1,4 @@
-"""Host ends that QEMU and libvirt know and that are not served here, each with the reason."""
+"""Host ends of QEMU and libvirt that are not supported here, each with the reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Words that a user may write: values, and help when one is not known."""
+"""Values in the user's input, and suggestions for unknown words."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _FALSE = ("off", "no", "false", "n")
 _INTEGER = re.compile(r"0[xX][0-9a-fA-F]{1,16}|[0-9]{1,19}")
 _SIZE = re.compile(r"([0-9]{1,12})([kKmMgG]?)")
 _SIZE_SHIFTS = {"": 0, "k": 10, "m": 20, "g": 30}
-#: Longer words than this are not worth comparing.
+#: Longer words are not compared.
 _LONGEST_WORD = 64
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """Return a hint for an unknown word: the closest known one, and all of them."""
+    """Return a hint for an unknown word: the closest known word, and all of them."""
     known = sorted(known)
     close = get_close_matches(word[:_LONGEST_WORD].lower(), known, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
@@ -24,7 +24,7 @@ def suggest(word: str, known: Iterable[str]) -> str:
 
 
 def parse_bool(text: str) -> bool:
-    """on/off, yes/no, true/false, y/n, as QEMU and libvirt have them. Raises ValueError."""
+    """Parse on/off, yes/no, true/false or y/n, as QEMU and libvirt do. Raises ValueError."""
     if text in _TRUE:
         return True
     if text in _FALSE:
@@ -33,14 +33,14 @@ def parse_bool(text: str) -> bool:
 
 
 def parse_int(text: str) -> int:
-    """Return a number ≥ 0, decimal or after 0x hexadecimal; raise ValueError."""
+    """Parse a number ≥ 0, decimal or, with 0x, hexadecimal. Raises ValueError."""
     if not _INTEGER.fullmatch(text):
         raise ValueError(f"{shorten(text)} is not a number")
     return int(text, 16 if text[:2] in ("0x", "0X") else 10)
 
 
 def parse_size(text: str) -> int:
-    """Bytes: a number, with K, M or G for powers of 1024. Raises ValueError."""
+    """Parse a number of bytes, with K, M or G for powers of 1024. Raises ValueError."""
     match = _SIZE.fullmatch(text)
     if match is None:
         raise ValueError(f"{shorten(text)} is not a size such as 65536 or 64K")
@@ -48,5 +48,5 @@ def parse_size(text: str) -> int:
 
 
 def shorten(text: str) -> str:
-    """``text`` quoted, for a message that stays one readable line."""
+    """Return ``text`` quoted and shortened, for a message of one readable line."""
     return repr(text if len(text) <= _LONGEST_WORD else text[:_LONGEST_WORD] + "…")

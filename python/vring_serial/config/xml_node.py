@@ -1,4 +1,4 @@
-"""XML elements that know their place: every value is read with its check, every error names it."""
+"""XML elements with their place: every value is checked when read, every error names the place."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vring_serial.errors import ConfigError
 
 
 class Node:
-    """An element of the file called ``file``."""
+    """An element of the file with the name ``file``."""
 
     __slots__ = ("_element", "_file")
 
@@ -45,22 +45,22 @@ class Node:
 
     @property
     def tag(self) -> str:
-        """The tag of the element."""
+        """Tag of the element."""
         return str(self._element.tag)
 
     @property
     def line(self) -> int:
-        """The line on which the element begins; 0 if it is unknown."""
+        """Line on which the element begins; 0 if unknown."""
         return self._element.sourceline or 0
 
     @property
     def where(self) -> str:
-        """``file:line: <tag>``."""
+        """Place of the element for messages: ``file:line: <tag>``."""
         return f"{self._file}:{self.line}: <{self.tag}>"
 
     @property
     def text(self) -> str:
-        """The text of the element, without the space around it."""
+        """Text of the element, without surrounding space."""
         return (self._element.text or "").strip()
 
     def fail(self, why: str) -> NoReturn:
@@ -68,7 +68,7 @@ class Node:
         raise ConfigError(why, self.where)
 
     def children(self, *tags: str) -> Iterator[Node]:
-        """Child elements with one of these tags, or all of them, in the document's order."""
+        """Yield child elements with one of these tags, or all, in the document's order."""
         for element in self._element.iterchildren(*tags or (etree.Element,)):
             yield Node(element, self._file)
 
@@ -113,7 +113,7 @@ class Node:
             self.fail(f"{attribute}: {error}")
 
     def word(self, attribute: str, known: Iterable[str], default: str | None = None) -> str:
-        """One of ``known``; ``default`` if the attribute is not there."""
+        """Return the attribute's word, one of ``known``; ``default`` if there is no attribute."""
         value = self.get(attribute)
         if value is None:
             value = default
