@@ -73,12 +73,16 @@ def test_the_entropy_example_where_the_socket_cannot_be_made(tmp_path: Path, way
     assert "Traceback" not in result.stderr
 
 
-def test_the_unicorn_example_with_a_guest_that_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("options", [[], ["--save", "/nowhere/snapshot"]])
+def test_the_unicorn_example_with_a_guest_that_gives_up(
+    monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
     pytest.importorskip("unicorn")
     names = names_of("unicorn/run.py")
     main = names["main"]
     # A program that writes to the port that ends the machine, and nothing else.
     monkeypatch.setitem(main.__globals__, "compile_guest", lambda directory: b"\xe6\xf4\xf4")
+    monkeypatch.setattr(sys, "argv", ["run.py", *options])
     with pytest.raises(SystemExit, match="the guest gave up"):
         main()
 

@@ -14,7 +14,7 @@ typedef uint64_t u64;
 
 #define PACKED __attribute__((packed))
 #define QUEUE_SIZE 16
-#define BUFFER 4096
+#define BUFFER 64 /* small: messages of the agent take many, and more than there are */
 #define PORTS 2
 #define QUEUES (2 * (PORTS + 1))
 #define CONTROL_RECEIVEQ 2

@@ -2,6 +2,8 @@
 
     pip install unicorn        (and gcc, which compiles guest.c)
     python examples/unicorn/run.py
+    python examples/unicorn/run.py --save FILE       (ends in the middle of an agent message)
+    python examples/unicorn/run.py --restore FILE    (goes on there, in another process)
 
 The machine is a processor (Unicorn), RAM, a PCI bus with one function, and a debug port that
 prints. It has no event loop of its own: when the guest halts, it waits for what the device waits
@@ -10,15 +12,17 @@ for, and goes on when the device's interrupt is asserted.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import ctypes
+import json
 import mmap
 import select
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 
 import unicorn
@@ -33,6 +37,7 @@ from vring_serial import (
     PolledHost,
     Port,
     ProtocolChardev,
+    StateError,
     VringSerialError,
 )
 
@@ -40,24 +45,29 @@ RAM_SIZE = 16 << 20
 ENTRY = 0x10_0000
 PCI_HOLE, PCI_HOLE_SIZE = 0xE000_0000, 0x100_0000
 SLOT = 5
+#: Instructions of the guest between two looks whether it is time to save.
+SLICE = 5000
+#: All that this guest has in its processor.
+REGISTERS = [
+    *(x86.UC_X86_REG_RAX, x86.UC_X86_REG_RBX, x86.UC_X86_REG_RCX, x86.UC_X86_REG_RDX),
+    *(x86.UC_X86_REG_RSI, x86.UC_X86_REG_RDI, x86.UC_X86_REG_RBP, x86.UC_X86_REG_RSP),
+    *(x86.UC_X86_REG_R8, x86.UC_X86_REG_R9, x86.UC_X86_REG_R10, x86.UC_X86_REG_R11),
+    *(x86.UC_X86_REG_R12, x86.UC_X86_REG_R13, x86.UC_X86_REG_R14, x86.UC_X86_REG_R15),
+    x86.UC_X86_REG_EFLAGS,
+]
 
 
 class Machine:
-    """One processor, RAM, and a PCI bus with one function on it."""
+    """One processor, RAM, and a PCI bus with one function on it; :meth:`plug` comes next."""
 
-    def __init__(self, program: bytes, host: PolledHost, device: Controller) -> None:
+    pci: InProcessPci
+
+    def __init__(self, host: PolledHost) -> None:
         self.ram = mmap.mmap(-1, RAM_SIZE)
-        self.ram[ENTRY : ENTRY + len(program)] = program
+        self.memory = GuestMemory([Region(0, self.ram)])
         self.host = host
         self.interrupt = False
         self.stopped = False
-        self.pci = InProcessPci(
-            host,
-            device,
-            GuestMemory([Region(0, self.ram)]),
-            msi=lambda address, data: None,
-            intx=self._interrupt_changed,
-        )
         self._config_address = 0
         self._next = ENTRY
         self._cpu = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)
@@ -70,6 +80,56 @@ class Machine:
         self._cpu.hook_add(unicorn.UC_HOOK_INSN, self._port_out, None, 1, 0, x86.UC_X86_INS_OUT)
         self._cpu.reg_write(x86.UC_X86_REG_RSP, RAM_SIZE - 8)
 
+    def plug(self, device: Controller, program: bytes) -> None:
+        """Plug a device in that was started, and load the program."""
+        self.ram[ENTRY : ENTRY + len(program)] = program
+        self.pci = InProcessPci(
+            self.host, device, self.memory, msi=self._message, intx=self._interrupt_changed
+        )
+
+    def save(self, path: Path) -> None:
+        """Write everything to a file; the device stands still from then on."""
+        device = self.pci.save()  # before memory, which the device no longer changes
+        machine = {
+            "registers": [self._cpu.reg_read(register) for register in REGISTERS],
+            "next": self._next,
+            "config_address": self._config_address,
+            "device": len(device),
+        }
+        path.write_bytes(json.dumps(machine).encode() + b"\n" + device + self.ram[:])
+
+    def restore(self, path: Path, device: Controller) -> None:
+        """Go on from a file, with a device that was not started. Raises StateError."""
+        header, _, rest = path.read_bytes().partition(b"\n")
+        try:
+            machine = json.loads(header)
+            size = machine["device"]
+            self.ram[:] = rest[size:]
+            for register, value in zip(REGISTERS, machine["registers"], strict=True):
+                self._cpu.reg_write(register, value)
+            self._next = machine["next"]
+            self._config_address = machine["config_address"]
+        except (ValueError, LookupError, TypeError) as error:
+            raise StateError(f"{path}: it is no snapshot of this machine: {error}") from None
+        self.pci = self.host.complete(
+            InProcessPci.restore(
+                rest[:size],
+                self.host,
+                device,
+                self.memory,
+                msi=self._message,
+                intx=self._interrupt_changed,
+            )
+        )
+
+    def run_until(self, reached: Callable[[], bool]) -> None:
+        """Run the guest in slices until ``reached``, wherever it is then."""
+        while not self.stopped and not reached():
+            # A guest that halted looks at its queues again, and halts again: it does no harm.
+            self._cpu.emu_start(self._next, 0, count=SLICE)
+            self._next = self._cpu.reg_read(x86.UC_X86_REG_RIP)
+            self.host.poll()
+
     def run(self, done: Callable[[], bool]) -> None:
         """Run the guest; while it halts, wait for its interrupt. ``done`` ends this."""
         while not self.stopped and not done():
@@ -79,6 +139,9 @@ class Machine:
             while not self.interrupt and not self.stopped and not done():
                 select.select([self.host], [], [], wait)
                 wait = self.host.poll()
+
+    def _message(self, address: int, data: int) -> None:
+        """Take an MSI-X message; this guest enables none."""
 
     def _interrupt_changed(self, level: bool) -> None:
         self.interrupt = level
@@ -127,21 +190,32 @@ def compile_guest(directory: str) -> bytes:
     return binary.read_bytes()
 
 
-async def talk(agent: HostAgent) -> None:
-    """What a SPICE client would do with the guest."""
+async def copy(agent: HostAgent, text: str) -> None:
+    """Do what a SPICE client does whose user copies."""
     await agent.wait_ready()
     print("host:  the guest's agent is there")
     await agent.set_monitors([Monitor(1920, 1080)])
     print("host:  it has taken the resolution")
-    await agent.set_clipboard("hello from the host")
+    await agent.set_clipboard(text)
+
+
+async def paste(agent: HostAgent) -> None:
+    """Do what a SPICE client does whose user pastes."""
+    await agent.wait_ready()
     await agent.wait_clipboard()
     print(f'host:  the guest copied "{await agent.get_clipboard()}"')
 
 
+async def talk(agent: HostAgent) -> None:
+    """Do both: the guest copies what it gets, in capitals."""
+    await copy(agent, "hello from the host")
+    await paste(agent)
+
+
 @contextlib.asynccontextmanager
-async def conversation(agent: HostAgent) -> AsyncIterator[asyncio.Task[None]]:
+async def conversation(talk: Coroutine[None, None, None]) -> AsyncIterator[asyncio.Task[None]]:
     """Talk while the guest runs; what it has not come to by the end is left out."""
-    task = asyncio.ensure_future(talk(agent))
+    task = asyncio.ensure_future(talk)
     try:
         yield task
     finally:
@@ -149,19 +223,59 @@ async def conversation(agent: HostAgent) -> AsyncIterator[asyncio.Task[None]]:
         await asyncio.gather(task, return_exceptions=True)
 
 
-def main() -> None:
+def begin(machine: Machine, device: Controller) -> None:
+    """Start the guest's program."""
     with tempfile.TemporaryDirectory() as directory:
         program = compile_guest(directory)
+    machine.host.complete(device.start())
+    machine.plug(device, program)
+
+
+def talk_to_the_end(machine: Machine, talk: Coroutine[None, None, None]) -> None:
+    with machine.host.using(conversation(talk)) as talking:
+        machine.run(talking.done)
+        if not talking.done():
+            sys.exit("the guest gave up")
+        talking.result()
+
+
+def save(machine: Machine, device: Controller, agent: HostAgent, path: Path) -> None:
+    """Copy a text that the guest cannot take at once, and save when it has taken a part."""
+
+    def in_the_middle() -> bool:
+        session = device.ports[1].state.session
+        return session is not None and bool(session.unread)
+
+    with machine.host.using(conversation(copy(agent, "hello from the host, " * 60))):
+        machine.run_until(in_the_middle)
+        if machine.stopped:
+            sys.exit("the guest gave up")
+        machine.save(path)
+    print("host:  saved in the middle of a message")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="A guest that is a SPICE agent.")
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument("--save", metavar="FILE", type=Path, help="end in the middle, saved there")
+    way.add_argument("--restore", metavar="FILE", type=Path, help="go on from there")
+    options = parser.parse_args()
     agent = HostAgent()
     device = Controller(max_ports=2)
     device.add_port(Port(1, "com.redhat.spice.0", ProtocolChardev("agent", agent.protocol_factory)))
-    with PolledHost() as host, host.using(device), host.using(agent):
-        machine = Machine(program, host, device)
-        with machine.pci, host.using(conversation(agent)) as talking:
-            machine.run(talking.done)
-            if not talking.done():
-                sys.exit("the guest gave up")
-            talking.result()
+    with PolledHost() as host, contextlib.ExitStack() as ends:
+        machine = Machine(host)
+        ends.callback(lambda: host.complete(device.aclose()))
+        ends.enter_context(host.using(agent))
+        if options.restore is None:
+            begin(machine, device)
+        else:
+            machine.restore(options.restore, device)
+        ends.enter_context(machine.pci)
+        if options.save is not None:
+            save(machine, device, agent, options.save)
+        else:
+            talk_to_the_end(machine, talk(agent) if options.restore is None else paste(agent))
 
 
 if __name__ == "__main__":

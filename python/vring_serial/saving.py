@@ -204,7 +204,7 @@ class Packer(Generic[StateT]):
         if isinstance(value, dict):
             items = (f"{json.dumps(str(k))}:{self._text(item)}" for k, item in value.items())
             return f"{{{','.join(items)}}}"
-        if (known := _known(cls)) is not None:
+        if (known := _known(typing.cast(Hashable, cls))) is not None:
             return self._dataclass_text(value, known)
         raise TypeError(f"{cls.__name__} cannot be part of a state")
 
