@@ -59,11 +59,23 @@ def _mappings() -> tuple[tuple[str, int], ...]:
     return tuple(sorted(found))
 
 
+#: Of a task whose end has begun: whoever joined it may know before /proc does (PF_EXITING).
+_EXITING = 0x4
+
+
+def _is_exiting(task: Path) -> bool:
+    """Return whether a thread has ended but for the kernel's clearing up."""
+    after_name = (task / "stat").read_text().rpartition(")")[2].split()
+    return bool(int(after_name[6]) & _EXITING)  # the ninth field (proc_pid_stat(5))
+
+
 def _threads() -> tuple[str, ...]:
     ours = {thread.native_id: thread.name for thread in threading.enumerate()}
     found = []
     for task in Path("/proc/self/task").iterdir():
         try:
+            if _is_exiting(task):
+                continue
             name = ours.get(int(task.name)) or (task / "comm").read_text().strip()
         except (FileNotFoundError, ProcessLookupError):
             continue  # it has just ended
