@@ -76,6 +76,7 @@ async def serve(sock: socket.socket, journal: Journal) -> None:
         sock,
         size_of=lambda _: 8,
         header_size=8,
+        needs_fds=lambda _: False,
         record=record,
         handled=Handled(number, said, answered),
         area=journal.area("connection", AREA_SIZE),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import socket
 import struct
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.waiting import until
 from vring import (
     RECORD_SIZE,
     LocalMisuseError,
@@ -19,6 +21,10 @@ from vring import (
     send_recorded,
     set_record,
 )
+from vring_serial import unix_fds
+from vring_serial.transport.closer import Closer
+from vring_serial.transport.repeatable import AREA_SIZE, Handled, RepeatableConnection
+from vring_serial.unix_fds import Received
 
 PROGRAM = Path(__file__).with_name("dying_connection.py")
 #: The fields of a record (vring/_record.pxd), and its states.
@@ -38,6 +44,56 @@ def test_answers_go_once_at_whatever_line_the_process_dies() -> None:
     )
     assert (result.returncode, result.stderr) == (0, "")
     assert int(result.stdout) > 100
+
+
+@pytest.mark.parametrize(
+    ("pieces", "expected"),
+    [
+        # Each piece of the stream: bytes, and descriptors beside them.
+        ([(b"--", 0), (b"+2", 2), (b"--", 0)], [(b"--", 0), (b"+2", 2), (b"--", 0)]),
+        ([(b"--", 0), (b"?1", 1)], [(b"--", 0), (b"?1", 1)]),
+        ([(b"?1", 1), (b"+2", 2)], [(b"?1", 1), (b"+2", 2)]),
+        ([(b"+2--", 2), (b"+1", 1)], [(b"+2", 2), (b"--", 0), (b"+1", 1)]),
+    ],
+)
+async def test_descriptors_are_those_of_their_message(
+    pieces: list[tuple[bytes, int]], expected: list[tuple[bytes, int]]
+) -> None:
+    """A look at one message brings the descriptors of the next piece as well."""
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    got: list[tuple[bytes, int]] = []
+    closer = Closer()
+
+    def received(data: Received) -> bool:
+        got.append((data.data, len(data.fds)))
+        closer.close(data.fds)
+        return False
+
+    for data, count in pieces:
+        unix_fds.send(theirs, data, [theirs.fileno()] * count)
+    connection = RepeatableConnection(
+        ours,
+        size_of=lambda _: 2,
+        header_size=1,
+        needs_fds=lambda data: data.startswith(b"+"),
+        record=lambda _: None,
+        handled=Handled(),
+        area=memoryview(mmap.mmap(-1, AREA_SIZE)),
+        read_size=4096,
+        max_fds=4,
+        closer=closer,
+        received=received,
+        go_on=lambda: False,
+        lost=lambda error: None,
+    )
+    try:
+        await until(lambda: len(got) == len(expected), lambda: f"{got}")
+        assert got == expected
+    finally:
+        connection.close()
+        theirs.close()
+        await until(lambda: not closer.waiting)
 
 
 def make_record() -> bytearray:

@@ -134,6 +134,10 @@ class MessageParser(abc.ABC, Generic[HeaderT, MessageT]):
             return self._header_size
         return header.message_size
 
+    def needs_fds(self, data: bytes) -> bool:
+        """Return whether the message, all of ``data``, is nothing without descriptors beside it."""
+        return False
+
     @property
     def wanted(self) -> int:
         """Bytes that complete the current header or message; at least 1."""

@@ -226,14 +226,19 @@ class Message:
         return payload
 
     def _check_descriptors(self, shape: Shape, payload: Payload) -> None:
-        allowed = shape.fds
-        if isinstance(payload, MemoryTable):
-            allowed = range(len(payload.regions), len(payload.regions) + 1)
-        elif isinstance(payload, VringDescriptor):
-            allowed = range(1) if payload.no_fd else _ONE_FD
+        allowed = _allowed_fds(shape, payload)
         if len(self.fds) not in allowed:
             wanted = f"{allowed[0]}" if len(allowed) == 1 else f"at most {allowed[-1]}"
             raise VhostUserError(self.name, f"{len(self.fds)} descriptors instead of {wanted}")
+
+
+def _allowed_fds(shape: Shape, payload: Payload) -> range:
+    """Return how many descriptors go with this payload."""
+    if isinstance(payload, MemoryTable):
+        return range(len(payload.regions), len(payload.regions) + 1)
+    if isinstance(payload, VringDescriptor):
+        return range(1) if payload.no_fd else _ONE_FD
+    return shape.fds
 
 
 class VhostUserParser(MessageParser[Header, Message]):
@@ -250,6 +255,19 @@ class VhostUserParser(MessageParser[Header, Message]):
         super().__init__(Header.STRUCT.size)
         self._kinds = kinds
         self._replies = replies
+
+    def needs_fds(self, data: bytes) -> bool:
+        """See MessageParser."""
+        try:
+            header = self._unpack_header(data[: self.header_size])
+            message = self._message(header, data[self.header_size :], ())
+            if message.shape is None:
+                return False
+            return 0 not in _allowed_fds(
+                message.shape, message.shape.payload.unpack(message.payload)
+            )
+        except RemoteProtocolError:
+            return False
 
     def _unpack_header(self, data: bytes) -> Header:
         return Header.unpack(data)

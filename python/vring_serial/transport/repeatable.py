@@ -11,6 +11,7 @@ from typing import Any
 from vring import RECORD_SIZE, receive_recorded, recorded, send_recorded, set_record
 from vring_serial import unix_fds
 from vring_serial.transport.connection import Connection
+from vring_serial.unix_fds import Received
 
 #: Seconds until a message of which only a part is there is looked at again.
 REST_SECONDS = 0.005
@@ -46,6 +47,7 @@ class RepeatableConnection(Connection):
         size_of: returns the size in bytes of the message that begins with these; of what is no
             beginning, as many as there are.
         header_size: bytes from which on ``size_of`` knows.
+        needs_fds: returns whether this message is nothing without descriptors beside it.
         record: writes down what was handled, with all that it led to.
         handled: what a predecessor wrote down.
         area: AREA_SIZE bytes of memory that outlives the process.
@@ -58,6 +60,7 @@ class RepeatableConnection(Connection):
         *,
         size_of: Callable[[bytes], int],
         header_size: int,
+        needs_fds: Callable[[bytes], bool],
         record: Callable[[Handled], None],
         handled: Handled,
         area: memoryview,
@@ -65,6 +68,7 @@ class RepeatableConnection(Connection):
     ) -> None:
         self._size_of = size_of
         self._header_size = header_size
+        self._needs_fds = needs_fds
         self._record = record
         self._number = handled.number
         self._sending, self._taking = area[:RECORD_SIZE], area[RECORD_SIZE:AREA_SIZE]
@@ -103,7 +107,7 @@ class RepeatableConnection(Connection):
                 self._fail(None)
                 return
             size = self._size_of(head) if len(head) == self._header_size else self._header_size
-            received = unix_fds.receive(self._sock, size, self._max_fds, peek=True)
+            received = self._peek(size)
         except BlockingIOError:
             return
         except OSError as error:
@@ -115,6 +119,22 @@ class RepeatableConnection(Connection):
             return
         self._message = received.data
         self._handle(partial(self._received, received))
+
+    def _peek(self, size: int) -> Received:
+        """Look at the next ``size`` bytes, and the descriptors that came with them.
+
+        A look goes on into the next piece of the stream, even when it has room for no byte of it,
+        and brings that one's descriptors. It ends behind the first piece that has some: so there is
+        a byte more if they are another message's, or the peer has sent two in one piece.
+        """
+        received = unix_fds.receive(self._sock, size + 1, self._max_fds, peek=True)
+        if len(received.data) <= size:
+            return received
+        data = received.data[:size]
+        if self._needs_fds(data):
+            return Received(data, received.fds, received.truncated)
+        self._closer.close(received.fds)
+        return Received(data)
 
     def _wait_for_rest(self) -> None:
         """Look again in a while: the socket is readable all the time."""

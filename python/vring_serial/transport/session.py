@@ -128,6 +128,7 @@ class Session(abc.ABC, Generic[MessageT]):
                 sock,
                 size_of=parser.size_of,
                 header_size=parser.header_size,
+                needs_fds=parser.needs_fds,
                 record=self._record,
                 handled=handled or Handled(),
                 area=context.keeping.area("connection", AREA_SIZE),
