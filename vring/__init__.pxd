@@ -2,6 +2,7 @@
 
 from vring._chains cimport Batch, Chain
 from vring._core cimport VirtQueue
+from vring._dirty cimport DirtyLog
 from vring._driver cimport Driver
 from vring._memory cimport GuestMemory, Region, vr_find, vr_map, vr_region
 from vring._packed cimport PackedQueue

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from vring import _layout as layout
     from vring._chains import Batch, Chain
     from vring._core import RECORD_SIZE, VirtQueue
+    from vring._dirty import LOG_PAGE, DirtyLog
     from vring._driver import Driver, need_event
     from vring._guard import MemoryWatch
     from vring._memory import GuestMemory, Region
@@ -69,6 +70,8 @@ __all__ = [
     "GuestMemory",
     "Region",
     "MemoryWatch",
+    "DirtyLog",
+    "LOG_PAGE",
     "need_event",
     "NotificationData",
     "notify",
@@ -123,6 +126,7 @@ if not TYPE_CHECKING:  # type checkers take the imports above
             "vring._packed_driver": "PackedDriver",
             "vring._driver": "Driver need_event",
             "vring._memory": "GuestMemory Region",
+            "vring._dirty": "DirtyLog LOG_PAGE",
             "vring._guard": "MemoryWatch",
             "vring._notify": "notify drain Drained",
             "vring._pump": "Pump Flow FlowEvent FlowCounters",

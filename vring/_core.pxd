@@ -6,6 +6,7 @@
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from vring._chains cimport Batch, Chain
+from vring._dirty cimport DirtyLog, vr_log
 from vring._memory cimport GuestMemory, VR_HINTS, vr_map
 from vring._record cimport vr_record
 from vring._walk cimport vr_chain
@@ -45,6 +46,10 @@ cdef class VirtQueue:
     cdef vr_record* record
     cdef const uint8_t[::1] _record_owner
     cdef uint64_t accounted
+    # Where the device's writes are marked, NULL: nowhere. What writes to the ring marks it.
+    cdef const vr_log* log
+    cdef DirtyLog _log_owner
+    cdef uint64_t log_device                # guest address that stands for the device area
     cdef uint64_t[3] areas                  # guest addresses of descriptors, driver's and device's
     cdef Batch _spare_batch
     cdef Batch _older_batch
@@ -67,6 +72,9 @@ cdef class VirtQueue:
         self, vr_chain* chains, uint32_t max_chains, iovec* segments, uint32_t max_segments,
         uint64_t max_bytes
     ) noexcept nogil
+    # Marks the first `bytes` of segments in the log, if there is one. Whoever wrote to buffers calls
+    # it, for each chain's device-writable segments, before push_c.
+    cdef void mark_c(self, const iovec* segments, uint32_t n, uint64_t bytes) noexcept nogil
     # Completes n chains and publishes them at once. written[i]: bytes stored from the start of the
     # device-writable part, at most writable_bytes; NULL: none. Returns 1 if the driver wants a
     # notification. With IN_ORDER chains must be completed in the order they were popped.
@@ -93,9 +101,6 @@ cdef class VirtQueue:
     cdef int locate_rings(self, GuestMemory memory) except -1
     cdef void restart(self) noexcept
     cdef int take_record(self, object record) except -1
-    cdef uint64_t left_after(
-        self, const vr_chain* chains, const uint32_t* written, uint32_t n
-    ) noexcept nogil
     cdef uint8_t* locate(
         self, GuestMemory memory, uint64_t address, uint64_t length, uint64_t align, str what
     ) except NULL
@@ -108,6 +113,7 @@ cdef class VirtQueue:
     cdef Batch take_batch(self)
     cdef bint has_spare_chain(self) noexcept
     cdef Chain take_chain(self)
+    cdef void mark_batch(self, Batch batch, const uint32_t* written, uint32_t n) noexcept
     cdef int check_free(self) except -1
     cdef uint16_t check_index(self, object index) except? 0
     cdef int check_mine(self, Batch batch) except -1

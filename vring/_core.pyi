@@ -5,6 +5,7 @@ from numpy.typing import NDArray
 from typing_extensions import Buffer, disjoint_base
 
 from vring._chains import Batch, Chain
+from vring._dirty import DirtyLog
 from vring._memory import GuestMemory
 from vring.errors import RingError
 
@@ -68,3 +69,4 @@ class VirtQueue:
     @property
     def vring_base(self) -> int: ...
     def reset(self) -> None: ...
+    def set_log(self, log: DirtyLog | None, used_addr: int | None = None) -> None: ...

@@ -7,20 +7,16 @@ from cpython.number cimport PyNumber_Index
 from cpython.object cimport PyObject
 
 from vring._chains cimport checked_length, held_once, plain_lengths
+from vring._dirty cimport DirtyLog, checked_address, log_chains, log_segments
 from vring._linux cimport vr_get_flag, vr_set_flag
 from vring._layout cimport QUEUE_SIZE_MAX
 from vring._memory cimport VR_HINTS
 from vring._walk cimport (
-    FAULT_ADDRESS, FAULT_AVAIL_INDEX, FAULT_FULL, FAULT_HEAD, FAULT_INDIRECT_ADDRESS,
-    FAULT_INDIRECT_FEATURE, FAULT_INDIRECT_NESTED, FAULT_INDIRECT_NEXT, FAULT_INDIRECT_SIZE,
-    FAULT_MEMORY_LOST, FAULT_NEXT, FAULT_NONE, FAULT_ORDER, FAULT_TOO_LONG, FAULT_TOO_MANY_BYTES,
-    FAULT_TOO_MANY_SEGMENTS, VR_SEGMENTS_MAX
+    FAULT_ADDRESS, FAULT_FULL, FAULT_INDIRECT_ADDRESS, FAULT_INDIRECT_SIZE, FAULT_MEMORY_LOST,
+    FAULT_NONE, FAULT_TOO_MANY_SEGMENTS, VR_SEGMENTS_MAX, vr_describe
 )
-from vring._wire cimport UINT64_MAX
-from vring.errors import (
-    AddressError, AvailableIndexError, BufferAddressError, ChainError, ChainOrderError,
-    DescriptorFlagsError, HeadError, IndirectError, LocalMisuseError, MemoryLostError
-)
+from vring._wire cimport vr_unlikely
+from vring.errors import AddressError, LocalMisuseError
 
 cdef enum:
     # Segments of a batch: enough for most queues, and small enough for the L1 cache.
@@ -29,23 +25,6 @@ cdef enum:
 
 #: Bytes of a queue's record.
 RECORD_SIZE = sizeof(vr_record)
-
-_FAULTS = {
-    FAULT_AVAIL_INDEX: (AvailableIndexError, "the driver made more available than the queue has"),
-    FAULT_HEAD: (HeadError, "the available ring names a head outside the descriptor table"),
-    FAULT_NEXT: (ChainError, "next names a descriptor outside its table"),
-    FAULT_TOO_LONG: (ChainError, "the chain loops or has more descriptors than the queue"),
-    FAULT_TOO_MANY_BYTES: (ChainError, "the chain has more than 2**32 - 1 bytes"),
-    FAULT_TOO_MANY_SEGMENTS: (ChainError, "the chain has more segments than the device takes"),
-    FAULT_ORDER: (ChainOrderError, "a device-readable descriptor after a device-writable one"),
-    FAULT_INDIRECT_FEATURE: (DescriptorFlagsError, "INDIRECT, but the feature is not negotiated"),
-    FAULT_INDIRECT_NESTED: (IndirectError, "INDIRECT inside an indirect table"),
-    FAULT_INDIRECT_NEXT: (IndirectError, "INDIRECT and NEXT in one descriptor"),
-    FAULT_INDIRECT_SIZE: (IndirectError, "the length of an indirect table is 0 or not 16 * n"),
-    FAULT_INDIRECT_ADDRESS: (IndirectError, "an indirect table outside guest memory"),
-    FAULT_ADDRESS: (BufferAddressError, "a buffer outside guest memory"),
-    FAULT_MEMORY_LOST: (MemoryLostError, "guest memory is gone: its file was cut off"),
-}
 
 
 cdef class VirtQueue:
@@ -91,10 +70,7 @@ cdef class VirtQueue:
         self.in_order = in_order
         self._memory = memory
         for i, at in enumerate((desc, avail, used)):
-            at = PyNumber_Index(at)
-            if not 0 <= at <= UINT64_MAX:
-                raise LocalMisuseError(f"{name}: {at:#x} is not an address of 64 bits")
-            self.areas[i] = at
+            self.areas[i] = checked_address(name, at)
         if record is not None:
             self.take_record(record)
         elif resume:
@@ -163,18 +139,6 @@ cdef class VirtQueue:
         self.record = <vr_record*>&view[0]
         return 0
 
-    cdef uint64_t left_after(
-        self, const vr_chain* chains, const uint32_t* written, uint32_t n
-    ) noexcept nogil:
-        """Return what remains of `accounted` after the next n chains, and clear it."""
-        cdef uint64_t left = self.accounted, bytes
-        cdef uint32_t i
-        for i in range(n if left else 0):
-            bytes = written[i] if written != NULL else chains[i].readable_bytes
-            left -= min(left, bytes)
-        self.accounted = 0
-        return left
-
     cdef uint16_t check_index(self, object index) except? 0:
         index = PyNumber_Index(index)
         if not 0 <= index <= 0xFFFF:
@@ -233,7 +197,7 @@ cdef class VirtQueue:
         return True
 
     cdef object make_fault(self):
-        kind, cause = _FAULTS[self.fault.code]
+        kind, cause = vr_describe(self.fault.code)
         if self.fault.length:
             cause = f"{cause}: {self.fault.address:#x}, {self.fault.length:#x} bytes"
         return kind(self.name, self.fault.index, cause)
@@ -367,6 +331,8 @@ cdef class VirtQueue:
             lengths = batch.written
         if batch.viewed_first is not None:
             self.withdraw(batch, n)
+        if self.log != NULL:
+            self.mark_batch(batch, lengths, n)
         cdef bint notify = self.push_c(batch.chains + batch.start, lengths, n)
         batch.finish(n)
         return notify
@@ -452,6 +418,8 @@ cdef class VirtQueue:
         self.check_order(batch.first + batch.start)
         if batch.viewed_first is not None:
             self.withdraw(batch, 1)
+        if self.log != NULL:
+            self.mark_batch(batch, &length, 1)
         cdef bint notify = self.push_c(&batch.chains[chain.index], &length, 1)
         batch.finish(1)
         return notify
@@ -538,6 +506,33 @@ cdef class VirtQueue:
         self.fault.code = FAULT_NONE
         self.notification_due = False
         self.restart()
+
+    cdef void mark_c(self, const iovec* segments, uint32_t n, uint64_t bytes) noexcept nogil:
+        if vr_unlikely(self.log != NULL):
+            log_segments(self.log, &self.map, segments, n, bytes)
+
+    cdef void mark_batch(self, Batch batch, const uint32_t* written, uint32_t n) noexcept:
+        log_chains(
+            self.log, &batch.memory.map, batch.chains + batch.start, batch.segments, written, n
+        )
+
+    def set_log(self, DirtyLog log, used_addr=None):
+        """Mark in `log` what the device writes from now on, buffers and ring; None: nowhere.
+
+        Buffers are marked when they are completed, and as far as they are said to be written.
+
+        Args:
+            used_addr: the guest address that stands for the device area (SET_VRING_ADDR's log
+                address); default: its own.
+
+        Raises:
+            LocalMisuseError: a pump's flow has the queue; an impossible address.
+        """
+        self.check_free()
+        cdef uint64_t at = self.areas[2] if used_addr is None else checked_address(self.name, used_addr)
+        self.log_device = at
+        self._log_owner = log
+        self.log = NULL if log is None else &log.table
 
     @property
     def in_flight(self):

@@ -292,6 +292,7 @@ cdef void record_skip(vr_flow* flow) noexcept nogil:
 cdef void settle_owed(vr_flow* flow, vr_tables* tables) noexcept nogil:
     """Complete the chains that a predecessor process moved and did not complete."""
     cdef uint64_t owed = flow.owed
+    cdef vr_strip strip
     cdef int n
     flow.owed = 0
     flow.room = <uint64_t>-1
@@ -300,7 +301,7 @@ cdef void settle_owed(vr_flow* flow, vr_tables* tables) noexcept nogil:
     if n <= 0:
         record_skip(flow)       # the driver took back what it had offered
     elif flow.incoming:
-        deliver(flow, tables, n, owed)
+        deliver(flow, tables, n, min(owed, gather(&strip, tables, n, True)))
     else:
         settle(flow, tables, n, owed)
 
@@ -466,8 +467,9 @@ cdef int turn_out(vr_flow* flow, vr_tables* tables) noexcept nogil:
 # --- host to guest
 
 cdef void deliver(vr_flow* flow, vr_tables* tables, uint32_t n, uint64_t length) noexcept nogil:
-    """Complete the chains that `length` bytes went into; give back the others."""
+    """Complete the chains that the first `length` bytes of a strip went into; give back others."""
     cdef uint32_t used = 0, there
+    (<VirtQueue>flow.queue).mark_c(tables.segments, tables.max_segments, length)
     account(flow, length)
     while used < n and length:
         there = <uint32_t>min(length, <uint64_t>tables.chains[used].writable_bytes)

@@ -25,5 +25,6 @@ cdef class PackedQueue(VirtQueue):
     cdef bint push_recorded(
         self, const vr_chain* chains, const uint32_t* written, uint32_t n
     ) noexcept nogil
+    cdef void ask(self, uint32_t event) noexcept nogil
     cdef bint ready(self) noexcept nogil
     cdef bint wanted(self, uint32_t slots) noexcept nogil

@@ -6,6 +6,7 @@ cimport cython
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 
 from vring._core cimport VR_BROKEN
+from vring._dirty cimport log_entries, log_range
 from vring._layout cimport DESC_ALIGN, DESC_SIZE, EVENT_ALIGN, EVENT_SIZE, PACKED_FLAGS, WRAP
 from vring._memory cimport GuestMemory, vr_lookup, vr_region
 from vring._record cimport (
@@ -363,6 +364,8 @@ cdef class PackedQueue(VirtQueue):
         self.used_wrap = wrap
         self.slots_in_flight -= slots
         self.pushed += n
+        if vr_unlikely(self.log != NULL):
+            log_entries(self.log, self.areas[0], DESC_SIZE, size, first, slots)
         # Used descriptors must be visible before the driver's setting is read, or both may sleep.
         vr_fence()
         return self.wanted(slots)
@@ -375,7 +378,8 @@ cdef class PackedQueue(VirtQueue):
         A successor could not pop the rest of a half-published batch again, since used descriptors
         overwrite those of the driver.
         """
-        cdef uint32_t slot = self.next_used, size = self.size, slots = 0, i, length, after
+        cdef uint32_t first = self.next_used, slot = first, size = self.size, slots = 0, i
+        cdef uint32_t length, after
         cdef bint wrap = self.used_wrap, after_wrap
         cdef uint64_t left = self.accounted, bytes
         self.accounted = 0
@@ -401,6 +405,8 @@ cdef class PackedQueue(VirtQueue):
         self.used_wrap = wrap
         self.slots_in_flight -= slots
         self.pushed += n
+        if vr_unlikely(self.log != NULL):
+            log_entries(self.log, self.areas[0], DESC_SIZE, size, first, slots)
         vr_fence()
         return self.wanted(slots)
 
@@ -434,18 +440,24 @@ cdef class PackedQueue(VirtQueue):
             self.avail_wrap
         )
 
+    cdef void ask(self, uint32_t event) noexcept nogil:
+        """Write whether kicks are wanted: the device event suppression structure (2.8.14)."""
+        vr_store32(self.device_event, event)
+        if vr_unlikely(self.log != NULL):
+            log_range(self.log, self.log_device, EVENT_SIZE)
+
     cdef bint enable_notifications_c(self) noexcept nogil:
         cdef uint32_t event = EVENT_ENABLE << 16
         if self.event_idx:
             event = EVENT_DESC << 16 | self.next_avail | (WRAP if self.avail_wrap else 0)
-        vr_store32(self.device_event, event)
-        # The setting must be visible before the ring is read again: the driver may have added a
-        # chain after the last pop and before it could see the setting.
+        self.ask(event)
+        # The setting must be visible before the ring is read again: the driver may have added a chain
+        # after the last pop and before it could see the setting.
         vr_fence()
         return self.ready()
 
     cdef void disable_notifications_c(self) noexcept nogil:
-        vr_store32(self.device_event, EVENT_DISABLE << 16)
+        self.ask(EVENT_DISABLE << 16)
 
     cdef uint32_t available_c(self) noexcept nogil:
         return 0 if self.fault.code else self.ready()

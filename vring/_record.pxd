@@ -18,6 +18,7 @@
 
 from libc.stdint cimport uint32_t, uint64_t
 
+from vring._walk cimport vr_chain
 from vring._wire cimport iovec
 
 cdef extern from * nogil:
@@ -105,3 +106,16 @@ cdef inline void vr_set_record(vr_record* record, uint64_t position, uint64_t le
     """Records a place in the ring, in one step for whoever comes after us."""
     vr_book(record, position, left)
     vr_close_record(record)
+
+
+cdef inline uint64_t vr_left_after(
+    uint64_t* accounted, const vr_chain* chains, const uint32_t* written, uint32_t n
+) noexcept nogil:
+    # What remains of `accounted`, which is forgotten, after the next n chains.
+    cdef uint64_t left = accounted[0], bytes
+    cdef uint32_t i
+    for i in range(n if left else 0):
+        bytes = written[i] if written != NULL else chains[i].readable_bytes
+        left -= min(left, bytes)
+    accounted[0] = 0
+    return left

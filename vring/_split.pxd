@@ -15,3 +15,4 @@ cdef class SplitQueue(VirtQueue):
     cdef uint16_t next_used
 
     cdef void resume(self) noexcept
+    cdef void ask(self, uint16_t event, uint16_t flags) noexcept nogil

@@ -5,6 +5,7 @@ from __future__ import annotations
 cimport cython
 
 from vring._core cimport VR_BROKEN
+from vring._dirty cimport log_entries, log_range
 from vring._layout cimport (
     AVAIL_ALIGN, AVAIL_ENTRY, AVAIL_FLAGS, AVAIL_INDEX, AVAIL_RING, DESC_ALIGN, DESC_SIZE,
     USED_ALIGN, USED_ENTRY, USED_FLAGS, USED_INDEX, USED_RING, avail_event_at, avail_size,
@@ -12,7 +13,7 @@ from vring._layout cimport (
 )
 from vring._memory cimport GuestMemory, vr_lookup, vr_region
 from vring._record cimport (
-    VR_BOOKED, vr_book, vr_close_record, vr_record, vr_recorded_bytes, vr_set_record
+    VR_BOOKED, vr_book, vr_close_record, vr_left_after, vr_record, vr_recorded_bytes, vr_set_record
 )
 from vring._walk cimport (
     FAULT_AVAIL_INDEX, FAULT_FULL, FAULT_HEAD, FAULT_INDIRECT_ADDRESS, FAULT_INDIRECT_NESTED,
@@ -336,12 +337,17 @@ cdef class SplitQueue(VirtQueue):
                 written[i] if written != NULL else 0
             )
         if vr_unlikely(self.record != NULL):
-            vr_book(self.record, after, self.left_after(chains, written, n))
+            vr_book(self.record, after, vr_left_after(&self.accounted, chains, written, n))
         vr_store16_release(self.used + USED_INDEX, after)
         self.next_used = after
         self.pushed += n
         if vr_unlikely(self.record != NULL):
             vr_close_record(self.record)
+        if vr_unlikely(self.log != NULL):
+            log_entries(
+                self.log, self.log_device + USED_RING, USED_ENTRY, self.size, before & mask, n
+            )
+            log_range(self.log, self.log_device, USED_RING)
         # The index must be visible before the driver's setting is read, or both sides may sleep.
         vr_fence()
         if self.event_idx:
@@ -354,11 +360,15 @@ cdef class SplitQueue(VirtQueue):
         self.next_avail -= n
         self.popped -= n
 
+    cdef void ask(self, uint16_t event, uint16_t flags) noexcept nogil:
+        """Write whether kicks are wanted: an event index where that is negotiated, else flags."""
+        cdef size_t at = avail_event_at(self.size) if self.event_idx else USED_FLAGS
+        vr_store16(self.used + at, event if self.event_idx else flags)
+        if vr_unlikely(self.log != NULL):
+            log_range(self.log, self.log_device + at, sizeof(uint16_t))
+
     cdef bint enable_notifications_c(self) noexcept nogil:
-        if self.event_idx:
-            vr_store16(self.used + avail_event_at(self.size), self.next_avail)
-        else:
-            vr_store16(self.used + USED_FLAGS, 0)
+        self.ask(self.next_avail, 0)
         # The setting must be visible before the index is read again: the driver may have added a
         # chain after the last pop and before it could see the setting.
         vr_fence()
@@ -367,14 +377,14 @@ cdef class SplitQueue(VirtQueue):
     cdef bint enable_notifications_after_c(self, uint16_t n) noexcept nogil:
         if n <= 1 or not self.event_idx:
             return self.enable_notifications_c()
-        vr_store16(self.used + avail_event_at(self.size), <uint16_t>(self.next_avail + n - 1))
+        self.ask(<uint16_t>(self.next_avail + n - 1), 0)
         vr_fence()
         return <uint16_t>(vr_load16(self.avail + AVAIL_INDEX) - self.next_avail) >= n
 
     cdef void disable_notifications_c(self) noexcept nogil:
         # With EVENT_IDX the event index stays behind, which asks for no kick until it is set.
         if not self.event_idx:
-            vr_store16(self.used + USED_FLAGS, USED_F_NO_NOTIFY)
+            self.ask(0, USED_F_NO_NOTIFY)
 
     cdef uint32_t available_c(self) noexcept nogil:
         cdef uint32_t ready = <uint16_t>(

@@ -64,6 +64,10 @@ cdef enum vr_fault_code:
     FAULT_MEMORY_LOST
 
 
+# What a fault is for Python: the kind of RingError, and its cause.
+cdef tuple vr_describe(int code)
+
+
 # A buffer of no bytes or in several regions (a segment for each), or one that is too much; moves
 # `segment` on. `bytes` of the chain so far, these included. Returns a vr_fault_code.
 cdef int vr_add_slow(

@@ -6,6 +6,27 @@ from libc.stddef cimport size_t
 
 from vring._memory cimport vr_find
 from vring._wire cimport vr_copy, vr_read_whole
+from vring.errors import (
+    AvailableIndexError, BufferAddressError, ChainError, ChainOrderError, DescriptorFlagsError,
+    HeadError, IndirectError, MemoryLostError
+)
+
+_FAULTS = {
+    FAULT_AVAIL_INDEX: (AvailableIndexError, "the driver made more available than the queue has"),
+    FAULT_HEAD: (HeadError, "the available ring names a head outside the descriptor table"),
+    FAULT_NEXT: (ChainError, "next names a descriptor outside its table"),
+    FAULT_TOO_LONG: (ChainError, "the chain loops or has more descriptors than the queue"),
+    FAULT_TOO_MANY_BYTES: (ChainError, "the chain has more than 2**32 - 1 bytes"),
+    FAULT_TOO_MANY_SEGMENTS: (ChainError, "the chain has more segments than the device takes"),
+    FAULT_ORDER: (ChainOrderError, "a device-readable descriptor after a device-writable one"),
+    FAULT_INDIRECT_FEATURE: (DescriptorFlagsError, "INDIRECT, but the feature is not negotiated"),
+    FAULT_INDIRECT_NESTED: (IndirectError, "INDIRECT inside an indirect table"),
+    FAULT_INDIRECT_NEXT: (IndirectError, "INDIRECT and NEXT in one descriptor"),
+    FAULT_INDIRECT_SIZE: (IndirectError, "the length of an indirect table is 0 or not 16 * n"),
+    FAULT_INDIRECT_ADDRESS: (IndirectError, "an indirect table outside guest memory"),
+    FAULT_ADDRESS: (BufferAddressError, "a buffer outside guest memory"),
+    FAULT_MEMORY_LOST: (MemoryLostError, "guest memory is gone: its file was cut off"),
+}
 
 
 cdef enum:
@@ -89,3 +110,7 @@ cdef void vr_copy_out(
             segment += 1
     if length:
         vr_copy(to, run, length)
+
+
+cdef tuple vr_describe(int code):
+    return _FAULTS[code]

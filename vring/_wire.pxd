@@ -90,6 +90,10 @@ cdef extern from * nogil:
     static inline void vr_store32(void *p, uint32_t v) {
         __atomic_store_n((vr_u32 *)p, htole32(v), __ATOMIC_RELAXED);
     }
+    /* Sets bits of a byte in which others clear some; a full fence. */
+    static inline void vr_or8(void *p, uint8_t bits) {
+        __atomic_fetch_or((uint8_t *)p, bits, __ATOMIC_SEQ_CST);
+    }
     /* Store-load ordering: our index before our reading of the other side's suppression state. */
     static inline void vr_fence(void) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 
@@ -230,6 +234,7 @@ cdef extern from * nogil:
     void vr_store16(void* p, uint16_t value)
     void vr_store16_release(void* p, uint16_t value)
     void vr_store32(void* p, uint32_t value)
+    void vr_or8(void* p, uint8_t bits)
     void vr_fence()
     vr_entry vr_read_desc(const void* p)
     vr_entry vr_read_packed(const void* p)
