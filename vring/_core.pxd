@@ -72,8 +72,8 @@ cdef class VirtQueue:
         self, vr_chain* chains, uint32_t max_chains, iovec* segments, uint32_t max_segments,
         uint64_t max_bytes
     ) noexcept nogil
-    # Marks the first `bytes` of segments in the log, if there is one. Whoever wrote to buffers calls
-    # it, for each chain's device-writable segments, before push_c.
+    # Marks the first `bytes` of segments in the log, if there is one. Whoever wrote to buffers
+    # calls it, for each chain's device-writable segments, before push_c.
     cdef void mark_c(self, const iovec* segments, uint32_t n, uint64_t bytes) noexcept nogil
     # Completes n chains and publishes them at once. written[i]: bytes stored from the start of the
     # device-writable part, at most writable_bytes; NULL: none. Returns 1 if the driver wants a

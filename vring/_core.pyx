@@ -529,8 +529,8 @@ cdef class VirtQueue:
             LocalMisuseError: a pump's flow has the queue; an impossible address.
         """
         self.check_free()
-        cdef uint64_t at = self.areas[2] if used_addr is None else checked_address(self.name, used_addr)
-        self.log_device = at
+        cdef object at = self.areas[2] if used_addr is None else used_addr
+        self.log_device = checked_address(self.name, at)
         self._log_owner = log
         self.log = NULL if log is None else &log.table
 

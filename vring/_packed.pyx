@@ -451,8 +451,8 @@ cdef class PackedQueue(VirtQueue):
         if self.event_idx:
             event = EVENT_DESC << 16 | self.next_avail | (WRAP if self.avail_wrap else 0)
         self.ask(event)
-        # The setting must be visible before the ring is read again: the driver may have added a chain
-        # after the last pop and before it could see the setting.
+        # The setting must be visible before the ring is read again: the driver may have added a
+        # chain after the last pop and before it could see the setting.
         vr_fence()
         return self.ready()
 

@@ -19,6 +19,7 @@ from vring_serial.proto.vhost_user import (
     ConfigAccess,
     Empty,
     FramingError,
+    LogArea,
     MemoryRegion,
     MemoryTable,
     Message,
@@ -42,6 +43,7 @@ EXAMPLES = [
     (U64(0x0123456789ABCDEF), struct.pack("=Q", 0x0123456789ABCDEF)),
     (VringState(3, 256), struct.pack("=II", 3, 256)),
     (VringAddress(1, 0, 0x10, 0x20, 0x30, 0x40), struct.pack("=IIQQQQ", 1, 0, 16, 32, 48, 64)),
+    (LogArea(5, 6), struct.pack("=QQ", 5, 6)),
     (VringDescriptor(5), struct.pack("=Q", 5)),
     (VringDescriptor(5, no_fd=True), struct.pack("=Q", 0x105)),
     (
@@ -242,7 +244,7 @@ TABLE_OF_ONE = MemoryTable((REGION,)).pack()
             message(Request.SET_CONFIG, struct.pack("=III", 0xFFFFFFFF, 2, 0) + b"ab"),
             "wraps around",
         ),
-        (message(Request.SET_LOG_BASE, bytes(16), (1,)), "SET_LOG_BASE: not supported"),
+        (message(Request.SET_LOG_BASE, bytes(15), (1,)), "15 bytes instead of 16"),
         (message(99, b""), "message 99: not supported"),
     ],
 )

@@ -16,6 +16,8 @@ from vring_serial.proto.framing import at_least, exactly
 
 #: Feature bit that offers the protocol features; no driver ever sees it.
 F_PROTOCOL_FEATURES = 30
+#: Feature bit that asks for marks of all writes to guest memory in the log; no driver's either.
+F_LOG_ALL = 26
 #: Version in every header's flags.
 VERSION = 1
 #: Largest payload in bytes that a parser buffers; the largest message either end needs has 268.
@@ -206,12 +208,13 @@ class VringAddress:
 
     Attributes:
         index: the queue.
-        flags: bit 0 asks for logging of the used ring.
+        flags: F_LOG asks for marks of writes to the ring in the log.
         descriptor, used, available: user addresses of the parts.
-        log: guest address for logging, unused without it.
+        log: guest address that stands for the used ring in the log, unused without F_LOG.
     """
 
     STRUCT: ClassVar = struct.Struct("=IIQQQQ")
+    F_LOG: ClassVar = 1
 
     index: int
     flags: int
@@ -229,6 +232,34 @@ class VringAddress:
     @classmethod
     def unpack(cls, data: bytes) -> Self:
         """Parse 40 bytes; what the addresses mean is not checked.
+
+        Raises:
+            RemoteProtocolError: another number of bytes.
+        """
+        return cls(*exactly(cls.STRUCT, data))
+
+
+@dataclass(frozen=True, slots=True)
+class LogArea:
+    """Where in the descriptor's file the log is ("Log description", SET_LOG_BASE).
+
+    Attributes:
+        size: bytes; each has a bit for each of 8 pages of 4096 bytes, from guest address 0 on.
+        offset: bytes from the start of the file.
+    """
+
+    STRUCT: ClassVar = struct.Struct("=QQ")
+
+    size: int
+    offset: int = 0
+
+    def pack(self) -> bytes:
+        """Return the 16 bytes."""
+        return self.STRUCT.pack(self.size, self.offset)
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Self:
+        """Parse 16 bytes; what they mean is not checked.
 
         Raises:
             RemoteProtocolError: another number of bytes.

@@ -30,9 +30,10 @@ from vring_serial.transport import door
 from vring_serial.transport.vhost_user.backend import VhostUserBackend
 
 #: MQ, REPLY_ACK, BACKEND_REQ, CONFIG, RESET_DEVICE, CONFIGURE_MEM_SLOTS, STATUS
-OFFERED = 0x1A229
+OFFERED = 0x1A22B
 FEATURES = 1 << 32 | 1 << 29 | 1 << 28
 BIT_30 = 1 << 30
+LOG_ALL = 1 << 26
 
 
 def header(kind: int, flags: int, size: int) -> bytes:
@@ -54,7 +55,7 @@ async def exchange(frontend: Any, data: bytes, answer: bytes, fds: tuple[int, ..
 
 async def uml_boots(frontend: Any) -> None:
     frontend.send_bytes(header(3, 1, 0))
-    await exchange(frontend, header(1, 1, 0), header(1, 5, 8) + u64(FEATURES | BIT_30))
+    await exchange(frontend, header(1, 1, 0), header(1, 5, 8) + u64(FEATURES | BIT_30 | LOG_ALL))
     await exchange(frontend, header(15, 1, 0), header(15, 5, 8) + u64(OFFERED))
     # 0, 3, 5, 9 of what is offered; the message itself asks for the acknowledgement already.
     await exchange(frontend, header(16, 9, 8) + u64(0x229), header(16, 5, 8) + u64(0))
@@ -99,7 +100,7 @@ async def uml_removes_the_driver(frontend: Any) -> None:
     for index in (1, 0):
         data = header(18, 9, 8) + struct.pack("=II", index, 0)
         await exchange(frontend, data, header(18, 5, 8) + u64(0))
-    await exchange(frontend, header(1, 1, 0), header(1, 5, 8) + u64(FEATURES | BIT_30))
+    await exchange(frontend, header(1, 1, 0), header(1, 5, 8) + u64(FEATURES | BIT_30 | LOG_ALL))
 
 
 async def test_user_mode_linux_from_boot_to_the_second_driver(frontend: Any, device: Any) -> None:
@@ -123,7 +124,7 @@ async def test_user_mode_linux_from_boot_to_the_second_driver(frontend: Any, dev
 
 
 async def qemu_starts(frontend: Any) -> None:
-    await exchange(frontend, header(1, 1, 0), header(1, 5, 8) + u64(FEATURES | BIT_30))
+    await exchange(frontend, header(1, 1, 0), header(1, 5, 8) + u64(FEATURES | BIT_30 | LOG_ALL))
     await exchange(frontend, header(15, 1, 0), header(15, 5, 8) + u64(OFFERED))
     frontend.send_bytes(header(16, 1, 8) + u64(OFFERED))
     await exchange(frontend, header(17, 1, 0), header(17, 5, 8) + u64(4))
@@ -133,7 +134,7 @@ async def qemu_starts(frontend: Any) -> None:
     with theirs:
         await exchange(frontend, header(21, 9, 0), header(21, 5, 8) + u64(0), (theirs.fileno(),))
     frontend.send_bytes(header(3, 1, 0))
-    await exchange(frontend, header(1, 1, 0), header(1, 5, 8) + u64(FEATURES | BIT_30))
+    await exchange(frontend, header(1, 1, 0), header(1, 5, 8) + u64(FEATURES | BIT_30 | LOG_ALL))
     for index in range(4):
         frontend.eventfds(index)
         frontend.send_bytes(header(13, 1, 8) + u64(index), (frontend.calls[index],))
@@ -259,7 +260,7 @@ async def test_the_next_frontend_waits_for_the_first_to_go(
     await turns()
     await first.ask(Request.GET_FEATURES)
     first.close()
-    assert (await second.receive()).decode_reply(U64).value == FEATURES | BIT_30
+    assert (await second.receive()).decode_reply(U64).value == FEATURES | BIT_30 | LOG_ALL
 
 
 async def test_stopping_stops_the_queues_and_removes_the_socket(

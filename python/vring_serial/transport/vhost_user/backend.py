@@ -16,6 +16,7 @@ from vring_serial.transport.vhost_user.session import VhostUserSession
 #: What every frontend is offered.
 PROTOCOL_FEATURES = (
     ProtocolFeature.MQ
+    | ProtocolFeature.LOG_SHMFD
     | ProtocolFeature.REPLY_ACK
     | ProtocolFeature.BACKEND_REQ
     | ProtocolFeature.CONFIG

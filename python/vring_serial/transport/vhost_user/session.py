@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Sequence
 
-from vring import RECORD_SIZE, GuestMemory, Region
+from vring import GuestMemory, Region
 from vring.errors import MemoryLostError, RingError, VringError
 from vring_serial.device.base import VirtioDevice
 from vring_serial.errors import RemoteProtocolError, StateError
 from vring_serial.keeping import Keeping
 from vring_serial.proto.framing import BadMessageError
 from vring_serial.proto.vhost_user import (
+    F_LOG_ALL,
     F_PROTOCOL_FEATURES,
     U64,
     ConfigAccess,
@@ -38,11 +38,15 @@ from vring_serial.transport.event_fds import check_event_descriptor
 from vring_serial.transport.repeatable import Handled
 from vring_serial.transport.session import SESSION, FatalError, Handler, Session, SessionContext
 from vring_serial.transport.vhost_user.channel import BackendChannel, CallRelay
-from vring_serial.transport.vhost_user.state import FRONTEND, FrontendState, VringSetup
+from vring_serial.transport.vhost_user.log import MigrationLog
+from vring_serial.transport.vhost_user.state import (
+    FRONTEND,
+    MAX_MEM_SLOTS,
+    ring_records,
+    saved_state,
+)
 from vring_serial.transport.vhost_user.vring import CALL, ERROR, KICK, Vring
 
-#: Regions that a frontend may map in all (ADD_MEM_REG).
-MAX_MEM_SLOTS = 64
 #: Seconds between two looks at a queue whose frontend does not kick.
 POLL_INTERVAL = 0.002
 #: Bytes read in one turn of the loop.
@@ -50,7 +54,8 @@ READ_SIZE = 4096
 #: Roles of descriptors (see Keeping), beside those of queues.
 MEMORY, CHANNEL = "memory.{}", "channel"
 
-_PROTOCOL_FEATURES_BIT = 1 << F_PROTOCOL_FEATURES
+#: Feature bits that are for the backend alone.
+_BACKEND_BITS = 1 << F_PROTOCOL_FEATURES | 1 << F_LOG_ALL
 _INBAND_NEEDS = ProtocolFeature.BACKEND_REQ | ProtocolFeature.REPLY_ACK
 #: A frontend that has sent one of them is there to stay: the others are sent by all who ask.
 _GREETINGS = (Request.SET_OWNER, Request.SET_FEATURES, Request.SET_PROTOCOL_FEATURES)
@@ -88,8 +93,8 @@ class VhostUserSession(Session[Message]):
         self._packer = Packer(FRONTEND)
         self._roles: set[str] = set()  # in which descriptors are kept
         self._queue_roles: set[str] = set()  # those of them that queues use
-        self._state = self._saved_state(context, device.num_queues)
-        records = self._records(context, device.num_queues)
+        self._state = saved_state(context, device.num_queues)
+        records = ring_records(context.keeping, device.num_queues)
         self._vrings = [
             Vring(index, setup, device, context.closer, record, self._queue_roles)
             for index, (setup, record) in enumerate(zip(self._state.vrings, records, strict=True))
@@ -97,6 +102,14 @@ class VhostUserSession(Session[Message]):
         self._channel: BackendChannel | None = None
         self._calls = CallRelay(self._call_inband)
         self._poll_timer: asyncio.TimerHandle | None = None
+        self._dirty_log = MigrationLog(
+            self._state,
+            memory=lambda: self._memory,
+            watch=context.watch,
+            closer=context.closer,
+            keep=self._keep,
+            restart=self._restart,
+        )
         self._handlers = self._handler_table()
         super().__init__(
             sock,
@@ -128,25 +141,6 @@ class VhostUserSession(Session[Message]):
 
     # --- what a successor of this process needs -------------------------------------------------
 
-    def _saved_state(self, context: SessionContext, queues: int) -> FrontendState:
-        """Return what a predecessor left, or a new state. Raises StateError."""
-        saved = context.keeping.read(SESSION) if context.keeping and context.resumed else None
-        if saved is None:
-            return FrontendState(vrings=[VringSetup() for _ in range(queues)])
-        state = FRONTEND.unpack(saved)
-        if len(state.vrings) != queues:
-            raise StateError(f"it has {len(state.vrings)} queues, and the device has {queues}")
-        if len(state.regions) != len(state.serials) or len(state.regions) > MAX_MEM_SLOTS:
-            raise StateError(f"{len(state.regions)} regions, {len(state.serials)} descriptors")
-        return state
-
-    def _records(self, context: SessionContext, queues: int) -> Sequence[memoryview | None]:
-        """Return the record of each queue."""
-        if context.keeping is None:
-            return [None] * queues
-        area = context.keeping.area("rings", queues * RECORD_SIZE)
-        return [area[i * RECORD_SIZE : (i + 1) * RECORD_SIZE] for i in range(queues)]
-
     def _resume(self) -> None:
         """Go on where a predecessor ended; if that cannot be, the session ends."""
         keeping = self._keeping
@@ -161,6 +155,8 @@ class VhostUserSession(Session[Message]):
                 ]
             )
             self._roles = {MEMORY.format(serial) for serial in self._state.serials}
+            self._dirty_log.resume(keeping)
+            self._roles |= self._dirty_log.roles
             for vring in self._vrings:
                 vring.resume(keeping)
             self._roles |= self._queue_roles
@@ -195,6 +191,7 @@ class VhostUserSession(Session[Message]):
         self._state.handled = handled
         self._keeping.write(SESSION, self._packer.pack(self._state))
         used = {MEMORY.format(serial) for serial in self._state.serials} | self._queue_roles
+        used |= self._dirty_log.roles
         if self._channel is not None and not self._channel.closed:
             used.add(CHANNEL)
         for role in self._roles - used:
@@ -212,12 +209,13 @@ class VhostUserSession(Session[Message]):
         for vring in self._vrings:
             vring.reset()
         self._memory = GuestMemory()
+        self._dirty_log.close()
         self._calls.close()
         if self._channel is not None:
             self._channel.close()
 
     def _mapped(self) -> GuestMemory:
-        return self._memory
+        return self._dirty_log.lost or self._memory
 
     def _warn_once(self, text: str) -> None:
         """Log what the frontend will go on doing for as long as it is there."""
@@ -295,6 +293,7 @@ class VhostUserSession(Session[Message]):
             Request.SET_VRING_ERR: self._set_vring_err,
             Request.SET_VRING_ENABLE: self._set_vring_enable,
             Request.VRING_KICK: self._vring_kick,
+            **self._dirty_log.handlers,
         }
 
     def _has(self, feature: ProtocolFeature) -> bool:
@@ -304,23 +303,25 @@ class VhostUserSession(Session[Message]):
         return
 
     def _get_features(self, _: Empty, fds: list[int]) -> U64:
-        return U64(self._features_offered | _PROTOCOL_FEATURES_BIT)
+        return U64(self._features_offered | _BACKEND_BITS)
 
     def _set_features(self, features: U64, fds: list[int]) -> None:
-        bits = features.value & ~_PROTOCOL_FEATURES_BIT
+        bits = features.value & ~_BACKEND_BITS
         running = next((vring for vring in self._vrings if vring.running), None)
         if running is None:
             self._forget_broken_driver()
             self._accept_features(bits)
             if not self._has(ProtocolFeature.STATUS):
                 self._device.set_status(Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK)
-        elif bits != self._state.features & ~_PROTOCOL_FEATURES_BIT:
+        elif bits != self._state.features & ~_BACKEND_BITS:
             raise RemoteProtocolError(f"other features while {running} runs")
         if not self._state.rings_start_disabled:
             # What runs because nobody spoke of enabling goes on running.
             for vring in self._vrings:
                 if vring.running and vring.setup.enabled is None:
                     vring.setup.enabled = True
+        if (features.value ^ self._state.features) >> F_LOG_ALL & 1:
+            self._stop_all()
         self._state.features = features.value
         self._run_all()
 
@@ -548,7 +549,7 @@ class VhostUserSession(Session[Message]):
         if self._has(ProtocolFeature.INBAND_NOTIFICATIONS) and not vring.setup.called:
             vring.set_call(self._calls.descriptor(vring.index))
         enabled = not self._state.rings_start_disabled
-        if not vring.run(self._memory, self._state.features, enabled=enabled):
+        if not vring.run(self._memory, self._state.features, self._dirty_log, enabled=enabled):
             if vring.may_run(enabled) and not self._memory.regions:
                 self._warn_once("the driver is ready, but no guest memory is mapped")
             return
@@ -571,6 +572,10 @@ class VhostUserSession(Session[Message]):
     def _stop_all(self) -> None:
         for vring in self._vrings:
             vring.stop()
+
+    def _restart(self) -> None:
+        self._stop_all()
+        self._run_all()
 
     def _poll(self) -> None:
         """Kick the queues whose frontends do not, as long as there are any."""

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from vring import RECORD_SIZE
+from vring_serial.errors import StateError
+from vring_serial.keeping import Keeping
 from vring_serial.proto.vhost_user import (
     F_PROTOCOL_FEATURES,
+    LogArea,
     MemoryRegion,
     ProtocolFeature,
     VringAddress,
 )
 from vring_serial.saving import StateFormat
 from vring_serial.transport.repeatable import Handled
+from vring_serial.transport.session import SESSION, SessionContext
 
+#: Regions that a frontend may map in all (ADD_MEM_REG).
+MAX_MEM_SLOTS = 64
 NO_FEATURES = ProtocolFeature(0)
 
 
@@ -59,6 +67,7 @@ class FrontendState:
         regions: guest memory, in the order in which it was mapped.
         serials: for each region the number under which its descriptor is kept.
         next_serial: the number of the next one.
+        log: the dirty log in its descriptor's file; None: there is none.
         vrings: one setup for each queue of the device.
         handled: the message that was handled last, if it may still be in the socket.
     """
@@ -69,6 +78,7 @@ class FrontendState:
     regions: list[MemoryRegion] = field(default_factory=list)
     serials: list[int] = field(default_factory=list)
     next_serial: int = 0
+    log: LogArea | None = None
     vrings: list[VringSetup] = field(default_factory=list)
     handled: Handled = field(default_factory=Handled)
 
@@ -80,3 +90,24 @@ class FrontendState:
 
 #: How the state is written down for a successor of this process.
 FRONTEND = StateFormat("vhost-user frontend", 1, FrontendState)
+
+
+def saved_state(context: SessionContext, queues: int) -> FrontendState:
+    """Return what a predecessor left, or a new state. Raises StateError."""
+    saved = context.keeping.read(SESSION) if context.keeping and context.resumed else None
+    if saved is None:
+        return FrontendState(vrings=[VringSetup() for _ in range(queues)])
+    state = FRONTEND.unpack(saved)
+    if len(state.vrings) != queues:
+        raise StateError(f"it has {len(state.vrings)} queues, and the device has {queues}")
+    if len(state.regions) != len(state.serials) or len(state.regions) > MAX_MEM_SLOTS:
+        raise StateError(f"{len(state.regions)} regions, {len(state.serials)} descriptors")
+    return state
+
+
+def ring_records(keeping: Keeping | None, queues: int) -> Sequence[memoryview | None]:
+    """Return the record of each queue, in memory that outlives the process; None: there is none."""
+    if keeping is None:
+        return [None] * queues
+    area = keeping.area("rings", queues * RECORD_SIZE)
+    return [area[i * RECORD_SIZE : (i + 1) * RECORD_SIZE] for i in range(queues)]

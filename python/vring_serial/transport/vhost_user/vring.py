@@ -13,6 +13,7 @@ from vring_serial.errors import RemoteProtocolError
 from vring_serial.keeping import Keeping
 from vring_serial.proto.vhost_user import VringAddress
 from vring_serial.transport.closer import Closer
+from vring_serial.transport.vhost_user.log import MigrationLog
 from vring_serial.transport.vhost_user.state import VringSetup
 from vring_serial.unix_fds import make_eventfd
 
@@ -190,12 +191,20 @@ class Vring:
         self.stop()
         self.setup.address = address
 
-    def run(self, memory: GuestMemory, features: int, *, enabled: bool) -> bool:
+    def run(
+        self,
+        memory: GuestMemory,
+        features: int,
+        log: MigrationLog | None = None,
+        *,
+        enabled: bool,
+    ) -> bool:
         """Hand the ring to the device if it is to run and does not.
 
         Args:
             memory: the guest's, which the queue keeps until it is stopped.
             features: what the driver accepted.
+            log: has writes marked if that is asked for.
             enabled: counts if SET_VRING_ENABLE never came.
 
         Returns:
@@ -224,6 +233,8 @@ class Vring:
             resume=self._resumes,
         )
         self._resumes = False
+        if log is not None:
+            log.give(queue, self.setup.address)
         if self._call_fd < 0:
             self._call_fd = make_eventfd()
         self._device.start_queue(self.index, RunningQueue(queue, self._kick_fd, self._call_fd))
