@@ -1,1 +1,1 @@
-"""What ``vring bench`` measures and how: the parts of a port as processes of their own."""
+"""The measurements of ``vring bench``, with the parts of a port in separate processes."""

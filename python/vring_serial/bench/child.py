@@ -1,7 +1,7 @@
 """Processes of the benchmark that end with the process that started them, however that ends.
 
-Their standard input is a pipe whose other end only the starter has: its end of file is the end of
-the starter, also by SIGKILL, which lets nobody clean up.
+Their standard input is a pipe of which only the starter has the other end, so it reaches end of
+file when the starter ends, even by SIGKILL.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 
 
 def start_child(module: str, *arguments: str, **options: Any) -> subprocess.Popen[bytes]:
-    """Start a module that calls :func:`end_with_starter`; :func:`end_child` is for its end.
+    """Start a module that calls :func:`end_with_starter`; end it with :func:`end_child`.
 
     Args:
-        options: further ones of Popen.
+        options: further options of Popen.
     """
     return subprocess.Popen(
         [sys.executable, "-m", module, *arguments],

@@ -1,7 +1,7 @@
-"""The guest's process: the embedded guest's driver, working on the rings in batches.
+"""The guest's process: the embedded guest's driver, which works on the rings in batches.
 
-Messages lie ready in guest RAM and what arrives is counted, not looked at: the guest adds nothing
-of its own to what is measured. The plain socket beside it sends from such memory as well.
+Messages are prepared in guest RAM and received bytes are counted but not read, so the guest adds
+little to the measured time. The plain socket used for comparison sends from the same memory.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from vring_serial.guest.port import GuestPort
 from vring_serial.guest.queue import Buffers
 from vring_serial.proto.virtio import Feature
 
-#: Where messages start in guest RAM: at a cache line.
+#: Alignment of messages in guest RAM: a cache line.
 ALIGNMENT = 64
 
 
 class Ring:
-    """One ring of a port in hand. The device, ours, uses buffers in the order it got them.
+    """One ring of a port. The device, ours, uses buffers in the order of their arrival.
 
     Args:
-        buffers: the guest's for this ring; none of a transmit queue's is in flight.
-        lengths: of the chains, over and over; 0 for all of a buffer.
+        buffers: the guest's buffers of this ring; none of a transmit queue's is in flight.
+        lengths: lengths of the chains in bytes, repeated; 0 for a whole buffer.
     """
 
     def __init__(self, buffers: Buffers, lengths: Sequence[int] = (0,)) -> None:
@@ -54,7 +54,7 @@ class Ring:
         self._slot = self._piece = 0
 
     def add(self, most: int) -> int:
-        """Make up to ``most`` chains available; how many there was room for."""
+        """Make up to ``most`` chains available; return the number for which there was room."""
         n = min(self.driver.num_free, most)
         if n:
             slot, piece = self._slot, self._piece
@@ -69,7 +69,7 @@ class Ring:
 
 
 def wait_any(rings: Sequence[Ring]) -> None:
-    """Sleep until the device calls for one of them."""
+    """Sleep until the device notifies the driver of one of the rings."""
     if len(rings) == 1:
         os.eventfd_read(rings[0].call_fd)
         return
@@ -81,14 +81,14 @@ def wait_any(rings: Sequence[Ring]) -> None:
 
 
 class Flow:
-    """So many chains through one ring."""
+    """The transfer of a number of chains through one ring."""
 
     def __init__(self, ring: Ring, count: int) -> None:
         self.ring = ring
         self.to_add = self.to_use = count
 
     def advance(self) -> bool:
-        """Do what can be done now; whether that was anything."""
+        """Do what can be done now; return whether anything was done."""
         used = len(self.ring.driver.get_used()[0])
         self.to_use -= used
         added = self.ring.add(self.to_add) if self.to_add else 0
@@ -96,7 +96,7 @@ class Flow:
         return bool(used or added)
 
     def want_call(self) -> bool:
-        """Ask for a call when half of what is in the ring is used; True: it is already."""
+        """Ask for a call when half of the chains in flight are used; True: they are already."""
         return self.ring.driver.enable_notifications(max(1, self.ring.driver.in_flight // 2))
 
 
@@ -114,7 +114,7 @@ class GuestSide:
     def boot(
         self, path: str, ports: Sequence[int], queue_size: int, receive_size: int, packed: bool
     ) -> None:
-        """Start the guest and open these ports, whose host ends are there."""
+        """Start the guest and open these ports, whose host ends are connected."""
         guest = EmbeddedGuest(
             path,
             queue_size=queue_size,
@@ -135,7 +135,7 @@ class GuestSide:
 
         self._loop.run_until_complete(start())
         for nr, (receive, transmit) in self._rings.items():
-            # The device writes to the same descriptions, but never so much that it could block.
+            # The device writes to the same open files, but never so much that it could block.
             os.set_blocking(receive.queue.call_fd, True)
             os.set_blocking(transmit.queue.call_fd, True)
             self._receiving[nr] = Ring(receive)
@@ -149,7 +149,7 @@ class GuestSide:
     def send(self, ports: Sequence[int], length: int, count: int) -> None:
         """Send messages, ``count`` on each port, and wait until the device has used them all.
 
-        A message longer than a buffer is as many chains, as in Linux.
+        A message longer than a buffer takes several chains, as in Linux.
         """
         flows = []
         for nr in ports:
@@ -159,7 +159,7 @@ class GuestSide:
                 pieces.append(length % transmit.size)
             flows.append(Flow(Ring(transmit, tuple(pieces)), count * len(pieces)))
         while flows:
-            # Sums, for each of them has to be asked.
+            # A sum, not any(): every flow must be asked.
             if not sum(flow.advance() for flow in flows) and not sum(
                 flow.want_call() for flow in flows
             ):
@@ -167,10 +167,10 @@ class GuestSide:
             flows = [flow for flow in flows if flow.to_use]
 
     def receive(self, ports: Sequence[int], total: int) -> None:
-        """Receive so many bytes on these ports together, the buffers going back at once.
+        """Receive ``total`` bytes on these ports together, and offer the buffers again at once.
 
-        As who waits for many bytes may, it asks to be called when half of a ring is used, or as
-        many buffers as are still to come at least.
+        The driver asks for a call when half of a ring is used, or as many buffers as the remaining
+        bytes need at least.
         """
         rings = [self._receiving[nr] for nr in ports]
         buffer = self._rings[ports[0]][0].size * len(rings)
@@ -181,14 +181,14 @@ class GuestSide:
                     total -= int(lengths.sum())
                     ring.add(len(lengths))
             after = max(1, min(rings[0].size // 2, total // buffer))
-            # A sum, for each of them has to be asked.
+            # A sum, not any(): every ring must be asked.
             if total > 0 and not sum(ring.driver.enable_notifications(after) for ring in rings):
                 wait_any(rings)
 
     # --- latency
 
     def ping(self, nr: int, size: int, count: int, busy: bool) -> array.array[float]:
-        """Round trips of a message to whatever sends it back; seconds each."""
+        """Send messages that are sent back; return the seconds of each round trip."""
         receive, transmit = self._rings[nr]
         out, into, back = transmit.queue.ring, receive.queue.ring, self._receiving[nr]
         kick_fd, call_fd = transmit.queue.kick_fd, receive.queue.call_fd
@@ -216,7 +216,7 @@ class GuestSide:
         return times
 
     def ping_eventfd(self, count: int) -> array.array[float]:
-        """Measure the yardstick: an eventfd to the peer's process and one back."""
+        """Measure round trips of the yardstick: an eventfd to the peer's process and one back."""
         there, back = os.eventfd(0), os.eventfd(0)
         self.plain.send_fds([there, back])
         times = array.array("d")

@@ -1,4 +1,4 @@
-"""Measurements: what is done how often, beside which yardstick."""
+"""The measurements: workloads, numbers of samples and yardsticks."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from vring_serial.bench.results import Result
 from vring_serial.bench.rig import FIFO_PORT, Rig, running
 
-#: Bytes of a message, from a keystroke to a file's block.
+#: Sizes of messages in bytes, from a keystroke to a block of a file.
 SIZES = tuple(64 << shift for shift in range(0, 15, 2))
-#: Bytes that one sample moves at most.
+#: Maximum number of bytes of one sample.
 SAMPLE_BYTES = 128 << 20
-#: Messages of a plain socket's sample: its copy loop in Python is far slower for small ones.
+#: Messages of a plain socket's sample: its copy loop in Python is much slower for small messages.
 PLAIN_MESSAGES = 50_000
-#: Bytes of a round trip's message.
+#: Size of a round trip's message in bytes.
 PING_SIZE = 64
 
 RINGS = ("split", "packed")
@@ -27,24 +27,24 @@ PLAIN = "plain socket"
 FIFO = "port with a FIFO"
 ECHO = "port with a process"
 EVENTFD = "eventfd"
-#: Said of round trips whose processes share a processor; the others have two.
+#: Marks round trips whose processes share a processor; the others use two.
 TOGETHER = "one processor"
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How much is measured.
+    """The extent of the measurements.
 
     Attributes:
-        sizes: bytes of messages for transfers.
-        ports: numbers of ports that work at the same time, one measurement after the other.
+        sizes: sizes of messages of transfers, in bytes.
+        ports: for each measurement, the number of ports that work at the same time.
         rings: ``split``, ``packed``, or both.
-        rounds: samples of each transfer; one more at the start is not counted.
-        messages: most of one sample.
+        rounds: samples of each transfer; one more at the start is discarded.
+        messages: maximum number of messages of one sample.
         pings: round trips of each kind.
         queue_size: descriptors per queue.
-        receive_size: bytes of a guest's receive buffer.
-        busy_poll: microseconds that the device goes on looking, for latency's second half.
+        receive_size: size of a guest's receive buffer in bytes.
+        busy_poll: for the latency with busy-poll, microseconds for which the device polls.
     """
 
     sizes: Sequence[int] = SIZES
@@ -77,7 +77,7 @@ class Step:
 
 
 class _Samples:
-    """Samples of a way to move bytes, in GB/s, and what the device's process spent on them."""
+    """Samples of transfers in GB/s, and the processor time that the device's process needed."""
 
     def __init__(self) -> None:
         self.speeds: list[float] = []
@@ -96,7 +96,7 @@ class _Samples:
 
 
 def transfer(rig: Rig, settings: Settings, ports: int, size: int) -> Iterator[Result]:
-    """Throughput at one message size, both ways, each round beside a plain socket."""
+    """Measure throughput at one message size, both ways, each round beside a plain socket."""
     count = max(1, min(SAMPLE_BYTES // size, settings.messages) // ports)
     plain = min(count * ports, PLAIN_MESSAGES)
     out, into, beside = _Samples(), _Samples(), _Samples()
@@ -114,7 +114,7 @@ def transfer(rig: Rig, settings: Settings, ports: int, size: int) -> Iterator[Re
 def _through_ports(
     rig: Rig, samples: _Samples, outwards: bool, ports: int, size: int, count: int
 ) -> None:
-    """One sample: so many messages through each of so many ports."""
+    """Take one sample: a number of messages through each of a number of ports."""
     numbers = rig.ports[:ports]
     total = size * count * ports
     sender, receiver = (rig.guest, rig.peer) if outwards else (rig.peer, rig.guest)
@@ -135,9 +135,9 @@ def _plain(rig: Rig, samples: _Samples, outwards: bool, size: int, count: int) -
 
 
 def transfer_steps(settings: Settings) -> Iterator[Step]:
-    """One step for each number of ports and kind of ring."""
+    """Yield one step for each number of ports and kind of ring."""
     for ports in settings.ports:
-        # Many ports are compared at a file's block and at the smallest message.
+        # Many ports are compared with the size of a file's block and the smallest size.
         sizes = settings.sizes if ports == 1 else sorted({64 << 10, min(settings.sizes)})
         for ring in settings.rings:
             # Each run has its own yardstick, but it is shown only once.
@@ -163,9 +163,9 @@ def _transfer(
 
 
 def latency(rig: Rig, settings: Settings, *, busy: bool) -> Iterator[Result]:
-    """Round trips of small messages, in turns with those of eventfds.
+    """Measure round trips of small messages, alternating with those of eventfds.
 
-    On two processors, where a wake-up has to reach the other one, and (not with busy-poll) on one.
+    On two processors, where a wake-up crosses processors, and (not with busy-poll) on one.
     """
     processors = sorted(os.sched_getaffinity(0))
     places = {"": [processors[0], processors[-1]]}
@@ -215,7 +215,7 @@ def _ping(rig: Rig, echo: tuple[object, ...] | None, ping: tuple[object, ...]) -
 
 
 def latency_steps(settings: Settings) -> Iterator[Step]:
-    """With the device asleep between messages, and with device and guest polling."""
+    """Yield the steps with a device that sleeps between messages, and with busy-poll."""
     for ring in settings.rings:
         first = ring == settings.rings[0]
         for busy in (False, True):

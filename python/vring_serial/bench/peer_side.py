@@ -1,4 +1,4 @@
-"""The peer's process: whoever is connected to the host ends of the ports."""
+"""The peer's process, which is connected to the host ends of the ports."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class PeerSide:
             self._ports[nr].setblocking(True)
 
     def receive(self, ports: Sequence[int], total: int) -> None:
-        """Receive so many bytes on these ports together."""
+        """Receive ``total`` bytes on these ports together."""
         ends = [self._ports[nr] for nr in ports]
         if len(ends) == 1:
             receive_bytes(ends[0], self._buffer, total)
@@ -65,7 +65,7 @@ class PeerSide:
             end.setblocking(True)
 
     def echo(self, nr: int, size: int, count: int) -> None:
-        """Send back what comes on a port."""
+        """Send back the messages that arrive on a port."""
         end = self._ports[nr]
         for _ in range(count):
             data = end.recv(size, socket.MSG_WAITALL)
@@ -96,7 +96,7 @@ class PeerSide:
 
 
 def _nonblocking(ends: Iterable[socket.socket], events: int) -> selectors.BaseSelector:
-    """Make these connections non-blocking, and return a selector of them."""
+    """Make these connections non-blocking, and return a selector for them."""
     selector = selectors.DefaultSelector()
     for end in ends:
         end.setblocking(False)

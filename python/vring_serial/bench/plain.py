@@ -1,11 +1,11 @@
-"""The yardstick: a unix socket straight between two processes, its copy loop in plain Python."""
+"""The yardstick: a unix socket directly between two processes, with a copy loop in Python."""
 
 from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
 
-#: Bytes asked for by one read, and kept to send from.
+#: Bytes per read, and size of the buffer to send from.
 BUFFER = 1 << 20
 
 
@@ -18,7 +18,7 @@ class PlainEnd:
         self._buffer = memoryview(bytearray(2 * BUFFER))
 
     def listen(self, path: str) -> None:
-        """Be there for :meth:`connect`."""
+        """Listen for the other end's :meth:`connect`."""
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(path)
         self._listener.listen()
@@ -30,18 +30,18 @@ class PlainEnd:
 
     @property
     def end(self) -> socket.socket:
-        """The connected socket; the first access accepts it where this end listens."""
+        """Connected socket; if this end listens, the first access accepts the connection."""
         if self._socket is None:
             assert self._listener is not None
             self._socket, _ = self._listener.accept()
         return self._socket
 
     def send(self, length: int, count: int) -> None:
-        """Send messages that lie side by side, one call each."""
+        """Send messages that are adjacent in memory, one call each."""
         send_messages(self.end, self._buffer, length, count)
 
     def receive(self, total: int) -> None:
-        """Receive so many bytes."""
+        """Receive ``total`` bytes."""
         receive_bytes(self.end, self._buffer, total)
 
     def send_fds(self, fds: Sequence[int]) -> None:
@@ -53,14 +53,14 @@ class PlainEnd:
         return socket.recv_fds(self.end, 1, count)[1]
 
     def close(self) -> None:
-        """Close whatever is open."""
+        """Close all sockets."""
         for end in (self._socket, self._listener):
             if end is not None:
                 end.close()
 
 
 def send_messages(end: socket.socket, buffer: memoryview, length: int, count: int) -> None:
-    """Send ``count`` messages out of a buffer, from place to place in it."""
+    """Send ``count`` messages from successive places of a buffer."""
     stride = -(-length // 64) * 64
     views = [buffer[at : at + length] for at in range(0, len(buffer) - length + 1, stride)]
     places = len(views)
@@ -69,7 +69,7 @@ def send_messages(end: socket.socket, buffer: memoryview, length: int, count: in
 
 
 def receive_bytes(end: socket.socket, buffer: memoryview, total: int) -> None:
-    """Receive into the start of a buffer, over and over. Raises EOFError."""
+    """Receive repeatedly into the start of a buffer. Raises EOFError."""
     while total > 0:
         n = end.recv_into(buffer, min(total, BUFFER))
         if not n:

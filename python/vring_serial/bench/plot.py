@@ -1,4 +1,4 @@
-"""Pictures of a report: throughput over message size, and how round trips are distributed."""
+"""Plots of a report: throughput over message size, and the distribution of round trips."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _COLOURS = ("#1b6ca8", "#c1502e", "#5b8c5a", "#7d5ba6", "#b8860b", "#555555")
 
 
 def check_plot(path: str) -> None:
-    """Whether such a picture can be made. Raises ConfigError, DependencyError."""
+    """Check that a plot can be written to ``path``. Raises ConfigError, DependencyError."""
     if Path(path).suffix.lower() not in SUFFIXES:
         raise ConfigError(f"{path!r} ends neither in .png nor in .svg", "--plot")
     try:
@@ -29,8 +29,11 @@ def check_plot(path: str) -> None:
 
 
 def save_plot(report: Report, path: str) -> None:
-    """Draw what the report has of transfer and latency. Raises as :func:`check_plot`, and
-    ResourceError if the file cannot be written, or there is nothing to draw."""
+    """Draw the transfers and latencies of a report.
+
+    Raises as :func:`check_plot`, and ResourceError if the file cannot be written or there is
+    nothing to draw.
+    """
     check_plot(path)
     import matplotlib as mpl
     from matplotlib.figure import Figure

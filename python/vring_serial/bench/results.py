@@ -1,4 +1,4 @@
-"""What was measured, as a file and back."""
+"""Results of measurements, written to a file and read back."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any
 
 from vring_serial.errors import ConfigError, ResourceError
 
-#: What the first key of a file says, with the version of its layout.
+#: First key of a file, with the version of the format.
 FORMAT = "vring-bench/1"
-#: Largest file that is read.
+#: Maximum size of a file that is read, in bytes.
 MAX_FILE = 64 << 20
-#: How a measurement is said to have been made.
+#: Description of the method of measurement.
 METHOD = (
     "device, guest and peer are processes of their own: vring serve on a vhost-user socket, "
     "the embedded guest's driver, and whoever is connected to the port's socket"
@@ -26,17 +26,17 @@ METHOD = (
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Samples of one thing.
+    """The samples of one measurement.
 
     Attributes:
         group: ``transfer``, ``latency`` or ``rings``.
-        what: what was done, as ``guest to host``.
+        what: the workload, such as ``guest to host``.
         ring: ``split`` or ``packed``; "" for yardsticks without rings.
-        ports: at work at the same time.
-        size: bytes of a message.
-        unit: of the samples: ``GB/s``, ``us`` or ``ns``.
-        samples: in the order they were taken.
-        notes: further numbers by name, as ``CPU s/GiB``.
+        ports: number of ports that worked at the same time.
+        size: size of a message in bytes.
+        unit: unit of the samples: ``GB/s``, ``us`` or ``ns``.
+        samples: the samples in order of measurement.
+        notes: further numbers by name, such as ``CPU s/GiB``.
     """
 
     group: str
@@ -50,12 +50,12 @@ class Result:
 
     @property
     def key(self) -> tuple[str, str, str, int, int]:
-        """What makes two results comparable."""
+        """Key that is equal for comparable results."""
         return self.group, self.what, self.ring, self.ports, self.size
 
     @property
     def median(self) -> float:
-        """The median of the samples."""
+        """Median of the samples."""
         return statistics.median(self.samples)
 
     @property
@@ -83,7 +83,7 @@ class Report:
     machine: dict[str, Any] = field(default_factory=dict)
 
     def save(self, path: str) -> None:
-        """Write a JSON file. Raises ResourceError."""
+        """Write the report to a JSON file. Raises ResourceError."""
         document = {
             "format": FORMAT,
             "method": METHOD,
@@ -97,7 +97,7 @@ class Report:
 
     @classmethod
     def load(cls, path: str) -> Report:
-        """Read such a file. Raises ResourceError, or ConfigError if it is something else."""
+        """Read a file of :meth:`save`. Raises ResourceError, or ConfigError for other contents."""
         try:
             with open(path, "rb") as file:
                 data = file.read(MAX_FILE + 1)
@@ -143,7 +143,7 @@ def _parse(entry: dict[str, Any]) -> Result:
 
 
 def this_machine() -> dict[str, Any]:
-    """Return the properties of this machine that figures depend on."""
+    """Return the properties of this machine on which results depend."""
     return {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "processor": _processor(),

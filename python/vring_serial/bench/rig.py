@@ -1,4 +1,4 @@
-"""The processes of a measurement: a served device, a guest that drives it and a peer behind it."""
+"""The processes of a measurement: device, guest and peer."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from vring_serial.bench.usage import cpu_seconds, pin
 from vring_serial.bench.worker import Worker, interrupts_wait
 from vring_serial.errors import ResourceError
 
-#: Seconds that the device may take to listen.
+#: Time limit for the device to listen, in seconds.
 START_TIMEOUT = 20.0
-#: The port that echoes through a FIFO in the kernel, without a process behind it.
+#: Number of the port that echoes through a FIFO in the kernel, without a process behind it.
 FIFO_PORT = 1
-#: Ports with sockets start here.
+#: Number of the first port with a socket.
 FIRST_PORT = 2
 
 
 class Rig:
-    """A device behind a real vhost-user socket, with one port per socket of the peer.
+    """A device behind a vhost-user socket, with one port per socket of the peer.
 
     Attributes:
         ports: numbers of the ports that lead to the peer.
         ring: ``split`` or ``packed``.
-        guest, peer: the processes beside the device's.
+        guest, peer: the processes of guest and peer.
     """
 
     def __init__(self, directory: Path, serve_pid: int, ports: list[int], ring: str) -> None:
@@ -61,28 +61,28 @@ class Rig:
         )
 
     def place(self, processors: Sequence[int]) -> None:
-        """Keep the guest on the first of these processors, device and peer on the last.
+        """Pin the guest to the first of these processors, device and peer to the last.
 
-        Left alone, the scheduler has two processes that wake each other on one processor for a
-        while and on two for another, and a wake-up costs several times more on two.
+        Without pinning, the scheduler runs two processes that wake each other sometimes on one
+        processor and sometimes on two, where a wake-up costs several times more.
         """
         pin(self.guest.pid, processors[0])
         pin(self.peer.pid, processors[-1])
         pin(self.serve_pid, processors[-1])
 
     def device_cpu_seconds(self) -> float:
-        """Processor time that the device's process has used so far."""
+        """Return the processor time that the device's process has used so far, in seconds."""
         return cpu_seconds(self.serve_pid)
 
     def timed(self, *sides: tuple[Worker, str, tuple[object, ...]]) -> float:
-        """Seconds until all of these commands, started in this order, are done."""
+        """Start these commands in order; return the seconds until all are done."""
         start = time.monotonic()
         for worker, method, arguments in sides:
             worker.start(method, *arguments)
         return max(worker.finish()[0] for worker, _, _ in sides) - start
 
     def kill(self) -> None:
-        """End the processes at once, whatever they wait for."""
+        """Kill the processes, whatever they wait for."""
         self.guest.kill()
         self.peer.kill()
 
@@ -103,15 +103,16 @@ def running(
     busy_poll: int = 0,
     ring: str = "split",
 ) -> Iterator[Rig]:
-    """Start everything; at the end all of it is gone.
+    """Start all processes, and end them with the block.
 
     Args:
-        ports: how many with sockets.
-        queue_size, receive_size: descriptors, and bytes of a receive buffer, of the guest's queues.
+        ports: number of ports with sockets.
+        queue_size: descriptors of each of the guest's queues.
+        receive_size: bytes of each of the guest's receive buffers.
         busy_poll: microseconds for which the device polls.
         ring: ``split`` or ``packed``.
 
-    Raises ResourceError if a part does not start, with what it said.
+    Raises ResourceError with the output of a part that does not start.
     """
     with tempfile.TemporaryDirectory(prefix="vring-bench-") as name:
         directory = Path(name)
@@ -134,15 +135,15 @@ def running(
 def serving(
     directory: Path, ports: list[int], busy_poll: int = 0, options: Sequence[str] = ()
 ) -> Iterator[int]:
-    """`vring serve` in a process of its own; its id.
+    """Run `vring serve` in a separate process for the block, and yield its process id.
 
     Args:
-        directory: gets the sockets, ``vhost-user`` and ``portN`` for each port.
-        ports: numbers of ports that have sockets; beside them is :data:`FIFO_PORT`.
+        directory: directory for the sockets, ``vhost-user`` and ``portN`` for each port.
+        ports: numbers of the ports with sockets; there is also :data:`FIFO_PORT`.
         busy_poll: microseconds for which it polls.
-        options: further ones of ``vring serve``.
+        options: further options of ``vring serve``.
 
-    Raises ResourceError if it does not start, with what it said.
+    Raises ResourceError with its output if it does not start.
     """
     os.mkfifo(directory / "fifo")
     command = ["serve", "--log-level", "error"]

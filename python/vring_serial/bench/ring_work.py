@@ -1,7 +1,7 @@
-"""A ring that is full of chains again after one store, and what a device can do with them.
+"""A ring that one store fills with chains again, and the ways in which a device can use them.
 
-``vring bench rings`` measures these, and so does ``benchmarks/test_ring.py``, which sets a plain C
-loop over the same ring beside them.
+``vring bench rings`` measures these, and so does ``benchmarks/test_ring.py``, which compares them
+with a plain C loop over the same ring.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from vring import layout as ring
 #: Descriptors of the ring.
 SIZE = 256
 PAGE = 4096
-#: Guest address of the ring's first part; the others are a page and two pages further.
+#: Guest address of the ring's first part; the others are one and two pages further.
 BASE = 0x10_0000
 _TABLES = 16 * PAGE  # from there on: indirect tables, of at most 16 descriptors each
 #: Bytes before the buffers in a region.
 DATA = _TABLES + ring.DESC_SIZE * 16 * SIZE
 _MEMORY = 8 << 20
 
-#: What a device does with all chains that are available.
+#: A way in which a device uses all available chains.
 Use = Callable[[VirtQueue], object]
 
 
@@ -42,15 +42,15 @@ class RingWork:
     """Driver and device of one ring of SIZE descriptors, which are all made available at first.
 
     Args:
-        descriptors: of each chain, all of them device-readable.
-        indirect: they lie in indirect tables.
-        regions: over which the buffers are spread in turn.
+        descriptors: number of descriptors of each chain, all device-readable.
+        indirect: whether they are in indirect tables.
+        regions: number of regions over which the buffers are spread in turn.
         event_idx, packed: the ring's kind.
         length: bytes of a buffer, at most PAGE. Each begins a page.
 
     Attributes:
         queue, driver: the two sides.
-        chains: how many there are.
+        chains: number of chains.
         guests, arrays: guest address and memory of each region.
     """
 
@@ -87,13 +87,13 @@ class RingWork:
         queue = PackedQueue if packed else SplitQueue
         self.queue = queue(self.memory, SIZE, *parts, event_idx=event_idx, indirect=True)
         self._index = np.frombuffer(self.memory.view(BASE + PAGE, ring.AVAIL_RING), "<u2")
-        # The second words of packed descriptors: length, id, flags. Using overwrites all of them.
+        # The second words of packed descriptors (length, id, flags), overwritten by each use.
         self._words = np.frombuffer(self.memory.view(BASE, ring.DESC_SIZE * SIZE), "<u8")[1::2]
         neither = self._words & np.uint64(0x7F7F_FFFF_FFFF_FFFF)  # AVAIL nor USED
         self._available = [neither | np.uint64(flags << 48) for flags in (0x8000, 0x80)]
 
     def refill(self, at: int | None = None) -> None:
-        """Make every chain available again, behind the driver's back: its own way costs more.
+        """Make every chain available again, bypassing the driver, which would take longer.
 
         Args:
             at: ``avail_index`` of a device that has used them all; default: the queue's.
@@ -105,8 +105,10 @@ class RingWork:
             self._index[ring.AVAIL_INDEX // 2] = (at + self.chains) & 0xFFFF
 
     def ns_per_chain(self, use: Use, batches: int) -> float:
-        """Nanoseconds that ``use`` takes for a chain, which must use all there are, without the
-        refills before each of so many turns."""
+        """Return the nanoseconds per chain of ``use``, which must use all chains.
+
+        ``batches`` is the number of turns; the refill before each is not counted.
+        """
         queue, refill, clock = self.queue, self.refill, time.perf_counter_ns
         refill()
         use(queue)  # what is used for the first time is allocated now
@@ -118,7 +120,7 @@ class RingWork:
                 use(queue)
                 total += clock() - start
             return total / batches / self.chains
-        # A refill is short: the clock would cost as much, so what refills take is found alone.
+        # A refill is as short as reading the clock, so the refills are measured separately.
         start = clock()
         for _ in range(batches):
             refill()
@@ -132,9 +134,9 @@ class RingWork:
         return (both - refills) / batches / self.chains
 
     def driver_ns_per_chain(self, turns: int) -> float:
-        """Nanoseconds that the driver takes to get a used chain back and to add it again.
+        """Return the nanoseconds that the driver takes to get a used chain and add it again.
 
-        The ring must be as it was made, with chains of one descriptor.
+        The ring must be unused, with chains of one descriptor.
         """
         addresses, lengths = (np.array(column) for column in zip(*self._buffers, strict=True))
         total = 0
@@ -149,16 +151,19 @@ class RingWork:
 
 
 def _nothing(queue: VirtQueue) -> None:
-    """As much of a call as a use is."""
+    """Do nothing, to measure the cost of the call."""
 
 
 def in_one_batch(queue: VirtQueue) -> None:
-    """Complete everything as one batch."""
+    """Complete all chains as one batch."""
     queue.push_many(queue.pop_many())
 
 
 def in_batches(times: int, limit: int = 0, look: Callable[[Batch], object] | None = None) -> Use:
-    """So many batches, of at most ``limit`` chains, each looked into before it is completed."""
+    """Return a use with ``times`` batches of at most ``limit`` chains.
+
+    ``look`` is called with each batch before it is completed.
+    """
 
     def use(queue: VirtQueue) -> None:
         pop, push = queue.pop_many, queue.push_many

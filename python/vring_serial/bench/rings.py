@@ -1,6 +1,6 @@
-"""The rings alone: what a chain costs, driver and device in one thread, with nothing around it.
+"""The rings alone: the time per chain, with driver and device in one thread.
 
-This measures instructions, not transport: it says nothing about processes that wait for each other.
+This measures instructions, not transport: waiting between processes is not included.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from vring_serial.bench.ring_work import (
     with_memoryview,
 )
 
-#: Bytes of a buffer.
+#: Size of a buffer in bytes.
 SLOT = 64
-#: Turns of a sample, each of a ring full of chains.
+#: Turns per sample, each with a ring full of chains.
 TURNS = 200
 
 
@@ -40,7 +40,7 @@ def _uses() -> Iterator[tuple[str, Use]]:
 
 
 def ring_results(samples: int, *, packed: bool) -> Iterator[Result]:
-    """Chains through a ring: the device's side by batches and singly, the driver's side."""
+    """Measure the device's side, in batches and one by one, and the driver's side."""
 
     def work() -> RingWork:
         return RingWork(packed=packed, event_idx=True, length=SLOT)
@@ -57,7 +57,7 @@ def ring_results(samples: int, *, packed: bool) -> Iterator[Result]:
 
 
 def ring_steps(settings: Settings) -> Iterator[Step]:
-    """One step for each kind of ring."""
+    """Yield one step for each kind of ring."""
     count = len(list(_uses())) + 1
     for ring in settings.rings:
         run = functools.partial(ring_results, settings.rounds, packed=ring == "packed")

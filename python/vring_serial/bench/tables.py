@@ -9,12 +9,12 @@ from rich.table import Table
 
 from vring_serial.bench.results import Report, Result
 
-#: A median that moved less than this share of itself has not moved.
+#: Relative difference of two medians below which they count as the same.
 NOTEWORTHY = 0.05
 
 
 def size_name(size: int) -> str:
-    """Bytes as people say them: 64 B, 16 KiB, 1 MiB."""
+    """Return a number of bytes with a unit: 64 B, 16 KiB, 1 MiB."""
     for shift, unit in ((20, "MiB"), (10, "KiB")):
         if size >= 1 << shift and size % (1 << shift) == 0:
             return f"{size >> shift} {unit}"
@@ -22,7 +22,7 @@ def size_name(size: int) -> str:
 
 
 def tables(report: Report) -> Iterator[Table]:
-    """One table for each group that there are results of."""
+    """Yield one table for each group with results."""
     groups: dict[str, list[Result]] = {}
     for result in report.results:
         groups.setdefault(result.group, []).append(result)
@@ -107,7 +107,7 @@ def comparison(before: Report, after: Report) -> tuple[Table, int]:
 
 
 def _verdict(before: Result, after: Result) -> str:
-    """In words, so that nobody has to know which way round is better."""
+    """Return the comparison in words, so that readers need not know which direction is better."""
     if not before.median or not after.median:
         return "?"
     gain = after.median / before.median

@@ -1,4 +1,4 @@
-"""What a process costs: processor time and memory, as the kernel counts them."""
+"""Processor time and memory of a process, as counted by the kernel."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def cpu_seconds(pid: int) -> float:
-    """Time that all threads of a process have spent on processors, to the nanosecond."""
+    """Return the processor time of all threads of a process, in seconds, exact to nanoseconds."""
     total = 0
     for task in Path(f"/proc/{pid}/task").iterdir():
         with contextlib.suppress(OSError):  # a thread that has just ended
@@ -17,14 +17,14 @@ def cpu_seconds(pid: int) -> float:
 
 
 def pin(pid: int, processor: int) -> None:
-    """Let a process, with all threads that it has, run on one processor only."""
+    """Pin a process, with all its threads, to one processor."""
     for task in Path(f"/proc/{pid}/task").iterdir():
         with contextlib.suppress(ProcessLookupError):  # a thread that has just ended
             os.sched_setaffinity(int(task.name), {processor})
 
 
 def wake_ups(pid: int) -> int:
-    """How often the threads of a process have gone to sleep and were woken again."""
+    """Return how often the threads of a process went to sleep and were woken."""
     total = 0
     for task in Path(f"/proc/{pid}/task").iterdir():
         for line in (task / "status").read_text().splitlines():
@@ -34,6 +34,6 @@ def wake_ups(pid: int) -> int:
 
 
 def private_bytes(pid: int) -> int:
-    """Memory that is the process's alone."""
+    """Return the private memory of a process, in bytes."""
     rollup = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in rollup if line.startswith("Private_")) << 10

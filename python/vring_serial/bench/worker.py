@@ -1,6 +1,6 @@
-"""A process of the benchmark: runs one side of a port, a command at a time.
+"""A process of the benchmark: it runs one side of a port, one command at a time.
 
-The processes are started fresh, not forked: they share nothing but sockets and guest RAM.
+The processes are not forked but started by exec: they share only sockets and guest RAM.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from vring_serial.bench.child import end_child, end_with_starter, start_child
 from vring_serial.bench.usage import cpu_seconds
 from vring_serial.errors import ResourceError
 
-#: Seconds that a process may take to end after it was told to.
+#: Time limit for a process to end after it was told to, in seconds.
 END_TIMEOUT = 10.0
 
 
 @contextlib.contextmanager
 def interrupts_wait() -> Iterator[None]:
-    """Hold SIGINT, SIGTERM and SIGHUP back until the end of the block, in the main thread.
+    """Block SIGINT, SIGTERM and SIGHUP in the main thread until the end of the block.
 
-    For the start of a process: an exception in the middle of it would leave it to nobody.
+    For the start of a process: after an exception in between, nobody would end it.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -48,10 +48,10 @@ def interrupts_wait() -> Iterator[None]:
 
 
 class Worker:
-    """A process that holds one object; its methods are called with :meth:`start`.
+    """A process that holds one object; :meth:`start` calls the object's methods.
 
     Args:
-        side: ``module:class`` within this package; made without arguments over there.
+        side: ``module:class`` within this package; the process makes it without arguments.
     """
 
     def __init__(self, side: str) -> None:
@@ -64,20 +64,20 @@ class Worker:
 
     @property
     def pid(self) -> int:
-        """The process id."""
+        """Process id."""
         return self._process.pid
 
     def start(self, method: str, *arguments: Any) -> None:
-        """Have a method run over there; :meth:`finish` waits for it."""
+        """Start a method in the process; :meth:`finish` waits for it."""
         try:
             self._connection.send((method, arguments))
         except OSError as error:
             raise self._ended() from error
 
     def finish(self) -> tuple[float, Any]:
-        """When the method was done (monotonic seconds) and what it returned.
+        """Return when the method was done (monotonic seconds), and its result.
 
-        Raises ResourceError with what went wrong over there.
+        Raises ResourceError with the error in the process.
         """
         try:
             end, error, answer = self._connection.recv()
@@ -88,19 +88,19 @@ class Worker:
         return end, answer
 
     def call(self, method: str, *arguments: Any) -> Any:
-        """:meth:`start` and :meth:`finish` in one; what the method returned."""
+        """Run a method in the process, and return its result."""
         self.start(method, *arguments)
         return self.finish()[1]
 
     def cpu_seconds(self) -> float:
-        """Processor time of the process so far."""
+        """Return the processor time of the process so far, in seconds."""
         return cpu_seconds(self.pid)
 
     def _ended(self) -> ResourceError:
         return ResourceError(f"{self.name}: its process ended (status {self._process.poll()})")
 
     def kill(self) -> None:
-        """End the process at once; :meth:`close` still has to be called."""
+        """Kill the process; :meth:`close` must still be called."""
         self._process.kill()
 
     def close(self) -> None:
@@ -110,7 +110,7 @@ class Worker:
 
 
 def run(fd: int, side: str) -> None:
-    """Execute commands from the socket ``fd`` until that is closed."""
+    """Execute commands from the socket ``fd`` until it is closed."""
     connection = Connection(fd)
     module, _, name = side.partition(":")
     target = getattr(importlib.import_module(f"{__package__}.{module}"), name)()
