@@ -1,4 +1,4 @@
-"""The command ``vring``: commands imported only when they are run, errors handled in one place."""
+"""The command ``vring``: commands are imported when they run, errors are handled in one place."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from vring_serial.cli import limits
 from vring_serial.cli.plain import escaped
 from vring_serial.errors import ConfigError
 
-#: Exit statuses: what the user asked for is impossible, and everything else that goes wrong.
+#: Exit statuses: invalid input of the user, and all other errors.
 STATUS_USAGE = 2
 STATUS_ERROR = 1
-#: A shell's status for a command that SIGINT ended.
+#: The shell's status of a command ended by SIGINT.
 STATUS_INTERRUPTED = 130
 
 
 @contextlib.contextmanager
 def interrupts_end_at_once() -> Iterator[None]:
-    """Let SIGINT end the process without a word within the block.
+    """Let SIGINT end the process silently within the block.
 
-    For imports: a KeyboardInterrupt in the middle of one comes out as any error, or as none.
+    For imports: a KeyboardInterrupt during one may turn into any other error, or be lost.
     """
     before = signal.getsignal(signal.SIGINT)
     if before is signal.default_int_handler:
@@ -67,7 +67,7 @@ COMMANDS = {
 
 
 class CommandGroup(click.Group):
-    """The group ``vring``. Whatever goes wrong in a command becomes one line on standard error."""
+    """The group ``vring``. Every error of a command becomes one line on standard error."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -86,7 +86,7 @@ class CommandGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find a command; for an unknown one, fail with the closest name."""
+        """Find a command; for an unknown name, fail with the closest known one."""
         name = args[0]
         if name not in COMMANDS and not name.startswith("-"):
             from vring_serial.config.words import suggest
@@ -101,7 +101,7 @@ class CommandGroup(click.Group):
     def main(  # type: ignore[override]
         self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any
     ) -> NoReturn:
-        """Run and exit: 0, 2 for what cannot be asked for, 1 for what went wrong."""
+        """Run and exit: 0 for success, 2 for invalid input, 1 for any other error."""
         arguments = list(sys.argv[1:] if args is None else args)
         debug = "--debug" in arguments[: _command_position(arguments)]
         extra["standalone_mode"] = False
@@ -110,11 +110,11 @@ class CommandGroup(click.Group):
 
 
 def status_of(work: Callable[[], object], *, debug: bool = False) -> int:
-    """Do ``work``; return the exit status, after telling what went wrong on standard error.
+    """Do ``work``; print an error to standard error; return the exit status.
 
     Args:
         work: returns the status, or anything else for 0.
-        debug: show the traceback of an error too.
+        debug: also print the traceback of an error.
     """
     try:
         status = work()
@@ -133,7 +133,7 @@ def status_of(work: Callable[[], object], *, debug: bool = False) -> int:
 
 
 class PathName(click.ParamType[str]):
-    """A path that is not empty: an empty one is a variable of a script that was not set."""
+    """A path that is not empty: an empty one is probably an unset variable of a script."""
 
     name = "path"
 
@@ -147,7 +147,7 @@ PATH = PathName()
 
 
 def _have_standard_descriptors() -> None:
-    """Whoever closed one of ours would have the next thing we open read, or printed on."""
+    """Open closed standard descriptors, or the next file opened would be read or printed to."""
     fd = os.open(os.devnull, os.O_RDWR)
     while fd <= 2:
         os.set_inheritable(fd, True)
@@ -156,13 +156,13 @@ def _have_standard_descriptors() -> None:
     if sys.stdin is None:
         sys.stdin = open(0, closefd=False)  # noqa: SIM115 - for the rest of the process
     for stream in (sys.stdout, sys.stderr):
-        # An encoding without a character is no reason to say nothing.
+        # Print a message even if the encoding lacks a character.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def _command_position(arguments: Sequence[str]) -> int:
-    """Where the command's name stands; options before it belong to the group."""
+    """Return the index of the command's name; options before it belong to the group."""
     return next((i for i, word in enumerate(arguments) if not word.startswith("-")), len(arguments))
 
 
@@ -177,7 +177,7 @@ def _show(error: click.ClickException) -> None:
 
 
 def _report(error: Exception) -> int:
-    """One line on standard error about ``error``; returns the exit status."""
+    """Print one line about ``error`` to standard error; return the exit status."""
     if isinstance(error, BrokenPipeError):  # whoever read our output has gone: nobody to tell
         return STATUS_ERROR
     expected = isinstance(error, (Error, OSError))
@@ -191,7 +191,7 @@ def _report(error: Exception) -> int:
 
 
 def _say(text: str) -> None:
-    """Print on standard error; behind the log's lines, if the command logs."""
+    """Print to standard error, after the log's lines if the command logs."""
     logs = sys.modules.get(f"{__name__}.logs")
     if logs is None:
         click.echo(text, err=True)

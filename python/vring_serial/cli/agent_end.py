@@ -1,6 +1,6 @@
-"""What ``vring serve`` puts behind a spicevmc port: one agent, shared by all who connect.
+"""The end of a spicevmc port in ``vring serve``: one agent, shared by all clients.
 
-It announces capabilities, answers what an agent asks, and logs what it learns. Clients (``vring
+It announces capabilities, answers the agent's requests, and logs its events. Clients (``vring
 agent``, any number at once) reach the agent over a unix socket.
 """
 
@@ -43,7 +43,7 @@ class AgentEnds:
         path: unix socket for clients of the only spicevmc port, or None.
 
     Attributes:
-        routers: one for each spicevmc port.
+        routers: one router for each spicevmc port.
     """
 
     def __init__(self, path: str | None = None) -> None:
@@ -60,11 +60,11 @@ class AgentEnds:
         return router.protocol_factory
 
     def share_with_server(self, device: AgentDevice) -> None:
-        """Have the SPICE server as a client of the only spicevmc port. Raises as ``start``."""
+        """Make the SPICE server a client of the only spicevmc port. Raises as ``start``."""
         self._the_router().connect_server(device, device.closed)
 
     def start(self) -> None:
-        """Take clients. Raises ConfigError unless there is one agent, ResourceError on the path."""
+        """Accept clients. Raises ConfigError unless there is one agent, ResourceError on errors."""
         if self._path is None:
             return
         router = self._the_router()
@@ -115,7 +115,7 @@ def logger_of(port: PortConfig) -> Callable[[AgentEvent], None]:
     """Return a listener that logs the events of a port's agent."""
     name = f"agent of port {port.nr}"
     trouble = RateLimitedLog(log)
-    # A guest can open and close its port in a loop, and say what it can do each time.
+    # A guest can open and close its port in a loop, and announce capabilities each time.
     life = RateLimitedLog(log, burst=20, seconds=10)
 
     def tell(event: str, text: str, **fields: object) -> None:

@@ -1,4 +1,4 @@
-"""Commands that return when they have begun, and go on behind."""
+"""Commands that return when they have started, and continue in the background."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Callable
 
 
 def in_background() -> Callable[[], None]:
-    """Go on in a child, in a session of its own; the caller must have no threads.
+    """Continue in a child process with a new session; the caller must have no threads.
 
-    Returns, in the child alone, what it calls when it has begun: this process then ends with
-    status 0, and the child has no terminal any more. If the child ends before, this process ends
-    with the child's status; a signal that ends it ends the child.
+    Returns only in the child, a function to call when the command has started: the parent then
+    exits with status 0, and the child has no terminal any more. If the child ends before, the
+    parent exits with the child's status; a signal that ends the parent ends the child.
     """
     begun, begins = os.pipe()
     child = os.fork()

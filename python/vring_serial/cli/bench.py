@@ -1,4 +1,4 @@
-"""``vring bench``: how fast ports are on this machine, as tables, a file and a picture."""
+"""``vring bench``: the speed of ports on this machine, as tables, a file and a plot."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from vring_serial.errors import ConfigError
 _CONTEXT = {"help_option_names": ["-h", "--help"]}
 _QUICK_SIZES = (64, 4 << 10, 64 << 10)
 LARGEST_SIZE = 16 << 20
-#: More would need more queues than vhost-user can name.
+#: More ports would need more queues than vhost-user can number.
 MOST_PORTS = 125
 GROUPS = ("transfer", "latency", "rings")
-#: Columns of tables that do not go to a terminal.
+#: Width in columns of tables that are not printed to a terminal.
 WIDTH = 120
 
 
 class BenchGroup(click.Group):
-    """``vring bench`` without a measurement measures everything."""
+    """The group ``vring bench``, which without a command measures everything."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Insert the command ``all`` where none is given."""
+        """Insert the command ``all`` if none is given."""
         if not args or (args[0].startswith("-") and args[0] not in self.get_help_option_names(ctx)):
             args.insert(0, "all")
         return super().parse_args(ctx, args)
@@ -40,12 +40,12 @@ class BenchGroup(click.Group):
 def bench_command() -> None:
     """Measure ports on this machine.
 
-    Device, guest and peer are processes of their own, as in earnest: `vring serve` on a vhost-user
+    Device, guest and peer are separate processes, as in production: `vring serve` on a vhost-user
     socket, the embedded guest's driver, and a process at the port's unix socket. Every measurement
-    takes turns with a yardstick, so that a busy machine disturbs both alike. (`rings` alone is one
-    thread: what a chain costs in instructions.)
+    alternates with a yardstick, so that a busy machine affects both equally. (`rings` runs in one
+    thread and measures the instructions per chain.)
 
-    Without a command: all of it. `vring bench all --help` shows the options.
+    Without a command, it measures everything. `vring bench all --help` shows the options.
     """
 
 
@@ -132,29 +132,29 @@ def _measuring(groups: Sequence[str]) -> Callable[[Callable[..., None]], click.C
 
 @_measuring(GROUPS)
 def all(**options: Any) -> None:  # the name of the command
-    """All measurements, one after the other."""
+    """Run all measurements, one after the other."""
 
 
 @_measuring(("transfer",))
 def transfer(**options: Any) -> None:
-    """Throughput over message size, both ways, through one port and many."""
+    """Measure throughput over message size, both ways, through one port and many."""
 
 
 @_measuring(("latency",))
 def latency(**options: Any) -> None:
-    """Round trips of 64 bytes: through a FIFO, to a process and back, with busy-poll."""
+    """Measure round trips of 64 bytes: through a FIFO, to a process, with busy-poll."""
 
 
 @_measuring(("rings",))
 def rings(**options: Any) -> None:
-    """Measure what a chain costs, with driver and device in one thread."""
+    """Measure the time per chain, with driver and device in one thread."""
 
 
 @bench_command.command("compare", context_settings=_CONTEXT)
 @click.argument("before", metavar="A")
 @click.argument("after", metavar="B")
 def compare(before: str, after: str) -> None:
-    """Compare two files of --json: how much faster or slower B is."""
+    """Compare two --json files: how much faster or slower B is."""
     from vring_serial.bench.results import Report
     from vring_serial.bench.tables import comparison
 
@@ -189,7 +189,7 @@ def _run(
             raise ConfigError(f"{path!r}: there is no such directory", option)
     if plot_path is not None:
         check_plot(plot_path)
-    # So that the processes which are measured end with this one.
+    # So that the measured processes end with this one.
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
             signal.signal(number, lambda number, _: sys.exit(128 + number))

@@ -39,9 +39,9 @@ BULK_PORT = 2
 RESOLUTION = (1920, 1080)
 HOST_TEXT = "From the host: naïve café, 日本語, 🖥\nand a second line"
 
-#: Seconds that one step may take before it has failed.
+#: Time limit of a step, in seconds.
 STEP_TIMEOUT = 60.0
-#: Bytes a second below which a transfer counts as stuck.
+#: Bytes per second below which a transfer counts as stuck.
 SLOWEST = 4 * MIB
 
 DOMAIN = """\
@@ -234,7 +234,7 @@ class Demo:
 
                     await self._report.step(title, transfer(streams, advance), timeout)
         finally:
-            # A guest that is gone, or stuck, takes no more of what was sent.
+            # A guest that is gone or stuck does not take what was sent.
             writer.transport.abort()
 
     async def _guest_to_host(self, streams: BulkStreams, advance: Callable[[int], None]) -> str:
@@ -295,9 +295,9 @@ def _shown(text: str) -> str:
 def demo_command(guest: str, size: int, verbose: bool) -> None:
     """Show the whole path of the SPICE agent channel at work, and check it.
 
-    A controller at 0000:00:05.0 from a libvirt domain XML, a guest in a process of its own, the
+    A controller at 0000:00:05.0 from a libvirt domain XML, a guest in a separate process, the
     agent's handshake, a new resolution, clipboard text both ways, and bulk data through a second
-    port. The exit status is 0 only if all of it held.
+    port. The exit status is 0 only if every step succeeded.
     """
     logging.basicConfig(
         level=logging.INFO if verbose else logging.ERROR, format="%(name)s: %(message)s"

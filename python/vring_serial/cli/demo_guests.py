@@ -17,10 +17,10 @@ from vring_serial.guest.uml import UmlGuest, find_parts
 from vring_serial.guest.uml_desktop import MEMORY_MIB, UmlDesktop, require_programs
 from vring_serial.proto.agent import Selection
 
-#: Seconds for a guest to end when it is told to.
+#: Time limit for a guest to end after it was told to, in seconds.
 STOP_TIMEOUT = 10.0
 
-#: Waits for a checksum. Who is interrupted before it needs one leaves nothing behind.
+#: Waits for a checksum. Nothing is left running if it is never called.
 Digest = Callable[[], Awaitable[str]]
 
 
@@ -38,11 +38,11 @@ class BulkStreams:
 
 
 class DemoGuest(ABC):
-    """What the demonstration asks of a guest.
+    """The interface of the demonstration's guests.
 
     Attributes:
-        title: what it is, for the report.
-        resolution_witness: who says which resolution the guest has.
+        title: description of the guest, for the report.
+        resolution_witness: the program that reports the guest's resolution.
     """
 
     title: str
@@ -54,34 +54,34 @@ class DemoGuest(ABC):
 
     @abstractmethod
     async def aclose(self) -> None:
-        """End it, however far it got."""
+        """End the guest, in whatever state it is."""
 
     @abstractmethod
     async def wait_resolution(self, width: int, height: int) -> None:
-        """Wait until the guest's screen has this size. Raises ResourceError if it does not come."""
+        """Wait until the guest's screen has this size. Raises ResourceError if it does not."""
 
     @abstractmethod
     async def wait_paste(self, agent: HostAgent, text: str) -> None:
-        """Paste in the guest until this text comes out. Raises ResourceError if it does not."""
+        """Paste in the guest until this text appears. Raises ResourceError if it does not."""
 
     @abstractmethod
     async def copy(self) -> tuple[str, Selection]:
-        """Copy some text in the guest; which, and into which selection."""
+        """Copy a text in the guest; return the text and its selection."""
 
     @abstractmethod
     async def begin_send(self, streams: BulkStreams, total: int) -> Digest:
-        """Make the guest write to the bulk port; the result gives the SHA-256 of what it wrote."""
+        """Make the guest write to the bulk port; the result waits for the SHA-256 it sent."""
 
     @abstractmethod
     async def begin_receive(self, streams: BulkStreams, total: int) -> Digest:
-        """Make the guest read the bulk port; the result gives the SHA-256 of what it read."""
+        """Make the guest read the bulk port; the result waits for the SHA-256 it received."""
 
 
 class EmbeddedDemoGuest(DemoGuest):
-    """``vring guest`` in a process of its own.
+    """``vring guest`` in a separate process.
 
-    Its agent pastes what the host copies and then selects it, so the PRIMARY selection tells what
-    arrived, and is the text that goes back to the host.
+    Its agent pastes what the host copies and then selects it, so the PRIMARY selection holds the
+    text that arrived, which then returns to the host.
     """
 
     title = "embedded guest (its own process, over vhost-user)"
@@ -109,7 +109,7 @@ class EmbeddedDemoGuest(DemoGuest):
                 await self._process.wait()
 
     async def wait_resolution(self, width: int, height: int) -> None:
-        """Nothing to wait for: its agent answers when it has the new resolution."""
+        """Return at once: its agent answers only when it has the new resolution."""
 
     async def wait_paste(self, agent: HostAgent, text: str) -> None:
         await agent.wait_clipboard(Selection.PRIMARY)
@@ -138,11 +138,11 @@ class EmbeddedDemoGuest(DemoGuest):
 
 
 class UmlDemoGuest(DemoGuest):
-    """User-Mode Linux with the real spice-vdagentd, spice-vdagent and an X server in it."""
+    """User-Mode Linux that runs the real spice-vdagentd, spice-vdagent and an X server."""
 
     title = "User-Mode Linux with spice-vdagent"
     resolution_witness = "xrandr in the guest"
-    #: What is copied in the guest.
+    #: The text that is copied in the guest.
     TEXT = "From the guest: Grüße, Ελλάδα, 📋\nand a second line"
 
     def __init__(self) -> None:

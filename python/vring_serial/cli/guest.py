@@ -1,4 +1,4 @@
-"""``vring guest``: the embedded guest as a process of its own, against any vhost-user console."""
+"""``vring guest``: the embedded guest as a process, for any vhost-user console device."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from vring_serial.proto.control import (
 )
 from vring_serial.proto.virtio import feature_names
 
-#: Bytes moved at once between a port and the standard streams.
+#: Bytes per read, between a port and the standard streams.
 RELAY_SIZE = 1 << 16
 
 _SECONDS = click.FloatRange(min=0, min_open=True)
@@ -130,7 +130,7 @@ def guest_command(
         services.append(_agent(downloads))
     if list_ports + bool(open_port) + bool(services) > 1:
         raise ConfigError("--list, --open and services on ports exclude one another")
-    # Standard output and error are the port's and the table's own there.
+    # Standard output and error are used by the port and the table there.
     quiet = list_ports or open_port is not None
     logs.configure("warning" if quiet else log_level, as_json=json_log)
     guest = EmbeddedGuest(
@@ -158,9 +158,9 @@ def _agent(downloads: Path | None) -> tuple[str, Service]:
 
 
 async def _run(guest: EmbeddedGuest, work: Callable[[], Coroutine[Any, Any, None]]) -> bool:
-    """Run ``work`` on a started guest until it is done, a signal comes or the backend leaves.
+    """Run ``work`` on a started guest until it is done, a signal arrives or the backend leaves.
 
-    Returns whether it was done.
+    Return whether it was done.
     """
     guest.on_event = _log_event
     return await finished_before(stop_on_signals(), _drive(guest, work))
@@ -257,7 +257,7 @@ def _emit(event: str, message: str, **fields: object) -> None:
 
 
 async def _relay(guest: EmbeddedGuest, name: str, wait: float, *, read_input: bool) -> None:
-    """Until the host end closes or the standard input ends, what was read before being written."""
+    """Relay until the host end closes or standard input ends and all of it is written."""
     port = await _find(guest, name, wait)
     reader, writer = await port.open()
     tasks = [asyncio.ensure_future(_to_stdout(reader))]
@@ -298,10 +298,10 @@ async def _from_stdin(writer: asyncio.StreamWriter) -> None:
 
 @contextlib.asynccontextmanager
 async def _stdin_chunks() -> AsyncIterator[Callable[[], Awaitable[bytes]]]:
-    """Yield the pieces of standard input, whatever kind of file it is.
+    """Yield a function that returns the next piece of standard input, a file of any kind.
 
-    A thread of its own reads it, for a read of a terminal cannot be interrupted; it is a daemon, so
-    that it does not keep the process when everything else has ended.
+    A thread reads it, since a read of a terminal cannot be interrupted; a daemon thread, so that it
+    does not keep the process alive.
     """
     loop = asyncio.get_running_loop()
     chunks: asyncio.Queue[bytes | OSError] = asyncio.Queue(maxsize=4)

@@ -1,4 +1,4 @@
-"""``vring serve --keeper``: a keeper, and a worker that may be killed without anybody noticing."""
+"""``vring serve --keeper``: a keeper, and a worker that may be killed without interruption."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from vring_serial.service.shelf import open_shelf
 
 @dataclass(frozen=True, slots=True)
 class LogSettings:
-    """How a worker logs; see ``vring_serial.cli.logs.configure``.
+    """The log settings of a worker; see ``vring_serial.cli.logs.configure``.
 
     Attributes:
-        level: the least that is logged.
-        as_json: one JSON object a line.
+        level: the lowest level that is logged.
+        as_json: whether each line is a JSON object.
         path: file to append to; None for standard error.
     """
 
@@ -36,7 +36,7 @@ class LogSettings:
 def serve_kept(topology: Topology, settings: Settings, log: LogSettings) -> int:
     """Serve with a keeper until the first SIGINT or SIGTERM; return the exit status.
 
-    Raises ResourceError: the log's reader has stopped already, or the pid file cannot be owned.
+    Raises ResourceError: the log's reader has stopped already, or the pid file is in use.
     """
     if not logs.end():
         raise ResourceError("the log is not read, and a keeper cannot begin with a thread")

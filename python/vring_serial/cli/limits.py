@@ -1,4 +1,4 @@
-"""Limits of this process that are too low, told before they end it somewhere deep inside."""
+"""Resource limits of this process, checked before a low one ends it with an obscure error."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _LIMITS = ((resource.RLIMIT_AS, "ulimit -v"), (resource.RLIMIT_DATA, "ulimit -d"
 
 
 def prepare() -> None:
-    """Leave no room for what is never used, and see that there is some for the rest.
+    """Keep OpenBLAS from reserving memory, and check that there is enough address space.
 
-    NumPy brings OpenBLAS, which reserves memory for every processor and ends the process if it
-    gets none. Nothing here computes with it.
+    NumPy loads OpenBLAS, which reserves memory for every processor and ends the process if it
+    gets none. It is not used here.
 
     Raises:
-        ResourceError: the address space is limited to too little.
+        ResourceError: the limit of the address space is too low.
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     for limit, text in _limits():
@@ -29,7 +29,7 @@ def prepare() -> None:
 
 
 def exhausted(error: Exception) -> str | None:
-    """Return a message for an error for lack of memory or threads; None for any other."""
+    """Return a message for an error caused by lack of memory or threads; None for any other."""
     number = error.errno if isinstance(error, OSError) and error.filename is None else None
     if isinstance(error, MemoryError) or number == errno.ENOMEM:
         what = "out of memory"
@@ -41,7 +41,7 @@ def exhausted(error: Exception) -> str | None:
 
 
 def _limits() -> list[tuple[int, str]]:
-    """Those that there are, and what to say of them, the lowest first."""
+    """Return the limits that are set, each with a text for messages, the lowest first."""
     found = ((resource.getrlimit(which)[0], how) for which, how in _LIMITS)
     return sorted(
         (limit, f"memory is limited to {limit >> 20} MiB ({how})")

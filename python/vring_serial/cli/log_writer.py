@@ -16,7 +16,7 @@ RETRY_MOST = 30.0
 
 
 class LineWriter:
-    """Writes lines in a thread of its own; only that thread waits for a reader that has stopped.
+    """A writer of lines with its own thread; only that thread waits for a reader that stopped.
 
     After the first dropped line, all lines are dropped until the queue is empty; the count follows.
 

@@ -1,9 +1,9 @@
-"""What happens, one line each on standard error: plain text, or JSON for programs.
+"""The log on standard error or in a file: one line per event, as plain text or JSON.
 
-In JSON a line is one object. Every one has the keys ``time`` (ISO 8601, UTC), ``level``,
-``logger``, ``event`` and ``message``. Records with an attribute ``event``, of devices
-(:mod:`vring_serial.device.console.event_log`) and of :func:`emit`, are named by it and add their
-``fields``; the rest is a ``log``.
+In JSON each line is one object with the keys ``time`` (ISO 8601, UTC), ``level``, ``logger``,
+``event`` and ``message``. Records of devices (:mod:`vring_serial.device.console.event_log`) and of
+:func:`emit` have an attribute ``event`` and add their ``fields``; for all others the event is
+``log``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vring_serial.ratelimit import LogBudget
 
 LEVELS = ("debug", "info", "warning", "error")
 
-#: Characters of one message.
+#: Maximum length of a message in characters.
 MESSAGE_MAX = 4000
 #: Seconds to wait for the log's reader at exit and before an error message.
 FLUSH_SECONDS = 1.0
@@ -43,7 +43,7 @@ _handler: LineHandler | None = None
 
 
 class LineHandler(logging.Handler):
-    """Writes records as lines to standard error or a file, without blocking the caller.
+    """A handler that writes records as lines to standard error or a file without blocking.
 
     Attributes:
         stream: the stream; None for a file.
@@ -63,7 +63,7 @@ class LineHandler(logging.Handler):
         self._encoding = "utf-8"
         self._budget = LogBudget(burst=BURST_BYTES, rate=BYTES_PER_SECOND, resume=RESUME_BYTES)
         self._writer = LineWriter(self._open(), self._dropped)
-        # Last: from then on it is flushed when the process ends.
+        # Last: once registered, it is flushed when the process ends.
         super().__init__()
         self.setFormatter(formatter)
 
@@ -136,7 +136,7 @@ class LineHandler(logging.Handler):
 
 
 def configure(level: str, *, as_json: bool, path: str | None = None) -> None:
-    """Send our records from ``level`` on, and warnings of others, to standard error or a file.
+    """Log our records from ``level`` up, and warnings of others, to standard error or a file.
 
     Raises:
         ResourceError: the file cannot be opened.
@@ -150,7 +150,7 @@ def configure(level: str, *, as_json: bool, path: str | None = None) -> None:
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("vring_serial").setLevel(level.upper())
-    # Who reads our standard error may leave; that is no reason for tracebacks, or to stop serving.
+    # The reader of standard error may leave; that must not cause tracebacks or end the service.
     logging.raiseExceptions = False
     # Python's own messages must not block on standard error either.
     logging.captureWarnings(True)
@@ -158,7 +158,7 @@ def configure(level: str, *, as_json: bool, path: str | None = None) -> None:
 
 
 def end() -> bool:
-    """Log nothing more, and end the thread that writes; return whether it has ended.
+    """Stop logging, and end the writing thread; return whether it has ended.
 
     It has not if the log's reader has stopped.
     """
@@ -230,7 +230,7 @@ def emit(level: int, event: str, message: str, **fields: object) -> None:
 
 
 class TextFormatter(logging.Formatter):
-    """``2026-01-31 12:00:00.123 info    message``: one line, whatever the message holds."""
+    """``2026-01-31 12:00:00.123 info    message``: one line, whatever the message contains."""
 
     def format(self, record: logging.LogRecord) -> str:
         when = datetime.datetime.fromtimestamp(record.created).isoformat(" ", "milliseconds")
@@ -245,7 +245,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line; see the module."""
+    """One JSON object per line; see the module."""
 
     def format(self, record: logging.LogRecord) -> str:
         when = datetime.datetime.fromtimestamp(record.created, datetime.UTC)

@@ -1,13 +1,13 @@
-"""Text of others that goes to a terminal or into a line."""
+"""Untrusted text that is printed to a terminal or in a line."""
 
 from __future__ import annotations
 
 
 def escaped(text: str, *, keep: str = "") -> str:
-    """``text`` with what could break or forge a line, or drive a terminal, escaped.
+    """Return ``text`` with characters escaped that break or forge lines or control a terminal.
 
     Args:
-        keep: characters that stay as they are.
+        keep: characters that are not escaped.
     """
     if text.isprintable():
         return text

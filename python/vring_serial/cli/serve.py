@@ -185,7 +185,7 @@ def serve_command(
     if sockets:
         _warn_of_pci_wishes(topology)
 
-    # Only now, so that a mistake is told without loading what it takes to serve.
+    # Imported only now, so that mistakes are reported without loading the device.
     with interrupts_end_at_once():
         from vring_serial.cli.server import Settings, serve
 
@@ -209,7 +209,7 @@ def serve_command(
 
 
 def _warn_of_pci_wishes(topology: Topology) -> None:
-    """Over vhost-user the PCI function is the frontend's, and so is what a domain says of it."""
+    """Warn of PCI settings of the domain, which only the frontend can apply over vhost-user."""
     names = ", ".join(
         controller.name
         for controller in topology.controllers
@@ -226,7 +226,7 @@ def _check_protocol(
     of_vhost: Mapping[str, bool],
     of_vfio: Mapping[str, bool],
 ) -> None:
-    """One protocol for all controllers, and only its own options. Raises UsageError."""
+    """Check that all controllers use one protocol and only its options. Raises UsageError."""
     if not sockets and not vfio_sockets:
         raise click.UsageError("Missing option '--vhost-user' or '--vfio-user'.")
     if sockets and vfio_sockets:
@@ -238,7 +238,7 @@ def _check_protocol(
 
 
 def _check_sockets(topology: Topology, option: str, sockets: Sequence[str]) -> None:
-    """One socket per controller, none of them twice. Raises ConfigError."""
+    """Check that there is one socket per controller, none twice. Raises ConfigError."""
     needed = len(topology.controllers)
     if len(sockets) != needed:
         names = ", ".join(f"{c.name} ({c.summary})" for c in topology.controllers)

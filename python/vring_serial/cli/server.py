@@ -1,4 +1,4 @@
-"""What ``vring serve`` runs: controllers with their host ends, over vhost-user or vfio-user."""
+"""The server of ``vring serve``: controllers with host ends, over vhost-user or vfio-user."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from vring_serial.unix_socket import check_can_listen
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How to serve, as opposed to what.
+    """The settings of the server, apart from the topology.
 
     Attributes:
-        sockets: one per controller, in the controllers' order.
+        sockets: one path per controller, in the controllers' order.
         connect: connect to frontends that listen, instead of listening.
         inband_notifications: offer kicks and calls as messages.
-        pid_file: where to write the process id while serving, or None.
-        busy_poll: microseconds for which the data plane goes on looking after work.
-        agent_socket: where clients of the spicevmc port's agent connect, or None.
-        vfio_user: speak vfio-user on the sockets, not vhost-user.
-        transitional: be there for drivers of before virtio 1.0 too (vfio-user).
+        pid_file: file for the process id while serving, or None.
+        busy_poll: microseconds for which the data plane keeps polling after work.
+        agent_socket: path on which clients of the spicevmc port's agent connect, or None.
+        vfio_user: use vfio-user on the sockets instead of vhost-user.
+        transitional: also support legacy (pre-1.0) drivers (vfio-user).
         packed: offer packed rings.
-        vectors: entries of the MSI-X table of controllers that do not say how many they have
-            (vfio-user); None: see PciDevice.
+        vectors: entries of the MSI-X table of controllers that do not specify it (vfio-user);
+            None: see PciDevice.
     """
 
     sockets: tuple[str, ...]
@@ -65,13 +65,13 @@ async def serve(
     """Serve until the first SIGINT or SIGTERM; the second ends the process at once.
 
     Args:
-        topology: what to serve.
-        settings: how.
-        keeping: where what a successor of this process needs is kept, and what a predecessor left.
+        topology: the controllers with their ports.
+        settings: how to serve them.
+        keeping: store for what a successor process needs, and for what a predecessor left.
         on_serving: called when everything has started.
 
     Raises:
-        ConfigError: a host end or a device cannot be as it was asked for.
+        ConfigError: the configuration of a host end or a device is invalid.
         ResourceError: a socket, file or terminal cannot be opened.
     """
     _allow_descriptors()
@@ -113,9 +113,9 @@ async def _start(
     stack: contextlib.AsyncExitStack,
     keeping: Keeping | None,
 ) -> None:
-    """Start everything, host ends first; ``stack`` stops it in the opposite order.
+    """Start everything, host ends first; ``stack`` stops it in reverse order.
 
-    ``controllers`` gets all of them.
+    All controllers are appended to ``controllers``.
     """
     if keeping is None and (settings.vfio_user or not settings.connect):
         for socket in settings.sockets:  # before the log tells of ports that nobody will reach

@@ -1,4 +1,4 @@
-"""How commands that run until they are told end."""
+"""The end of commands that run until a signal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
-    """``asyncio.run``, without a warning about ``work`` if a signal comes before it began."""
+    """Do as ``asyncio.run``, without a warning if a signal arrives before ``work`` begins."""
     try:
         return asyncio.run(work)
     finally:
@@ -25,7 +25,7 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 
 
 def run_until_signal(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Run ``work()``; a signal cancels it, and what it does on the way out is waited for.
+    """Run ``work()``; a signal cancels it, and its clean-up is awaited.
 
     Raises:
         SystemExit: STATUS_INTERRUPTED after a signal.
@@ -45,7 +45,7 @@ def stop_on_signals(reload: Callable[[], None] | None = None) -> asyncio.Event:
     both the kernel and the shell may send it.
 
     Args:
-        reload: called on a SIGHUP that does not come from the terminal's hang-up.
+        reload: called on a SIGHUP that is not caused by the terminal's hang-up.
     """
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
@@ -79,13 +79,16 @@ def _has_terminal() -> bool:
     try:
         os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK))
     except OSError as error:
-        # A lack of descriptors says nothing about the terminal.
+        # A lack of descriptors is no evidence of a hang-up.
         return error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
     return True
 
 
 async def finished_before(stop: asyncio.Event, work: Coroutine[None, None, None]) -> bool:
-    """Do ``work`` unless ``stop`` is set first, which cancels it. Raises what ``work`` raises."""
+    """Do ``work`` until ``stop`` is set, which cancels it; return whether it was finished.
+
+    Raises what ``work`` raises.
+    """
     working = asyncio.create_task(work)
     stopping = asyncio.create_task(stop.wait())
     try:

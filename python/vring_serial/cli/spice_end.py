@@ -1,4 +1,4 @@
-"""The SPICE server that ``vring serve`` puts behind spicevmc and spiceport ends."""
+"""The SPICE server of ``vring serve``, for spicevmc and spiceport ends."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ KINDS = ("spicevmc", "spiceport")
 class SpiceEnds:
     """The server of one topology, if it needs one, and the host ends that belong to it.
 
-    A server that only the domain XML asks for is not missed where the library is not installed:
-    the agent's end is then the one that is built in, and nothing is behind spiceports.
+    If only the domain XML declares a server and the library is not installed, there is none: the
+    agent's end is then the built-in one, and spiceports discard their output.
 
     Args:
-        topology: what is to be served.
-        agent_shared: the agent belongs to ``--agent-socket``, and the server is a client of that.
+        topology: the controllers with their ports.
+        agent_shared: whether ``--agent-socket`` shares the agent; the server is then a client.
 
     Raises:
-        DependencyError: an option asks for the server, and the library is not installed.
+        DependencyError: an option declares the server, and the library is not installed.
     """
 
     def __init__(self, topology: Topology, *, agent_shared: bool = False) -> None:
@@ -65,7 +65,7 @@ class SpiceEnds:
 
     @property
     def makers(self) -> ChardevMakers:
-        """For :func:`vring_serial.config.build.make_controller`."""
+        """Return the chardev makers for :func:`vring_serial.config.build.make_controller`."""
         server = self._server
         if server is None:
             return {"spiceport": _nothing}
@@ -77,7 +77,7 @@ class SpiceEnds:
         return makers
 
     def agent_device(self) -> AgentDevice | None:
-        """Return the server's end of the shared agent; None if it shares none."""
+        """Return the server's end of the shared agent; None if no agent is shared."""
         if self._server is None or not self._agent_shared:
             return None
         return self._server.agent_device()
@@ -99,7 +99,7 @@ class SpiceEnds:
         emit(logging.INFO, "spice", text, addresses=self._server.addresses)
 
     async def aclose(self) -> None:
-        """Stop the server. Safe twice."""
+        """Stop the server. May be called twice."""
         if self._server is not None:
             await self._server.aclose()
 
@@ -116,7 +116,7 @@ def _nothing(port: PortConfig) -> Chardev:
 
 
 class _ClientLog:
-    """Logs who comes and goes; a client that does so in a loop is counted instead."""
+    """A rate-limited log of clients that connect and leave."""
 
     def __init__(self) -> None:
         self._log = RateLimitedLog(log)

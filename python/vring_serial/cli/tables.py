@@ -8,10 +8,10 @@ from rich.table import Table
 
 
 def show(console: Console, table: Table, *, wraps: bool = False) -> None:
-    """Print a table; where it does not fit, a paragraph for each row: nothing is left out.
+    """Print a table, or one paragraph per row if it does not fit, so that nothing is cut off.
 
     Args:
-        wraps: the cells are prose, which may go on in the next line.
+        wraps: whether cells may be wrapped, because they are prose.
     """
     for column in table.columns:
         column.overflow = "fold"

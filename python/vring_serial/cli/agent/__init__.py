@@ -1,4 +1,4 @@
-"""``vring agent``: what a SPICE client does with a guest's agent, from a terminal."""
+"""``vring agent``: a SPICE client's functions for a guest's agent, in a terminal."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def agent_command(ctx: click.Context, address: str | None, timeout: float) -> No
       vring agent --socket /run/agent.sock clipboard set "hello, guest"
       vring agent --socket /run/agent.sock send report.pdf photo.jpg
     """
-    # Without a socket the help of commands works all the same.
+    # Without a socket, the help of commands must still work.
     ctx.obj = Channel(address or "", timeout)
 
 

@@ -42,7 +42,7 @@ class Channel:
     async def open(self, factory: Callable[[], asyncio.BaseProtocol]) -> asyncio.Transport:
         """Connect a protocol and return its transport.
 
-        Raises ConfigError on an address, ResourceError on a connection.
+        Raises ConfigError for an invalid address, ResourceError if it cannot connect.
         """
         loop = asyncio.get_running_loop()
         host, colon, port = self.address.rpartition(":")
@@ -60,7 +60,7 @@ class Channel:
 
     @contextlib.asynccontextmanager
     async def agent(self, capabilities: Capabilities) -> AsyncIterator[HostAgent]:
-        """Connect and yield the agent when it has announced itself; ``capabilities`` are ours.
+        """Connect with our ``capabilities``, and yield the agent when it has announced its own.
 
         Raises AgentTimeoutError if it does not, AgentGoneError if the channel is closed before.
         """
@@ -78,9 +78,9 @@ class Channel:
                 await asyncio.sleep(0)
 
     async def _wait_ready(self, agent: HostAgent, events: EventStream) -> None:
-        """Wait for the agent's announcement or the end of the connection, whichever is first.
+        """Wait for the agent's announcement or the end of the connection.
 
-        HostAgent would wait for another connection after that, which a command does not make.
+        HostAgent would then wait for another connection, which a command does not make.
         """
         ready = asyncio.ensure_future(agent.wait_ready())
         closed = asyncio.ensure_future(_closed(events))
@@ -106,7 +106,7 @@ class Channel:
         *,
         capabilities: Capabilities = HOST_CAPABILITIES,
     ) -> None:
-        """Do ``work`` on the agent. The first SIGINT or SIGTERM cancels it and ends the command."""
+        """Do ``work`` with the agent. A first SIGINT or SIGTERM cancels it and ends the command."""
 
         self.check()
 

@@ -41,9 +41,9 @@ TYPES = {
     "files": ClipboardType.FILE_LIST,
 }
 NAMES: dict[int, str] = {kind: name for name, kind in TYPES.items()}
-#: Characters of a text that ``watch`` shows.
+#: Maximum number of characters of a text that ``watch`` shows.
 PREVIEW = 60
-#: Bytes read from a file at once while the guest fetches it.
+#: Bytes per read of a file that the guest fetches.
 PIECE = 64 << 10
 
 selection_option = click.option(
@@ -85,11 +85,11 @@ def clipboard_group() -> None:
 )
 @click.pass_obj
 def get_command(channel: Channel, selection: str, kind: str, output: str | None, raw: bool) -> None:
-    """Print what is on a clipboard of the guest, or write it to a file.
+    """Print the contents of a clipboard of the guest, or write them to a file.
 
     For files, print their paths in the guest, or with --output copy them (agents that announce
-    FILES_FROM_GUEST, such as the embedded guest's). What could break a line or drive a terminal
-    is escaped in paths, and in text on a terminal.
+    FILES_FROM_GUEST, such as the embedded guest's). Characters that break lines or control a
+    terminal are escaped in paths, and in text on a terminal.
     """
 
     def tell(path: object) -> None:
@@ -129,13 +129,13 @@ def get_command(channel: Channel, selection: str, kind: str, output: str | None,
     copied = kind == "files" and output is not None
     channel.run(
         work,
-        # An agent sends files to whoever asks for their list and says so.
+        # An agent sends files to any client that asks for their list and says so.
         capabilities=HOST_CAPABILITIES.with_(FILES_FROM_GUEST) if copied else HOST_CAPABILITIES,
     )
 
 
 async def _settle(agent: HostAgent, selection: int) -> None:
-    """Wait a moment for clipboards, which an agent tells soon after it has announced itself."""
+    """Wait briefly for the clipboards, which an agent announces soon after its capabilities."""
     with contextlib.suppress(AgentError):
         await agent.wait_clipboard(selection, timeout=1.0)
 
@@ -147,7 +147,7 @@ def _output(path: str | None) -> Iterator[BinaryIO]:
         sys.stdout.buffer.flush()
         return
     try:
-        # What was copied may be a password.
+        # The contents may be a password.
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
             yield file
     except AgentError:
@@ -182,8 +182,8 @@ def set_command(
 ) -> None:
     """Put TEXT, or a file's contents, on a clipboard of the guest.
 
-    The guest fetches the data when somebody pastes, so the command goes on until something in the
-    guest takes the clipboard, or it is interrupted.
+    The guest fetches the data when a user pastes, so the command runs until a program in the guest
+    takes the clipboard, or until it is interrupted.
     """
     if (text is None) == (path is None):
         raise click.UsageError("give either TEXT or --file")
@@ -221,7 +221,7 @@ def set_command(
 
 
 def _source(text: str | None, path: str | None, pasted: asyncio.Event) -> StreamSource:
-    """Return the data, read when the guest fetches them; a file is not held in memory."""
+    """Return the source of the data, read when the guest fetches them; files are not cached."""
     if text is not None or path == "-":
         data = text.encode() if text is not None else sys.stdin.buffer.read()
 
@@ -257,7 +257,7 @@ async def _taken(events: AsyncIterator[object], selection: int) -> None:
 
 
 async def _sent(pasted: asyncio.Event) -> None:
-    """Return when the data were pasted, and the last of them had time to leave."""
+    """Return when the data were pasted and their last bytes had time to be sent."""
     await pasted.wait()
     await asyncio.sleep(0.2)
 
@@ -270,7 +270,7 @@ async def _sent(pasted: asyncio.Event) -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per change.")
 @click.pass_obj
 def watch_command(channel: Channel, selection: str, as_json: bool) -> None:
-    """Tell whenever a clipboard of the guest changes, until interrupted."""
+    """Print each change of a clipboard of the guest, until interrupted."""
     which = Selection[selection.upper()]
 
     async def work(agent: HostAgent) -> None:
@@ -291,7 +291,7 @@ def watch_command(channel: Channel, selection: str, as_json: bool) -> None:
 
 
 def _names(types: tuple[int, ...]) -> list[str]:
-    """Return what ``--type`` calls these; the protocol's name of a type that it does not have."""
+    """Return the names of types in ``--type``, or the protocol's names of others."""
     return [NAMES.get(number, clipboard_type_name(number)) for number in types]
 
 
@@ -301,7 +301,7 @@ async def _tell(
     names = _names(types)
     text: str | None = None
     if ClipboardType.UTF8_TEXT in types:
-        # What was copied may be gone again by the time that it is fetched.
+        # The contents may be gone by the time they are fetched.
         with contextlib.suppress(AgentError):
             text = await agent.get_clipboard(selection)
     if as_json:

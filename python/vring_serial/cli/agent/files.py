@@ -1,4 +1,4 @@
-"""``vring agent send``: files into the guest, with progress."""
+"""``vring agent send``: send files to the guest, with progress bars."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vring_serial.cli.agent.channel import Channel
 from vring_serial.cli.plain import escaped
 from vring_serial.errors import ConfigError, VringSerialError
 
-#: Transfers at once; the Linux agent takes 128.
+#: Maximum number of concurrent transfers; the Linux agent accepts 128.
 AT_ONCE = 16
 
 
@@ -35,7 +35,7 @@ AT_ONCE = 16
 def send_command(channel: Channel, paths: tuple[str, ...], quiet: bool) -> None:
     """Put files into the guest's download directory.
 
-    Several go at once. Interrupting the command cancels what is not there yet in the guest as well.
+    Several files are sent at once. Interrupting the command cancels unfinished files in the guest.
     """
     files = [_checked(path) for path in paths]
     failed: list[str] = []

@@ -1,4 +1,4 @@
-"""``vring agent monitor``: the messages of a channel, decoded, as they pass."""
+"""``vring agent monitor``: show the messages of a channel, decoded."""
 
 from __future__ import annotations
 
@@ -42,24 +42,24 @@ from vring_serial.proto.agent import (
 )
 from vring_serial.unix_socket import UnixListener
 
-#: Bytes read from a side at once.
+#: Bytes per read.
 READ_SIZE = 64 << 10
-#: Seconds for one side to take what the other left for it when it closed.
+#: Time for one side to take what the other sent before it closed, in seconds.
 LAST_WORDS = 2.0
-#: Characters of a message that are shown; an announcement of all known capabilities fits.
+#: Maximum length of a shown message; an announcement of all known capabilities fits.
 SHOWN = 800
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 class Decoder:
-    """Prints the messages of one direction of a channel.
+    """A decoder that prints the messages of one direction of a channel.
 
-    After bytes that are no chunk it prints one line, and nothing from then on.
+    For bytes that are not a valid chunk it prints one line, and then nothing more.
 
     Args:
-        name: of the sender, in front of each line.
-        side: the side that receives this direction.
+        name: the sender's name, in front of each line.
+        side: the receiving side.
     """
 
     def __init__(self, name: str, side: Side) -> None:
@@ -91,7 +91,7 @@ class Decoder:
     def _show_event(self, event: Event) -> None:
         match event:
             case MessageReceived(port, AnnounceCapabilities(request, capabilities)):
-                # Each end announces its own and once more when it is asked.
+                # Each end announces its capabilities, and again when asked.
                 names = "as before"
                 if capabilities != self._announced:
                     names = " ".join(capabilities.names()) or "none"
@@ -114,7 +114,7 @@ class Decoder:
 
 
 def plain(value: object) -> str:
-    """Return a message, or the value of a field, as text: fields by name, constants by theirs."""
+    """Return a message, or the value of a field, as text, with names of fields and constants."""
     match value:
         case Capabilities():
             return f"[{', '.join(value.names())}]"
@@ -162,8 +162,8 @@ def _constant(kind: type[enum.IntEnum], value: int) -> str:
 def monitor_command(channel: Channel, listen: str | None) -> None:
     """Show the messages of the channel, decoded, until interrupted.
 
-    Alone it announces itself as a client and shows what the agent sends. With --listen it passes
-    everything on between a client of that socket and the channel, unchanged.
+    Without --listen it connects as a client and shows what the agent sends. With --listen it
+    relays all bytes between a client of that socket and the channel, unchanged.
     """
     channel.check()
     if listen is not None and os.path.abspath(listen) == os.path.abspath(channel.address):
@@ -194,7 +194,7 @@ async def _watch(channel: Channel) -> None:
 
 
 async def _between(channel: Channel, path: str) -> None:
-    """Serve one client after another, each with a connection of its own to the channel."""
+    """Serve one client at a time, each with a new connection to the channel."""
     clients: asyncio.Queue[socket.socket] = asyncio.Queue()
     name = f"--listen {path}"
     acceptor = Acceptor(clients.put_nowait, name=name, peer="client", one_at_a_time=True)
@@ -216,7 +216,7 @@ async def _between(channel: Channel, path: str) -> None:
 
 
 async def _relay(client: Streams, agent: Streams) -> None:
-    """Pass bytes on in both directions until one side closes."""
+    """Relay bytes in both directions until one side closes."""
     ways = (
         asyncio.ensure_future(_pass(client[0], agent[1], Decoder("client", Side.GUEST))),
         asyncio.ensure_future(_pass(agent[0], client[1], Decoder("guest", Side.HOST))),

@@ -11,7 +11,7 @@ from vring_serial.agent.host import HostAgent
 from vring_serial.cli.agent.channel import Channel
 from vring_serial.proto.agent import Monitor
 
-#: Pixels that X11 and Windows can count.
+#: Maximum size in pixels in X11 and Windows.
 SIZE_MAX = 32767
 _MONITOR = re.compile(r"(\d{1,6})x(\d{1,6})(?:([+-]\d{1,6})([+-]\d{1,6}))?")
 
@@ -37,7 +37,7 @@ class MonitorType(click.ParamType[Monitor]):
 @click.option("--json", "as_json", is_flag=True, help="A JSON array of names.")
 @click.pass_obj
 def caps_command(channel: Channel, as_json: bool) -> None:
-    """List what the guest's agent can do."""
+    """List the capabilities of the guest's agent."""
 
     async def work(agent: HostAgent) -> None:
         assert agent.capabilities is not None
@@ -51,7 +51,7 @@ def caps_command(channel: Channel, as_json: bool) -> None:
 @click.argument("monitors", type=MonitorType(), nargs=-1, required=True)
 @click.pass_obj
 def resize_command(channel: Channel, monitors: tuple[Monitor, ...]) -> None:
-    """Give the guest these monitors; the first is the primary one.
+    """Set the guest's monitors; the first is the primary one.
 
     Several monitors need positions: `resize 1920x1080+0+0 1280x1024+1920+0`.
     """
