@@ -26,7 +26,7 @@ class KeptSockets:
 
     @property
     def started_before(self) -> bool:
-        """Return whether a predecessor process had started the chardev."""
+        """Whether a predecessor process had started the chardev."""
         return self._keeping is not None and self._keeping.read(_STARTED) is not None
 
     def started(self) -> None:

@@ -65,7 +65,7 @@ class SpiceEnds:
 
     @property
     def makers(self) -> ChardevMakers:
-        """Return the chardev makers for :func:`vring_serial.config.build.make_controller`."""
+        """Chardev makers for :func:`vring_serial.config.build.make_controller`."""
         server = self._server
         if server is None:
             return {"spiceport": _nothing}
