@@ -12,10 +12,10 @@ import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from pathlib import Path
 
 import pytest
 
+from tests.support.kept import DEATHS, held_by, worker_of
 from tests.support.processes import end
 from tests.support.waiting import until
 from vring_serial import EmbeddedGuest
@@ -58,20 +58,6 @@ class Stream:
             assert data == expected, f"{self.name}: wrong after byte {self.received}"
             self.received += len(data)
         raise AssertionError(f"{self.name} ended after byte {self.received}")
-
-
-def worker_of(process):
-    """The worker's process id; None while there is none."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return int(children[0]) if children else None
-
-
-def held_by(pid):
-    """What a process has open, without what says only which one it is."""
-    names = []
-    for fd in Path(f"/proc/{pid}/fd").iterdir():
-        names.append(os.readlink(fd).partition(":")[0])
-    return sorted(names)
 
 
 @asynccontextmanager
@@ -119,17 +105,17 @@ async def test_no_kill_is_noticed(tmp_path, monkeypatch, packed):
             sending = [group.create_task(s.send(enough, chance)) for s in streams]
             receiving = [group.create_task(s.receive()) for s in streams]
             await all_go_on(streams)
-            keepers, workers = held_by(keeper.pid), held_by(worker_of(keeper))
+            keepers, workers = held_by(keeper.pid), held_by(worker_of(keeper.pid))
             for _ in range(KILLS):
-                victim = worker_of(keeper)
-                os.kill(victim, chance.choice([signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT]))
-                await until(lambda pid=victim: worker_of(keeper) not in (None, pid))
+                victim = worker_of(keeper.pid)
+                os.kill(victim, chance.choice(DEATHS))
+                await until(lambda pid=victim: worker_of(keeper.pid) not in (None, pid))
                 await all_go_on(streams)
                 await asyncio.sleep(chance.random() * 0.3)
             enough.set()
             await asyncio.gather(*sending)
             await until(lambda: all(s.received == s.sent for s in streams), "bytes are missing")
-            assert (held_by(keeper.pid), held_by(worker_of(keeper))) == (keepers, workers)
+            assert (held_by(keeper.pid), held_by(worker_of(keeper.pid))) == (keepers, workers)
             for task in receiving:
                 task.cancel()
         for writer in writers:
