@@ -17,10 +17,14 @@ import pytest
 
 from tests.support.kept import DEATHS, held_by, worker_of
 from tests.support.processes import end
-from tests.support.waiting import until
+from tests.support.vfio_guest import VfioGuest
+from tests.support.waiting import until, until_file_says
 from vring_serial import EmbeddedGuest
+from vring_serial.proto.vfio_user_wire import Command
 
 KILLS = int(os.environ.get("VRING_CHAOS_KILLS", "20"))
+#: Messages of a start from one kill to the next.
+STEP = 3 if KILLS <= 20 else 1
 PORTS = 4
 #: A prime length: no lost or doubled power of two of bytes goes unnoticed.
 PRIME = 65_521
@@ -61,11 +65,13 @@ class Stream:
 
 
 @asynccontextmanager
-async def serving(directory, *arguments) -> AsyncIterator[asyncio.subprocess.Process]:
+async def serving(
+    directory, *arguments, protocol="vhost-user"
+) -> AsyncIterator[asyncio.subprocess.Process]:
     log = directory / "log"
     with log.open("wb") as stream:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "vring_serial", "serve", "--keeper", "--vhost-user", "v"),
+            *(sys.executable, "-m", "vring_serial", "serve", "--keeper", f"--{protocol}", "v"),
             *arguments,
             cwd=directory,
             stdin=asyncio.subprocess.DEVNULL,
@@ -79,9 +85,23 @@ async def serving(directory, *arguments) -> AsyncIterator[asyncio.subprocess.Pro
             await end(process, session=True)
 
 
+def vhost_user(packed):
+    return EmbeddedGuest("v", memory=64 << 20, packed=packed)
+
+
+def vfio_user(packed):
+    return VfioGuest("v", PORTS, packed=packed)
+
+
+def vfio_user_by_messages(packed):
+    return VfioGuest("v", PORTS, packed=packed, messages=True, intx=True, twin=True)
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
-async def test_no_kill_is_noticed(tmp_path, monkeypatch, packed):
+@pytest.mark.parametrize("make_guest", [vhost_user, vfio_user, vfio_user_by_messages])
+async def test_no_kill_is_noticed(tmp_path, monkeypatch, make_guest, packed):
     monkeypatch.chdir(tmp_path)  # short socket paths
+    protocol = "vhost-user" if make_guest is vhost_user else "vfio-user"
     chance = random.Random(KILLS)
     ports = range(1, PORTS + 1)
     arguments = ["--packed"] if packed else []
@@ -89,8 +109,8 @@ async def test_no_kill_is_noticed(tmp_path, monkeypatch, packed):
         chardev = f"socket,id=c{nr},path=c{nr},server=on,wait=off"
         arguments += ["--chardev", chardev, "--port", f"chardev=c{nr},nr={nr},name=p{nr}"]
     async with AsyncExitStack() as stack:
-        keeper = await stack.enter_async_context(serving(tmp_path, *arguments))
-        guest = await stack.enter_async_context(EmbeddedGuest("v", memory=64 << 20, packed=packed))
+        keeper = await stack.enter_async_context(serving(tmp_path, *arguments, protocol=protocol))
+        guest = await stack.enter_async_context(make_guest(packed))
         streams = []
         writers = []
         for nr in ports:
@@ -124,7 +144,8 @@ async def test_no_kill_is_noticed(tmp_path, monkeypatch, packed):
         assert await keeper.wait() == 0
     log = (tmp_path / "log").read_text()
     assert log.count("another one goes on") == KILLS
-    assert log.count("frontend resumed") == KILLS
+    peer = "frontend" if make_guest is vhost_user else "client"
+    assert log.count(f"{peer} resumed") == KILLS
     assert log.count("opened by the guest") == PORTS
     assert "warning" not in log
 
@@ -136,3 +157,67 @@ async def all_go_on(streams):
         lambda: all(s.received > b for s, b in zip(streams, before, strict=True)),
         lambda: f"{before} {[stream.received for stream in streams]}",
     )
+
+
+def vfio_arguments():
+    return ("--chardev", "socket,id=c,path=c,server=on,wait=off", "--port", "chardev=c,nr=1,name=p")
+
+
+async def carries(guest, host):
+    """Wait until a byte has come from the guest to the client of its port, and one back."""
+    host_reader, host_writer = host
+    port = await guest.wait_port(name="p")
+    reader, writer = await port.open()
+    writer.write(b"a")
+    assert await host_reader.readexactly(1) == b"a"
+    host_writer.write(b"b")
+    assert await reader.readexactly(1) == b"b"
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"twin": True}, {"messages": True, "intx": True, "packed": True}, {"shared": False}],
+    ids=["msix", "intx", "not shared"],
+)
+async def test_a_vfio_user_client_may_be_at_any_message_of_its_start(
+    tmp_path, monkeypatch, options
+):
+    monkeypatch.chdir(tmp_path)
+    arguments = [*vfio_arguments(), *(["--packed"] if "packed" in options else [])]
+    async with serving(tmp_path, *arguments, protocol="vfio-user") as keeper:
+        host = await asyncio.open_unix_connection("c")
+        deadly, killed = 0, True
+        while killed:  # the last guest had fewer messages than that
+            killed, messages = False, 0
+
+            def kill_at(command, deadly=deadly):
+                nonlocal killed, messages
+                if command != Command.REGION_READ:
+                    if messages == deadly:
+                        killed = True
+                        os.kill(worker_of(keeper.pid), signal.SIGKILL)
+                    messages += 1
+
+            async with VfioGuest("v", 1, before=kill_at, **options) as guest:
+                await carries(guest, host)
+            await until(lambda: worker_of(keeper.pid))
+            deadly += STEP
+        assert deadly > 50
+        host[1].close()
+    log = (tmp_path / "log").read_text()
+    assert "cannot be gone on with" not in log
+
+
+async def test_rings_in_memory_that_is_not_shared_end_with_the_process(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    async with serving(tmp_path, *vfio_arguments(), protocol="vfio-user") as keeper:
+        host = await asyncio.open_unix_connection("c")
+        async with VfioGuest("v", 1, shared=False) as guest:
+            await carries(guest, host)
+            os.kill(worker_of(keeper.pid), signal.SIGKILL)
+            await until(guest.is_sent_away)
+        await until_file_says(tmp_path / "log", "in memory that is not shared; connection closed")
+        async with VfioGuest("v", 1) as guest:
+            await carries(guest, host)
+        host[1].close()

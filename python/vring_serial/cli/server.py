@@ -188,6 +188,7 @@ def _make_backend(
                 transitional=settings.transitional if transitional is None else transitional,
                 packed=packed,
                 vectors=settings.vectors if config.vectors is None else config.vectors,
+                keeping=keeping,
             )
         return VhostUserBackend(
             controller,

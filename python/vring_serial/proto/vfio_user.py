@@ -221,6 +221,11 @@ class VfioUserParser(MessageParser[Header, Message]):
         super().__init__(Header.SIZE)
         self._max_payload = max_payload
 
+    @staticmethod
+    def command_of(message: bytes) -> int:
+        """Return the command of a whole message."""
+        return Header.unpack(message[: Header.SIZE]).command
+
     def _unpack_header(self, data: bytes) -> Header:
         return Header.unpack(data)
 

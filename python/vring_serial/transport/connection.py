@@ -41,6 +41,8 @@ class Connection:
         max_unread: bytes that the peer has not read from which on it is not listened to.
     """
 
+    _merges = True  # small messages go out together
+
     def __init__(
         self,
         sock: socket.socket,
@@ -82,7 +84,7 @@ class Connection:
         if self.closed:
             unix_fds.close_all(fds)
             return
-        if fds or not self._unsent or len(self._unsent[-1][0]) >= _SEND_SIZE:
+        if fds or not self._merges or not self._unsent or len(self._unsent[-1][0]) >= _SEND_SIZE:
             self._unsent.append((bytearray(data), list(fds)))
         else:
             self._unsent[-1][0].extend(data)

@@ -17,6 +17,9 @@ from vring_serial.unix_fds import Received
 REST_SECONDS = 0.005
 #: Bytes of a connection's records.
 AREA_SIZE = 2 * RECORD_SIZE
+#: Bytes of a message that a unix stream socket takes whole or not at all. Linux makes one buffer of
+#: up to 48 KiB, as long as that is less than half of what the socket may hold (212992 by default).
+ATOMIC_SIZE = 40 << 10
 
 
 @dataclass(slots=True)
@@ -43,6 +46,9 @@ class RepeatableConnection(Connection):
     the rest. So no message is lost, none is handled twice once that was written down, and every
     byte of an answer is sent once.
 
+    Each message is sent for itself: the kernel takes one of at most ATOMIC_SIZE bytes whole or not
+    at all, so that no successor goes on behind half a message.
+
     Args:
         size_of: returns the size in bytes of the message that begins with these; of what is no
             beginning, as many as there are.
@@ -51,8 +57,11 @@ class RepeatableConnection(Connection):
         record: writes down what was handled, with all that it led to.
         handled: what a predecessor wrote down.
         area: AREA_SIZE bytes of memory that outlives the process.
+        handled_fds: descriptors that go with its answer; taken over.
         arguments: see Connection.
     """
+
+    _merges = False
 
     def __init__(
         self,
@@ -64,6 +73,7 @@ class RepeatableConnection(Connection):
         record: Callable[[Handled], None],
         handled: Handled,
         area: memoryview,
+        handled_fds: Sequence[int] = (),
         **arguments: Any,
     ) -> None:
         self._size_of = size_of
@@ -72,10 +82,13 @@ class RepeatableConnection(Connection):
         self._record = record
         self._number = handled.number
         self._sending, self._taking = area[:RECORD_SIZE], area[RECORD_SIZE:AREA_SIZE]
+        self._handled_fds = list(handled_fds)
         self._message = b""  # what is being handled, or waits to be taken off
         super().__init__(sock, **arguments)
         answered, taken = self._gone(self._sending), self._gone(self._taking)
         self._begin(answered, taken)
+        if answered:
+            self._forget_fds()  # they went with the first byte
         if taken < len(handled.message) or answered < len(handled.answer):
             self._message = handled.message[taken:]
             self._loop.call_soon(self._finish, handled.answer[answered:])
@@ -83,6 +96,7 @@ class RepeatableConnection(Connection):
     def close(self) -> None:
         """See Connection."""
         self._message = b""
+        self._forget_fds()
         super().close()
 
     def _gone(self, record: memoryview) -> int:
@@ -97,8 +111,9 @@ class RepeatableConnection(Connection):
 
     def _finish(self, answer: bytes) -> None:
         """Do what is left to do for the message that a predecessor handled."""
+        fds, self._handled_fds = self._handled_fds, []
         if not self.closed:
-            self.send(answer)
+            self.send(answer, fds)
 
     def _readable(self) -> None:
         try:
@@ -136,6 +151,10 @@ class RepeatableConnection(Connection):
         self._closer.close(received.fds)
         return Received(data)
 
+    def _forget_fds(self) -> None:
+        unix_fds.close_all(self._handled_fds)
+        self._handled_fds = []
+
     def _wait_for_rest(self) -> None:
         """Look again in a while: the socket is readable all the time."""
         self._loop.remove_reader(self._sock)
@@ -150,7 +169,10 @@ class RepeatableConnection(Connection):
 
     def _send_some(self, data: bytes, fds: Sequence[int]) -> int:
         if fds:
-            raise NotImplementedError("descriptors are not part of what is recorded")
+            sent = unix_fds.send(self._sock, data, fds)
+            number, length = recorded(self._sending)
+            set_record(self._sending, number, length + sent)
+            return sent
         return send_recorded(self._sock.fileno(), data, self._sending) if data else 0
 
     def _may_read(self) -> bool:

@@ -6,7 +6,7 @@ import abc
 import asyncio
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -90,6 +90,7 @@ class Session(abc.ABC, Generic[MessageT]):
         read_size: bytes read in one turn of the loop.
         max_unread: bytes that the peer has not read from which on it is not listened to.
         handled: what a predecessor had handled last.
+        handled_fds: descriptors that go with the answer to it; taken over.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class Session(abc.ABC, Generic[MessageT]):
         read_size: int,
         max_unread: int = MAX_UNREAD,
         handled: Handled | None = None,
+        handled_fds: Sequence[int] = (),
     ) -> None:
         self._name = context.name
         self._log = context.log
@@ -132,6 +134,7 @@ class Session(abc.ABC, Generic[MessageT]):
                 record=self._record,
                 handled=handled or Handled(),
                 area=context.keeping.area("connection", AREA_SIZE),
+                handled_fds=handled_fds,
                 **arguments,
             )
 

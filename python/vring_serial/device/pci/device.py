@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,6 +26,7 @@ from vring_serial.device.registers.device import RegisterDevice
 from vring_serial.device.registers.driver_registers import DriverRegisters
 from vring_serial.device.registers.host import Host, LoopThread
 from vring_serial.device.registers.interrupts import InterruptSink
+from vring_serial.device.registers.queues import NO_KICKS
 from vring_serial.errors import ConfigError
 from vring_serial.proto.virtio import VENDOR_ID
 
@@ -92,6 +93,7 @@ class PciDevice(RegisterDevice):
             queue and one for the configuration, at most 253.
         host: brings accesses into the event loop; None: they come in its thread.
         state: to go on from, of a function made with the same options; taken over.
+        records, kick_fds: see QueueTable; taken over unless this raises.
 
     Attributes:
         state: kept up to date by the function's parts. Positions of rings are exact after
@@ -113,6 +115,8 @@ class PciDevice(RegisterDevice):
         vectors: int | None = None,
         host: Host | None = None,
         state: FunctionState | None = None,
+        records: Sequence[memoryview] | None = None,
+        kick_fds: Mapping[int, int] = NO_KICKS,
     ) -> None:
         vectors = vectors_of(device, vectors)
         if not 0 <= vectors <= MAX_VECTORS:
@@ -138,6 +142,8 @@ class PciDevice(RegisterDevice):
             config_changed=self._config_changed,
             was_reset=self._was_reset,
             saved=self.state.registers,
+            records=records,
+            kick_fds=kick_fds,
         )
         self._msix_at = 0
         self._msix.may_send = lambda: self._registers.bus_master
@@ -207,6 +213,24 @@ class PciDevice(RegisterDevice):
     def vectors_changed(self) -> None:
         """Ask the sink for its descriptors again, and deliver pending interrupts."""
         self._interrupts.masks_changed()
+
+    def tell_again(self) -> None:
+        """Interrupt the driver for everything, in case a predecessor of this process owed it."""
+        self._interrupts.tell_again()
+
+    @property
+    def shared_kicks(self) -> list[int]:
+        """The indices of the queues whose :meth:`kick_fd` others have."""
+        return self._registers.queues.shared_kicks
+
+    def take_changed_queues(self) -> set[int]:
+        """Return the indices of queues whose ``state`` changed since the last call; at first all.
+
+        The values of notifications do not count.
+        """
+        queues = self._registers.queues
+        changed, queues.changed = queues.changed, set()
+        return changed
 
     @property
     def intx_level(self) -> bool:

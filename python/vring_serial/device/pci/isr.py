@@ -73,6 +73,15 @@ class PciInterrupts:
         if self._msix.enabled:
             self._msix.fire(self._state.config_vector)
 
+    def tell_again(self) -> None:
+        """Interrupt the driver for everything, in case a predecessor owed it that."""
+        registers = self._registers
+        if registers.driver_ready:
+            for index in range(len(registers.queues)):
+                if registers.queues.is_running(registers.queues[index]):
+                    self.queue(registers.queues[index])
+            self.configuration()
+
     # --- what the driver accesses
 
     def read_isr(self) -> int:
@@ -97,6 +106,7 @@ class PciInterrupts:
         queue = self._registers.selected.setup
         if queue is not None:
             queue.vector = self._checked(vector)
+            self._registers.queues.changed.add(queue.index)
             self.route(queue)
 
     def write_table(self, offset: int, value: int, size: int) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 from vring import GuestMemory, NotificationData, RingError
 from vring_serial.device.base import VirtioDevice, check_unserved
 from vring_serial.device.registers.host import Host
 from vring_serial.device.registers.negotiation import FeatureNegotiation
-from vring_serial.device.registers.queues import QueueTable
+from vring_serial.device.registers.queues import NO_KICKS, QueueTable
 from vring_serial.device.registers.selected import SelectedQueue
 from vring_serial.device.registers.state import DriverState, QueueSetup, RegistersState
 from vring_serial.errors import ConfigError
@@ -53,6 +53,7 @@ class DriverRegisters:
         config_changed: must interrupt the driver for a changed configuration or status.
         was_reset: must forget events; called after the driver has reset the device.
         saved: the registers to go on from; taken over. The device is in its own state of then.
+        records, kick_fds: see QueueTable.
 
     Attributes:
         saved: all registers; kept up to date here and in the parts, but for positions of rings.
@@ -82,6 +83,8 @@ class DriverRegisters:
         config_changed: Callable[[], None],
         was_reset: Callable[[], None],
         saved: RegistersState | None = None,
+        records: Sequence[memoryview] | None = None,
+        kick_fds: Mapping[int, int] = NO_KICKS,
     ) -> None:
         check_unserved(device)
         if device.num_queues > MAX_QUEUES:
@@ -100,7 +103,14 @@ class DriverRegisters:
             log=self._log,
         )
         self.queues = QueueTable(
-            device, self.state, size, queue_called, self._queue_failed, self.saved.queues
+            device,
+            self.state,
+            size,
+            queue_called,
+            self._queue_failed,
+            self.saved.queues,
+            records,
+            kick_fds,
         )
         self.selected = SelectedQueue(self.queues, self.state, host.run)
         self._run = host.run
@@ -147,7 +157,9 @@ class DriverRegisters:
             if value & Status.DRIVER_OK and not old & Status.DRIVER_OK:
                 self.features.accept_legacy()
         else:
-            fresh = value & Status.FEATURES_OK and not old & Status.FEATURES_OK
+            # A process may have died between the device's having the features and our noting them.
+            known = old & Status.FEATURES_OK and self.state.features
+            fresh = value & Status.FEATURES_OK and not known
             if fresh and not self.features.accept():
                 value &= ~int(Status.FEATURES_OK)
             if not value & Status.FEATURES_OK:

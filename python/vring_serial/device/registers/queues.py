@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from vring import Drained, GuestMemory, VirtQueue, drain, notify
 from vring.errors import AddressError, Error
@@ -23,6 +24,8 @@ from vring_serial.unix_fds import make_eventfd
 
 #: An eventfd's increment by one.
 _ONE = (1).to_bytes(8, sys.byteorder)
+#: No descriptors.
+NO_KICKS: Mapping[int, int] = MappingProxyType({})
 
 
 @dataclass(slots=True)
@@ -59,6 +62,13 @@ class QueueTable:
         called: gets the index of a queue whose driver wants to know of used buffers.
         failed: gets the index of a queue that cannot run as the driver set it up, and why.
         queues: to go on from; taken over. Empty: all are as after a reset.
+        records: of each queue, see VirtQueue; a ring that ran goes on where its record says. None:
+            there is no successor of this process, and ``queues`` say where their rings are.
+        kick_fds: what :meth:`kick_fd` of a predecessor has returned, by queue; taken over.
+
+    Attributes:
+        changed: indices of queues whose setup, apart from ``notified``, is another since whoever
+            writes it down last cleared this.
 
     Raises ConfigError if there are ``queues`` and they are not the device's.
     """
@@ -71,6 +81,8 @@ class QueueTable:
         called: Callable[[int], None],
         failed: Callable[[int, Exception], None],
         queues: list[QueueSetup] | None = None,
+        records: Sequence[memoryview] | None = None,
+        kick_fds: Mapping[int, int] = NO_KICKS,
     ) -> None:
         self.size_max = size_max
         self._state = state
@@ -84,7 +96,17 @@ class QueueTable:
             self._queues += (QueueSetup(index, size_max) for index in range(device.num_queues))
         if [queue.index for queue in self._queues] != list(range(device.num_queues)):
             raise ConfigError(f"{device.name}: the state is not one of {device.num_queues} queues")
+        self._records = records
+        self._resumes: set[int] = set()  # those that ran in a predecessor, and do not yet here
+        for queue in self._queues:
+            if queue.running and records is not None:
+                self._resumes.add(queue.index)
+            queue.running = False
+        self.changed = {queue.index for queue in self._queues}
         self._descriptors = [_Descriptors() for _ in self._queues]
+        for index, fd in kick_fds.items():
+            self._descriptors[index].kick_fd = fd
+            self._descriptors[index].kick_shared = True
 
     def __len__(self) -> int:
         return len(self._queues)
@@ -100,6 +122,7 @@ class QueueTable:
             return
         if self._state.features & Feature.RING_PACKED or size & (size - 1) == 0:
             queue.size = size
+            self.changed.add(queue.index)
 
     def enable(self, queue: QueueSetup) -> None:
         """Let the device use the queue."""
@@ -107,11 +130,15 @@ class QueueTable:
             queue.enabled = True
             queue.failed = False
             queue.position = None
+            self._resumes.discard(queue.index)
+            self.changed.add(queue.index)
             self._update(queue)
 
     def disable(self, queue: QueueSetup) -> None:
         """Take the queue from the device; enabled again, it starts anew."""
         queue.enabled = False
+        self._resumes.discard(queue.index)
+        self.changed.add(queue.index)
         self._update(queue)
         self._device.reset_queue(queue.index)
 
@@ -155,8 +182,10 @@ class QueueTable:
         """Stop all queues, and forget what the driver said."""
         self._live = False
         self._update_all()
+        self._resumes.clear()
         for queue in self._queues:
             queue.forget(self.size_max)
+            self.changed.add(queue.index)
             self._drain(queue)
 
     def close(self) -> None:
@@ -177,6 +206,11 @@ class QueueTable:
         """
         self._descriptors[index].kick_shared = True
         return self._kick_fd(self._descriptors[index])
+
+    @property
+    def shared_kicks(self) -> list[int]:
+        """The indices of the queues whose :meth:`kick_fd` others have."""
+        return [index for index, fds in enumerate(self._descriptors) if fds.kick_shared]
 
     def _kick_fd(self, fds: _Descriptors) -> int:
         if fds.kick_fd < 0:
@@ -282,6 +316,8 @@ class QueueTable:
             queue.enabled and self._live and self._memory is not None
         ):
             fds.running = None
+            queue.running = False
+            self.changed.add(queue.index)
             queue.position = self._device.stop_queue(queue.index)
             self._unwatch(queue)
         try:
@@ -292,6 +328,7 @@ class QueueTable:
 
     def _fail(self, queue: QueueSetup, error: Exception) -> None:
         queue.failed = True
+        self.changed.add(queue.index)
         self._failed(queue.index, error)
 
     def _start_if_wanted(self, queue: QueueSetup) -> None:
@@ -303,7 +340,16 @@ class QueueTable:
         areas = (queue.descriptor_area, queue.driver_area, queue.device_area)
         name = f"queue {queue.index}"
         features = self._state.features
-        ring = make_queue(memory, queue.size, areas, features, index=queue.position, name=name)
+        ring = make_queue(
+            memory,
+            queue.size,
+            areas,
+            features,
+            index=queue.position,
+            name=name,
+            record=None if self._records is None else self._records[queue.index],
+            resume=queue.index in self._resumes,
+        )
         if fds.call_fd < 0:
             fds.call_fd = make_eventfd()
         running = RunningQueue(ring, self._kick_fd(fds), fds.call_fd)
@@ -314,6 +360,9 @@ class QueueTable:
             self._unwatch(queue)
             raise
         fds.running = ring
+        queue.running = True
+        self._resumes.discard(queue.index)
+        self.changed.add(queue.index)
 
     def _watch(self, queue: QueueSetup) -> None:
         fds = self._descriptors[queue.index]

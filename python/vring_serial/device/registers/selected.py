@@ -82,6 +82,7 @@ class SelectedQueue:
         if setup is not None and not setup.enabled:
             address: int = getattr(setup, name)
             setattr(setup, name, address & ~(0xFFFFFFFF << shift) | value << shift)
+            self._queues.changed.add(setup.index)
 
     # --- legacy layouts
 
@@ -90,6 +91,7 @@ class SelectedQueue:
         setup = self.setup
         if setup is not None and alignment > 0 and alignment & (alignment - 1) == 0:
             setup.alignment = alignment
+            self._queues.changed.add(setup.index)
 
     def read_legacy_address(self) -> int:
         """Return the guest address of the queue; 0 unless it is enabled."""

@@ -64,6 +64,7 @@ class QueueSetup:
         position: the available index to resume from, 16 bits, with the wrap counter in bit 15 if
             the ring is packed; None for a fresh ring. While the queue runs, the device has the
             current one: see ``QueueTable.note_positions``.
+        running: the device has the ring.
     """
 
     index: int
@@ -77,6 +78,7 @@ class QueueSetup:
     alignment: int = LEGACY_ALIGNMENT
     notified: int | None = None
     position: int | None = None
+    running: bool = False
 
     def forget(self, size: int) -> None:
         """Return to the state after a reset, with ``size`` descriptors."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from vring import GuestMemory, MemoryWatch, Region
 from vring_serial.errors import RemoteProtocolError
@@ -68,8 +68,22 @@ class DmaTable:
             if start < end:
                 yield start, end - start, self._copies.get(each.address)
 
-    def map(self, asked: DmaMap, fd: int) -> None:
+    def resume(self, take: Callable[[int], int]) -> None:
+        """Map what a predecessor of this process had mapped.
+
+        Args:
+            take: returns the descriptor with this number, which stays the caller's.
+
+        Raises MemoryMapError if one cannot be mapped so, and what ``take`` raises.
+        """
+        for at, each in self._regions.items():
+            if each.shared:
+                self._mapped[at] = self._map(each, take(each.serial))
+
+    def map(self, asked: DmaMap, fd: int, serial: int = 0) -> None:
         """Add a mapping; ``fd`` is -1 if there is no descriptor, and stays the caller's.
+
+        ``serial`` is the number under which it is kept.
 
         Raises:
             VfioUserError: it overlaps another (EEXIST), there are too many (ENOSPC), or the
@@ -91,7 +105,7 @@ class DmaTable:
         at, shared = asked.address, fd >= 0
         if shared:
             self._mapped[at] = self._map(asked, fd)
-        self._regions[at] = DmaRegion(at, asked.size, asked.flags, asked.offset, shared)
+        self._regions[at] = DmaRegion(at, asked.size, asked.flags, asked.offset, shared, serial)
         self._remote = None
 
     def close(self) -> None:
@@ -126,7 +140,7 @@ class DmaTable:
         self._copies.clear()
         self._remote = None
 
-    def _map(self, asked: DmaMap, fd: int) -> Region:
+    def _map(self, asked: DmaMap | DmaRegion, fd: int) -> Region:
         return Region.map(
             fd,
             asked.size,

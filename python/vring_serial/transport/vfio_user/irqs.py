@@ -105,6 +105,20 @@ class Interrupts:
 
     # --- for the client
 
+    def descriptors(self) -> dict[tuple[int, int], int]:
+        """Return the client's descriptors by type and number; they stay this object's."""
+        return {
+            (index, number): fd
+            for index, fds in self._fds.items()
+            for number, fd in enumerate(fds)
+            if fd >= 0
+        }
+
+    @property
+    def unmask_fd(self) -> int:
+        """The client's event that unmasks INTx, or -1; it stays this object's."""
+        return self._unmask_fd
+
     @property
     def types(self) -> int:
         """Number of types. Larger indices (ERR, REQ) are refused, which QEMU ignores; if the answer

@@ -21,6 +21,10 @@ WINDOW_BYTES = 1 << 20
 #: Seconds without an answer to anything after which the client is taken not to answer. They are
 #: counted in pieces: what freezes client and server together costs one of them.
 ANSWER_SECONDS = 30.0
+#: Numbers of requests that one process uses of a client that may see several: its successors have
+#: others, and know from the number what a predecessor of theirs has asked for.
+IDS_EACH = 4096
+_ALL_IDS = 0x10000
 _PIECES = 10
 
 
@@ -63,13 +67,23 @@ class RemoteMemory:
     Args:
         send: takes whole messages.
         piece: most bytes of one access.
+        life: how many processes have asked the client before this one; None: there is one only.
     """
 
-    def __init__(self, send: Callable[[bytes], None], piece: int) -> None:
+    def __init__(self, send: Callable[[bytes], None], piece: int, life: int | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         self._send = send
         self._piece = min(piece, PIECE)
-        self._last_id = 0
+        lives = _ALL_IDS // IDS_EACH
+        self._ids = range(_ALL_IDS)
+        self._late: set[int] = set()  # what predecessors may still be answered
+        if life is not None:
+            first = life % lives * IDS_EACH
+            self._ids = range(first, first + IDS_EACH)
+            for before in range(max(0, life - lives + 1), life):
+                start = before % lives * IDS_EACH
+                self._late.update(range(start, start + IDS_EACH))
+        self._last_id = self._ids.start
         self._waiting: deque[_Access] = deque()
         # By number: what a request was for, where in it, and how many bytes.
         self._asked: dict[int, tuple[_Access, int, int]] = {}
@@ -90,7 +104,13 @@ class RemoteMemory:
         return self._ask(Command.DMA_WRITE, address, bytearray(data))
 
     def handle_reply(self, message: Message) -> None:
-        """Take a reply. Raises RemoteProtocolError if nobody asked for it."""
+        """Take a reply. Raises RemoteProtocolError if nobody asked for it.
+
+        What a predecessor of this process asked for is ignored, once.
+        """
+        if message.message_id in self._late:
+            self._late.remove(message.message_id)
+            return
         asked = self._asked.pop(message.message_id, None)
         if asked is None or asked[0].command != message.command:
             raise RemoteProtocolError("a reply that nobody asked for")
@@ -155,12 +175,16 @@ class RemoteMemory:
         writes = access.command == Command.DMA_WRITE
         data = bytes(access.data[at : at + size]) if writes else b""
         while self._last_id in self._asked:
-            self._last_id = self._last_id + 1 & 0xFFFF
+            self._count_id()
         self._asked[self._last_id] = access, at, size
         self._asked_bytes += size
         payload: Payload = DmaAccess(access.address + at, size, data)
         self._send(request(access.command, self._last_id, payload))
-        self._last_id = self._last_id + 1 & 0xFFFF
+        self._count_id()
+
+    def _count_id(self) -> None:
+        following = self._last_id + 1
+        self._last_id = following if following in self._ids else self._ids.start
 
     def _wait(self) -> None:
         self._timer = self._loop.call_later(ANSWER_SECONDS / _PIECES, self._waited)

@@ -5,12 +5,17 @@ from __future__ import annotations
 import socket
 from functools import partial
 
+from vring import RECORD_SIZE
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.pci import PciDevice
+from vring_serial.errors import ConfigError, StateError
+from vring_serial.keeping import Keeping
 from vring_serial.transport.server import Server
 from vring_serial.transport.session import SessionContext
 from vring_serial.transport.vfio_user.rings import RemoteRings
-from vring_serial.transport.vfio_user.session import VfioUserSession
+from vring_serial.transport.vfio_user.session import KICK, VfioUserSession
+from vring_serial.transport.vfio_user.written import Left, read_left
+from vring_serial.unix_fds import close_all
 
 
 class VfioUserServer(Server[VfioUserSession]):
@@ -27,6 +32,7 @@ class VfioUserServer(Server[VfioUserSession]):
         packed: offer packed rings.
         queue_size: of every queue, unless the driver chooses less; 0: see PciDevice.
         vectors: entries of the MSI-X table; None: see PciDevice.
+        keeping: see :class:`Server`.
 
     Attributes:
         on_peer: called with "connected" and "gone"; see :class:`Server`.
@@ -44,9 +50,28 @@ class VfioUserServer(Server[VfioUserSession]):
         packed: bool = False,
         queue_size: int = 0,
         vectors: int | None = None,
+        keeping: Keeping | None = None,
     ) -> None:
-        super().__init__(path, protocol="vfio-user", peer="client", queues=controller.num_queues)
-        self._rings = RemoteRings(controller)
+        super().__init__(
+            path,
+            protocol="vfio-user",
+            peer="client",
+            queues=controller.num_queues,
+            keeping=keeping,
+        )
+        records = None
+        # What a predecessor of this process left of its session, or why that is of no use.
+        self._left: Left | StateError | None = None
+        if keeping is not None:
+            area = keeping.area("rings", controller.num_queues * RECORD_SIZE)
+            cuts = range(0, len(area), RECORD_SIZE)
+            records = [area[at : at + RECORD_SIZE] for at in cuts]
+            try:
+                self._left = read_left(keeping, controller.num_queues)
+            except StateError as error:
+                self._left = error
+        left = self._left if isinstance(self._left, Left) else None
+        self._rings = RemoteRings(controller, None if left is None else left.rings)
         self._make_pci = partial(
             PciDevice,
             self._rings,
@@ -54,8 +79,27 @@ class VfioUserServer(Server[VfioUserSession]):
             packed=packed,
             queue_size=queue_size,
             vectors=vectors,
+            records=records,
         )
-        self._pci: PciDevice | None = self._make_pci()
+        self._pci: PciDevice | None = None
+        if left is not None and keeping is not None:
+            self._pci = self._resume_pci(left, keeping)
+        if self._pci is None:
+            self._pci = self._make_pci()
+
+    def _resume_pci(self, left: Left, keeping: Keeping) -> PciDevice | None:
+        """Return the function as a predecessor left it; None if it was another one."""
+        kicks = {
+            index: fd
+            for index in range(len(left.function.registers.queues))
+            if (fd := keeping.take(KICK.format(index))) is not None
+        }
+        try:
+            return self._make_pci(state=left.function, kick_fds=kicks)
+        except ConfigError as error:
+            close_all(kicks.values())
+            self._left = StateError(str(error))
+            return None
 
     def _attach(self) -> None:
         if self._pci is None:
@@ -68,4 +112,6 @@ class VfioUserServer(Server[VfioUserSession]):
 
     def _make_session(self, sock: socket.socket, context: SessionContext) -> VfioUserSession:
         assert self._pci is not None
-        return VfioUserSession(sock, self._pci, self._rings, context)
+        left = self._left if context.resumed else None
+        self._left = None
+        return VfioUserSession(sock, self._pci, self._rings, context, left)

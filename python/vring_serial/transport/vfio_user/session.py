@@ -6,14 +6,20 @@ import errno
 import logging
 import os
 import socket
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import replace
+from typing import Any
 
 from vring import GuestMemory
+from vring.errors import VringError
 from vring_serial import unix_fds
 from vring_serial.device.pci import PciDevice
 from vring_serial.device.pci.config_space import SIZE as CONFIG_SIZE
 from vring_serial.device.registers.interrupts import NoInterrupts
-from vring_serial.errors import RemoteProtocolError
+from vring_serial.device.registers.state import QUEUE_AREAS
+from vring_serial.errors import RemoteProtocolError, StateError
+from vring_serial.keeping import Keeping
 from vring_serial.proto.framing import MAX_FDS, BadMessageError, Empty, Payload
 from vring_serial.proto.vfio_user import (
     Message,
@@ -22,7 +28,7 @@ from vring_serial.proto.vfio_user import (
     error_reply,
     reply,
 )
-from vring_serial.proto.vfio_user_dma import DmaMap, DmaUnmap
+from vring_serial.proto.vfio_user_dma import DmaAccess, DmaMap, DmaUnmap
 from vring_serial.proto.vfio_user_regions import (
     NUM_REGIONS,
     IoEventFd,
@@ -38,21 +44,32 @@ from vring_serial.proto.vfio_user_regions import (
 from vring_serial.proto.vfio_user_version import MAJOR, MINOR, Capabilities, Version
 from vring_serial.proto.vfio_user_wire import (
     DEFAULT_DATA_XFER_SIZE,
+    IRQ_SET_ACTION,
+    IRQ_SET_DATA,
     Command,
     DeviceFlag,
     DeviceInfo,
+    Header,
     IrqIndex,
     IrqInfo,
     IrqSet,
+    IrqSetFlag,
 )
 from vring_serial.transport.connection import MAX_UNREAD, Connection
+from vring_serial.transport.repeatable import (
+    AREA_SIZE,
+    ATOMIC_SIZE,
+    Handled,
+    RepeatableConnection,
+)
 from vring_serial.transport.session import FatalError, Handler, Session, SessionContext
 from vring_serial.transport.vfio_user.dma import DmaTable
-from vring_serial.transport.vfio_user.irqs import Interrupts
+from vring_serial.transport.vfio_user.irqs import NO_DESCRIPTORS, Interrupts
 from vring_serial.transport.vfio_user.remote import WINDOW_BYTES, RemoteMemory
 from vring_serial.transport.vfio_user.rings import RemoteRings
 from vring_serial.transport.vfio_user.shadow import ClientMemory
 from vring_serial.transport.vfio_user.state import ClientState
+from vring_serial.transport.vfio_user.written import Left, Writer
 from vring_serial.unix_socket import refuse_descriptors
 
 #: Regions that a client may map; each with a descriptor is a mapping of this process.
@@ -86,6 +103,12 @@ CAPABILITIES = Capabilities(
     ),
 )
 
+#: Roles of descriptors (see Keeping): a region of memory, an interrupt by type and number, the
+#: event that unmasks INTx, both ends of the socket for our requests, a queue's kick.
+MEMORY, IRQ, UNMASK = "memory.{}", "irq.{}.{}", "unmask"
+TWIN, TWIN_OF_CLIENT = "twin", "twin.client"
+KICK = "kick.{}"
+
 _ACCESS = RegionFlag.READ | RegionFlag.WRITE
 
 
@@ -102,22 +125,36 @@ class VfioUserSession(Session[Message]):
             client's memory would write into what is another guest's.
         rings: between ``pci`` and its device.
         context: of the server.
+        left: what a predecessor of this process left of the session, with which ``pci`` was made;
+            or why that cannot be gone on with. None: nothing.
     """
 
     def __init__(
-        self, sock: socket.socket, pci: PciDevice, rings: RemoteRings, context: SessionContext
+        self,
+        sock: socket.socket,
+        pci: PciDevice,
+        rings: RemoteRings,
+        context: SessionContext,
+        left: Left | StateError | None = None,
     ) -> None:
         self._pci = pci
         self._rings = rings
-        self._state = ClientState()
+        self._keeping = context.keeping
+        self._roles: set[str] = set()  # in which descriptors are kept
+        self._client_changed = False  # what it has set up, since that was written down
+        self._state = left.client if isinstance(left, Left) else ClientState()
+        self._writer: Writer | None = None
+        handled = left.handled if isinstance(left, Left) else Handled()
+        if context.keeping is not None:
+            self._writer = Writer(context.keeping, pci, rings.state, resumed=isinstance(left, Left))
         self._twin: Connection | None = None
         self._twin_parser = VfioUserParser()
         self._dma = DmaTable(MAX_DMA_MAPS, context.watch, self._state.regions)
         self._memory_changed = False
         self._beside: list[int] = []  # descriptors that go with the next reply
-        self._interrupts = Interrupts(
-            pci.vectors, lambda: pci.intx_level, self._vectors_changed, context.closer, self._state
-        )
+        # A predecessor's are put back in the loop's next turn: see _resume.
+        self._closer = context.closer
+        self._interrupts = self._make_interrupts(None if left is None else ClientState())
         self._bars = {bar.index: bar.size for bar in pci.bars}
         self._handlers = self._handler_table()
         pci.set_irq_sink(self._interrupts, client_masks=True)
@@ -127,11 +164,139 @@ class VfioUserSession(Session[Message]):
             context,
             read_size=READ_SIZE,
             max_unread=MAX_UNREAD_BY_CLIENT,
+            handled=handled,
+            handled_fds=self._answered_fds(handled),
         )
+        if left is not None:  # in the loop's next turn: the server knows the session then
+            self._loop.call_soon(self._resume, left)
+
+    # --- what a successor of this process needs
+
+    def _resume(self, left: Left | StateError) -> None:
+        """Go on where a predecessor ended; if that cannot be, the session ends."""
+        keeping = self._keeping
+        assert keeping is not None
+        if self._closed:
+            return
+        self._roles = self._used_roles()
+        try:
+            if isinstance(left, StateError):
+                raise left
+            self._state.life += 1
+            self._resume_interrupts(keeping)
+            self._resume_memory(keeping)
+            self._resume_requests(keeping)
+            self._resume_queues(left)
+        except (StateError, RemoteProtocolError, VringError, OSError, LookupError) as error:
+            self.send_away(f"what the process before left cannot be gone on with: {error}")
+            return
+        self._write_down(left.handled, self._state)  # for the next one: that there was this one
+        self._greeted()
+        self._pci.tell_again()
+
+    def _resume_interrupts(self, keeping: Keeping) -> None:
+        state = self._state
+        # It may have been unmasked by an event that nobody sees again.
+        state.intx_masked = False
+        with ExitStack() as stack:
+            fds: dict[int, list[int]] = {}
+            for index, numbers in state.irqs.items():
+                fds[index] = [self._take(keeping, IRQ.format(index, nr), stack) for nr in numbers]
+            unmask = self._take(keeping, UNMASK, stack) if state.unmask_event else -1
+            self._interrupts = self._make_interrupts(fds=fds, unmask_fd=unmask)
+            stack.pop_all()
+        self._pci.set_irq_sink(self._interrupts, client_masks=True)
+
+    def _resume_memory(self, keeping: Keeping) -> None:
+        with ExitStack() as stack:
+            self._dma.resume(lambda serial: self._take(keeping, MEMORY.format(serial), stack))
+
+    def _resume_requests(self, keeping: Keeping) -> None:
+        if self._state.agreed is None:
+            return
+        if self._state.agreed.twin_socket:
+            with ExitStack() as stack:
+                fd = self._take(keeping, TWIN, stack)
+                self._twin = self._make_twin(socket.socket(fileno=fd))
+                stack.pop_all()
+        self._begin_requests(self._state.agreed)
+
+    def _resume_queues(self, left: Left) -> None:
+        queues = left.function.registers.queues
+        for queue in (queues[index] for index in left.running):
+            if any(self._dma.is_remote(getattr(queue, area)) for area in QUEUE_AREAS):
+                # What the device took and gave was in a copy, of which nothing is left.
+                raise StateError(f"the ring of queue {queue.index} is in memory that is not shared")
+        failed = {queue.index for queue in queues if queue.failed}
+        if self._state.regions:
+            self._pci.set_memory(self._dma.memory)
+        for queue in queues:
+            if queue.failed and queue.index not in failed:
+                raise StateError(f"queue {queue.index} cannot run")
+
+    def _take(self, keeping: Keeping, role: str, stack: ExitStack) -> int:
+        """Return the descriptor that a predecessor left; ``stack`` closes it."""
+        fd = keeping.take(role)
+        if fd is None:
+            raise StateError(f"the descriptor {role} is not there")
+        stack.callback(self._closer.close, [fd])
+        return fd
+
+    def _keep(self, role: str, fd: int) -> None:
+        """Keep a descriptor until :meth:`_write_down` finds that it is not in use."""
+        if self._keeping is not None:
+            self._keeping.keep(role, fd)
+            self._roles.add(role)
+
+    def _record(self, handled: Handled) -> None:
+        changed, self._client_changed = self._client_changed, False
+        self._write_down(handled, self._state if changed else None)
+        message = handled.message
+        if message and VfioUserParser.command_of(message) != Command.VERSION:
+            self._drop({TWIN_OF_CLIENT} & self._roles)
+
+    def _answered_fds(self, handled: Handled) -> list[int]:
+        """Return the descriptors that go with what a predecessor answered, or was about to."""
+        if not handled.message or self._keeping is None:
+            return []
+        command = VfioUserParser.command_of(handled.message)
+        if command == Command.VERSION:
+            twin = self._keeping.take(TWIN_OF_CLIENT)
+            return [] if twin is None else [twin]
+        if command == Command.DEVICE_GET_REGION_IO_FDS:
+            with suppress(RemoteProtocolError):
+                asked = RegionIoFds.unpack(handled.message[Header.SIZE :])
+                self._get_region_io_fds(asked, [])
+        fds, self._beside = self._beside, []
+        return fds
+
+    def _write_down(self, handled: Handled, client: ClientState | None) -> None:
+        assert self._writer is not None
+        self._writer.write(handled, client)
+        if client is not None:
+            self._drop(self._roles - self._used_roles())
+
+    def _used_roles(self) -> set[str]:
+        state = self._state
+        used = {MEMORY.format(each.serial) for each in state.regions.values() if each.shared}
+        used |= {IRQ.format(index, nr) for index, numbers in state.irqs.items() for nr in numbers}
+        used |= {KICK.format(index) for index in self._pci.shared_kicks}
+        if state.unmask_event:
+            used.add(UNMASK)
+        if state.agreed is not None and state.agreed.twin_socket:
+            used |= {TWIN, TWIN_OF_CLIENT}  # the latter until the answer that brings it is read
+        return used
+
+    def _drop(self, roles: set[str]) -> None:
+        for role in roles:
+            assert self._keeping is not None
+            self._keeping.drop(role)
+        self._roles -= roles
 
     # --- what a session needs
 
     def _release(self) -> None:
+        self._drop(set(self._roles))
         if self._twin is not None:
             self._twin.close()
         self._pci.set_irq_sink(NoInterrupts())
@@ -231,13 +396,11 @@ class VfioUserSession(Session[Message]):
             )
         agreed = CAPABILITIES.common(proposed or Capabilities())
         self._state.agreed = agreed
-        send = self._connection.send
+        self._client_changed = True
         if agreed.twin_socket:
             self._twin = self._open_twin()
-            send = self._twin.send
             agreed = replace(agreed, twin_fd_index=0)
-        remote = RemoteMemory(send, agreed.max_data_xfer_size)
-        self._rings.client = ClientMemory(self._dma, remote)
+        self._begin_requests(self._state.agreed)
         self._log.log(logging.INFO, "%s: agreed on %s", self._name, agreed)
         self._greeted()
         return Version(MAJOR, MINOR, agreed if proposed is not None else None)
@@ -246,18 +409,42 @@ class VfioUserSession(Session[Message]):
         """Make the socket for the server's requests; the client's end goes with the reply."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self._beside.append(theirs.detach())
+        self._keep(TWIN, ours.fileno())
+        self._keep(TWIN_OF_CLIENT, self._beside[-1])
+        return self._make_twin(ours)
+
+    def _make_twin(self, ours: socket.socket) -> Connection:
         ours.setblocking(False)
         refuse_descriptors(ours)
-        return Connection(
+        arguments: dict[str, Any] = {
+            "read_size": READ_SIZE,
+            "max_fds": 0,
+            "closer": self._closer,
+            "received": self._twin_received,
+            "go_on": self._handle_replies,
+            "lost": self._lost,
+            "max_unread": MAX_UNREAD_BY_CLIENT,
+        }
+        if self._keeping is None:
+            return Connection(ours, **arguments)
+        return RepeatableConnection(
             ours,
-            read_size=READ_SIZE,
-            max_fds=0,
-            closer=self._closer,
-            received=self._twin_received,
-            go_on=self._handle_replies,
-            lost=self._lost,
-            max_unread=MAX_UNREAD_BY_CLIENT,
+            size_of=self._twin_parser.size_of,
+            header_size=self._twin_parser.header_size,
+            needs_fds=self._twin_parser.needs_fds,
+            record=lambda _: None,  # a reply changes nothing that is written down
+            handled=Handled(),
+            area=self._keeping.area(TWIN, AREA_SIZE),
+            **arguments,
         )
+
+    def _begin_requests(self, agreed: Capabilities) -> None:
+        """Let rings ask the client for memory."""
+        send = (self._twin or self._connection).send
+        piece, life = agreed.max_data_xfer_size, None
+        if self._keeping is not None:
+            piece, life = min(piece, ATOMIC_SIZE - DmaAccess.SIZE - Header.SIZE), self._state.life
+        self._rings.client = ClientMemory(self._dma, RemoteMemory(send, piece, life))
 
     def _twin_received(self, received: unix_fds.Received) -> bool:
         self._closer.close(received.fds)
@@ -301,7 +488,10 @@ class VfioUserSession(Session[Message]):
         if asked.argsz < needed:
             return RegionIoFds(asked.index, (), needed)
         for place in places:
-            self._beside.append(os.dup(self._pci.kick_fd(place.queue)))
+            fd = self._pci.kick_fd(place.queue)
+            if (role := KICK.format(place.queue)) not in self._roles:
+                self._keep(role, fd)
+            self._beside.append(os.dup(fd))
         # Size 0: drivers write 2 bytes, or 4 with NOTIFICATION_DATA.
         found = (IoEventFd(place.offset, 0, nr) for nr, place in enumerate(places))
         return RegionIoFds(asked.index, tuple(found), needed)
@@ -315,19 +505,47 @@ class VfioUserSession(Session[Message]):
 
     def _set_irqs(self, irqs: IrqSet, fds: list[int]) -> None:
         self._interrupts.set(irqs, fds)
+        self._client_changed = True
+        if self._keeping is None or irqs.flags & IRQ_SET_DATA != IrqSetFlag.DATA_EVENTFD:
+            return
+        if irqs.flags & IRQ_SET_ACTION != IrqSetFlag.ACTION_TRIGGER:
+            if self._interrupts.unmask_fd >= 0:
+                self._keep(UNMASK, self._interrupts.unmask_fd)
+            return
+        for (index, number), fd in self._interrupts.descriptors().items():
+            if index == irqs.index and irqs.start <= number < irqs.start + irqs.count:
+                self._keep(IRQ.format(index, number), fd)
 
-    def _vectors_changed(self) -> None:
-        self._pci.vectors_changed()
+    def _make_interrupts(
+        self,
+        state: ClientState | None = None,
+        fds: Mapping[int, Sequence[int]] = NO_DESCRIPTORS,
+        unmask_fd: int = -1,
+    ) -> Interrupts:
+        """Return what delivers interrupts as ``state`` says; None: this session's."""
+        pci = self._pci
+        return Interrupts(
+            pci.vectors,
+            lambda: pci.intx_level,
+            pci.vectors_changed,
+            self._closer,
+            state or self._state,
+            fds=fds,
+            unmask_fd=unmask_fd,
+        )
 
     # --- memory
 
     def _dma_map(self, asked: DmaMap, fds: list[int]) -> None:
-        self._dma.map(asked, fds[0] if fds else -1)
-        self._memory_changed = True
+        self._dma.map(asked, fds[0] if fds else -1, self._state.next_serial)
+        self._memory_changed = self._client_changed = True
+        if fds:
+            self._keep(MEMORY.format(self._state.next_serial), fds[0])
+            self._state.next_serial += 1
 
     def _dma_unmap(self, asked: DmaUnmap, fds: list[int]) -> DmaUnmap:
         self._dma.unmap(asked)
-        self._memory_changed = True
+        self._memory_changed = self._client_changed = True
         return asked
 
     def _settle(self) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from vring_serial.device.registers.state import DriverState, QueueSetup
 from vring_serial.proto.vfio_user_version import Capabilities
+from vring_serial.saving import StateFormat
+from vring_serial.transport.repeatable import Handled
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +20,7 @@ class DmaRegion:
         flags: DmaFlag.
         offset: bytes from the start of the descriptor's file to the region.
         shared: the client gave a descriptor for it.
+        serial: the number under which that is kept for a successor of this process.
     """
 
     address: int
@@ -24,6 +28,7 @@ class DmaRegion:
     flags: int
     offset: int
     shared: bool
+    serial: int = 0
 
     @property
     def end(self) -> int:
@@ -42,6 +47,8 @@ class ClientState:
         irqs: numbers of the interrupts for which the client has given an event descriptor, by type
             (IrqIndex), in ascending order.
         unmask_event: the client has given an event that unmasks INTx.
+        next_serial: the number of the next descriptor of a region.
+        life: how many processes have served the client before this one.
     """
 
     agreed: Capabilities | None = None
@@ -49,6 +56,8 @@ class ClientState:
     intx_masked: bool = False
     irqs: dict[int, list[int]] = field(default_factory=dict)
     unmask_event: bool = False
+    next_serial: int = 0
+    life: int = 0
 
 
 @dataclass(slots=True)
@@ -60,3 +69,64 @@ class RemoteRingsState:
     """
 
     owed: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class WrittenClient:
+    """What a client has set up, and the message that did it.
+
+    Attributes:
+        client: the setup.
+        handled: the message; both are written down at once, for it must not be handled twice.
+    """
+
+    client: ClientState = field(default_factory=ClientState)
+    handled: Handled = field(default_factory=Handled)
+
+
+@dataclass(slots=True)
+class WrittenRegisters:
+    """A function's registers but for those of its queues, and for the MSI-X table.
+
+    Events that the driver has not seen need not be right: it is told of everything again.
+
+    Attributes:
+        num_queues: how many it has.
+        driver: the registers that belong to no single queue.
+        config_space: 256 bytes.
+        owed: see RemoteRingsState.
+    """
+
+    num_queues: int = 0
+    driver: DriverState = field(default_factory=DriverState)
+    config_space: bytearray = field(default_factory=bytearray)
+    owed: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class WrittenTable:
+    """The MSI-X table.
+
+    Attributes:
+        table: see MsixState.
+    """
+
+    table: bytearray = field(default_factory=bytearray)
+
+
+@dataclass(slots=True)
+class WrittenQueues:
+    """Some of a function's queues.
+
+    Attributes:
+        queues: by index, ascending and without a gap.
+    """
+
+    queues: list[QueueSetup] = field(default_factory=list)
+
+
+#: How all that is written down for a successor of this process.
+CLIENT = StateFormat("vfio-user client", 1, WrittenClient)
+REGISTERS = StateFormat("PCI registers", 1, WrittenRegisters)
+TABLE = StateFormat("MSI-X table", 1, WrittenTable)
+QUEUES = StateFormat("PCI queues", 1, WrittenQueues)

@@ -1,0 +1,186 @@
+"""A session and its PCI function, written down part by part for a successor of this process.
+
+A driver accesses registers a thousand times while it starts, so each access writes only what it
+changed. The sections (see Keeping), in the order in which they are written:
+
+============  ====================================================================================
+section       contents
+============  ====================================================================================
+queues.N      the setup of 16 queues
+msix          the MSI-X table
+registers     the rest of the function
+session       the client's setup, and the message that changed it
+handled       any other message: its number (8 bytes), its length (8), itself, and its answer
+============  ====================================================================================
+
+Of the function there may be less in them, or more, than the last message that is known to have been
+handled: it is handled again then. All accesses of registers lead to the same state when they are
+done again; what a client sets up does not, and so goes with its message. Of the two messages that
+are written down the one with the higher number was the last.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+from dataclasses import dataclass
+
+from vring_serial.device.pci import PciDevice
+from vring_serial.device.pci.state import FunctionState, MsixState
+from vring_serial.device.registers.state import DriverState, RegistersState
+from vring_serial.errors import StateError
+from vring_serial.keeping import Keeping
+from vring_serial.transport.repeatable import Handled
+from vring_serial.transport.session import SESSION
+from vring_serial.transport.vfio_user.state import (
+    CLIENT,
+    QUEUES,
+    REGISTERS,
+    TABLE,
+    ClientState,
+    RemoteRingsState,
+    WrittenClient,
+    WrittenQueues,
+    WrittenRegisters,
+    WrittenTable,
+)
+
+#: Queues in one section.
+QUEUES_EACH = 16
+_NUMBERS = struct.Struct("<QQ")
+_QUEUES, _TABLE, _REGISTERS, _HANDLED = "queues.{}", "msix", "registers", "handled"
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """What a predecessor of this process left of a session.
+
+    Attributes:
+        client: the client's setup.
+        function: the PCI function.
+        rings: its rings in memory that only the client has.
+        handled: the message that it had handled last.
+        running: indices of the queues that it served.
+    """
+
+    client: ClientState
+    function: FunctionState
+    rings: RemoteRingsState
+    handled: Handled
+    running: tuple[int, ...]
+
+
+def read_left(keeping: Keeping, queues: int) -> Left | None:
+    """Return what a predecessor left of a session; None if it had not begun.
+
+    Raises StateError: it is damaged, or of another device than one of so many queues.
+    """
+    written = keeping.read(SESSION)
+    if written is None:
+        return None
+    client = CLIENT.unpack(written)
+    registers = REGISTERS.unpack(_part(keeping, _REGISTERS))
+    if registers.num_queues != queues:
+        raise StateError(f"it has {registers.num_queues} queues, and the device has {queues}")
+    setups = []
+    for number in range(-(-queues // QUEUES_EACH)):
+        setups += QUEUES.unpack(_part(keeping, _QUEUES.format(number))).queues
+    if [setup.index for setup in setups] != list(range(queues)):
+        raise StateError(f"its queues are not 0 to {queues - 1}")
+    table = TABLE.unpack(_part(keeping, _TABLE)).table
+    handled = client.handled
+    if (other := keeping.read(_HANDLED)) is not None:
+        handled = max(handled, _unpack_handled(other), key=lambda each: each.number)
+    return Left(
+        client.client,
+        FunctionState(
+            RegistersState(registers.driver, setups), registers.config_space, MsixState(table)
+        ),
+        RemoteRingsState(registers.owed),
+        handled,
+        tuple(setup.index for setup in setups if setup.running),
+    )
+
+
+def _part(keeping: Keeping, section: str) -> bytes:
+    if (written := keeping.read(section)) is None:
+        raise StateError(f"the section {section} is missing")
+    return written
+
+
+def _pack_handled(handled: Handled) -> bytes:
+    head = _NUMBERS.pack(handled.number, len(handled.message))
+    return head + handled.message + handled.answer
+
+
+def _unpack_handled(data: bytes) -> Handled:
+    if len(data) < _NUMBERS.size:
+        raise StateError(f"{len(data)} bytes are no message")
+    number, length = _NUMBERS.unpack_from(data)
+    end = _NUMBERS.size + length
+    return Handled(number, data[_NUMBERS.size : end], data[end:])
+
+
+class Writer:
+    """Writes one session down.
+
+    Args:
+        keeping: where to.
+        pci: the function.
+        rings: its rings in memory that only the client has.
+        resumed: there is a predecessor's state of this session.
+    """
+
+    def __init__(
+        self, keeping: Keeping, pci: PciDevice, rings: RemoteRingsState, *, resumed: bool = False
+    ) -> None:
+        self._keeping = keeping
+        self._pci = pci
+        self._rings = rings
+        self._new = True
+        self._driver = DriverState()
+        self._config_space = b""
+        self._table = b""
+        self._owed: list[int] = []
+        if not resumed:
+            keeping.write(_HANDLED, b"")  # of the session before
+
+    def write(self, handled: Handled, client: ClientState | None) -> None:
+        """Write what a message changed, and that it was handled.
+
+        Args:
+            handled: the message, and its answer.
+            client: what the client has set up, if that has changed; None: it has not.
+        """
+        # Both, and in this order: the client's setup is of no use without the function.
+        self._write_function()
+        if client is not None:
+            self._keeping.write(SESSION, CLIENT.pack(WrittenClient(client, handled)))
+        else:
+            self._keeping.write(_HANDLED, _pack_handled(handled))
+
+    def _write_function(self) -> None:
+        state = self._pci.state
+        setups = state.registers.queues
+        queues = self._pci.take_changed_queues()
+        if self._new:
+            queues = set(range(len(setups)))
+        for number in sorted({index // QUEUES_EACH for index in queues}):
+            part = setups[number * QUEUES_EACH : (number + 1) * QUEUES_EACH]
+            self._keeping.write(_QUEUES.format(number), QUEUES.pack(WrittenQueues(part)))
+        if self._new or self._table != state.msix.table:
+            self._table = bytes(state.msix.table)
+            self._keeping.write(_TABLE, TABLE.pack(WrittenTable(state.msix.table)))
+        driver = state.registers.driver
+        if (
+            self._new
+            or self._driver != driver
+            or self._config_space != state.config_space
+            or self._owed != self._rings.owed
+        ):
+            self._driver = dataclasses.replace(driver)
+            self._config_space = bytes(state.config_space)
+            self._owed = list(self._rings.owed)
+            written = WrittenRegisters(len(setups), driver, state.config_space, self._owed)
+            self._keeping.write(_REGISTERS, REGISTERS.pack(written))
+        self._new = False
