@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import errno
 import os
+import resource
 import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -93,3 +95,16 @@ def close_all(fds: Iterable[int]) -> None:
                 failed = failed or error
     if failed is not None:
         raise failed
+
+
+def allow_descriptors() -> int:
+    """Raise the limit of descriptors to the hard limit, and return it.
+
+    Only select(2) needs the usual 1024.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            soft = hard
+    return soft

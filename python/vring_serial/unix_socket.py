@@ -7,6 +7,7 @@ import os
 import socket
 import stat
 from contextlib import suppress
+from pathlib import Path
 
 from vring_serial.errors import ResourceError
 
@@ -158,7 +159,7 @@ def _check_stale(path: str, name: bytes) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as probe:
         answer = probe.connect_ex(name)
     if answer in (0, errno.EPROTOTYPE, errno.EAGAIN):
-        raise SocketPathError(path, "exists, another process listens on it")
+        raise SocketPathError(path, f"exists, another process listens on it{_holders(path)}")
     if answer != errno.ECONNREFUSED:
         raise SocketPathError(path, f"exists, {os.strerror(answer)}")
 
@@ -166,3 +167,25 @@ def _check_stale(path: str, name: bytes) -> None:
 def _identity(path: str) -> tuple[int, int]:
     status = os.lstat(path)
     return status.st_dev, status.st_ino
+
+
+def _holders(path: str) -> str:
+    """Return, in brackets, which processes have the socket bound to ``path``, if that can be seen.
+
+    The kernel's table has paths as they were bound, so only one that says where it is tells.
+    """
+    if not os.path.isabs(path):
+        return ""
+    with suppress(OSError):
+        lines = Path("/proc/net/unix").read_text(errors="surrogateescape").splitlines()[1:]
+        fields = [line.split(maxsplit=7) for line in lines]
+        inodes = {f[6] for f in fields if len(f) == 8 and f[7] == path}
+        wanted = {f"socket:[{inode}]" for inode in inodes}
+        found = set()
+        for fd in Path("/proc").glob("[0-9]*/fd/*") if wanted else ():
+            with suppress(OSError):
+                if os.readlink(fd) in wanted:
+                    found.add(int(fd.parts[2]))
+        if found:
+            return f" (process {', '.join(map(str, sorted(found)))})"
+    return ""

@@ -63,6 +63,7 @@ def test_no_more_are_kept_than_the_limit_and_the_rest_is_closed(ends):
     notifier.store("more", keeper.fileno())
     store.receive(keeper)
     assert stored(store) == {"many": 5}
+    assert store.refused == 2
     store.close()
     assert held() == before
 

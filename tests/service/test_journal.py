@@ -11,7 +11,7 @@ import time
 import pytest
 
 from vring_serial.errors import ResourceError, StateError
-from vring_serial.service.journal import ENTRIES, JOURNAL_SIZE, Journal
+from vring_serial.service.journal import ENTRIES, JOURNAL_SIZE, Journal, checksum
 
 
 @pytest.fixture
@@ -35,6 +35,18 @@ def test_a_successor_finds_what_was_written(fd):
         assert journal.read("c") is None
         assert journal.sections == ["a", "b", "empty"]
         assert bytes(journal.area("slots", 8192)[5000:5004]) == b"abc\0"
+
+
+def test_what_is_there_already_changes_nothing(fd):
+    with Journal(fd) as journal:
+        journal.write("a", b"one")
+        before = checksum(fd)
+        journal.write("a", b"one")
+        assert checksum(fd) == before
+        journal.write("a", b"two")
+        assert checksum(fd) != before
+        journal.write("empty", b"")
+        assert journal.read("empty") == b""
 
 
 def test_a_section_grows_and_is_dropped(fd):

@@ -86,8 +86,11 @@ def descriptors(process):
 
 
 def settled(keeper):
-    """Wait until the keeper knows its workers' processes: they may serve before that."""
-    wait_until(lambda: descriptors(keeper).count("anon_inode") == 2)
+    """Wait until the keeper knows its workers: they may serve before that.
+
+    It has a pidfd of each, and its own.
+    """
+    wait_until(lambda: descriptors(keeper).count("anon_inode") == 3)
 
 
 def test_a_client_notices_no_death_of_its_worker(start, connect):

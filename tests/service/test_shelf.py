@@ -110,6 +110,30 @@ def test_of_two_in_one_role_the_later_counts(keeper):
     shelf.close()
 
 
+def test_one_that_is_kept_anew_is_not_dropped_with_what_nobody_took(keeper):
+    before = held()
+    keep(keeper.begin(), "a", b"first")
+    shelf = keeper.begin()
+    keep(shelf, "a", b"second")
+    assert shelf.drop_untaken() == []
+    assert content(keeper.begin().take("a")) == b"second"
+    keeper.shelf.close()
+    keeper.store.close()
+    assert held() == before
+
+
+def test_without_its_keeper_nothing_is_kept_and_nothing_fails(keeper):
+    shelf = keeper.begin()
+    keep(shelf, "a", b"")
+    keep(shelf, "b", b"")
+    keeper.end.close()
+    keep(shelf, "a", b"again")
+    keep(shelf, "c", b"")
+    shelf.drop("b")
+    shelf.write("state", b"of this process")
+    shelf.serving()
+
+
 @pytest.mark.parametrize("name", ["nobody's", "a#", "a#x", "#3x"])
 def test_names_that_nobody_knows_are_dropped(keeper, name):
     before = held()

@@ -9,10 +9,13 @@ import os
 from typing import ClassVar
 
 from vring_serial.chardev.base import Chardev, DescriptorEnd
+from vring_serial.chardev.kept import Kept
 
 log = logging.getLogger(__name__)
 
 MAX_RETRY_SECONDS = 30.0
+#: Roles of descriptors (see Keeping).
+INPUT, OUTPUT = "input", "output"
 
 
 class FdChardev(Chardev):
@@ -21,15 +24,19 @@ class FdChardev(Chardev):
     At the end of its input the chardev continues without one: the end closes and opens again with
     ``read_fd`` -1. If the output fails, the end closes and, if `retry_seconds` is set, opens again
     later, so that a guest waits for a full disk instead of losing its output.
+
+    A successor of a process that was killed goes on with the same open files, at their positions.
     """
 
     retry_seconds: ClassVar[float] = 0.0  # delay after the first error; 0: no retry
+    kept: ClassVar[bool] = True  # the descriptors outlive the process that opened them
 
     def __init__(self, id: str) -> None:
         super().__init__(id)
         self._input = -1
         self._output = -1
         self._started = False
+        self._kept = Kept(None)
         self._reopening: asyncio.Handle | None = None
         self._last_failure: tuple[int | None, float] | None = None
         self._delay = self.retry_seconds
@@ -45,7 +52,14 @@ class FdChardev(Chardev):
         if self._started:
             return
         try:
-            self._open_fds()
+            self._kept = Kept(self.keeping if self.kept else None)
+            if self._kept.started_before:
+                self._input, self._output = self._kept.take(INPUT), self._kept.take(OUTPUT)
+            else:
+                self._open_fds()
+                self._kept.keep(INPUT, self._input)
+                self._kept.keep(OUTPUT, self._output)
+                self._kept.started()
         except BaseException:
             self._release()
             raise
@@ -79,6 +93,7 @@ class FdChardev(Chardev):
 
     def _input_ended(self) -> None:
         if self._input >= 0:
+            self._kept.keep(INPUT, -1)
             os.close(self._input)
             self._input = -1
 
@@ -96,5 +111,6 @@ class FdChardev(Chardev):
         self._fds_closing()
         self._input_ended()
         if self._output >= 0:
+            self._kept.keep(OUTPUT, -1)
             os.close(self._output)
             self._output = -1

@@ -8,7 +8,7 @@ import stat
 from dataclasses import dataclass
 
 from vring_serial.chardev.base import DescriptorEnd
-from vring_serial.chardev.fd import FdChardev
+from vring_serial.chardev.fd import OUTPUT, FdChardev
 from vring_serial.chardev.options import Options, check_path
 
 log = logging.getLogger(__name__)
@@ -61,6 +61,7 @@ class FileChardev(FdChardev):
             return
         old, self._output = self._output, self._open_output()
         try:
+            self._kept.keep(OUTPUT, self._output)
             if self.end is not None:
                 self._replace_end(DescriptorEnd(self._input, self._output))
         finally:

@@ -1,4 +1,4 @@
-"""The sockets of a chardev that a successor process takes over."""
+"""The descriptors of a chardev that a successor process takes over."""
 
 from __future__ import annotations
 
@@ -12,17 +12,15 @@ _LISTENER, _CLIENT = "listener.", "client."
 _STARTED = "started"
 
 
-class KeptSockets:
-    """The kept listening sockets, and clients in order of arrival.
+class Kept:
+    """What a chardev has kept.
 
     Args:
-        keeping: the chardev's store; None: there is no successor, and nothing is kept.
+        keeping: of the chardev; None: there is no successor, and nothing is done.
     """
 
     def __init__(self, keeping: Keeping | None) -> None:
         self._keeping = keeping
-        self._roles: dict[int, str] = {}  # of clients, by descriptor
-        self._next = 0
 
     @property
     def started_before(self) -> bool:
@@ -30,9 +28,31 @@ class KeptSockets:
         return self._keeping is not None and self._keeping.read(_STARTED) is not None
 
     def started(self) -> None:
-        """Record that the chardev has started."""
+        """Note that the chardev has started."""
         if self._keeping is not None:
             self._keeping.write(_STARTED, b"1")
+
+    def keep(self, role: str, fd: int) -> None:
+        """Keep a descriptor instead of what had this role; -1: keep none."""
+        if self._keeping is not None:
+            if fd >= 0:
+                self._keeping.keep(role, fd)
+            else:
+                self._keeping.drop(role)
+
+    def take(self, role: str) -> int:
+        """Return the descriptor that a predecessor left, from then on the caller's; -1 if none."""
+        fd = None if self._keeping is None else self._keeping.take(role)
+        return -1 if fd is None else fd
+
+
+class KeptSockets(Kept):
+    """Keeps listening sockets, and clients in the order in which they came."""
+
+    def __init__(self, keeping: Keeping | None) -> None:
+        super().__init__(keeping)
+        self._roles: dict[int, str] = {}  # of clients, by descriptor
+        self._next = 0
 
     def take_listeners(self) -> list[socket.socket]:
         """Return the listening sockets that a predecessor left, in order."""
@@ -48,9 +68,8 @@ class KeptSockets:
 
     def keep_listeners(self, sockets: Sequence[socket.socket]) -> None:
         """Keep listening sockets."""
-        if self._keeping is not None:
-            for i, sock in enumerate(sockets):
-                self._keeping.keep(f"{_LISTENER}{i}", sock.fileno())
+        for i, sock in enumerate(sockets):
+            self.keep(f"{_LISTENER}{i}", sock.fileno())
 
     def keep_client(self, sock: socket.socket) -> None:
         """Keep a new client; one that is kept already keeps its place."""

@@ -5,19 +5,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import re
 import select
 import socket
+import sys
 from dataclasses import dataclass
 
 from vring_serial.chardev.base import Chardev, DescriptorEnd
+from vring_serial.chardev.kept import Kept
 from vring_serial.chardev.options import Options, check_path
 from vring_serial.chardev.terminal import set_raw, terminal_size
 
 # The kernel does not tell the master that the slave was opened or that its size changed.
 POLL_SECONDS = 0.2
+
+_MASTER = "master"  # role of the descriptor (see Keeping)
+_TIOCGPTN = 0x80045430  # the number of the slave
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,14 +58,21 @@ class PtyChardev(Chardev):
         self._master = -1
         self._timer: asyncio.TimerHandle | None = None
         self._size: tuple[int, int] | None = None
+        self._kept = Kept(None)
         self._claim: socket.socket | None = None  # of the link
 
     async def start(self) -> None:
         if self._master >= 0:
             return
         try:
-            self._make_terminal()
-            self._make_link()
+            self._kept = Kept(self.keeping)
+            if self._kept.started_before:
+                self._go_on()
+            else:
+                self._make_terminal()
+                self._kept.keep(_MASTER, self._master)
+                self._make_link()
+                self._kept.started()
         except BaseException:
             self._release()
             raise
@@ -81,6 +94,17 @@ class PtyChardev(Chardev):
     def description(self) -> str:
         link = f" ({self.options.path})" if self.options.path else ""
         return f"pty:{self.path}{link}" if self.path else f"pty{link}"
+
+    def _go_on(self) -> None:
+        """Take the predecessor's terminal; its link, unless somebody has removed it, is there."""
+        self._master = self._kept.take(_MASTER)
+        try:
+            number = fcntl.ioctl(self._master, _TIOCGPTN, bytes(4))
+            self.path = f"/dev/pts/{int.from_bytes(number, sys.byteorder)}"
+            if self.options.path:
+                self._claim = _claim(self.options.path)
+        except OSError as error:
+            raise self._error("go on with a pty", error) from error
 
     def _make_terminal(self) -> None:
         try:
@@ -160,6 +184,7 @@ class PtyChardev(Chardev):
         if self._claim is not None:
             self._claim.close()
             self._claim = None
+        self._kept.keep(_MASTER, -1)
         os.close(self._master)
         self._master = -1
         self.path = ""

@@ -12,7 +12,7 @@ import stat
 import termios
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from vring_serial.chardev.fd import FdChardev
 from vring_serial.chardev.hangup import HangupWatch, LastWords
@@ -37,6 +37,8 @@ class StdioChardev(FdChardev):
     The process's own output is not affected: the end has separate, non-blocking descriptors,
     wherever the system can make them. Only one stdio chardev may be started in a process.
     """
+
+    kept = False  # a successor has the same standard streams, which :func:`remember` is for
 
     _holder: ClassVar[StdioChardev | None] = None
 
@@ -115,13 +117,14 @@ class StdioChardev(FdChardev):
                 return os.open(f"/proc/self/fd/{fd}", access | os.O_NONBLOCK | os.O_NOCTTY)
             except OSError:
                 pass  # not ours to open, or nobody reads the pipe yet
-        if not stat.S_ISREG(mode) and os.get_blocking(fd):
+        if not stat.S_ISREG(mode) and _was_blocking(fd):
             os.set_blocking(fd, False)
             self._undo.append(lambda: os.set_blocking(fd, True))
         return os.dup(fd)
 
     def _take_terminal(self, fd: int) -> None:
-        saved = termios.tcgetattr(fd)
+        saved = _remembered.terminal if _remembered else None
+        saved = saved or termios.tcgetattr(fd)
 
         def restore() -> None:
             with contextlib.suppress(termios.error):  # it hung up
@@ -154,6 +157,48 @@ class StdioChardev(FdChardev):
             self._size = size
             if self._user is not None:
                 self._user.end_resized(*size)
+
+
+@dataclass(frozen=True, slots=True)
+class _Remembered:
+    """How the standard streams were.
+
+    Attributes:
+        blocking: the descriptors that were blocking.
+        terminal: settings of the terminal that is standard input; None if it is none.
+    """
+
+    blocking: tuple[int, ...]
+    terminal: list[Any] | None
+
+
+_remembered: _Remembered | None = None
+
+
+def remember() -> Callable[[], None]:
+    """Note how the standard streams are, and return what puts them back.
+
+    For a process whose children use them, and may be killed before they put anything back: what a
+    killed one left is not what the next one is to leave.
+    """
+    global _remembered
+    terminal = termios.tcgetattr(0) if os.isatty(0) else None
+    found = _Remembered(tuple(fd for fd in (0, 1) if os.get_blocking(fd)), terminal)
+    _remembered = found
+
+    def put_back() -> None:
+        for fd in found.blocking:
+            with contextlib.suppress(OSError):
+                os.set_blocking(fd, True)
+        with contextlib.suppress(termios.error, OSError):  # it hung up
+            if found.terminal is not None and _in_foreground(0):
+                termios.tcsetattr(0, termios.TCSANOW, found.terminal)
+
+    return put_back
+
+
+def _was_blocking(fd: int) -> bool:
+    return fd in _remembered.blocking if _remembered else os.get_blocking(fd)
 
 
 def _in_foreground(fd: int) -> bool:

@@ -1,30 +1,42 @@
-"""``vring serve --keeper``: a keeper, and a worker that may be killed without interruption."""
+"""``vring serve --keeper``: a keeper, and a worker that may be killed without anybody noticing."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import dataclasses
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from vring_serial.chardev import stdio
+from vring_serial.chardev.file import FileOptions
 from vring_serial.cli import logs, status_of
 from vring_serial.cli.logs import emit
 from vring_serial.cli.pidfile import pid_file
 from vring_serial.cli.server import Settings, serve
 from vring_serial.cli.signals import run
-from vring_serial.config.topology import Topology
+from vring_serial.config.topology import ControllerConfig, PortConfig, Topology
 from vring_serial.errors import ResourceError
 from vring_serial.service.keeper import Inheritance, Keeper, WorkerSpec
 from vring_serial.service.shelf import open_shelf
 
+#: What a death of a worker does to ports, and the kinds of chardevs where it does so.
+_NOTICED = (
+    (("file", "pipe", "pty", "stdio"), "bytes on their way may be lost or doubled"),
+    (("ringbuf",), "what it holds is lost"),
+    (("spicevmc", "spiceport"), "its connection ends, and a new one begins"),
+)
+
 
 @dataclass(frozen=True, slots=True)
 class LogSettings:
-    """The log settings of a worker; see ``vring_serial.cli.logs.configure``.
+    """How a worker logs; see ``vring_serial.cli.logs.configure``.
 
     Attributes:
-        level: the lowest level that is logged.
-        as_json: whether each line is a JSON object.
+        level: the least that is logged.
+        as_json: one JSON object a line.
         path: file to append to; None for standard error.
     """
 
@@ -33,37 +45,94 @@ class LogSettings:
     path: str | None
 
 
-def serve_kept(topology: Topology, settings: Settings, log: LogSettings) -> int:
+def serve_kept(
+    topology: Topology, settings: Settings, log: LogSettings, warnings: Sequence[str] = ()
+) -> int:
     """Serve with a keeper until the first SIGINT or SIGTERM; return the exit status.
 
-    Raises ResourceError: the log's reader has stopped already, or the pid file is in use.
+    Args:
+        topology: what to serve.
+        settings: how.
+        log: where to log.
+        warnings: about the configuration; the first worker logs them.
+
+    Raises ResourceError: the log's reader has stopped already, or the pid file cannot be owned.
     """
     if not logs.end():
         raise ResourceError("the log is not read, and a keeper cannot begin with a thread")
-    worker = partial(_work, topology, dataclasses.replace(settings, pid_file=None), log)
-    with pid_file(settings.pid_file):
-        keeper = Keeper(
-            [WorkerSpec(settings.sockets[0], worker)], partial(logs.write_now, as_json=log.as_json)
-        )
-        return keeper.run()
+    warnings = [*warnings, *_noticed(topology)]
+    worker = partial(_work, topology, dataclasses.replace(settings, pid_file=None), log, warnings)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(pid_file(settings.pid_file))
+        if any(port.chardev.kind == "stdio" for c in topology.controllers for port in c.ports):
+            stack.callback(stdio.remember())
+        say = partial(logs.write_now, as_json=log.as_json, path=log.path)
+        return Keeper([WorkerSpec(settings.sockets[0], worker)], say).run()
 
 
 def _work(
-    topology: Topology, settings: Settings, log: LogSettings, inheritance: Inheritance
+    topology: Topology,
+    settings: Settings,
+    log: LogSettings,
+    warnings: Sequence[str],
+    inheritance: Inheritance,
 ) -> int:
     """Serve in the worker's process."""
+
+    def keeper_ended() -> None:
+        asyncio.get_running_loop().remove_reader(inheritance.keeper)
+        text = "the keeper has ended; this process serves on, and none will go on after it"
+        emit(logging.ERROR, "keeper_ended", text)
 
     def work() -> None:
         logs.configure(log.level, as_json=log.as_json, path=log.path)
         shelf = open_shelf(inheritance.journal, inheritance.notifier, inheritance.descriptors)
 
         def serving() -> None:
+            asyncio.get_running_loop().add_reader(inheritance.keeper, keeper_ended)
             if forgotten := shelf.drop_untaken():
                 text = f"the worker before left what nobody knows: {', '.join(forgotten)}"
                 emit(logging.WARNING, "forgotten", text)
-            inheritance.notifier.notify("READY=1")
+            shelf.serving()
 
         with shelf:
+            if inheritance.restarts:
+                run(serve(_without_emptying(topology), settings, shelf, serving))
+                return
+            for warning in warnings:
+                emit(logging.WARNING, "configuration", warning)
             run(serve(topology, settings, shelf, serving))
 
     return status_of(work)
+
+
+def _without_emptying(topology: Topology) -> Topology:
+    """Return it with files that are appended to: the first worker has emptied them already."""
+
+    def port(config: PortConfig) -> PortConfig:
+        options = config.chardev.options
+        if not isinstance(options, FileOptions):
+            return config
+        options = dataclasses.replace(options, append=True)
+        chardev = dataclasses.replace(config.chardev, options=options)
+        return dataclasses.replace(config, chardev=chardev)
+
+    def controller(config: ControllerConfig) -> ControllerConfig:
+        return dataclasses.replace(config, ports=tuple(port(p) for p in config.ports))
+
+    return dataclasses.replace(
+        topology, controllers=tuple(controller(c) for c in topology.controllers)
+    )
+
+
+def _noticed(topology: Topology) -> list[str]:
+    """Say, by name, what is noticed when a worker dies."""
+    ports = [port for controller in topology.controllers for port in controller.ports]
+    found = []
+    for kinds, what in _NOTICED:
+        names = [f"{p.chardev.id} ({p.chardev.kind})" for p in ports if p.chardev.kind in kinds]
+        if names:
+            found.append(f"when a worker dies, {what}: {', '.join(names)}")
+    if consoles := ", ".join(port.chardev.id for port in ports if port.console):
+        found.append(f"when a worker dies, what waits in a console's backlog is lost: {consoles}")
+    return found

@@ -170,17 +170,30 @@ def end() -> bool:
     return handler.end()
 
 
-def write_now(level: int, event: str, message: str, *, as_json: bool, **fields: object) -> None:
-    """Write a record to standard error without a thread; it is dropped if that would block."""
+def write_now(
+    level: int,
+    event: str,
+    message: str,
+    *,
+    as_json: bool,
+    path: str | None = None,
+    **fields: object,
+) -> None:
+    """Write a record without a thread, to a file or standard error; dropped if that would block."""
     formatter = JsonFormatter() if as_json else TextFormatter()
     extra = {"event": event, "fields": fields}
     record = _logger.makeRecord(_logger.name, level, "", 0, "%s", (message,), None, extra=extra)
-    line = f"{formatter.format(record)}\n".encode(errors="backslashreplace")
-    poll = select.poll()
-    poll.register(2, select.POLLOUT)
-    with contextlib.suppress(OSError):
-        if any(events & select.POLLOUT for _, events in poll.poll(0)):
-            os.write(2, line[: select.PIPE_BUF])
+    line = f"{formatter.format(record)}\n".encode(errors="backslashreplace")[: select.PIPE_BUF]
+    with contextlib.suppress(OSError, ResourceError):
+        fd = 2 if path is None else _open_log(path)
+        try:
+            poll = select.poll()
+            poll.register(fd, select.POLLOUT)
+            if any(events & select.POLLOUT for _, events in poll.poll(0)):
+                os.write(fd, line)
+        finally:
+            if path is not None:
+                os.close(fd)
 
 
 def reopen() -> None:

@@ -112,7 +112,8 @@ from vring_serial.errors import ConfigError
 @click.option(
     "--keeper",
     is_flag=True,
-    help="Hold sockets and state in a process of its own, so that the one that serves may die.",
+    help="Hold sockets, files and state in a process of its own, so that the one that serves may "
+    "die, and another one goes on (docs/restart.md).",
 )
 @click.option(
     "--pid-file", type=PATH, metavar="FILE", help="Write the process id here while serving."
@@ -180,10 +181,10 @@ def serve_command(
     topology = load_topology(domain, options, channel_directory=channel_directory)
     option = "--vfio-user" if vfio_sockets else "--vhost-user"
     _check_sockets(topology, option, sockets or vfio_sockets)
-    for warning in topology.warnings:
-        logs.emit(logging.WARNING, "configuration", warning)
-    if sockets:
-        _warn_of_pci_wishes(topology)
+    warnings = [*topology.warnings, *(_pci_wishes(topology) if sockets else ())]
+    if not keeper:
+        for warning in warnings:
+            logs.emit(logging.WARNING, "configuration", warning)
 
     # Imported only now, so that mistakes are reported without loading the device.
     with interrupts_end_at_once():
@@ -204,20 +205,21 @@ def serve_command(
     if keeper:
         from vring_serial.cli.kept import LogSettings, serve_kept
 
-        raise SystemExit(serve_kept(topology, settings, LogSettings(log_level, json_log, log_file)))
+        log = LogSettings(log_level, json_log, log_file)
+        raise SystemExit(serve_kept(topology, settings, log, warnings))
     run(serve(topology, settings))
 
 
-def _warn_of_pci_wishes(topology: Topology) -> None:
-    """Warn of PCI settings of the domain, which only the frontend can apply over vhost-user."""
+def _pci_wishes(topology: Topology) -> list[str]:
+    """Return warnings about PCI settings, which only the frontend can apply over vhost-user."""
     names = ", ".join(
         controller.name
         for controller in topology.controllers
         if controller.transitional or controller.vectors is not None
     )
-    if names:
-        warning = f"model= and vectors= are the frontend's to know over vhost-user: {names}"
-        logs.emit(logging.WARNING, "configuration", warning)
+    if not names:
+        return []
+    return [f"model= and vectors= are the frontend's to know over vhost-user: {names}"]
 
 
 def _check_protocol(

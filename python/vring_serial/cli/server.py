@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,6 +22,7 @@ from vring_serial.errors import ConfigError, ResourceError
 from vring_serial.keeping import Keeping
 from vring_serial.transport.vfio_user.server import VfioUserServer
 from vring_serial.transport.vhost_user.backend import VhostUserBackend
+from vring_serial.unix_fds import allow_descriptors
 from vring_serial.unix_socket import check_can_listen
 
 
@@ -64,6 +64,8 @@ async def serve(
 ) -> None:
     """Serve until the first SIGINT or SIGTERM; the second ends the process at once.
 
+    With a keeper, only SIGTERM counts: the keeper hears SIGINT too.
+
     Args:
         topology: the controllers with their ports.
         settings: how to serve them.
@@ -74,9 +76,9 @@ async def serve(
         ConfigError: the configuration of a host end or a device is invalid.
         ResourceError: a socket, file or terminal cannot be opened.
     """
-    _allow_descriptors()
+    allow_descriptors()
     controllers: list[Controller] = []
-    stop = stop_on_signals(lambda: _reload(controllers))
+    stop = stop_on_signals(lambda: _reload(controllers), interrupt=keeping is None)
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(pid_file(settings.pid_file))
         if await finished_before(stop, _start(topology, settings, controllers, stack, keeping)):
@@ -85,14 +87,6 @@ async def serve(
             await stop.wait()
         emit(logging.INFO, "stopping", "stopping")
     emit(logging.INFO, "stopped", "stopped")
-
-
-def _allow_descriptors() -> None:
-    """Raise the limit of descriptors to the hard limit; only select(2) needs the usual 1024."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _reload(controllers: list[Controller]) -> None:

@@ -38,7 +38,9 @@ def run_until_signal(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         raise SystemExit(STATUS_INTERRUPTED)
 
 
-def stop_on_signals(reload: Callable[[], None] | None = None) -> asyncio.Event:
+def stop_on_signals(
+    reload: Callable[[], None] | None = None, *, interrupt: bool = True
+) -> asyncio.Event:
     """Return an event that SIGINT, SIGTERM or the terminal's hang-up sets.
 
     After the first, SIGINT and SIGTERM have their default effect, and SIGHUP is ignored, because
@@ -46,18 +48,20 @@ def stop_on_signals(reload: Callable[[], None] | None = None) -> asyncio.Event:
 
     Args:
         reload: called on a SIGHUP that is not caused by the terminal's hang-up.
+        interrupt: whether SIGINT counts too; if not, its handling stays as it is.
     """
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     # A process started with nohup outlives the terminal.
     nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     unbound = nohup or not _has_terminal()
+    ends = (signal.SIGINT, signal.SIGTERM) if interrupt else (signal.SIGTERM,)
 
     def first_signal() -> None:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in (*ends, signal.SIGHUP):
             loop.remove_signal_handler(number)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in ends:
+            signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         stop.set()
 
@@ -67,7 +71,7 @@ def stop_on_signals(reload: Callable[[], None] | None = None) -> asyncio.Event:
         else:
             first_signal()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in ends:
         loop.add_signal_handler(number, first_signal)
     if reload is not None or not nohup:
         loop.add_signal_handler(signal.SIGHUP, hangup)

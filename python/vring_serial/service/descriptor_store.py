@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import os
 import select
 import socket
@@ -22,6 +23,8 @@ DATAGRAM_MAX = 4096
 FDS_MAX = 253
 #: Longest name; systemd's (``FDNAME_MAX``).
 NAME_MAX = 255
+#: What sending gives once the other end is closed.
+_GONE = (errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE, errno.ENOTCONN)
 
 
 def is_name(name: str) -> bool:
@@ -38,9 +41,14 @@ class DescriptorStore:
 
     Args:
         limit: descriptors that a worker may store; more are closed, as systemd does.
+
+    Attributes:
+        refused: messages of which not every descriptor was kept: there were too many, or the
+            process had no number for them.
     """
 
     def __init__(self, limit: int) -> None:
+        self.refused = 0
         self._limit = limit
         self._fds: dict[str, list[int]] = {}
         self._count = 0
@@ -73,6 +81,7 @@ class DescriptorStore:
                 fds += numbers
         try:
             if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+                self.refused += 1
                 return {}
             fields = _fields(data)
             name = fields.pop("FDNAME", "stored")
@@ -94,6 +103,7 @@ class DescriptorStore:
         while fds and self._count < self._limit:
             self._fds.setdefault(name, []).append(fds.pop(0))
             self._count += 1
+        self.refused += bool(fds)
 
     def _remove(self, name: str) -> None:
         fds = self._fds.pop(name, [])
@@ -106,9 +116,13 @@ class Notifier:
 
     Args:
         sock: a datagram socket connected to the keeper; taken over. See :meth:`from_environment`.
+
+    Attributes:
+        gone: the keeper has ended, and nobody will hear any more.
     """
 
     def __init__(self, sock: socket.socket) -> None:
+        self.gone = False
         self._sock = sock
         sock.setblocking(True)
 
@@ -136,6 +150,7 @@ class Notifier:
         try:
             self._sock.sendmsg(["\n".join(lines).encode()], rights, socket.MSG_NOSIGNAL)
         except OSError as error:
+            self.gone = error.errno in _GONE
             raise ResourceError(f"the keeper does not hear: {error.strerror}") from None
 
     def store(self, name: str, fd: int) -> None:

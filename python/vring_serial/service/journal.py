@@ -49,6 +49,7 @@ _DIRECTORY = 64
 _FIRST_EXTENT = _DIRECTORY + ENTRIES * _ENTRY.size
 #: A :func:`checksum` is of so many bytes.
 _CHECKED = 16 << 20
+_PIECE = 1 << 16
 _SMALLEST = 12  # logarithm: a page
 _LARGEST = 29
 _FREE, _SECTION, _AREA = range(3)
@@ -133,6 +134,9 @@ class Journal(Closing):
     def write(self, name: str, state: bytes) -> None:
         """Write a section, which is made if need be; from then on a successor reads it.
 
+        What is there already is not written again, so that a process that changes nothing leaves
+        the journal as it was (see :func:`checksum`).
+
         Raises:
             ResourceError: the journal is full.
         """
@@ -144,6 +148,9 @@ class Journal(Closing):
         sequence = 0
         halves = [_HALF.unpack_from(self._map, offset + i * (size // 2)) for i in range(2)]
         sequence = max(half[0] for half in halves) + 1
+        with contextlib.suppress(StateError):  # a damaged one is written anew
+            if sequence > 2 and self.read(name) == state:
+                return
         if needed > size // 2:
             self._move(at, 2 * needed, sequence, state)
             return
@@ -301,7 +308,11 @@ class Journal(Closing):
 
 def checksum(fd: int) -> int:
     """Return a number that is another one, as good as always, after the journal was written to."""
-    return zlib.crc32(os.pread(fd, _CHECKED, 0))
+    used = _HEADER.unpack(os.pread(fd, _HEADER.size, 0))[3]
+    found = 0
+    for start in range(0, min(used, _CHECKED), _PIECE):
+        found = zlib.crc32(os.pread(fd, _PIECE, start), found)
+    return found
 
 
 def _logarithm(size: int) -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 
+from vring_serial.errors import ResourceError
 from vring_serial.lifetime import Closing
 from vring_serial.service.descriptor_store import Notifier
 from vring_serial.service.journal import Journal
@@ -17,6 +19,9 @@ class Shelf(Closing):
     In the store a descriptor is named by its role and a number, which grows with every one: of two
     that a worker left in one role, because it died between storing one and removing the other, the
     later counts.
+
+    Once the keeper has ended there is no successor: nothing is kept any more, and the process that
+    serves goes on.
 
     Args:
         journal: locked by this process; taken over.
@@ -41,18 +46,21 @@ class Shelf(Closing):
 
     def keep(self, role: str, fd: int) -> None:
         """See Keeping."""
+        if (left := self._left.pop(role, None)) is not None:
+            os.close(left)
         before = self._names.get(role)
         self._number += 1
         name = f"{role}#{self._number}"
-        self._notifier.store(name, fd)
+        with self._unless_gone():
+            self._notifier.store(name, fd)
         self._names[role] = name
         if before is not None:
-            self._notifier.remove(before)
+            self._remove(before)
 
     def drop(self, role: str) -> None:
         """See Keeping."""
         if (name := self._names.pop(role, None)) is not None:
-            self._notifier.remove(name)
+            self._remove(name)
         if (fd := self._left.pop(role, None)) is not None:
             os.close(fd)
 
@@ -80,6 +88,11 @@ class Shelf(Closing):
         """See Keeping."""
         return ScopedShelf(self, name)
 
+    def serving(self) -> None:
+        """Tell the keeper that this process serves."""
+        with self._unless_gone():
+            self._notifier.notify("READY=1")
+
     def drop_untaken(self) -> list[str]:
         """Drop what nobody took, once everything has begun; return the roles."""
         roles = sorted(self._left)
@@ -92,14 +105,26 @@ class Shelf(Closing):
         if not mark or not number.isdecimal() or len(fds) != 1:
             # Nobody of ours stored that.
             close_all(fds)
-            self._notifier.remove(name)
+            self._remove(name)
             return
         self._number = max(self._number, int(number))
         if role in self._names:  # of the two, the one before
             close_all([self._left.pop(role)])
-            self._notifier.remove(self._names[role])
+            self._remove(self._names[role])
         self._names[role] = name
         self._left[role] = fds[0]
+
+    def _remove(self, name: str) -> None:
+        with self._unless_gone():
+            self._notifier.remove(name)
+
+    @contextlib.contextmanager
+    def _unless_gone(self) -> Iterator[None]:
+        try:
+            yield
+        except ResourceError:
+            if not self._notifier.gone:
+                raise
 
 
 class ScopedShelf:

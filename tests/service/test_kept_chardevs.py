@@ -1,0 +1,282 @@
+"""What becomes of each kind of chardev when the worker that serves it is killed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pty
+import re
+import signal
+import socket
+import termios
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.support.keeper import kept
+from tests.support.waiting import DEADLINE, until, until_file_says
+from vring_serial import EmbeddedGuest
+
+
+@pytest.fixture(autouse=True)
+def short_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+class Port:
+    """A guest's port that is open."""
+
+    def __init__(self, reader, writer):
+        self.reader, self.writer = reader, writer
+
+    async def hears(self, data):
+        async with asyncio.timeout(DEADLINE):
+            assert await self.reader.readexactly(len(data)) == data
+
+    def says(self, data):
+        self.writer.write(data)
+
+
+@asynccontextmanager
+async def port_of(guest, keeper):
+    """Port 1, open for the block; after it, the device knows that it is closed."""
+    port = await guest.wait_port(nr=1)
+    await port.wait_host()
+    reader, writer = await port.open()
+    try:
+        yield Port(reader, writer)
+    finally:
+        closed = keeper.log.count("closed by the guest")
+        writer.close()
+    # Else what the host sends from now on may go to the guest that closes.
+    await keeper.logged("closed by the guest", closed + 1)
+
+
+@asynccontextmanager
+async def serving(chardev, **options):
+    """A keeper with a guest that has that chardev at port 1."""
+    arguments = ("--chardev", chardev, "--port", "chardev=c,nr=1")
+    async with kept(Path.cwd(), *arguments, **options) as keeper:
+        async with EmbeddedGuest("v", memory=32 << 20) as guest:
+            yield keeper, guest
+        assert await keeper.stop() == 0
+
+
+async def exchange(port, reader, writer, text):
+    writer.write(b"to the guest " + text)
+    await port.hears(b"to the guest " + text)
+    port.says(b"to the host " + text)
+    assert await reader.readexactly(12 + len(text)) == b"to the host " + text
+
+
+ADDRESSES = {
+    "unix": ("path=c", lambda log: asyncio.open_unix_connection("c")),
+    "abstract": (
+        "path=vring-test-{pid},abstract=on",
+        lambda log: asyncio.open_unix_connection(f"\0vring-test-{os.getpid()}"),
+    ),
+    "tcp": (
+        "host=127.0.0.1,port=0",
+        lambda log: asyncio.open_connection(
+            "127.0.0.1", int(re.search(r"tcp:127\.0\.0\.1:([1-9]\d*)", log)[1])
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ADDRESSES)
+async def test_clients_of_a_server_notice_nothing_nor_do_those_that_wait(kind):
+    address, connect = ADDRESSES[kind]
+    address = address.format(pid=os.getpid())
+    async with serving(f"socket,id=c,server=on,wait=off,{address}") as (keeper, guest):
+        ends = [await connect(keeper.log) for _ in range(3)]
+        for i in range(4):
+            async with port_of(guest, keeper) as port:
+                await exchange(port, *ends[i], b"before")
+                await keeper.kill_worker()
+                await exchange(port, *ends[i], b"after")
+                if not i:
+                    ends.append(await connect(keeper.log))
+                ends[i][1].close()
+                # Its end is heard of before the next one is awaited.
+                assert await port.reader.read() == b""
+
+
+@pytest.mark.parametrize("reconnect", ["", ",reconnect-ms=10"])
+async def test_the_server_of_a_client_notices_nothing(reconnect):
+    came = asyncio.Queue()
+    server = await asyncio.start_unix_server(lambda *ends: came.put_nowait(ends), "s")
+    async with server, serving(f"socket,id=c,path=s{reconnect}") as (keeper, guest):
+        reader, writer = await came.get()
+        async with port_of(guest, keeper) as port:
+            await exchange(port, reader, writer, b"before")
+            await keeper.kill_worker()
+            await exchange(port, reader, writer, b"after")
+        assert came.empty()
+        writer.close()
+        if reconnect:
+            reader, writer = await came.get()
+            async with port_of(guest, keeper) as port:
+                await exchange(port, reader, writer, b"again")
+                await keeper.kill_worker()
+                await exchange(port, reader, writer, b"still")
+            assert came.empty()
+            writer.close()
+            server.close()
+
+
+@pytest.mark.parametrize("append", ["on", "off"])
+async def test_a_file_is_emptied_once_and_its_input_read_once(append):
+    Path("out").write_text("old\n")
+    Path("in").write_text("from the file")
+    async with serving(f"file,id=c,path=out,append={append},input-path=in") as (keeper, guest):
+        async with port_of(guest, keeper) as port:
+            await port.hears(b"from the file")
+            for text in ("one\n", "two\n", "three\n"):
+                port.says(text.encode())
+                await until_file_says(Path("out"), text)
+                await keeper.kill_worker()
+            with open("in", "a") as more:
+                more.write("and more")
+            port.says(b"four\n")
+            await until_file_says(Path("out"), "four\n")
+        await keeper.kill_until_anew()
+    old = "old\n" if append == "on" else ""
+    assert Path("out").read_text() == f"{old}one\ntwo\nthree\nfour\n"
+    assert "bytes on their way may be lost or doubled: c (file)" in keeper.log
+    assert keeper.log.count("may be lost") == 1
+
+
+async def test_pipes_are_held_open_with_what_is_in_them():
+    for name in ("p.in", "p.out"):
+        os.mkfifo(name)
+    async with serving("pipe,id=c,path=p") as (keeper, guest), port_of(guest, keeper) as port:
+        port.says(b"unread")
+        with open("p.in", "wb", buffering=0) as writer:
+            writer.write(b"before")
+            await port.hears(b"before")
+            await keeper.kill_worker()
+            writer.write(b"after")
+            await port.hears(b"after")
+        await keeper.kill_worker()
+        fd = os.open("p.out", os.O_RDONLY | os.O_NONBLOCK)
+        await until(lambda: os.read(fd, 6) == b"unread")
+        os.close(fd)
+    assert "lost or doubled: c (pipe)" in keeper.log
+
+
+async def test_a_pty_is_the_same_and_so_is_its_link():
+    async with serving("pty,id=c,path=link") as (keeper, guest):
+        target = os.readlink("link")
+        fd = os.open("link", os.O_RDWR | os.O_NOCTTY)
+        os.set_blocking(fd, False)
+        settings = termios.tcgetattr(fd)
+        async with port_of(guest, keeper) as port:
+            for text in (b"one", b"two"):
+                os.write(fd, text)
+                await port.hears(text)
+                port.says(text)
+                await until(lambda: _read(fd))
+                await keeper.kill_worker()
+                assert os.readlink("link") == target
+            assert termios.tcgetattr(fd) == settings
+        os.close(fd)
+        fd = os.open("link", os.O_RDWR | os.O_NOCTTY)
+        async with port_of(guest, keeper) as port:
+            os.write(fd, b"the next program")
+            await port.hears(b"the next program")
+        os.close(fd)
+    assert not os.path.lexists("link")
+    assert "lost or doubled: c (pty)" in keeper.log
+
+
+def _read(fd):
+    try:
+        return os.read(fd, 99)
+    except BlockingIOError:
+        return b""
+
+
+@pytest.mark.parametrize("end", ["stop", "keeper dies", "kill"])
+async def test_a_terminal_is_put_back_as_the_keeper_found_it(end):
+    master, slave = pty.openpty()
+    found = termios.tcgetattr(slave)
+    try:
+        arguments = ("--chardev", "stdio,id=c", "--port", "chardev=c,nr=1")
+        async with kept(Path.cwd(), *arguments, stdin=slave, stdout=slave) as keeper:
+            assert termios.tcgetattr(slave) != found
+            for _ in range(2):
+                await keeper.kill_worker()
+                assert termios.tcgetattr(slave) != found
+            async with EmbeddedGuest("v", memory=32 << 20) as guest, port_of(guest, keeper) as port:
+                os.write(master, b"typed")
+                await port.hears(b"typed")
+                port.says(b"shown")
+                os.set_blocking(master, False)
+                await until(lambda: _read(master) == b"shown")
+            if end == "stop":
+                assert await keeper.stop() == 0
+            elif end == "kill":
+                os.kill(keeper.worker, signal.SIGSTOP)
+                keeper.process.send_signal(signal.SIGTERM)
+                assert await keeper.stop(signal.SIGINT) == 1
+            else:
+                worker = keeper.worker
+                keeper.process.kill()
+                await keeper.logged("the keeper has ended")
+                os.kill(worker, signal.SIGTERM)
+                await keeper.logged("stopped")
+            assert termios.tcgetattr(slave) == found
+    finally:
+        os.close(master)
+        os.close(slave)
+    assert "lost or doubled: c (stdio)" in keeper.log
+
+
+async def test_standard_streams_that_are_sockets_block_again():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        arguments = ("--chardev", "stdio,id=c", "--port", "chardev=c,nr=1")
+        fd = theirs.fileno()
+        async with kept(Path.cwd(), *arguments, stdin=fd, stdout=fd) as keeper:
+            assert not os.get_blocking(fd)
+            await keeper.kill_worker()
+            assert await keeper.stop() == 0
+        assert os.get_blocking(fd)
+
+
+@pytest.mark.parametrize("kind", ["null", "ringbuf"])
+async def test_ends_that_nobody_has_go_on(kind):
+    async with serving(f"{kind},id=c") as (keeper, guest), port_of(guest, keeper) as port:
+        for _ in range(2):
+            port.says(b"x" * 100_000)
+            await port.writer.drain()
+            await keeper.kill_worker()
+    assert ("what it holds is lost: c (ringbuf)" in keeper.log) == (kind == "ringbuf")
+
+
+async def test_an_agents_clients_meet_a_new_connection():
+    """The agent's channel belongs to the router, which is in the worker."""
+    arguments = ("--chardev", "spicevmc,id=c", "--port", "chardev=c,nr=1")
+    async with kept(Path.cwd(), *arguments, "--agent-socket", "a") as keeper:
+        reader, writer = await asyncio.open_unix_connection("a")
+        async with EmbeddedGuest("v", memory=32 << 20) as guest:
+            await keeper.kill_worker()
+            await reader.read()  # to its end
+            await until(lambda: os.path.exists("a"))
+            _, other = await asyncio.open_unix_connection("a")
+            async with port_of(guest, keeper):
+                pass
+            other.close()
+        writer.close()
+        assert await keeper.stop() == 0
+    assert "its connection ends, and a new one begins: c (spicevmc)" in keeper.log
+    assert not os.path.exists("a")
+
+
+async def test_a_console_says_what_is_lost():
+    arguments = ("--chardev", "null,id=c", "--console", "chardev=c")
+    async with kept(Path.cwd(), *arguments) as keeper:
+        assert await keeper.stop() == 0
+    assert "waits in a console's backlog is lost: c" in keeper.log
