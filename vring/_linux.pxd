@@ -97,7 +97,7 @@ cdef extern from "<signal.h>" nogil:
     ctypedef struct sigset_t:
         pass
     enum:
-        SIG_SETMASK, SIGBUS, SIGFPE, SIGILL, SIGSEGV
+        SIG_SETMASK, SIGBUS, SIGFPE, SIGILL, SIGSEGV, SIGSYS
     int sigfillset(sigset_t* signals)
     int sigdelset(sigset_t* signals, int signal)
     int pthread_sigmask(int how, const sigset_t* signals, sigset_t* before)

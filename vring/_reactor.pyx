@@ -19,13 +19,13 @@ from vring._flow cimport (
 from vring._linux cimport (
     EFD_CLOEXEC, EFD_NONBLOCK, ENOMEM, EPERM, EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT,
     EPOLLRDHUP, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, F_DUPFD_CLOEXEC,
-    MSG_DONTWAIT, POLLIN, PR_SET_TIMERSLACK, SIGBUS, SIGFPE, SIGILL, SIGSEGV, SIG_SETMASK, S_IFMT,
-    S_IFREG, close, epoll_create1, epoll_ctl, epoll_event, epoll_wait, errno, eventfd, fcntl,
-    fstat, pollfd, ppoll, prctl, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_init,
-    pthread_cond_wait, pthread_create, pthread_join, pthread_mutex_destroy, pthread_mutex_init,
-    pthread_mutex_lock, pthread_mutex_unlock, pthread_setname_np, pthread_sigmask, read, recv,
-    sigdelset, sigfillset, sigset_t, stat_t, timespec, vr_count, vr_get_flag, vr_now, vr_same_file,
-    vr_set_flag, write
+    MSG_DONTWAIT, POLLIN, PR_SET_TIMERSLACK, SIGBUS, SIGFPE, SIGILL, SIGSEGV, SIGSYS, SIG_SETMASK,
+    S_IFMT, S_IFREG, close, epoll_create1, epoll_ctl, epoll_event, epoll_wait, errno, eventfd,
+    fcntl, fstat, pollfd, ppoll, prctl, pthread_cond_broadcast, pthread_cond_destroy,
+    pthread_cond_init, pthread_cond_wait, pthread_create, pthread_join, pthread_mutex_destroy,
+    pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, pthread_setname_np,
+    pthread_sigmask, read, recv, sigdelset, sigfillset, sigset_t, stat_t, timespec, vr_count,
+    vr_get_flag, vr_now, vr_same_file, vr_set_flag, write
 )
 from vring._sampler cimport SAMPLE_NS
 
@@ -489,7 +489,7 @@ cdef void* reactor_main(void* argument) noexcept nogil:
 
 
 cdef int launch(vr_reactor* reactor) noexcept nogil:
-    """Start the thread with all signals blocked except those of its own faults.
+    """Start the thread with all signals blocked except its own faults and SIGSYS.
 
     Other threads handle the rest. Return 0 or errno.
     """
@@ -500,6 +500,7 @@ cdef int launch(vr_reactor* reactor) noexcept nogil:
     sigdelset(&others, SIGFPE)
     sigdelset(&others, SIGILL)
     sigdelset(&others, SIGSEGV)
+    sigdelset(&others, SIGSYS)      # see _confine
     pthread_sigmask(SIG_SETMASK, &others, &before)
     error = pthread_create(&reactor.thread, NULL, reactor_main, reactor)
     pthread_sigmask(SIG_SETMASK, &before, NULL)

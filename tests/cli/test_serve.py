@@ -199,8 +199,8 @@ async def test_json_log(serve: Serve, tmp_path: Path) -> None:
         {"time", "level", "logger", "event", "message"} <= record.keys() for record in records
     )
     events = [record["event"] for record in records if record["event"] != "log"]
-    assert events[:4] == ["port_added", "port_opened", "port", "controller"]
-    assert events[4] == "serving"
+    assert events[:5] == ["port_added", "port_opened", "sandbox", "port", "controller"]
+    assert events[5] == "serving"
     assert [e for e in events if e in ("frontend", "features_negotiated", "driver_ready")] == [
         "frontend",
         "features_negotiated",
@@ -484,3 +484,51 @@ async def test_what_the_system_refuses(
         assert not any("Traceback" in line for line in server.lines)
     assert os.listdir(tmp_path) == ["v"]
     assert (tmp_path / "v").read_text() == "somebody's"
+
+
+# --- the sandbox
+
+
+async def test_host_ends_connect_again_from_within_the_sandbox(
+    serve: Serve, tmp_path: Path, unused_tcp_port: int
+) -> None:
+    """By name, for which the C library reads files and asks whom it likes."""
+    tcp = f"socket,id=t,host=localhost,port={unused_tcp_port},reconnect-ms=20"
+    unix = "socket,id=u,path=u,reconnect-ms=20"
+    ends = ("--chardev", tcp, "--port", "chardev=t", "--chardev", unix, "--port", "chardev=u")
+    connected: asyncio.Queue[asyncio.StreamWriter] = asyncio.Queue()
+
+    async def accepted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await connected.put(writer)
+
+    async with serve(*ends, "--sandbox", "on") as server, asyncio.timeout(TIMEOUT):
+        await server.logged("sandbox: no-new-privileges")
+        listening = (
+            await asyncio.start_server(accepted, "localhost", unused_tcp_port),
+            await asyncio.start_unix_server(accepted, tmp_path / "u"),
+        )
+        for listener in listening:
+            async with listener:
+                for _ in range(2):
+                    await close(await connected.get())
+        assert await server.stop() == 0
+
+
+async def test_without_a_sandbox_the_log_says_so(serve: Serve) -> None:
+    async with serve(*NULL_PORT) as server:
+        await server.logged("sandbox: off")
+        assert await server.stop() == 0
+
+
+@pytest.mark.parametrize("keeper", [(), ("--keeper",)], ids=["alone", "kept"])
+async def test_what_serves_is_in_the_sandbox(serve: Serve, keeper: tuple[str, ...]) -> None:
+    async with serve(*NULL_PORT, *keeper, "--sandbox", "on") as server:
+        pid = server.pid
+        if keeper:
+            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            pid = int(children[0])
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            status = (task / "status").read_text()
+            assert "NoNewPrivs:\t1" in status
+            assert re.search(r"^CapEff:\t0+$", status, re.MULTILINE)
+        assert await server.stop() == 0

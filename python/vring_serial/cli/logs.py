@@ -14,9 +14,11 @@ import fcntl
 import json
 import logging
 import os
+import re
 import select
 import stat
 import sys
+import time
 from collections.abc import Callable
 
 import click
@@ -25,6 +27,7 @@ from vring_serial.cli.log_writer import LineWriter, write_to
 from vring_serial.cli.plain import escaped
 from vring_serial.errors import ResourceError
 from vring_serial.ratelimit import LogBudget
+from vring_serial.service.last_words import LastWords
 
 LEVELS = ("debug", "info", "warning", "error")
 
@@ -37,6 +40,9 @@ FLUSH_SECONDS = 1.0
 BURST_BYTES = 2 << 20
 BYTES_PER_SECOND = 512.0
 RESUME_BYTES = 16 << 10
+#: Where a system call's name goes in a message for :func:`last_words`.
+NAME = "<call>"
+_TIME = re.compile(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d\.\d{3}")
 
 _logger = logging.getLogger("vring_serial.cli")
 _handler: LineHandler | None = None
@@ -117,10 +123,35 @@ class LineHandler(logging.Handler):
             fd = stream.fileno()
         except (OSError, ValueError):  # what stands in for it has no descriptor
             return lambda data: stream.write(data.decode(self._encoding)) and len(data)
+        self._fd = fd
         # If somebody truncates the file, writing continues at its new end and leaves no hole.
         if stat.S_ISREG(os.fstat(fd).st_mode):
             fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_APPEND)
         return write_to(fd)
+
+    def last_words(self, message: str) -> LastWords | None:
+        """Return the line of an error, for :func:`last_words`; None without a descriptor."""
+        if self._fd < 0:
+            return None
+        extra = {"event": "refused_call", "fields": {}}
+        record = _logger.makeRecord(
+            _logger.name, logging.ERROR, "", 0, "%s", (message,), None, extra=extra
+        )
+        text = f"{self.format(record)}\n"
+        when = _TIME.search(text)
+        assert when is not None  # every line begins with it
+        before, _, after = text.partition(NAME)
+        return LastWords(
+            (before + after).encode(self._encoding, "backslashreplace"),
+            time_at=when.start(),
+            name_at=len(before.encode(self._encoding, "backslashreplace")),
+            ahead_of_utc=self._ahead_of_utc,
+            fd=self._fd,
+        )
+
+    @property
+    def _ahead_of_utc(self) -> int:
+        return 0 if isinstance(self.formatter, JsonFormatter) else time.localtime().tm_gmtoff
 
     def _dropped(self, count: int) -> bytes:
         text = f"{count} lines of the log were dropped: they were not taken"
@@ -155,6 +186,15 @@ def configure(level: str, *, as_json: bool, path: str | None = None) -> None:
     # Python's own messages must not block on standard error either.
     logging.captureWarnings(True)
     sys.unraisablehook = _unraisable
+
+
+def last_words(message: str) -> LastWords | None:
+    """Return how to write ``message`` when Python no longer runs; None if nothing is logged.
+
+    Args:
+        message: with NAME in it.
+    """
+    return None if _handler is None else _handler.last_words(message)
 
 
 def end() -> bool:

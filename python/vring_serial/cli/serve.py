@@ -15,6 +15,7 @@ from vring_serial.config.load import load_topology
 from vring_serial.config.qemu_options import QemuOptions
 from vring_serial.config.topology import Topology
 from vring_serial.errors import ConfigError
+from vring_serial.service.sandbox import Sandbox
 
 
 @click.command("serve")
@@ -116,6 +117,19 @@ from vring_serial.errors import ConfigError
     "die, and another one goes on (docs/restart.md).",
 )
 @click.option(
+    "--sandbox",
+    metavar="on|off|LAYER=on|off,...",
+    default="off",
+    show_default=True,
+    help="What the process gives up before it serves: capabilities, landlock, seccomp; "
+    "memory=SIZE and descriptors=N limit it.",
+)
+@click.option(
+    "--user",
+    metavar="NAME[:GROUP]",
+    help="Become this user when everything is open.",
+)
+@click.option(
     "--pid-file", type=PATH, metavar="FILE", help="Write the process id here while serving."
 )
 @click.option(
@@ -149,6 +163,8 @@ def serve_command(
     inband_notifications: bool,
     busy_poll: int,
     keeper: bool,
+    sandbox: str,
+    user: str | None,
     pid_file: str | None,
     agent_socket: str | None,
     log_level: str,
@@ -174,6 +190,7 @@ def serve_command(
     _check_protocol(sockets, vfio_sockets, of_vhost, of_vfio)
     if domain is None and not (ports or consoles or chardevs):
         raise click.UsageError("Nothing to serve: give --domain, or --chardev and --port.")
+    confinement = Sandbox.parse(sandbox, user)
     logs.configure(log_level, as_json=json_log, path=log_file)
     if channel_directory is None:
         channel_directory = os.path.dirname((sockets or vfio_sockets)[0])
@@ -201,6 +218,8 @@ def serve_command(
         transitional=transitional,
         packed=packed,
         vectors=vectors,
+        sandbox=confinement,
+        log_file=log_file,
     )
     if keeper:
         from vring_serial.cli.kept import LogSettings, serve_kept

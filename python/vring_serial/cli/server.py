@@ -20,6 +20,8 @@ from vring_serial.device.console.controller import Controller
 from vring_serial.device.console.loop_pump import LoopPump
 from vring_serial.errors import ConfigError, ResourceError
 from vring_serial.keeping import Keeping
+from vring_serial.service.reach import reach_of
+from vring_serial.service.sandbox import NO_SANDBOX, Sandbox, enter
 from vring_serial.transport.vfio_user.server import VfioUserServer
 from vring_serial.transport.vhost_user.backend import VhostUserBackend
 from vring_serial.unix_fds import allow_descriptors
@@ -42,6 +44,8 @@ class Settings:
         packed: offer packed rings.
         vectors: entries of the MSI-X table of controllers that do not specify it (vfio-user);
             None: see PciDevice.
+        sandbox: what the process gives up before it serves.
+        log_file: the log, if it is a file that is opened again.
     """
 
     sockets: tuple[str, ...]
@@ -54,6 +58,8 @@ class Settings:
     transitional: bool = False
     packed: bool = False
     vectors: int | None = None
+    sandbox: Sandbox = NO_SANDBOX
+    log_file: str | None = None
 
 
 async def serve(
@@ -151,6 +157,8 @@ async def _start(
     for backend in backends:
         stack.push_async_callback(backend.aclose)
         await backend.start()
+    # Peers that are there already are not served before this returns to the event loop.
+    _enter_sandbox(topology, settings)
     for config, controller, socket in zip(
         topology.controllers, controllers, settings.sockets, strict=True
     ):
@@ -163,6 +171,34 @@ async def _start(
             address=str(config.address or ""),
             socket=socket,
         )
+
+
+def _enter_sandbox(topology: Topology, settings: Settings) -> None:
+    """Give up what serving does not need, and log what that came to."""
+    if settings.sandbox == NO_SANDBOX:
+        emit(logging.INFO, "sandbox", "sandbox: off")
+        return
+    made = [] if settings.connect else list(settings.sockets)
+    made += [path for path in (settings.agent_socket, settings.pid_file) if path is not None]
+    reach = reach_of(
+        topology,
+        removes=made,
+        appends_to=[settings.log_file] if settings.log_file is not None else [],
+        unix=settings.connect,
+    )
+    text = f"sandbox: system call {logs.NAME} is not allowed; the process ends here"
+    entered = enter(settings.sandbox, reach, logs.last_words(text))
+    missing = f"; not to be had: {', '.join(entered.missing)}" if entered.missing else ""
+    emit(
+        logging.INFO,
+        "sandbox",
+        f"sandbox: {', '.join(entered.on)}{missing}",
+        on=entered.on,
+        missing=entered.missing,
+    )
+    if entered.unwritable:
+        text = f"sandbox: files here cannot be made or removed any more: {entered.unwritable}"
+        emit(logging.WARNING, "sandbox_unwritable", text, directories=entered.unwritable)
 
 
 def _make_backend(
