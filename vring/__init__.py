@@ -54,6 +54,7 @@ if TYPE_CHECKING:
         Pump,
     )
     from vring._recorded import receive_recorded, recorded, send_recorded, set_record
+    from vring._shared_records import SharedRecords
     from vring._split import SplitQueue
     from vring._split_driver import SplitDriver
 
@@ -62,6 +63,7 @@ __all__ = [
     "PackedQueue",
     "VirtQueue",
     "RECORD_SIZE",
+    "SharedRecords",
     "Batch",
     "Chain",
     "SplitDriver",
@@ -121,6 +123,7 @@ if not TYPE_CHECKING:  # type checkers take the imports above
             "vring._split": "SplitQueue",
             "vring._packed": "PackedQueue",
             "vring._core": "RECORD_SIZE VirtQueue",
+            "vring._shared_records": "SharedRecords",
             "vring._chains": "Batch Chain",
             "vring._split_driver": "SplitDriver",
             "vring._packed_driver": "PackedDriver",

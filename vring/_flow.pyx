@@ -108,9 +108,10 @@ cdef ssize_t put(
         return total
     while True:
         if fd.kind == FD_SOCKET and record != NULL:
-            done = vr_recorded_call(
+            # A peer may write to the record: whatever it says now is within what was asked.
+            done = min(<ssize_t>total, vr_recorded_call(
                 record, False, fd.number, strip.at, strip.n, MSG_DONTWAIT | MSG_NOSIGNAL
-            )
+            ))
         elif fd.kind == FD_SOCKET:
             message = msghdr(msg_iov=strip.at, msg_iovlen=strip.n)
             done = sendmsg(fd.number, &message, MSG_DONTWAIT | MSG_NOSIGNAL)
@@ -490,7 +491,7 @@ cdef uint64_t receive_batch(vr_flow* flow, vr_tables* tables, uint32_t n) noexce
         complete(flow, tables, NULL, n)         # buffers for nothing: nothing is what they get
         return 0
     asked = strip_cut(&strip, asked, READ_BYTES)
-    done = get(&flow.data, &strip, (<VirtQueue>flow.queue).record)
+    done = min(<ssize_t>asked, get(&flow.data, &strip, (<VirtQueue>flow.queue).record))
     if done > 0:
         vr_count(&flow.counters.bytes, done)
         adapt(flow, asked, done)

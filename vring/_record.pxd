@@ -24,6 +24,7 @@ from vring._wire cimport iovec
 cdef extern from * nogil:
     """
     #include <errno.h>
+    #include <stddef.h>
     #include <sys/socket.h>
     #include <sys/syscall.h>
     #include <unistd.h>
@@ -31,15 +32,19 @@ cdef extern from * nogil:
     enum { VR_IDLE, VR_CALL, VR_BOOKED };
     #define VR_UNSET UINT32_MAX
 
+    /* The kernel follows the pointers of call.msg_hdr: where a peer can write to a record, the
+       part from call.msg_len on is in its memory and what is before is not (SharedRecords). */
     typedef struct {
+        struct mmsghdr call;
         uint64_t state;
         uint64_t position;          /* used index; packed: with the wrap counter in bit 15 */
         uint64_t left;
         uint64_t next_position;
         uint64_t next_left;
-        struct mmsghdr call;
         uint64_t unused[3];
     } vr_record;
+    enum { VR_RECORD_PRIVATE = offsetof(vr_record, call.msg_len) };
+    _Static_assert(VR_RECORD_PRIVATE % 8 == 0, "a record is aligned to 8");
     _Static_assert(sizeof(vr_record) == 128, "the layout is shared with other versions");
 
     #define vr_in_order() __asm__ __volatile__("" ::: "memory")
@@ -84,11 +89,26 @@ cdef extern from * nogil:
         long done = receive ? syscall(SYS_recvmmsg, fd, &record->call, 1, flags, NULL)
                             : syscall(SYS_sendmmsg, fd, &record->call, 1, flags);
         vr_in_order();
-        return done == 1 ? (ssize_t)record->call.msg_len : -1;
+        return done == 1 ? (ssize_t)*(volatile unsigned *)&record->call.msg_len : -1;
+    }
+
+    /* A copy of what is recorded, each number read once: a peer may write to it meanwhile. */
+    static inline vr_record vr_read_record(const vr_record *shared) {
+        const volatile vr_record *from = shared;
+        vr_record record = {
+            .state = from->state,
+            .position = from->position,
+            .left = from->left,
+            .next_position = from->next_position,
+            .next_left = from->next_left,
+        };
+        record.call.msg_len = from->call.msg_len;
+        return record;
     }
     """
     enum:
         VR_IDLE, VR_CALL, VR_BOOKED
+        VR_RECORD_PRIVATE           # bytes before what a peer may write to
     ctypedef struct vr_record:
         uint64_t state
         uint64_t position
@@ -96,6 +116,7 @@ cdef extern from * nogil:
         uint64_t next_position
         uint64_t next_left
     void vr_book(vr_record* record, uint64_t position, uint64_t left)
+    vr_record vr_read_record(const vr_record* shared)
     void vr_close_record(vr_record* record)
     uint64_t vr_recorded_bytes(const vr_record* record)
     ssize_t vr_recorded_call(

@@ -46,6 +46,7 @@ SUPPORTED = (
     | vu.ProtocolFeature.RESET_DEVICE
     | vu.ProtocolFeature.CONFIGURE_MEM_SLOTS
     | vu.ProtocolFeature.STATUS
+    | vu.ProtocolFeature.INFLIGHT_SHMFD
 )
 
 T = TypeVar("T", bound=vu.Payload)
@@ -377,6 +378,37 @@ class Frontend:
             await self.tell(vu.Request.ADD_MEM_REG, vu.SingleRegion(region), (ram.fd,))
         else:
             await self.tell(vu.Request.SET_MEM_TABLE, vu.MemoryTable((region,)), (ram.fd,))
+
+    async def get_inflight(self, queues: int, queue_size: int) -> tuple[int, vu.Inflight] | None:
+        """Ask for a region that outlives the backend ("Inflight I/O tracking").
+
+        Args:
+            queues: how many there are.
+            queue_size: descriptors of each.
+
+        Returns:
+            The region's descriptor, which is the caller's, and its description; None if the backend
+            offers no such thing.
+        """
+        if vu.ProtocolFeature.INFLIGHT_SHMFD not in self.protocol_features:
+            return None
+        wanted = vu.Inflight(0, 0, queues, queue_size)
+        kind = vu.Request.GET_INFLIGHT_FD
+        message = await self._exchange(kind, wanted, (), reply=True, need_reply=False)
+        assert message is not None
+        try:
+            given = vu.Inflight.unpack(message.payload)
+            if len(message.fds) != 1:
+                raise RemoteProtocolError(f"{len(message.fds)} descriptors instead of 1")
+        except RemoteProtocolError as error:
+            unix_fds.close_all(message.fds)
+            raise BackendError(f"{self.path}: reply to {kind.name}: {error}") from None
+        return message.fds[0], given
+
+    async def set_inflight(self, fd: int, given: vu.Inflight) -> None:
+        """Have the backend use a region, which stays the caller's."""
+        if vu.ProtocolFeature.INFLIGHT_SHMFD in self.protocol_features:
+            await self.tell(vu.Request.SET_INFLIGHT_FD, given, (fd,))
 
     async def set_queue(self, queue: DriverQueue, ram: GuestRam) -> None:
         """Describe one ring and start it; it still has to be enabled."""

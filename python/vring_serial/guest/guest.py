@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -30,6 +31,7 @@ from vring_serial.proto.console import (
     queue_count,
 )
 from vring_serial.proto.control import DriverSideEvent
+from vring_serial.proto.vhost_user import Inflight
 from vring_serial.proto.virtio import QUEUE_SIZE_MAX, Feature, Status, feature_names
 from vring_serial.ratelimit import RateLimitedLog
 
@@ -129,6 +131,7 @@ class EmbeddedGuest(Starting):
         self._timeout = timeout
         self._frontend = Frontend(path, timeout=timeout)
         self._reconnects = reconnect
+        self._inflight: tuple[int, Inflight] | None = None
         self._reconnecting: asyncio.Task[None] | None = None
         self._ram: GuestRam | None = None
         self._queues: dict[int, DriverQueue] = {}
@@ -187,6 +190,7 @@ class EmbeddedGuest(Starting):
         self._ram = ram = GuestRam(self._memory)
         indices = self._make_queues(ram)
         await frontend.set_memory(ram)
+        await self._set_inflight(frontend)
         for index in indices:
             await frontend.set_queue(self._queues[index], ram)
         await frontend.enable_queues(indices)
@@ -202,6 +206,13 @@ class EmbeddedGuest(Starting):
         )
         await frontend.set_status(self._status | Status.DRIVER_OK)
         driver.start()
+
+    async def _set_inflight(self, frontend: Frontend) -> None:
+        """Let backends leave what the next one needs, if there may be one."""
+        if self._reconnects and self._inflight is None:
+            self._inflight = await frontend.get_inflight(len(self._queues), self._queue_size)
+        if self._inflight is not None:
+            await frontend.set_inflight(*self._inflight)
 
     async def _reconnect(self) -> None:
         """Hand the rings as they are to the next backend."""
@@ -233,6 +244,7 @@ class EmbeddedGuest(Starting):
             raise BackendRefusedError(f"{self.path}: the next backend offers fewer features")
         await frontend.set_features(self.features)
         await frontend.set_memory(ram)
+        await self._set_inflight(frontend)
         for queue in self._queues.values():
             await frontend.set_queue(queue, ram)
         await frontend.enable_queues(list(self._queues))
@@ -325,6 +337,9 @@ class EmbeddedGuest(Starting):
         for queue in self._queues.values():
             queue.close()
         self._queues.clear()
+        if self._inflight is not None:
+            os.close(self._inflight[0])
+            self._inflight = None
         if self._ram is not None:
             self._ram.close()
         self._notify()

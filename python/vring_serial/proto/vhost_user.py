@@ -39,6 +39,7 @@ from vring_serial.proto.vhost_user_wire import (
     ConfigAccess,
     Header,
     HeaderFlag,
+    Inflight,
     LogArea,
     MemoryRegion,
     MemoryTable,
@@ -83,6 +84,7 @@ __all__ = [
     "MemoryTable",
     "SingleRegion",
     "ConfigAccess",
+    "Inflight",
 ]
 
 T = TypeVar("T", bound=Payload)
@@ -134,6 +136,8 @@ SHAPES: dict[Request, Shape] = {
     Request.SET_BACKEND_REQ_FD: Shape(fds=_ONE_FD),
     Request.GET_CONFIG: Shape(ConfigAccess, reply=ConfigAccess),
     Request.SET_CONFIG: Shape(ConfigAccess),
+    Request.GET_INFLIGHT_FD: Shape(Inflight, reply=Inflight),
+    Request.SET_INFLIGHT_FD: Shape(Inflight, fds=_ONE_FD),
     Request.RESET_DEVICE: Shape(),
     Request.VRING_KICK: Shape(VringState),
     Request.GET_MAX_MEM_SLOTS: Shape(reply=U64),

@@ -428,3 +428,36 @@ class ConfigAccess:
         if len(data) != head + size:
             raise RemoteProtocolError(f"payload of {len(data)} bytes instead of {head + size}")
         return cls(offset, data[head:], flags)
+
+
+@dataclass(frozen=True, slots=True)
+class Inflight:
+    """The region for inflight tracking ("Inflight description"; GET_ and SET_INFLIGHT_FD).
+
+    Attributes:
+        mmap_size, mmap_offset: where the region is in its file, bytes.
+        num_queues: for how many queues.
+        queue_size: descriptors of each, at most.
+        padded: the payload has 24 bytes, as that of QEMU, instead of 20.
+    """
+
+    STRUCT: ClassVar = struct.Struct("=QQHH")
+    PADDED: ClassVar = struct.Struct("=QQHH4x")
+
+    mmap_size: int
+    mmap_offset: int
+    num_queues: int
+    queue_size: int
+    padded: bool = False
+
+    def pack(self) -> bytes:
+        """Return the 20 or 24 bytes."""
+        layout = self.PADDED if self.padded else self.STRUCT
+        return layout.pack(self.mmap_size, self.mmap_offset, self.num_queues, self.queue_size)
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Self:
+        """Parse 20 or 24 bytes. Raises RemoteProtocolError on another number."""
+        padded = len(data) == cls.PADDED.size
+        size, offset, queues, length = exactly(cls.PADDED if padded else cls.STRUCT, data)
+        return cls(size, offset, queues, length, padded)

@@ -359,9 +359,9 @@ ENDED: dict[str, tuple[bytes, int, str]] = {
         "GET_VRING_BASE: queue 9 of 4",
     ),
     "protocol-features-not-offered": (
-        request(Request.SET_PROTOCOL_FEATURES, U64(1 << 12 | 1 << 3), need_reply=True),
+        request(Request.SET_PROTOCOL_FEATURES, U64(1 << 4 | 1 << 3), need_reply=True),
         0,
-        "SET_PROTOCOL_FEATURES: .*INFLIGHT_SHMFD.* not offered",
+        "SET_PROTOCOL_FEATURES: .*MTU.* not offered",
     ),
     "protocol-features-unknown": (
         request(Request.SET_PROTOCOL_FEATURES, U64(1 << 40 | 1 << 3), need_reply=True),

@@ -109,6 +109,7 @@ class Controller(Starting):
         self._packer = Packer(CONSOLE)
         self._recorded = b""
         self._saved = False  # nothing moves before a queue is started
+        self._save: Callable[[bytes], None] | None = None
 
     def _take(self, state: ControllerState) -> None:
         self.state = state
@@ -389,6 +390,24 @@ class Controller(Starting):
             port.take_state(state.ports[nr])
             self._set_guest(port)
 
+    def save_with(self, write: Callable[[bytes], None] | None) -> None:
+        """See ``transport.vhost_user.inflight.Resumable``."""
+        self._save = write
+        self._recorded = b""
+        if write is not None:
+            self._record()
+
+    def restore(self, saved: bytes) -> bool:
+        """See ``transport.vhost_user.inflight.Resumable``.
+
+        What the driver knows of the ports counts; host ends, sizes and bytes are this process's.
+        """
+        state = CONSOLE.unpack(saved)
+        if self._control.driver_ready or not state.controller.control.driver_ready:
+            return False
+        self._control_events(self._control.resume(state.controller.control))
+        return True
+
     def reset_queue(self, index: int) -> None:
         """Forget where the queue, which does not run, was stopped; its driver is the same one."""
         self.state.stopped_at.pop(index, None)
@@ -446,16 +465,20 @@ class Controller(Starting):
 
         Connections of protocols end with this process, and begin anew in the next.
         """
-        if self._keeping is None:
+        if self._keeping is None and self._save is None:
             return
         ports = {
             nr: dataclasses.replace(port.state, session=None, session_over=False)
             for nr, port in self._ports.items()
         }
         state = self._packer.pack(ConsoleState(self.max_ports, self.state, ports))
-        if state != self._recorded:
+        if state == self._recorded:
+            return
+        if self._keeping is not None:
             self._keeping.write(CONSOLE.kind, state)
-            self._recorded = state
+        if self._save is not None:
+            self._save(state)
+        self._recorded = state
 
     def _console(self) -> Port | None:
         """Return the port that the configuration space describes: first console, or only port."""

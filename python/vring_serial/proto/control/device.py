@@ -197,23 +197,43 @@ class ControlDevice:
         """Return what the port is to the driver. LocalProtocolError if there is no such port."""
         return self._port(nr).state
 
-    def resume(self) -> list[DeviceSideEvent]:
-        """Take the driver for one that has all ports, from a device of which nothing is left.
+    def resume(self, known: ControlState | None = None) -> list[DeviceSideEvent]:
+        """Go on with a driver that knows the ports from another process.
 
-        Which of them its programs have open nobody knows: each is taken to be, until the driver
-        says otherwise. It is told of every port again, for there may be new ones, and whether the
-        host end is connected.
+        It is told of all that may be news to it: ports that are new or gone, the host's ends.
 
-        Returns PeerReady, and PortOpened for every port.
+        Args:
+            known: what that process left. None, nothing: which ports its programs have open nobody
+                knows then, and each is taken to be, until the driver says otherwise; it is told of
+                every port again, for any of them may be new.
+
+        Returns PeerReady, and PortOpened for every port that is open.
         """
         self.state.driver_ready = True
         events: list[DeviceSideEvent] = [PeerReady(True)]
+        left = dict(known.ports) if known is not None else {}
         for port in self._ports.values():
-            port.state = PortState.OPEN
+            before = left.pop(port.nr, None)
+            if known is None:
+                port.state = PortState.OPEN
+                self.outbox.add(ControlMessage(port.nr, ControlEvent.PORT_ADD, 1))
+            elif before is None or (before.name, before.console) != (port.name, port.console):
+                if before is not None:
+                    self.outbox.add(ControlMessage(port.nr, ControlEvent.PORT_REMOVE, 1))
+                self._step(port, PortInput.ANNOUNCE)
+                continue
+            else:
+                port.state = before.state
+            if known is not None and port.state in (PortState.UNKNOWN, PortState.ADDED):
+                self._step(port, PortInput.ANNOUNCE)  # what it was told may have been lost
+                continue
             port.spoken_of = port.told_open = True
-            self.outbox.add(ControlMessage(port.nr, ControlEvent.PORT_ADD, 1))
             self._send_open(port)
-            events.append(PortOpened(port.nr))
+            if port.state is PortState.OPEN:
+                events.append(PortOpened(port.nr))
+        for nr in left:
+            if 0 <= nr < self.max_ports:
+                self.outbox.add(ControlMessage(nr, ControlEvent.PORT_REMOVE, 1))
         return events
 
     def reset(self) -> list[DeviceSideEvent]:

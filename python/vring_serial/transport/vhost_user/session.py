@@ -38,6 +38,7 @@ from vring_serial.transport.event_fds import check_event_descriptor
 from vring_serial.transport.repeatable import Handled
 from vring_serial.transport.session import SESSION, FatalError, Handler, Session, SessionContext
 from vring_serial.transport.vhost_user.channel import BackendChannel, CallRelay
+from vring_serial.transport.vhost_user.inflight import Inflights
 from vring_serial.transport.vhost_user.log import MigrationLog
 from vring_serial.transport.vhost_user.state import (
     FRONTEND,
@@ -100,6 +101,9 @@ class VhostUserSession(Session[Message]):
             for index, (setup, record) in enumerate(zip(self._state.vrings, records, strict=True))
         ]
         self._channel: BackendChannel | None = None
+        self._inflight = Inflights(
+            device, self._vrings, lambda: self._has(ProtocolFeature.INFLIGHT_SHMFD), self._warn_once
+        )
         self._calls = CallRelay(self._call_inband)
         self._poll_timer: asyncio.TimerHandle | None = None
         self._dirty_log = MigrationLog(
@@ -206,6 +210,8 @@ class VhostUserSession(Session[Message]):
         for role in self._roles:
             assert self._keeping is not None
             self._keeping.drop(role)
+        self._stop_all()
+        self._inflight.close()  # what it says is for the next backend
         for vring in self._vrings:
             vring.reset()
         self._memory = GuestMemory()
@@ -235,7 +241,7 @@ class VhostUserSession(Session[Message]):
 
     def _reply(self, message: Message, answer: Payload | None) -> None:
         if answer is not None:
-            self._connection.send(reply(message.kind, answer))
+            self._connection.send(reply(message.kind, answer), self._inflight.take_fds())
         elif self._wants_acknowledgement(message):
             self._connection.send(reply(message.kind, U64(0)))
 
@@ -279,6 +285,8 @@ class VhostUserSession(Session[Message]):
             Request.SET_CONFIG: self._set_config,
             Request.GET_STATUS: self._get_status,
             Request.SET_STATUS: self._set_status,
+            Request.GET_INFLIGHT_FD: self._inflight.get,
+            Request.SET_INFLIGHT_FD: self._inflight.set,
             Request.RESET_DEVICE: self._reset_device,
             Request.SET_MEM_TABLE: self._set_mem_table,
             Request.GET_MAX_MEM_SLOTS: self._get_max_mem_slots,
@@ -408,6 +416,7 @@ class VhostUserSession(Session[Message]):
     def _reset_device(self, _: Empty, fds: list[int]) -> None:
         for vring in self._vrings:
             vring.reset()
+        self._inflight.forget()
         self._device.reset()
 
     def _forget_broken_driver(self) -> None:
@@ -553,6 +562,7 @@ class VhostUserSession(Session[Message]):
             if vring.may_run(enabled) and not self._memory.regions:
                 self._warn_once("the driver is ready, but no guest memory is mapped")
             return
+        self._inflight.note(vring)
         if not self._has(ProtocolFeature.STATUS):
             self._device.set_status(self._device.status | Status.DRIVER_OK)
         if vring.setup.polled and self._poll_timer is None:

@@ -77,6 +77,13 @@ class Vring:
         """Whether the device has it."""
         return self._queue is not None
 
+    @property
+    def used_index(self) -> int:
+        """Where it is, or was stopped: used index, packed with the wrap counter in bit 15."""
+        if self._queue is not None:
+            return int(self._queue.used_index)
+        return (self.setup.base if self.setup.used is None else self.setup.used) or 0
+
     def resume(self, keeping: Keeping) -> None:
         """Take the descriptors that a predecessor left; a ring that ran then goes on there."""
         setup = self.setup
@@ -89,6 +96,11 @@ class Vring:
             setup.called = False
         self.set_error(-1 if error is None else error)
         self._resumes, setup.running = setup.running, False
+
+    def adopt(self, record: memoryview | None, *, resumes: bool) -> None:
+        """Take another record for the ring, which does not run; ``resumes``: it has gone on."""
+        self._record = record
+        self._resumes = resumes
 
     def may_run(self, enabled: bool) -> bool:
         """Return whether it is started and enabled; ``enabled`` counts without SET_VRING_ENABLE."""
