@@ -9,8 +9,7 @@ from cpython.buffer cimport PyBuffer_FillInfo
 from libc.errno cimport errno
 from libc.stdint cimport uint32_t, uint64_t
 
-from vring._core import RECORD_SIZE
-from vring._record cimport VR_RECORD_PRIVATE
+from vring._record cimport VR_RECORD_PRIVATE, vr_record
 from vring.errors import LocalMisuseError, MemoryMapError
 
 cdef extern from "<sys/mman.h>" nogil:
@@ -76,4 +75,4 @@ cdef class SharedRecords:
         if index >= self.count:
             raise LocalMisuseError(f"record {index} of {self.count}")
         start = (2 * <size_t>index + 1) * self.page - VR_RECORD_PRIVATE
-        return memoryview(self)[start : start + RECORD_SIZE]
+        return memoryview(self)[start : start + sizeof(vr_record)]

@@ -13,7 +13,8 @@ from vring._layout cimport (
 )
 from vring._memory cimport GuestMemory, vr_lookup, vr_region
 from vring._record cimport (
-    VR_BOOKED, vr_book, vr_close_record, vr_read_record, vr_left_after, vr_record, vr_recorded_bytes, vr_set_record
+    VR_BOOKED, vr_book, vr_close_record, vr_left_after, vr_read_record, vr_record,
+    vr_recorded_bytes, vr_set_record
 )
 from vring._walk cimport (
     FAULT_AVAIL_INDEX, FAULT_FULL, FAULT_HEAD, FAULT_INDIRECT_ADDRESS, FAULT_INDIRECT_NESTED,
