@@ -34,7 +34,8 @@ from typing import Protocol, runtime_checkable
 from vring import SharedRecords
 from vring_serial.device.base import VirtioDevice
 from vring_serial.errors import RemoteProtocolError, StateError
-from vring_serial.proto.vhost_user import Inflight
+from vring_serial.proto.vhost_user import Inflight, ProtocolFeature
+from vring_serial.transport.vhost_user.state import FrontendState
 from vring_serial.transport.vhost_user.vring import Vring
 from vring_serial.unix_fds import close_all
 
@@ -236,7 +237,7 @@ class Inflights:
     Args:
         device: whose state is written to it, if it is Resumable.
         vrings: their records are in it, once it is there.
-        negotiated: returns whether INFLIGHT_SHMFD was.
+        state: says whether INFLIGHT_SHMFD is in use.
         warn: logs.
     """
 
@@ -244,12 +245,12 @@ class Inflights:
         self,
         device: VirtioDevice,
         vrings: Sequence[Vring],
-        negotiated: Callable[[], bool],
+        state: FrontendState,
         warn: Callable[[str], None],
     ) -> None:
         self._device = device
         self._vrings = vrings
-        self._negotiated = negotiated
+        self._state = state
         self._warn = warn
         self._region: InflightRegion | None = None
         self._fds: list[int] = []
@@ -313,7 +314,9 @@ class Inflights:
                 self._region.forget(index)
 
     def close(self) -> None:
-        """Write to the region no more, once no ring runs. Safe to call twice."""
+        """Stop all rings, and write to the region no more. Safe to call twice."""
+        for vring in self._vrings:
+            vring.stop()
         close_all(self.take_fds())
         region, self._region = self._region, None
         if region is None:
@@ -327,5 +330,5 @@ class Inflights:
         region.close()
 
     def _check(self) -> None:
-        if not self._negotiated():
+        if ProtocolFeature.INFLIGHT_SHMFD not in self._state.protocol_features:
             raise RemoteProtocolError("INFLIGHT_SHMFD was not negotiated")

@@ -101,9 +101,7 @@ class VhostUserSession(Session[Message]):
             for index, (setup, record) in enumerate(zip(self._state.vrings, records, strict=True))
         ]
         self._channel: BackendChannel | None = None
-        self._inflight = Inflights(
-            device, self._vrings, lambda: self._has(ProtocolFeature.INFLIGHT_SHMFD), self._warn_once
-        )
+        self._inflight = Inflights(device, self._vrings, self._state, self._warn_once)
         self._calls = CallRelay(self._call_inband)
         self._poll_timer: asyncio.TimerHandle | None = None
         self._dirty_log = MigrationLog(
@@ -210,7 +208,6 @@ class VhostUserSession(Session[Message]):
         for role in self._roles:
             assert self._keeping is not None
             self._keeping.drop(role)
-        self._stop_all()
         self._inflight.close()  # what it says is for the next backend
         for vring in self._vrings:
             vring.reset()
@@ -357,8 +354,7 @@ class VhostUserSession(Session[Message]):
         if ProtocolFeature.INBAND_NOTIFICATIONS in wanted and _INBAND_NEEDS not in wanted:
             raise FatalError("INBAND_NOTIFICATIONS needs BACKEND_REQ and REPLY_ACK")
         self._state.protocol_features = wanted
-        names = wanted.name or "none"
-        self._log.log(logging.INFO, "%s: protocol features %s", self._name, names)
+        self._log.log(logging.INFO, "%s: protocol features %s", self._name, wanted.name or "none")
 
     def _get_queue_num(self, _: Empty, fds: list[int]) -> U64:
         return U64(len(self._vrings))
