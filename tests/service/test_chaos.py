@@ -145,7 +145,9 @@ async def test_no_kill_is_noticed(tmp_path, monkeypatch, make_guest, packed):
     log = (tmp_path / "log").read_text()
     assert log.count("another one goes on") == KILLS
     peer = "frontend" if make_guest is vhost_user else "client"
-    assert log.count(f"{peer} resumed") == KILLS
+    # A worker that is killed may take its last lines with it.
+    assert log.count(f"{peer} connected") == 1
+    assert log.partition("stopping")[0].count(f"{peer} gone") == 0
     assert log.count("opened by the guest") == PORTS
     assert "warning" not in log
 
