@@ -86,11 +86,16 @@ def descriptors(process):
 
 
 def settled(keeper):
-    """Wait until the keeper knows its workers: they may serve before that.
+    """Wait until the keeper has taken what its two workers told it: they serve before that.
 
-    It has a pidfd of each, and its own.
+    It has three pidfds, its own too, both ends of two channels, and a listener and a peer of each.
     """
-    wait_until(lambda: descriptors(keeper).count("anon_inode") == 3)
+
+    def has_all():
+        found = descriptors(keeper)
+        return (found.count("anon_inode"), found.count("socket")) == (3, 8)
+
+    wait_until(has_all)
 
 
 def test_a_client_notices_no_death_of_its_worker(start, connect):
