@@ -28,7 +28,7 @@ from vring_serial.unix_fds import Received
 
 PROGRAM = Path(__file__).with_name("dying_connection.py")
 #: The fields of a record (vring/_record.pxd), and its states.
-FIELDS = struct.Struct("<QQQQQ 56x I")
+FIELDS = struct.Struct("<56xI4x5Q")
 IDLE, CALL, BOOKED = range(3)
 UNSET = 0xFFFFFFFF
 
@@ -108,7 +108,7 @@ def make_record() -> bytearray:
 )
 def test_a_record_counts_every_byte_once_in_each_state(state: int, length: int, gone: int) -> None:
     record = make_record()
-    FIELDS.pack_into(record, 0, state, 3, 100, 3, 107, length)
+    FIELDS.pack_into(record, 0, length, state, 3, 100, 3, 107)
     assert recorded(record) == (3, gone)
     sender, receiver = socket.socketpair()
     with sender, receiver:
