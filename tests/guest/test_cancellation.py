@@ -56,6 +56,7 @@ def queue_of(ram: GuestRam) -> DriverQueue:
     return DriverQueue(0, ram, 16, event_idx=False)
 
 
+INFLIGHT = vu.Inflight(4096, 0, 2, 16)
 #: Every request of a frontend, and the message of it that is not answered in time.
 REQUESTS: dict[str, tuple[vu.Request, Callable[[Frontend, GuestRam], Coroutine[Any, Any, Any]]]] = {
     "ask": (vu.Request.GET_QUEUE_NUM, lambda f, ram: f.ask(vu.Request.GET_QUEUE_NUM, vu.U64)),
@@ -70,6 +71,8 @@ REQUESTS: dict[str, tuple[vu.Request, Callable[[Frontend, GuestRam], Coroutine[A
     "enable_queues": (vu.Request.SET_VRING_ENABLE, lambda f, ram: f.enable_queues([0])),
     "stop_queues": (vu.Request.GET_VRING_BASE, lambda f, ram: f.stop_queues([0])),
     "reset": (vu.Request.SET_STATUS, lambda f, ram: f.reset()),
+    "get_inflight": (vu.Request.GET_INFLIGHT_FD, lambda f, ram: f.get_inflight(2, 16)),
+    "set_inflight": (vu.Request.SET_INFLIGHT_FD, lambda f, ram: f.set_inflight(0, INFLIGHT)),
 }
 
 
@@ -80,7 +83,7 @@ def test_all_of_them_are_tried() -> None:
 
 
 def everything(backend: Any) -> None:
-    backend.protocol_features |= vu.ProtocolFeature.STATUS
+    backend.protocol_features |= vu.ProtocolFeature.STATUS | vu.ProtocolFeature.INFLIGHT_SHMFD
 
 
 @pytest.mark.parametrize("name", REQUESTS)
@@ -106,6 +109,8 @@ async def test_a_request_that_is_cancelled(scripted: ScriptedServer, name: str) 
         answer = vu.ConfigAccess(0, bytes(8))
     if kind == vu.Request.GET_VRING_BASE:
         answer = vu.VringState(0, 7)
+    if kind == vu.Request.GET_INFLIGHT_FD:
+        answer = INFLIGHT
     backend.channel.send_now(vu.reply(kind, answer))
     backend.status = 5
     assert await asking == 5
