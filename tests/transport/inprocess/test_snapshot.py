@@ -181,20 +181,24 @@ def test_a_machine_stands_still_after_it_was_saved_and_can_go_on() -> None:
     guest.ram[:] = ram
     other = PairChardev()
     machine = Machine("pci", False, guest.ram, saved, other)
-    collect(machine, guest, other, before, data)
+    # The driver has seen more than its memory, which went back, has now: it does not run.
+    collect(machine, None, other, before, data)
     machine.close()
 
 
-def run_until(machine: Machine, guest: Guest, condition: Callable[[], object]) -> None:
+def run_until(machine: Machine, guest: Guest | None, condition: Callable[[], object]) -> None:
     def holds() -> object:
-        guest.run(machine)
+        if guest is None:
+            machine.host.poll()
+        else:
+            guest.run(machine)
         return condition()
 
     wait_until(holds)
 
 
 def collect(
-    machine: Machine, guest: Guest, chardev: PairChardev, before: bytes, wanted: bytes
+    machine: Machine, guest: Guest | None, chardev: PairChardev, before: bytes, wanted: bytes
 ) -> None:
     """Wait until the host end has all that is left of ``wanted`` after ``before``."""
     got = bytearray(before)
