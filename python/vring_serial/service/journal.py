@@ -145,7 +145,6 @@ class Journal(Closing):
         if at is None:
             at = self._add(name, _SECTION, 2 * needed)
         offset, size = self._extent(at, name)
-        sequence = 0
         halves = [_HALF.unpack_from(self._map, offset + i * (size // 2)) for i in range(2)]
         sequence = max(half[0] for half in halves) + 1
         with contextlib.suppress(StateError):  # a damaged one is written anew

@@ -5,9 +5,10 @@ docs/embedding.md shows how.
 
 from __future__ import annotations
 
+import abc
 import logging
 from collections.abc import Callable
-from typing import Self
+from typing import Generic, Self, TypeVar
 
 from vring import GuestMemory, NotificationData
 from vring_serial.callbacks import tell
@@ -64,7 +65,70 @@ class Window:
         self.write = write
 
 
-class InProcessPci(Closing):
+ModelT = TypeVar("ModelT", PciDevice, MmioDevice)
+
+
+class _Front(Closing, Generic[ModelT]):
+    """What both fronts offer, whatever the layout of registers.
+
+    A front sets all of these when it is made.
+    """
+
+    __slots__ = ()
+
+    _model: ModelT
+    _host: Host
+
+    def notification_data(self, queue: int) -> NotificationData | None:
+        """Return what the driver's last notification of a queue carried (2.9), which is a hint.
+
+        None before the first one, or if NOTIFICATION_DATA is not negotiated.
+        """
+        return self._model.notification_data(queue)
+
+    def note_positions(self) -> None:
+        """Bring the positions of running rings in ``state`` up to date.
+
+        Exact inside the device's ``settled``.
+        """
+        self._model.note_positions()
+
+    def save(self) -> bytes:
+        """Return all that ``restore`` needs but the guest's memory; the device stands still.
+
+        From then on the device touches neither the guest's memory nor its host ends, as after
+        ``set_memory(None)``: copy the memory now. Then go on with :meth:`set_memory`, or close.
+        In any thread, as a register access; not in a callback of an interrupt.
+
+        Raises:
+            LocalProtocolError: the device does not say what its state is.
+        """
+        saved: list[bytes] = []
+        self._host.run(lambda: saved.append(self._save()))
+        return saved[0]
+
+    def set_memory(self, memory: GuestMemory | None) -> None:
+        """Exchange the guest's memory; None: queues stand still until there is memory again."""
+        self._model.set_memory(memory)
+
+    def reset(self) -> None:
+        """Reset the device, as the machine is reset."""
+        self._model.reset()
+
+    @abc.abstractmethod
+    def _pack(self, device: VirtioDevice) -> bytes:
+        """Return the snapshot of a device that is settled."""
+
+    def _save(self) -> bytes:
+        device = self._model.device
+        with device.settled():
+            self._model.note_positions()
+            saved = self._pack(device)
+            self._model.set_memory(None)
+        return saved
+
+
+class InProcessPci(_Front[PciDevice]):
     """A PCI function for an emulator that has a PCI bus.
 
     The emulator gives the function a place on its bus, hands accesses to configuration space to
@@ -106,7 +170,7 @@ class InProcessPci(Closing):
         state: FunctionState | None = None,
     ) -> None:
         _check_started(device)
-        self._function = PciDevice(
+        self._model = PciDevice(
             device,
             transitional=transitional,
             packed=packed,
@@ -115,25 +179,16 @@ class InProcessPci(Closing):
             host=host,
             state=state,
         )
-        self.state = self._function.state
+        self.state = self._model.state
         self._host = host
         self._closed = False
-        self._function.set_irq_sink(_Callbacks(self._function, msi, intx))
-        self.layout: tuple[Bar, ...] = self._function.bars
-        self.config = Window(CONFIG_SIZE, self._function.config_read, self._function.config_write)
+        self._model.set_irq_sink(_Callbacks(self._model, msi, intx))
+        self.layout: tuple[Bar, ...] = self._model.bars
+        self.config = Window(CONFIG_SIZE, self._model.config_read, self._model.config_write)
         self.bars = {
-            bar.index: Window(bar.size, *self._function.bar_access(bar.index))
-            for bar in self.layout
+            bar.index: Window(bar.size, *self._model.bar_access(bar.index)) for bar in self.layout
         }
         self.set_memory(memory)
-
-    def notification_data(self, queue: int) -> NotificationData | None:
-        """Return what the driver's last notification of a queue carried; see PciDevice."""
-        return self._function.notification_data(queue)
-
-    def note_positions(self) -> None:
-        """Bring the positions of running rings in ``state`` up to date; see PciDevice."""
-        self._function.note_positions()
 
     def find(self, address: int, *, io: bool = False) -> tuple[Window, int] | None:
         """Return the BAR that the guest mapped at a bus address: its window, and the offset in it.
@@ -141,41 +196,10 @@ class InProcessPci(Closing):
         ``io``: of I/O space. None if the guest has mapped nothing of this function there.
         """
         for bar in self.layout:
-            start = self._function.bar_address(bar.index)
+            start = self._model.bar_address(bar.index)
             if bar.io is io and start is not None and start <= address < start + bar.size:
                 return self.bars[bar.index], address - start
         return None
-
-    def save(self) -> bytes:
-        """Return all that :meth:`restore` needs but the guest's memory; the device stands still.
-
-        From then on the device touches neither the guest's memory nor its host ends, as after
-        ``set_memory(None)``: copy the memory now. Then go on with :meth:`set_memory`, or close.
-        In any thread, as a register access; not in a callback of an interrupt.
-
-        Raises:
-            LocalProtocolError: the device does not say what its state is.
-        """
-        saved: list[bytes] = []
-        self._host.run(lambda: saved.append(self._save()))
-        return saved[0]
-
-    def _save(self) -> bytes:
-        device = self._function.device
-        with device.settled():
-            self._function.note_positions()
-            saved = PCI_SNAPSHOT.pack(
-                PciSnapshotState(
-                    device.device_id,
-                    device.config_size,
-                    self._function.transitional,
-                    self._function.vectors,
-                    self.state,
-                    device.save_state(),
-                )
-            )
-            self._function.set_memory(None)
-        return saved
 
     @classmethod
     async def restore(
@@ -231,27 +255,31 @@ class InProcessPci(Closing):
             state=snapshot.function,
         )
 
-    @property
-    def intx_level(self) -> bool:
-        """The level of INTA#."""
-        return self._function.intx_level
-
-    def set_memory(self, memory: GuestMemory | None) -> None:
-        """Exchange the guest's memory; None: queues stand still until there is memory again."""
-        self._function.set_memory(memory)
-
-    def reset(self) -> None:
-        """Reset the device, as the machine is reset."""
-        self._function.reset()
-
     def close(self) -> None:
         """Reset and leave the device. Safe to call twice."""
         if not self._closed:
             self._closed = True
-            self._host.run(self._function.close)
+            self._host.run(self._model.close)
+
+    def _pack(self, device: VirtioDevice) -> bytes:
+        return PCI_SNAPSHOT.pack(
+            PciSnapshotState(
+                device.device_id,
+                device.config_size,
+                self._model.transitional,
+                self._model.vectors,
+                self.state,
+                device.save_state(),
+            )
+        )
+
+    @property
+    def intx_level(self) -> bool:
+        """The level of INTA#."""
+        return self._model.intx_level
 
 
-class InProcessMmio(Window, Closing):
+class InProcessMmio(Window, _Front[MmioDevice]):
     """A virtio-mmio device for an emulator without a PCI bus: one window.
 
     Args:
@@ -274,7 +302,7 @@ class InProcessMmio(Window, Closing):
         LocalProtocolError: another front has the device, or it is a Controller not started.
     """
 
-    __slots__ = ("_closed", "_host", "_registers", "state")
+    __slots__ = ("_closed", "_host", "_model", "state")
 
     def __init__(
         self,
@@ -291,53 +319,15 @@ class InProcessMmio(Window, Closing):
         _check_started(device)
         self._host = host
         self._closed = False
-        self._registers = MmioDevice(
+        self._model = MmioDevice(
             device, version=version, packed=packed, queue_size=queue_size, host=host, state=state
         )
-        self.state = self._registers.state
-        self._registers.on_interrupt = interrupt
-        if self._registers.interrupt_level:
+        self.state = self._model.state
+        self._model.on_interrupt = interrupt
+        if self._model.interrupt_level:
             interrupt(True)
-        super().__init__(self._registers.size, self._registers.read, self._registers.write)
+        super().__init__(self._model.size, self._model.read, self._model.write)
         self.set_memory(memory)
-
-    def notification_data(self, queue: int) -> NotificationData | None:
-        """Return what the driver's last notification of a queue carried; see MmioDevice."""
-        return self._registers.notification_data(queue)
-
-    def note_positions(self) -> None:
-        """Bring the positions of running rings in ``state`` up to date; see MmioDevice."""
-        self._registers.note_positions()
-
-    def save(self) -> bytes:
-        """Return all that :meth:`restore` needs but the guest's memory; the device stands still.
-
-        From then on the device touches neither the guest's memory nor its host ends, as after
-        ``set_memory(None)``: copy the memory now. Then go on with :meth:`set_memory`, or close.
-        In any thread, as a register access; not in a callback of an interrupt.
-
-        Raises:
-            LocalProtocolError: the device does not say what its state is.
-        """
-        saved: list[bytes] = []
-        self._host.run(lambda: saved.append(self._save()))
-        return saved[0]
-
-    def _save(self) -> bytes:
-        device = self._registers.device
-        with device.settled():
-            self._registers.note_positions()
-            saved = MMIO_SNAPSHOT.pack(
-                MmioSnapshotState(
-                    device.device_id,
-                    device.config_size,
-                    self._registers.version,
-                    self.state,
-                    device.save_state(),
-                )
-            )
-            self._registers.set_memory(None)
-        return saved
 
     @classmethod
     async def restore(
@@ -384,24 +374,27 @@ class InProcessMmio(Window, Closing):
             state=snapshot.registers,
         )
 
-    @property
-    def interrupt_level(self) -> bool:
-        """The level of the interrupt line."""
-        return self._registers.interrupt_level
-
-    def set_memory(self, memory: GuestMemory | None) -> None:
-        """Exchange the guest's memory; None: queues stand still until there is memory again."""
-        self._registers.set_memory(memory)
-
-    def reset(self) -> None:
-        """Reset the device, as the machine is reset."""
-        self._registers.reset()
-
     def close(self) -> None:
         """Reset and leave the device. Safe to call twice."""
         if not self._closed:
             self._closed = True
-            self._host.run(self._registers.close)
+            self._host.run(self._model.close)
+
+    def _pack(self, device: VirtioDevice) -> bytes:
+        return MMIO_SNAPSHOT.pack(
+            MmioSnapshotState(
+                device.device_id,
+                device.config_size,
+                self._model.version,
+                self.state,
+                device.save_state(),
+            )
+        )
+
+    @property
+    def interrupt_level(self) -> bool:
+        """The level of the interrupt line."""
+        return self._model.interrupt_level
 
 
 async def _start_from(device: VirtioDevice, take_over: Callable[[], None]) -> None:
