@@ -6,11 +6,10 @@ import asyncio
 import logging
 import socket
 
-from vring import GuestMemory, Region
+from vring import GuestMemory
 from vring.errors import MemoryLostError, RingError, VringError
 from vring_serial.device.base import VirtioDevice
 from vring_serial.errors import RemoteProtocolError, StateError
-from vring_serial.keeping import Keeping
 from vring_serial.proto.framing import BadMessageError
 from vring_serial.proto.vhost_user import (
     F_LOG_ALL,
@@ -18,13 +17,10 @@ from vring_serial.proto.vhost_user import (
     U64,
     ConfigAccess,
     Empty,
-    MemoryRegion,
-    MemoryTable,
     Message,
     Payload,
     ProtocolFeature,
     Request,
-    SingleRegion,
     VhostUserError,
     VhostUserParser,
     VringAddress,
@@ -40,20 +36,16 @@ from vring_serial.transport.session import SESSION, FatalError, Handler, Session
 from vring_serial.transport.vhost_user.channel import BackendChannel, CallRelay
 from vring_serial.transport.vhost_user.inflight import Inflights
 from vring_serial.transport.vhost_user.log import MigrationLog
-from vring_serial.transport.vhost_user.state import (
-    FRONTEND,
-    MAX_MEM_SLOTS,
-    ring_records,
-    saved_state,
-)
+from vring_serial.transport.vhost_user.memory import FrontendMemory
+from vring_serial.transport.vhost_user.state import FRONTEND, ring_records, saved_state
 from vring_serial.transport.vhost_user.vring import CALL, ERROR, KICK, Vring
 
 #: Seconds between two looks at a queue whose frontend does not kick.
 POLL_INTERVAL = 0.002
 #: Bytes read in one turn of the loop.
 READ_SIZE = 4096
-#: Roles of descriptors (see Keeping), beside those of queues.
-MEMORY, CHANNEL = "memory.{}", "channel"
+#: Role of the channel's descriptor (see Keeping).
+CHANNEL = "channel"
 
 #: Feature bits that are for the backend alone.
 _BACKEND_BITS = 1 << F_PROTOCOL_FEATURES | 1 << F_LOG_ALL
@@ -89,7 +81,6 @@ class VhostUserSession(Session[Message]):
         self._features_offered = int(device.device_features)
         if packed:
             self._features_offered |= Feature.RING_PACKED
-        self._memory = GuestMemory()
         self._keeping = context.keeping
         self._packer = Packer(FRONTEND)
         self._roles: set[str] = set()  # in which descriptors are kept
@@ -104,9 +95,17 @@ class VhostUserSession(Session[Message]):
         self._inflight = Inflights(device, self._vrings, self._state, self._warn_once)
         self._calls = CallRelay(self._call_inband)
         self._poll_timer: asyncio.TimerHandle | None = None
+        self._memory = FrontendMemory(
+            self._state,
+            watch=context.watch,
+            closer=context.closer,
+            keep=self._keep,
+            stop=self._stop_all,
+            run=self._run_all,
+        )
         self._dirty_log = MigrationLog(
             self._state,
-            memory=lambda: self._memory,
+            memory=lambda: self._memory.mapped,
             watch=context.watch,
             closer=context.closer,
             keep=self._keep,
@@ -150,13 +149,8 @@ class VhostUserSession(Session[Message]):
         if self._closed:
             return
         try:
-            self._memory = GuestMemory(
-                [
-                    self._map_kept(keeping, region, serial)
-                    for region, serial in zip(self._state.regions, self._state.serials, strict=True)
-                ]
-            )
-            self._roles = {MEMORY.format(serial) for serial in self._state.serials}
+            self._memory.resume(keeping)
+            self._roles = self._memory.roles
             self._dirty_log.resume(keeping)
             self._roles |= self._dirty_log.roles
             for vring in self._vrings:
@@ -173,15 +167,6 @@ class VhostUserSession(Session[Message]):
             if vring.running:
                 vring.call()
 
-    def _map_kept(self, keeping: Keeping, region: MemoryRegion, serial: int) -> Region:
-        fd = keeping.take(MEMORY.format(serial))
-        if fd is None:
-            raise StateError("guest memory is not there")
-        try:
-            return self._map(region, fd)
-        finally:
-            self._closer.close([fd])
-
     def _keep(self, role: str, fd: int) -> None:
         """Keep a descriptor until :meth:`_record` finds that it is not in use."""
         if self._keeping is not None:
@@ -192,8 +177,7 @@ class VhostUserSession(Session[Message]):
         assert self._keeping is not None
         self._state.handled = handled
         self._keeping.write(SESSION, self._packer.pack(self._state))
-        used = {MEMORY.format(serial) for serial in self._state.serials} | self._queue_roles
-        used |= self._dirty_log.roles
+        used = self._memory.roles | self._dirty_log.roles | self._queue_roles
         if self._channel is not None and not self._channel.closed:
             used.add(CHANNEL)
         for role in self._roles - used:
@@ -211,14 +195,14 @@ class VhostUserSession(Session[Message]):
         self._inflight.close()  # what it says is for the next backend
         for vring in self._vrings:
             vring.reset()
-        self._memory = GuestMemory()
+        self._memory.close()
         self._dirty_log.close()
         self._calls.close()
         if self._channel is not None:
             self._channel.close()
 
     def _mapped(self) -> GuestMemory:
-        return self._dirty_log.lost or self._memory
+        return self._dirty_log.lost or self._memory.mapped
 
     def _warn_once(self, text: str) -> None:
         """Log what the frontend will go on doing for as long as it is there."""
@@ -285,10 +269,6 @@ class VhostUserSession(Session[Message]):
             Request.GET_INFLIGHT_FD: self._inflight.get,
             Request.SET_INFLIGHT_FD: self._inflight.set,
             Request.RESET_DEVICE: self._reset_device,
-            Request.SET_MEM_TABLE: self._set_mem_table,
-            Request.GET_MAX_MEM_SLOTS: self._get_max_mem_slots,
-            Request.ADD_MEM_REG: self._add_mem_reg,
-            Request.REM_MEM_REG: self._rem_mem_reg,
             Request.SET_VRING_NUM: self._set_vring_num,
             Request.SET_VRING_BASE: self._set_vring_base,
             Request.GET_VRING_BASE: self._get_vring_base,
@@ -298,6 +278,7 @@ class VhostUserSession(Session[Message]):
             Request.SET_VRING_ERR: self._set_vring_err,
             Request.SET_VRING_ENABLE: self._set_vring_enable,
             Request.VRING_KICK: self._vring_kick,
+            **self._memory.handlers,
             **self._dirty_log.handlers,
         }
 
@@ -406,7 +387,7 @@ class VhostUserSession(Session[Message]):
         else:
             fresh = status.value & Status.DRIVER_OK & ~self._device.status
             self._device.set_status(status.value)
-            if fresh and not self._memory.regions:
+            if fresh and not self._memory.mapped.regions:
                 self._warn_once("the driver is ready, but no guest memory is mapped")
 
     def _reset_device(self, _: Empty, fds: list[int]) -> None:
@@ -419,62 +400,6 @@ class VhostUserSession(Session[Message]):
         """Reset a device that needs it: a driver that broke a ring starts anew."""
         if self._device.status & Status.DEVICE_NEEDS_RESET:
             self._device.reset()
-
-    # --- memory ---------------------------------------------------------------------------------
-
-    def _map(self, region: MemoryRegion, fd: int) -> Region:
-        """Map one region. Raises MemoryMapError if the descriptor cannot be mapped so."""
-        return Region.map(
-            fd,
-            region.size,
-            offset=region.mmap_offset,
-            guest_addr=region.guest_address,
-            user_addr=region.user_address,
-            watch=self._watch,
-        )
-
-    def _set_mem_table(self, table: MemoryTable, fds: list[int]) -> None:
-        pairs = zip(table.regions, fds, strict=True)
-        memory = GuestMemory([self._map(region, fd) for region, fd in pairs])
-        self._set_memory(memory, list(table.regions), [self._keep_memory(fd) for fd in fds])
-
-    def _keep_memory(self, fd: int) -> int:
-        """Keep a region's descriptor; return the number that it has."""
-        serial = self._state.next_serial
-        self._state.next_serial += 1
-        self._keep(MEMORY.format(serial), fd)
-        return serial
-
-    def _get_max_mem_slots(self, _: Empty, fds: list[int]) -> U64:
-        return U64(MAX_MEM_SLOTS)
-
-    def _add_mem_reg(self, added: SingleRegion, fds: list[int]) -> None:
-        if len(self._state.regions) >= MAX_MEM_SLOTS:
-            raise RemoteProtocolError(f"all {MAX_MEM_SLOTS} memory slots are taken")
-        memory = self._memory.with_region(self._map(added.region, fds[0]))
-        serials = [*self._state.serials, self._keep_memory(fds[0])]
-        self._set_memory(memory, [*self._state.regions, added.region], serials)
-
-    def _rem_mem_reg(self, removed: SingleRegion, fds: list[int]) -> None:
-        address = removed.region.guest_address
-        memory = self._memory.without_region(address, removed.region.size)
-        left = [
-            (region, serial)
-            for region, serial in zip(self._state.regions, self._state.serials, strict=True)
-            if region.guest_address != address
-        ]
-        regions, serials = [region for region, _ in left], [serial for _, serial in left]
-        self._set_memory(memory, regions, serials)
-
-    def _set_memory(
-        self, memory: GuestMemory, regions: list[MemoryRegion], serials: list[int]
-    ) -> None:
-        """Exchange the memory under the running queues; user addresses are translated anew."""
-        self._stop_all()
-        self._memory = memory
-        self._state.regions = regions
-        self._state.serials = serials
-        self._run_all()
 
     # --- queues ---------------------------------------------------------------------------------
 
@@ -499,7 +424,7 @@ class VhostUserSession(Session[Message]):
     def _set_vring_addr(self, address: VringAddress, fds: list[int]) -> None:
         vring = self._vring(address.index)
         if not vring.running or vring.setup.address != address:
-            vring.set_address(address, self._memory)
+            vring.set_address(address, self._memory.mapped)
             self._run(vring)
 
     def _set_vring_kick(self, descriptor: VringDescriptor, fds: list[int]) -> None:
@@ -554,8 +479,9 @@ class VhostUserSession(Session[Message]):
         if self._has(ProtocolFeature.INBAND_NOTIFICATIONS) and not vring.setup.called:
             vring.set_call(self._calls.descriptor(vring.index))
         enabled = not self._state.rings_start_disabled
-        if not vring.run(self._memory, self._state.features, self._dirty_log, enabled=enabled):
-            if vring.may_run(enabled) and not self._memory.regions:
+        memory, features = self._memory.mapped, self._state.features
+        if not vring.run(memory, features, self._dirty_log, enabled=enabled):
+            if vring.may_run(enabled) and not memory.regions:
                 self._warn_once("the driver is ready, but no guest memory is mapped")
             return
         self._inflight.note(vring)
