@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import socket
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -15,7 +14,6 @@ from vring import GuestMemory
 from vring.errors import VringError
 from vring_serial import unix_fds
 from vring_serial.device.pci import PciDevice
-from vring_serial.device.pci.config_space import SIZE as CONFIG_SIZE
 from vring_serial.device.registers.interrupts import NoInterrupts
 from vring_serial.device.registers.state import QUEUE_AREAS
 from vring_serial.errors import RemoteProtocolError, StateError
@@ -29,18 +27,7 @@ from vring_serial.proto.vfio_user import (
     reply,
 )
 from vring_serial.proto.vfio_user_dma import DmaAccess, DmaMap, DmaUnmap
-from vring_serial.proto.vfio_user_regions import (
-    NUM_REGIONS,
-    IoEventFd,
-    RegionFlag,
-    RegionIndex,
-    RegionInfo,
-    RegionIoFds,
-    RegionRead,
-    RegionWrite,
-    WriteMulti,
-    WriteMultiDone,
-)
+from vring_serial.proto.vfio_user_regions import NUM_REGIONS, RegionIoFds
 from vring_serial.proto.vfio_user_version import MAJOR, MINOR, Capabilities, Version
 from vring_serial.proto.vfio_user_wire import (
     DEFAULT_DATA_XFER_SIZE,
@@ -65,6 +52,7 @@ from vring_serial.transport.repeatable import (
 from vring_serial.transport.session import FatalError, Handler, Session, SessionContext
 from vring_serial.transport.vfio_user.dma import DmaTable
 from vring_serial.transport.vfio_user.irqs import NO_DESCRIPTORS, Interrupts
+from vring_serial.transport.vfio_user.regions import Regions
 from vring_serial.transport.vfio_user.remote import WINDOW_BYTES, RemoteMemory
 from vring_serial.transport.vfio_user.rings import RemoteRings
 from vring_serial.transport.vfio_user.shadow import ClientMemory
@@ -108,8 +96,6 @@ CAPABILITIES = Capabilities(
 MEMORY, IRQ, UNMASK = "memory.{}", "irq.{}.{}", "unmask"
 TWIN, TWIN_OF_CLIENT = "twin", "twin.client"
 KICK = "kick.{}"
-
-_ACCESS = RegionFlag.READ | RegionFlag.WRITE
 
 
 class NotThereError(VfioUserError):
@@ -155,7 +141,9 @@ class VfioUserSession(Session[Message]):
         # A predecessor's are put back in the loop's next turn: see _resume.
         self._closer = context.closer
         self._interrupts = self._make_interrupts(None if left is None else ClientState())
-        self._bars = {bar.index: bar.size for bar in pci.bars}
+        self._regions = Regions(
+            pci, self._state, keep_kick=self._keep_kick, send_beside=self._send_beside
+        )
         self._handlers = self._handler_table()
         pci.set_irq_sink(self._interrupts, client_masks=True)
         super().__init__(
@@ -248,6 +236,10 @@ class VfioUserSession(Session[Message]):
             self._keeping.keep(role, fd)
             self._roles.add(role)
 
+    def _keep_kick(self, queue: int, fd: int) -> None:
+        if (role := KICK.format(queue)) not in self._roles:
+            self._keep(role, fd)
+
     def _record(self, handled: Handled) -> None:
         changed, self._client_changed = self._client_changed, False
         self._write_down(handled, self._state if changed else None)
@@ -266,7 +258,7 @@ class VfioUserSession(Session[Message]):
         if command == Command.DEVICE_GET_REGION_IO_FDS:
             with suppress(RemoteProtocolError):
                 asked = RegionIoFds.unpack(handled.message[Header.SIZE :])
-                self._get_region_io_fds(asked, [])
+                self._regions.get_io_fds(asked, [])
         fds, self._beside = self._beside, []
         return fds
 
@@ -347,6 +339,10 @@ class VfioUserSession(Session[Message]):
             self._connection.send(data, self._beside)
             self._beside = []
 
+    def _send_beside(self, fd: int) -> None:
+        """Have a descriptor go with the next reply; taken over."""
+        self._beside.append(fd)
+
     def _refusal(self, message: Message, error: Exception) -> VfioUserError:
         if isinstance(error, VfioUserError):
             return error
@@ -370,14 +366,10 @@ class VfioUserSession(Session[Message]):
             Command.DMA_MAP: self._dma_map,
             Command.DMA_UNMAP: self._dma_unmap,
             Command.DEVICE_GET_INFO: self._get_info,
-            Command.DEVICE_GET_REGION_INFO: self._get_region_info,
-            Command.DEVICE_GET_REGION_IO_FDS: self._get_region_io_fds,
             Command.DEVICE_GET_IRQ_INFO: self._get_irq_info,
             Command.DEVICE_SET_IRQS: self._set_irqs,
-            Command.REGION_READ: self._region_read,
-            Command.REGION_WRITE: self._region_write,
-            Command.REGION_WRITE_MULTI: self._region_write_multi,
             Command.DEVICE_RESET: self._device_reset,
+            **self._regions.handlers,
         }
 
     # --- negotiation and description
@@ -462,40 +454,6 @@ class VfioUserSession(Session[Message]):
     def _get_info(self, _: DeviceInfo, fds: list[int]) -> DeviceInfo:
         return DeviceInfo(DeviceFlag.PCI | DeviceFlag.RESET, NUM_REGIONS, self._interrupts.types)
 
-    def _region_size(self, index: int) -> int:
-        """Return its bytes; 0 if this device does not have the region."""
-        if index == RegionIndex.CONFIG:
-            return CONFIG_SIZE
-        if index >= NUM_REGIONS:
-            raise RemoteProtocolError(f"there is no region {index}")
-        return self._bars.get(index, 0)
-
-    def _get_region_info(self, asked: RegionInfo, fds: list[int]) -> RegionInfo:
-        size = self._region_size(asked.index)
-        return RegionInfo(asked.index, _ACCESS if size else 0, size)
-
-    def _get_region_io_fds(self, asked: RegionIoFds, fds: list[int]) -> RegionIoFds:
-        """Return where queues are notified, with eventfds for clients that can trap the writes."""
-        if asked.sub_regions:
-            raise RemoteProtocolError("sub-regions in a request")
-        if not self._region_size(asked.index):
-            raise RemoteProtocolError(f"the device has no region {asked.index}")
-        assert self._state.agreed is not None
-        # The other queues are notified by messages.
-        places = [place for place in self._pci.notify_offsets if place.bar == asked.index]
-        places = places[: self._state.agreed.max_msg_fds]
-        needed = RegionIoFds.needed(len(places))
-        if asked.argsz < needed:
-            return RegionIoFds(asked.index, (), needed)
-        for place in places:
-            fd = self._pci.kick_fd(place.queue)
-            if (role := KICK.format(place.queue)) not in self._roles:
-                self._keep(role, fd)
-            self._beside.append(os.dup(fd))
-        # Size 0: drivers write 2 bytes, or 4 with NOTIFICATION_DATA.
-        found = (IoEventFd(place.offset, 0, nr) for nr, place in enumerate(places))
-        return RegionIoFds(asked.index, tuple(found), needed)
-
     # --- interrupts
 
     def _get_irq_info(self, asked: IrqInfo, fds: list[int]) -> IrqInfo:
@@ -557,43 +515,6 @@ class VfioUserSession(Session[Message]):
         if self._memory_changed:
             self._memory_changed = False
             self._pci.set_memory(self._dma.memory)
-
-    # --- registers
-
-    def _region_read(self, asked: RegionRead, fds: list[int]) -> RegionWrite:
-        self._check_access(asked.region, asked.offset, asked.count)
-        if asked.region == RegionIndex.CONFIG:
-            value = self._pci.config_read(asked.offset, asked.count)
-        else:
-            value = self._pci.bar_read(asked.region, asked.offset, asked.count)
-        data = value.to_bytes(asked.count, "little")
-        return RegionWrite(asked.offset, asked.region, asked.count, data)
-
-    def _region_write(self, asked: RegionWrite, fds: list[int]) -> RegionRead:
-        self._write(asked)
-        return RegionRead(asked.offset, asked.region, asked.count)
-
-    def _region_write_multi(self, asked: WriteMulti, fds: list[int]) -> WriteMultiDone:
-        for write in asked.writes:
-            self._check_access(write.region, write.offset, write.count)
-        for write in asked.writes:
-            self._write(write)
-        return WriteMultiDone(len(asked.writes))
-
-    def _write(self, asked: RegionWrite) -> None:
-        self._check_access(asked.region, asked.offset, asked.count)
-        value = int.from_bytes(asked.data, "little")
-        if asked.region == RegionIndex.CONFIG:
-            self._pci.config_write(asked.offset, value, asked.count)
-        else:
-            self._pci.bar_write(asked.region, asked.offset, value, asked.count)
-
-    def _check_access(self, region: int, offset: int, count: int) -> None:
-        size = self._region_size(region)
-        if not count or offset + count > size:
-            raise RemoteProtocolError(
-                f"{count} bytes at {offset:#x} of region {region}, which has {size}"
-            )
 
     def _device_reset(self, _: Empty, fds: list[int]) -> None:
         self._pci.reset()
