@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import binascii
+import contextlib
 import copy
 import functools
 import json
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.device.console.test_port import PairChardev, received
@@ -76,9 +78,9 @@ def test_half_a_large_chain_and_bytes_that_wait_go_along(pair: Pair) -> None:
     pair.finish()
 
 
-def saved_by(kind: str) -> tuple[bytes, bytes]:
+def saved_by(kind: str, packed: bool = False) -> tuple[bytes, bytes]:
     """A machine that was saved in the middle of everything, and its guest's memory."""
-    pair = Pair(kind, False)
+    pair = Pair(kind, packed)
     try:
         pair.write(bytes(LARGE))
         pair.send(bytes(LARGE), 3)
@@ -282,34 +284,74 @@ def packed(fields: Any) -> bytes:
     return struct.pack("<8sIII", b"VRINGST\n", 1, len(body), zlib.crc32(body)) + body
 
 
+# Lists and objects are made anew each time: what is put into a state is changed there in turn.
 VALUES = st.one_of(
     st.none(),
     st.booleans(),
     st.sampled_from([-1, 0, 1, 255, 256, 0xFFFF, 0x10000, 1 << 32, 1 << 63, 1 << 64, 1 << 200]),
     st.sampled_from(["", "open", "closed", "AAAA", "not base64!"]),
-    st.sampled_from([[], {}, [1, 2], {"0": 1}]),
+    st.sampled_from([[], {}, [1, 2], {"0": 1}]).map(copy.deepcopy),
 )
 once_saved = functools.cache(saved_by)
 
 
-@pytest.mark.parametrize("kind", ["mmio", "transitional"])
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def altered(value: Any) -> st.SearchStrategy[Any]:
+    """Values that may stand in the place of this one: most are of its type, and some are near."""
+    if type(value) is int:
+        near = st.integers(-2, 2).map(lambda step: value + step)
+        return st.one_of(near, st.integers(0, 47).map(lambda bit: value ^ 1 << bit), VALUES)
+    with contextlib.suppress(TypeError, binascii.Error):
+        if data := base64.b64decode(value, validate=True):
+            places = st.tuples(st.integers(0, len(data) - 1), st.integers(0, 255))
+            return st.one_of(st.lists(places, min_size=1, max_size=4).map(patch(data)), VALUES)
+    return VALUES
+
+
+def patch(data: bytes) -> Callable[[list[tuple[int, int]]], str]:
+    def patched(changes: list[tuple[int, int]]) -> str:
+        changed = bytearray(data)
+        for at, value in changes:
+            changed[at] = value
+        return base64.b64encode(changed).decode()
+
+    return patched
+
+
+@pytest.mark.parametrize(("kind", "packed_ring"), WAYS)
+@settings(deadline=None, max_examples=30)
 @given(data=st.data())
-def test_a_forged_state_is_a_state_error_or_harmless(kind: str, data: st.DataObject) -> None:
-    saved, ram = once_saved(kind)
+def test_a_forged_state_is_a_state_error_or_harmless(
+    kind: str, packed_ring: bool, data: st.DataObject
+) -> None:
+    saved, ram = once_saved(kind, packed_ring)
     forged = Forged(saved)
     for _ in range(data.draw(st.integers(1, 3))):
         where, key = data.draw(st.sampled_from(forged.places()))
-        where[key] = data.draw(VALUES)
+        where[key] = data.draw(altered(where[key]))
     try:
-        machine = Machine(kind, False, bytearray(ram), forged.pack())
+        machine = Machine(kind, packed_ring, bytearray(ram), forged.pack())
     except StateError:
         return
-    for index in range(machine.device.num_queues):
-        machine.driver.notify(index)
-    machine.host.poll()
-    machine.front.save()
-    machine.close()
+    try:
+        for index in range(machine.device.num_queues):
+            machine.driver.notify(index)
+        machine.host.poll()
+        machine.front.save()
+    finally:
+        machine.close()
+
+
+@pytest.mark.parametrize("register", ["config_vector", "vector"])
+def test_vectors_that_a_function_lacks_are_named(register: str) -> None:
+    saved, ram = once_saved("pci")
+    forged = Forged(saved)
+    registers = forged.outer["state"]["function"]["registers"]
+    where = registers["driver"] if register == "config_vector" else registers["queues"][3]
+    where[register] = 7
+    with pytest.raises(StateError, match=rf"{register} is 7; the function has 7 vectors"):
+        Machine("pci", False, bytearray(ram), forged.pack())
+    where[register] = 0xFFFF  # none
+    Machine("pci", False, bytearray(ram), forged.pack()).close()
 
 
 @settings(deadline=None)

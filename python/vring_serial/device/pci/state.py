@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vring_serial.device.registers.state import RegistersState
+from vring_serial.device.registers.state import NO_VECTOR, RegistersState
 from vring_serial.errors import StateError
 from vring_serial.saving import check_range
 
@@ -43,7 +43,7 @@ class FunctionState:
 
 
 def check_function(state: FunctionState, vectors: int) -> None:
-    """Check what is not of the registers in a state that somebody else wrote down.
+    """Check what only a PCI function has in a state that somebody else wrote down.
 
     Raises StateError that names what does not fit a function with so many MSI-X vectors.
     """
@@ -55,3 +55,11 @@ def check_function(state: FunctionState, vectors: int) -> None:
             f"{vectors} vectors are expected"
         )
     check_range("the pending vectors", state.msix.pending, vectors)
+    _check_vector("config_vector", state.registers.driver.config_vector, vectors)
+    for setup in state.registers.queues:
+        _check_vector(f"queue {setup.index}: vector", setup.vector, vectors)
+
+
+def _check_vector(name: str, vector: int, vectors: int) -> None:
+    if vector != NO_VECTOR and not 0 <= vector < vectors:
+        raise StateError(f"{name} is {vector}; the function has {vectors} vectors")
