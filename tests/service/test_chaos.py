@@ -8,17 +8,13 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-import signal
-import sys
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack
 
 import pytest
 
-from tests.support.kept import DEATHS, held_by, worker_of
-from tests.support.processes import end
+from tests.support.keeper import DEATHS, kept, socket_ports
 from tests.support.vfio_guest import VfioGuest
-from tests.support.waiting import until, until_file_says
+from tests.support.waiting import until
 from vring_serial import EmbeddedGuest
 from vring_serial.proto.vfio_user_wire import Command
 
@@ -64,27 +60,6 @@ class Stream:
         raise AssertionError(f"{self.name} ended after byte {self.received}")
 
 
-@asynccontextmanager
-async def serving(
-    directory, *arguments, protocol="vhost-user"
-) -> AsyncIterator[asyncio.subprocess.Process]:
-    log = directory / "log"
-    with log.open("wb") as stream:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "vring_serial", "serve", "--keeper", f"--{protocol}", "v"),
-            *arguments,
-            cwd=directory,
-            stdin=asyncio.subprocess.DEVNULL,
-            stderr=stream,
-            start_new_session=True,
-        )
-        try:
-            await until(lambda: "serving;" in log.read_text(), log.read_text)
-            yield process
-        finally:
-            await end(process, session=True)
-
-
 def vhost_user(packed):
     return EmbeddedGuest("v", memory=64 << 20, packed=packed)
 
@@ -104,18 +79,15 @@ async def test_no_kill_is_noticed(tmp_path, monkeypatch, make_guest, packed):
     protocol = "vhost-user" if make_guest is vhost_user else "vfio-user"
     chance = random.Random(KILLS)
     ports = range(1, PORTS + 1)
-    arguments = ["--packed"] if packed else []
-    for nr in ports:
-        chardev = f"socket,id=c{nr},path=c{nr},server=on,wait=off"
-        arguments += ["--chardev", chardev, "--port", f"chardev=c{nr},nr={nr},name=p{nr}"]
+    arguments = [*socket_ports(ports), *(["--packed"] if packed else [])]
     async with AsyncExitStack() as stack:
-        keeper = await stack.enter_async_context(serving(tmp_path, *arguments, protocol=protocol))
+        keeper = await stack.enter_async_context(kept(tmp_path, *arguments, protocol=protocol))
         guest = await stack.enter_async_context(make_guest(packed))
         streams = []
         writers = []
         for nr in ports:
-            host_reader, host_writer = await asyncio.open_unix_connection(f"c{nr}")
-            port = await guest.wait_port(name=f"p{nr}")
+            host_reader, host_writer = await keeper.connect(nr)
+            port = await guest.wait_port(name=f"org.example.data{nr}")
             guest_reader, guest_writer = await port.open()
             streams.append(Stream(f"{nr} out", host_reader, guest_writer))
             streams.append(Stream(f"{nr} in", guest_reader, host_writer))
@@ -125,24 +97,22 @@ async def test_no_kill_is_noticed(tmp_path, monkeypatch, make_guest, packed):
             sending = [group.create_task(s.send(enough, chance)) for s in streams]
             receiving = [group.create_task(s.receive()) for s in streams]
             await all_go_on(streams)
-            keepers, workers = held_by(keeper.pid), held_by(worker_of(keeper.pid))
-            for _ in range(KILLS):
-                victim = worker_of(keeper.pid)
-                os.kill(victim, chance.choice(DEATHS))
-                await until(lambda pid=victim: worker_of(keeper.pid) not in (None, pid))
+            for number in range(KILLS):
+                await keeper.kill(chance.choice(DEATHS))
                 await all_go_on(streams)
+                if not number:  # by now the keeper has taken all that the first worker told it
+                    held = keeper.held
                 await asyncio.sleep(chance.random() * 0.3)
             enough.set()
             await asyncio.gather(*sending)
             await until(lambda: all(s.received == s.sent for s in streams), "bytes are missing")
-            assert (held_by(keeper.pid), held_by(worker_of(keeper.pid))) == (keepers, workers)
+            assert keeper.held == held
             for task in receiving:
                 task.cancel()
         for writer in writers:
             writer.close()
-        keeper.send_signal(signal.SIGTERM)
-        assert await keeper.wait() == 0
-    log = (tmp_path / "log").read_text()
+        assert await keeper.stop() == 0
+    log = keeper.log
     assert log.count("another one goes on") == KILLS
     peer = "frontend" if make_guest is vhost_user else "client"
     # A worker that is killed may take its last lines with it.
@@ -161,14 +131,10 @@ async def all_go_on(streams):
     )
 
 
-def vfio_arguments():
-    return ("--chardev", "socket,id=c,path=c,server=on,wait=off", "--port", "chardev=c,nr=1,name=p")
-
-
 async def carries(guest, host):
     """Wait until a byte has come from the guest to the client of its port, and one back."""
     host_reader, host_writer = host
-    port = await guest.wait_port(name="p")
+    port = await guest.wait_port(name="org.example.data1")
     reader, writer = await port.open()
     writer.write(b"a")
     assert await host_reader.readexactly(1) == b"a"
@@ -186,40 +152,39 @@ async def test_a_vfio_user_client_may_be_at_any_message_of_its_start(
     tmp_path, monkeypatch, options
 ):
     monkeypatch.chdir(tmp_path)
-    arguments = [*vfio_arguments(), *(["--packed"] if "packed" in options else [])]
-    async with serving(tmp_path, *arguments, protocol="vfio-user") as keeper:
-        host = await asyncio.open_unix_connection("c")
-        deadly, killed = 0, True
-        while killed:  # the last guest had fewer messages than that
-            killed, messages = False, 0
+    arguments = [*socket_ports([1]), *(["--packed"] if "packed" in options else [])]
+    async with kept(tmp_path, *arguments, protocol="vfio-user") as keeper:
+        host = await keeper.connect(1)
+        deadly, victim = 0, 0
+        while victim is not None:  # the last guest had fewer messages than that
+            victim, messages = None, 0
 
             def kill_at(command, deadly=deadly):
-                nonlocal killed, messages
+                nonlocal victim, messages
                 if command != Command.REGION_READ:
                     if messages == deadly:
-                        killed = True
-                        os.kill(worker_of(keeper.pid), signal.SIGKILL)
+                        victim = keeper.kill_now()
                     messages += 1
 
             async with VfioGuest("v", 1, before=kill_at, **options) as guest:
                 await carries(guest, host)
-            await until(lambda: worker_of(keeper.pid))
+            if victim is not None:
+                await keeper.replaced(victim)
             deadly += STEP
         assert deadly > 50
         host[1].close()
-    log = (tmp_path / "log").read_text()
-    assert "cannot be gone on with" not in log
+    assert "cannot be gone on with" not in keeper.log
 
 
 async def test_rings_in_memory_that_is_not_shared_end_with_the_process(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    async with serving(tmp_path, *vfio_arguments(), protocol="vfio-user") as keeper:
-        host = await asyncio.open_unix_connection("c")
+    async with kept(tmp_path, *socket_ports([1]), protocol="vfio-user") as keeper:
+        host = await keeper.connect(1)
         async with VfioGuest("v", 1, shared=False) as guest:
             await carries(guest, host)
-            os.kill(worker_of(keeper.pid), signal.SIGKILL)
+            keeper.kill_now()
             await until(guest.is_sent_away)
-        await until_file_says(tmp_path / "log", "in memory that is not shared; connection closed")
+        await keeper.logged("in memory that is not shared; connection closed")
         async with VfioGuest("v", 1) as guest:
             await carries(guest, host)
         host[1].close()

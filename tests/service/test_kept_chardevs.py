@@ -94,7 +94,7 @@ async def test_clients_of_a_server_notice_nothing_nor_do_those_that_wait(kind):
         for i in range(4):
             async with port_of(guest, keeper) as port:
                 await exchange(port, *ends[i], b"before")
-                await keeper.kill_worker()
+                await keeper.kill_until_served()
                 await exchange(port, *ends[i], b"after")
                 if not i:
                     ends.append(await connect(keeper.log))
@@ -111,7 +111,7 @@ async def test_the_server_of_a_client_notices_nothing(reconnect):
         reader, writer = await came.get()
         async with port_of(guest, keeper) as port:
             await exchange(port, reader, writer, b"before")
-            await keeper.kill_worker()
+            await keeper.kill_until_served()
             await exchange(port, reader, writer, b"after")
         assert came.empty()
         writer.close()
@@ -119,7 +119,7 @@ async def test_the_server_of_a_client_notices_nothing(reconnect):
             reader, writer = await came.get()
             async with port_of(guest, keeper) as port:
                 await exchange(port, reader, writer, b"again")
-                await keeper.kill_worker()
+                await keeper.kill_until_served()
                 await exchange(port, reader, writer, b"still")
             assert came.empty()
             writer.close()
@@ -136,7 +136,7 @@ async def test_a_file_is_emptied_once_and_its_input_read_once(append):
             for text in ("one\n", "two\n", "three\n"):
                 port.says(text.encode())
                 await until_file_says(Path("out"), text)
-                await keeper.kill_worker()
+                await keeper.kill_until_served()
             with open("in", "a") as more:
                 more.write("and more")
             port.says(b"four\n")
@@ -156,10 +156,10 @@ async def test_pipes_are_held_open_with_what_is_in_them():
         with open("p.in", "wb", buffering=0) as writer:
             writer.write(b"before")
             await port.hears(b"before")
-            await keeper.kill_worker()
+            await keeper.kill_until_served()
             writer.write(b"after")
             await port.hears(b"after")
-        await keeper.kill_worker()
+        await keeper.kill_until_served()
         fd = os.open("p.out", os.O_RDONLY | os.O_NONBLOCK)
         await until(lambda: os.read(fd, 6) == b"unread")
         os.close(fd)
@@ -178,7 +178,7 @@ async def test_a_pty_is_the_same_and_so_is_its_link():
                 await port.hears(text)
                 port.says(text)
                 await until(lambda: _read(fd))
-                await keeper.kill_worker()
+                await keeper.kill_until_served()
                 assert os.readlink("link") == target
             assert termios.tcgetattr(fd) == settings
         os.close(fd)
@@ -207,7 +207,7 @@ async def test_a_terminal_is_put_back_as_the_keeper_found_it(end):
         async with kept(Path.cwd(), *arguments, stdin=slave, stdout=slave) as keeper:
             assert termios.tcgetattr(slave) != found
             for _ in range(2):
-                await keeper.kill_worker()
+                await keeper.kill_until_served()
                 assert termios.tcgetattr(slave) != found
             async with EmbeddedGuest("v", memory=32 << 20) as guest, port_of(guest, keeper) as port:
                 os.write(master, b"typed")
@@ -241,7 +241,7 @@ async def test_standard_streams_that_are_sockets_block_again():
         fd = theirs.fileno()
         async with kept(Path.cwd(), *arguments, stdin=fd, stdout=fd) as keeper:
             assert not os.get_blocking(fd)
-            await keeper.kill_worker()
+            await keeper.kill_until_served()
             assert await keeper.stop() == 0
         assert os.get_blocking(fd)
 
@@ -252,7 +252,7 @@ async def test_ends_that_nobody_has_go_on(kind):
         for _ in range(2):
             port.says(b"x" * 100_000)
             await port.writer.drain()
-            await keeper.kill_worker()
+            await keeper.kill_until_served()
     assert ("what it holds is lost: c (ringbuf)" in keeper.log) == (kind == "ringbuf")
 
 
@@ -262,7 +262,7 @@ async def test_an_agents_clients_meet_a_new_connection():
     async with kept(Path.cwd(), *arguments, "--agent-socket", "a") as keeper:
         reader, writer = await asyncio.open_unix_connection("a")
         async with EmbeddedGuest("v", memory=32 << 20) as guest:
-            await keeper.kill_worker()
+            await keeper.kill_until_served()
             await reader.read()  # to its end
             await until(lambda: os.path.exists("a"))
             _, other = await asyncio.open_unix_connection("a")

@@ -149,7 +149,7 @@ async def test_a_second_signal_kills_a_worker_that_does_not_stop(tmp_path):
 
 async def test_the_pid_file_is_the_keepers_and_outlives_workers(tmp_path):
     async with kept(tmp_path, *NULL_PORT, "--pid-file", "pid") as keeper:
-        await keeper.kill_worker()
+        await keeper.kill_until_served()
         assert int(Path("pid").read_text()) == keeper.process.pid
         status, text = failing("--keeper", "--vhost-user", "w", *NULL_PORT, "--pid-file", "pid")
         assert (status, text.count("\n")) == (1, 1)
@@ -183,7 +183,7 @@ async def test_a_hangup_opens_logs_and_files_anew(tmp_path):
 
 async def test_json_has_the_deaths_too(tmp_path):
     async with kept(tmp_path, *NULL_PORT, "--json-log") as keeper:
-        await keeper.kill_worker()
+        await keeper.kill_until_served()
         assert await keeper.stop() == 0
     events = [json.loads(line) for line in keeper.log.splitlines()]
     ended = [event for event in events if event["event"] == "worker_ended"]
@@ -221,7 +221,7 @@ async def test_nohup_holds_for_the_worker(tmp_path):
     """A SIGHUP that was ignored is no terminal's hang-up for the worker either."""
     chance = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
     async with kept(tmp_path, *NULL_PORT, preexec_fn=chance) as keeper:
-        await keeper.kill_worker()
+        await keeper.kill_until_served()
         os.killpg(keeper.process.pid, signal.SIGHUP)
         await keeper.logged("files were opened anew")
         assert await keeper.stop() == 0
@@ -265,7 +265,7 @@ async def test_a_worker_is_rather_killed_for_memory_than_its_keeper(tmp_path):
                 for pid in (keeper.process.pid, keeper.worker)
             ]
             assert scores[1] == min(scores[0] + 100, 1000)
-            await keeper.kill_worker()
+            await keeper.kill_until_served()
 
 
 def little(count):

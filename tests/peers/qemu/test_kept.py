@@ -13,7 +13,7 @@ import pytest_asyncio
 
 from tests.support.bench import MIB, Stream, hang_up
 from tests.support.exchange import Exchange, Payload, check, connections
-from tests.support.kept import KeptServer
+from tests.support.keeper import Kept, kept, socket_ports
 from tests.support.qemu_machine import QemuMachine
 from tests.support.qemu_ways import PORT_NAMES
 from tests.support.waiting import until
@@ -27,7 +27,7 @@ NAMES = "".join(f"org.example.data{nr}\n" for nr in PORTS)
 class KeptMachine:
     """A served device with PORTS, and a guest of QEMU's on it."""
 
-    def __init__(self, server: KeptServer, guest: QemuMachine, payload: Payload) -> None:
+    def __init__(self, server: Kept, guest: QemuMachine, payload: Payload) -> None:
         self.server = server
         self.guest = guest
         self.payload = payload
@@ -69,8 +69,7 @@ async def machine(
     directory: Path = tmp_path_factory.mktemp("kept")
     options = ["--packed"] if request.param == "packed" else []
     async with AsyncExitStack() as stack:
-        server = await KeptServer.start(directory, PORTS, *options)
-        stack.push_async_callback(server.aclose)
+        server = await stack.enter_async_context(kept(directory, *socket_ports(PORTS), *options))
         device = (
             "vhost-user-test-device-pci,chardev=vring,virtio-id=3,vq_size=128,config_size=12,"
             "num_vqs=64,addr=05.0"
@@ -99,6 +98,9 @@ async def test_streams_go_on(machine: KeptMachine) -> None:
     async with connections(lambda nr: machine.server.connect(int(nr)), "1", "2") as streams:
         for nr, stream in enumerate(streams, 1):
             await machine.lines_go_both_ways(nr, stream, "first")
+        await machine.server.kill()  # the keeper has taken all that was told it until then
+        for nr, stream in enumerate(streams, 1):
+            await machine.lines_go_both_ways(nr, stream, "second")
         held = machine.server.held
         times = 8
         exchanges = [

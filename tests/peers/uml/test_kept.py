@@ -13,7 +13,7 @@ import pytest_asyncio
 
 from tests.support.bench import MIB, receive_digest
 from tests.support.exchange import connections
-from tests.support.kept import KeptServer
+from tests.support.keeper import Kept, kept, socket_ports
 from tests.support.uml import UmlPayload
 from tests.support.waiting import until
 from vring_serial.guest.uml import UmlGuest
@@ -27,7 +27,7 @@ SIZES = {"eventfds": 24 * MIB, "inband": 4 * MIB}
 class KeptUml:
     """A served device with two ports, and a guest on it."""
 
-    def __init__(self, server: KeptServer, guest: UmlGuest, size: int) -> None:
+    def __init__(self, server: Kept, guest: UmlGuest, size: int) -> None:
         self.server = server
         self.guest = guest
         self.size = size
@@ -41,8 +41,7 @@ async def uml(
     directory: Path = tmp_path_factory.mktemp("kept")
     options = ["--inband-notifications"] if request.param == "inband" else []
     async with AsyncExitStack() as stack:
-        server = await KeptServer.start(directory, (1, 2), *options)
-        stack.push_async_callback(server.aclose)
+        server = await stack.enter_async_context(kept(directory, *socket_ports((1, 2)), *options))
         guest = UmlGuest([server.path])
         stack.push_async_callback(guest.aclose)
         uml = KeptUml(server, guest, SIZES[request.param])
