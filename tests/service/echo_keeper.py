@@ -12,8 +12,9 @@ import socket
 import struct
 import sys
 
-from vring_serial.service.keeper import Inheritance, Keeper, WorkerSpec
+from vring_serial.service.keeper import Keeper
 from vring_serial.service.shelf import open_shelf
+from vring_serial.service.worker import Inheritance, WorkerSpec
 
 
 def serve(path: str, inheritance: Inheritance) -> int:

@@ -19,8 +19,9 @@ from vring_serial.cli.server import Settings, serve
 from vring_serial.cli.signals import run
 from vring_serial.config.topology import ControllerConfig, PortConfig, Topology
 from vring_serial.errors import ResourceError
-from vring_serial.service.keeper import Inheritance, Keeper, WorkerSpec
+from vring_serial.service.keeper import Keeper
 from vring_serial.service.shelf import open_shelf
+from vring_serial.service.worker import Inheritance, WorkerSpec
 
 #: What a death of a worker does to ports, and the kinds of chardevs where it does so.
 _NOTICED = (

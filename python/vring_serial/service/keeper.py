@@ -15,20 +15,16 @@ import os
 import select
 import signal
 import socket
-import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 
 from vring_serial.errors import ResourceError
 from vring_serial.service.descriptor_store import DescriptorStore, Notifier
 from vring_serial.service.journal import Journal, checksum
+from vring_serial.service.worker import DEATHS_MAX, Inheritance, Worker, WorkerSpec, be
 from vring_serial.unix_fds import allow_descriptors
 
-#: A worker that dies so often in so many seconds, and each time leaves the same state, is not
-#: started with that again.
-DEATHS_MAX = 5
+#: Seconds within which so many deaths that leave the same state are too many.
 DEATHS_SECONDS = 10.0
 #: Seconds that a worker which goes on has to begin, before it is told to stop: only then it removes
 #: what its predecessors made.
@@ -36,51 +32,14 @@ BEGIN_SECONDS = 2.0
 #: Seconds that workers have to stop, until they are killed, and then to be gone.
 STOP_SECONDS = 15.0
 KILL_SECONDS = 2.0
-#: Seconds before a worker that died without any state is started again; doubled each time.
-PAUSE_SECONDS = 0.1
+#: Most seconds before a worker that died without any state is started again.
 PAUSE_MOST = 10.0
 #: Descriptors that the keeper needs for itself.
 OWN_DESCRIPTORS = 64
-#: Added to a worker's oom_score_adj, which counts thousandths of the memory: of two that hold
-#: about the same memory, the worker is killed and the keeper is not.
-OOM_SCORE = 100
 #: Messages of one worker before those of another.
 MESSAGES = 64
 #: More than the kernel keeps for a socket that nobody reads (net.unix.max_dgram_qlen).
 UNREAD_MOST = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class Inheritance:
-    """What a worker finds when it begins.
-
-    Attributes:
-        journal: descriptor of its journal; not the worker's to close.
-        descriptors: what its predecessors stored, by name, oldest first; the worker's to close.
-        notifier: to the keeper.
-        keeper: pidfd of the keeper, which becomes readable when that ends.
-        restarts: how many workers died before it. 0: it is the first.
-    """
-
-    journal: int
-    descriptors: dict[str, list[int]]
-    notifier: Notifier
-    keeper: int
-    restarts: int
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerSpec:
-    """One worker.
-
-    Attributes:
-        name: for the log.
-        run: serves until SIGTERM, in the worker's process; returns its exit status. It says READY=1
-            when it serves. A status other than 0 before that ends the service.
-    """
-
-    name: str
-    run: Callable[[Inheritance], int]
 
 
 class _Stop(enum.Enum):
@@ -89,49 +48,6 @@ class _Stop(enum.Enum):
     NOT = enum.auto()
     ASKED = enum.auto()
     KILLED = enum.auto()
-
-
-@dataclass(slots=True)
-class _Worker:
-    """A worker as the keeper knows it: all of its lives.
-
-    Attributes:
-        spec: what it does.
-        journal: descriptor.
-        store: what it stored.
-        keeper_end: where its messages arrive.
-        worker_end: its end of that.
-        pid: 0 while it does not live.
-        pidfd: becomes readable when it dies; -1 while it does not live.
-        ready: it said READY=1, in this life.
-        restarts: how many lives it had before.
-        deaths: when (monotonic) the last lives ended that left the same state.
-        unready: how many lives ended one after another before READY=1.
-        told_to_stop: it got SIGTERM, in this life.
-        clears: it began when its predecessor died instead of stopping.
-        refused: descriptors were not kept, and that was logged.
-        left: checksum of what the last one left.
-        start_at: when (monotonic) its next life begins; None while it lives, or is done.
-        pause: seconds before the next life without state.
-    """
-
-    spec: WorkerSpec
-    journal: int
-    store: DescriptorStore
-    keeper_end: socket.socket
-    worker_end: socket.socket
-    pid: int = 0
-    pidfd: int = -1
-    ready: bool = False
-    restarts: int = 0
-    deaths: deque[float] = field(default_factory=lambda: deque(maxlen=DEATHS_MAX))
-    left: int = 0
-    unready: int = 0
-    told_to_stop: bool = False
-    clears: bool = False
-    refused: bool = False
-    start_at: float | None = 0.0
-    pause: float = PAUSE_SECONDS
 
 
 class Keeper:
@@ -164,7 +80,7 @@ class Keeper:
         self._ignores_hangup = False
         self._pidfd = os.pidfd_open(os.getpid())
         self._poll = select.poll()
-        self._workers: list[_Worker] = []
+        self._workers: list[Worker] = []
         self._wake_reader, self._wake_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._poll.register(self._wake_reader, select.POLLIN)
         descriptors = min(descriptors, (allow_descriptors() - OWN_DESCRIPTORS) // len(specs))
@@ -173,7 +89,7 @@ class Keeper:
             keeper_end.setblocking(False)
             self._poll.register(keeper_end, select.POLLIN)
             store = DescriptorStore(max(descriptors, 0))
-            self._workers.append(_Worker(spec, Journal.create(), store, keeper_end, worker_end))
+            self._workers.append(Worker(spec, Journal.create(), store, keeper_end, worker_end))
 
     def run(self) -> int:
         """Serve until the service ends; return its exit status."""
@@ -223,7 +139,7 @@ class Keeper:
             if time.monotonic() > self._deadline:
                 self._kill()
 
-    def _take_messages(self, worker: _Worker, most: int = MESSAGES) -> None:
+    def _take_messages(self, worker: Worker, most: int = MESSAGES) -> None:
         for _ in range(most):
             fields = worker.store.receive(worker.keeper_end)
             if worker.store.refused and not worker.refused:
@@ -245,7 +161,7 @@ class Keeper:
             if worker.start_at is not None and worker.start_at <= time.monotonic():
                 self._start(worker)
 
-    def _start(self, worker: _Worker) -> None:
+    def _start(self, worker: Worker) -> None:
         assert not worker.pid
         if len(os.listdir("/proc/self/task")) != 1:
             raise ResourceError("the keeper has more than one thread; a fork would be unsafe")
@@ -253,51 +169,32 @@ class Keeper:
         worker.ready = worker.told_to_stop = False
         pid = os.fork()
         if not pid:
-            self._be(worker)
+            be(worker.spec, lambda: self._inherit(worker), ignore_hangup=self._ignores_hangup)
         worker.pid = pid
         worker.pidfd = os.pidfd_open(pid)
         self._poll.register(worker.pidfd, select.POLLIN)
 
-    def _be(self, worker: _Worker) -> None:
-        """Be the worker; this does not return."""
-        status = 1
-        try:
-            signal.set_wakeup_fd(-1)
-            # The keeper hears an interrupt as well, and tells us.
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            if self._ignores_hangup:
-                signal.signal(signal.SIGHUP, signal.SIG_IGN)
-            # else nothing is done about a SIGHUP until the worker has a handler: it only begins.
-            _raise_oom_score()
-            os.close(self._wake_reader)
-            os.close(self._wake_writer)
-            for other in self._workers:
-                other.keeper_end.close()
-                if other is not worker:
-                    other.worker_end.close()
-                    os.close(other.journal)
-                    other.store.close()
-                    if other.pidfd >= 0:
-                        os.close(other.pidfd)
-            gc.enable()
-            inheritance = Inheritance(
-                worker.journal,
-                worker.store.descriptors,
-                Notifier(worker.worker_end),
-                self._pidfd,
-                worker.restarts,
-            )
-            status = worker.spec.run(inheritance)
-        except SystemExit as leaving:
-            status = leaving.code if isinstance(leaving.code, int) else int(bool(leaving.code))
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-        finally:
-            logging.shutdown()
-            os._exit(status)
+    def _inherit(self, worker: Worker) -> Inheritance:
+        """Close in the worker's process what is not the worker's; return what is."""
+        os.close(self._wake_reader)
+        os.close(self._wake_writer)
+        for other in self._workers:
+            other.keeper_end.close()
+            if other is not worker:
+                other.worker_end.close()
+                os.close(other.journal)
+                other.store.close()
+                if other.pidfd >= 0:
+                    os.close(other.pidfd)
+        return Inheritance(
+            worker.journal,
+            worker.store.descriptors,
+            Notifier(worker.worker_end),
+            self._pidfd,
+            worker.restarts,
+        )
 
-    def _reap(self, worker: _Worker) -> None:
+    def _reap(self, worker: Worker) -> None:
         _, status = os.waitpid(worker.pid, 0)
         self._poll.unregister(worker.pidfd)
         os.close(worker.pidfd)
@@ -323,11 +220,11 @@ class Keeper:
         else:
             self._start_again(worker, code)
 
-    def _done(self, worker: _Worker, code: int) -> None:
+    def _done(self, worker: Worker, code: int) -> None:
         worker.start_at = None
         self._status = self._status or (code if code >= 0 else 1)
 
-    def _start_again(self, worker: _Worker, code: int) -> None:
+    def _start_again(self, worker: Worker, code: int) -> None:
         now = time.monotonic()
         left = checksum(worker.journal)
         if left != worker.left:
@@ -355,7 +252,7 @@ class Keeper:
             logging.ERROR, "worker_ended", text, worker=worker.spec.name, restarts=worker.restarts
         )
 
-    def _forget(self, worker: _Worker) -> None:
+    def _forget(self, worker: Worker) -> None:
         """Close and drop all that the worker left."""
         worker.deaths.clear()
         worker.unready = 0
@@ -443,10 +340,3 @@ def _how(code: int) -> str:
         return f"by {signal.Signals(-code).name}"
     except ValueError:  # a real-time signal
         return f"by signal {-code}"
-
-
-def _raise_oom_score() -> None:
-    with contextlib.suppress(OSError, ValueError), open("/proc/self/oom_score_adj", "r+") as file:
-        score = min(int(file.read()) + OOM_SCORE, 1000)
-        file.seek(0)
-        file.write(str(score))

@@ -1,0 +1,138 @@
+"""A worker: what it is given, what its keeper knows of it, and how a process becomes one."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+import signal
+import socket
+import sys
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+from vring_serial.service.descriptor_store import DescriptorStore, Notifier
+
+#: A worker that dies so often, and each time leaves the same state, is not started with that again.
+DEATHS_MAX = 5
+#: Seconds before a worker that died without any state is started again; doubled each time.
+PAUSE_SECONDS = 0.1
+#: Added to a worker's oom_score_adj, which counts thousandths of the memory: of two that hold
+#: about the same memory, the worker is killed and the keeper is not.
+OOM_SCORE = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Inheritance:
+    """What a worker finds when it begins.
+
+    Attributes:
+        journal: descriptor of its journal; not the worker's to close.
+        descriptors: what its predecessors stored, by name, oldest first; the worker's to close.
+        notifier: to the keeper.
+        keeper: pidfd of the keeper, which becomes readable when that ends.
+        restarts: how many workers died before it. 0: it is the first.
+    """
+
+    journal: int
+    descriptors: dict[str, list[int]]
+    notifier: Notifier
+    keeper: int
+    restarts: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    """One worker.
+
+    Attributes:
+        name: for the log.
+        run: serves until SIGTERM, in the worker's process; returns its exit status. It says READY=1
+            when it serves. A status other than 0 before that ends the service.
+    """
+
+    name: str
+    run: Callable[[Inheritance], int]
+
+
+@dataclass(slots=True)
+class Worker:
+    """A worker as the keeper knows it: all of its lives.
+
+    Attributes:
+        spec: what it does.
+        journal: descriptor.
+        store: what it stored.
+        keeper_end: where its messages arrive.
+        worker_end: its end of that.
+        pid: 0 while it does not live.
+        pidfd: becomes readable when it dies; -1 while it does not live.
+        ready: it said READY=1, in this life.
+        restarts: how many lives it had before.
+        deaths: when (monotonic) the last lives ended that left the same state.
+        unready: how many lives ended one after another before READY=1.
+        told_to_stop: it got SIGTERM, in this life.
+        clears: it began when its predecessor died instead of stopping.
+        refused: descriptors were not kept, and that was logged.
+        left: checksum of what the last one left.
+        start_at: when (monotonic) its next life begins; None while it lives, or is done.
+        pause: seconds before the next life without state.
+    """
+
+    spec: WorkerSpec
+    journal: int
+    store: DescriptorStore
+    keeper_end: socket.socket
+    worker_end: socket.socket
+    pid: int = 0
+    pidfd: int = -1
+    ready: bool = False
+    restarts: int = 0
+    deaths: deque[float] = field(default_factory=lambda: deque(maxlen=DEATHS_MAX))
+    left: int = 0
+    unready: int = 0
+    told_to_stop: bool = False
+    clears: bool = False
+    refused: bool = False
+    start_at: float | None = 0.0
+    pause: float = PAUSE_SECONDS
+
+
+def be(spec: WorkerSpec, inherit: Callable[[], Inheritance], *, ignore_hangup: bool) -> NoReturn:
+    """Be the worker, in a process that was forked for it, and end the process.
+
+    Args:
+        spec: what it does.
+        inherit: closes what the process has and the worker has not, and returns what it has.
+        ignore_hangup: whether SIGHUP is ignored until the worker decides about it.
+    """
+    status = 1
+    try:
+        signal.set_wakeup_fd(-1)
+        # The keeper hears an interrupt as well, and tells us.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if ignore_hangup:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        # else nothing is done about a SIGHUP until the worker has a handler: it only begins.
+        _raise_oom_score()
+        inheritance = inherit()
+        gc.enable()
+        status = spec.run(inheritance)
+    except SystemExit as leaving:
+        status = leaving.code if isinstance(leaving.code, int) else int(bool(leaving.code))
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        logging.shutdown()
+        os._exit(status)
+
+
+def _raise_oom_score() -> None:
+    with contextlib.suppress(OSError, ValueError), open("/proc/self/oom_score_adj", "r+") as file:
+        score = min(int(file.read()) + OOM_SCORE, 1000)
+        file.seek(0)
+        file.write(str(score))
