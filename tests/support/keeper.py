@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import random
 import signal
@@ -104,10 +105,10 @@ class Kept:
         """Kill the worker, and wait until there is another one."""
         await self.replaced(self.kill_now(number))
 
-    async def kill_until_served(self) -> None:
+    async def kill_until_served(self, number: int = signal.SIGKILL) -> None:
         """Kill the worker, and wait until the next one serves."""
         served = self.log.count(SERVING)
-        self.kill_now()
+        self.kill_now(number)
         await self.logged(SERVING, served + 1)
 
     async def kill_until_anew(self) -> None:
@@ -120,15 +121,18 @@ class Kept:
 
     @asynccontextmanager
     async def dying(self, chance: random.Random, pause: float = 0.4) -> AsyncIterator[None]:
-        """Have workers killed at random moments while the block runs, ``pause`` apart at most."""
+        """Have workers killed at random moments while the block runs, ``pause`` apart at most.
+
+        Each second one has served before: five in a row that have not are given up.
+        """
         enough = asyncio.Event()
 
         async def go_on_killing() -> None:
-            while not enough.is_set():
+            for kill in itertools.cycle((self.kill_until_served, self.kill)):
                 with suppress(TimeoutError):
                     await asyncio.wait_for(enough.wait(), chance.random() * pause)
                     return
-                await self.kill(chance.choice(DEATHS))
+                await kill(chance.choice(DEATHS))
 
         killing = asyncio.create_task(go_on_killing())
         try:

@@ -11,6 +11,7 @@ import asyncio
 import base64
 import os
 import stat
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -119,6 +120,7 @@ class QemuMachine:
         self._process: asyncio.subprocess.Process | None = None
         self._qmp: QMPClient | None = None
         self._count = 0
+        self._lines: deque[bytes] = deque(maxlen=20)  # the last ones of the guest's and QEMU's
         self._lock = asyncio.Lock()
 
     async def start(self, timeout: float = 60) -> None:
@@ -235,8 +237,10 @@ class QemuMachine:
         assert self._process is not None
         assert self._process.stdout is not None
         line = await self._process.stdout.readline()
+        self._lines.append(line)
         if not line.endswith(b"\n"):
-            raise CommandError(f"QEMU ended\n{self._last_words()}{line.decode(errors='replace')}")
+            said = b"".join(self._lines).decode(errors="replace")
+            raise CommandError(f"QEMU ended\n{self._last_words()}\n{said}")
         return line
 
     def _last_words(self) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from tests.support.bench import MIB, Stream, hang_up
 from tests.support.exchange import Exchange, Payload, check, connections
 from tests.support.keeper import Kept, kept, socket_ports
 from tests.support.qemu_machine import QemuMachine
-from tests.support.qemu_ways import PORT_NAMES
+from tests.support.qemu_ways import PORT_NAMES, vfio_user_device
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -53,33 +54,72 @@ class KeptMachine:
         said = self.server.log.count("the driver accepted")
         while not boot.done():
             if self.server.log.count("the driver accepted") > said:
-                for _ in range(6):
-                    await asyncio.sleep(self.chance.random() * 0.05)
-                    await self.server.kill()
+                for _ in range(3):
+                    # Some die before they serve; five of them in a row would end the session.
+                    for kill in (self.server.kill, self.server.kill_until_served):
+                        await asyncio.sleep(self.chance.random() * 0.05)
+                        await kill()
                 break
             await asyncio.sleep(0.01)
         await boot
         await self.ports_are_there()
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["split", "packed"])
+@dataclass(frozen=True)
+class KeptWay:
+    """One way for QEMU to have the device.
+
+    Attributes:
+        protocol: what it is served over.
+        options: further ones of ``vring serve``.
+        append: words for the guest's kernel.
+    """
+
+    protocol: str
+    options: tuple[str, ...] = ()
+    append: str = ""
+
+    def device(self, path: Path) -> list[str]:
+        """QEMU's options for the device that is served at ``path``."""
+        if self.protocol == "vfio-user":
+            return vfio_user_device(path, addr="05.0")
+        words = (
+            "vhost-user-test-device-pci,chardev=vring,virtio-id=3,vq_size=128,config_size=12,"
+            "num_vqs=64,addr=05.0"
+        )
+        return ["-chardev", f"socket,id=vring,path={path}", "-device", words]
+
+    @property
+    def peer(self) -> str:
+        """What the log calls QEMU."""
+        return "frontend" if self.protocol == "vhost-user" else "client"
+
+
+WAYS = {
+    "vhost-user": KeptWay("vhost-user"),
+    "vhost-user-packed": KeptWay("vhost-user", ("--packed",)),
+    "vfio-user": KeptWay("vfio-user"),
+    "vfio-user-packed": KeptWay("vfio-user", ("--packed",)),
+    "vfio-user-intx": KeptWay("vfio-user", append="pci=nomsi"),
+}
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=WAYS)
 async def machine(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[KeptMachine]:
     directory: Path = tmp_path_factory.mktemp("kept")
-    options = ["--packed"] if request.param == "packed" else []
+    way = WAYS[request.param]
     async with AsyncExitStack() as stack:
-        server = await stack.enter_async_context(kept(directory, *socket_ports(PORTS), *options))
-        device = (
-            "vhost-user-test-device-pci,chardev=vring,virtio-id=3,vq_size=128,config_size=12,"
-            "num_vqs=64,addr=05.0"
+        server = await stack.enter_async_context(
+            kept(directory, *socket_ports(PORTS), *way.options, protocol=way.protocol)
         )
         payload = Payload(4 * MIB)
         guest = QemuMachine(
             directory,
-            ["-chardev", f"socket,id=vring,path={server.path}", "-device", device],
+            way.device(server.path),
             files={"payload": payload.data},
-            append="reboot=t",
+            append=f"reboot=t {way.append}",
         )
         stack.push_async_callback(guest.aclose)
         machine = KeptMachine(server, guest, payload)
@@ -88,8 +128,8 @@ async def machine(
         log = server.log
         assert "warning" not in log.lower()
         assert log.count("another one goes on") == server.kills
-        assert log.count("frontend connected") == 1
-        assert "frontend gone" not in log
+        assert log.count(f"{way.peer} connected") == 1
+        assert f"{way.peer} gone" not in log
         console = guest.log_path.read_text()
         assert "virtio" not in console, console
 
