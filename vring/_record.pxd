@@ -76,10 +76,9 @@ cdef extern from * nogil:
     }
 
     /* sendmmsg or recvmmsg of one message; its length, or -1 with errno. */
-    static inline ssize_t vr_recorded_call(
-        vr_record *record, int receive, int fd, const struct iovec *segments, size_t n, int flags
+    static inline ssize_t vr_recorded_message(
+        vr_record *record, int receive, int fd, struct msghdr message, int flags
     ) {
-        struct msghdr message = {.msg_iov = (struct iovec *)segments, .msg_iovlen = n};
         record->call.msg_hdr = message;
         record->call.msg_len = VR_UNSET;
         vr_in_order();
@@ -90,6 +89,41 @@ cdef extern from * nogil:
                             : syscall(SYS_sendmmsg, fd, &record->call, 1, flags);
         vr_in_order();
         return done == 1 ? (ssize_t)*(volatile unsigned *)&record->call.msg_len : -1;
+    }
+
+    static inline ssize_t vr_recorded_call(
+        vr_record *record, int receive, int fd, const struct iovec *segments, size_t n, int flags
+    ) {
+        struct msghdr message = {.msg_iov = (struct iovec *)segments, .msg_iovlen = n};
+        return vr_recorded_message(record, receive, fd, message, flags);
+    }
+
+    /* Descriptors beside a message, as the kernel takes them: at most VR_FDS_MAX (SCM_MAX_FD). */
+    enum { VR_FDS_MAX = 253 };
+    typedef union {
+        struct cmsghdr head;
+        char bytes[CMSG_SPACE(VR_FDS_MAX * sizeof(int))];
+    } vr_rights;
+
+    /* The same with descriptors beside the bytes, which are sent. */
+    static inline ssize_t vr_recorded_rights(
+        vr_record *record, int fd, const struct iovec *segment, vr_rights *rights, size_t n,
+        int flags
+    ) {
+        rights->head.cmsg_len = CMSG_LEN(n * sizeof(int));
+        rights->head.cmsg_level = SOL_SOCKET;
+        rights->head.cmsg_type = SCM_RIGHTS;
+        struct msghdr message = {
+            .msg_iov = (struct iovec *)segment,
+            .msg_iovlen = 1,
+            .msg_control = rights->bytes,
+            .msg_controllen = CMSG_SPACE(n * sizeof(int)),
+        };
+        return vr_recorded_message(record, 0, fd, message, flags);
+    }
+
+    static inline int *vr_rights_fds(vr_rights *rights) {
+        return (int *)CMSG_DATA(&rights->head);
     }
 
     /* A copy of what is recorded, each number read once: a peer may write to it meanwhile. */
@@ -121,6 +155,14 @@ cdef extern from * nogil:
     uint64_t vr_recorded_bytes(const vr_record* record)
     ssize_t vr_recorded_call(
         vr_record* record, int receive, int fd, const iovec* segments, size_t n, int flags
+    )
+    enum:
+        VR_FDS_MAX
+    ctypedef struct vr_rights:
+        pass
+    int* vr_rights_fds(vr_rights* rights)
+    ssize_t vr_recorded_rights(
+        vr_record* record, int fd, const iovec* segment, vr_rights* rights, size_t n, int flags
     )
 
 cdef inline void vr_set_record(vr_record* record, uint64_t position, uint64_t left) noexcept nogil:

@@ -10,7 +10,8 @@ from libc.stdint cimport uint8_t, uint64_t
 
 from vring._linux cimport MSG_DONTWAIT, MSG_NOSIGNAL, errno
 from vring._record cimport (
-    VR_BOOKED, vr_record, vr_recorded_bytes, vr_recorded_call, vr_set_record
+    VR_BOOKED, VR_FDS_MAX, vr_record, vr_recorded_bytes, vr_recorded_call, vr_recorded_rights,
+    vr_rights, vr_rights_fds, vr_set_record
 )
 from vring._wire cimport iovec
 
@@ -33,14 +34,20 @@ cdef uint64_t number_of(const vr_record* record) noexcept nogil:
 
 
 cdef Py_ssize_t recorded_call(
-    int fd, const uint8_t* data, size_t size, vr_record* record, bint receive
+    int fd, const uint8_t* data, size_t size, vr_record* record, bint receive,
+    vr_rights* rights=NULL, size_t n_fds=0
 ) except -1:
     cdef iovec segment = iovec(iov_base=<void*>data, iov_len=size)
     cdef ssize_t moved
     cdef int error
     with nogil:
         vr_set_record(record, number_of(record), length_of(record))
-        moved = vr_recorded_call(record, receive, fd, &segment, 1, MSG_DONTWAIT | MSG_NOSIGNAL)
+        if n_fds:
+            moved = vr_recorded_rights(
+                record, fd, &segment, rights, n_fds, MSG_DONTWAIT | MSG_NOSIGNAL
+            )
+        else:
+            moved = vr_recorded_call(record, receive, fd, &segment, 1, MSG_DONTWAIT | MSG_NOSIGNAL)
         error = errno
         vr_set_record(record, number_of(record), length_of(record))
     if moved < 0:
@@ -48,14 +55,17 @@ cdef Py_ssize_t recorded_call(
     return moved
 
 
-def send_recorded(int fd, const uint8_t[::1] data not None, uint8_t[::1] record not None):
-    """Send as much of `data` as fits; never waits.
+def send_recorded(
+    int fd, const uint8_t[::1] data not None, uint8_t[::1] record not None, fds=()
+):
+    """Send as much of `data` as fits, with descriptors beside its first byte; never waits.
 
     Args:
         fd: a connected socket, the caller's.
         data: 1 byte or more.
         record: RECORD_SIZE bytes, aligned to 8, of memory that outlives this process; gets the
             bytes sent added.
+        fds: at most 253 descriptors; they stay the caller's, and go as soon as a byte goes.
 
     Returns:
         Bytes sent.
@@ -63,9 +73,16 @@ def send_recorded(int fd, const uint8_t[::1] data not None, uint8_t[::1] record 
     Raises:
         BlockingIOError: there is no room.
         OSError: the connection is broken.
-        LocalMisuseError: `record` cannot be one.
+        LocalMisuseError: `record` cannot be one, or there are too many descriptors.
     """
-    return recorded_call(fd, &data[0], data.shape[0], record_of(record), False)
+    cdef vr_rights rights
+    cdef size_t n = 0
+    for beside in fds:
+        if n == VR_FDS_MAX:
+            raise LocalMisuseError(f"more than {VR_FDS_MAX} descriptors beside one message")
+        vr_rights_fds(&rights)[n] = beside
+        n += 1
+    return recorded_call(fd, &data[0], data.shape[0], record_of(record), False, &rights, n)
 
 
 def receive_recorded(int fd, uint8_t[::1] data not None, uint8_t[::1] record not None):

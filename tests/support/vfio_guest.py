@@ -81,7 +81,7 @@ class VfioGuest:
         self._twin: socket.socket | None = None
         self._twin_parser = VfioUserParser()
         self._fds: list[int] = []  # of ours, and such as came with answers
-        self._number = self._answered = 0
+        self._number = 0
         self._ram = GuestRam(64 << 20)
         self._queues: dict[int, DriverQueue] = {}
         self._console: ConsoleDriver | None = None
@@ -256,24 +256,11 @@ class VfioGuest:
                 self._receive(self._sock, self._parser)
             if not message.is_reply:
                 self._serve(self._sock, message)
-            elif not self._is_repeated(message):
+            else:
                 assert message.message_id == self._number, "an answer to something else"
                 self._fds += message.fds
-                self._answered = self._number
                 self._loop.call_soon(self._serve_all, self._sock, self._parser)  # what came with it
                 return message
-
-    def _is_repeated(self, message: Message) -> bool:
-        """Whether it is the last answer once more: of a server that died just after it.
-
-        That is so of answers with descriptors alone.
-        """
-        repeated = message.message_id == self._answered and message.command in (
-            Command.VERSION,
-            Command.DEVICE_GET_REGION_IO_FDS,
-        )
-        unix_fds.close_all(message.fds if repeated else ())
-        return repeated
 
     def _receive(self, sock: socket.socket, parser: VfioUserParser) -> None:
         received = unix_fds.receive(sock, 1 << 16, 253)
@@ -292,10 +279,8 @@ class VfioGuest:
 
     def _serve_all(self, sock: socket.socket, parser: VfioUserParser) -> None:
         while sock.fileno() >= 0 and (message := parser.next_message()) is not None:
-            if not message.is_reply:
-                self._serve(sock, message)
-            else:
-                assert self._is_repeated(message), "an answer to nothing"
+            assert not message.is_reply, "an answer to nothing"
+            self._serve(sock, message)
 
     def _serve(self, sock: socket.socket, message: Message) -> None:
         asked = message.decode()

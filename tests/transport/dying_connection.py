@@ -1,8 +1,8 @@
 """A connection whose process dies at every line in turn: run by a test as a process of its own.
 
-Messages have 8 bytes, the second half of which is the length of the answer. This process keeps
-the socket and the journal; it writes all messages, and reads the answers. Prints how many lines
-there were to die at.
+Messages have 8 bytes, the second half of which is the length of the answer; answers of BESIDE bytes
+have descriptors beside them. This process keeps the socket and the journal; it writes all messages,
+and reads the answers. Prints how many lines there were to die at.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from vring_serial.transport.repeatable import AREA_SIZE, Handled, RepeatableConn
 from vring_serial.unix_fds import Received
 
 #: Two are the same and have no answer, one has an answer that is more than fits.
-LENGTHS = [0, 0, 250_000]
+BESIDE = 300
+LENGTHS = [0, 0, BESIDE, 250_000]
 STATE = struct.Struct("<QQQ")
 TRACED = {connection.__file__, repeatable.__file__}
 
@@ -37,6 +38,11 @@ def message(length: int) -> bytes:
 def answer(count: int, length: int) -> bytes:
     """The answer to the message of this number."""
     return bytes((count * 31 + i) & 0xFF for i in range(256)) * (length // 256 + 1)
+
+
+def fds_beside(length: int) -> list[int]:
+    """Descriptors that go with an answer of that length."""
+    return [os.dup(2) for _ in range(2 if length == BESIDE else 0)]
 
 
 def die_at(line: int) -> None:
@@ -65,7 +71,7 @@ async def serve(sock: socket.socket, journal: Journal) -> None:
         unix_fds.close_all(got.fds)
         length = int.from_bytes(got.data[4:], "little")
         count += 1
-        conn.send(answer(count, length)[:length])
+        conn.send(answer(count, length)[:length], fds_beside(length))
         return False
 
     def record(handled: Handled) -> None:
@@ -79,6 +85,7 @@ async def serve(sock: socket.socket, journal: Journal) -> None:
         needs_fds=lambda _: False,
         record=record,
         handled=Handled(number, said, answered),
+        handled_fds=fds_beside(len(answered)),
         area=journal.area("connection", AREA_SIZE),
         read_size=4096,
         max_fds=4,
@@ -115,6 +122,7 @@ def check(line: int) -> bool:
         unix_fds.send(theirs, message(length), [writer] if i % 2 else [])
     wanted = b"".join(answer(i + 1, n)[:n] for i, n in enumerate(LENGTHS))
     got = b""
+    beside = 0
     died = False
     pid = start(ours, journal, line)
     pidfd = os.pidfd_open(pid)
@@ -130,9 +138,11 @@ def check(line: int) -> bool:
                 pid = start(ours, journal, 0)
                 pidfd = os.pidfd_open(pid)
         else:
-            data = theirs.recv(1 << 16)
-            assert data, "the connection was closed"
-            got += data
+            received = unix_fds.receive(theirs, 1 << 16, 9)
+            assert received.data, "the connection was closed"
+            got += received.data
+            beside += len(received.fds)
+            unix_fds.close_all(received.fds)
             if len(got) >= len(wanted):
                 theirs.shutdown(socket.SHUT_WR)  # it ends as soon as all is handled
     ours.close()
@@ -140,6 +150,7 @@ def check(line: int) -> bool:
         got += data
     assert len(got) == len(wanted), f"{line}: {len(got)} of {len(wanted)} bytes"
     assert got == wanted, line
+    assert beside == 2, f"{line}: {beside} descriptors"
     theirs.close()
     for fd in (journal, reader, writer):
         os.close(fd)

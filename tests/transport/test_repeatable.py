@@ -141,6 +141,23 @@ def test_calls_add_their_lengths() -> None:
     assert recorded(record) == (9, length)
 
 
+def test_descriptors_go_with_a_recorded_byte() -> None:
+    record = make_record()
+    sender, receiver = socket.socketpair()
+    with sender, receiver:
+        assert send_recorded(sender.fileno(), b"12", record, [0] * 253) == 2
+        received = unix_fds.receive(receiver, 9, 253)
+        assert (received.data, len(received.fds)) == (b"12", 253)
+        unix_fds.close_all(received.fds)
+        with pytest.raises(LocalMisuseError, match="more than 253"):
+            send_recorded(sender.fileno(), b"12", record, [0] * 254)
+        with pytest.raises(OSError, match="sendmmsg"):
+            send_recorded(sender.fileno(), b"12", record, [-1])
+        assert recorded(record) == (0, 2)
+        with pytest.raises(BlockingIOError):
+            receiver.recv(1, socket.MSG_DONTWAIT)
+
+
 def test_what_cannot_be_a_record_is_refused() -> None:
     with pytest.raises(LocalMisuseError):
         recorded(bytearray(RECORD_SIZE - 1))

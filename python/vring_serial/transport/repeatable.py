@@ -168,12 +168,7 @@ class RepeatableConnection(Connection):
         self._begin()
 
     def _send_some(self, data: bytes, fds: Sequence[int]) -> int:
-        if fds:
-            sent = unix_fds.send(self._sock, data, fds)
-            number, length = recorded(self._sending)
-            set_record(self._sending, number, length + sent)
-            return sent
-        return send_recorded(self._sock.fileno(), data, self._sending) if data else 0
+        return send_recorded(self._sock.fileno(), data, self._sending, fds) if data else 0
 
     def _may_read(self) -> bool:
         return not self._message
