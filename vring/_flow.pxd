@@ -3,6 +3,7 @@
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
+from vring._descriptor cimport vr_fd
 from vring._sampler cimport vr_sampler
 from vring._segments cimport vr_backlog
 from vring._walk cimport vr_chain
@@ -13,13 +14,6 @@ cdef extern from *:
     #define VR_THROTTLED (UINT64_C(1) << 63)
     """
     const uint64_t VR_THROTTLED
-
-cdef enum vr_fd_kind:
-    FD_NONE                     # -1: bytes go nowhere
-    FD_SOCKET
-    FD_PIPE
-    FD_TTY
-    FD_OTHER                    # files, /dev/null, eventfds
 
 cdef enum:
     # what comes after a turn
@@ -33,12 +27,6 @@ cdef enum:
     NEWS_EOF = 2
     NEWS_ERROR = 4
     NEWS_BROKEN = 8
-
-cdef struct vr_fd:
-    int number
-    int kind                    # of vr_fd_kind
-    bint blocking               # the description lacks O_NONBLOCK
-    bint pollable               # epoll takes it; if not, it is always ready
 
 cdef struct vr_counters:
     # written by the pump's thread alone, with vr_count

@@ -14,13 +14,11 @@ from libc.stdint cimport uint16_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 
 from vring._core cimport VR_TOO_SMALL, VirtQueue
+from vring._descriptor cimport FD_NONE, FD_OTHER, FD_SOCKET, get, put, unread
 from vring._guard cimport guard_probe
-from vring._linux cimport (
-    EAGAIN, EFAULT, EINTR, EIO, EPIPE, FIONREAD, IOV_MAX, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK,
-    errno, ioctl, msghdr, readv, recv, recvmsg, sendmsg, vr_count, vr_note, vr_now, writev
-)
+from vring._linux cimport EAGAIN, EFAULT, EPIPE, IOV_MAX, vr_count, vr_note, vr_now
 from vring._notify cimport notify_any
-from vring._record cimport vr_record, vr_recorded_call, vr_set_record
+from vring._record cimport vr_record, vr_set_record
 from vring._sampler cimport sampler_call_waits, sampler_goes_on
 from vring._segments cimport (
     backlog_add, backlog_cut, backlog_drop, backlog_segments, strip_copy, strip_cut, strip_mend,
@@ -97,61 +95,7 @@ cdef uint64_t gather(
     return total
 
 
-# --- system calls; a negative answer is -errno
-
-cdef ssize_t put(
-    const vr_fd* fd, const vr_strip* strip, uint64_t total, vr_record* record
-) noexcept nogil:
-    cdef msghdr message
-    cdef ssize_t done
-    if fd.kind == FD_NONE:
-        return total
-    while True:
-        if fd.kind == FD_SOCKET and record != NULL:
-            # A peer may write to the record: whatever it says now is within what was asked.
-            done = min(<ssize_t>total, vr_recorded_call(
-                record, False, fd.number, strip.at, strip.n, MSG_DONTWAIT | MSG_NOSIGNAL
-            ))
-        elif fd.kind == FD_SOCKET:
-            message = msghdr(msg_iov=strip.at, msg_iovlen=strip.n)
-            done = sendmsg(fd.number, &message, MSG_DONTWAIT | MSG_NOSIGNAL)
-        else:
-            done = writev(fd.number, strip.at, strip.n)
-        if done >= 0:
-            return done
-        if errno != EINTR:
-            return -errno
-
-
-cdef ssize_t get(const vr_fd* fd, const vr_strip* strip, vr_record* record) noexcept nogil:
-    cdef msghdr message
-    cdef ssize_t done
-    while True:
-        if fd.kind == FD_SOCKET and record != NULL:
-            done = vr_recorded_call(record, True, fd.number, strip.at, strip.n, MSG_DONTWAIT)
-        elif fd.kind == FD_SOCKET:
-            message = msghdr(msg_iov=strip.at, msg_iovlen=strip.n)
-            done = recvmsg(fd.number, &message, MSG_DONTWAIT)
-        else:
-            done = readv(fd.number, strip.at, strip.n)
-        if done >= 0:
-            return done
-        if errno == EIO and fd.kind == FD_TTY:
-            return 0            # how a terminal says that its other end is closed
-        if errno != EINTR:
-            return -errno
-
-
-cdef ssize_t unread(const vr_fd* fd) noexcept nogil:
-    """Return more than 0 if there are bytes to read, 0 at end of file, else -errno."""
-    cdef uint8_t byte
-    cdef ssize_t n
-    cdef int waiting = 0
-    if fd.kind == FD_SOCKET:
-        n = recv(fd.number, &byte, 1, MSG_PEEK | MSG_DONTWAIT)
-        return n if n >= 0 else -errno
-    return waiting if ioctl(fd.number, FIONREAD, &waiting) == 0 else -errno
-
+# --- what both directions share
 
 cdef void call_driver(vr_flow* flow) noexcept nogil:
     """Write 8 bytes to the call descriptor, if a call is due."""
@@ -164,8 +108,6 @@ cdef void call_driver(vr_flow* flow) noexcept nogil:
         FD_SOCKET if notify_any(flow.call.number, flow.call.kind == FD_SOCKET) else FD_OTHER
     )
 
-
-# --- what both directions share
 
 cdef void flow_stop(vr_flow* flow, uint32_t news, int error) noexcept nogil:
     """End the flow's turns and report `news` to its owner."""

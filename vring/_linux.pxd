@@ -26,16 +26,29 @@ cdef extern from "<sys/uio.h>" nogil:
     ssize_t writev(int fd, const iovec* segments, int n)
 
 cdef extern from "<sys/socket.h>" nogil:
-    struct msghdr:
-        iovec* msg_iov
-        size_t msg_iovlen
     enum:
         MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, SOL_SOCKET, SO_TYPE, SOCK_STREAM
-    ssize_t sendmsg(int fd, const msghdr* message, int flags)
-    ssize_t recvmsg(int fd, msghdr* message, int flags)
     ssize_t send(int fd, const void* buffer, size_t n, int flags)
     ssize_t recv(int fd, void* buffer, size_t n, int flags)
     int getsockopt(int fd, int level, int name, void* value, uint32_t* size)
+
+cdef extern from * nogil:
+    """
+    #include <sys/socket.h>
+
+    /* sendmsg and recvmsg of segments alone. In C, since Cython's constructor of a struct leaves
+       the fields that it is not given as they were, and the kernel uses all of them. */
+    static inline ssize_t vr_send(int fd, const struct iovec *segments, size_t n, int flags) {
+        struct msghdr message = {.msg_iov = (struct iovec *)segments, .msg_iovlen = n};
+        return sendmsg(fd, &message, flags);
+    }
+    static inline ssize_t vr_receive(int fd, const struct iovec *segments, size_t n, int flags) {
+        struct msghdr message = {.msg_iov = (struct iovec *)segments, .msg_iovlen = n};
+        return recvmsg(fd, &message, flags);
+    }
+    """
+    ssize_t vr_send(int fd, const iovec* segments, size_t n, int flags)
+    ssize_t vr_receive(int fd, const iovec* segments, size_t n, int flags)
 
 cdef extern from "<sys/ioctl.h>" nogil:
     enum:

@@ -14,10 +14,8 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 
 from vring._core cimport VirtQueue
-from vring._flow cimport (
-    FD_NONE, FD_OTHER, FD_PIPE, FD_SOCKET, FD_TTY, NEWS_EOF, NEWS_ERROR, NEWS_OVERFLOW,
-    VR_THROTTLED, vr_counters, vr_fd
-)
+from vring._descriptor cimport FD_NONE, FD_OTHER, FD_PIPE, FD_SOCKET, FD_TTY, vr_fd
+from vring._flow cimport NEWS_EOF, NEWS_ERROR, NEWS_OVERFLOW, VR_THROTTLED, vr_counters
 from vring._linux cimport (
     F_GETFL, O_NONBLOCK, S_IFCHR, S_IFIFO, S_IFMT, S_IFSOCK, SO_TYPE, SOCK_STREAM, SOL_SOCKET,
     errno, fcntl, fstat, getpid, getsockopt, isatty, read, stat_t, vr_counted, vr_now, write

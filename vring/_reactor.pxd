@@ -1,9 +1,10 @@
-# The pump's thread: who is watched, whose turn it is, and what its owners ask and are told.
+# The pump's thread: whose turn it is, and what its owners ask and are told.
 
 from libc.stdint cimport uint32_t, uint64_t
 
 from vring._flow cimport vr_flow, vr_tables
 from vring._linux cimport pthread_cond_t, pthread_mutex_t, pthread_t
+from vring._watches cimport vr_user, vr_watches
 
 cdef enum:
     COMMAND_ATTACH
@@ -13,22 +14,6 @@ cdef enum:
     REACTOR_BLOCKING = -1
     # the flow was detached, or the thread told to end, before it was attached
     REACTOR_ENDED = -2
-
-cdef struct vr_watch:
-    # one descriptor in epoll, for all its users: a socket may be read and written by two flows,
-    # and queues may share a kick descriptor
-    int fd                      # its owner's number
-    int own                     # a duplicate, whatever becomes of that
-    uint32_t events             # registered
-    bint pollable
-    vr_user* users
-
-cdef struct vr_user:
-    vr_watch* watch             # NULL: not watching
-    vr_user* next
-    vr_seat* seat
-    uint32_t events             # of interest
-    bint is_kick
 
 cdef struct vr_seat:
     # a flow and its place in the reactor; the owner's memory, the thread's while attached
@@ -59,7 +44,6 @@ cdef struct vr_command:
     vr_command* next
 
 cdef struct vr_reactor:
-    int epoll_fd
     int wake_fd                 # eventfd: commands wait
     int event_fd                # eventfd: news waits
     pthread_t thread
@@ -78,8 +62,7 @@ cdef struct vr_reactor:
     vr_line now
     vr_line later               # those whose turn comes at later_at
     uint64_t later_at           # ns
-    vr_watch** watches          # by their owners' numbers; those that were reused meanwhile are not
-    uint32_t watches_size
+    vr_watches watches
     vr_tables tables
     uint64_t busy_ns
     uint64_t busy_until

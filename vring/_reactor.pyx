@@ -1,4 +1,4 @@
-"""The pump's thread with its epoll: it watches descriptors, schedules flows and takes commands.
+"""The pump's thread: it waits for descriptors (`_watches`), schedules flows and takes commands.
 
 Every descriptor is edge-triggered and the flow keeps its state, so a peer that left causes no busy
 loop, a throttled flow costs nothing and a kick needs no reading. Commands are taken between turns,
@@ -8,154 +8,29 @@ never while events are being processed, so the object that an event points to ex
 from __future__ import annotations
 
 from libc.stdint cimport uint8_t
-from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memset
 
 from vring._core cimport VirtQueue
-from vring._flow cimport (
-    FD_PIPE, FD_SOCKET, TURN_LATER, TURN_MORE, flow_finish, flow_turn, tables_free, tables_init,
-    vr_fd
-)
+from vring._descriptor cimport FD_PIPE, FD_SOCKET
+from vring._flow cimport TURN_LATER, TURN_MORE, flow_finish, flow_turn, tables_free, tables_init
 from vring._linux cimport (
-    EFD_CLOEXEC, EFD_NONBLOCK, ENOMEM, EPERM, EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT,
-    EPOLLRDHUP, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, F_DUPFD_CLOEXEC,
-    MSG_DONTWAIT, POLLIN, PR_SET_TIMERSLACK, SIGBUS, SIGFPE, SIGILL, SIGSEGV, SIGSYS, SIG_SETMASK,
-    S_IFMT, S_IFREG, close, epoll_create1, epoll_ctl, epoll_event, epoll_wait, errno, eventfd,
-    fcntl, fstat, pollfd, ppoll, prctl, pthread_cond_broadcast, pthread_cond_destroy,
-    pthread_cond_init, pthread_cond_wait, pthread_create, pthread_join, pthread_mutex_destroy,
-    pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, pthread_setname_np,
-    pthread_sigmask, read, recv, sigdelset, sigfillset, sigset_t, stat_t, timespec, vr_count,
-    vr_get_flag, vr_now, vr_same_file, vr_set_flag, write
+    EFD_CLOEXEC, EFD_NONBLOCK, ENOMEM, EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP,
+    EPOLL_CTL_ADD, MSG_DONTWAIT, POLLIN, PR_SET_TIMERSLACK, SIGBUS, SIGFPE, SIGILL, SIGSEGV,
+    SIGSYS, SIG_SETMASK, close, epoll_ctl, epoll_event, epoll_wait, errno, eventfd, pollfd, ppoll,
+    prctl, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_init, pthread_cond_wait,
+    pthread_create, pthread_join, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
+    pthread_mutex_unlock, pthread_setname_np, pthread_sigmask, read, recv, sigdelset, sigfillset,
+    sigset_t, timespec, vr_count, vr_get_flag, vr_now, vr_set_flag, write
 )
 from vring._sampler cimport SAMPLE_NS
+from vring._watches cimport (
+    start_watching, unwatch, vr_watch, watch_update, watches_abandon, watches_end, watches_start
+)
 
 cdef enum:
     EVENTS = 64                 # taken from epoll at once
 
 cdef uint64_t ONE = 1
-
-
-# --- watches
-
-cdef int watch_update(vr_reactor* reactor, vr_watch* watch, bint anew) noexcept nogil:
-    """Register the events that the users want, if they changed; return 0 or errno.
-
-    `anew`: register in any case, to get an event with the current state.
-    """
-    cdef epoll_event event
-    cdef vr_user* user = watch.users
-    cdef uint32_t events = EPOLLET
-    cdef int operation = EPOLL_CTL_MOD if watch.events else EPOLL_CTL_ADD
-    while user != NULL:
-        events |= user.events
-        user = user.next
-    if not watch.pollable or (events == watch.events and not anew):
-        return 0
-    event.events = events
-    event.data.ptr = watch
-    if epoll_ctl(reactor.epoll_fd, operation, watch.own, &event):
-        if errno != EPERM:
-            return errno
-        watch.pollable = False      # a regular file or the like, which is always ready
-    watch.events = events
-    return 0
-
-
-cdef int watch_of(vr_reactor* reactor, int fd, vr_watch** found) noexcept nogil:
-    """Find or make the watch of a descriptor; return 0 or errno.
-
-    A watch has a duplicate that nobody else can close: otherwise epoll would keep reporting a file
-    whose number was closed or reused, as long as any process has the file open.
-    """
-    cdef uint32_t size = reactor.watches_size
-    cdef vr_watch** bigger
-    cdef vr_watch* watch
-    cdef int error
-    if <uint32_t>fd >= size:
-        while <uint32_t>fd >= size:
-            size *= 2
-        bigger = <vr_watch**>realloc(reactor.watches, size * sizeof(vr_watch*))
-        if bigger == NULL:
-            return ENOMEM
-        memset(bigger + reactor.watches_size, 0,
-               (size - reactor.watches_size) * sizeof(vr_watch*))
-        reactor.watches = bigger
-        reactor.watches_size = size
-    watch = reactor.watches[fd]
-    if watch != NULL and vr_same_file(watch.own, fd):
-        found[0] = watch
-        return 0
-    watch = <vr_watch*>calloc(1, sizeof(vr_watch))
-    if watch == NULL:
-        return ENOMEM
-    watch.fd = fd
-    watch.own = fcntl(fd, F_DUPFD_CLOEXEC, 0)
-    watch.pollable = True
-    if watch.own < 0:
-        error = errno
-        free(watch)
-        return error
-    found[0] = reactor.watches[fd] = watch
-    return 0
-
-
-cdef vr_fd* descriptor_of(vr_user* user) noexcept nogil:
-    return &user.seat.flow.kick if user.is_kick else &user.seat.flow.data
-
-
-cdef void unwatch(vr_reactor* reactor, vr_user* user) noexcept nogil:
-    """End a user's interest. Not to be called while events are being processed."""
-    cdef vr_watch* watch = user.watch
-    cdef vr_user** link
-    if watch == NULL:
-        return
-    user.watch = NULL
-    descriptor_of(user).number = -1
-    link = &watch.users
-    while link[0] != user:
-        link = &link[0].next
-    link[0] = user.next
-    if watch.users != NULL:
-        watch_update(reactor, watch, False)
-        return
-    if reactor.watches[watch.fd] == watch:
-        reactor.watches[watch.fd] = NULL
-    if watch.pollable and watch.events:
-        epoll_ctl(reactor.epoll_fd, EPOLL_CTL_DEL, watch.own, NULL)
-    close(watch.own)
-    free(watch)
-
-
-cdef int start_watching(
-    vr_reactor* reactor, vr_user* user, vr_seat* seat, uint32_t events
-) noexcept nogil:
-    """Watch a user's descriptor; return 0 or errno. -1 is never ready and not watched.
-
-    A file is not watched either: it is always ready, and closing a duplicate may wait for its disk.
-    """
-    cdef vr_fd* fd
-    cdef stat_t status
-    cdef int error
-    user.watch = NULL
-    user.seat = seat
-    user.events = events
-    fd = descriptor_of(user)
-    if fd.number < 0:
-        return 0
-    if fstat(fd.number, &status):
-        return errno
-    if status.st_mode & S_IFMT == S_IFREG:
-        return 0
-    error = watch_of(reactor, fd.number, &user.watch)
-    if error:
-        return error
-    fd.number = user.watch.own
-    user.next = user.watch.users
-    user.watch.users = user
-    error = watch_update(reactor, user.watch, False)
-    if error:
-        unwatch(reactor, user)
-    return error
 
 
 # --- whose turn it is
@@ -265,15 +140,15 @@ cdef void after_turn(vr_reactor* reactor, vr_seat* seat) noexcept nogil:
     if seat.flow.news:
         post(reactor, seat)
     if seat.flow.stopped:
-        unwatch(reactor, &seat.kick)
+        unwatch(&reactor.watches, &seat.kick)
     if seat.flow.stopped or seat.flow.failed:
-        unwatch(reactor, &seat.data)
+        unwatch(&reactor.watches, &seat.data)
     elif not seat.flow.incoming and not seat.flow.ready and (
         seat.flow.doubtful or not seat.data.events
     ):
         seat.data.events = EPOLLOUT
         if seat.data.watch != NULL:
-            watch_update(reactor, seat.data.watch, seat.flow.doubtful)
+            watch_update(&reactor.watches, seat.data.watch, seat.flow.doubtful)
         seat.flow.doubtful = False
 
 
@@ -336,19 +211,21 @@ cdef void may_write(vr_reactor* reactor, vr_seat* seat, uint32_t events) noexcep
     elif seat.data.events:
         # No flow waits for room any more. Disarming only now saves a system call each time.
         seat.data.events = 0
-        watch_update(reactor, seat.data.watch, False)
+        watch_update(&reactor.watches, seat.data.watch, False)
 
 
 cdef void look_at(vr_reactor* reactor, vr_watch* watch, uint32_t events) noexcept nogil:
     cdef vr_user* user = watch.users
+    cdef vr_seat* seat
     while user != NULL:
-        if not user.seat.flow.stopped:
+        seat = <vr_seat*>user.owner
+        if not seat.flow.stopped:
             if user.is_kick:
-                kicked(reactor, user.seat, events)
-            elif user.seat.flow.incoming:
-                may_read(reactor, user.seat, events)
+                kicked(reactor, seat, events)
+            elif seat.flow.incoming:
+                may_read(reactor, seat, events)
             else:
-                may_write(reactor, user.seat, events)
+                may_write(reactor, seat, events)
         user = user.next
 
 
@@ -360,11 +237,12 @@ cdef int attach(vr_reactor* reactor, vr_seat* seat) noexcept nogil:
     cdef int error
     if seat.detached:
         return REACTOR_ENDED
+    seat.kick.owner = seat.data.owner = seat
     seat.kick.is_kick = True
-    error = start_watching(reactor, &seat.kick, seat, EPOLLIN)
+    error = start_watching(&reactor.watches, &seat.kick, &seat.flow.kick, EPOLLIN)
     if error:
         return error
-    error = start_watching(reactor, &seat.data, seat, events)
+    error = start_watching(&reactor.watches, &seat.data, &seat.flow.data, events)
     if error == 0 and seat.data.watch != NULL:
         seat.flow.data.pollable = seat.data.watch.pollable
         if seat.flow.data.pollable and seat.flow.data.blocking and (
@@ -372,8 +250,8 @@ cdef int attach(vr_reactor* reactor, vr_seat* seat) noexcept nogil:
         ):
             error = REACTOR_BLOCKING
     if error:
-        unwatch(reactor, &seat.data)
-        unwatch(reactor, &seat.kick)
+        unwatch(&reactor.watches, &seat.data)
+        unwatch(&reactor.watches, &seat.kick)
         return error
     seat.attached = True
     seat.flow.ready = True
@@ -390,8 +268,8 @@ cdef void detach(vr_reactor* reactor, vr_seat* seat) noexcept nogil:
         return
     seat.attached = False
     leave_line(seat)
-    unwatch(reactor, &seat.kick)
-    unwatch(reactor, &seat.data)
+    unwatch(&reactor.watches, &seat.kick)
+    unwatch(&reactor.watches, &seat.data)
     unpost(reactor, seat)
     flow_finish(&seat.flow, &reactor.tables)
 
@@ -465,10 +343,10 @@ cdef int wait(vr_reactor* reactor, epoll_event* events) noexcept nogil:
         now = vr_now()
         if now < reactor.later_at:
             left = timespec(tv_sec=0, tv_nsec=reactor.later_at - now)
-            some = pollfd(fd=reactor.epoll_fd, events=POLLIN, revents=0)
+            some = pollfd(fd=reactor.watches.epoll_fd, events=POLLIN, revents=0)
             ppoll(&some, 1, &left, NULL)    # epoll_wait's milliseconds are too long
         awake = True
-    return epoll_wait(reactor.epoll_fd, events, EVENTS, 0 if awake else -1)
+    return epoll_wait(reactor.watches.epoll_fd, events, EVENTS, 0 if awake else -1)
 
 
 cdef void* reactor_main(void* argument) noexcept nogil:
@@ -511,9 +389,9 @@ cdef int launch(vr_reactor* reactor) noexcept nogil:
 
 cdef int open_descriptors(vr_reactor* reactor) noexcept nogil:
     cdef epoll_event event
-    reactor.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
-    if reactor.epoll_fd < 0:
-        return errno
+    cdef int error = watches_start(&reactor.watches)
+    if error:
+        return error
     reactor.wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
     if reactor.wake_fd < 0:
         return errno
@@ -522,7 +400,8 @@ cdef int open_descriptors(vr_reactor* reactor) noexcept nogil:
         return errno
     event.events = EPOLLIN
     event.data.ptr = NULL
-    return errno if epoll_ctl(reactor.epoll_fd, EPOLL_CTL_ADD, reactor.wake_fd, &event) else 0
+    error = epoll_ctl(reactor.watches.epoll_fd, EPOLL_CTL_ADD, reactor.wake_fd, &event)
+    return errno if error else 0
 
 
 cdef void close_descriptor(int* fd) noexcept nogil:
@@ -532,12 +411,10 @@ cdef void close_descriptor(int* fd) noexcept nogil:
 
 
 cdef void close_descriptors(vr_reactor* reactor) noexcept nogil:
-    close_descriptor(&reactor.epoll_fd)
+    watches_end(&reactor.watches)
     close_descriptor(&reactor.wake_fd)
     close_descriptor(&reactor.event_fd)
     tables_free(&reactor.tables)
-    free(reactor.watches)
-    reactor.watches = NULL
 
 
 cdef void release(vr_reactor* reactor) noexcept nogil:
@@ -549,14 +426,12 @@ cdef void release(vr_reactor* reactor) noexcept nogil:
 cdef int reactor_start(vr_reactor* reactor, uint64_t busy_ns) noexcept nogil:
     cdef int error
     memset(reactor, 0, sizeof(vr_reactor))
-    reactor.epoll_fd = reactor.wake_fd = reactor.event_fd = -1
+    reactor.watches.epoll_fd = reactor.wake_fd = reactor.event_fd = -1
     reactor.busy_ns = busy_ns
     pthread_mutex_init(&reactor.lock, NULL)
     pthread_cond_init(&reactor.answered, NULL)
-    reactor.watches_size = 64
-    reactor.watches = <vr_watch**>calloc(reactor.watches_size, sizeof(vr_watch*))
     error = open_descriptors(reactor)
-    if error == 0 and (tables_init(&reactor.tables) or reactor.watches == NULL):
+    if error == 0 and tables_init(&reactor.tables):
         error = ENOMEM
     if error == 0:
         error = launch(reactor)
@@ -577,10 +452,5 @@ cdef void reactor_stop(vr_reactor* reactor) noexcept nogil:
 
 cdef void reactor_abandon(vr_reactor* reactor) noexcept nogil:
     # Nothing else inherited is touched: the parent's thread may have held the lock.
-    cdef vr_watch* watch
-    cdef uint32_t i
-    for i in range(reactor.watches_size):
-        watch = reactor.watches[i]
-        if watch != NULL:
-            close(watch.own)
+    watches_abandon(&reactor.watches)
     close_descriptors(reactor)
