@@ -1,1 +1,3 @@
 __pyx_capi__: dict[str, object]
+
+def check_file_system(fd: int, what: str) -> None: ...

@@ -44,7 +44,8 @@ cdef extern from *:
 
 #: File systems on which an access waits only for this machine's memory and disks.
 _LOCAL = frozenset(
-    "bcachefs btrfs devtmpfs ext2 ext3 ext4 f2fs hugetlbfs ramfs rootfs tmpfs xfs zfs".split()
+    "bcachefs btrfs devpts devtmpfs ext2 ext3 ext4 f2fs hugetlbfs ramfs rootfs tmpfs xfs "
+    "zfs".split()
 )
 
 
@@ -55,14 +56,15 @@ cdef uint64_t mapping_page(int fd, what) except 0:
     except OSError as error:
         if error.errno == EBADF:
             raise MemoryMapError(f"{what}: {error.strerror}") from error
-        _check_file_system(fd, what)  # else a memfd, or on tmpfs or hugetlbfs: only they have seals
+        # Else a memfd, or on tmpfs or hugetlbfs: only they have seals.
+        check_file_system(fd, what)
     if fstatfs(fd, &status) == 0 and <uint32_t>status.f_type == <uint32_t>HUGETLBFS_MAGIC:
         return status.f_bsize
     return os.sysconf("SC_PAGE_SIZE")
 
 
-def _check_file_system(int fd, what):
-    """Raise MemoryMapError unless the file's file system is known to be local.
+def check_file_system(int fd, str what):
+    """Raise MemoryMapError unless the file's file system, if it has one, is known to be local.
 
     Nothing here asks the file system: fstat and fstatfs may block for ever as well, and neither a
     time limit nor a signal would end that.

@@ -1,17 +1,20 @@
 """A keeper of two workers that echo: run by tests as a process of its own.
 
 Each worker answers every byte on its socket with the number of bytes that it has answered in all
-its lives, and dies as it is told.
+its lives, and dies, or does harm, as it is told.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import struct
 import sys
 
+from vring_serial.errors import ResourceError
+from vring_serial.service.descriptor_store import FDS_MAX
 from vring_serial.service.keeper import Keeper
 from vring_serial.service.shelf import open_shelf
 from vring_serial.service.worker import Inheritance, WorkerSpec
@@ -48,6 +51,17 @@ def serve(path: str, inheritance: Inheritance) -> int:
             os.kill(os.getpid(), signal.SIGSEGV)
         if said == b"x":
             os._exit(3)
+        if said == b"l":
+            while True:
+                pass
+        if said == b"f":  # with the next byte comes what nobody can close
+            _, hostile, _, _ = socket.recv_fds(peer, 1, 1)
+            inheritance.notifier.store("hostile#1", hostile[0])
+        if said == b"F":
+            many = [peer.fileno()] * FDS_MAX
+            while True:
+                with contextlib.suppress(ResourceError):
+                    inheritance.notifier.notify("FDSTORE=1", "FDNAME=a#1", fds=many)
         state = shelf.read("count")
         count = 1 + (struct.unpack("<Q", state)[0] if state else 0)
         shelf.write("count", struct.pack("<Q", count))

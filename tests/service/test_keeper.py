@@ -10,11 +10,15 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.support.waiting import wait_until
+from vring_serial.service.aside import MOST
+from vring_serial.service.descriptor_store import HEAR_SECONDS
+from vring_serial.service.keeper import KILL_SECONDS, STOP_SECONDS
 
 PROGRAM = Path(__file__).with_name("echo_keeper.py")
 
@@ -23,6 +27,7 @@ class Client:
     """Talks to one worker."""
 
     def __init__(self, path):
+        self.path = path
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(30)
         try:
@@ -30,6 +35,12 @@ class Client:
         except OSError:
             self.sock.close()
             raise
+
+    def give(self, fd):
+        """Have the worker store a descriptor."""
+        self.sock.sendall(b"f")
+        socket.send_fds(self.sock, [b"."], [fd])
+        self.ask(b"")
 
     def ask(self, said=b"."):
         self.sock.sendall(said)
@@ -142,6 +153,110 @@ def test_a_worker_that_dies_again_and_again_begins_anew(start, connect, tmp_path
     (tmp_path / "one").unlink()
     assert connect("one").ask()[0] == 1
     assert keeper.poll() is None
+
+
+def next_life(client):
+    """Kill the client's worker; the process id of the next one."""
+    count, pid = client.ask()
+    os.kill(pid, signal.SIGKILL)
+    next_count, next_pid = client.ask()
+    assert (next_count, next_pid != pid) == (count + 1, True)
+    return next_pid
+
+
+def ends_soon(keeper):
+    """Tell the keeper to stop; what it logged."""
+    begun = time.monotonic()
+    keeper.send_signal(signal.SIGTERM)
+    keeper.wait(30)
+    assert time.monotonic() - begun < STOP_SECONDS + KILL_SECONDS + 3
+    log = []
+    os.set_blocking(keeper.stderr.fileno(), False)  # a worker that is left has it open
+    with contextlib.suppress(BlockingIOError, TypeError):
+        while data := os.read(keeper.stderr.fileno(), 1 << 16):
+            log.append(data)
+    return b"".join(log)
+
+
+def test_a_worker_that_loops_or_is_stopped_holds_nobody_up(start, connect):
+    keeper = start("one", "two", "three")
+    one, two, three = (connect(name) for name in ("one", "two", "three"))
+    one.sock.sendall(b"l")
+    _, stopped = two.ask()
+    os.kill(stopped, signal.SIGSTOP)
+    three.ask()
+    next_life(three)
+    log = ends_soon(keeper)
+    assert keeper.returncode == 1
+    assert b"cannot be killed" not in log
+    assert three.sock.recv(1) == b""
+
+
+def test_a_flood_of_messages_of_one_worker_leaves_room_for_those_of_others(start, connect):
+    keeper = start("one", "two")
+    one, two = connect("one"), connect("two")
+    one.ask()
+    one.sock.sendall(b"F")
+    for _ in range(3):
+        next_life(two)  # after each, a listener and a peer are taken, and READY=1 is heard
+    log = ends_soon(keeper)
+    assert b"one: its worker has more descriptors than can be kept" in log
+
+
+def test_a_file_that_nobody_can_close_is_its_workers_harm(start, connect, request):
+    """The keeper does not wait for it, nor does another worker; and its own cannot be killed."""
+    keeper = start("one", "two")
+    one, two = connect("one"), connect("two")
+    one.ask()
+    two.ask()
+    hostile_files = request.getfixturevalue("hostile_files")  # no child of ours must inherit them
+    one.give(hostile_files.fuse)
+    next_life(two)
+    assert not any("hostile" in name for name in descriptors(keeper))
+    log = ends_soon(keeper)
+    assert b"one: its worker has a file that is not kept" in log
+    assert b"one: process" in log
+    assert b"cannot be killed, and is left" in log
+    assert b"two" not in log.partition(b"cannot be killed")[2]
+    assert keeper.returncode == 1
+    assert two.sock.recv(1) == b""  # nothing of it is open in what was left
+    assert not hostile_files.gone
+    hostile_files.end()
+
+
+def test_more_files_that_nobody_can_close_end_their_worker(start, connect, request):
+    keeper = start("one", "two")
+    one, two = connect("one"), connect("two")
+    one.ask()
+    hostile_files = request.getfixturevalue("hostile_files")
+    for _ in range(MOST + 1):
+        one.give(hostile_files.overlay)
+    next_life(two)
+    log = ends_soon(keeper)
+    assert not hostile_files.gone
+    hostile_files.end()
+    assert b"one: its worker stores what cannot be closed" in log
+
+
+def test_a_keeper_that_is_stopped_holds_no_worker_up(start, connect):
+    """What it was not told in time cannot be gone on with: the next worker begins anew."""
+    keeper = start("one")
+    client = connect("one")
+    client.ask()
+    os.kill(keeper.pid, signal.SIGSTOP)
+    begun = time.monotonic()
+    for i in range(300):  # each time it drops one peer and keeps another one
+        client.sock.close()
+        client = connect("one")
+        assert client.ask()[0] == 2 + i
+    assert time.monotonic() - begun > HEAR_SECONDS
+    os.kill(keeper.pid, signal.SIGCONT)
+    client.sock.sendall(b"s")
+    assert client.sock.recv(1) == b""
+    Path(client.path).unlink()
+    assert connect("one").ask()[0] == 1
+    assert keeper.poll() is None
+    assert b"sessions end here" in ends_soon(keeper)
 
 
 def test_one_that_never_begins_ends_the_service_with_its_status(start, tmp_path):

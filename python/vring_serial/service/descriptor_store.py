@@ -15,6 +15,7 @@ import socket
 from collections.abc import Iterable
 
 from vring_serial.errors import ResourceError
+from vring_serial.service.aside import Aside, may_be_kept
 from vring_serial.unix_fds import close_all
 
 #: Longest datagram; systemd's.
@@ -23,6 +24,9 @@ DATAGRAM_MAX = 4096
 FDS_MAX = 253
 #: Longest name; systemd's (``FDNAME_MAX``).
 NAME_MAX = 255
+#: Seconds that the keeper has to take what a worker sends: it does little else. A frontend waits
+#: for 5 s before it gives its device up.
+HEAR_SECONDS = 3.0
 #: What sending gives once the other end is closed.
 _GONE = (errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE, errno.ENOTCONN)
 
@@ -44,11 +48,15 @@ class DescriptorStore:
 
     Attributes:
         refused: messages of which not every descriptor was kept: there were too many, or the
-            process had no number for them.
+            process had no number for them, or closing them may take for ever.
+        unfit: how many of their descriptors may take for ever to close.
+        aside: closes what is not kept.
     """
 
     def __init__(self, limit: int) -> None:
         self.refused = 0
+        self.unfit = 0
+        self.aside = Aside()
         self._limit = limit
         self._fds: dict[str, list[int]] = {}
         self._count = 0
@@ -92,23 +100,36 @@ class DescriptorStore:
                 self._remove(name)
             return fields
         finally:
-            close_all(fds)
+            self.aside.close(fds)
 
     def close(self) -> None:
         """Close everything. Safe to call twice."""
-        for name in list(self._fds):
-            self._remove(name)
+        fds = [fd for fds in self._fds.values() for fd in fds]
+        self._fds.clear()
+        self._count = 0
+        self.aside.close(fds)
+
+    def forsake(self) -> None:
+        """Close everything in a fork of the process that goes on having it."""
+        close_all(fd for fds in self._fds.values() for fd in fds)
+        close_all(self.aside.queued)
 
     def _add(self, name: str, fds: list[int]) -> None:
-        while fds and self._count < self._limit:
-            self._fds.setdefault(name, []).append(fds.pop(0))
+        for fd in list(fds):
+            if self._count >= self._limit:
+                break
+            if not may_be_kept(fd):
+                self.unfit += 1
+                continue
+            self._fds.setdefault(name, []).append(fd)
             self._count += 1
+            fds.remove(fd)
         self.refused += bool(fds)
 
     def _remove(self, name: str) -> None:
         fds = self._fds.pop(name, [])
         self._count -= len(fds)
-        close_all(fds)
+        self.aside.close(fds)
 
 
 class Notifier:
@@ -116,15 +137,16 @@ class Notifier:
 
     Args:
         sock: a datagram socket connected to the keeper; taken over. See :meth:`from_environment`.
+        patience: seconds that the keeper has to take a message.
 
     Attributes:
-        gone: the keeper has ended, and nobody will hear any more.
+        gone: the keeper has ended, or it did not take a message in time: nothing is sent any more.
     """
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, *, patience: float = HEAR_SECONDS) -> None:
         self.gone = False
         self._sock = sock
-        sock.setblocking(True)
+        sock.settimeout(patience)
 
     @staticmethod
     def from_environment(environment: dict[str, str]) -> Notifier | None:
@@ -145,10 +167,15 @@ class Notifier:
 
     def notify(self, *lines: str, fds: Iterable[int] = ()) -> None:
         """Send lines and descriptors. Raises ResourceError if nobody hears."""
+        if self.gone:
+            raise ResourceError("the keeper does not hear any more")
         passed = array.array("i", fds)
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, passed)] if passed else []
         try:
             self._sock.sendmsg(["\n".join(lines).encode()], rights, socket.MSG_NOSIGNAL)
+        except TimeoutError:
+            self.gone = True
+            raise ResourceError("the keeper took nothing for too long") from None
         except OSError as error:
             self.gone = error.errno in _GONE
             raise ResourceError(f"the keeper does not hear: {error.strerror}") from None

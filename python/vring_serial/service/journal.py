@@ -165,6 +165,11 @@ class Journal(Closing):
             _ENTRY.pack_into(self._map, at, 0, _FREE, 0, b"")
             self._discard(extent)
 
+    def clear(self) -> None:
+        """Remove all sections and areas."""
+        for name in list(self._names):
+            self.drop(name)
+
     def area(self, name: str, size: int) -> memoryview:
         """Return ``size`` bytes of shared memory, zeroed when they are made; aligned to a page.
 

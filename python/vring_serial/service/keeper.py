@@ -19,9 +19,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from vring_serial.errors import ResourceError
+from vring_serial.service.aside import MOST as OVERDUE_MOST
 from vring_serial.service.descriptor_store import DescriptorStore, Notifier
 from vring_serial.service.journal import Journal, checksum
-from vring_serial.service.worker import DEATHS_MAX, Inheritance, Worker, WorkerSpec, be
+from vring_serial.service.worker import (
+    DEATHS_MAX,
+    LIVES_MAX,
+    PAUSE_SECONDS,
+    Inheritance,
+    Worker,
+    WorkerSpec,
+    be,
+)
 from vring_serial.unix_fds import allow_descriptors
 
 #: Seconds within which so many deaths that leave the same state are too many.
@@ -30,14 +39,14 @@ DEATHS_SECONDS = 10.0
 #: what its predecessors made.
 BEGIN_SECONDS = 2.0
 #: Seconds that workers have to stop, until they are killed, and then to be gone.
-STOP_SECONDS = 15.0
+STOP_SECONDS = 5.0
 KILL_SECONDS = 2.0
 #: Most seconds before a worker that died without any state is started again.
 PAUSE_MOST = 10.0
 #: Descriptors that the keeper needs for itself.
 OWN_DESCRIPTORS = 64
-#: Messages of one worker before those of another.
-MESSAGES = 64
+#: Messages of one worker before those of another: a few, for one may bring 253 descriptors.
+MESSAGES = 8
 #: More than the kernel keeps for a socket that nobody reads (net.unix.max_dgram_qlen).
 UNREAD_MOST = 4096
 
@@ -144,15 +153,32 @@ class Keeper:
             fields = worker.store.receive(worker.keeper_end)
             if worker.store.refused and not worker.refused:
                 worker.refused = True
-                text = (
-                    f"{worker.spec.name}: its worker has more descriptors than can be kept for it"
+                text = f"{worker.spec.name}: its worker has " + (
+                    "a file that is not kept, since it may take for ever to close"
+                    if worker.store.unfit
+                    else "more descriptors than can be kept for it"
                 )
                 after = "; another one will not find all of them"
                 self._say(logging.ERROR, "store_full", text + after, worker=worker.spec.name)
+            if worker.store.aside.overdue > OVERDUE_MOST:
+                self._cast_out(worker)
+                return
             if fields is None:
                 return
             if fields.get("READY") == "1":
                 worker.ready = True
+
+    def _cast_out(self, worker: Worker) -> None:
+        """End a worker for good, and hear nothing of it any more."""
+        if worker.cast_out:
+            return
+        worker.cast_out = True
+        worker.start_at = None
+        self._poll.unregister(worker.keeper_end)
+        if worker.pid:
+            signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
+        text = f"{worker.spec.name}: its worker stores what cannot be closed; it is ended for good"
+        self._say(logging.ERROR, "worker_cast_out", text, worker=worker.spec.name)
 
     # --- workers
 
@@ -165,14 +191,27 @@ class Keeper:
         assert not worker.pid
         if len(os.listdir("/proc/self/task")) != 1:
             raise ResourceError("the keeper has more than one thread; a fork would be unsafe")
-        worker.start_at = None
         worker.ready = worker.told_to_stop = False
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:
+            if not worker.restarts:
+                raise ResourceError(f"{worker.spec.name}: {error.strerror}") from None
+            self._postpone(worker, f"no process for its worker: {error.strerror}")
+            return
         if not pid:
             be(worker.spec, lambda: self._inherit(worker), ignore_hangup=self._ignores_hangup)
+        worker.start_at = None
         worker.pid = pid
         worker.pidfd = os.pidfd_open(pid)
         self._poll.register(worker.pidfd, select.POLLIN)
+
+    def _postpone(self, worker: Worker, why: str) -> None:
+        """Start a worker later, and then later still."""
+        worker.start_at = time.monotonic() + worker.pause
+        worker.pause = min(2 * worker.pause, PAUSE_MOST)
+        text = f"{worker.spec.name}: {why}"
+        self._say(logging.ERROR, "worker_postponed", text, worker=worker.spec.name)
 
     def _inherit(self, worker: Worker) -> Inheritance:
         """Close in the worker's process what is not the worker's; return what is."""
@@ -183,7 +222,7 @@ class Keeper:
             if other is not worker:
                 other.worker_end.close()
                 os.close(other.journal)
-                other.store.close()
+                other.store.forsake()
                 if other.pidfd >= 0:
                     os.close(other.pidfd)
         return Inheritance(
@@ -199,8 +238,12 @@ class Keeper:
         self._poll.unregister(worker.pidfd)
         os.close(worker.pidfd)
         worker.pid, worker.pidfd = 0, -1
-        self._take_messages(worker, UNREAD_MOST)  # what it sent just before
         code = os.waitstatus_to_exitcode(status)
+        if worker.cast_out:
+            self._forget(worker)
+            self._done(worker, 1)
+            return
+        self._take_messages(worker, UNREAD_MOST)  # what it sent just before
         if self._stop is not _Stop.NOT:
             if self._stop is _Stop.ASKED and code < 0 and len(worker.store) and not worker.clears:
                 # Somebody has to remove what it had made.
@@ -234,6 +277,9 @@ class Keeper:
         worker.unready = 0 if worker.ready else worker.unready + 1
         worker.restarts += 1
         worker.start_at = now
+        worker.lives.append(now)
+        if len(worker.lives) == LIVES_MAX and now - worker.lives[0] < DEATHS_SECONDS:
+            worker.start_at = now + PAUSE_SECONDS  # the processors are others' too
         text = f"{worker.spec.name}: its worker ended {_how(code)}; another one goes on"
         often = ""
         if len(worker.deaths) == DEATHS_MAX and now - worker.deaths[0] < DEATHS_SECONDS:

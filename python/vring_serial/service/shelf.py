@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 
@@ -11,6 +12,11 @@ from vring_serial.lifetime import Closing
 from vring_serial.service.descriptor_store import Notifier
 from vring_serial.service.journal import Journal
 from vring_serial.unix_fds import close_all
+
+log = logging.getLogger(__name__)
+
+#: The section of a journal that speaks of what the keeper was not told.
+_UNKEPT = "unkept"
 
 
 class Shelf(Closing):
@@ -21,7 +27,8 @@ class Shelf(Closing):
     later counts.
 
     Once the keeper has ended there is no successor: nothing is kept any more, and the process that
-    serves goes on.
+    serves goes on. So it does if the keeper does not hear, because it was stopped; that is written
+    down, for a keeper that is continued has not all that the journal speaks of.
 
     Args:
         journal: locked by this process; taken over.
@@ -55,12 +62,12 @@ class Shelf(Closing):
             self._notifier.store(name, fd)
         self._names[role] = name
         if before is not None:
-            self._remove(before)
+            self.forget(before)
 
     def drop(self, role: str) -> None:
         """See Keeping."""
         if (name := self._names.pop(role, None)) is not None:
-            self._remove(name)
+            self.forget(name)
         if (fd := self._left.pop(role, None)) is not None:
             os.close(fd)
 
@@ -105,16 +112,17 @@ class Shelf(Closing):
         if not mark or not number.isdecimal() or len(fds) != 1:
             # Nobody of ours stored that.
             close_all(fds)
-            self._remove(name)
+            self.forget(name)
             return
         self._number = max(self._number, int(number))
         if role in self._names:  # of the two, the one before
             close_all([self._left.pop(role)])
-            self._remove(self._names[role])
+            self.forget(self._names[role])
         self._names[role] = name
         self._left[role] = fds[0]
 
-    def _remove(self, name: str) -> None:
+    def forget(self, name: str) -> None:
+        """Have the keeper close what is stored under a name."""
         with self._unless_gone():
             self._notifier.remove(name)
 
@@ -122,9 +130,13 @@ class Shelf(Closing):
     def _unless_gone(self) -> Iterator[None]:
         try:
             yield
-        except ResourceError:
+        except ResourceError as error:
             if not self._notifier.gone:
                 raise
+            if self._journal.read(_UNKEPT) is None:
+                self._journal.write(_UNKEPT, b"1")
+                text = "%s: this process serves on, and none will go on with what it has"
+                log.error(text, error, extra={"event": "keeper_deaf", "fields": {}})
 
 
 class ScopedShelf:
@@ -174,11 +186,24 @@ def _number(name: str) -> int:
 
 
 def open_shelf(journal_fd: int, notifier: Notifier, left: dict[str, list[int]]) -> Shelf:
-    """Return the shelf of a worker. Raises StateError: the journal is damaged, or in use."""
-    with contextlib.ExitStack() as stack:
+    """Return the shelf of a worker, empty if the one before could not have all of its things kept.
+
+    Raises StateError: the journal is damaged, or in use.
+    """
+    with contextlib.ExitStack() as closing:
         for fds in left.values():
-            stack.callback(close_all, fds)
-        journal = stack.enter_context(Journal(journal_fd))
-        journal.lock()
-        stack.pop_all()
-    return Shelf(journal, notifier, left)
+            closing.callback(close_all, fds)
+        with contextlib.ExitStack() as stack:
+            journal = stack.enter_context(Journal(journal_fd))
+            journal.lock()
+            is_whole = journal.read(_UNKEPT) is None
+            stack.pop_all()
+        if is_whole:
+            closing.pop_all()
+            return Shelf(journal, notifier, left)
+    log.error("the keeper did not hear the worker before; its sessions end here")
+    journal.clear()
+    shelf = Shelf(journal, notifier, {})
+    for name in left:
+        shelf.forget(name)
+    return shelf

@@ -18,6 +18,8 @@ from vring_serial.service.descriptor_store import DescriptorStore, Notifier
 
 #: A worker that dies so often, and each time leaves the same state, is not started with that again.
 DEATHS_MAX = 5
+#: One that dies so often, whatever it leaves, waits before each next life.
+LIVES_MAX = 100
 #: Seconds before a worker that died without any state is started again; doubled each time.
 PAUSE_SECONDS = 0.1
 #: Added to a worker's oom_score_adj, which counts thousandths of the memory: of two that hold
@@ -73,10 +75,12 @@ class Worker:
         ready: it said READY=1, in this life.
         restarts: how many lives it had before.
         deaths: when (monotonic) the last lives ended that left the same state.
+        lives: when the last lives ended, whatever they left.
         unready: how many lives ended one after another before READY=1.
         told_to_stop: it got SIGTERM, in this life.
         clears: it began when its predecessor died instead of stopping.
         refused: descriptors were not kept, and that was logged.
+        cast_out: it is ended, and there is no next life.
         left: checksum of what the last one left.
         start_at: when (monotonic) its next life begins; None while it lives, or is done.
         pause: seconds before the next life without state.
@@ -92,11 +96,13 @@ class Worker:
     ready: bool = False
     restarts: int = 0
     deaths: deque[float] = field(default_factory=lambda: deque(maxlen=DEATHS_MAX))
+    lives: deque[float] = field(default_factory=lambda: deque(maxlen=LIVES_MAX))
     left: int = 0
     unready: int = 0
     told_to_stop: bool = False
     clears: bool = False
     refused: bool = False
+    cast_out: bool = False
     start_at: float | None = 0.0
     pause: float = PAUSE_SECONDS
 

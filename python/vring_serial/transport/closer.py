@@ -56,7 +56,7 @@ class Closer:
         harmless: list[int] = []
         doubtful: list[int] = []
         for fd in fds:
-            (harmless if fd < 0 or _closes_at_once(fd) else doubtful).append(fd)
+            (harmless if fd < 0 or closes_at_once(fd) else doubtful).append(fd)
         self._close_later(doubtful)
         unix_fds.close_all(harmless)
 
@@ -93,7 +93,7 @@ class Closer:
             self._left.popleft()
 
 
-def _closes_at_once(fd: int) -> bool:
+def closes_at_once(fd: int) -> bool:
     """Return whether it is an eventfd, a pipe or memory (or not open, which closing will report).
 
     Nothing that is asked here waits for anybody.
