@@ -12,7 +12,13 @@ from vring_serial.config.load import load_topology
 from vring_serial.config.qemu_options import QemuOptions
 
 ROOT = Path(__file__).parents[2]
-PAGES = ["README.md", "docs/configuration.md", "docs/spice.md", "docs/qemu.md"]
+PAGES = [
+    "README.md",
+    "docs/configuration.md",
+    "docs/spice.md",
+    "docs/qemu.md",
+    "docs/management.md",
+]
 
 
 def commands() -> list[str]:

@@ -140,6 +140,18 @@ class Chardev(Starting):
         """Short text for logs and tables, such as ``unix:/run/agent.sock (server)``."""
         return type(self).__name__
 
+    def send_away(self) -> bool:
+        """Send the connected peer away, as if it had hung up; return whether there was one.
+
+        The default is for chardevs that have no peers of their own.
+        """
+        return False
+
+    @property
+    def filename(self) -> str:
+        """Return what QEMU's ``query-chardev`` calls such a host end."""
+        return self.description.partition(":")[0]
+
     def _open_end(self, end: End) -> None:
         self.end = end
         if self._user is not None:

@@ -91,6 +91,10 @@ class PtyChardev(Chardev):
         set_raw(self._master)
 
     @property
+    def filename(self) -> str:
+        return f"pty:{self.path}"
+
+    @property
     def description(self) -> str:
         link = f" ({self.options.path})" if self.options.path else ""
         return f"pty:{self.path}{link}" if self.path else f"pty{link}"

@@ -64,6 +64,10 @@ class RingbufChardev(Chardev):
         del self._data[:n]
         return taken
 
+    def write(self, data: bytes) -> None:
+        """Add bytes, as if the guest had written them."""
+        self._append(data)
+
     def _append(self, data: bytes) -> None:
         self._data += data[-self.size :]
         excess = len(self._data) - self.size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import math
@@ -174,6 +175,24 @@ class SocketChardev(Chardev):
         where = address.at(self.port) if isinstance(address, TcpAddress) and self.port else address
         return f"{where} ({'server' if self.options.server else 'client'})"
 
+    @property
+    def filename(self) -> str:
+        address = self._address
+        role = ",server=on" if self.options.server else ""
+        if isinstance(address, TcpAddress):
+            where = address.at(self.port or address.port)
+        else:
+            kind = ",abstract=on" if address.abstract else ""
+            where = f"unix:{address.path}{kind}{',tight=on' if kind and address.tight else ''}"
+        if self._peer is None:
+            return f"disconnected:{where}{role}"
+        if isinstance(address, TcpAddress):
+            with contextlib.suppress(OSError):  # it may have left
+                host, port = self._peer.getpeername()[:2]
+                peer = TcpAddress(host, port, port)
+                return f"{where}{role} <-> {str(peer).removeprefix('tcp:')}"
+        return f"{where}{role}"
+
     async def start(self) -> None:
         """Listen, or connect.
 
@@ -234,6 +253,12 @@ class SocketChardev(Chardev):
             if self._watch.condemn(fd):
                 return
         self._let_go()
+
+    def send_away(self) -> bool:
+        if self._peer is None:
+            return False
+        self._let_go()
+        return True
 
     def guest_opened(self, is_open: bool) -> None:
         self._guest_is_open = is_open

@@ -7,19 +7,21 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 
 from vring_serial.chardev import stdio
 from vring_serial.chardev.file import FileOptions
-from vring_serial.cli import logs, status_of
-from vring_serial.cli.logs import emit
+from vring_serial.chardev.socket import SocketOptions
+from vring_serial.cli import logs, monitor, status_of
+from vring_serial.cli.logs import LogSettings, emit
+from vring_serial.cli.monitor import MonitorSettings
 from vring_serial.cli.pidfile import pid_file
-from vring_serial.cli.server import Settings, serve
+from vring_serial.cli.server import Kept, Settings, serve
 from vring_serial.cli.signals import run
 from vring_serial.config.topology import ControllerConfig, PortConfig, Topology
 from vring_serial.errors import ResourceError
 from vring_serial.service.keeper import Keeper
+from vring_serial.service.link import Links
 from vring_serial.service.shelf import open_shelf
 from vring_serial.service.worker import Inheritance, WorkerSpec
 
@@ -31,23 +33,12 @@ _NOTICED = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class LogSettings:
-    """How a worker logs; see ``vring_serial.cli.logs.configure``.
-
-    Attributes:
-        level: the least that is logged.
-        as_json: one JSON object a line.
-        path: file to append to; None for standard error.
-    """
-
-    level: str
-    as_json: bool
-    path: str | None
-
-
 def serve_kept(
-    topology: Topology, settings: Settings, log: LogSettings, warnings: Sequence[str] = ()
+    topology: Topology,
+    settings: Settings,
+    log: LogSettings,
+    warnings: Sequence[str] = (),
+    qmp: Sequence[SocketOptions] = (),
 ) -> int:
     """Serve with a keeper until the first SIGINT or SIGTERM; return the exit status.
 
@@ -56,19 +47,28 @@ def serve_kept(
         settings: how.
         log: where to log.
         warnings: about the configuration; the first worker logs them.
+        qmp: where monitors listen, in a process of their own.
 
     Raises ResourceError: the log's reader has stopped already, or the pid file cannot be owned.
     """
     if not logs.end():
         raise ResourceError("the log is not read, and a keeper cannot begin with a thread")
     warnings = [*warnings, *_noticed(topology)]
-    worker = partial(_work, topology, dataclasses.replace(settings, pid_file=None), log, warnings)
+    without_pid_file = dataclasses.replace(settings, pid_file=None)
     with contextlib.ExitStack() as stack:
+        links = stack.enter_context(Links([topology.name] if qmp else []))
+        worker = partial(_work, topology, without_pid_file, log, warnings, links)
+        specs = [WorkerSpec(settings.sockets[0], worker)]
+        if qmp:
+            served = MonitorSettings(topology.name, tuple(qmp), log)
+            specs.append(
+                WorkerSpec(monitor.NAME, partial(monitor.work, served, links), serves=False)
+            )
         stack.enter_context(pid_file(settings.pid_file))
         if any(port.chardev.kind == "stdio" for c in topology.controllers for port in c.ports):
             stack.callback(stdio.remember())
         say = partial(logs.write_now, as_json=log.as_json, path=log.path)
-        return Keeper([WorkerSpec(settings.sockets[0], worker)], say).run()
+        return Keeper(specs, say).run()
 
 
 def _work(
@@ -76,6 +76,7 @@ def _work(
     settings: Settings,
     log: LogSettings,
     warnings: Sequence[str],
+    links: Links,
     inheritance: Inheritance,
 ) -> int:
     """Serve in the worker's process."""
@@ -97,12 +98,14 @@ def _work(
             shelf.serving()
 
         with shelf:
+            link = links.for_worker(topology.name)
+            kept = Kept(shelf, serving, link, inheritance.restarts)
             if inheritance.restarts:
-                run(serve(_without_emptying(topology), settings, shelf, serving))
+                run(serve(_without_emptying(topology), settings, kept))
                 return
             for warning in warnings:
                 emit(logging.WARNING, "configuration", warning)
-            run(serve(topology, settings, shelf, serving))
+            run(serve(topology, settings, kept))
 
     return status_of(work)
 

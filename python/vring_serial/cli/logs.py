@@ -20,6 +20,7 @@ import stat
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import click
 
@@ -46,6 +47,21 @@ _TIME = re.compile(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d\.\d{3}")
 
 _logger = logging.getLogger("vring_serial.cli")
 _handler: LineHandler | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LogSettings:
+    """How a process logs; see :func:`configure`.
+
+    Attributes:
+        level: the least that is logged.
+        as_json: one JSON object a line.
+        path: file to append to; None for standard error.
+    """
+
+    level: str
+    as_json: bool
+    path: str | None
 
 
 class LineHandler(logging.Handler):
@@ -186,6 +202,11 @@ def configure(level: str, *, as_json: bool, path: str | None = None) -> None:
     # Python's own messages must not block on standard error either.
     logging.captureWarnings(True)
     sys.unraisablehook = _unraisable
+
+
+def set_level(level: str) -> None:
+    """Log our records from ``level`` up, from now on."""
+    logging.getLogger("vring_serial").setLevel(level.upper())
 
 
 def last_words(message: str) -> LastWords | None:

@@ -15,6 +15,7 @@ from vring_serial.config.load import load_topology
 from vring_serial.config.qemu_options import QemuOptions
 from vring_serial.config.topology import Topology
 from vring_serial.errors import ConfigError
+from vring_serial.service.qmp.option import parse_qmp
 from vring_serial.service.sandbox import Sandbox
 
 
@@ -117,6 +118,12 @@ from vring_serial.service.sandbox import Sandbox
     "die, and another one goes on (docs/restart.md).",
 )
 @click.option(
+    "--qmp",
+    metavar="unix:PATH|tcp:[HOST]:PORT,server=on,wait=off",
+    multiple=True,
+    help="With --keeper: a monitor that speaks QMP there, as QEMU's -qmp (docs/management.md).",
+)
+@click.option(
     "--sandbox",
     metavar="on|off|LAYER=on|off,...",
     default="off",
@@ -163,6 +170,7 @@ def serve_command(
     inband_notifications: bool,
     busy_poll: int,
     keeper: bool,
+    qmp: tuple[str, ...],
     sandbox: str,
     user: str | None,
     pid_file: str | None,
@@ -190,6 +198,11 @@ def serve_command(
     _check_protocol(sockets, vfio_sockets, of_vhost, of_vfio)
     if domain is None and not (ports or consoles or chardevs):
         raise click.UsageError("Nothing to serve: give --domain, or --chardev and --port.")
+    if qmp and not keeper:
+        raise click.UsageError(
+            "--qmp goes with --keeper: a monitor is a process beside the worker."
+        )
+    monitors = [parse_qmp(text) for text in qmp]
     confinement = Sandbox.parse(sandbox, user)
     logs.configure(log_level, as_json=json_log, path=log_file)
     if channel_directory is None:
@@ -222,10 +235,10 @@ def serve_command(
         log_file=log_file,
     )
     if keeper:
-        from vring_serial.cli.kept import LogSettings, serve_kept
+        from vring_serial.cli.kept import serve_kept
 
-        log = LogSettings(log_level, json_log, log_file)
-        raise SystemExit(serve_kept(topology, settings, log, warnings))
+        log = logs.LogSettings(log_level, json_log, log_file)
+        raise SystemExit(serve_kept(topology, settings, log, warnings, monitors))
     run(serve(topology, settings))
 
 

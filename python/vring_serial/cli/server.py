@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from vring_serial.cli import logs
 from vring_serial.cli.agent_end import AgentEnds
@@ -20,8 +21,11 @@ from vring_serial.device.console.controller import Controller
 from vring_serial.device.console.loop_pump import LoopPump
 from vring_serial.errors import ConfigError, ResourceError
 from vring_serial.keeping import Keeping
+from vring_serial.service.answers import Answers, Served
+from vring_serial.service.link import Answerer, LinkEnd
 from vring_serial.service.reach import reach_of
 from vring_serial.service.sandbox import NO_SANDBOX, Sandbox, enter
+from vring_serial.transport.server import Server
 from vring_serial.transport.vfio_user.server import VfioUserServer
 from vring_serial.transport.vhost_user.backend import VhostUserBackend
 from vring_serial.unix_fds import allow_descriptors
@@ -62,12 +66,24 @@ class Settings:
     log_file: str | None = None
 
 
-async def serve(
-    topology: Topology,
-    settings: Settings,
-    keeping: Keeping | None = None,
-    on_serving: Callable[[], None] = lambda: None,
-) -> None:
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a process has that a keeper started.
+
+    Attributes:
+        keeping: store for what a successor process needs, and for what a predecessor left.
+        on_serving: called when everything has started.
+        link: to the monitor, taken over; None if there is none.
+        restarts: how many processes served before this one.
+    """
+
+    keeping: Keeping
+    on_serving: Callable[[], None]
+    link: LinkEnd | None = None
+    restarts: int = 0
+
+
+async def serve(topology: Topology, settings: Settings, kept: Kept | None = None) -> None:
     """Serve until the first SIGINT or SIGTERM; the second ends the process at once.
 
     With a keeper, only SIGTERM counts: the keeper hears SIGINT too.
@@ -75,20 +91,21 @@ async def serve(
     Args:
         topology: the controllers with their ports.
         settings: how to serve them.
-        keeping: store for what a successor process needs, and for what a predecessor left.
-        on_serving: called when everything has started.
+        kept: what a keeper gave; None without one.
 
     Raises:
         ConfigError: the configuration of a host end or a device is invalid.
         ResourceError: a socket, file or terminal cannot be opened.
     """
     allow_descriptors()
+    keeping = None if kept is None else kept.keeping
     controllers: list[Controller] = []
     stop = stop_on_signals(lambda: _reload(controllers), interrupt=keeping is None)
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(pid_file(settings.pid_file))
-        if await finished_before(stop, _start(topology, settings, controllers, stack, keeping)):
-            on_serving()
+        if await finished_before(stop, _start(topology, settings, controllers, stack, kept)):
+            if kept is not None:
+                kept.on_serving()
             emit(logging.INFO, "serving", "serving; SIGINT or SIGTERM stops", pid=os.getpid())
             await stop.wait()
         emit(logging.INFO, "stopping", "stopping")
@@ -111,12 +128,13 @@ async def _start(
     settings: Settings,
     controllers: list[Controller],
     stack: contextlib.AsyncExitStack,
-    keeping: Keeping | None,
+    kept: Kept | None,
 ) -> None:
     """Start everything, host ends first; ``stack`` stops it in reverse order.
 
     All controllers are appended to ``controllers``.
     """
+    keeping = None if kept is None else kept.keeping
     if keeping is None and (settings.vfio_user or not settings.connect):
         for socket in settings.sockets:  # before the log tells of ports that nobody will reach
             check_can_listen(socket)
@@ -148,6 +166,8 @@ async def _start(
             zip(topology.controllers, controllers, settings.sockets, strict=True)
         )
     ]
+    if kept is not None and kept.link is not None:
+        _answer(kept.link, kept.restarts, controllers, backends, settings, stack)
     agents.start()
     if (device := spice.agent_device()) is not None:
         agents.share_with_server(device)
@@ -171,6 +191,25 @@ async def _start(
             address=str(config.address or ""),
             socket=socket,
         )
+
+
+def _answer(
+    link: LinkEnd,
+    restarts: int,
+    controllers: Sequence[Controller],
+    backends: Sequence[Server[Any]],
+    settings: Settings,
+    stack: contextlib.AsyncExitStack,
+) -> None:
+    """Answer the monitor from now on, and tell it of events."""
+    protocol = "vfio-user" if settings.vfio_user else "vhost-user"
+    served = [
+        Served(controller, backend, path, protocol)
+        for controller, backend, path in zip(controllers, backends, settings.sockets, strict=True)
+    ]
+    answers = Answers(served, restarts, logs.set_level)
+    answerer = stack.enter_context(Answerer(link, answers.handlers(), "the monitor"))
+    answers.listen(answerer.tell)
 
 
 def _enter_sandbox(topology: Topology, settings: Settings) -> None:

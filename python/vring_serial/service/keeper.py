@@ -266,6 +266,9 @@ class Keeper:
     def _done(self, worker: Worker, code: int) -> None:
         worker.start_at = None
         self._status = self._status or (code if code >= 0 else 1)
+        serving = (w for w in self._workers if w.spec.serves)
+        if self._stop is _Stop.NOT and not any(w.pid or w.start_at is not None for w in serving):
+            self._ask_to_stop()
 
     def _start_again(self, worker: Worker, code: int) -> None:
         now = time.monotonic()

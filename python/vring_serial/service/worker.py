@@ -54,10 +54,12 @@ class WorkerSpec:
         name: for the log.
         run: serves until SIGTERM, in the worker's process; returns its exit status. It says READY=1
             when it serves. A status other than 0 before that ends the service.
+        serves: the service lasts as long as one of those that serve.
     """
 
     name: str
     run: Callable[[Inheritance], int]
+    serves: bool = True
 
 
 @dataclass(slots=True)

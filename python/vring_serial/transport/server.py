@@ -83,6 +83,13 @@ class Server(Starting, abc.ABC, Generic[SessionT]):
         """Whether a peer is connected."""
         return self._session is not None
 
+    def disconnect(self, why: str) -> bool:
+        """End the session of the connected peer; return whether there was one."""
+        if self._session is None:
+            return False
+        self._session.send_away(why)
+        return True
+
     @property
     def unclosed(self) -> int:
         """Descriptors that peers sent and that cannot be closed yet; see Closer."""

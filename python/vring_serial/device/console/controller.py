@@ -425,6 +425,20 @@ class Controller(Starting):
         self._console_changed()
         self._start_anew(silent=not had_driver)
 
+    def queue_positions(self, index: int) -> dict[str, int | bool]:
+        """Return whether a queue runs, its size, and its available and used index."""
+        running = self._queues.get(index)
+        if running is None:
+            stopped = self.state.stopped_at.get(index, 0)
+            return {"running": False, "size": 0, "avail": stopped, "used": stopped}
+        queue = running.queue
+        return {
+            "running": True,
+            "size": queue.size,
+            "avail": queue.avail_index,
+            "used": queue.used_index,
+        }
+
     # --- for ports
 
     def poll_control(self) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from vring import Batch, RingError
 from vring_serial.device.console.state import ChainState
+from vring_serial.device.console.traffic import Traffic
 from vring_serial.device.served import BATCH_BYTES, BATCH_CHAINS, TURN_BATCHES, ServedQueue
 from vring_serial.device.virtqueue import RunningQueue
 
@@ -35,6 +36,8 @@ class Delivery:
         self._on_last = on_last
         self._on_broken = on_broken
         self._served: ServedQueue | None = None
+        self._bytes = 0  # so far, and of how many chains
+        self._chains = 0
         self._large: Batch | None = None  # one chain, delivered in pieces
         self._chain = ChainState()  # what was delivered of it, or of the chain popped next
         self._last_chains: int | None = None  # how many are left before the end; None: no end
@@ -48,6 +51,11 @@ class Delivery:
     def ending(self) -> bool:
         """Return whether an end was set and not all before it has been taken."""
         return self._last_chains is not None
+
+    @property
+    def traffic(self) -> Traffic:
+        """Return what was taken so far."""
+        return Traffic(bytes=self._bytes, chains=self._chains)
 
     def start(self, running: RunningQueue, chain: ChainState) -> None:
         """Take the bytes of this queue, but for those delivered of ``chain``, from now on.
@@ -122,6 +130,8 @@ class Delivery:
         # Completed first: what is done with the bytes may stop the queue.
         if served.queue.push_many(batch):
             served.running.call()
+        self._bytes += len(data)
+        self._chains += count
         self._take(data)
         self._count_last(count)
 
@@ -145,6 +155,8 @@ class Delivery:
             self._chain.delivered = 0
             if served.queue.push_many(batch):
                 served.running.call()
+        self._bytes += len(piece)
+        self._chains += done
         self._take(bytes(piece))
         if done:
             self._count_last(1)

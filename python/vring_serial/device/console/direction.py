@@ -7,10 +7,11 @@ import enum
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
-from vring import Pump, RingError
+from vring import Flow, Pump, RingError
 from vring_serial.chardev.base import End
 from vring_serial.device.console.port_transport import PortTransport
 from vring_serial.device.console.state import DevicePortState
+from vring_serial.device.console.traffic import Traffic
 from vring_serial.device.virtqueue import RunningQueue
 from vring_serial.proto.control import PortState
 
@@ -96,10 +97,25 @@ class Direction(abc.ABC):
         self._sides = sides
         self._user = user
         self._mode = Mode.IDLE
+        self._flow: Flow | None = None
+        self._before = Traffic()  # what flows and connections moved that are over
         self._broken = False  # the driver broke the queue: it is left alone until it starts again
         # The end's descriptor for this direction gave end of file, or failed; the end may stay for
         # the other direction. All states of a peer that leaves: chardev/hangup.py.
         self._over = False
+
+    @property
+    def traffic(self) -> Traffic:
+        """Return what has moved so far, without what was discarded."""
+        session = self._sides.session
+        traffic = self._before
+        if self._flow is not None:
+            traffic += self._flow.counters
+        return traffic if session is None else traffic + session.traffic(self.is_transmit)
+
+    def count_session(self, session: PortTransport) -> None:
+        """Count what a connection moved that is over now."""
+        self._before += session.traffic(self.is_transmit)
 
     def start_queue(self, running: RunningQueue) -> None:
         """Take the queue; :meth:`update` serves it."""

@@ -16,6 +16,7 @@ from vring_serial.device.console.events import DeviceEvent, OutputDropped
 from vring_serial.device.console.port_transport import PortTransport
 from vring_serial.device.console.receive import Receive
 from vring_serial.device.console.state import DevicePortState, SessionState
+from vring_serial.device.console.traffic import Traffic
 from vring_serial.device.console.transmit import Transmit
 from vring_serial.device.virtqueue import RunningQueue
 from vring_serial.proto.control import PortState
@@ -130,6 +131,11 @@ class Port:
     def host_open(self) -> bool:
         """Return whether a host end is connected."""
         return self._sides.end is not None
+
+    @property
+    def traffic(self) -> tuple[Traffic, Traffic]:
+        """Return what went from the guest to the host end, and back."""
+        return self._transmit.traffic, self._receive.traffic
 
     # --- for the controller
 
@@ -397,6 +403,9 @@ class Port:
         """Take the queues back from a connection that is over."""
         self._transmit.stop()
         self._receive.stop()
+        if self._sides.session is not None:
+            self._transmit.count_session(self._sides.session)
+            self._receive.count_session(self._sides.session)
         self._sides.session = self.state.session = None
         self.state.session_over = by_protocol
         if by_protocol:

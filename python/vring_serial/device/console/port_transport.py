@@ -9,6 +9,7 @@ from typing import Any
 from vring import RingError
 from vring_serial.device.console.delivery import Delivery
 from vring_serial.device.console.state import BACKLOG_MAX, ChainState, SessionState
+from vring_serial.device.console.traffic import Traffic
 from vring_serial.device.console.write_buffer import WriteBuffer
 from vring_serial.device.virtqueue import RunningQueue
 
@@ -87,6 +88,12 @@ class PortTransport(asyncio.Transport):
     def stop_receiveq(self) -> None:
         """Leave the queue alone. What was written stays in the write buffer."""
         self._output.stop()
+
+    def traffic(self, is_transmit: bool) -> Traffic:
+        """Return what this connection moved in one direction."""
+        if not is_transmit:
+            return self._output.traffic
+        return self._delivery.traffic + Traffic(dropped=self._state.dropped)
 
     def guest_closed(self) -> None:
         """End the connection once everything that the guest wrote before it closed is delivered."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
-from vring import Flow, FlowEvent, RingError
+from vring import FlowEvent, RingError
 from vring_serial.chardev.base import DescriptorEnd
-from vring_serial.device.console.direction import Direction, DirectionUser, Mode, Sides
+from vring_serial.device.console.direction import Direction, Mode, Sides
 from vring_serial.device.virtqueue import RunningQueue
 
 
@@ -18,15 +18,12 @@ class Receive(Direction):
 
     is_transmit = False
 
-    def __init__(self, sides: Sides, user: DirectionUser) -> None:
-        super().__init__(sides, user)
-        self._flow: Flow | None = None
-
     def stop(self) -> None:
         mode, self._mode = self._mode, Mode.IDLE
         if self._flow is not None:
             flow, self._flow = self._flow, None
             flow.detach()
+            self._before += flow.counters
         if mode is Mode.TRANSPORT:
             assert self._sides.session is not None
             self._sides.session.stop_receiveq()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from vring import Flow, FlowEvent, RingError
+from vring import FlowEvent, RingError
 from vring_serial.chardev.base import DescriptorEnd
 from vring_serial.device.console.direction import Direction, DirectionUser, Mode, Sides
 from vring_serial.device.console.residue import ResidueWriter
@@ -28,7 +28,6 @@ class Transmit(Direction):
         super().__init__(sides, user)
         self._chain = sides.state.chain
         self._discarder: Discarder | None = None
-        self._flow: Flow | None = None
         self._residue_writer: ResidueWriter | None = None
 
     def update(self) -> None:
@@ -45,6 +44,7 @@ class Transmit(Direction):
         if self._flow is not None:
             flow, self._flow = self._flow, None
             self._chain.residue = flow.detach()
+            self._before += flow.counters
         if mode is Mode.TRANSPORT:
             assert self._sides.session is not None
             self._sides.session.stop_transmitq()

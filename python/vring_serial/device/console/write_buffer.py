@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from vring import RingError
+from vring_serial.device.console.traffic import Traffic
 from vring_serial.device.served import BATCH_BYTES, BATCH_CHAINS, TURN_BATCHES, ServedQueue
 from vring_serial.device.virtqueue import RunningQueue
 
@@ -36,9 +37,16 @@ class WriteBuffer:
         self._on_taken = on_taken
         self._on_broken = on_broken
         self.data = data
+        self._bytes = 0  # that the guest has got, and in how many buffers
+        self._chains = 0
         self._served: ServedQueue | None = None
         self._full = False  # above the high mark, and not yet back at the low one
         self.set_limits()
+
+    @property
+    def traffic(self) -> Traffic:
+        """Return what the guest has got so far."""
+        return Traffic(bytes=self._bytes, chains=self._chains)
 
     def set_limits(self, high: int | None = None, low: int | None = None) -> None:
         """Set the marks as asyncio does. Raises ValueError unless 0 <= low <= high."""
@@ -105,7 +113,10 @@ class WriteBuffer:
                 queue.unpop(batch)
             if notify:
                 served.running.call()
-            del self.data[: int(written.sum())]
+            count = int(written.sum())
+            del self.data[:count]
+            self._bytes += count
+            self._chains += used
             self._on_taken()
             if self._served is not served:
                 return False

@@ -1,0 +1,115 @@
+"""The monitor's process of ``vring serve``: it looks at the workers, and may die without harm."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import vring
+from vring_serial.chardev.endpoint import Listener
+from vring_serial.chardev.kept import KeptSockets
+from vring_serial.chardev.socket import SocketOptions
+from vring_serial.cli import logs, status_of
+from vring_serial.cli.logs import LogSettings, emit
+from vring_serial.cli.signals import run, stop_on_signals
+from vring_serial.errors import ResourceError
+from vring_serial.keeping import Keeping
+from vring_serial.service.link import Caller, Links
+from vring_serial.service.qmp.monitor import Monitor, Vm
+from vring_serial.service.qmp.server import QmpServer, tell_all
+from vring_serial.service.shelf import open_shelf
+from vring_serial.service.worker import Inheritance
+from vring_serial.unix_socket import SocketPathError
+
+NAME = "monitor"
+
+
+@dataclass(frozen=True, slots=True)
+class MonitorSettings:
+    """What the monitor serves.
+
+    Attributes:
+        name: of the service; QMP's ``query-name`` answers it.
+        qmp: addresses of the service's own monitors.
+        log: how it logs.
+    """
+
+    name: str
+    qmp: tuple[SocketOptions, ...]
+    log: LogSettings
+
+
+def work(settings: MonitorSettings, links: Links, inheritance: Inheritance) -> int:
+    """Be the monitor, in its process; return the exit status."""
+
+    def serve() -> None:
+        log = settings.log
+        logs.configure(log.level, as_json=log.as_json, path=log.path)
+        shelf = open_shelf(inheritance.journal, inheritance.notifier, inheritance.descriptors)
+        with shelf:
+            ends = links.for_monitor()
+            run(_serve(settings, ends, shelf.scoped(NAME), inheritance.keeper, shelf.serving))
+
+    return status_of(serve)
+
+
+async def _serve(
+    settings: MonitorSettings,
+    ends: dict[str, socket.socket],
+    keeping: Keeping,
+    keeper: int,
+    on_serving: Any,
+) -> None:
+    stop = stop_on_signals(logs.reopen, interrupt=False)
+    # Without the keeper there is nobody who would start workers again, or this.
+    asyncio.get_running_loop().add_reader(keeper, stop.set)
+    servers: list[QmpServer] = []
+    package = f"vring {vring.__version__}"
+    async with contextlib.AsyncExitStack() as stack:
+        vms = []
+        for name, end in ends.items():
+            caller = Caller(end, _teller(servers, name), name)
+            stack.push(lambda *_, caller=caller: caller.close())
+            vms.append(Vm(name, caller))
+        for number, options in enumerate(settings.qmp):
+            sockets = await _listen(options, keeping.scoped(f"qmp-{number}"), stack)
+            monitor = Monitor(settings.name, package, vms)
+            for sock in sockets:
+                server = QmpServer(monitor, sock, f"QMP at {options.address}", package)
+                stack.push_async_callback(server.aclose)
+                await server.start()
+                servers.append(server)
+            emit(logging.INFO, "monitor", f"QMP at {options.address}")
+        on_serving()
+        await stop.wait()
+        for server in servers:
+            server.tell("SHUTDOWN", {"guest": False, "reason": "host-signal"})
+
+
+def _teller(servers: Sequence[QmpServer], vm: str) -> Any:
+    return lambda name, data: tell_all(servers, vm, name, data)
+
+
+async def _listen(
+    options: SocketOptions, keeping: Keeping, stack: contextlib.AsyncExitStack
+) -> list[socket.socket]:
+    """Return listening sockets: a predecessor's, or new ones, which are removed at the end."""
+    kept = KeptSockets(keeping)
+    listener = Listener()
+    try:
+        if sockets := kept.take_listeners():
+            listener.adopt(options.address, sockets)
+        else:
+            await listener.listen(options.address)
+            kept.keep_listeners(listener.sockets)
+    except SocketPathError as error:
+        raise ResourceError(f"--qmp: {error}") from None
+    except OSError as error:
+        raise ResourceError(f"--qmp {options.address}: {error.strerror}") from None
+    stack.callback(listener.close)
+    return list(listener.sockets)

@@ -1,0 +1,205 @@
+"""What a worker answers to those who look at the service and change it while it runs."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from vring_serial.chardev import DescriptorEnd
+from vring_serial.chardev.ringbuf import RingbufChardev
+from vring_serial.device.console.controller import Controller
+from vring_serial.device.console.events import DeviceEvent, PortClosed, PortOpened, Side
+from vring_serial.device.console.port import Port
+from vring_serial.proto.virtio import Status
+from vring_serial.service.link import CallError, Handler
+from vring_serial.transport.server import Server
+
+#: Most bytes that one call reads of a ring buffer.
+READ_MAX = 1 << 20
+
+#: Told of an event: its name and data.
+Tell = Callable[[str, Mapping[str, Any]], None]
+
+_GENERIC = "GenericError"
+_NOT_FOUND = "DeviceNotFound"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Served:
+    """One controller and the way in which a guest reaches it.
+
+    Attributes:
+        controller: the device.
+        server: its transport.
+        socket: path of that.
+        protocol: ``vhost-user`` or ``vfio-user``.
+    """
+
+    controller: Controller
+    server: Server[Any]
+    socket: str
+    protocol: str
+
+
+class Answers:
+    """Answers calls about the controllers of one process; see :class:`.link.Answerer`.
+
+    Args:
+        served: the controllers.
+        restarts: how many processes served them before this one.
+        set_log_level: takes a name of ``cli.logs.LEVELS``.
+    """
+
+    def __init__(
+        self,
+        served: Sequence[Served],
+        restarts: int,
+        set_log_level: Callable[[str], None],
+    ) -> None:
+        self._served = served
+        self._restarts = restarts
+        self._set_log_level = set_log_level
+        self._tell: Tell = lambda name, data: None
+
+    def handlers(self) -> dict[str, Handler]:
+        """Return what is called, by name."""
+        return {
+            "describe": self.describe,
+            "ringbuf-read": self.ringbuf_read,
+            "ringbuf-write": self.ringbuf_write,
+            "disconnect-chardev": self.disconnect_chardev,
+            "disconnect-frontend": self.disconnect_frontend,
+            "log-level": self.log_level,
+            "queues": self.queues,
+        }
+
+    def listen(self, tell: Tell) -> None:
+        """Tell of what happens to the devices from now on."""
+        self._tell = tell
+        for served in self._served:
+            served.controller.on_event = _listener(served.controller, self._event)
+            served.server.on_peer = self._peer_listener(served)
+
+    # --- calls
+
+    def describe(self) -> dict[str, Any]:
+        """Return how often the process was followed by another, and every controller."""
+        controllers = [self._describe(served) for served in self._served]
+        return {"restarts": self._restarts, "controllers": controllers}
+
+    def ringbuf_read(self, chardev: str, size: int, format: str) -> str:
+        """Take up to ``size`` of the oldest bytes; base64, or UTF-8 with bad bytes replaced."""
+        data = self._ringbuf(chardev).read(min(size, READ_MAX))
+        if format == "base64":
+            return base64.b64encode(data).decode()
+        return data.decode("utf-8", "replace")
+
+    def ringbuf_write(self, chardev: str, data: str, format: str) -> None:
+        """Put bytes into a ring buffer, as if the guest had written them."""
+        raw = data.encode()
+        if format == "base64":
+            try:
+                raw = base64.b64decode(data, validate=True)
+            except binascii.Error as error:
+                raise CallError(_GENERIC, f"Base64 data '{data}' is not valid: {error}") from None
+        self._ringbuf(chardev).write(raw)
+
+    def disconnect_chardev(self, chardev: str) -> bool:
+        """Send the peer of a host end away; return whether there was one."""
+        return self._port(chardev).chardev.send_away()
+
+    def disconnect_frontend(self, controller: str) -> bool:
+        """End the session of a controller's frontend; return whether there was one."""
+        return self._find(controller).server.disconnect("an operator asked for it")
+
+    def log_level(self, level: str) -> None:
+        """Log from this level on."""
+        self._set_log_level(level)
+
+    def queues(self, controller: str, queue: int) -> dict[str, Any]:
+        """Return where one queue is."""
+        device = self._find(controller).controller
+        if not 0 <= queue < device.num_queues:
+            raise CallError(_GENERIC, f"Invalid virtqueue number {queue}")
+        return {"size_max": device.queue_size_max, **device.queue_positions(queue)}
+
+    # --- internals
+
+    def _find(self, controller: str) -> Served:
+        for served in self._served:
+            if served.controller.name == controller:
+                return served
+        raise CallError(_NOT_FOUND, f"Device '{controller}' not found")
+
+    def _port(self, chardev: str) -> Port:
+        for served in self._served:
+            for port in served.controller.ports.values():
+                if port.chardev.id == chardev:
+                    return port
+        raise CallError(_GENERIC, f"Chardev '{chardev}' not found")
+
+    def _ringbuf(self, device: str) -> RingbufChardev:
+        try:
+            chardev = self._port(device).chardev
+        except CallError:
+            raise CallError(_GENERIC, f"Device '{device}' not found") from None
+        if not isinstance(chardev, RingbufChardev):
+            raise CallError(_GENERIC, f"{device} is not a ringbuf device")
+        return chardev
+
+    def _describe(self, served: Served) -> dict[str, Any]:
+        device = served.controller
+        return {
+            "id": device.name,
+            "socket": served.socket,
+            "protocol": served.protocol,
+            "frontend": served.server.has_peer,
+            "max_ports": device.max_ports,
+            "num_queues": device.num_queues,
+            "status": device.status,
+            "needs_reset": bool(device.status & Status.DEVICE_NEEDS_RESET),
+            "offered": device.device_features,
+            "features": device.driver_features,
+            "ports": [_describe_port(port) for port in device.ports.values()],
+        }
+
+    def _event(self, controller: Controller, event: DeviceEvent) -> None:
+        if isinstance(event, (PortOpened, PortClosed)) and event.side is Side.GUEST:
+            port = controller.ports.get(event.nr)
+            if port is not None:
+                is_open = isinstance(event, PortOpened)
+                self._tell("port", {"chardev": port.chardev.id, "open": is_open})
+
+    def _peer_listener(self, served: Served) -> Callable[[str], None]:
+        return lambda state: self._tell(
+            "frontend", {"controller": served.controller.name, "state": state}
+        )
+
+
+def _listener(
+    controller: Controller, function: Callable[[Controller, DeviceEvent], None]
+) -> Callable[[DeviceEvent], None]:
+    return lambda event: function(controller, event)
+
+
+def _describe_port(port: Port) -> dict[str, Any]:
+    out, back = port.traffic
+    chardev = port.chardev
+    return {
+        "nr": port.nr,
+        "name": port.name.decode(errors="backslashreplace"),
+        "console": port.console,
+        "chardev": chardev.id,
+        "description": chardev.description,
+        "filename": chardev.filename,
+        "guest_open": port.guest_open,
+        "guest_ready": port.guest_ready,
+        "host_open": port.host_open,
+        "descriptor": isinstance(chardev.end, DescriptorEnd),
+        "size": port.size,
+        "out": dataclasses.asdict(out),
+        "in": dataclasses.asdict(back),
+    }

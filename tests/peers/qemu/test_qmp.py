@@ -1,0 +1,170 @@
+"""Our monitor beside stock QEMU's: the same requests, the same replies."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from contextlib import asynccontextmanager
+
+from tests.support.keeper import kept, socket_ports
+from tests.support.processes import running
+from tests.support.qemu_machine import QEMU
+from tests.support.waiting import until
+
+#: Requests whose replies are the same to the letter.
+SAME = [
+    '{"execute":"query-status"}',
+    "[1]",
+    "42 ",
+    '{"a":1}',
+    '{"execute":1}',
+    '{"execute":"qmp_capabilities","arguments":[]}',
+    '{"execute":"x","foo":1,"id":3}',
+    "{}",
+    '{"execute":"qmp_capabilities","id":[1,{"a":2}]}',
+    '{"execute":"qmp_capabilities"}',
+    '{"execute":"nonsense","id":"x"}',
+    '{"execute":"query-status","arguments":{"x":1}}',
+    '{"execute":"query-name"}',
+    '{"execute":"query-chardev"}',
+    '{"execute":"chardev-send-break","arguments":{"id":"c1"}}',
+    '{"execute":"chardev-send-break","arguments":{"id":"nope"}}',
+    '{"execute":"ringbuf-write","arguments":{"device":"r0","data":"hello"}}',
+    '{"execute":"ringbuf-read","arguments":{"device":"r0","size":2}}',
+    '{"execute":"ringbuf-read","arguments":{"device":"r0","size":100,"format":"base64"}}',
+    '{"execute":"ringbuf-read","arguments":{"device":"r0","size":0}}',
+    '{"execute":"ringbuf-read","arguments":{"device":"r0","size":"1"}}',
+    '{"execute":"ringbuf-read","arguments":{"device":"r0"}}',
+    '{"execute":"ringbuf-read","arguments":{"device":"c1","size":10}}',
+    '{"execute":"ringbuf-read","arguments":{"device":"nope","size":10}}',
+    '{"execute":"ringbuf-write","arguments":{"device":"r0","data":"a","format":"bad"}}',
+    '{"execute":"device-list-properties","arguments":{"typename":"virtserialport"}}',
+    '{"execute":"device-list-properties","arguments":{"typename":"nope"}}',
+    '{"execute":"x-query-virtio"}',
+    '{"execute":"x-query-virtio-status","arguments":{"path":"/nope"}}',
+    '{"execute":"x-query-virtio-queue-status","arguments":'
+    '{"path":"/machine/peripheral/virtio-serial0/virtio-backend","queue":2000}}',
+]
+#: Whose replies have the same class of error, or error at all, and say in words of their own why.
+ALIKE = ["foo ", '{"execute": }', "}"]
+
+
+class Talk:
+    """A connection to a monitor: one reply for each request, events aside."""
+
+    def __init__(self, reader, writer):
+        self._reader = reader
+        self._writer = writer
+
+    async def reply(self, request=None):
+        if request is not None:
+            self._writer.write(request.encode() + b"\n")
+        while True:
+            line = await self._reader.readline()
+            assert line.endswith(b"\r\n")
+            value = json.loads(line)
+            if "event" not in value:
+                return value
+
+
+@asynccontextmanager
+async def talk(path):
+    reader, writer = await asyncio.open_unix_connection(path, limit=1 << 20)
+    try:
+        yield Talk(reader, writer)
+    finally:
+        writer.close()
+        await writer.wait_closed()
+
+
+@asynccontextmanager
+async def both(tmp_path):
+    """Stock QEMU and our service, with the same ports."""
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    theirs.mkdir()
+    ours.mkdir()
+    devices = [
+        *("-device", "virtio-serial-pci,id=virtio-serial0"),
+        *("-chardev", "socket,id=c1,path=c1,server=on,wait=off"),
+        *("-device", "virtserialport,bus=virtio-serial0.0,chardev=c1,name=org.example.data1,nr=1"),
+        *("-chardev", "ringbuf,id=r0,size=4096"),
+        *("-device", "virtconsole,bus=virtio-serial0.0,chardev=r0,nr=0"),
+    ]
+    monitor = "unix:qmp,server=on,wait=off"
+    console = ("--chardev", "ringbuf,id=r0,size=4096", "--console", "chardev=r0")
+    async with (
+        running(
+            *QEMU, "-machine", "q35", "-S", "-name", "vring", *devices, "-qmp", monitor, cwd=theirs
+        ),
+        kept(ours, *socket_ports([1]), *console, "--qmp", monitor) as keeper,
+    ):
+        await keeper.logged("QMP at")
+        await until(lambda: (theirs / "qmp").exists())
+        async with talk(theirs / "qmp") as qemu, talk(ours / "qmp") as vring:
+            yield qemu, vring
+
+
+def comparable(reply):
+    """A reply without what differs between two machines in the same state."""
+    if isinstance(reply.get("return"), list):
+        entries = [
+            entry
+            for entry in reply["return"]
+            if entry.get("label") != "compat_monitor0"  # QEMU's own connection
+        ]
+        for entry in entries:
+            entry.pop("frontend-open", None)  # QEMU calls a ring buffer open, whatever the guest
+        return {
+            **reply,
+            "return": sorted(entries, key=lambda entry: json.dumps(entry, sort_keys=True)),
+        }
+    return reply
+
+
+async def test_replies_are_those_of_stock_qemu(tmp_path):
+    async with both(tmp_path) as (qemu, vring):
+        hello = await vring.reply()
+        assert hello["QMP"].keys() == (await qemu.reply())["QMP"].keys()
+        for request in SAME:
+            wanted, got = await qemu.reply(request), await vring.reply(request)
+            assert comparable(got) == comparable(wanted), request
+        for request in ALIKE:
+            wanted, got = await qemu.reply(request), await vring.reply(request)
+            assert got["error"]["class"] == wanted["error"]["class"], request
+
+
+async def test_every_command_of_qemus_takes_what_it_takes_there(tmp_path):
+    """The schema of commands that QEMU has too: the same members, the same types of JSON."""
+    async with both(tmp_path) as (qemu, vring):
+        for side in (qemu, vring):
+            await side.reply()
+            await side.reply('{"execute":"qmp_capabilities"}')
+        theirs, ours = [
+            {e["name"]: e for e in (await side.reply('{"execute":"query-qmp-schema"}'))["return"]}
+            for side in (qemu, vring)
+        ]
+        compared = 0
+        for name, entry in ours.items():
+            if entry["meta-type"] not in ("command", "event") or name.lower().startswith("x-vring"):
+                continue
+            if name.startswith("X_VRING"):
+                continue
+            assert theirs[name]["meta-type"] == entry["meta-type"]
+            assert members(ours, entry["arg-type"]) == members(theirs, theirs[name]["arg-type"])
+            compared += 1
+        assert compared > 15
+
+
+def members(schema, type):
+    """The members of an object by name: what JSON they are, and whether they may be absent."""
+    return {
+        member["name"]: (json_type(schema, member["type"]), "default" in member)
+        for member in schema[type]["members"]
+    }
+
+
+def json_type(schema, type):
+    entry = schema[type]
+    if entry["meta-type"] == "builtin":
+        return entry["json-type"]
+    return {"enum": "string"}.get(entry["meta-type"], entry["meta-type"])
