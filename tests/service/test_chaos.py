@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import random
 from contextlib import AsyncExitStack
@@ -72,12 +73,33 @@ def vfio_user_by_messages(packed):
     return VfioGuest("v", PORTS, packed=packed, messages=True, intx=True, twin=True)
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
-@pytest.mark.parametrize("make_guest", [vhost_user, vfio_user, vfio_user_by_messages])
+def vfio_user_not_shared(packed):
+    return VfioGuest("v", PORTS, packed=packed, shared=False)
+
+
+def vfio_user_not_shared_twin(packed):
+    return VfioGuest("v", PORTS, packed=packed, shared=False, twin=True, messages=True)
+
+
+#: What makes a guest, and whether its rings are packed.
+GUESTS = [
+    *itertools.product((vhost_user, vfio_user, vfio_user_by_messages), (False, True)),
+    (vfio_user_not_shared, False),
+    (vfio_user_not_shared_twin, False),
+]
+
+
+@pytest.mark.parametrize(
+    ("make_guest", "packed"),
+    GUESTS,
+    ids=[f"{make.__name__}-{'packed' if packed else 'split'}" for make, packed in GUESTS],
+)
 async def test_no_kill_is_noticed(tmp_path, monkeypatch, make_guest, packed):
     monkeypatch.chdir(tmp_path)  # short socket paths
     protocol = "vhost-user" if make_guest is vhost_user else "vfio-user"
     chance = random.Random(KILLS)
+    # By messages, bytes are slow.
+    kills = KILLS // 4 if make_guest in (vfio_user_not_shared, vfio_user_not_shared_twin) else KILLS
     ports = range(1, PORTS + 1)
     arguments = [*socket_ports(ports), *(["--packed"] if packed else [])]
     async with AsyncExitStack() as stack:
@@ -97,7 +119,7 @@ async def test_no_kill_is_noticed(tmp_path, monkeypatch, make_guest, packed):
             sending = [group.create_task(s.send(enough, chance)) for s in streams]
             receiving = [group.create_task(s.receive()) for s in streams]
             await all_go_on(streams)
-            for number in range(KILLS):
+            for number in range(kills):
                 await keeper.kill(chance.choice(DEATHS))
                 await all_go_on(streams)
                 if not number:  # by now the keeper has taken all that the first worker told it
@@ -113,7 +135,7 @@ async def test_no_kill_is_noticed(tmp_path, monkeypatch, make_guest, packed):
             writer.close()
         assert await keeper.stop() == 0
     log = keeper.log
-    assert log.count("another one goes on") == KILLS
+    assert log.count("another one goes on") == kills
     peer = "frontend" if make_guest is vhost_user else "client"
     # A worker that is killed may take its last lines with it.
     assert log.count(f"{peer} connected") == 1
@@ -174,17 +196,3 @@ async def test_a_vfio_user_client_may_be_at_any_message_of_its_start(
         assert deadly > 50
         host[1].close()
     assert "cannot be gone on with" not in keeper.log
-
-
-async def test_rings_in_memory_that_is_not_shared_end_with_the_process(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    async with kept(tmp_path, *socket_ports([1]), protocol="vfio-user") as keeper:
-        host = await keeper.connect(1)
-        async with VfioGuest("v", 1, shared=False) as guest:
-            await carries(guest, host)
-            keeper.kill_now()
-            await until(guest.is_sent_away)
-        await keeper.logged("in memory that is not shared; connection closed")
-        async with VfioGuest("v", 1) as guest:
-            await carries(guest, host)
-        host[1].close()

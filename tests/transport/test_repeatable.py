@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import mmap
 import os
 import socket
@@ -94,6 +95,45 @@ async def test_descriptors_are_those_of_their_message(
         connection.close()
         theirs.close()
         await until(lambda: not closer.waiting)
+
+
+async def test_a_peer_that_reads_nothing_is_listened_to_while_it_is_asked() -> None:
+    """It may wait for us to read its answers."""
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    got: list[bytes] = []
+    recorded_answers: list[bytes] = []
+
+    def received(data: Received) -> bool:
+        got.append(data.data)
+        connection.ask(bytes(10_000))
+        return False
+
+    connection = RepeatableConnection(
+        ours,
+        size_of=lambda _: 2,
+        header_size=1,
+        needs_fds=lambda _: False,
+        record=lambda handled: recorded_answers.append(handled.answer),
+        handled=Handled(),
+        area=memoryview(mmap.mmap(-1, AREA_SIZE)),
+        read_size=4096,
+        max_fds=4,
+        closer=Closer(),
+        received=received,
+        go_on=lambda: False,
+        lost=lambda error: None,
+    )
+    try:
+        theirs.send(b"--" * 100)  # 1 MB of questions, which no socket has room for
+        await until(lambda: len(got) == 100, lambda: f"{len(got)}")
+        asked = 0
+        while asked < 1_000_000:
+            asked += len(await asyncio.to_thread(theirs.recv, 1 << 20))
+        assert set(recorded_answers) == {b""}
+    finally:
+        connection.close()
+        theirs.close()
 
 
 def make_record() -> bytearray:

@@ -92,6 +92,10 @@ class Connection:
         if not self._handling:
             self._flush()
 
+    def ask(self, data: bytes) -> None:
+        """Send a whole message that answers nothing, after all of that kind before it."""
+        self.send(data)
+
     def close(self) -> None:
         """Close; what the peer has not read is lost. Safe to call twice."""
         if self.closed:
@@ -145,15 +149,7 @@ class Connection:
 
     def _flush(self) -> None:
         try:
-            while self._unsent:
-                data, fds = self._unsent[0]
-                sent = self._send_some(bytes(data[:_SEND_SIZE]), fds)
-                unix_fds.close_all(fds)
-                fds.clear()
-                self._unsent_bytes -= sent
-                del data[:sent]
-                if not data:
-                    self._unsent.popleft()
+            self._send_unsent()
         except BlockingIOError:
             if not self._waits_to_send:
                 self._waits_to_send = True
@@ -166,6 +162,18 @@ class Connection:
                 self._waits_to_send = False
                 self._loop.remove_writer(self._sock)
         self._listen()
+
+    def _send_unsent(self) -> None:
+        """Send all that waits. Raises BlockingIOError if the peer does not read, and OSError."""
+        while self._unsent:
+            data, fds = self._unsent[0]
+            sent = self._send_some(bytes(data[:_SEND_SIZE]), fds)
+            unix_fds.close_all(fds)
+            fds.clear()
+            self._unsent_bytes -= sent
+            del data[:sent]
+            if not data:
+                self._unsent.popleft()
 
     def _send_some(self, data: bytes, fds: Sequence[int]) -> int:
         """Send as much as fits, and return how much. Raises as unix_fds.send does."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -46,6 +47,9 @@ class RepeatableConnection(Connection):
     the rest. So no message is lost, none is handled twice once that was written down, and every
     byte of an answer is sent once.
 
+    What is asked of the peer (:meth:`ask`) is not written down, and no message waits until it was
+    sent: a peer may want to be read before it reads on.
+
     Each message is sent for itself: the kernel takes one of at most ATOMIC_SIZE bytes whole or not
     at all, so that no successor goes on behind half a message.
 
@@ -84,6 +88,7 @@ class RepeatableConnection(Connection):
         self._sending, self._taking = area[:RECORD_SIZE], area[RECORD_SIZE:AREA_SIZE]
         self._handled_fds = list(handled_fds)
         self._message = b""  # what is being handled, or waits to be taken off
+        self._asked: deque[bytes] = deque()  # not sent yet
         super().__init__(sock, **arguments)
         answered, taken = self._gone(self._sending), self._gone(self._taking)
         self._begin(answered, taken)
@@ -93,9 +98,17 @@ class RepeatableConnection(Connection):
             self._message = handled.message[taken:]
             self._loop.call_soon(self._finish, handled.answer[answered:])
 
+    def ask(self, data: bytes) -> None:
+        """See Connection."""
+        if not self.closed:
+            self._asked.append(data)
+            if not self._handling:
+                self._flush()
+
     def close(self) -> None:
         """See Connection."""
         self._message = b""
+        self._asked.clear()
         self._forget_fds()
         super().close()
 
@@ -166,6 +179,12 @@ class RepeatableConnection(Connection):
         answer = b"".join(bytes(data) for data, _ in self._unsent)
         self._record(Handled(self._number, self._message, answer))
         self._begin()
+
+    def _send_unsent(self) -> None:
+        super()._send_unsent()
+        while self._asked:
+            unix_fds.send(self._sock, self._asked[0])
+            self._asked.popleft()
 
     def _send_some(self, data: bytes, fds: Sequence[int]) -> int:
         return send_recorded(self._sock.fileno(), data, self._sending, fds) if data else 0

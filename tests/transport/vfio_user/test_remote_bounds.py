@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import mmap
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from vring_serial.transport.vfio_user.copies import (
     Held,
     LargeChains,
     Room,
+    make_file,
 )
 
 LOW = 1 << 20
@@ -426,3 +428,23 @@ async def test_room_for_large_chains_is_shared() -> None:
     second.give(QUEUE_BYTES + 1)  # an answer that comes late
     assert large.bytes == 0
     assert not large.waiting
+
+
+def test_a_kept_copy_is_there_for_a_successor_as_far_as_it_is_used() -> None:
+    page = mmap.PAGESIZE
+    fd = make_file(8 * page)
+    try:
+        copy = Copy(0x10000, 8 * page, fd)
+        copy.hold(range(1, 8))
+        for at in range(8):
+            memoryview(copy.region)[at * page] = 7
+        copy.release(range(2, 4))
+        copy.release(range(5, 6), free_them=False)
+        successor = Copy(0x10000, 8 * page, fd)
+        view = memoryview(successor.region)
+        assert [view[at * page] for at in range(8)] == [7, 7, 0, 0, 7, 7, 7, 7]
+        successor.hold(range(4, 6))
+        successor.free_unused()
+        assert [view[at * page] for at in range(8)] == [0, 0, 0, 0, 7, 7, 0, 0]
+    finally:
+        os.close(fd)

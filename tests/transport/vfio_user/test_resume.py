@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -75,9 +75,18 @@ def kept() -> Iterator[Kept]:
     assert held() == before
 
 
-def leave(kept: Kept, client: ClientState, *, max_ports: int = 1, vectors: int = 4) -> None:
+def leave(
+    kept: Kept,
+    client: ClientState,
+    *,
+    max_ports: int = 1,
+    vectors: int = 4,
+    running: Sequence[int] = (),
+) -> None:
     """Write down a session as a predecessor does."""
     pci = PciDevice(Controller(max_ports=max_ports), vectors=vectors)
+    for index in running:
+        pci.state.registers.queues[index].running = True
     Writer(kept, pci, RemoteRingsState()).write(Handled(1), client)
     pci.close()
 
@@ -113,6 +122,15 @@ def with_smaller_memory(kept: Kept) -> None:
     without_memory(kept)
 
 
+def without_a_copy(kept: Kept) -> None:
+    leave(kept, client_state(regions={0: DmaRegion(0, 4096, 3, 0, False, 8)}), running=[1])
+
+
+def with_a_short_copy(kept: Kept) -> None:
+    kept.left["copy.8"] = os.memfd_create("short", os.MFD_CLOEXEC)
+    without_a_copy(kept)
+
+
 def without_an_interrupt(kept: Kept) -> None:
     kept.left["irq.2.0"] = os.eventfd(0, os.EFD_CLOEXEC)
     leave(kept, client_state(irqs={IrqIndex.MSIX: [0, 1]}))
@@ -142,6 +160,8 @@ def without_the_twin(kept: Kept) -> None:
         (of_other_vectors, "not one of 4 MSI-X vectors"),
         (without_memory, "the descriptor memory.8 is not there"),
         (with_smaller_memory, "its file has 0x0 bytes"),
+        (without_a_copy, "the ring of queue 1 is in memory that is not shared"),
+        (with_a_short_copy, "the copy 8 is shorter than its region"),
         (without_an_interrupt, "the descriptor irq.2.1 is not there"),
         (with_an_impossible_interrupt, "index out of range"),
         (without_the_unmask_event, "the descriptor unmask is not there"),

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import mmap
+import os
+from collections.abc import Callable
 from contextlib import suppress
 
 from vring import Region
@@ -22,7 +24,8 @@ LARGE_BYTES = 64 << 20
 
 _PAGE = mmap.PAGESIZE
 _MAP_NORESERVE = 0x4000
-_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+_PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+_KEPT = mmap.MAP_SHARED | _MAP_NORESERVE
 
 
 class Copy:
@@ -30,13 +33,19 @@ class Copy:
 
     Args:
         address, size: of the region.
+        fd: a file of :func:`make_file`, which the copy is then; stays the caller's.
+
+    Attributes:
+        kept: whether it outlives the process.
+        region: it, as memory.
 
     Raises:
         OSError, OverflowError, ValueError, VringError: there is not as much.
     """
 
-    def __init__(self, address: int, size: int) -> None:
-        self._map = mmap.mmap(-1, size, flags=_FLAGS)
+    def __init__(self, address: int, size: int, fd: int = -1) -> None:
+        self.kept = fd >= 0
+        self._map = mmap.mmap(fd, size, flags=_KEPT if self.kept else _PRIVATE)
         with suppress(OSError):  # a kernel without huge pages
             # A byte would cost 2 MiB, and giving back one page of them nothing.
             self._map.madvise(mmap.MADV_NOHUGEPAGE)
@@ -55,8 +64,11 @@ class Copy:
         for page in pages:
             self._users[page] = self._users.get(page, 0) + 1
 
-    def release(self, pages: range) -> None:
-        """Uncount a user of these pages, and free those that have no other."""
+    def release(self, pages: range, *, free_them: bool = True) -> None:
+        """Uncount a user of these pages, and free those that have no other.
+
+        If not ``free_them``, they stay as they are, for whoever holds them next.
+        """
         free: list[int] = []
         for page in pages:
             users = self._users[page] - 1
@@ -65,20 +77,60 @@ class Copy:
             else:
                 del self._users[page]
                 free.append(page)
-        while free:
+        while free and free_them:
             last = first = free.pop()
             while free and free[-1] == first - 1:
                 first = free.pop()
-            end = min((last + 1) * _PAGE, len(self._map))
-            self._map.madvise(mmap.MADV_DONTNEED, first * _PAGE, end - first * _PAGE)
+            self._free(first, last + 1)
+
+    def free_unused(self) -> None:
+        """Free all pages that have no user: a predecessor of this process may have left some."""
+        first = 0
+        for page in sorted(self._users):
+            if first < page:
+                self._free(first, page)
+            first = page + 1
+        end = (len(self._map) + _PAGE - 1) // _PAGE
+        if first < end:
+            self._free(first, end)
+
+    def _free(self, first: int, end: int) -> None:
+        """Free the pages from ``first`` to the one before ``end``."""
+        start, end = first * _PAGE, min(end * _PAGE, len(self._map))
+        how = mmap.MADV_REMOVE if self.kept else mmap.MADV_DONTNEED
+        self._map.madvise(how, start, end - start)
 
 
-def make_copy(address: int, size: int) -> Copy | None:
-    """Return a copy, or None if there is not enough memory."""
+def make_file(size: int) -> int:
+    """Return the descriptor of a file of so many bytes in memory. Raises OSError."""
+    fd = os.memfd_create("vring-copy", os.MFD_CLOEXEC)
     try:
-        return Copy(address, size)
+        os.ftruncate(fd, size)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def make_copy(address: int, size: int, keep: Callable[[int], None] | None = None) -> Copy | None:
+    """Return a copy, or None if there is not enough memory.
+
+    Args:
+        address, size: of the region.
+        keep: keeps a duplicate of the copy's descriptor for a successor; None: there is none.
+    """
+    try:
+        if keep is None:
+            return Copy(address, size)
+        fd = make_file(size)
+        try:
+            copy = Copy(address, size, fd)
+            keep(fd)
+        finally:
+            os.close(fd)
     except (OSError, OverflowError, ValueError, VringError):
         return None
+    return copy
 
 
 class Held:
@@ -87,6 +139,11 @@ class Held:
     def __init__(self) -> None:
         self._pages: list[tuple[Copy, range]] = []
         self.cost = 0  # bytes of the pages; one that is named twice counts twice
+
+    @property
+    def kept(self) -> bool:
+        """Whether all of them outlive the process."""
+        return all(copy.kept for copy, _ in self._pages)
 
     def add(self, copy: Copy, address: int, length: int) -> None:
         """Add a range in ``copy``; nothing is touched yet, and nothing held before :meth:`hold`."""
@@ -99,11 +156,11 @@ class Held:
         for copy, pages in self._pages:
             copy.hold(pages)
 
-    def release(self) -> None:
-        """Give the pages back. Safe to call twice."""
+    def release(self, *, free_them: bool = True) -> None:
+        """Give the pages back. Safe to call twice; see Copy.release."""
         pages, self._pages = self._pages, []
         for copy, part in pages:
-            copy.release(part)
+            copy.release(part, free_them=free_them)
 
 
 class LargeChains:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from vring import GuestMemory, MemoryWatch, Region
-from vring_serial.errors import RemoteProtocolError
+from vring_serial.errors import RemoteProtocolError, StateError
 from vring_serial.proto.vfio_user import VfioUserError
 from vring_serial.proto.vfio_user_dma import DmaFlag, DmaMap, DmaUnmap, UnmapFlag
 from vring_serial.transport.vfio_user.copies import Copy, make_copy
@@ -21,12 +23,21 @@ class DmaTable:
         most: mappings that there may be at once.
         watch: reports lost memory.
         regions: the mappings, by address; kept up to date here.
+        keep_copy: keeps the descriptor of a copy, under the number of its region, for a successor
+            of this process; None: there is none.
     """
 
-    def __init__(self, most: int, watch: MemoryWatch, regions: dict[int, DmaRegion]) -> None:
+    def __init__(
+        self,
+        most: int,
+        watch: MemoryWatch,
+        regions: dict[int, DmaRegion],
+        keep_copy: Callable[[int, int], None] | None = None,
+    ) -> None:
         self._most = most
         self._watch: MemoryWatch | None = watch
         self._regions = regions
+        self._keep_copy = keep_copy
         self._mapped: dict[int, Region] = {}  # of regions with a descriptor, by address
         self._copies: dict[int, Copy | None] = {}  # of regions without a descriptor
         self._remote: list[DmaRegion] | None = None  # those, by address; None: to be made
@@ -44,7 +55,10 @@ class DmaTable:
         """
         for each in self._regions.values():
             if not each.shared and each.address not in self._copies:
-                self._copies[each.address] = make_copy(each.address, each.size)
+                keep = self._keep_copy
+                self._copies[each.address] = make_copy(
+                    each.address, each.size, None if keep is None else partial(keep, each.serial)
+                )
         copies = (copy.region for copy in self._copies.values() if copy is not None)
         return GuestMemory((*self.mapped.regions, *copies))
 
@@ -68,17 +82,34 @@ class DmaTable:
             if start < end:
                 yield start, end - start, self._copies.get(each.address)
 
-    def resume(self, take: Callable[[int], int]) -> None:
-        """Map what a predecessor of this process had mapped.
+    def resume(self, take: Callable[[int], int], take_copy: Callable[[int], int]) -> None:
+        """Map what a predecessor of this process had mapped, and its copies.
 
         Args:
             take: returns the descriptor with this number, which stays the caller's.
+            take_copy: the same for a copy's; -1 if there is none.
 
-        Raises MemoryMapError if one cannot be mapped so, and what ``take`` raises.
+        Raises MemoryMapError or OSError if one cannot be mapped so, and what the two raise.
         """
         for at, each in self._regions.items():
             if each.shared:
                 self._mapped[at] = self._map(each, take(each.serial))
+            else:
+                fd = take_copy(each.serial)
+                if fd >= 0 and os.fstat(fd).st_size < each.size:
+                    raise StateError(f"the copy {each.serial} is shorter than its region")
+                if fd >= 0:
+                    self._copies[at] = Copy(at, each.size, fd)
+
+    def has_copy(self, address: int) -> bool:
+        """Return whether there is a copy of what only the client can access at ``address``."""
+        return all(copy is not None for _, _, copy in self.remote_parts(address, 1))
+
+    def free_unused(self) -> None:
+        """Free what no ring uses of the copies."""
+        for copy in self._copies.values():
+            if copy is not None:
+                copy.free_unused()
 
     def map(self, asked: DmaMap, fd: int, serial: int = 0) -> None:
         """Add a mapping; ``fd`` is -1 if there is no descriptor, and stays the caller's.

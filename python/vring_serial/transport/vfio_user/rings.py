@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 
 from vring import RingError
 from vring_serial.device.base import VirtioDevice
@@ -43,8 +44,29 @@ class RemoteRings:
         self.client: ClientMemory | None = None
         self._device = device
         self._shadows: dict[int, ShadowRing] = {}
+        self._resuming = False
+        self._unsettled: set[int] = set()  # whose predecessors' chains are not all known yet
 
     # --- queues
+
+    @contextmanager
+    def resuming(self) -> Iterator[None]:
+        """Have the rings that start inside go on in the copies that a predecessor left."""
+        self._resuming = True
+        try:
+            yield
+        finally:
+            self._resuming = False
+            self._free_unused()
+
+    def _settled(self, index: int) -> None:
+        self._unsettled.discard(index)
+        self._free_unused()
+
+    def _free_unused(self) -> None:
+        """Free what a predecessor left in the copies and no ring uses, once all have said."""
+        if not self._unsettled and not self._resuming and self.client is not None:
+            self.client.dma.free_unused()
 
     def start_queue(self, index: int, queue: RunningQueue) -> None:
         """See VirtioDevice."""
@@ -60,7 +82,12 @@ class RemoteRings:
             client,
             lambda error: self._failed(index, error),
             owed=index in self.state.owed,
+            resumed=self._resuming,
+            behind=index in self._unsettled,
+            settled=partial(self._settled, index),
         )
+        if shadow.behind:
+            self._unsettled.add(index)
         self._set_owed(index, False)
         try:
             self._device.start_queue(index, shadow.queue)
@@ -89,6 +116,7 @@ class RemoteRings:
     def reset_queue(self, index: int) -> None:
         """See VirtioDevice."""
         self._set_owed(index, False)
+        self._unsettled.discard(index)
         self._device.reset_queue(index)
 
     def _failed(self, index: int, error: Exception) -> None:
@@ -179,4 +207,5 @@ class RemoteRings:
     def reset(self) -> None:
         """See VirtioDevice."""
         self.state.owed.clear()
+        self._unsettled.clear()
         self._device.reset()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import socket
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -91,9 +92,10 @@ CAPABILITIES = Capabilities(
     ),
 )
 
-#: Roles of descriptors (see Keeping): a region of memory, an interrupt by type and number, the
-#: event that unmasks INTx, both ends of the socket for our requests, a queue's kick.
-MEMORY, IRQ, UNMASK = "memory.{}", "irq.{}.{}", "unmask"
+#: Roles of descriptors (see Keeping): a region of memory, the copy of one that is not shared, an
+#: interrupt by type and number, the event that unmasks INTx, both ends of the socket for our
+#: requests, a queue's kick.
+MEMORY, COPY, IRQ, UNMASK = "memory.{}", "copy.{}", "irq.{}.{}", "unmask"
 TWIN, TWIN_OF_CLIENT = "twin", "twin.client"
 KICK = "kick.{}"
 
@@ -135,7 +137,12 @@ class VfioUserSession(Session[Message]):
             self._writer = Writer(context.keeping, pci, rings.state, resumed=isinstance(left, Left))
         self._twin: Connection | None = None
         self._twin_parser = VfioUserParser()
-        self._dma = DmaTable(MAX_DMA_MAPS, context.watch, self._state.regions)
+        self._dma = DmaTable(
+            MAX_DMA_MAPS,
+            context.watch,
+            self._state.regions,
+            None if context.keeping is None else self._keep_copy,
+        )
         self._memory_changed = False
         self._beside: list[int] = []  # descriptors that go with the next reply
         # A predecessor's are put back in the loop's next turn: see _resume.
@@ -197,7 +204,17 @@ class VfioUserSession(Session[Message]):
 
     def _resume_memory(self, keeping: Keeping) -> None:
         with ExitStack() as stack:
-            self._dma.resume(lambda serial: self._take(keeping, MEMORY.format(serial), stack))
+
+            def take_copy(serial: int) -> int:
+                fd = keeping.take(COPY.format(serial))
+                if fd is None:
+                    return -1
+                stack.callback(os.close, fd)
+                return fd
+
+            self._dma.resume(
+                lambda serial: self._take(keeping, MEMORY.format(serial), stack), take_copy
+            )
 
     def _resume_requests(self, keeping: Keeping) -> None:
         if self._state.agreed is None:
@@ -212,12 +229,13 @@ class VfioUserSession(Session[Message]):
     def _resume_queues(self, left: Left) -> None:
         queues = left.function.registers.queues
         for queue in (queues[index] for index in left.running):
-            if any(self._dma.is_remote(getattr(queue, area)) for area in QUEUE_AREAS):
+            if not all(self._dma.has_copy(getattr(queue, area)) for area in QUEUE_AREAS):
                 # What the device took and gave was in a copy, of which nothing is left.
                 raise StateError(f"the ring of queue {queue.index} is in memory that is not shared")
         failed = {queue.index for queue in queues if queue.failed}
         if self._state.regions:
-            self._pci.set_memory(self._dma.memory)
+            with self._rings.resuming():
+                self._pci.set_memory(self._dma.memory)
         for queue in queues:
             if queue.failed and queue.index not in failed:
                 raise StateError(f"queue {queue.index} cannot run")
@@ -239,6 +257,9 @@ class VfioUserSession(Session[Message]):
     def _keep_kick(self, queue: int, fd: int) -> None:
         if (role := KICK.format(queue)) not in self._roles:
             self._keep(role, fd)
+
+    def _keep_copy(self, serial: int, fd: int) -> None:
+        self._keep(COPY.format(serial), fd)
 
     def _record(self, handled: Handled) -> None:
         changed, self._client_changed = self._client_changed, False
@@ -270,7 +291,9 @@ class VfioUserSession(Session[Message]):
 
     def _used_roles(self) -> set[str]:
         state = self._state
-        used = {MEMORY.format(each.serial) for each in state.regions.values() if each.shared}
+        used = {
+            (MEMORY if each.shared else COPY).format(each.serial) for each in state.regions.values()
+        }
         used |= {IRQ.format(index, nr) for index, numbers in state.irqs.items() for nr in numbers}
         used |= {KICK.format(index) for index in self._pci.shared_kicks}
         if state.unmask_event:
@@ -432,7 +455,7 @@ class VfioUserSession(Session[Message]):
 
     def _begin_requests(self, agreed: Capabilities) -> None:
         """Let rings ask the client for memory."""
-        send = (self._twin or self._connection).send
+        send = (self._twin or self._connection).ask
         piece, life = agreed.max_data_xfer_size, None
         if self._keeping is not None:
             piece, life = min(piece, ATOMIC_SIZE - DmaAccess.SIZE - Header.SIZE), self._state.life
@@ -499,7 +522,7 @@ class VfioUserSession(Session[Message]):
         self._memory_changed = self._client_changed = True
         if fds:
             self._keep(MEMORY.format(self._state.next_serial), fds[0])
-            self._state.next_serial += 1
+        self._state.next_serial += 1
 
     def _dma_unmap(self, asked: DmaUnmap, fds: list[int]) -> DmaUnmap:
         self._dma.unmap(asked)

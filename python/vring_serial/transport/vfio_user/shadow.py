@@ -11,14 +11,19 @@ ring, the index is read before what it makes available, in an access of its own:
 copied both at once could give a new index with an entry of the last round.
 
 Memory of a copy is held only for chains between their fetch and their completion, and for the ring
-itself; the rest is given back (see vfio_copies).
+itself; the rest is given back (see copies).
+
+A copy may outlive the process (``Copy.kept``). The device then goes on in it as in guest memory
+that is shared, with the record of the queue. What of it the guest has seen, its used index says,
+which is written after all that it makes visible: a successor stores again what came after, and
+pages are held until the index was answered.
 """
 
 from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -76,6 +81,20 @@ class _Chain:
     held: Held = field(default_factory=Held)
 
 
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """An indirect table.
+
+    Attributes:
+        address, length: guest address, and bytes.
+        remote: only the client has all of it.
+    """
+
+    address: int
+    length: int
+    remote: bool
+
+
 class _Failure:
     """Tells once that the client's memory cannot be accessed, and holds nothing of a ring.
 
@@ -108,6 +127,9 @@ class ShadowRing:
         client: the guest's memory. What of it is shared is not copied, but the ring may not be.
         failed: called once, when the guest's memory cannot be accessed.
         owed: what :meth:`stop` returned of the ring before this one.
+        resumed: the copy is a predecessor's, with all that it and the device had begun.
+        behind: the guest may not have all that the device used.
+        settled: called, if it was behind, once all chains are known whose pages are needed.
 
     Raises:
         RemoteProtocolError: the ring is packed, or a part of it is in shared memory.
@@ -120,6 +142,9 @@ class ShadowRing:
         failed: Callable[[Exception], None],
         *,
         owed: bool = False,
+        resumed: bool = False,
+        behind: bool = False,
+        settled: Callable[[], None] = lambda: None,
     ) -> None:
         queue = running.queue
         if not isinstance(queue, SplitQueue):
@@ -135,26 +160,66 @@ class ShadowRing:
         self._dma = client.dma
         self._remote = client.remote
         self._failure = _Failure(failed)
-        self._owed = owed
+        self._owed = owed or resumed
+        self._settled = settled
         # Of the guest's ring: fetched, made available to the device, stored back, and told.
         self._fetched = self._offered = self._stored = self._told = queue.avail_index
         self._ring = self._hold_ring()
+        self._kept = self._ring.kept
+        self._behind = (resumed or behind) and self._kept
+        self._started_at = queue.avail_index
         self._room = Room(client.large)
         self._chains: dict[int, _Chain] = {}  # by head: those that the device has
+        self._answer: asyncio.Future[bytes] | None = None  # to the last used index
         self._kicked = asyncio.Event()
         self._kicked.set()
         self._telling: asyncio.Task[None] | None = None
-        # The copy begins with nothing available: flags, index, and the event for the first use.
+        if resumed:
+            self._go_on()
+        else:
+            self._begin()
+        self.queue = RunningQueue(queue, make_eventfd(), make_eventfd())
+        self._kicks = KickWatch(running.kick_fd, self._kicked.set)
+        self._loop.add_reader(self.queue.call_fd, self._device_calls)
+        self._fetching = self._loop.create_task(self._fetch_all())
+
+    def _begin(self) -> None:
+        """Let the copy begin with nothing available: flags, index, the event for the first use."""
         memory = self._memory
         memory.store16(self._available + ring.AVAIL_FLAGS, 0)
         memory.store16(self._available + ring.AVAIL_INDEX, self._fetched)
         memory.store16(self._used + ring.USED_FLAGS, 0)
         memory.store16(self._used + ring.USED_INDEX, self._stored)
         memory.store16(self._used_event, self._stored)
-        self.queue = RunningQueue(queue, make_eventfd(), make_eventfd())
-        self._kicks = KickWatch(running.kick_fd, self._kicked.set)
-        self._loop.add_reader(self.queue.call_fd, self._device_calls)
-        self._fetching = self._loop.create_task(self._fetch_all())
+
+    def _go_on(self) -> None:
+        """Take over what a predecessor had made available, and the device has not used yet."""
+        memory = self._memory
+        index = memory.load16(self._available + ring.AVAIL_INDEX)
+        if (index - self._fetched & 0xFFFF) > self._size:
+            return  # the device finds that
+        for position in range(self._fetched, self._fetched + (index - self._fetched & 0xFFFF)):
+            at = self._available + ring.AVAIL_RING + ring.AVAIL_ENTRY * (position % self._size)
+            self._adopt(memory.load16(at))
+        self._fetched = self._offered = index
+
+    def _adopt(self, head: int) -> None:
+        """Hold what is in the copy of a chain that was fetched by a predecessor."""
+        if head in self._chains:
+            raise RemoteProtocolError(
+                f"{self._outer.queue.name}: descriptor {head} is in the copy twice"
+            )
+        table = self._memory.read(self._descriptors, ring.DESC_SIZE * self._size)
+        steps = self._steps(head, table)
+        try:
+            asked = next(steps)
+            while True:
+                asked = steps.send(self._read_copy(asked.address, asked.length))
+        except StopIteration as done:
+            chain: _Chain = done.value
+        self._room.take(chain.held.cost)
+        chain.held.hold()
+        self._chains[head] = chain
 
     @property
     def owed(self) -> bool:
@@ -178,11 +243,20 @@ class ShadowRing:
             self._telling.cancel()
         close_all([self.queue.kick_fd, self.queue.call_fd])
         for chain in self._chains.values():
-            chain.held.release()
+            chain.held.release(free_them=not self._behind)
         self._chains.clear()
-        self._ring.release()
+        release = partial(self._ring.release, free_them=not self._behind)
+        if self._kept and self._answer is not None and not self._answer.done():
+            self._answer.add_done_callback(lambda _: release())
+        else:
+            release()
         self._room.close()
         return owed
+
+    @property
+    def behind(self) -> bool:
+        """Whether it is not known yet how much of what the device used the guest has seen."""
+        return self._behind
 
     def _hold_ring(self) -> Held:
         held = Held()
@@ -198,6 +272,8 @@ class ShadowRing:
 
     async def _fetch_all(self) -> None:
         try:
+            if self._behind:
+                await self._settle()
             await self._fetch()
             if self._owed:
                 # What was stored then is there now, since it came before what was read.
@@ -210,6 +286,25 @@ class ShadowRing:
                     pass
         except (RemoteProtocolError, VringError, OSError) as error:
             self._failure.tell(error)
+
+    async def _settle(self) -> None:
+        """Store what the device used and the guest has not seen; it was read back to begin with."""
+        index = await self._read16(self._used + ring.USED_INDEX)
+        count = self._started_at - index & 0xFFFF
+        if count <= self._size:  # of a driver that says anything else, nothing is known
+            for position in range(index, index + count):
+                head, _ = _USED.unpack(self._memory.read(self._used_at(position), ring.USED_ENTRY))
+                self._adopt(head)
+            self._stored = self._told = index
+        self._behind = False
+        self._store()
+        self._told = self._stored  # the driver is interrupted in any case
+        self._settled()
+        if self._event_idx:
+            self._write(self._available_event, _U16.pack(self._fetched))
+
+    def _used_at(self, position: int) -> int:
+        return self._used + ring.USED_RING + ring.USED_ENTRY * (position % self._size)
 
     async def _fetch(self) -> bool:
         """Fetch what the driver made available; return whether there was anything."""
@@ -270,6 +365,30 @@ class ShadowRing:
 
     async def _walk(self, head: int, table: bytes) -> _Chain:
         """Return what a chain's descriptors name, as far as they are valid."""
+        steps = self._steps(head, table)
+        try:
+            asked = next(steps)
+            while True:
+                if asked.remote:
+                    asked = steps.send(await self._remote.read(asked.address, asked.length))
+                else:
+                    asked = steps.send(self._read_copy(asked.address, asked.length))
+        except StopIteration as done:
+            chain: _Chain = done.value
+            return chain
+
+    def _read_copy(self, address: int, length: int) -> bytes | None:
+        """Return bytes of guest memory as the device sees it; None if there are none."""
+        try:
+            return self._memory.read(address, length)
+        except AddressError:
+            return None
+
+    def _steps(self, head: int, table: bytes) -> Generator[_Table, bytes | None, _Chain]:
+        """Walk a chain: yield which indirect table is needed, take it, return what was named.
+
+        What is sent is None if the table is in no memory.
+        """
         chain = _Chain()
         at = head
         seen = 0
@@ -292,23 +411,16 @@ class ShadowRing:
                 continue
             if indirect or length % ring.DESC_SIZE or length > ring.DESC_SIZE * self._size:
                 break
-            try:
-                table = await self._table(chain, address, length)
-            except AddressError:
+            parts = self._add_remote(chain.held, address, length)
+            entries = yield _Table(address, length, bool(parts))
+            if entries is None:
                 break
+            table = entries
+            for start, size in parts:
+                chain.copied.append((start, table[start - address : start - address + size]))
             indirect = True
             at = 0
         return chain
-
-    async def _table(self, chain: _Chain, address: int, length: int) -> bytes:
-        """Return an indirect table. Raises AddressError if it is in no memory."""
-        parts = self._add_remote(chain.held, address, length)
-        if not parts:
-            return self._memory.read(address, length)
-        table = await self._remote.read(address, length)
-        for start, size in parts:
-            chain.copied.append((start, table[start - address : start - address + size]))
-        return table
 
     def _add_remote(self, held: Held, address: int, length: int) -> list[Segment]:
         """Return the parts of a range that only the client has, and add their pages to ``held``.
@@ -332,24 +444,29 @@ class ShadowRing:
     def _store(self) -> bool:
         """Send what the device used; return whether there was anything."""
         any_stored = False
-        while True:
+        while not self._behind:
             index = self._memory.load16(self._used + ring.USED_INDEX)
             count = index - self._stored & 0xFFFF
             if not count or count > self._size:
                 return any_stored
             any_stored = True
+            stored: list[_Chain] = []
             for position in range(self._stored, self._stored + count):
-                at = self._used + ring.USED_RING + ring.USED_ENTRY * (position % self._size)
+                at = self._used_at(position)
                 entry = self._memory.read(at, ring.USED_ENTRY)
                 head, written = _USED.unpack(entry)
-                self._store_chain(head, written)
+                self._store_chain(head, written, stored)
                 self._write(at, entry)
-            self._write(self._used + ring.USED_INDEX, _U16.pack(index))
+            self._answer = self._write(self._used + ring.USED_INDEX, _U16.pack(index))
+            if stored:
+                self._answer.add_done_callback(partial(_give_back, self._room, stored))
             self._stored = index
             # Asked before the index is looked at again: the device tells of what comes later.
             self._memory.store16(self._used_event, index)
+        return any_stored
 
-    def _store_chain(self, head: int, written: int) -> None:
+    def _store_chain(self, head: int, written: int, stored: list[_Chain]) -> None:
+        """Store what the device wrote; a chain whose pages are needed longer goes to ``stored``."""
         chain = self._chains.pop(head, None)
         if chain is None:
             return
@@ -360,6 +477,9 @@ class ShadowRing:
             for start, size in parts:
                 for at, piece in _pieces(start, min(size, end - start)):
                     last = self._write(at, self._memory.read(at, piece))
+        if self._kept:
+            stored.append(chain)
+            return
         chain.held.release()
         give = partial(self._room.give, chain.held.cost)
         if last is None:
@@ -395,6 +515,14 @@ class ShadowRing:
     async def _read16(self, address: int) -> int:
         """Read a 16-bit number of the guest's ring."""
         return int.from_bytes(await self._remote.read(address, 2), "little")
+
+
+def _give_back(room: Room, chains: list[_Chain], _: asyncio.Future[bytes]) -> None:
+    """Free the pages of chains that the client has."""
+    for chain in chains:
+        cost = chain.held.cost
+        chain.held.release()
+        room.give(cost)
 
 
 def _pieces(address: int, length: int) -> Iterator[Segment]:
