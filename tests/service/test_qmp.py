@@ -40,12 +40,6 @@ async def monitored(tmp_path, *arguments):
                 await client.disconnect()
 
 
-def processes(keeper):
-    """The keeper's children by their place: the worker and the monitor."""
-    pid = keeper.process.pid
-    return [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
 async def refused(client, command, **arguments):
     with pytest.raises(ExecuteError) as caught:
         await client.execute(command, arguments)
@@ -181,7 +175,7 @@ async def test_a_killed_worker_is_asked_again_and_a_killed_monitor_harms_nobody(
             reader, writer = await asyncio.open_unix_connection("c1")
             await port.wait_host()
             _, back = await port.open()
-            worker, monitor = processes(keeper)
+            worker, monitor = keeper.children
             os.kill(worker, signal.SIGKILL)
             (vm,) = await client.execute("x-vring-status")
             assert vm["restarts"] == 1

@@ -59,10 +59,15 @@ class Kept:
         """What keeper and workers said."""
         return self._log.read_text()
 
-    def _worker(self) -> int | None:
+    @property
+    def children(self) -> list[int]:
+        """The keeper's processes in the order in which they began: the worker, the monitor."""
         keeper = self.process.pid
         children = Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()
-        return int(children[0]) if children else None
+        return [int(child) for child in children]
+
+    def _worker(self) -> int | None:
+        return next(iter(self.children), None)
 
     @property
     def worker(self) -> int:

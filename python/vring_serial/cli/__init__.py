@@ -18,13 +18,25 @@ import click
 from vring.errors import Error
 from vring_serial.cli import limits
 from vring_serial.cli.plain import escaped
-from vring_serial.errors import ConfigError
+from vring_serial.errors import ConfigError, VringSerialError
 
 #: Exit statuses: invalid input of the user, and all other errors.
 STATUS_USAGE = 2
 STATUS_ERROR = 1
 #: The shell's status of a command ended by SIGINT.
 STATUS_INTERRUPTED = 130
+
+
+class StatusError(VringSerialError):
+    """A failure that scripts can tell from others.
+
+    Attributes:
+        status: the command's exit status.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 @contextlib.contextmanager
@@ -62,6 +74,7 @@ COMMANDS = {
     "guest": LazyCommand("guest", "guest_command", "Run the embedded guest against a device."),
     "bench": LazyCommand("bench", "bench_command", "Measure ports: throughput, latency, rings."),
     "agent": LazyCommand("agent", "agent_command", "Talk to the SPICE agent of a guest."),
+    "ctl": LazyCommand("ctl", "ctl_command", "Look at a running service and change it."),
     "demo": LazyCommand("demo", "demo_command", "Show the whole agent path at work."),
 }
 
@@ -187,6 +200,8 @@ def _report(error: Exception) -> int:
     elif not expected:
         text = f"internal error: {type(error).__name__}: {text} (vring --debug shows where)"
     _say(f"vring: {text}")
+    if isinstance(error, StatusError):
+        return error.status
     return STATUS_USAGE if isinstance(error, ConfigError) else STATUS_ERROR
 
 

@@ -1,0 +1,174 @@
+"""`vring ctl` against a running service: what it shows, changes, and how it fails."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import asynccontextmanager
+
+import pytest
+
+from tests.support.keeper import kept, socket_ports
+from vring_serial import EmbeddedGuest
+
+QMP = ("--qmp", "unix:qmp,server=on,wait=off")
+
+
+@pytest.fixture(autouse=True)
+def short_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.delenv("VRING_QMP", raising=False)
+
+
+async def start(*arguments, address="qmp", **options):
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "vring_serial", "ctl", "--qmp", address, *arguments),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **options,
+    )
+
+
+async def ctl(*arguments, address="qmp"):
+    """Status, output and errors of one command."""
+    process = await start(*arguments, address=address)
+    out, err = await process.communicate()
+    return process.returncode, out.decode(), err.decode()
+
+
+@asynccontextmanager
+async def service(tmp_path, *arguments):
+    async with kept(tmp_path, *socket_ports([1, 2]), *QMP, *arguments) as keeper:
+        await keeper.logged("QMP at")
+        yield keeper
+
+
+@asynccontextmanager
+async def traffic():
+    """A guest that has sent 1000 bytes through port 1, with its client."""
+    async with EmbeddedGuest("v", memory=32 << 20) as guest:
+        port = await guest.wait_port(nr=1)
+        reader, writer = await asyncio.open_unix_connection("c1")
+        await port.wait_host()
+        _, back = await port.open()
+        back.write(b"x" * 1000)
+        assert await reader.readexactly(1000) == b"x" * 1000
+        yield reader, back
+        back.close()
+        writer.close()
+
+
+async def test_tables_fit_80_columns_and_json_has_it_all(tmp_path):
+    async with service(tmp_path), traffic():
+        for command in ("status", "ports", "top"):
+            arguments = (command, "-n", "1", "--interval", "0.1") if command == "top" else [command]
+            status, out, err = await ctl(*arguments)
+            assert (status, err) == (0, "")
+            assert max(map(len, out.splitlines())) <= 80
+            assert "connected" in out or "org.example.data1" in out
+        _, out, _ = await ctl("ports")
+        row = next(line for line in out.splitlines() if "data1" in line)
+        assert "open" in row
+        assert "1.0K" in row or "1000" in row
+        _, out, _ = await ctl("--json", "status")
+        assert json.loads(out)[0]["controllers"][0]["frontend"] is True
+        _, out, _ = await ctl("--json", "ports")
+        assert {p["nr"]: p["out"]["bytes"] for p in json.loads(out)} == {1: 1000, 2: 0}
+
+
+async def test_top_shows_what_moves_now(tmp_path):
+    async with service(tmp_path), traffic() as (reader, back):
+        process = await start("--json", "top", "--interval", "0.2")
+        assert process.stdout is not None
+        await process.stdout.readline()  # it has looked once
+        back.write(b"x" * 5000)
+        await reader.readexactly(5000)
+        moved = 0.0
+        while not moved:
+            line = json.loads(await process.stdout.readline())
+            moved = line["out_bytes_per_s"] if line["nr"] == 1 else 0
+        process.send_signal(signal.SIGINT)
+        await process.communicate()
+        assert process.returncode == 130
+
+
+async def test_events_are_followed_until_the_service_stops(tmp_path):
+    async with service(tmp_path) as keeper:
+        process = await start("events", "--json")
+        assert process.stdout is not None
+        # It says nothing when it listens: guests come until one is noticed.
+        line = asyncio.create_task(process.stdout.readline())
+        while not line.done():
+            async with traffic():
+                pass
+        assert json.loads(line.result())["event"] in ("VSERPORT_CHANGE", "X_VRING_FRONTEND")
+        keeper.process.send_signal(signal.SIGTERM)
+        rest = (await process.stdout.read()).decode().splitlines()
+        assert json.loads(rest[-1])["event"] == "SHUTDOWN"
+        assert await process.wait() == 0
+
+
+async def test_a_peer_is_sent_away(tmp_path):
+    async with service(tmp_path):
+        reader, writer = await asyncio.open_unix_connection("c1")
+        while (await ctl("--json", "ports"))[1].count("disconnected:") == 2:
+            pass
+        assert await ctl("disconnect", "c1") == (0, "", "")
+        assert await reader.read() == b""
+        writer.close()
+
+
+async def test_exit_statuses_tell_failures_apart(tmp_path):
+    async with service(tmp_path) as keeper:
+        status, _, err = await ctl("disconnect", "c3")
+        assert status == 4
+        assert "there is no chardev or controller 'c3'; known: c1, c2, virtio-serial0" in err
+        status, _, err = await ctl("disconnect", "c2")
+        assert (status, err) == (5, "vring: 'c2' has nobody connected\n")
+        status, _, err = await ctl("status", address="nowhere")
+        assert (status, err) == (3, "vring: no server at nowhere: No such file or directory\n")
+        status, _, err = await ctl("log-level", "loud")
+        assert status == 2
+        _, monitor = keeper.children
+        os.kill(monitor, signal.SIGSTOP)
+        try:
+            status, _, err = await ctl("--timeout", "0.3", "status")
+            assert (status, "did not answer in 0.3 s" in err) == (6, True)
+        finally:
+            os.kill(monitor, signal.SIGCONT)
+    process = await start("status", address="qmp")
+    _, err = await process.communicate()
+    assert process.returncode == 3
+    status, _, err = await ctl("--timeout", "1", "status", address="")
+    assert status == 2
+
+
+async def test_names_of_files_cannot_forge_output(tmp_path):
+    arguments = ["--chardev", "file,id=f,path=a\x1b[2Jb", "--port", "chardev=f,nr=5"]
+    async with service(tmp_path, *arguments):
+        _, out, _ = await ctl("ports")
+        assert "\x1b" not in out
+        assert "a\\x1b[2Jb" in out
+
+
+async def test_names_are_completed(tmp_path):
+    async with service(tmp_path):
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-m", "vring_serial"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={
+                **os.environ,
+                "_VRING_COMPLETE": "bash_complete",
+                "COMP_WORDS": "vring ctl --qmp qmp disconnect c",
+                "COMP_CWORD": "5",
+            },
+        )
+        out, _ = await process.communicate()
+        assert out.decode().split() == ["plain,c1", "plain,c2"]
