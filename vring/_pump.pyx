@@ -22,7 +22,8 @@ from vring._linux cimport (
 )
 from vring._reactor cimport (
     COMMAND_ATTACH, COMMAND_DETACH, REACTOR_BLOCKING, REACTOR_ENDED, reactor_abandon,
-    reactor_command, reactor_next_news, reactor_start, reactor_stop, vr_reactor, vr_seat
+    reactor_command, reactor_halt, reactor_next_news, reactor_start, reactor_stop, vr_reactor,
+    vr_seat,
 )
 from vring._segments cimport backlog_init
 from vring.errors import LocalMisuseError
@@ -341,6 +342,20 @@ cdef class Pump:
                 self.running = False
                 with nogil:
                     reactor_stop(&self.reactor)
+
+    def halt(self):
+        """End the thread after the turn in progress, and change nothing else: flows stay attached.
+
+        For a process that another one follows: rings are left where their records say, and chains
+        that a descriptor took in part stay in the ring. The process is to end; until then no flow
+        moves, and none can be detached.
+        """
+        with self.close_lock:
+            if self.running and self.is_ours():
+                self.closing = True
+                self.running = False
+                with nogil:
+                    reactor_halt(&self.reactor)
 
     def __enter__(self):
         return self

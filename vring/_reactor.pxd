@@ -71,6 +71,8 @@ cdef struct vr_reactor:
 cdef int reactor_start(vr_reactor* reactor, uint64_t busy_ns) noexcept nogil
 # Without flows; joins the thread and closes everything.
 cdef void reactor_stop(vr_reactor* reactor) noexcept nogil
+# Ends the thread, and leaves flows and descriptors as they are.
+cdef void reactor_halt(vr_reactor* reactor) noexcept nogil
 # In a child of fork, where the thread is not: closes descriptors and does nothing to the parent.
 cdef void reactor_abandon(vr_reactor* reactor) noexcept nogil
 # Asks the thread for something and waits for its answer: 0, errno, REACTOR_BLOCKING or

@@ -440,9 +440,14 @@ cdef int reactor_start(vr_reactor* reactor, uint64_t busy_ns) noexcept nogil:
     return error
 
 
-cdef void reactor_stop(vr_reactor* reactor) noexcept nogil:
+cdef void reactor_halt(vr_reactor* reactor) noexcept nogil:
+    # What it has open stays: nothing of it may move, and the process is to end.
     reactor_command(reactor, COMMAND_STOP, NULL)
     pthread_join(reactor.thread, NULL)
+
+
+cdef void reactor_stop(vr_reactor* reactor) noexcept nogil:
+    reactor_halt(reactor)
     pthread_mutex_lock(&reactor.lock)
     while reactor.waiting:
         pthread_cond_wait(&reactor.answered, &reactor.lock)     # answered, and not yet awake

@@ -123,6 +123,14 @@ def saved_length(header: bytes | memoryview) -> int:
     return _HEADER.size + int(length)
 
 
+def saved_kind(data: bytes | bytearray | memoryview) -> str:
+    """Return the kind of a saved state. Raises StateError if it is none."""
+    kind = _read(memoryview(data)).get("kind")
+    if not isinstance(kind, str):
+        raise StateError("the body lacks a kind")
+    return kind
+
+
 def check_range(name: str, value: int, bits: int) -> None:
     """Raise StateError, naming the field, if ``value`` is no number of so many bits."""
     if not 0 <= value < 1 << bits:

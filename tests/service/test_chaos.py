@@ -14,8 +14,8 @@ from contextlib import AsyncExitStack
 import pytest
 
 from tests.support.keeper import DEATHS, kept, socket_ports
+from tests.support.streams import all_go_on, flowing
 from tests.support.vfio_guest import VfioGuest
-from tests.support.waiting import until
 from vring_serial import EmbeddedGuest
 from vring_serial.proto.vfio_user_wire import Command
 
@@ -23,42 +23,6 @@ KILLS = int(os.environ.get("VRING_CHAOS_KILLS", "20"))
 #: Messages of a start from one kill to the next.
 STEP = 3 if KILLS <= 20 else 1
 PORTS = 4
-#: A prime length: no lost or doubled power of two of bytes goes unnoticed.
-PRIME = 65_521
-PATTERN = random.Random(3).randbytes(PRIME) * 6
-
-
-def pattern(at, length):
-    start = at % PRIME
-    return PATTERN[start : start + length]
-
-
-class Stream:
-    """A sequence of bytes from one end of a port to the other.
-
-    Attributes:
-        sent, received: bytes.
-    """
-
-    def __init__(self, name, reader, writer):
-        self.name = name
-        self.sent = self.received = 0
-        self._reader, self._writer = reader, writer
-
-    async def send(self, enough, chance):
-        while not enough.is_set():
-            data = pattern(self.sent, chance.randrange(1, 60_000))
-            self._writer.write(data)
-            self.sent += len(data)
-            await self._writer.drain()
-            await asyncio.sleep(0)
-
-    async def receive(self):
-        while data := await self._reader.read(1 << 18):
-            expected = pattern(self.received, len(data))
-            assert data == expected, f"{self.name}: wrong after byte {self.received}"
-            self.received += len(data)
-        raise AssertionError(f"{self.name} ended after byte {self.received}")
 
 
 def vhost_user(packed):
@@ -105,34 +69,14 @@ async def test_no_kill_is_noticed(tmp_path, monkeypatch, make_guest, packed):
     async with AsyncExitStack() as stack:
         keeper = await stack.enter_async_context(kept(tmp_path, *arguments, protocol=protocol))
         guest = await stack.enter_async_context(make_guest(packed))
-        streams = []
-        writers = []
-        for nr in ports:
-            host_reader, host_writer = await keeper.connect(nr)
-            port = await guest.wait_port(name=f"org.example.data{nr}")
-            guest_reader, guest_writer = await port.open()
-            streams.append(Stream(f"{nr} out", host_reader, guest_writer))
-            streams.append(Stream(f"{nr} in", guest_reader, host_writer))
-            writers += [host_writer, guest_writer]
-        enough = asyncio.Event()
-        async with asyncio.TaskGroup() as group:
-            sending = [group.create_task(s.send(enough, chance)) for s in streams]
-            receiving = [group.create_task(s.receive()) for s in streams]
-            await all_go_on(streams)
+        async with flowing(keeper, guest, ports, chance) as streams:
             for number in range(kills):
                 await keeper.kill(chance.choice(DEATHS))
                 await all_go_on(streams)
                 if not number:  # by now the keeper has taken all that the first worker told it
                     held = keeper.held
                 await asyncio.sleep(chance.random() * 0.3)
-            enough.set()
-            await asyncio.gather(*sending)
-            await until(lambda: all(s.received == s.sent for s in streams), "bytes are missing")
             assert keeper.held == held
-            for task in receiving:
-                task.cancel()
-        for writer in writers:
-            writer.close()
         assert await keeper.stop() == 0
     log = keeper.log
     assert log.count("another one goes on") == kills
@@ -142,15 +86,6 @@ async def test_no_kill_is_noticed(tmp_path, monkeypatch, make_guest, packed):
     assert log.partition("stopping")[0].count(f"{peer} gone") == 0
     assert log.count("opened by the guest") == PORTS
     assert "warning" not in log
-
-
-async def all_go_on(streams):
-    """Wait until every stream has moved."""
-    before = [stream.received for stream in streams]
-    await until(
-        lambda: all(s.received > b for s, b in zip(streams, before, strict=True)),
-        lambda: f"{before} {[stream.received for stream in streams]}",
-    )
 
 
 async def carries(guest, host):

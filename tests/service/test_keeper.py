@@ -19,6 +19,7 @@ from tests.support.waiting import wait_until
 from vring_serial.service.aside import MOST
 from vring_serial.service.descriptor_store import HEAR_SECONDS
 from vring_serial.service.keeper import KILL_SECONDS, STOP_SECONDS
+from vring_serial.service.succession import find_report, read_report
 
 PROGRAM = Path(__file__).with_name("echo_keeper.py")
 
@@ -44,9 +45,10 @@ class Client:
 
     def ask(self, said=b"."):
         self.sock.sendall(said)
-        answer = self.sock.recv(16, socket.MSG_WAITALL)
-        assert len(answer) == 16
-        return struct.unpack("<QQ", answer)
+        answer = self.sock.recv(24, socket.MSG_WAITALL)
+        assert len(answer) == 24
+        count, pid, self.version = struct.unpack("<QQQ", answer)
+        return count, pid
 
 
 @pytest.fixture
@@ -54,6 +56,7 @@ def start(tmp_path):
     with contextlib.ExitStack() as stack:
 
         def start(*names, **environment):
+            (tmp_path / "version").write_text("1.0")
             process = subprocess.Popen(
                 [sys.executable, PROGRAM, *(tmp_path / name for name in names)],
                 stderr=subprocess.PIPE,
@@ -265,3 +268,78 @@ def test_one_that_never_begins_ends_the_service_with_its_status(start, tmp_path)
     _, log = keeper.communicate(timeout=30)
     assert keeper.returncode == 1
     assert b"Address already in use" in log
+
+
+@pytest.fixture
+def upgrade(tmp_path):
+    """Have a keeper upgraded to what the file ``version`` is to say; return what it says then."""
+
+    def upgrade(keeper, version):
+        (tmp_path / "version").write_text(version)
+        fd = find_report(keeper.pid)
+        try:
+            before = read_report(fd).upgrades
+            keeper.send_signal(signal.SIGUSR2)
+            wait_until(lambda: (report := read_report(fd)) and report.upgrades > before)
+            return read_report(fd)
+        finally:
+            os.close(fd)
+
+    return upgrade
+
+
+def test_workers_and_keeper_are_replaced_and_a_death_afterwards_is_as_before(
+    start, connect, upgrade
+):
+    keeper = start("one", "two")
+    clients = [connect("one"), connect("two")]
+    pids = [client.ask()[1] for client in clients]
+    settled(keeper)
+    before = descriptors(keeper)
+    for number in range(2, 5):
+        report = upgrade(keeper, f"1.{number}")
+        assert (report.version, report.succeeded) == (f"1.{number}", True)
+        answers = [client.ask() for client in clients]
+        assert [count for count, _ in answers] == [number] * 2
+        assert [client.version for client in clients] == [10 + number] * 2
+        assert not set(pids) & {pid for _, pid in answers}
+        pids += [pid for _, pid in answers]
+    os.kill(pids[-1], signal.SIGKILL)
+    assert clients[1].ask()[0] == 5
+    settled(keeper)
+    assert descriptors(keeper) == before
+    keeper.send_signal(signal.SIGTERM)
+    _, log = keeper.communicate(timeout=30)
+    assert keeper.returncode == 0
+    assert log.count(b"another one goes on") == 1
+
+
+@pytest.mark.parametrize(("version", "stays"), [("1.1 two", False), ("2.0 two", True)])
+def test_a_worker_that_was_handed_over_goes_back_if_another_one_fails(
+    start, connect, upgrade, version, stays
+):
+    """Not if the old code does not know the formats of the new one."""
+    keeper = start("one", "two")
+    one, two = connect("one"), connect("two")
+    pids = [one.ask()[1], two.ask()[1]]
+    settled(keeper)
+    before = descriptors(keeper)
+    report = upgrade(keeper, version)
+    assert not report.succeeded
+    assert report.version == "1.0"
+    assert "/two: its worker ended before it served" in report.text
+    assert ("its workers stay" in report.text) == stays
+    count, other = two.ask()
+    assert (count, two.version) == (2, 10)
+    assert other != pids[1]
+    one.ask()
+    if stays:
+        assert one.version == 20
+    else:
+        wait_until(lambda: one.ask() and one.version == 10)
+    settled(keeper)
+    assert descriptors(keeper) == before
+    assert upgrade(keeper, "1.2").succeeded
+    assert two.ask()[0] == 3
+    one.ask()
+    assert (one.version, two.version) == (12, 12)

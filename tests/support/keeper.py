@@ -9,7 +9,7 @@ import random
 import signal
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
@@ -162,6 +162,7 @@ async def kept(
     stdin: int = asyncio.subprocess.DEVNULL,
     stdout: int | None = None,
     preexec_fn: Callable[[], object] | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> AsyncIterator[Kept]:
     """Run ``vring serve --keeper`` in a directory for a block.
 
@@ -170,7 +171,7 @@ async def kept(
         arguments: further ones of the command.
         protocol, socket: how the device is served, and at which path.
         ready: the log says so when the block can begin; empty: at once.
-        stdin, stdout, preexec_fn: of the process.
+        stdin, stdout, preexec_fn, environment: of the process.
     """
     log = directory / "log"
     with log.open("ab") as stream:
@@ -183,6 +184,7 @@ async def kept(
             stderr=stream,
             start_new_session=True,
             preexec_fn=preexec_fn,
+            env=environment,
         ) as process:
             keeper = Kept(directory, process, directory / socket, log)
             if ready:

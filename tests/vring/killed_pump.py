@@ -1,13 +1,14 @@
-"""Kill the process of a pump again and again under a stream; run by test_record as a program.
+"""End the process of a pump again and again under a stream; run by test_record as a program.
 
-The parent is the guest's driver and the socket's peer, each child a device that goes on where the
-one before was killed. Every byte must arrive once, in its place.
+The parent is the guest's driver and the peer of a socket or a pipe, each child a device that goes
+on where the one before was killed, or halted. Every byte must arrive once, in its place.
 
-Usage: killed_pump.py (split|packed) (out|in) KILLS SEED
+Usage: killed_pump.py (split|packed) (out|in) ENDS SEED (socket|pipe) (kill|halt)
 """
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import random
@@ -46,7 +47,7 @@ def pattern(at: int, length: int) -> bytes:
 class Stream:
     """Memory, ring and socket, and how far both ends of the stream are."""
 
-    def __init__(self, layout: str, outgoing: bool, chance: random.Random) -> None:
+    def __init__(self, layout: str, outgoing: bool, end: str, chance: random.Random) -> None:
         self.queue = PackedQueue if layout == "packed" else SplitQueue
         driver = PackedDriver if layout == "packed" else SplitDriver
         self.outgoing = outgoing
@@ -56,11 +57,19 @@ class Stream:
         self.guest = GuestMemory([Region(0, self.memory)])
         self.parts = (SIZE, 0, 0x1000, 0x2000)
         self.driver = driver(self.guest, *self.parts, event_idx=True)
-        self.device, self.peer = socket.socketpair()
+        if end == "pipe":
+            reader, writer = os.pipe()
+            self.device, self.peer = (writer, reader) if outgoing else (reader, writer)
+        else:
+            self.device, self.peer = (sock.detach() for sock in socket.socketpair())
         self.kick = os.eventfd(0, os.EFD_NONBLOCK)
-        for end in (self.device, self.peer):
-            end.setblocking(False)
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 20_000)
+        for fd in (self.device, self.peer):
+            os.set_blocking(fd, False)
+            if end == "pipe":
+                fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, 16_384)
+                continue
+            with socket.socket(fileno=os.dup(fd)) as sock:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 20_000)
         self.begun = False
         self.sent = self.received = 0
         self.next_slot = 0
@@ -75,22 +84,24 @@ class Stream:
         name = "write_fd" if self.outgoing else "read_fd"
         attach(
             queue,
-            **{name: self.device.fileno()},
+            **{name: self.device},
             kick_fd=self.kick,
             call_fd=-1,
             on_event=lambda *news: os.abort(),
         )
-        signal.pause()
+        signal.sigwait([signal.SIGUSR2])
+        pump.halt()
+        os._exit(0)
 
     def turn(self) -> None:
         """Do what both peers of the device can do now."""
         if self.outgoing:
             with suppress(BlockingIOError):
-                self.check(self.peer.recv(self.chance.choice([100, 5000, 1 << 20])))
+                self.check(os.read(self.peer, self.chance.choice([100, 5000, 1 << 20])))
         else:
             length = self.chance.randrange(1, 30_000)
             with suppress(BlockingIOError):
-                self.sent += self.peer.send(pattern(self.sent, length))
+                self.sent += os.write(self.peer, pattern(self.sent, length))
         for length in self.driver.get_used()[1].tolist():
             slot, there = self.taken.popleft()
             if not self.outgoing:
@@ -123,11 +134,12 @@ class Stream:
 
 
 def main() -> None:
-    layout, direction, kills, seed = sys.argv[1:]
+    layout, direction, ends, seed, end_kind, how = sys.argv[1:]
     chance = random.Random(int(seed))
-    stream = Stream(layout, direction == "out", chance)
+    stream = Stream(layout, direction == "out", end_kind, chance)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
     stream.turn()
-    for _ in range(int(kills)):
+    for _ in range(int(ends)):
         pid = os.fork()
         if not pid:
             stream.be_the_device()
@@ -141,7 +153,7 @@ def main() -> None:
         end = time.monotonic() + chance.random() * 0.0002
         while time.monotonic() < end:
             pass
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, signal.SIGUSR2 if how == "halt" else signal.SIGKILL)
         os.waitpid(pid, 0)
     print(stream.received)
 

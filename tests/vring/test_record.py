@@ -20,9 +20,11 @@ PROGRAM = Path(__file__).with_name("killed_pump.py")
 
 @pytest.mark.parametrize("layout", ["split", "packed"])
 @pytest.mark.parametrize("direction", ["out", "in"])
-def test_no_kill_loses_or_doubles_a_byte(layout, direction):
+@pytest.mark.parametrize(("end", "how"), [("socket", "kill"), ("socket", "halt"), ("pipe", "halt")])
+def test_a_device_that_ends_at_any_moment_loses_and_doubles_nothing(layout, direction, end, how):
+    """A socket's may be killed; that of a pipe may be halted."""
     result = subprocess.run(
-        [sys.executable, PROGRAM, layout, direction, "60", "1"],
+        [sys.executable, PROGRAM, layout, direction, "60", "1", end, how],
         env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

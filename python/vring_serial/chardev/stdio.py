@@ -123,7 +123,7 @@ class StdioChardev(FdChardev):
         return os.dup(fd)
 
     def _take_terminal(self, fd: int) -> None:
-        saved = _remembered.terminal if _remembered else None
+        saved = _remembered.attributes if _remembered else None
         saved = saved or termios.tcgetattr(fd)
 
         def restore() -> None:
@@ -160,41 +160,65 @@ class StdioChardev(FdChardev):
 
 
 @dataclass(frozen=True, slots=True)
-class _Remembered:
+class StreamsState:
     """How the standard streams were.
 
     Attributes:
         blocking: the descriptors that were blocking.
-        terminal: settings of the terminal that is standard input; None if it is none.
+        terminal: settings of the terminal that is standard input (termios(3)), without its special
+            characters; None if it is none.
+        characters: those.
     """
 
-    blocking: tuple[int, ...]
-    terminal: list[Any] | None
+    blocking: tuple[int, ...] = ()
+    terminal: tuple[int, ...] | None = None
+    characters: tuple[bytes | int, ...] = ()
+
+    @classmethod
+    def now(cls) -> StreamsState:
+        """Return how they are."""
+        terminal: list[Any] | None = termios.tcgetattr(0) if os.isatty(0) else None
+        return cls(
+            tuple(fd for fd in (0, 1) if os.get_blocking(fd)),
+            None if terminal is None else tuple(terminal[:-1]),
+            () if terminal is None else tuple(terminal[-1]),
+        )
+
+    @property
+    def attributes(self) -> list[Any] | None:
+        """Return the terminal's settings for ``tcsetattr``; None if it is none."""
+        return None if self.terminal is None else [*self.terminal, list(self.characters)]
 
 
-_remembered: _Remembered | None = None
+_remembered: StreamsState | None = None
 
 
-def remember() -> Callable[[], None]:
+def remember(before: StreamsState | None = None) -> Callable[[], None]:
     """Note how the standard streams are, and return what puts them back.
 
     For a process whose children use them, and may be killed before they put anything back: what a
     killed one left is not what the next one is to leave.
+
+    Args:
+        before: what this process noted before its code was replaced.
     """
     global _remembered
-    terminal = termios.tcgetattr(0) if os.isatty(0) else None
-    found = _Remembered(tuple(fd for fd in (0, 1) if os.get_blocking(fd)), terminal)
-    _remembered = found
+    found = _remembered = before or StreamsState.now()
 
     def put_back() -> None:
         for fd in found.blocking:
             with contextlib.suppress(OSError):
                 os.set_blocking(fd, True)
         with contextlib.suppress(termios.error, OSError):  # it hung up
-            if found.terminal is not None and _in_foreground(0):
-                termios.tcsetattr(0, termios.TCSANOW, found.terminal)
+            if (attributes := found.attributes) is not None and _in_foreground(0):
+                termios.tcsetattr(0, termios.TCSANOW, attributes)
 
     return put_back
+
+
+def remembered() -> StreamsState | None:
+    """Return what was noted; None if nothing was."""
+    return _remembered
 
 
 def _was_blocking(fd: int) -> bool:

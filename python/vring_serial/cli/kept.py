@@ -6,23 +6,31 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import os
 from collections.abc import Sequence
 from functools import partial
+from typing import NoReturn
 
+from vring import __version__
 from vring_serial.chardev import stdio
 from vring_serial.chardev.file import FileOptions
 from vring_serial.chardev.socket import SocketOptions
 from vring_serial.cli import logs, monitor, status_of
 from vring_serial.cli.logs import LogSettings, emit
 from vring_serial.cli.monitor import MonitorSettings
+from vring_serial.cli.origin import Origin
 from vring_serial.cli.pidfile import pid_file
 from vring_serial.cli.server import Kept, Settings, serve
 from vring_serial.cli.signals import run
 from vring_serial.config.topology import ControllerConfig, PortConfig, Topology
 from vring_serial.errors import ResourceError
+from vring_serial.service.candidate import Candidate
+from vring_serial.service.formats import FORMATS, check_journal
 from vring_serial.service.keeper import Keeper
 from vring_serial.service.link import Links
 from vring_serial.service.shelf import open_shelf
+from vring_serial.service.succession import KeeperState
+from vring_serial.service.upgrade import Upgrading
 from vring_serial.service.worker import Inheritance, WorkerSpec
 
 #: What a death of a worker does to ports, and the kinds of chardevs where it does so.
@@ -37,8 +45,9 @@ def serve_kept(
     topology: Topology,
     settings: Settings,
     log: LogSettings,
-    warnings: Sequence[str] = (),
-    qmp: Sequence[SocketOptions] = (),
+    warnings: Sequence[str],
+    qmp: Sequence[SocketOptions],
+    origin: Origin,
 ) -> int:
     """Serve with a keeper until the first SIGINT or SIGTERM; return the exit status.
 
@@ -48,6 +57,7 @@ def serve_kept(
         log: where to log.
         warnings: about the configuration; the first worker logs them.
         qmp: where monitors listen, in a process of their own.
+        origin: of the configuration and of this process.
 
     Raises ResourceError: the log's reader has stopped already, or the pid file cannot be owned.
     """
@@ -55,8 +65,12 @@ def serve_kept(
         raise ResourceError("the log is not read, and a keeper cannot begin with a thread")
     warnings = [*warnings, *_noticed(topology)]
     without_pid_file = dataclasses.replace(settings, pid_file=None)
+    arrival = origin.arrival
+    before = None if arrival is None else arrival.state
     with contextlib.ExitStack() as stack:
-        links = stack.enter_context(Links([topology.name] if qmp else []))
+        links = stack.enter_context(
+            Links([topology.name] if qmp else [], None if before is None else before.links)
+        )
         worker = partial(_work, topology, without_pid_file, log, warnings, links)
         specs = [WorkerSpec(settings.sockets[0], worker)]
         if qmp:
@@ -64,11 +78,31 @@ def serve_kept(
             specs.append(
                 WorkerSpec(monitor.NAME, partial(monitor.work, served, links), serves=False)
             )
-        stack.enter_context(pid_file(settings.pid_file))
         if any(port.chardev.kind == "stdio" for c in topology.controllers for port in c.ports):
-            stack.callback(stdio.remember())
+            put_back = stdio.remember(None if before is None else before.streams)
+            if arrival is None or not arrival.is_candidate:
+                stack.callback(put_back)
+        if arrival is not None and arrival.is_candidate:
+            return Candidate(
+                arrival, specs, check_journal, version=__version__, formats=FORMATS
+            ).run()
+        lock = stack.enter_context(
+            pid_file(settings.pid_file, -1 if before is None else before.pid_file)
+        )
         say = partial(logs.write_now, as_json=log.as_json, path=log.path)
-        return Keeper(specs, say).run()
+        upgrading = Upgrading(__version__, FORMATS, partial(_state, origin, lock, links))
+        return Keeper(specs, say, upgrading=upgrading, before=before).run()
+
+
+def _state(origin: Origin, pid_file: int, links: Links) -> KeeperState:
+    """Return what the code that follows the keeper's must know, but for its workers."""
+    return KeeperState(
+        __version__,
+        inputs=origin.inputs.known,
+        pid_file=pid_file,
+        streams=stdio.remembered(),
+        links=links.descriptors,
+    )
 
 
 def _work(
@@ -97,9 +131,13 @@ def _work(
                 emit(logging.WARNING, "forgotten", text)
             shelf.serving()
 
+        def handed_over() -> NoReturn:
+            shelf.stopped()
+            os._exit(0)
+
         with shelf:
             link = links.for_worker(topology.name)
-            kept = Kept(shelf, serving, link, inheritance.restarts)
+            kept = Kept(shelf, serving, handed_over, link, inheritance.restarts)
             if inheritance.restarts:
                 run(serve(_without_emptying(topology), settings, kept))
                 return

@@ -257,6 +257,12 @@ def write_now(
                 os.close(fd)
 
 
+def flush() -> None:
+    """Wait until all lines are written, for at most FLUSH_SECONDS."""
+    if _handler is not None:
+        _handler.flush()
+
+
 def reopen() -> None:
     """Reopen the log file, if there is one, after it was renamed.
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
+import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import vring
 from vring_serial.chardev.endpoint import Listener
@@ -53,7 +55,14 @@ def work(settings: MonitorSettings, links: Links, inheritance: Inheritance) -> i
         shelf = open_shelf(inheritance.journal, inheritance.notifier, inheritance.descriptors)
         with shelf:
             ends = links.for_monitor()
-            run(_serve(settings, ends, shelf.scoped(NAME), inheritance.keeper, shelf.serving))
+
+            def hand_over() -> NoReturn:
+                logs.flush()
+                shelf.stopped()
+                os._exit(0)
+
+            keeping = shelf.scoped(NAME)
+            run(_serve(settings, ends, keeping, inheritance.keeper, shelf.serving, hand_over))
 
     return status_of(serve)
 
@@ -64,10 +73,12 @@ async def _serve(
     keeping: Keeping,
     keeper: int,
     on_serving: Any,
+    hand_over: Callable[[], NoReturn],
 ) -> None:
     stop = stop_on_signals(logs.reopen, interrupt=False)
     # Without the keeper there is nobody who would start workers again, or this.
     asyncio.get_running_loop().add_reader(keeper, stop.set)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR2, hand_over)
     servers: list[QmpServer] = []
     package = f"vring {vring.__version__}"
     async with contextlib.AsyncExitStack() as stack:

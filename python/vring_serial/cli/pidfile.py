@@ -14,8 +14,11 @@ from vring_serial.errors import ResourceError
 
 
 @contextlib.contextmanager
-def pid_file(path: str | None) -> Iterator[None]:
+def pid_file(path: str | None, owned: int = -1) -> Iterator[int]:
     """Own the pid file until the end of the block; None does nothing.
+
+    Gives the descriptor that holds the lock; -1 without one. A process that replaces its code
+    passes it on as ``owned``.
 
     Only the lock counts: a file that is not locked was left by a killed process, and its number
     may have been reused.
@@ -24,14 +27,14 @@ def pid_file(path: str | None) -> Iterator[None]:
         ResourceError: another process holds the file, it is not a pid file, or it cannot be made.
     """
     if path is None:
-        yield
+        yield -1
         return
     try:
-        fd = _take(path)
+        fd = _take(path) if owned < 0 else owned
     except OSError as error:
         raise ResourceError(f"--pid-file {path}: {error.strerror}") from None
     try:
-        yield
+        yield fd
     finally:
         # While the lock is held: afterwards another process may own the file.
         with contextlib.suppress(OSError):

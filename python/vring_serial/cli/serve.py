@@ -204,11 +204,16 @@ def serve_command(
         )
     monitors = [parse_qmp(text) for text in qmp]
     confinement = Sandbox.parse(sandbox, user)
+    with interrupts_end_at_once():
+        from vring_serial.cli.origin import find_origin
+    origin = find_origin()
     logs.configure(log_level, as_json=json_log, path=log_file)
     if channel_directory is None:
         channel_directory = os.path.dirname((sockets or vfio_sockets)[0])
     options = QemuOptions(chardevs, ports, consoles, max_ports, spice)
-    topology = load_topology(domain, options, channel_directory=channel_directory)
+    topology = load_topology(
+        domain, options, channel_directory=channel_directory, read=origin.inputs.read
+    )
     option = "--vfio-user" if vfio_sockets else "--vhost-user"
     _check_sockets(topology, option, sockets or vfio_sockets)
     warnings = [*topology.warnings, *(_pci_wishes(topology) if sockets else ())]
@@ -238,7 +243,7 @@ def serve_command(
         from vring_serial.cli.kept import serve_kept
 
         log = logs.LogSettings(log_level, json_log, log_file)
-        raise SystemExit(serve_kept(topology, settings, log, warnings, monitors))
+        raise SystemExit(serve_kept(topology, settings, log, warnings, monitors, origin))
     run(serve(topology, settings))
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
+from vring import Pump
 from vring_serial.cli import logs
 from vring_serial.cli.agent_end import AgentEnds
 from vring_serial.cli.logs import emit
@@ -75,10 +79,13 @@ class Kept:
         on_serving: called when everything has started.
         link: to the monitor, taken over; None if there is none.
         restarts: how many processes served before this one.
+        handed_over: called when SIGUSR2 has told to stop for a successor, and nothing moves any
+            more; ends the process.
     """
 
     keeping: Keeping
     on_serving: Callable[[], None]
+    handed_over: Callable[[], NoReturn]
     link: LinkEnd | None = None
     restarts: int = 0
 
@@ -100,16 +107,31 @@ async def serve(topology: Topology, settings: Settings, kept: Kept | None = None
     allow_descriptors()
     keeping = None if kept is None else kept.keeping
     controllers: list[Controller] = []
+    pumps: list[Pump] = []
     stop = stop_on_signals(lambda: _reload(controllers), interrupt=keeping is None)
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(pid_file(settings.pid_file))
-        if await finished_before(stop, _start(topology, settings, controllers, stack, kept)):
+        if await finished_before(stop, _start(topology, settings, controllers, pumps, stack, kept)):
             if kept is not None:
+                hand_over = partial(_hand_over, controllers, pumps[0], kept.handed_over)
+                asyncio.get_running_loop().add_signal_handler(signal.SIGUSR2, hand_over)
                 kept.on_serving()
             emit(logging.INFO, "serving", "serving; SIGINT or SIGTERM stops", pid=os.getpid())
             await stop.wait()
         emit(logging.INFO, "stopping", "stopping")
     emit(logging.INFO, "stopped", "stopped")
+
+
+def _hand_over(
+    controllers: list[Controller], pump: Pump, handed_over: Callable[[], NoReturn]
+) -> None:
+    """Leave everything as it is for the process that follows."""
+    emit(logging.INFO, "handing_over", "another process goes on from here")
+    for controller in controllers:
+        controller.hand_over()
+    pump.halt()
+    logs.flush()
+    handed_over()
 
 
 def _reload(controllers: list[Controller]) -> None:
@@ -127,18 +149,20 @@ async def _start(
     topology: Topology,
     settings: Settings,
     controllers: list[Controller],
+    pumps: list[Pump],
     stack: contextlib.AsyncExitStack,
     kept: Kept | None,
 ) -> None:
     """Start everything, host ends first; ``stack`` stops it in reverse order.
 
-    All controllers are appended to ``controllers``.
+    All controllers are appended to ``controllers``, and their pump to ``pumps``.
     """
     keeping = None if kept is None else kept.keeping
     if keeping is None and (settings.vfio_user or not settings.connect):
         for socket in settings.sockets:  # before the log tells of ports that nobody will reach
             check_can_listen(socket)
     pump = stack.enter_context(LoopPump(settings.busy_poll)).pump
+    pumps.append(pump)
     agents = AgentEnds(settings.agent_socket)
     stack.push_async_callback(agents.aclose)
     spice = SpiceEnds(topology, agent_shared=settings.agent_socket is not None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from vring_serial.config import domain_xml, qemu_options
 from vring_serial.config.draft import Draft
 from vring_serial.config.qemu_options import QemuOptions
@@ -13,6 +15,7 @@ def load_topology(
     options: QemuOptions | None = None,
     *,
     channel_directory: str = "",
+    read: Callable[[str], bytes] = domain_xml.read_file,
 ) -> Topology:
     """Return the topology that a domain XML and options declare together.
 
@@ -22,6 +25,7 @@ def load_topology(
     Args:
         domain: a file with libvirt domain XML, ``-`` for standard input, None for none.
         channel_directory: directory for sockets of unix channels without a path.
+        read: returns what is in a file; see :class:`vring_serial.config.inputs.Inputs`.
 
     Raises:
         ResourceError: the file cannot be read.
@@ -29,7 +33,7 @@ def load_topology(
     """
     draft = Draft()
     if domain is not None:
-        data = domain_xml.read_file(domain)
+        data = read(domain)
         file = "standard input" if domain == "-" else domain
         domain_xml.read(draft, data, file=file, channel_directory=channel_directory)
     if options is not None:

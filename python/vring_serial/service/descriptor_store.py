@@ -12,7 +12,7 @@ import errno
 import os
 import select
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 from vring_serial.errors import ResourceError
 from vring_serial.service.aside import Aside, may_be_kept
@@ -45,6 +45,7 @@ class DescriptorStore:
 
     Args:
         limit: descriptors that a worker may store; more are closed, as systemd does.
+        stored: what is in it already, by name, oldest first; taken over.
 
     Attributes:
         refused: messages of which not every descriptor was kept: there were too many, or the
@@ -53,13 +54,13 @@ class DescriptorStore:
         aside: closes what is not kept.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, stored: Mapping[str, Sequence[int]] | None = None) -> None:
         self.refused = 0
         self.unfit = 0
         self.aside = Aside()
         self._limit = limit
-        self._fds: dict[str, list[int]] = {}
-        self._count = 0
+        self._fds: dict[str, list[int]] = {n: list(fds) for n, fds in (stored or {}).items()}
+        self._count = sum(map(len, self._fds.values()))
 
     def __len__(self) -> int:
         return self._count

@@ -62,17 +62,18 @@ class Journal(Closing):
 
     Args:
         fd: from :meth:`create` or a predecessor; stays the caller's.
+        read_only: another process may be writing, and is not disturbed.
 
     Raises:
         StateError: it is no journal, or of a layout that is not known.
     """
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, *, read_only: bool = False) -> None:
         size = os.fstat(fd).st_size
         if size != JOURNAL_SIZE:
             raise StateError(f"the journal has {size} bytes, not {JOURNAL_SIZE}")
         self._fd = fd
-        self._map = mmap.mmap(fd, size)
+        self._map = mmap.mmap(fd, size, access=mmap.ACCESS_READ if read_only else mmap.ACCESS_WRITE)
         # Guest memory and the journal are of no use in a core dump, and large.
         self._map.madvise(mmap.MADV_DONTDUMP)
         self._names: dict[str, int] = {}
@@ -80,6 +81,8 @@ class Journal(Closing):
         self._free: dict[int, list[int]] = {}  # logarithm -> offsets, zeroed
         try:
             self._load()
+            if not read_only:
+                self._find_gaps()
         except BaseException:
             self._map.close()
             raise
@@ -117,6 +120,10 @@ class Journal(Closing):
             fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise StateError("another process still uses the journal") from None
+
+    def unlock(self) -> None:
+        """Write no more, for another process does from now on."""
+        fcntl.lockf(self._fd, fcntl.LOCK_UN)
 
     @property
     def sections(self) -> list[str]:
@@ -209,7 +216,6 @@ class Journal(Closing):
                 raise StateError(f"journal: entry {i} ({text!r}) is damaged")
             self._extent(at, text)
             self._names[text] = at
-        self._find_gaps()
 
     def _find_gaps(self) -> None:
         """Note what lies free between extents. Raises StateError if some overlap."""

@@ -16,12 +16,14 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from vring_serial.errors import ResourceError
 from vring_serial.service.aside import MOST as OVERDUE_MOST
 from vring_serial.service.descriptor_store import DescriptorStore, Notifier
 from vring_serial.service.journal import Journal, checksum
+from vring_serial.service.succession import KeeperState, Reporter, start_again
+from vring_serial.service.upgrade import Stage, Upgrade, Upgrading
 from vring_serial.service.worker import (
     DEATHS_MAX,
     LIVES_MAX,
@@ -31,7 +33,7 @@ from vring_serial.service.worker import (
     WorkerSpec,
     be,
 )
-from vring_serial.unix_fds import allow_descriptors
+from vring_serial.unix_fds import allow_descriptors, close_all
 
 #: Seconds within which so many deaths that leave the same state are too many.
 DEATHS_SECONDS = 10.0
@@ -47,6 +49,8 @@ PAUSE_MOST = 10.0
 OWN_DESCRIPTORS = 64
 #: Messages of one worker before those of another: a few, for one may bring 253 descriptors.
 MESSAGES = 8
+#: What the keeper acts on.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 #: More than the kernel keeps for a socket that nobody reads (net.unix.max_dgram_qlen).
 UNREAD_MOST = 4096
 
@@ -62,14 +66,16 @@ class _Stop(enum.Enum):
 class Keeper:
     """Runs workers until it is told to stop.
 
-    SIGTERM and SIGINT stop the workers, SIGHUP is passed on to them. Must run in a process with one
-    thread; it installs signal handlers and reaps its children.
+    SIGTERM and SIGINT stop the workers, SIGHUP is passed on to them, SIGUSR2 begins an upgrade.
+    Must run in a process with one thread; it installs signal handlers and reaps its children.
 
     Args:
         specs: the workers.
         log: for what happens to them: level, event, text and fields.
         descriptors: how many each worker may store, as far as the process may open so many.
         stop_seconds: how long workers have to stop; see STOP_SECONDS.
+        upgrading: what an upgrade needs to know; None: there is none.
+        before: what the code left that was the keeper before an upgrade; None: this is the first.
     """
 
     def __init__(
@@ -79,8 +85,16 @@ class Keeper:
         *,
         descriptors: int = 4096,
         stop_seconds: float = STOP_SECONDS,
+        upgrading: Upgrading | None = None,
+        before: KeeperState | None = None,
     ) -> None:
         self._log = log
+        self._upgrading = upgrading
+        self._upgrade: Upgrade | None = None
+        self._leaving: dict[int, tuple[int, float]] = {}  # pidfd: process id, and when it is killed
+        self._before = before
+        version = "" if upgrading is None else upgrading.version
+        self._reporter = Reporter(version, -1 if before is None else before.report)
         self._stop_seconds = stop_seconds
         self._stop = _Stop.NOT
         self._status = 0
@@ -93,12 +107,25 @@ class Keeper:
         self._wake_reader, self._wake_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._poll.register(self._wake_reader, select.POLLIN)
         descriptors = min(descriptors, (allow_descriptors() - OWN_DESCRIPTORS) // len(specs))
-        for spec in specs:
+        if before is not None:
+            self._status = before.status
+            self._go_on(specs, before, descriptors)
+        for spec in specs if before is None else ():
             keeper_end, worker_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
             keeper_end.setblocking(False)
             self._poll.register(keeper_end, select.POLLIN)
             store = DescriptorStore(max(descriptors, 0))
             self._workers.append(Worker(spec, Journal.create(), store, keeper_end, worker_end))
+
+    def _go_on(self, specs: Sequence[WorkerSpec], before: KeeperState, descriptors: int) -> None:
+        """Take over the workers of the code that was the keeper before."""
+        for state, spec in zip(before.workers, specs, strict=True):
+            worker = Worker.from_state(state, spec, max(descriptors, 0))
+            if not worker.cast_out:
+                self._poll.register(worker.keeper_end, select.POLLIN)
+            if state.pid:
+                worker.watch(state.pid, self._poll)
+            self._workers.append(worker)
 
     def run(self) -> int:
         """Serve until the service ends; return its exit status."""
@@ -106,6 +133,8 @@ class Keeper:
         gc.freeze()  # else a collection in a worker copies every page that has an object
         try:
             with self._signals():
+                if self._before is not None:
+                    self._tell_upgraded(self._before)
                 while self._alive():
                     self._start_due()
                     self._wait()
@@ -123,7 +152,7 @@ class Keeper:
                     text = f"{worker.spec.name}: process {worker.pid} cannot be killed, and is left"
                     self._say(logging.ERROR, "worker_stuck", text, worker=worker.spec.name)
             return False
-        return any(worker.pid or worker.start_at is not None for worker in self._workers)
+        return any(w.pid or w.start_at is not None for w in self._workers)
 
     def _wait(self) -> None:
         """Wait for the next thing to happen, and act on it."""
@@ -132,6 +161,9 @@ class Keeper:
             times.append(self._deadline)
             if any(w.pid and not w.told_to_stop for w in self._workers):
                 times.append(self._begin_by)
+        if self._upgrade is not None and self._upgrade.deadline is not None:
+            times.append(self._upgrade.deadline)
+        times += [kill_at for _, kill_at in self._leaving.values()]
         timeout = None
         if times:
             timeout = max(0.0, min(times) - time.monotonic()) * 1000 + 1
@@ -141,6 +173,10 @@ class Keeper:
                 self._take_messages(worker)
             if worker.pidfd >= 0 and worker.pidfd in ready:
                 self._reap(worker)
+        self._see_off(ready)
+        if self._upgrade is not None:
+            self._upgrade.act(ready)
+            self._look_at_upgrade(self._upgrade)
         if self._wake_reader in ready:
             self._take_signals()
         if self._stop is _Stop.ASKED:
@@ -167,6 +203,11 @@ class Keeper:
                 return
             if fields.get("READY") == "1":
                 worker.ready = True
+            if fields.get("STOPPED") == "1" and worker.hands_over and worker.pid:
+                self._poll.unregister(worker.pidfd)
+                pid, pidfd = worker.pid, worker.leave()
+                self._poll.register(pidfd, select.POLLIN)
+                self._leaving[pidfd] = pid, time.monotonic() + KILL_SECONDS
 
     def _cast_out(self, worker: Worker) -> None:
         """End a worker for good, and hear nothing of it any more."""
@@ -185,13 +226,15 @@ class Keeper:
     def _start_due(self) -> None:
         for worker in self._workers:
             if worker.start_at is not None and worker.start_at <= time.monotonic():
-                self._start(worker)
+                if self._upgrade is not None and self._upgrade.starts(worker):
+                    self._upgrade.start(worker)
+                else:
+                    self._start(worker)
 
     def _start(self, worker: Worker) -> None:
         assert not worker.pid
         if len(os.listdir("/proc/self/task")) != 1:
             raise ResourceError("the keeper has more than one thread; a fork would be unsafe")
-        worker.ready = worker.told_to_stop = False
         try:
             pid = os.fork()
         except OSError as error:
@@ -201,10 +244,7 @@ class Keeper:
             return
         if not pid:
             be(worker.spec, lambda: self._inherit(worker), ignore_hangup=self._ignores_hangup)
-        worker.start_at = None
-        worker.pid = pid
-        worker.pidfd = os.pidfd_open(pid)
-        self._poll.register(worker.pidfd, select.POLLIN)
+        worker.live(pid, self._poll)
 
     def _postpone(self, worker: Worker, why: str) -> None:
         """Start a worker later, and then later still."""
@@ -217,6 +257,10 @@ class Keeper:
         """Close in the worker's process what is not the worker's; return what is."""
         os.close(self._wake_reader)
         os.close(self._wake_writer)
+        os.close(self._reporter.fd)
+        if self._upgrade is not None:
+            self._upgrade.leave()
+        close_all(self._leaving)
         for other in self._workers:
             other.keeper_end.close()
             if other is not worker:
@@ -239,6 +283,8 @@ class Keeper:
         os.close(worker.pidfd)
         worker.pid, worker.pidfd = 0, -1
         code = os.waitstatus_to_exitcode(status)
+        if self._upgrade is not None:
+            self._upgrade.ended(worker)
         if worker.cast_out:
             self._forget(worker)
             self._done(worker, 1)
@@ -252,6 +298,8 @@ class Keeper:
                 return
             # It was told to end, if it did not do so by itself.
             self._done(worker, 0 if code in (0, -signal.SIGTERM) else code)
+        elif code == 0 and worker.hands_over:
+            worker.begin_again()
         elif code == 0:
             self._done(worker, 0)
         elif not worker.ready and not worker.restarts:
@@ -308,20 +356,121 @@ class Keeper:
         worker.store.close()
         os.close(worker.journal)
         worker.journal = Journal.create()
+        if self._upgrade is not None:
+            self._upgrade.fail(f"{worker.spec.name}: its sessions have ended meanwhile")
+
+    # --- upgrades
+
+    def _begin_upgrade(self) -> None:
+        if self._upgrading is None or self._upgrade is not None or self._stop is not _Stop.NOT:
+            return
+        self._reporter.begin()
+        if any(worker.store.aside.overdue for worker in self._workers):
+            self._refuse_upgrade("something that a worker stored cannot be closed")
+            return
+        self._say(logging.INFO, "upgrade", "upgrade: the new version is loaded, and tried")
+        try:
+            self._upgrade = Upgrade(
+                self._state(),
+                self._workers,
+                self._poll,
+                self._pidfd,
+                load_seconds=self._upgrading.load_seconds,
+                ignores_hangup=self._ignores_hangup,
+            )
+        except (OSError, ResourceError) as error:
+            self._refuse_upgrade(str(error))
+
+    def _look_at_upgrade(self, upgrade: Upgrade) -> None:
+        if upgrade.stage is Stage.FAILED:
+            self._upgrade = None
+            upgrade.end_strangers(self._known())
+            assert self._upgrading is not None
+            stay = upgrade.formats != self._upgrading.formats
+            for worker in upgrade.handed:
+                if worker.pid and not stay:
+                    worker.tell_to_hand_over()
+            names = ", ".join(worker.spec.name for worker in upgrade.handed)
+            after = f"; its workers stay, as older ones do not know their state: {names}"
+            self._refuse_upgrade(upgrade.why + (after if stay and names else ""))
+        elif upgrade.stage is Stage.DONE and not self._leaving:
+            if any(worker.start_at is not None for worker in self._workers):
+                return  # one has died, and is started by the new code
+            upgrade.close()
+            upgrade.end_strangers(self._known())
+            self._upgrade = None
+            try:
+                self._become(round(upgrade.longest_pause * 1e6))
+            except (OSError, ResourceError) as error:
+                self._refuse_upgrade(f"the keeper stays what it is: {error}")
+
+    def _known(self) -> set[int]:
+        return {w.pid for w in self._workers} | {pid for pid, _ in self._leaving.values()}
+
+    def _state(self) -> KeeperState:
+        assert self._upgrading is not None
+        state = self._upgrading.state()
+        state.workers = [worker.state() for worker in self._workers]
+        state.status, state.report = self._status, self._reporter.fd
+        return state
+
+    def _become(self, longest_pause: int) -> None:
+        """Replace this code. Raises OSError, ResourceError: it could not be."""
+        if any(worker.store.aside.overdue for worker in self._workers):
+            raise ResourceError("something that a worker stored cannot be closed")
+        state = self._state()
+        state.longest_pause = longest_pause
+        # Until the new code has its handlers, signals wait.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        handler = signal.getsignal(signal.SIGHUP)
+        if self._ignores_hangup:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        try:
+            start_again(state, *state.descriptors())
+        finally:
+            signal.signal(signal.SIGHUP, handler)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def _refuse_upgrade(self, why: str) -> None:
+        text = f"upgrade: {why}; the version before goes on"
+        self._say(logging.ERROR, "upgrade_refused", text)
+        self._reporter.finish(text, succeeded=False)
+
+    def _tell_upgraded(self, before: KeeperState) -> None:
+        assert self._upgrading is not None
+        pause = before.longest_pause / 1000
+        text = (
+            f"upgraded from {before.version} to {self._upgrading.version}, with "
+            f"{len(self._workers)} of its workers; the longest pause was {pause:.1f} ms"
+        )
+        self._say(logging.INFO, "upgraded", text, pause_ms=pause)
+        self._reporter.finish(text, succeeded=True)
+
+    def _see_off(self, ready: Collection[int]) -> None:
+        """Reap processes that have stopped for their successors."""
+        for pidfd, (pid, kill_at) in list(self._leaving.items()):
+            if pidfd in ready:
+                self._poll.unregister(pidfd)
+                os.waitpid(pid, 0)
+                os.close(pidfd)
+                del self._leaving[pidfd]
+            elif time.monotonic() > kill_at:
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                self._leaving[pidfd] = pid, kill_at + KILL_SECONDS
 
     # --- signals and the end
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
         self._ignores_hangup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # nohup
-        before = [signal.signal(number, lambda *_: None) for number in numbers]
+        before = [signal.signal(number, lambda *_: None) for number in SIGNALS]
         wakeup = signal.set_wakeup_fd(self._wake_writer, warn_on_full_buffer=False)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # an upgrade blocks them
         try:
             yield
         finally:
             signal.set_wakeup_fd(wakeup)
-            for number, handler in zip(numbers, before, strict=True):
+            for number, handler in zip(SIGNALS, before, strict=True):
                 signal.signal(number, handler)
 
     def _take_signals(self) -> None:
@@ -329,6 +478,8 @@ class Keeper:
             for number in os.read(self._wake_reader, 64):
                 if number == signal.SIGHUP:
                     self._send(signal.SIGHUP)
+                elif number == signal.SIGUSR2:
+                    self._begin_upgrade()
                 elif self._stop is _Stop.NOT:
                     self._ask_to_stop()
                 elif self._stop is _Stop.ASKED:
@@ -336,6 +487,9 @@ class Keeper:
 
     def _ask_to_stop(self) -> None:
         self._stop = _Stop.ASKED
+        if self._upgrade is not None:
+            self._upgrade.fail("the service stops")
+            self._look_at_upgrade(self._upgrade)
         now = time.monotonic()
         self._begin_by = now + BEGIN_SECONDS
         self._deadline = now + self._stop_seconds
@@ -352,7 +506,7 @@ class Keeper:
             may = worker.ready or not worker.restarts or late
             if worker.pid and may and not worker.told_to_stop:
                 worker.told_to_stop = True
-                signal.pidfd_send_signal(worker.pidfd, signal.SIGTERM)
+                worker.signal(signal.SIGTERM)
 
     def _kill(self) -> None:
         self._stop = _Stop.KILLED
@@ -365,9 +519,10 @@ class Keeper:
     def _send(self, number: int) -> None:
         for worker in self._workers:
             if worker.pid:
-                signal.pidfd_send_signal(worker.pidfd, number)
+                worker.signal(number)
 
     def _release(self) -> None:
+        close_all(self._leaving)
         for worker in self._workers:
             worker.store.close()
             worker.keeper_end.close()
@@ -376,6 +531,7 @@ class Keeper:
         os.close(self._wake_reader)
         os.close(self._wake_writer)
         os.close(self._pidfd)
+        os.close(self._reporter.fd)
 
     def _say(self, level: int, event: str, text: str, **fields: object) -> None:
         self._log(level, event, text, **fields)

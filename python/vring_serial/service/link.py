@@ -285,10 +285,24 @@ class Links(Closing):
 
     Args:
         names: of the workers.
+        made: what the code before an upgrade had as :attr:`descriptors`; taken over.
     """
 
-    def __init__(self, names: Iterable[str]) -> None:
-        self._ends = {name: make_link() for name in names}
+    def __init__(
+        self, names: Iterable[str], made: Mapping[str, tuple[int, int]] | None = None
+    ) -> None:
+        given = made or {}
+        self._ends = {
+            name: (socket.socket(fileno=given[name][0]), socket.socket(fileno=given[name][1]))
+            if name in given
+            else make_link()
+            for name in names
+        }
+
+    @property
+    def descriptors(self) -> dict[str, tuple[int, int]]:
+        """The ends by the workers' names: the monitor's and the worker's."""
+        return {name: (ends[0].fileno(), ends[1].fileno()) for name, ends in self._ends.items()}
 
     def close(self) -> None:
         for ends in self._ends.values():

@@ -100,6 +100,12 @@ class Shelf(Closing):
         with self._unless_gone():
             self._notifier.notify("READY=1")
 
+    def stopped(self) -> None:
+        """Tell the keeper that this process writes and moves nothing any more."""
+        self._journal.unlock()
+        with self._unless_gone():
+            self._notifier.notify("STOPPED=1")
+
     def drop_untaken(self) -> list[str]:
         """Drop what nobody took, once everything has begun; return the roles."""
         roles = sorted(self._left)

@@ -6,15 +6,18 @@ import contextlib
 import gc
 import logging
 import os
+import select
 import signal
 import socket
 import sys
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NoReturn
 
 from vring_serial.service.descriptor_store import DescriptorStore, Notifier
+from vring_serial.service.succession import WorkerState
 
 #: A worker that dies so often, and each time leaves the same state, is not started with that again.
 DEATHS_MAX = 5
@@ -80,6 +83,7 @@ class Worker:
         lives: when the last lives ended, whatever they left.
         unready: how many lives ended one after another before READY=1.
         told_to_stop: it got SIGTERM, in this life.
+        hands_over: it was told to stop for a successor with other code, or the keeper's.
         clears: it began when its predecessor died instead of stopping.
         refused: descriptors were not kept, and that was logged.
         cast_out: it is ended, and there is no next life.
@@ -102,11 +106,97 @@ class Worker:
     left: int = 0
     unready: int = 0
     told_to_stop: bool = False
+    hands_over: bool = False
     clears: bool = False
     refused: bool = False
     cast_out: bool = False
     start_at: float | None = 0.0
     pause: float = PAUSE_SECONDS
+
+    def live(self, pid: int, poll: select.poll) -> None:
+        """Note the process that begins to be the worker now, and have its end watched."""
+        self.ready = self.told_to_stop = self.hands_over = False
+        self.watch(pid, poll)
+        self.start_at = None
+
+    def watch(self, pid: int, poll: select.poll) -> None:
+        """Note the process that is the worker, and have its end watched."""
+        self.pid = pid
+        self.pidfd = os.pidfd_open(pid)
+        poll.register(self.pidfd, select.POLLIN)
+
+    def signal(self, number: int) -> None:
+        """Send a signal to its process, which lives or was not reaped."""
+        signal.pidfd_send_signal(self.pidfd, number)
+
+    def tell_to_hand_over(self) -> None:
+        """Tell it once, in this life, to stop for its successor; it says STOPPED=1 when it has."""
+        if not self.hands_over:
+            self.hands_over = True
+            self.signal(signal.SIGUSR2)
+
+    def leave(self) -> int:
+        """Forget its process, which has stopped for its successor; return the pidfd of that.
+
+        Its next life is to begin.
+        """
+        pidfd, self.pidfd, self.pid = self.pidfd, -1, 0
+        self.begin_again()
+        return pidfd
+
+    def begin_again(self) -> None:
+        """Have the next life begin, of one that was told to hand over."""
+        self.ready = self.hands_over = False
+        self.restarts += 1
+        self.start_at = time.monotonic()
+
+    def state(self) -> WorkerState:
+        """Return what the keeper's new code must know of it."""
+        return WorkerState(
+            name=self.spec.name,
+            pid=self.pid,
+            journal=self.journal,
+            keeper_end=self.keeper_end.fileno(),
+            worker_end=self.worker_end.fileno(),
+            store=self.store.descriptors,
+            ready=self.ready,
+            refused=self.refused,
+            restarts=self.restarts,
+            left=self.left,
+            unready=self.unready,
+            cast_out=self.cast_out,
+            deaths=[round(at * 1e9) for at in self.deaths],
+            start_at=None if self.start_at is None else round(self.start_at * 1e9),
+            pause=round(self.pause * 1e9),
+        )
+
+    @classmethod
+    def from_state(cls, state: WorkerState, spec: WorkerSpec, descriptors: int) -> Worker:
+        """Return the worker that the keeper's code before knew, of which everything is taken over.
+
+        Args:
+            state: of it.
+            spec: what it does now.
+            descriptors: how many it may store.
+        """
+        worker = cls(
+            spec,
+            state.journal,
+            DescriptorStore(descriptors, state.store),
+            socket.socket(fileno=state.keeper_end),
+            socket.socket(fileno=state.worker_end),
+            ready=state.ready,
+            restarts=state.restarts,
+            left=state.left,
+            unready=state.unready,
+            refused=state.refused,
+            cast_out=state.cast_out,
+            start_at=None if state.start_at is None else state.start_at / 1e9,
+            pause=state.pause / 1e9,
+        )
+        worker.deaths.extend(at / 1e9 for at in state.deaths)
+        worker.keeper_end.setblocking(False)
+        return worker
 
 
 def be(spec: WorkerSpec, inherit: Callable[[], Inheritance], *, ignore_hangup: bool) -> NoReturn:

@@ -359,6 +359,15 @@ class Controller(Starting):
             if not self._saved:
                 self._go_on()
 
+    def hand_over(self) -> None:
+        """Write down all that a successor needs, just before this process ends.
+
+        The pump, which moves bytes until it is halted, has records of its own for all but consoles.
+        """
+        for port in self._ports.values():
+            port.hand_over()
+        self._record()
+
     def _go_on(self) -> None:
         for port in list(self._ports.values()):
             port.go_on()

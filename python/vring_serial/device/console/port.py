@@ -205,6 +205,14 @@ class Port:
         self._transmit.stop_residue()
         self._receive.stop()
 
+    def hand_over(self) -> None:
+        """Have ``state`` say what no record of the pump says, for as long as this process lives."""
+        if self._sides.never_waits:
+            self.settle()
+        else:
+            self._still = True
+            self._transmit.stop_residue()
+
     def go_on(self) -> None:
         """Serve the queues again after :meth:`settle`."""
         self._still = False
