@@ -9,11 +9,12 @@ import socket
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.support.waiting import until
+from tests.support.waiting import turns, until
 from vring import (
     RECORD_SIZE,
     LocalMisuseError,
@@ -55,6 +56,12 @@ def test_answers_go_once_at_whatever_line_the_process_dies() -> None:
         ([(b"--", 0), (b"?1", 1)], [(b"--", 0), (b"?1", 1)]),
         ([(b"?1", 1), (b"+2", 2)], [(b"?1", 1), (b"+2", 2)]),
         ([(b"+2--", 2), (b"+1", 1)], [(b"+2", 2), (b"--", 0), (b"+1", 1)]),
+        # A message in two pieces, the descriptors beside either or both of them.
+        ([(b"+", 2), (b"2", 0), (b"--", 0)], [(b"+2", 2), (b"--", 0)]),
+        ([(b"+", 0), (b"1", 1), (b"+1", 1)], [(b"+1", 1), (b"+1", 1)]),
+        ([(b"+", 1), (b"2--", 1)], [(b"+2", 1), (b"--", 0)]),
+        ([(b"+", 1), (b"2", 1)], [(b"+2", 2)]),
+        ([(b"+", 3), (b"1--", 0), (b"+1", 1)], [(b"+1", 3), (b"--", 0), (b"+1", 1)]),
     ],
 )
 async def test_descriptors_are_those_of_their_message(
@@ -73,8 +80,25 @@ async def test_descriptors_are_those_of_their_message(
 
     for data, count in pieces:
         unix_fds.send(theirs, data, [theirs.fileno()] * count)
-    connection = RepeatableConnection(
-        ours,
+    connection = connect(ours, closer, received, lambda error: None)
+    try:
+        await until(lambda: len(got) == len(expected), lambda: f"{got}")
+        assert got == expected
+    finally:
+        connection.close()
+        theirs.close()
+        await until(lambda: not closer.waiting)
+
+
+def connect(
+    sock: socket.socket,
+    closer: Closer,
+    received: Callable[[Received], bool],
+    lost: Callable[[OSError | None], None],
+) -> RepeatableConnection:
+    """Messages have two bytes; ``+`` begins one with descriptors."""
+    return RepeatableConnection(
+        sock,
         size_of=lambda _: 2,
         header_size=1,
         needs_fds=lambda data: data.startswith(b"+"),
@@ -86,15 +110,25 @@ async def test_descriptors_are_those_of_their_message(
         closer=closer,
         received=received,
         go_on=lambda: False,
-        lost=lambda error: None,
+        lost=lost,
     )
-    try:
-        await until(lambda: len(got) == len(expected), lambda: f"{got}")
-        assert got == expected
-    finally:
-        connection.close()
-        theirs.close()
-        await until(lambda: not closer.waiting)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+async def test_a_peer_that_leaves_within_a_message_is_gone(count: int) -> None:
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    left: list[OSError | None] = []
+    closer = Closer()
+    connect(ours, closer, lambda _: False, left.append)
+    beside = unix_fds.make_eventfd()
+    unix_fds.send(theirs, b"+", [beside] * count)
+    await turns(4)
+    theirs.close()
+    os.close(beside)
+    await until(lambda: left)
+    assert left == [None]
+    await until(lambda: not closer.waiting)
 
 
 async def test_a_peer_that_reads_nothing_is_listened_to_while_it_is_asked() -> None:

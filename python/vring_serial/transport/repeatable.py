@@ -16,6 +16,8 @@ from vring_serial.unix_fds import Received
 
 #: Seconds until a message of which only a part is there is looked at again.
 REST_SECONDS = 0.005
+#: Linux's number, but on some old architectures; not in every Python.
+_SO_PEEK_OFF = getattr(socket, "SO_PEEK_OFF", 42)
 #: Bytes of a connection's records.
 AREA_SIZE = 2 * RECORD_SIZE
 #: Bytes of a message that a unix stream socket takes whole or not at all. Linux makes one buffer of
@@ -90,6 +92,7 @@ class RepeatableConnection(Connection):
         self._message = b""  # what is being handled, or waits to be taken off
         self._asked: deque[bytes] = deque()  # not sent yet
         super().__init__(sock, **arguments)
+        self._look_from(-1)  # the predecessor may have died while it looked farther
         answered, taken = self._gone(self._sending), self._gone(self._taking)
         self._begin(answered, taken)
         if answered:
@@ -130,39 +133,72 @@ class RepeatableConnection(Connection):
 
     def _readable(self) -> None:
         try:
-            head = self._sock.recv(self._header_size, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-            if not head:
-                self._fail(None)
-                return
-            size = self._size_of(head) if len(head) == self._header_size else self._header_size
-            received = self._peek(size)
+            received = self._look()
         except BlockingIOError:
             return
         except OSError as error:
             self._fail(error)
             return
-        if len(received.data) < size:
-            self._closer.close(received.fds)
+        if received is None:
             self._wait_for_rest()
-            return
-        self._message = received.data
-        self._handle(partial(self._received, received))
+        elif not received.data:
+            self._fail(None)
+        else:
+            self._message = received.data
+            self._handle(partial(self._received, received))
 
-    def _peek(self, size: int) -> Received:
-        """Look at the next ``size`` bytes, and the descriptors that came with them.
+    def _look(self) -> Received | None:
+        """Look at the next message, with its descriptors.
+
+        None: not all of it is there. Without bytes: the peer has gone, perhaps within a message.
+        Raises BlockingIOError if nothing is there, or OSError.
+        """
+        head = self._sock.recv(self._header_size, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        if not head:
+            return Received(b"")
+        size = self._message_size(head)
+        seen = self._peek(size, Received(b""))
+        while len(seen.data) < size:
+            try:
+                self._look_from(len(seen.data))
+                before = len(seen.data)
+                seen = self._peek(size, seen)
+            except BlockingIOError:
+                self._closer.close(seen.fds)
+                return None
+            finally:
+                self._look_from(-1)
+            if len(seen.data) == before:
+                self._closer.close(seen.fds)
+                return Received(b"")
+            size = self._message_size(seen.data)
+        return seen
+
+    def _message_size(self, data: bytes) -> int:
+        """Return the size of the message that begins with these bytes, as far as they tell."""
+        whole = len(data) >= self._header_size
+        return self._size_of(data[: self._header_size]) if whole else self._header_size
+
+    def _look_from(self, offset: int) -> None:
+        """Have looks begin behind so many bytes; -1: at the first again."""
+        self._sock.setsockopt(socket.SOL_SOCKET, _SO_PEEK_OFF, offset)
+
+    def _peek(self, size: int, seen: Received) -> Received:
+        """Look at the next message of ``size`` bytes behind what was ``seen`` of it.
 
         A look goes on into the next piece of the stream, even when it has room for no byte of it,
         and brings that one's descriptors. It ends behind the first piece that has some: so there is
         a byte more if they are another message's, or the peer has sent two in one piece.
         """
-        received = unix_fds.receive(self._sock, size + 1, self._max_fds, peek=True)
-        if len(received.data) <= size:
-            return received
-        data = received.data[:size]
-        if self._needs_fds(data):
-            return Received(data, received.fds, received.truncated)
+        room = size - len(seen.data) + 1
+        received = unix_fds.receive(self._sock, room, self._max_fds, peek=True)
+        data = (seen.data + received.data)[:size]
+        if len(received.data) < room or (not seen.fds and self._needs_fds(data)):
+            fds = seen.fds + received.fds
+            truncated = received.truncated or len(fds) > self._max_fds
+            return Received(data, fds, seen.truncated or truncated)
         self._closer.close(received.fds)
-        return Received(data)
+        return Received(data, seen.fds, seen.truncated)
 
     def _forget_fds(self) -> None:
         unix_fds.close_all(self._handled_fds)
