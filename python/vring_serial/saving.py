@@ -44,6 +44,8 @@ MAGIC = b"VRINGST\n"
 LAYOUT_VERSION = 1
 #: Longest body. A device keeps at most 64 MiB of a port's output, and few ports ever do.
 MAX_BODY = 1 << 30
+#: Most values in one: about 60 for each of a device's ports, 20 for each of its queues.
+MAX_PARTS = 1 << 18
 
 _HEADER = struct.Struct("<8sIII")
 
@@ -144,6 +146,9 @@ def _read(data: memoryview) -> Fields:
     body = bytes(data[_HEADER.size : end])
     if zlib.crc32(body) != _HEADER.unpack_from(data)[3]:
         raise StateError("it is torn: the checksum does not fit")
+    parts = body.count(b",") + body.count(b"{") + body.count(b"[")
+    if parts > MAX_PARTS:
+        raise StateError(f"it has {parts} parts; {MAX_PARTS} are allowed")
     try:
         fields = json.loads(body, object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:

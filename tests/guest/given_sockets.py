@@ -30,7 +30,7 @@ class GivenSocket(Chardev):
 
 
 async def main(path: str, layout: str, fds: list[int]) -> None:
-    controller = Controller(max_ports=4)
+    controller = Controller(max_ports=len(fds) + 1)
     for nr, fd in enumerate(fds, start=1):
         controller.add_port(Port(nr, f"p{nr}", GivenSocket(fd)))
     async with controller, VhostUserBackend(controller, path, packed=layout == "packed"):

@@ -126,7 +126,16 @@ class VirtioDevice(Protocol):
     def check_state(self, saved: bytes) -> Callable[[], None]:
         """Check what :meth:`save_state` of another device returned; return what takes it over.
 
-        The device has no front or server and was not started; it is as before until the result is
-        called, which does not fail. Raises StateError if the state does not fit this device.
+        No queue runs, and the device may have been started: its host ends stay then, and it stands
+        still until a queue is started. It is as before until the result is called, which does not
+        fail. Raises StateError if the state does not fit this device.
+        """
+        ...
+
+    def release_state(self, *, gone: bool) -> None:
+        """End a standstill after :meth:`save_state` or :meth:`check_state` without a queue.
+
+        ``gone``: the state goes on elsewhere, and with it the driver and all that was owed to the
+        host ends; otherwise the device goes on with it.
         """
         ...

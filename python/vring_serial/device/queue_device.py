@@ -210,6 +210,11 @@ class QueueDevice(abc.ABC):
 
         return take_over
 
+    def release_state(self, *, gone: bool) -> None:
+        """See VirtioDevice; with no queue running nothing moves anyway."""
+        if gone:
+            self.reset()
+
     def _format(self) -> StateFormat[Any]:
         if self.state_format is None:
             raise LocalProtocolError(f"{self.name} does not say what its state is: state_format")

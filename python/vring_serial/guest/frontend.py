@@ -1,8 +1,9 @@
 """The frontend's side of vhost-user: asks a backend to serve the guest's rings.
 
 Only what the backend offers is negotiated: the protocol features (bit 30) and each of MQ,
-REPLY_ACK, BACKEND_REQ, CONFIG, CONFIGURE_MEM_SLOTS, RESET_DEVICE and STATUS are optional. The order
-of messages is that of User-Mode Linux and QEMU.
+LOG_SHMFD, REPLY_ACK, BACKEND_REQ, CONFIG, INFLIGHT_SHMFD, RESET_DEVICE, CONFIGURE_MEM_SLOTS, STATUS
+and DEVICE_STATE are optional. The order of messages is that of User-Mode Linux and QEMU; a state is
+moved as Cloud Hypervisor and crosvm move it.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import asyncio
 import contextlib
 import errno
 import logging
+import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import IO, TypeVar
 
 from vring_serial import unix_fds
 from vring_serial.errors import RemoteProtocolError, ResourceError
@@ -40,6 +42,7 @@ BUSY = "it probably serves another frontend"
 
 SUPPORTED = (
     vu.ProtocolFeature.MQ
+    | vu.ProtocolFeature.LOG_SHMFD
     | vu.ProtocolFeature.REPLY_ACK
     | vu.ProtocolFeature.BACKEND_REQ
     | vu.ProtocolFeature.CONFIG
@@ -47,6 +50,7 @@ SUPPORTED = (
     | vu.ProtocolFeature.CONFIGURE_MEM_SLOTS
     | vu.ProtocolFeature.STATUS
     | vu.ProtocolFeature.INFLIGHT_SHMFD
+    | vu.ProtocolFeature.DEVICE_STATE
 )
 
 T = TypeVar("T", bound=vu.Payload)
@@ -136,13 +140,18 @@ class Frontend:
     # --- requests
 
     async def ask(
-        self, kind: vu.Request, expected: type[T], payload: vu.Payload | None = None
+        self,
+        kind: vu.Request,
+        expected: type[T],
+        payload: vu.Payload | None = None,
+        fds: Sequence[int] = (),
     ) -> T:
         """Send a request that has a reply, and return that. Raises a kind of BackendError.
 
-        A request whose caller is cancelled goes on to its end, and later ones wait for that.
+        The descriptors stay the caller's. A request whose caller is cancelled goes on to its end,
+        and later ones wait for that.
         """
-        message = await self._exchange(kind, payload, (), reply=True, need_reply=False)
+        message = await self._exchange(kind, payload, fds, reply=True, need_reply=False)
         assert message is not None
         return self._decode(message, expected)
 
@@ -410,11 +419,86 @@ class Frontend:
         if vu.ProtocolFeature.INFLIGHT_SHMFD in self.protocol_features:
             await self.tell(vu.Request.SET_INFLIGHT_FD, given, (fd,))
 
-    async def set_queue(self, queue: DriverQueue, ram: GuestRam) -> None:
-        """Describe one ring and start it; it still has to be enabled."""
+    async def set_log(self, fd: int, size: int) -> None:
+        """Have the backend mark pages in ``size`` bytes of a file, and no longer in the one before.
+
+        It marks what it writes while SET_FEATURES has F_LOG_ALL. The descriptor stays the caller's.
+        """
+        kind = vu.Request.SET_LOG_BASE
+        await self._accepted(kind, vu.LogArea(size), (fd,))
+
+    async def save_state(self) -> bytes:
+        """Return the device's own state; no ring runs meanwhile.
+
+        Raises BackendRefusedError if the backend cannot give it, or offers no such thing.
+        """
+        with await self._state_channel(vu.DeviceStateTransfer.SAVE) as channel:
+            state: bytes = await asyncio.to_thread(channel.read)
+        await self._accepted(vu.Request.CHECK_DEVICE_STATE)
+        return state
+
+    async def load_state(self, state: bytes) -> None:
+        """Give the backend what :meth:`save_state` returned of another one; no ring runs meanwhile.
+
+        Raises BackendRefusedError if it does not fit there.
+        """
+        try:
+            with await self._state_channel(vu.DeviceStateTransfer.LOAD) as channel:
+                await asyncio.to_thread(channel.write, state)
+        except OSError as error:
+            raise BackendRefusedError(f"{self.path}: the state: {error.strerror}") from None
+        await self._accepted(vu.Request.CHECK_DEVICE_STATE)
+
+    async def _state_channel(self, direction: int) -> IO[bytes]:
+        """Return our end of the channel that a state goes through, the caller's."""
+        if vu.ProtocolFeature.DEVICE_STATE not in self.protocol_features:
+            raise BackendRefusedError(f"{self.path}: the backend does not offer DEVICE_STATE")
+        kind, params = vu.Request.SET_DEVICE_STATE_FD, vu.DeviceStateTransfer(direction)
+        pair = os.pipe()  # for reading, for writing
+        ours, theirs = pair if direction == params.SAVE else reversed(pair)
+        try:
+            message = await self._exchange(kind, params, (theirs,), reply=True, need_reply=False)
+        except BaseException:
+            os.close(ours)
+            raise
+        finally:
+            os.close(theirs)
+        assert message is not None
+        fds = list(message.fds)
+        try:
+            value = vu.U64.unpack(message.payload).value
+            if value & params.ERROR_MASK:
+                raise BackendRefusedError(f"{self.path}: the backend refused {kind.name} ({value})")
+            if len(fds) != (0 if value & params.NO_FD else 1):
+                raise RemoteProtocolError(f"{len(fds)} descriptors with {value:#x}")
+        except RemoteProtocolError as error:
+            unix_fds.close_all([ours, *fds])
+            raise BackendError(f"{self.path}: reply to {kind.name}: {error}") from None
+        except BackendRefusedError:
+            unix_fds.close_all([ours, *fds])
+            raise
+        if fds:
+            os.close(ours)
+            ours = fds[0]
+        return open(ours, "rb" if direction == params.SAVE else "wb")
+
+    async def _accepted(
+        self, kind: vu.Request, payload: vu.Payload | None = None, fds: Sequence[int] = ()
+    ) -> None:
+        """Send a request whose reply says whether it was accepted. Raises BackendRefusedError."""
+        value = (await self.ask(kind, vu.U64, payload, fds)).value
+        if value:
+            raise BackendRefusedError(f"{self.path}: the backend refused {kind.name} ({value})")
+
+    async def set_queue(self, queue: DriverQueue, ram: GuestRam, base: int | None = None) -> None:
+        """Describe one ring and start it; it still has to be enabled.
+
+        It goes on at ``base``; None: behind the last buffer that was used.
+        """
         index = queue.index
+        base = queue.base if base is None else base
         await self.tell(vu.Request.SET_VRING_NUM, vu.VringState(index, queue.size))
-        await self.tell(vu.Request.SET_VRING_BASE, vu.VringState(index, queue.base))
+        await self.tell(vu.Request.SET_VRING_BASE, vu.VringState(index, base))
         address = vu.VringAddress(
             index,
             0,
@@ -433,12 +517,15 @@ class Frontend:
             for index in indices:
                 await self.tell(vu.Request.SET_VRING_ENABLE, vu.VringState(index, int(enable)))
 
-    async def stop_queues(self, indices: Sequence[int]) -> None:
-        """Disable and stop rings, the last one first; the backend then touches none of them."""
+    async def stop_queues(self, indices: Sequence[int]) -> dict[int, int]:
+        """Disable and stop rings, the last one first; the backend then touches none of them.
+
+        Returns where each goes on (``base`` of :meth:`set_queue`).
+        """
         backwards = tuple(reversed(indices))
         await self.enable_queues(backwards, False)
-        for index in backwards:
-            await self.ask(vu.Request.GET_VRING_BASE, vu.VringState, vu.VringState(index))
+        kind = vu.Request.GET_VRING_BASE
+        return {i: (await self.ask(kind, vu.VringState, vu.VringState(i))).num for i in backwards}
 
     async def reset(self) -> None:
         """Reset the device in the ways that the backend knows."""

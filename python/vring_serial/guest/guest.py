@@ -147,6 +147,11 @@ class EmbeddedGuest(Starting):
         return self._ram
 
     @property
+    def frontend(self) -> Frontend:
+        """The connection to the backend, for who moves the guest to another one."""
+        return self._frontend
+
+    @property
     def queues(self) -> Mapping[int, DriverQueue]:
         """The virtqueues that run, by index."""
         return self._queues
@@ -225,6 +230,7 @@ class EmbeddedGuest(Starting):
                 continue
             self._frontend = frontend
             try:
+                await frontend.negotiate_protocol()
                 await self._hand_over(frontend)
             except BackendClosedError:
                 frontend.close()  # killed again: on to the next
@@ -236,17 +242,38 @@ class EmbeddedGuest(Starting):
         self._frontend.on_config_change = self._config_changed
         self._config_changed()
 
-    async def _hand_over(self, frontend: Frontend) -> None:
+    async def go_on(self, frontend: Frontend, bases: Mapping[int, int]) -> None:
+        """Have a backend serve the rings from where they were stopped.
+
+        For who moves the guest: ``frontend`` is that of the guest, or another one on which
+        ``negotiate_protocol`` was called and which was given what ``save_state`` returned of the
+        former one. That is closed then.
+
+        Args:
+            frontend: connected.
+            bases: what ``stop_queues`` returned.
+
+        Raises BackendError; the former one has the guest then.
+        """
+        await self._hand_over(frontend, bases)
+        former, self._frontend = self._frontend, frontend
+        if former is not frontend:
+            former.close()
+        frontend.on_closed = self._backend_lost
+        frontend.on_config_change = self._config_changed
+        self._config_changed()
+
+    async def _hand_over(self, frontend: Frontend, bases: Mapping[int, int] | None = None) -> None:
         ram = self._ram
         assert ram is not None
-        await frontend.negotiate_protocol()
         if self.features & ~frontend.offered:
             raise BackendRefusedError(f"{self.path}: the next backend offers fewer features")
         await frontend.set_features(self.features)
-        await frontend.set_memory(ram)
+        if bases is None or frontend is not self._frontend:  # else it has the memory already
+            await frontend.set_memory(ram)
         await self._set_inflight(frontend)
-        for queue in self._queues.values():
-            await frontend.set_queue(queue, ram)
+        for index, queue in self._queues.items():
+            await frontend.set_queue(queue, ram, None if bases is None else bases[index])
         await frontend.enable_queues(list(self._queues))
         await frontend.set_status(self._status | Status.DRIVER_OK)
 

@@ -37,6 +37,7 @@ from vring_serial.proto.vhost_user_wire import (
     VERSION,
     BackendRequest,
     ConfigAccess,
+    DeviceStateTransfer,
     Header,
     HeaderFlag,
     Inflight,
@@ -84,6 +85,7 @@ __all__ = [
     "MemoryTable",
     "SingleRegion",
     "ConfigAccess",
+    "DeviceStateTransfer",
     "Inflight",
 ]
 
@@ -144,6 +146,8 @@ SHAPES: dict[Request, Shape] = {
     Request.ADD_MEM_REG: Shape(SingleRegion, fds=_ONE_FD),
     # The specification lets existing frontends pass a descriptor here, to be closed unused.
     Request.REM_MEM_REG: Shape(SingleRegion, fds=_OPTIONAL_FD),
+    Request.SET_DEVICE_STATE_FD: Shape(DeviceStateTransfer, reply=U64, fds=_ONE_FD),
+    Request.CHECK_DEVICE_STATE: Shape(reply=U64),
     Request.SET_STATUS: Shape(U64),
     Request.GET_STATUS: Shape(reply=U64),
 }

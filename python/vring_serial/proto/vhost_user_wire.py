@@ -431,6 +431,40 @@ class ConfigAccess:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceStateTransfer:
+    """How the device's state is to be moved ("Device state transfer parameters").
+
+    Attributes:
+        direction: SAVE, from the backend, or LOAD, to it.
+        phase: STOPPED, while no queue runs; no other is known.
+    """
+
+    STRUCT: ClassVar = struct.Struct("=II")
+    SAVE: ClassVar = 0
+    LOAD: ClassVar = 1
+    STOPPED: ClassVar = 0
+    #: In the answer: bits 0 to 7 are not 0 if it was refused, bit 8 says that no descriptor came.
+    REFUSED: ClassVar = 0x101
+    ERROR_MASK: ClassVar = 0xFF
+    NO_FD: ClassVar = 0x100
+
+    direction: int
+    phase: int = STOPPED
+
+    def pack(self) -> bytes:
+        """Return the 8 bytes."""
+        return self.STRUCT.pack(self.direction, self.phase)
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Self:
+        """Parse 8 bytes. Raises RemoteProtocolError on another number, or what has no meaning."""
+        direction, phase = exactly(cls.STRUCT, data)
+        if direction > cls.LOAD or phase != cls.STOPPED:
+            raise RemoteProtocolError(f"direction {direction} in phase {phase} is not known")
+        return cls(direction, phase)
+
+
+@dataclass(frozen=True, slots=True)
 class Inflight:
     """The region for inflight tracking ("Inflight description"; GET_ and SET_INFLIGHT_FD).
 

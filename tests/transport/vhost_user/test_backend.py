@@ -30,7 +30,7 @@ from vring_serial.transport import door
 from vring_serial.transport.vhost_user.backend import VhostUserBackend
 
 #: MQ, REPLY_ACK, BACKEND_REQ, CONFIG, INFLIGHT_SHMFD, RESET_DEVICE, CONFIGURE_MEM_SLOTS, STATUS
-OFFERED = 0x1B22B
+OFFERED = 0x9B22B
 FEATURES = 1 << 32 | 1 << 29 | 1 << 28
 BIT_30 = 1 << 30
 LOG_ALL = 1 << 26

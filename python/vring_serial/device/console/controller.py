@@ -108,7 +108,6 @@ class Controller(Starting):
         self._keeping = keeping
         self._packer = Packer(CONSOLE)
         self._recorded = b""
-        self._saved = False  # nothing moves before a queue is started
         self._save: Callable[[bytes], None] | None = None
 
     def _take(self, state: ControllerState) -> None:
@@ -150,6 +149,8 @@ class Controller(Starting):
             self._control.remove_port(port.nr)
             raise
         self._ports[port.nr] = port
+        if self.state.still:
+            port.settle()
         self.emit(ev.PortAdded(port.nr, port.name.decode(errors="backslashreplace")))
         self.port_resized(port)
         self._console_changed()
@@ -311,9 +312,7 @@ class Controller(Starting):
             and not (self.single_port or self._control.driver_ready)
         )
         self.state.stopped_at.pop(index, None)
-        if self._saved:
-            self._saved = False
-            self._go_on()
+        self._end_standstill()
         self._queues[index] = queue
         try:
             self._serve(index, queue)
@@ -356,7 +355,7 @@ class Controller(Starting):
         try:
             yield
         finally:
-            if not self._saved:
+            if not self.state.still:
                 self._go_on()
 
     def hand_over(self) -> None:
@@ -372,16 +371,23 @@ class Controller(Starting):
         for port in list(self._ports.values()):
             port.go_on()
 
+    def _end_standstill(self) -> None:
+        if self.state.still:
+            self.state.still = False
+            self._record()
+            self._go_on()
+
     def save_state(self) -> bytes:
         """See VirtioDevice: ports with what they owe, and connections of protocols."""
-        self._saved = True
+        self.state.still = True
+        self._record()
         ports = {nr: port.state for nr, port in self._ports.items()}
         return CONSOLE.pack(ConsoleState(self.max_ports, self.state, ports))
 
     def check_state(self, saved: bytes) -> Callable[[], None]:
         """See VirtioDevice; the ports are added before, and are those of the state."""
-        if self.started:
-            raise LocalProtocolError(f"{self.name} was started: a state comes before that")
+        if self._queues:
+            raise LocalProtocolError(f"{self.name}: queue {min(self._queues)} runs")
         state = CONSOLE.unpack(saved)
         check_console(
             state,
@@ -393,11 +399,30 @@ class Controller(Starting):
         return lambda: self._take_over(state)
 
     def _take_over(self, state: ConsoleState) -> None:
+        """Go on from a state; host ends, and the sizes of their terminals, are this device's."""
+        state.controller.still = self.started
         self._take(state.controller)
         for nr, port in self._ports.items():
             self._control.add_port(nr, port.name, console=port.console)
+            if self.started:
+                port.settle()
             port.take_state(state.ports[nr])
             self._set_guest(port)
+        if self.started:
+            for port in self._ports.values():
+                self._control.set_host_open(port.nr, port.host_open)
+                self.port_resized(port)
+            self._console_changed()
+            self._record()
+
+    def release_state(self, *, gone: bool) -> None:
+        """See VirtioDevice."""
+        if gone and self.state.still:
+            self.reset()
+            for port in self._ports.values():
+                port.drop_state()
+                self._set_guest(port)
+        self._end_standstill()
 
     def save_with(self, write: Callable[[bytes], None] | None) -> None:
         """See ``transport.vhost_user.inflight.Resumable``."""

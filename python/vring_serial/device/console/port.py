@@ -147,11 +147,27 @@ class Port:
             self._tell_guest_opened()
 
     def take_state(self, state: DevicePortState) -> None:
-        """Go on from a state instead of one's own, before the host end is started."""
-        was_open = self.guest_open
+        """Go on from a state instead of one's own, before the host end is started or while still.
+
+        The host end and the size of its terminal stay, a connected protocol does not: the next one
+        goes on from the state.
+        """
+        was_open, end = self.guest_open, self._sides.end
+        if self._sides.session is not None:
+            self._sides.session.disconnect()
+        if residue := self.state.chain.residue:
+            self.output_dropped(len(residue))
+        if end is not None:
+            state.size, state.session_over = self.state.size, False
         self._take(state)
+        self._sides.end = end
         if self.guest_open != was_open:
             self._tell_guest_opened()
+
+    def drop_state(self) -> None:
+        """Forget what the host end is owed, and all else, while still: it goes on elsewhere."""
+        self.state.chain.residue = b""
+        self.take_state(DevicePortState())
 
     def release(self) -> None:
         """Leave the device: nothing of the port runs any more."""

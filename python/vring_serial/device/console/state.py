@@ -88,6 +88,8 @@ class ControllerState:
         config_generation: counts changes of the configuration space.
         size_told: columns and rows of the console, as the configuration space gave them last.
         control: the control protocol's.
+        still: nothing moves before a queue is started: the state was saved, and may go on
+            elsewhere, or was put back.
     """
 
     status: int = 0
@@ -96,6 +98,7 @@ class ControllerState:
     config_generation: int = 0
     size_told: tuple[int, int] = (0, 0)
     control: ControlState = field(default_factory=ControlState)
+    still: bool = False
 
 
 @dataclass(slots=True)

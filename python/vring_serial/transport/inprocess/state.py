@@ -11,7 +11,8 @@ from vring_serial.device.pci.state import FunctionState, check_function
 from vring_serial.device.registers.driver_registers import queue_size_of
 from vring_serial.device.registers.negotiation import offered_features, offered_legacy_features
 from vring_serial.device.registers.state import RegistersState, check_registers
-from vring_serial.errors import StateError
+from vring_serial.errors import LocalProtocolError, StateError
+from vring_serial.lifetime import Starting
 from vring_serial.saving import StateFormat
 
 
@@ -100,6 +101,8 @@ def _check_device(
     saved: PciSnapshotState | MmioSnapshotState, device: VirtioDevice
 ) -> Callable[[], None]:
     _compare("the virtio device type", saved.device_id, device.device_id)
+    if isinstance(device, Starting) and getattr(device, "started", False):
+        raise LocalProtocolError(f"{device.name} was started: a state comes before that")
     take_over = device.check_state(saved.device)
     _compare("the size of the configuration space", saved.config_size, device.config_size)
     return take_over

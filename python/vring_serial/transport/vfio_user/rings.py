@@ -140,6 +140,10 @@ class RemoteRings:
         """See VirtioDevice."""
         return self._device.check_state(saved)
 
+    def release_state(self, *, gone: bool) -> None:
+        """See VirtioDevice."""
+        self._device.release_state(gone=gone)
+
     @property
     def on_config_change(self) -> Callable[[], None] | None:
         return self._device.on_config_change

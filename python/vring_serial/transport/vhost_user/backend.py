@@ -24,6 +24,7 @@ PROTOCOL_FEATURES = (
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
     | ProtocolFeature.STATUS
     | ProtocolFeature.INFLIGHT_SHMFD
+    | ProtocolFeature.DEVICE_STATE
 )
 #: Queues that the protocol can name (SET_VRING_KICK).
 MAX_QUEUES = VringDescriptor.INDEX_MASK + 1

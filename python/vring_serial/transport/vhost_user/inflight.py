@@ -37,7 +37,6 @@ from vring_serial.errors import RemoteProtocolError, StateError
 from vring_serial.proto.vhost_user import Inflight, ProtocolFeature
 from vring_serial.transport.vhost_user.state import FrontendState
 from vring_serial.transport.vhost_user.vring import Vring
-from vring_serial.unix_fds import close_all
 
 MAGIC = b"VRINGINF"
 LAYOUT_VERSION = 1
@@ -238,6 +237,7 @@ class Inflights:
         device: whose state is written to it, if it is Resumable.
         vrings: their records are in it, once it is there.
         state: says whether INFLIGHT_SHMFD is in use.
+        answer_with: sends a descriptor, which it takes over, with the answer.
         warn: logs.
     """
 
@@ -246,19 +246,16 @@ class Inflights:
         device: VirtioDevice,
         vrings: Sequence[Vring],
         state: FrontendState,
+        *,
+        answer_with: Callable[[int], None],
         warn: Callable[[str], None],
     ) -> None:
         self._device = device
         self._vrings = vrings
         self._state = state
+        self._answer_with = answer_with
         self._warn = warn
         self._region: InflightRegion | None = None
-        self._fds: list[int] = []
-
-    def take_fds(self) -> list[int]:
-        """Return the descriptors that go with the answer, which are the caller's then."""
-        fds, self._fds = self._fds, []
-        return fds
 
     def get(self, wanted: Inflight, fds: list[int]) -> Inflight:
         """Answer GET_INFLIGHT_FD. Raises RemoteProtocolError, OSError."""
@@ -269,7 +266,7 @@ class Inflights:
             queues=len(self._vrings),
             largest=self._device.queue_size_max,
         )
-        self._fds.append(fd)
+        self._answer_with(fd)
         return answer
 
     def set(self, given: Inflight, fds: list[int]) -> None:
@@ -317,7 +314,6 @@ class Inflights:
         """Stop all rings, and write to the region no more. Safe to call twice."""
         for vring in self._vrings:
             vring.stop()
-        close_all(self.take_fds())
         region, self._region = self._region, None
         if region is None:
             return

@@ -8,6 +8,7 @@ import socket
 
 from vring import GuestMemory
 from vring.errors import MemoryLostError, RingError, VringError
+from vring_serial import unix_fds
 from vring_serial.device.base import VirtioDevice
 from vring_serial.errors import RemoteProtocolError, StateError
 from vring_serial.proto.framing import BadMessageError
@@ -16,6 +17,7 @@ from vring_serial.proto.vhost_user import (
     F_PROTOCOL_FEATURES,
     U64,
     ConfigAccess,
+    DeviceStateTransfer,
     Empty,
     Message,
     Payload,
@@ -34,6 +36,7 @@ from vring_serial.transport.event_fds import check_event_descriptor
 from vring_serial.transport.repeatable import Handled
 from vring_serial.transport.session import SESSION, FatalError, Handler, Session, SessionContext
 from vring_serial.transport.vhost_user.channel import BackendChannel, CallRelay
+from vring_serial.transport.vhost_user.device_state import DeviceStates
 from vring_serial.transport.vhost_user.inflight import Inflights
 from vring_serial.transport.vhost_user.log import MigrationLog
 from vring_serial.transport.vhost_user.memory import FrontendMemory
@@ -44,8 +47,8 @@ from vring_serial.transport.vhost_user.vring import CALL, ERROR, KICK, Vring
 POLL_INTERVAL = 0.002
 #: Bytes read in one turn of the loop.
 READ_SIZE = 4096
-#: Role of the channel's descriptor (see Keeping).
-CHANNEL = "channel"
+#: Roles of the channel's descriptor, and of the one beside the last answer (see Keeping).
+CHANNEL, ANSWER = "channel", "answer"
 
 #: Feature bits that are for the backend alone.
 _BACKEND_BITS = 1 << F_PROTOCOL_FEATURES | 1 << F_LOG_ALL
@@ -92,7 +95,22 @@ class VhostUserSession(Session[Message]):
             for index, (setup, record) in enumerate(zip(self._state.vrings, records, strict=True))
         ]
         self._channel: BackendChannel | None = None
-        self._inflight = Inflights(device, self._vrings, self._state, self._warn_once)
+        self._beside: list[int] = []  # the descriptor that goes with the next answer
+        self._inflight = Inflights(
+            device,
+            self._vrings,
+            self._state,
+            answer_with=self._send_beside,
+            warn=self._warn_once,
+        )
+        self._device_states = DeviceStates(
+            device,
+            self._vrings,
+            self._state,
+            keep=self._keep,
+            answer_with=self._send_beside,
+            tell=self._tell,
+        )
         self._calls = CallRelay(self._call_inband)
         self._poll_timer: asyncio.TimerHandle | None = None
         self._memory = FrontendMemory(
@@ -118,6 +136,7 @@ class VhostUserSession(Session[Message]):
             context,
             read_size=READ_SIZE,
             handled=self._state.handled,
+            handled_fds=self._handled_fds(context),
         )
         if context.resumed:  # in the loop's next turn: the server knows the session then
             self._loop.call_soon(self._resume)
@@ -150,9 +169,10 @@ class VhostUserSession(Session[Message]):
             return
         try:
             self._memory.resume(keeping)
-            self._roles = self._memory.roles
+            self._roles |= self._memory.roles
             self._dirty_log.resume(keeping)
-            self._roles |= self._dirty_log.roles
+            self._device_states.resume(keeping)
+            self._roles |= self._dirty_log.roles | self._device_states.roles
             for vring in self._vrings:
                 vring.resume(keeping)
             self._roles |= self._queue_roles
@@ -167,6 +187,18 @@ class VhostUserSession(Session[Message]):
             if vring.running:
                 vring.call()
 
+    def _handled_fds(self, context: SessionContext) -> list[int]:
+        """Return the descriptor that goes with what a predecessor answered, or was about to."""
+        if context.keeping is None or not self._state.beside:
+            return []
+        self._roles.add(ANSWER)
+        fd = context.keeping.take(ANSWER)
+        return [] if fd is None else [fd]
+
+    def _send_beside(self, fd: int) -> None:
+        self._keep(ANSWER, fd)
+        self._beside.append(fd)
+
     def _keep(self, role: str, fd: int) -> None:
         """Keep a descriptor until :meth:`_record` finds that it is not in use."""
         if self._keeping is not None:
@@ -178,6 +210,9 @@ class VhostUserSession(Session[Message]):
         self._state.handled = handled
         self._keeping.write(SESSION, self._packer.pack(self._state))
         used = self._memory.roles | self._dirty_log.roles | self._queue_roles
+        used |= self._device_states.roles
+        if self._state.beside:
+            used.add(ANSWER)
         if self._channel is not None and not self._channel.closed:
             used.add(CHANNEL)
         for role in self._roles - used:
@@ -195,6 +230,8 @@ class VhostUserSession(Session[Message]):
         self._inflight.close()  # what it says is for the next backend
         for vring in self._vrings:
             vring.reset()
+        self._device_states.close()
+        unix_fds.close_all(self._beside)
         self._memory.close()
         self._dirty_log.close()
         self._calls.close()
@@ -210,7 +247,11 @@ class VhostUserSession(Session[Message]):
             self._told.add(text)
             self._log.warning("%s: %s", self._name, text)
 
+    def _tell(self, text: str) -> None:
+        self._log.log(logging.INFO, "%s: %s", self._name, text)
+
     def _answer(self, message: Message, fds: list[int]) -> Payload | None:
+        self._state.beside = False
         payload = message.decode()
         handler = self._handlers.get(message.kind)
         if handler is None:
@@ -222,7 +263,9 @@ class VhostUserSession(Session[Message]):
 
     def _reply(self, message: Message, answer: Payload | None) -> None:
         if answer is not None:
-            self._connection.send(reply(message.kind, answer), self._inflight.take_fds())
+            fds, self._beside = self._beside, []
+            self._state.beside = bool(fds)
+            self._connection.send(reply(message.kind, answer), fds)
         elif self._wants_acknowledgement(message):
             self._connection.send(reply(message.kind, U64(0)))
 
@@ -235,7 +278,9 @@ class VhostUserSession(Session[Message]):
     def _refuse(self, message: Message, error: BadMessageError) -> None:
         if message.kind == Request.GET_CONFIG:
             refusal: Payload = Empty()
-        elif self._wants_acknowledgement(message):
+        elif message.kind == Request.SET_DEVICE_STATE_FD:
+            refusal = U64(DeviceStateTransfer.REFUSED)
+        elif message.kind == Request.CHECK_DEVICE_STATE or self._wants_acknowledgement(message):
             refusal = U64(1)
         else:
             raise error
@@ -280,6 +325,7 @@ class VhostUserSession(Session[Message]):
             Request.VRING_KICK: self._vring_kick,
             **self._memory.handlers,
             **self._dirty_log.handlers,
+            **self._device_states.handlers,
         }
 
     def _has(self, feature: ProtocolFeature) -> bool:
@@ -485,6 +531,7 @@ class VhostUserSession(Session[Message]):
                 self._warn_once("the driver is ready, but no guest memory is mapped")
             return
         self._inflight.note(vring)
+        self._device_states.started()
         if not self._has(ProtocolFeature.STATUS):
             self._device.set_status(self._device.status | Status.DRIVER_OK)
         if vring.setup.polled and self._poll_timer is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -22,6 +23,21 @@ from vring_serial.transport.session import SESSION, SessionContext
 #: Regions that a frontend may map in all (ADD_MEM_REG).
 MAX_MEM_SLOTS = 64
 NO_FEATURES = ProtocolFeature(0)
+
+
+class Transfer(enum.Enum):
+    """How far the device's state is on its way to or from another backend."""
+
+    NONE = "none"
+    """Not at all, or a queue was started since."""
+    SAVING = "saving"
+    """The frontend may read it."""
+    SAVED = "saved"
+    """The frontend has it."""
+    LOADING = "loading"
+    """The frontend may write it."""
+    LOADED = "loaded"
+    """It is the device's."""
 
 
 @dataclass(slots=True)
@@ -69,6 +85,8 @@ class FrontendState:
         next_serial: the number of the next one.
         log: the dirty log in its descriptor's file; None: there is none.
         vrings: one setup for each queue of the device.
+        transfer: how far the device's state is on its way.
+        beside: a descriptor goes with the answer to the last message.
         handled: the message that was handled last, if it may still be in the socket.
     """
 
@@ -80,6 +98,8 @@ class FrontendState:
     next_serial: int = 0
     log: LogArea | None = None
     vrings: list[VringSetup] = field(default_factory=list)
+    transfer: Transfer = Transfer.NONE
+    beside: bool = False
     handled: Handled = field(default_factory=Handled)
 
     @property
