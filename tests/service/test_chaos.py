@@ -131,3 +131,27 @@ async def test_a_vfio_user_client_may_be_at_any_message_of_its_start(
         assert deadly > 50
         host[1].close()
     assert "cannot be gone on with" not in keeper.log
+
+
+async def test_what_a_guest_was_to_be_given_when_the_worker_died_is_given(tmp_path, monkeypatch):
+    """In memory that is not shared: it is used in the copy, and on its way to the guest, or not."""
+    monkeypatch.chdir(tmp_path)
+    async with kept(tmp_path, *socket_ports([1]), protocol="vfio-user") as keeper:
+        _, writer = await keeper.connect(1)
+        async with VfioGuest("v", 1, shared=False) as guest:
+            port = await guest.wait_port(name="org.example.data1")
+            reader, guest_writer = await port.open()
+            data = pattern(1, 2 * PRIME)
+            for _turn in range(2):
+                writer.write(data)
+                assert await reader.readexactly(len(data)) == data
+                guest.leave_unread()
+                writer.write(data)
+                # The socket is full, of less than the device took: a queue's bound is 256 KiB.
+                writer.write(data)
+                await until(lambda: guest.unread > 80_000, lambda: f"{guest.unread}")
+                await keeper.kill()
+                guest.read_again()
+                assert await reader.readexactly(2 * len(data)) == 2 * data
+            guest_writer.close()
+        writer.close()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import select
 import socket
+import sys
+import termios
 from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
@@ -140,7 +143,7 @@ class VfioGuest:
             on_failure=self._failed,
         )
         driver.status |= Status.DRIVER_OK
-        self._loop.add_reader(self._sock, self._asked, self._sock, self._parser)
+        self.read_again()
         if self._twin is not None:
             self._loop.add_reader(self._twin, self._asked, self._twin, self._twin_parser)
         self._console.start()
@@ -174,6 +177,20 @@ class VfioGuest:
         unix_fds.close_all(self._fds)
         self._fds.clear()
         self._ram.close()
+
+    def leave_unread(self) -> None:
+        """Do nothing that the server asks for, until :meth:`read_again`."""
+        self._loop.remove_reader(self._sock)
+
+    @property
+    def unread(self) -> int:
+        """Bytes that the server has sent and nobody has read."""
+        size = fcntl.ioctl(self._sock, termios.FIONREAD, bytes(4))
+        return int.from_bytes(size, sys.byteorder)
+
+    def read_again(self) -> None:
+        """Do what the server asks for."""
+        self._loop.add_reader(self._sock, self._asked, self._sock, self._parser)
 
     def is_sent_away(self) -> bool:
         """Whether the server has closed the connection."""

@@ -274,11 +274,13 @@ class ShadowRing:
         try:
             if self._behind:
                 await self._settle()
-            await self._fetch()
             if self._owed:
-                # What was stored then is there now, since it came before what was read.
+                # What was stored is there when something was read that was asked for later. A fetch
+                # may wait for room, which there is when the driver has seen it.
+                await self._read16(self._used + ring.USED_INDEX)
                 self._owed = False
                 notify(self._outer.call_fd)
+            await self._fetch()
             while True:
                 await self._kicked.wait()
                 self._kicked.clear()
