@@ -14,8 +14,9 @@ from contextlib import AsyncExitStack
 import pytest
 
 from tests.support.keeper import DEATHS, kept, socket_ports
-from tests.support.streams import all_go_on, flowing
+from tests.support.streams import PRIME, all_go_on, flowing, pattern
 from tests.support.vfio_guest import VfioGuest
+from tests.support.waiting import until
 from vring_serial import EmbeddedGuest
 from vring_serial.proto.vfio_user_wire import Command
 

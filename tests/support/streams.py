@@ -45,7 +45,7 @@ class Stream:
     async def send(self, enough: asyncio.Event, chance: random.Random) -> None:
         """Send until it is enough."""
         while not enough.is_set():
-            data = _pattern(self.sent, chance.randrange(1, 60_000))
+            data = pattern(self.sent, chance.randrange(1, 60_000))
             self._writer.write(data)
             self.sent += len(data)
             await self._writer.drain()
@@ -56,7 +56,7 @@ class Stream:
         loop = asyncio.get_running_loop()
         last = loop.time()
         while data := await self._reader.read(1 << 18):
-            expected = _pattern(self.received, len(data))
+            expected = pattern(self.received, len(data))
             assert data == expected, f"{self.name}: wrong after byte {self.received}"
             self.received += len(data)
             now = loop.time()
@@ -68,7 +68,8 @@ class Stream:
         self._writer.close()
 
 
-def _pattern(at: int, length: int) -> bytes:
+def pattern(at: int, length: int) -> bytes:
+    """Return the bytes that every stream has from this place on."""
     start = at % PRIME
     return _PATTERN[start : start + length]
 
