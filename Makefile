@@ -62,7 +62,7 @@ format: $(VENV)/check-tools ## let ruff format
 coverage: build ## the tests with the coverage of lines and branches, processes that they start included
 	$(BIN)/python -m pip install --quiet --group coverage
 	rm -rf build/coverage && mkdir -p build/coverage
-	$(BIN)/coverage run -m pytest $(PYTEST_ARGS)
+	VRING_SANDBOX=off $(BIN)/coverage run -m pytest $(PYTEST_ARGS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 

@@ -79,14 +79,19 @@ Serve = Callable[..., AbstractAsyncContextManager[Server]]
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Serve:
-    """``async with serve(*arguments) as server``: in ``tmp_path``, on the socket ``v`` there."""
+    """``async with serve(*arguments) as server``: in ``tmp_path``, on the socket ``v`` there.
+
+    ``through`` is the beginning of a command that runs it.
+    """
 
     @contextlib.asynccontextmanager
-    async def run(*arguments: str, ready: str = "serving;") -> AsyncIterator[Server]:
+    async def run(
+        *arguments: str, ready: str = "serving;", through: tuple[str, ...] = ()
+    ) -> AsyncIterator[Server]:
         if not {"--vhost-user", "--vfio-user"} & set(arguments):
             arguments = ("--vhost-user", "v", *arguments)
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "vring_serial", "serve", *arguments),
+            *(*through, sys.executable, "-m", "vring_serial", "serve", *arguments),
             cwd=tmp_path,
             stdin=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,

@@ -204,7 +204,8 @@ def _claim(link: str) -> socket.socket | None:
     directory, name = os.path.split(link)
     status = os.stat(directory or ".")
     digest = hashlib.sha256(os.fsencode(f"{status.st_dev}:{status.st_ino}:{name}")).hexdigest()
-    claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    # Of a stream: datagrams could be sent to any address, from within a sandbox too.
+    claim = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         claim.bind(f"\0vring-pty-{digest}")
     except OSError as error:

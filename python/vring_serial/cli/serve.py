@@ -126,8 +126,9 @@ from vring_serial.service.sandbox import Sandbox
 @click.option(
     "--sandbox",
     metavar="on|off|LAYER=on|off,...",
-    default="off",
+    default="on",
     show_default=True,
+    envvar="VRING_SANDBOX",
     help="What the process gives up before it serves: capabilities, landlock, seccomp; "
     "memory=SIZE and descriptors=N limit it.",
 )

@@ -51,7 +51,7 @@ OWN_DESCRIPTORS = 64
 MESSAGES = 8
 #: What the keeper acts on.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
-#: More than the kernel keeps for a socket that nobody reads (net.unix.max_dgram_qlen).
+#: More than the kernel keeps for a socket that nobody reads (net.core.wmem_default).
 UNREAD_MOST = 4096
 
 
@@ -111,7 +111,8 @@ class Keeper:
             self._status = before.status
             self._go_on(specs, before, descriptors)
         for spec in specs if before is None else ():
-            keeper_end, worker_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+            # Not of datagrams, which a worker could send to any address.
+            keeper_end, worker_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             keeper_end.setblocking(False)
             self._poll.register(keeper_end, select.POLLIN)
             store = DescriptorStore(max(descriptors, 0))

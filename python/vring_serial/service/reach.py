@@ -99,9 +99,9 @@ def reach_of(
         unix: frontends are connected to.
     """
     reach = Reach(unix=unix)
-    libraries = [sysconfig.get_path(n) for n in ("stdlib", "platstdlib", "purelib", "platlib")]
+    python = [sysconfig.get_path(n) for n in ("stdlib", "platstdlib", "purelib", "platlib")]
     ours = [os.path.dirname(path) for path in (vring.__file__, package)]
-    reach.read.update(_LIBRARIES, _SETTINGS, _SYSTEM, libraries, ours)
+    reach.read.update(_LIBRARIES, _SETTINGS, _SYSTEM, python, ours, _loaded_from())
     reach.written.add(os.devnull)
     for path in removes:
         reach.removes(path)
@@ -118,6 +118,15 @@ def reach_of(
         reach.tcp.add(_DNS_PORT)
         reach.unix = True  # services that know names listen on unix sockets
     return reach
+
+
+def _loaded_from() -> set[str]:
+    """Return the directories of the code in this process: what it loads late lies beside it."""
+    with open("/proc/self/maps") as maps:
+        lines = [line.rstrip("\n").split(maxsplit=5) for line in maps]
+    paths = [line[5] for line in lines if len(line) == 6 and "x" in line[1]]
+    directories = {os.path.dirname(path) for path in paths if path.startswith("/")}
+    return directories - {"/", tempfile.gettempdir(), "/dev/shm"}
 
 
 def _add(reach: Reach, chardev: ChardevConfig) -> None:

@@ -136,6 +136,8 @@ def enter(sandbox: Sandbox, reach: Reach, words: LastWords | None = None) -> Ent
         ResourceError: a layer that the system has could not be made.
     """
     entered = Entered()
+    # Loaded while any path can be opened.
+    filters = _load_filters(entered) if SECCOMP in sandbox.layers else None
     doing = "no new privileges"
     try:
         if sandbox.layers or sandbox.account is not None:
@@ -157,10 +159,11 @@ def enter(sandbox: Sandbox, reach: Reach, words: LastWords | None = None) -> Ent
         if LANDLOCK in sandbox.layers:
             _enter_landlock(reach, entered)
         doing = SECCOMP
-        if SECCOMP in sandbox.layers:
-            _enter_seccomp(reach, words, entered)
+        if filters is not None:
+            _enter_seccomp(filters, reach, words, entered)
     except OSError as error:
-        raise ResourceError(f"sandbox: {doing}: {error.strerror or error}") from None
+        without = f" (--sandbox {doing}=off does without)" if doing in LAYERS else ""
+        raise ResourceError(f"sandbox: {doing}: {error.strerror or error}{without}") from None
     return entered
 
 
@@ -223,7 +226,7 @@ def _unwritable(reach: Reach) -> list[str]:
 def _enter_landlock(reach: Reach, entered: Entered) -> None:
     abi = landlock.version()
     if not abi:
-        entered.missing.append("landlock (this kernel has none, or it is not among its lsm=)")
+        entered.missing.append("landlock (not in this kernel, not among its lsm=, or forbidden)")
         return
     ruleset = landlock.make_ruleset(reach, abi)
     try:
@@ -237,12 +240,17 @@ def _enter_landlock(reach: Reach, entered: Entered) -> None:
         )
 
 
-def _enter_seccomp(reach: Reach, words: LastWords | None, entered: Entered) -> None:
+def _load_filters(entered: Entered) -> seccomp.Library | None:
     try:
-        library = seccomp.Library()
+        return seccomp.Library()
     except OSError:
-        entered.missing.append(f"seccomp ({seccomp.SONAME} is not installed)")
-        return
+        entered.missing.append(f"seccomp ({seccomp.SONAME} cannot be loaded)")
+        return None
+
+
+def _enter_seccomp(
+    library: seccomp.Library, reach: Reach, words: LastWords | None, entered: Entered
+) -> None:
     names = library.names()
     if words is not None:
         _confine.name_refused_calls(
