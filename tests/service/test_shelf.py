@@ -3,48 +3,19 @@
 from __future__ import annotations
 
 import os
-import socket
 
 import pytest
 
 from tests.support.leaks import held
+from tests.support.shelves import ShelfKeeper
 from vring_serial.errors import StateError
-from vring_serial.service.descriptor_store import DescriptorStore, Notifier
-from vring_serial.service.journal import Journal
-from vring_serial.service.shelf import Shelf, open_shelf
-
-
-class Keeper:
-    """The keeper of workers that come one after another, all of them in this process."""
-
-    def __init__(self):
-        self.end, self.worker = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.store = DescriptorStore(100)
-        self.journal = Journal.create()
-        self.shelf = None
-
-    def begin(self):
-        """Begin a worker, after all that its predecessor sent was taken."""
-        while self.store.receive(self.end) is not None:
-            pass
-        left = {name: [os.dup(fd) for fd in fds] for name, fds in self.store.descriptors.items()}
-        if self.shelf is not None:
-            self.shelf.close()
-        self.shelf = Shelf(Journal(self.journal), Notifier(self.worker), left)
-        return self.shelf
-
-    def close(self):
-        if self.shelf is not None:
-            self.shelf.close()
-        self.end.close()
-        self.worker.close()
-        self.store.close()
-        os.close(self.journal)
+from vring_serial.service.descriptor_store import Notifier
+from vring_serial.service.shelf import open_shelf
 
 
 @pytest.fixture
 def keeper():
-    keeper = Keeper()
+    keeper = ShelfKeeper()
     yield keeper
     keeper.close()
 
@@ -90,8 +61,7 @@ def test_a_successor_takes_each_role_once(keeper):
     assert content(shelf.take("a")) == b"third"
     assert shelf.drop_untaken() == ["x/y/a"]
     assert keeper.begin().take("x/y/a") is None
-    keeper.shelf.close()
-    keeper.store.close()
+    keeper.forget()
     assert held() == before
 
 
@@ -117,8 +87,7 @@ def test_one_that_is_kept_anew_is_not_dropped_with_what_nobody_took(keeper):
     keep(shelf, "a", b"second")
     assert shelf.drop_untaken() == []
     assert content(keeper.begin().take("a")) == b"second"
-    keeper.shelf.close()
-    keeper.store.close()
+    keeper.forget()
     assert held() == before
 
 
@@ -142,6 +111,7 @@ def test_names_that_nobody_knows_are_dropped(keeper, name):
     keeper.begin().close()
     keeper.begin().close()
     assert not keeper.store.descriptors
+    keeper.wait_closed()
     assert held() == before
 
 

@@ -16,7 +16,8 @@ class Held:
     Attributes:
         descriptors: what each open descriptor refers to, by number.
         mappings: the file and length in bytes of each mapping that is shared and writable, sorted.
-        threads: names of all threads but the workers of an event loop, which live as long as it.
+        threads: names of all threads that have one, but the workers of an event loop, which live as
+            long as it.
     """
 
     descriptors: dict[int, str]
@@ -70,7 +71,13 @@ def _is_exiting(task: Path) -> bool:
 
 
 def _threads() -> tuple[str, ...]:
+    """Return those of Python, and those of C that have a name of their own, as the pump's has.
+
+    Others are numpy's, and pytest's watchdog (faulthandler), of which each test has another one: it
+    may still be ending when the next test begins.
+    """
     ours = {thread.native_id: thread.name for thread in threading.enumerate()}
+    unnamed = Path("/proc/self/comm").read_text().strip()
     found = []
     for task in Path("/proc/self/task").iterdir():
         try:
@@ -79,6 +86,6 @@ def _threads() -> tuple[str, ...]:
             name = ours.get(int(task.name)) or (task / "comm").read_text().strip()
         except (FileNotFoundError, ProcessLookupError):
             continue  # it has just ended
-        if not name.startswith("asyncio_"):
+        if name != unnamed and not name.startswith("asyncio_"):
             found.append(name)
     return tuple(sorted(found))

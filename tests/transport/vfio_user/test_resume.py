@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.leaks import held
+from tests.support.shelves import ShelfKeeper
 from tests.support.waiting import until
 from vring_serial.device.console.controller import Controller
 from vring_serial.device.pci import PciDevice
@@ -18,6 +19,9 @@ from vring_serial.keeping import Keeping
 from vring_serial.proto.vfio_user import VfioUserParser, reply
 from vring_serial.proto.vfio_user_version import Capabilities
 from vring_serial.proto.vfio_user_wire import Command, IrqIndex
+from vring_serial.service.descriptor_store import Notifier
+from vring_serial.service.journal import Journal
+from vring_serial.service.shelf import Shelf
 from vring_serial.transport.repeatable import Handled
 from vring_serial.transport.vfio_user.remote import IDS_EACH, RemoteMemory
 from vring_serial.transport.vfio_user.server import VfioUserServer
@@ -25,58 +29,33 @@ from vring_serial.transport.vfio_user.state import ClientState, DmaRegion, Remot
 from vring_serial.transport.vfio_user.written import Writer
 
 
-class Kept(Keeping):
-    """What a keeper has, in this process."""
+class NotedShelf(Shelf):
+    """A shelf that says which sections were written.
 
-    def __init__(self) -> None:
-        self.fds: dict[str, int] = {}
-        self.left: dict[str, int] = {}
-        self.sections: dict[str, bytes] = {}
+    Attributes:
+        written: their names, in order.
+    """
+
+    def __init__(self, journal: Journal, notifier: Notifier, left: dict[str, list[int]]) -> None:
+        super().__init__(journal, notifier, left)
         self.written: list[str] = []
 
-    def keep(self, role: str, fd: int) -> None:
-        self.drop(role)
-        self.fds[role] = os.dup(fd)
-
-    def drop(self, role: str) -> None:
-        if role in self.fds:
-            os.close(self.fds.pop(role))
-
-    def take(self, role: str) -> int | None:
-        return self.left.pop(role, None)
-
-    def roles(self) -> list[str]:
-        return sorted(self.left)
-
     def write(self, section: str, state: bytes) -> None:
-        self.sections[section] = state
         self.written.append(section)
-
-    def read(self, section: str) -> bytes | None:
-        return self.sections.get(section) or None
-
-    def area(self, name: str, size: int) -> memoryview:
-        return memoryview(bytearray(size))
-
-    def scoped(self, name: str) -> Keeping:
-        raise NotImplementedError
-
-    def close(self) -> None:
-        for fd in (*self.fds.values(), *self.left.values()):
-            os.close(fd)
+        super().write(section, state)
 
 
 @pytest.fixture
-def kept() -> Iterator[Kept]:
+def keeper() -> Iterator[ShelfKeeper]:
     before = held()
-    kept = Kept()
-    yield kept
-    kept.close()
+    keeper = ShelfKeeper()
+    yield keeper
+    keeper.close()
     assert held() == before
 
 
 def leave(
-    kept: Kept,
+    kept: Keeping,
     client: ClientState,
     *,
     max_ports: int = 1,
@@ -91,61 +70,66 @@ def leave(
     pci.close()
 
 
+def keep(kept: Keeping, role: str, fd: int) -> None:
+    kept.keep(role, fd)
+    os.close(fd)
+
+
 def client_state(**fields: object) -> ClientState:
     return ClientState(agreed=Capabilities(), **fields)  # type: ignore[arg-type]
 
 
-def damaged(kept: Kept) -> None:
+def damaged(kept: Keeping) -> None:
     leave(kept, client_state())
-    kept.sections["session"] = b"\xff" * 99
+    kept.write("session", b"\xff" * 99)
 
 
-def without_registers(kept: Kept) -> None:
+def without_registers(kept: Keeping) -> None:
     leave(kept, client_state())
-    del kept.sections["registers"]
+    kept.write("registers", b"")  # as one that was never written
 
 
-def of_more_queues(kept: Kept) -> None:
+def of_more_queues(kept: Keeping) -> None:
     leave(kept, client_state(), max_ports=9)
 
 
-def of_other_vectors(kept: Kept) -> None:
+def of_other_vectors(kept: Keeping) -> None:
     leave(kept, client_state(), vectors=7)
 
 
-def without_memory(kept: Kept) -> None:
+def without_memory(kept: Keeping) -> None:
     leave(kept, client_state(regions={0: DmaRegion(0, 4096, 3, 0, True, 8)}))
 
 
-def with_smaller_memory(kept: Kept) -> None:
-    kept.left["memory.8"] = os.memfd_create("small", os.MFD_CLOEXEC)
+def with_smaller_memory(kept: Keeping) -> None:
+    keep(kept, "memory.8", os.memfd_create("small", os.MFD_CLOEXEC))
     without_memory(kept)
 
 
-def without_a_copy(kept: Kept) -> None:
+def without_a_copy(kept: Keeping) -> None:
     leave(kept, client_state(regions={0: DmaRegion(0, 4096, 3, 0, False, 8)}), running=[1])
 
 
-def with_a_short_copy(kept: Kept) -> None:
-    kept.left["copy.8"] = os.memfd_create("short", os.MFD_CLOEXEC)
+def with_a_short_copy(kept: Keeping) -> None:
+    keep(kept, "copy.8", os.memfd_create("short", os.MFD_CLOEXEC))
     without_a_copy(kept)
 
 
-def without_an_interrupt(kept: Kept) -> None:
-    kept.left["irq.2.0"] = os.eventfd(0, os.EFD_CLOEXEC)
+def without_an_interrupt(kept: Keeping) -> None:
+    keep(kept, "irq.2.0", os.eventfd(0, os.EFD_CLOEXEC))
     leave(kept, client_state(irqs={IrqIndex.MSIX: [0, 1]}))
 
 
-def with_an_impossible_interrupt(kept: Kept) -> None:
-    kept.left["irq.2.4"] = os.eventfd(0, os.EFD_CLOEXEC)
+def with_an_impossible_interrupt(kept: Keeping) -> None:
+    keep(kept, "irq.2.4", os.eventfd(0, os.EFD_CLOEXEC))
     leave(kept, client_state(irqs={IrqIndex.MSIX: [4]}))
 
 
-def without_the_unmask_event(kept: Kept) -> None:
+def without_the_unmask_event(kept: Keeping) -> None:
     leave(kept, client_state(unmask_event=True))
 
 
-def without_the_twin(kept: Kept) -> None:
+def without_the_twin(kept: Keeping) -> None:
     state = client_state()
     state.agreed = Capabilities(twin_socket=True)
     leave(kept, state)
@@ -169,17 +153,18 @@ def without_the_twin(kept: Kept) -> None:
     ],
 )
 async def test_what_is_of_no_use_ends_the_session_and_not_the_service(
-    kept: Kept,
+    keeper: ShelfKeeper,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
-    left: Callable[[Kept], None],
+    left: Callable[[Keeping], None],
     cause: str,
 ) -> None:
     ours, theirs = socket.socketpair()
-    kept.left["peer"] = theirs.detach()
-    left(kept)
+    predecessor = keeper.begin()
+    keep(predecessor, "peer", theirs.detach())
+    left(predecessor)
     controller = Controller(max_ports=1)
-    server = VfioUserServer(controller, str(tmp_path / "v"), vectors=4, keeping=kept)
+    server = VfioUserServer(controller, str(tmp_path / "v"), vectors=4, keeping=keeper.begin())
     happened: list[str] = []
     server.on_peer = happened.append
     await controller.start()
@@ -220,7 +205,8 @@ async def test_late_answers_to_a_predecessor_are_ignored_once() -> None:
     remote.close()
 
 
-async def test_only_what_a_message_changed_is_written(kept: Kept) -> None:
+async def test_only_what_a_message_changed_is_written(keeper: ShelfKeeper) -> None:
+    kept = keeper.begin(NotedShelf)
     pci = PciDevice(Controller(max_ports=20), vectors=4)
     writer = Writer(kept, pci, RemoteRingsState())
     message = Handled(1, b"message")
