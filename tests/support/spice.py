@@ -96,25 +96,24 @@ class Client:
                 return int(capabilities)
 
     async def wait_negotiated(self) -> None:
-        """Wait until client and agent have told each other everything, each twice as they do.
+        """Wait until client and agent have told each other everything, each twice as they may.
 
-        A grab in between is lost: the agent forgets serials whenever it is asked anew.
+        A grab in between is lost: the agent forgets serials whenever it is asked anew. It asks, if
+        it does, before it answers the client, and answers in order: once a request for a clipboard
+        is answered, be it with nothing, the client has been asked and has answered.
         """
         await self.wait_agent()
-        while True:
-            try:
-                await self.wait("agent", True, seconds=0.5)
-            except AssertionError:
-                return
+        await self.receive(Selection.SECONDARY)
 
     async def wait_data(self, *start: object, seconds: float = 20) -> bytes:
         (text,) = await self.wait(*start, seconds=seconds)
         return base64.b64decode(text)
 
     async def receive(self, selection: int, seconds: float = 30) -> bytes:
-        """Ask for the guest's clipboard and wait for it."""
+        """Ask for the guest's clipboard and wait for it; empty if there is none."""
         self.do("request", selection)
-        return await self.wait_data("received", selection, 1, seconds=seconds)
+        _, text = await self.wait("received", selection, seconds=seconds)
+        return base64.b64decode(text)
 
     async def kill(self) -> None:
         """End the process with no chance to say good-bye."""
