@@ -7,19 +7,18 @@ import gc
 import logging
 import os
 import resource
-import select
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
-from tests.support.waiting import DEADLINE, LoopClock
+from tests.support.call_end import CallEnd
+from tests.support.hostile_files import HostileFiles
+from tests.support.waiting import LoopClock
 
 #: Peers that are not a program on PATH, and the file that shows they are there.
 PEER_FILES = {
@@ -127,120 +126,11 @@ def out_of_descriptors() -> Callable[[], AbstractContextManager[None]]:
     return limited
 
 
-class HostileFiles:
-    """Files of a file system that does not answer any more; see hostile_fs.py.
-
-    Attributes:
-        fuse: a descriptor on it, for reading and writing.
-        overlay: one through an overlayfs above it, for reading.
-        pid: of a process in the mount namespace that has both.
-        size: bytes of either.
-    """
-
-    size = 1 << 20
-
-    def __init__(self) -> None:
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            program = Path(__file__).parent / "hostile_fs.py"
-            self._server = subprocess.Popen(
-                [sys.executable, str(program), str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            theirs.close()
-            _, fds, _, _ = socket.recv_fds(ours, 1, 2)
-            if not fds:
-                _, why = self._server.communicate()
-                assert self._server.returncode == 77, why
-                pytest.skip(f"no file system can be mounted here: {why.strip()}")
-            self.fuse, self.overlay = fds
-            self._control = ours.dup()
-        self.pid = self._server.pid
-
-    @property
-    def gone(self) -> bool:
-        """Whether the server has gone, after which all that is asked fails at once."""
-        return self._server.poll() is not None
-
-    def end(self) -> None:
-        """Whatever waits for it fails from then on."""
-        self._control.close()
-        if self._server.poll() is None:
-            self._server.communicate()
-
-    def close(self) -> None:
-        self.end()
-        for fd in (self.fuse, self.overlay):
-            with contextlib.suppress(OSError):
-                os.close(fd)
-
-
 @pytest.fixture
 def hostile_files() -> Iterator[HostileFiles]:
     files = HostileFiles()
     yield files
     files.close()
-
-
-class CallEnd:
-    """A call descriptor, blocking as a hostile peer has it, and the driver's end of it.
-
-    Attributes:
-        fd: what the device is given.
-    """
-
-    #: An eventfd, and the kinds of unix sockets.
-    KINDS = ("eventfd", "SOCK_STREAM", "SOCK_DGRAM", "SOCK_SEQPACKET")
-
-    def __init__(self, kind: str) -> None:
-        self._ends: tuple[socket.socket, socket.socket] | None = None
-        if kind == "eventfd":
-            self.fd = self._heard = os.eventfd(0)
-        else:
-            self._ends = socket.socketpair(socket.AF_UNIX, getattr(socket, kind))
-            self._ends[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # soon full
-            self.fd, self._heard = (end.fileno() for end in self._ends)
-
-    def wait(self, timeout: float = DEADLINE) -> None:
-        """Sleep until the device calls, as a driver does."""
-        assert select.select([self._heard], [], [], timeout)[0], "no call"
-        self.empty()
-
-    def fill(self) -> None:
-        """Leave no room, or that for a few calls."""
-        if self._ends is None:
-            self.empty()
-            os.eventfd_write(self.fd, 2**64 - 16)  # a write of more could wait for room itself
-            return
-        with suppress(BlockingIOError):
-            while True:
-                self._ends[0].send(bytes(2048), socket.MSG_DONTWAIT)
-
-    def empty(self) -> None:
-        """Take all calls, and what filled it."""
-        if self._ends is not None:
-            self.received()
-            return
-        with suppress(BlockingIOError):
-            os.preadv(self.fd, [bytearray(8)], -1, os.RWF_NOWAIT)
-
-    def received(self) -> bytes:
-        """All that waits in a socket."""
-        assert self._ends is not None
-        data = b""
-        with suppress(BlockingIOError):
-            while True:
-                data += self._ends[1].recv(1 << 16, socket.MSG_DONTWAIT)
-        return data
-
-    def close(self) -> None:
-        if self._ends is None:
-            os.close(self.fd)
-        else:
-            for end in self._ends:
-                end.close()
 
 
 @pytest.fixture
@@ -255,9 +145,3 @@ def make_call() -> Iterator[Callable[[str], CallEnd]]:
     yield make
     for end in made:
         end.close()
-
-
-@pytest.fixture(scope="session")
-def call_kinds() -> tuple[str, ...]:
-    """What make_call makes."""
-    return CallEnd.KINDS

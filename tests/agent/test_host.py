@@ -9,6 +9,7 @@ import struct
 
 import pytest
 
+from tests.support.agents import RawClient
 from tests.support.waiting import turns, until
 from vring_serial import (
     AgentGone,
@@ -241,11 +242,11 @@ async def test_an_agent_that_restarts_on_the_same_channel(raw_agent):
     assert await agent.receive(ClipboardGrab) == ClipboardGrab(0, (TEXT,), serial=0)
 
 
-async def test_a_client_that_comes_anew_on_the_same_channel(raw_client_type):
+async def test_a_client_that_comes_anew_on_the_same_channel():
     ours, theirs = socket.socketpair()
     guest = GuestAgent()
     await asyncio.get_running_loop().create_connection(guest.protocol_factory, sock=ours)
-    client = raw_client_type(*await asyncio.open_connection(sock=theirs))
+    client = RawClient(*await asyncio.open_connection(sock=theirs))
     for _ in range(2):  # serials begin anew with each
         await client.greet()
         guest.set_clipboard("text")

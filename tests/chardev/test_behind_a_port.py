@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chardev.conftest import (
+from tests.support.chardev_kinds import (
     COMING_BACK,
     RECEIVING,
     SENDING,

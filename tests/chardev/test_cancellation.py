@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.chardev.conftest import Guest, Peer
+from tests.support.chardev_kinds import Guest, Peer
 from tests.support.leaks import held
 from tests.support.waiting import turns
 from vring_serial.chardev.base import Chardev

@@ -11,7 +11,7 @@ from types import FrameType
 
 import pytest
 
-from tests.chardev.conftest import (
+from tests.support.chardev_kinds import (
     COMING_BACK,
     LEAVING,
     RECEIVING,

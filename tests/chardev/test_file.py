@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chardev.conftest import Guest
+from tests.support.chardev_kinds import Guest
 from tests.support.waiting import LoopClock
 from vring_serial.chardev.file import FileChardev, FileOptions
 from vring_serial.errors import ConfigError, ResourceError

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chardev.conftest import Guest
+from tests.support.chardev_kinds import Guest
 from vring_serial.chardev.pipe import PipeChardev, PipeOptions
 from vring_serial.errors import ConfigError, ResourceError
 

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from tests.chardev.conftest import Guest
+from tests.support.chardev_kinds import Guest
 from vring_serial.chardev.protocol import ProtocolChardev, SpicevmcOptions
 from vring_serial.errors import ConfigError
 

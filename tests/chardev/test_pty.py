@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.chardev.conftest import Guest, read_exactly
+from tests.support.chardev_kinds import Guest
+from tests.support.descriptors import read_exactly
 from tests.support.waiting import LoopClock, until
 from vring_serial.chardev.pty import PtyChardev, PtyOptions
 from vring_serial.errors import ConfigError, ResourceError

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.chardev.conftest import Guest
+from tests.support.chardev_kinds import Guest
 from vring_serial.chardev.ringbuf import MAX_SIZE, RingbufChardev, RingbufOptions
 from vring_serial.errors import ConfigError
 

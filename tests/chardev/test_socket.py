@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chardev.conftest import Guest
+from tests.support.chardev_kinds import Guest
 from tests.support.sockets import refused, reset_connection, tcp_server, unix_client, unix_server
 from vring_serial.chardev.socket import SocketChardev, SocketOptions
 from vring_serial.errors import ConfigError

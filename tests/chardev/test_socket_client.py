@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.chardev.conftest import Guest, read_exactly
+from tests.support.chardev_kinds import Guest
+from tests.support.descriptors import read_exactly
 from tests.support.sockets import refused
 from tests.support.waiting import DEADLINE, LoopClock, turns, until
 from vring_serial.chardev import endpoint

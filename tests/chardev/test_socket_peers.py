@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chardev.conftest import Guest
+from tests.support.chardev_kinds import Guest
 from tests.support.sockets import tcp_server, unix_client, unix_server
 from tests.support.waiting import DEADLINE, LoopClock, turns, until
 from vring_serial.chardev.hangup import LAST_WORDS_SECONDS, RECHECK_SECONDS, is_leaving, unread

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.chardev.conftest import Guest
+from tests.support.chardev_kinds import Guest
 from tests.support.sockets import unix_client, unix_server
 from tests.support.waiting import DEADLINE, turns, until, until_logged
 from vring_serial.errors import ResourceError

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
-from tests.chardev.conftest import read_some
+from tests.support.descriptors import read_some
 from tests.support.waiting import DEADLINE, until
 from vring_serial.chardev.stdio import StdioChardev
 from vring_serial.errors import ResourceError

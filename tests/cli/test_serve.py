@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from tests.cli.conftest import NULL_PORT, TIMEOUT, Serve, close, connect, guest_of, listening
 from tests.support.examples import EXAMPLES
+from tests.support.served import NULL_PORT, TIMEOUT, Serve, close, connect, guest_of, listening
 from tests.support.waiting import DEADLINE
 from vring_serial.cli import vring
 from vring_serial.guest.guest import EmbeddedGuest

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import Serve
+from tests.support.served import Serve
 from tests.support.waiting import DEADLINE
 from vring_serial.proto import vfio_user
 from vring_serial.proto.vfio_user_regions import RegionIndex, RegionRead

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import NULL_PORT, TIMEOUT, Serve, guest_of, listening
 from tests.support.processes import running
+from tests.support.served import NULL_PORT, TIMEOUT, Serve, guest_of, listening
 from tests.support.waiting import until, until_file_says
 from vring_serial.guest.guest import EmbeddedGuest
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import TIMEOUT, Serve, close, connect, guest_of
+from tests.support.served import TIMEOUT, Serve, close, connect, guest_of
 from vring_serial.spice import admission
 
 SOCKET_PORT = ("--chardev", "socket,id=a,path=a,server=on,wait=off", "--port", "chardev=a,nr=2")

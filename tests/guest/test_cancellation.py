@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.guest.conftest import ScriptedDevice, ScriptedServer
 from tests.support.leaks import held
+from tests.support.scripted_backend import ScriptedDevice, ScriptedServer
 from tests.support.waiting import DEADLINE, turns, until
 from vring_serial.chardev.ringbuf import RingbufChardev
 from vring_serial.device.console.controller import Controller
@@ -275,14 +275,12 @@ async def test_waiting_is_cancelled_and_ends_with_the_guest(served: Served, name
             await second
 
 
-async def test_taking_the_rings_is_cancelled(
-    scripted: ScriptedServer, scripted_device: type[ScriptedDevice]
-) -> None:
+async def test_taking_the_rings_is_cancelled(scripted: ScriptedServer) -> None:
     """The device has not heard of it yet. The port can be opened, and works, after that."""
     scripted.prepare = lambda backend: None
     guest = EmbeddedGuest(scripted.path, memory=32 << 20, max_ports=4, packed=False)
     await guest.start()
-    device = scripted_device(scripted.backend)
+    device = ScriptedDevice(scripted.backend)
     await device.next_control()  # DEVICE_READY
     device.control(1, 1)  # PORT_ADD
     port = await guest.wait_port(1)

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from tests.support.leaks import held
+from tests.support.scripted_backend import ScriptedDevice
 from tests.support.waiting import turns, until
 from vring_serial.guest.errors import (
     BackendClosedError,
@@ -36,9 +37,9 @@ async def guest(scripted) -> AsyncIterator[EmbeddedGuest]:
 
 
 @pytest.fixture
-async def device(scripted, scripted_device, guest: EmbeddedGuest):
+async def device(scripted, guest: EmbeddedGuest):
     """The device after DEVICE_READY."""
-    device = scripted_device(scripted.backend)
+    device = ScriptedDevice(scripted.backend)
     assert await device.next_control() == (NO_PORT, DEVICE_READY, 1)
     return device
 
@@ -453,10 +454,10 @@ async def test_stop_leaves_in_order(scripted, device, port, guest: EmbeddedGuest
 # --- what may be missing
 
 
-async def test_without_multiport_port_0_is_a_console(scripted, scripted_device) -> None:
+async def test_without_multiport_port_0_is_a_console(scripted) -> None:
     scripted.prepare = lambda backend: setattr(backend, "features", 1 << 32 | 1 << 30)
     async with EmbeddedGuest(scripted.path, timeout=1) as guest:
-        device = scripted_device(scripted.backend)
+        device = ScriptedDevice(scripted.backend)
         assert set(device.queues) == {0, 1}
         console = await guest.wait_port(0)
         assert console.is_console
@@ -478,10 +479,10 @@ async def test_without_config_there_is_no_multiport(scripted) -> None:
         assert guest.ports[0].is_console
 
 
-async def test_fewer_queues_than_ports(scripted, scripted_device) -> None:
+async def test_fewer_queues_than_ports(scripted) -> None:
     scripted.prepare = lambda backend: setattr(backend, "queues", 6)
     async with EmbeddedGuest(scripted.path, timeout=1) as guest:
-        device = scripted_device(scripted.backend)
+        device = ScriptedDevice(scripted.backend)
         assert await device.next_control() == (NO_PORT, DEVICE_READY, 1)
         assert set(device.queues) == set(range(6))
         device.control(2, PORT_ADD)
@@ -491,9 +492,9 @@ async def test_fewer_queues_than_ports(scripted, scripted_device) -> None:
         assert set(guest.ports) == {1}
 
 
-async def test_a_port_without_memory_is_not_ready(scripted, scripted_device) -> None:
+async def test_a_port_without_memory_is_not_ready(scripted) -> None:
     async with EmbeddedGuest(scripted.path, timeout=1, memory=3 << 20) as guest:
-        device = scripted_device(scripted.backend)
+        device = ScriptedDevice(scripted.backend)
         await device.next_control()
         device.control(1, PORT_ADD)
         assert await device.next_control() == (1, PORT_READY, 1)

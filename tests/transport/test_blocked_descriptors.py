@@ -7,12 +7,14 @@ import itertools
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.call_end import CallEnd
+from tests.support.scripted_frontend import connect_to
 from tests.support.waiting import turns, until
 from vring_serial.device.queue_device import QueueDevice
 from vring_serial.device.virtqueue import RunningQueue
@@ -68,12 +70,10 @@ async def test_an_error_descriptor_that_cannot_be_written(
 
 
 @pytest.fixture
-async def pumped_frontend(
-    pumped: Any, path: Path, frontend_at: Callable[[Path], Any]
-) -> AsyncIterator[Any]:
+async def pumped_frontend(pumped: Any, path: Path) -> AsyncIterator[Any]:
     backend = VhostUserBackend(pumped, str(path))
     await backend.start()
-    frontend = frontend_at(path)
+    frontend = connect_to(path)
     await frontend.negotiate(await frontend.number(Request.GET_PROTOCOL_FEATURES))
     await frontend.set_up(0)
     yield frontend
@@ -97,14 +97,12 @@ class CountingDevice(QueueDevice):
         return queue.enable_notifications()
 
 
-async def test_a_semaphore_as_kick_is_served_once(
-    path: Path, frontend_at: Callable[[Path], Any]
-) -> None:
+async def test_a_semaphore_as_kick_is_served_once(path: Path) -> None:
     """It stays readable for as long as the frontend likes."""
     device = CountingDevice()
     backend = VhostUserBackend(device, str(path))
     await backend.start()
-    frontend = frontend_at(path)
+    frontend = connect_to(path)
     await frontend.negotiate(await frontend.number(Request.GET_PROTOCOL_FEATURES))
     frontend.ring(0)
     await frontend.configure(0, 0)
@@ -139,11 +137,11 @@ async def wait_all_used(driver: Any) -> None:
 
 
 async def test_calls_of_another_kind_than_before(
-    pumped_frontend: Any, make_call: Callable[[str], Any], call_kinds: Sequence[str]
+    pumped_frontend: Any, make_call: Callable[[str], Any]
 ) -> None:
     """Whatever it was when the ring began to run, a driver that sleeps on it is woken."""
     frontend = pumped_frontend
-    for before, after in itertools.permutations(call_kinds, 2):
+    for before, after in itertools.permutations(CallEnd.KINDS, 2):
         await frontend.enable(0, 0)
         await set_call(frontend, make_call(before))
         await frontend.enable(0)
@@ -157,11 +155,11 @@ async def test_calls_of_another_kind_than_before(
 
 
 async def test_kinds_of_calls_are_exchanged_under_traffic(
-    pumped_frontend: Any, make_call: Callable[[str], Any], call_kinds: Sequence[str]
+    pumped_frontend: Any, make_call: Callable[[str], Any]
 ) -> None:
     """By a frontend that fills them."""
     frontend = pumped_frontend
-    calls = [make_call(kind) for kind in call_kinds]
+    calls = [make_call(kind) for kind in CallEnd.KINDS]
     for turn in range(40):
         for call in calls:
             await set_call(frontend, call)

@@ -9,13 +9,14 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.support.call_end import CallEnd
 from tests.support.waiting import DEADLINE, wait_until
 from vring import Drained, Pump, drain, notify
 from vring.testing import GuestQueue
@@ -215,11 +216,9 @@ class CalledFlow:
         os.close(self.call_fd)
 
 
-def test_calls_of_a_running_flow_change_their_kind(
-    make_call: Callable[[str], Any], call_kinds: Sequence[str]
-) -> None:
+def test_calls_of_a_running_flow_change_their_kind(make_call: Callable[[str], Any]) -> None:
     with Pump() as pump:
-        for before, after in itertools.permutations(call_kinds, 2):
+        for before, after in itertools.permutations(CallEnd.KINDS, 2):
             old, new = make_call(before), make_call(after)
             called = CalledFlow(pump, old.fd)
             for call in (old, new, old):

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.port_rig import PortRig
 from tests.support.waiting import DEADLINE, wait_until
 from vring import FlowEvent, LocalMisuseError, Pump
 
@@ -199,7 +200,7 @@ def test_slow_reader_stops_its_own_queue_only(
 
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
-def test_any_chunking_keeps_the_stream(port_rig: type, data: st.DataObject) -> None:
+def test_any_chunking_keeps_the_stream(data: st.DataObject) -> None:
     """Random chain shapes into a small socket, read in random pieces; and the same way back."""
     rng = random.Random(data.draw(st.integers(0, 2**32)))
     ours, theirs = socket.socketpair()
@@ -207,8 +208,8 @@ def test_any_chunking_keeps_the_stream(port_rig: type, data: st.DataObject) -> N
     ours.setblocking(False)
     theirs.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 5, 0))
     with ours, theirs, Pump(busy_poll_us=data.draw(st.sampled_from([0, 50]))) as pump:
-        out = port_rig(pump, writable=False, event_idx=data.draw(st.booleans()), index=65500)
-        into = port_rig(pump, writable=True, event_idx=data.draw(st.booleans()), index=65500)
+        out = PortRig(pump, writable=False, event_idx=data.draw(st.booleans()), index=65500)
+        into = PortRig(pump, writable=True, event_idx=data.draw(st.booleans()), index=65500)
         out.write_to(ours.fileno())
         into.read_from(ours.fileno())
         for _ in range(data.draw(st.integers(1, 5))):
@@ -384,8 +385,8 @@ def test_exception_in_the_callback_delays_the_flows_other_news(
     assert told == expected
 
 
-def test_unclosed_pump_warns_and_ends(port_rig: type, sockets) -> None:
-    rig = port_rig(Pump(), writable=False)
+def test_unclosed_pump_warns_and_ends(sockets) -> None:
+    rig = PortRig(Pump(), writable=False)
     rig.write_to(sockets[0].fileno())
     rig.send(b"alive")
     assert sockets[1].recv(10) == b"alive"

@@ -12,6 +12,7 @@ from contextlib import suppress
 
 import pytest
 
+from tests.support.port_rig import PortRig
 from tests.support.waiting import DEADLINE, wait_until
 from vring import Flow, FlowEvent, LocalMisuseError, Pump, VirtQueue
 
@@ -166,10 +167,10 @@ def test_a_child_has_no_part_in_its_parents_pump(make_rig: Callable, sockets, pu
 # --- threads
 
 
-def test_closing_while_others_attach(port_rig: type, sockets) -> None:
+def test_closing_while_others_attach(sockets) -> None:
     for _ in range(100):
         pump = Pump()
-        rigs = [port_rig(pump, writable=False) for _ in range(6)]
+        rigs = [PortRig(pump, writable=False) for _ in range(6)]
         flows: list[Flow] = []
         started = threading.Barrier(3)
 
@@ -193,12 +194,10 @@ def test_closing_while_others_attach(port_rig: type, sockets) -> None:
 
 
 @pytest.mark.parametrize("what", ["detach", "close"])
-def test_of_several_who_end_it_each_returns_when_it_is_over(
-    port_rig: type, sockets, what: str
-) -> None:
+def test_of_several_who_end_it_each_returns_when_it_is_over(sockets, what: str) -> None:
     for _ in range(100):
         pump = Pump()
-        rig = port_rig(pump, writable=False)
+        rig = PortRig(pump, writable=False)
         flow = rig.write_to(sockets[0].fileno())
         end = flow.detach if what == "detach" else pump.close
 

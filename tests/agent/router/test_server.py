@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from tests.support.agents import RawClient
 from tests.support.waiting import turns, until
 from vring_serial import OtherMessage, StreamSource
 from vring_serial.agent.router import servers as servers_module
@@ -75,7 +76,7 @@ class Device(asyncio.Protocol):
 
 
 @pytest.fixture
-async def served(make_bench, raw_client_type):
+async def served(make_bench):
     """A router with a server as its client, and a function that gives the server's connection."""
     bench = await make_bench()
     device = Device()
@@ -83,7 +84,7 @@ async def served(make_bench, raw_client_type):
 
     async def server(number=0):
         await until(lambda: len(device.connections) > number)
-        client = raw_client_type(*device.connections[number])
+        client = RawClient(*device.connections[number])
         bench.clients.append(client)
         return client
 

@@ -7,6 +7,7 @@ import socket
 
 import pytest
 
+from tests.support.agents import RawClient
 from tests.support.waiting import until
 from vring_serial import HOST_CAPABILITIES, AgentRouter
 from vring_serial.agent.router import clipboards as clipboards_module
@@ -74,14 +75,14 @@ async def test_a_client_that_leaves_no_longer_waits_for_an_answer(make_bench, mo
 
 
 @pytest.fixture
-async def connected(raw_agent, raw_client_type):
+async def connected(raw_agent):
     """A router, its agent and its one client, which the test speaks for."""
     router = AgentRouter()
     agent = await raw_agent(router)
     await agent.greet()
     ours, theirs = socket.socketpair()
     await asyncio.get_running_loop().create_connection(router.client_factory, sock=ours)
-    client = raw_client_type(*await asyncio.open_connection(sock=theirs))
+    client = RawClient(*await asyncio.open_connection(sock=theirs))
     await client.greet()
     yield router, agent, client
     await client.aclose()

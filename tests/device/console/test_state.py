@@ -9,8 +9,8 @@ from typing import TypeVar
 
 import pytest
 
-from tests.device.conftest import Guest
 from tests.device.console.test_port import PairChardev, pattern, received
+from tests.support.device_guest import Guest
 from tests.support.waiting import turns
 from vring_serial.chardev.base import Chardev
 from vring_serial.chardev.protocol import ProtocolChardev

@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
+from tests.support.call_end import CallEnd
 from tests.support.waiting import wait_until
 from vring_serial.proto.vfio_user_dma import DmaUnmap
 from vring_serial.proto.vfio_user_regions import RegionIoFds
@@ -52,11 +53,11 @@ def wait_all_used(driver: Any) -> None:
 
 
 def test_interrupts_of_another_kind_than_before(
-    pumped_client: Any, make_call: Callable[[str], Any], call_kinds: Sequence[str]
+    pumped_client: Any, make_call: Callable[[str], Any]
 ) -> None:
     """Whatever it was when the ring began to run, a driver that sleeps on it is woken."""
     client = pumped_client
-    for before, after in itertools.permutations(call_kinds, 2):
+    for before, after in itertools.permutations(CallEnd.KINDS, 2):
         client.ask(Command.DMA_UNMAP, DmaUnmap(0, MEMORY_SIZE), DmaUnmap)
         set_interrupt(client, make_call(before).fd)
         client.map_memory()
@@ -69,11 +70,11 @@ def test_interrupts_of_another_kind_than_before(
 
 
 def test_kinds_of_interrupts_are_exchanged_under_traffic(
-    pumped_client: Any, make_call: Callable[[str], Any], call_kinds: Sequence[str]
+    pumped_client: Any, make_call: Callable[[str], Any]
 ) -> None:
     """By a client that fills them."""
     client = pumped_client
-    calls = [make_call(kind) for kind in call_kinds]
+    calls = [make_call(kind) for kind in CallEnd.KINDS]
     for turn in range(40):
         for call in calls:
             set_interrupt(client, call.fd)

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.support.leaks import held
+from tests.support.scripted_frontend import connect_to
 from vring_serial.proto.vhost_user import (
     U64,
     MemoryTable,
@@ -150,15 +151,13 @@ class Play:
         await self.acked(False, *bad[index])
 
 
-def in_a_loop(
-    device: Any, make: Callable[[Path], Any], play: Callable[[Any], Awaitable[None]]
-) -> None:
+def in_a_loop(device: Any, play: Callable[[Any], Awaitable[None]]) -> None:
     async def run() -> None:
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory) / "s"
             backend = VhostUserBackend(device, str(path))
             await backend.start()
-            frontend = make(path)
+            frontend = connect_to(path)
             try:
                 await frontend.negotiate(OFFERED)
                 await play(frontend)
@@ -174,9 +173,7 @@ def in_a_loop(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(steps=STEPS)
-def test_any_order_of_messages(
-    steps: list[tuple[str, int]], device: Any, frontend_at: Callable[[Path], Any]
-) -> None:
+def test_any_order_of_messages(steps: list[tuple[str, int]], device: Any) -> None:
     device.__init__()
     before = held()
 
@@ -185,5 +182,5 @@ def test_any_order_of_messages(
         for name, index in itertools.chain(steps, [("echo", 0)]):
             await game.step(name, index)
 
-    in_a_loop(device, frontend_at, play)
+    in_a_loop(device, play)
     assert held() == before
