@@ -103,6 +103,14 @@ def interruptible() -> Iterator[None]:
 
 
 @pytest.fixture
+def blocked_call_ends_the_run() -> Iterator[None]:
+    """Ends the process after a minute: nothing less ends a call that blocks."""
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+
+
+@pytest.fixture
 async def clock(monkeypatch: pytest.MonkeyPatch) -> LoopClock:
     """The clock of the test's event loop, to be put forward."""
     return LoopClock(monkeypatch)

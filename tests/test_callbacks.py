@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.console import guest_on
 from tests.support.waiting import until
 from vring import GuestMemory
 from vring.testing import GuestQueue
@@ -249,13 +250,7 @@ async def test_a_control_message_is_completed_whatever_came_of_it(
     fragile = FragilePort(1, "bad", BadChardev("b", Upper))
     controller.add_port(fragile)
     controller.add_port(Port(2, "good", ProtocolChardev("c", Upper)))
-    await controller.start()
-    backend = VhostUserBackend(controller, str(tmp_path / "v"))
-    await backend.start()
-    async with (
-        asyncio.timeout(DEADLINE),
-        EmbeddedGuest(str(tmp_path / "v"), memory=16 << 20) as guest,
-    ):
+    async with guest_on(controller, tmp_path / "v") as guest:
         bad = await guest.wait_port(nr=1)
         await bad.wait_host()
         _, unused = await bad.open()
@@ -277,8 +272,6 @@ async def test_a_control_message_is_completed_whatever_came_of_it(
         writer.close()
         fragile.fails = False
     assert "guest_opened failed" in caplog.text
-    await backend.aclose()
-    await controller.aclose()
 
 
 class LastWords(asyncio.Protocol):
@@ -304,13 +297,7 @@ async def test_a_protocol_that_raises_at_the_end_hears_all_of_it(tmp_path: Path)
     controller = Controller()
     chardev = ProtocolChardev("c", lambda: LastWords(heard))
     controller.add_port(Port(1, "x", chardev))
-    await controller.start()
-    backend = VhostUserBackend(controller, str(tmp_path / "v"))
-    await backend.start()
-    async with (
-        asyncio.timeout(DEADLINE),
-        EmbeddedGuest(str(tmp_path / "v"), memory=16 << 20) as guest,
-    ):
+    async with guest_on(controller, tmp_path / "v") as guest:
         port = await guest.wait_port(nr=1)
         await port.wait_host()
         for turn in (1, 2):
@@ -321,5 +308,3 @@ async def test_a_protocol_that_raises_at_the_end_hears_all_of_it(tmp_path: Path)
         assert isinstance(chardev.end, ProtocolEnd)
     assert heard == ["made", "eof", "lost"] * 2
     assert [what["message"] for what in failures] == ["the protocol of a port failed"] * 4
-    await backend.aclose()
-    await controller.aclose()

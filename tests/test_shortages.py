@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.chardevs import User
+from tests.support.console import guest_on
 from tests.support.waiting import LoopClock, until, until_logged
 from vring_serial.chardev.base import DescriptorEnd
 from vring_serial.chardev.file import FileChardev, FileOptions
@@ -25,10 +26,8 @@ from vring_serial.device.console import port as port_module
 from vring_serial.device.console.controller import Controller
 from vring_serial.device.console.port import Port
 from vring_serial.errors import ResourceError
-from vring_serial.guest.guest import EmbeddedGuest
 from vring_serial.transport import door as door_module
 from vring_serial.transport.door import Door
-from vring_serial.transport.vhost_user.backend import VhostUserBackend
 from vring_serial.unix_socket import UnixListener
 
 DEADLINE = 20.0
@@ -46,13 +45,7 @@ async def test_a_port_that_the_guest_opens(
     controller = Controller()
     options = SocketOptions(path=str(tmp_path / "a"), server=True, wait=False)
     controller.add_port(Port(1, "x", SocketChardev("a", options)))
-    await controller.start()
-    backend = VhostUserBackend(controller, str(tmp_path / "v"))
-    await backend.start()
-    async with (
-        asyncio.timeout(DEADLINE),
-        EmbeddedGuest(str(tmp_path / "v"), memory=16 << 20) as guest,
-    ):
+    async with guest_on(controller, tmp_path / "v") as guest:
         port = await guest.wait_port(nr=1)
         host_reader, host_writer = await asyncio.open_unix_connection(tmp_path / "a")
         await port.wait_host()
@@ -69,8 +62,6 @@ async def test_a_port_that_the_guest_opens(
         writer.close()
         host_writer.close()
         await host_writer.wait_closed()
-    await backend.aclose()
-    await controller.aclose()
 
 
 @pytest.mark.parametrize("kind", ["unix", "tcp"])

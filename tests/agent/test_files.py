@@ -33,16 +33,6 @@ from vring_serial.proto.agent import (
 )
 
 
-@pytest.fixture
-def make_file(tmp_path):
-    def make(name, size):
-        path = tmp_path / name
-        path.write_bytes(os.urandom(size))
-        return path
-
-    return make
-
-
 @pytest.mark.parametrize("size", [0, 1, 65536, 65537, 5 << 20])
 async def test_a_file_arrives(file_pair, make_file, size):
     path = make_file("hello world.bin", size)

@@ -29,6 +29,19 @@ from vring_serial.proto.agent import (
 MessageT = TypeVar("MessageT")
 
 
+async def _end_of_guest(
+    running: asyncio.Future[None] | None, writer: asyncio.StreamWriter | None
+) -> None:
+    """End the agent on the guest's end of a channel, and close that."""
+    assert running is not None
+    assert writer is not None
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    writer.close()
+    with contextlib.suppress(ConnectionError):
+        await writer.wait_closed()
+
+
 class Pair:
     """Both agents, connected until ``disconnect`` and again with ``connect``."""
 
@@ -52,13 +65,7 @@ class Pair:
 
     async def disconnect(self) -> None:
         """The guest closes the channel."""
-        assert self.running is not None
-        assert self.writer is not None
-        self.running.cancel()
-        await asyncio.gather(self.running, return_exceptions=True)
-        self.writer.close()
-        with contextlib.suppress(ConnectionError):
-            await self.writer.wait_closed()
+        await _end_of_guest(self.running, self.writer)
         await until(lambda: self.host.capabilities is None)
 
     async def aclose(self) -> None:
@@ -218,13 +225,7 @@ class RouterBench:
         await self.start_guest()
 
     async def stop_guest(self) -> None:
-        assert self.running is not None
-        assert self.writer is not None
-        self.running.cancel()
-        await asyncio.gather(self.running, return_exceptions=True)
-        self.writer.close()
-        with contextlib.suppress(ConnectionError):
-            await self.writer.wait_closed()
+        await _end_of_guest(self.running, self.writer)
         await until(lambda: self.router.capabilities is None)
 
     async def client(self, **options: Any) -> Client:

@@ -1,13 +1,19 @@
-"""Ports of a console device whose host ends are Python code."""
+"""Ports of a console device whose host ends are Python code, and a guest on such a device."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
 
+from tests.support.waiting import DEADLINE
+from vring_serial import EmbeddedGuest
 from vring_serial.chardev.protocol import ProtocolChardev
 from vring_serial.device.console import events as ev
 from vring_serial.device.console.controller import Controller
 from vring_serial.device.console.port import Port
+from vring_serial.transport.vhost_user.backend import VhostUserBackend
 
 
 class Recorder(asyncio.Protocol):
@@ -96,3 +102,15 @@ def events_of(controller: Controller) -> list[ev.DeviceEvent]:
     events: list[ev.DeviceEvent] = []
     controller.on_event = events.append
     return events
+
+
+@asynccontextmanager
+async def guest_on(controller: Controller, path: Path) -> AsyncIterator[EmbeddedGuest]:
+    """Start a controller, serve it at ``path``, and have a guest on it, all for one block."""
+    async with (
+        asyncio.timeout(DEADLINE),
+        controller,
+        VhostUserBackend(controller, str(path)),
+        EmbeddedGuest(str(path), memory=16 << 20) as guest,
+    ):
+        yield guest

@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -80,3 +81,17 @@ def end_now(process: subprocess.Popen[Any]) -> None:
     """Do what ``end`` does where no event loop runs."""
     process.kill()
     process.communicate(timeout=DEADLINE)
+
+
+def number_of(program: Path, *arguments: str) -> int:
+    """Run a program of Python's that says nothing but a number; return that."""
+    result = subprocess.run(
+        [sys.executable, program, *arguments],
+        env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    return int(result.stdout)

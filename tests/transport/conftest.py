@@ -35,14 +35,16 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def inband() -> bool:
-    """Tests of in-band notifications override this."""
-    return False
+def backend_options() -> dict[str, bool]:
+    """Further arguments of the backend, for modules and classes to override."""
+    return {}
 
 
 @pytest.fixture
-async def backend(device: EchoDevice, path: Path, inband: bool) -> AsyncIterator[VhostUserBackend]:
-    served = VhostUserBackend(device, str(path), inband_notifications=inband)
+async def backend(
+    device: EchoDevice, path: Path, backend_options: dict[str, bool]
+) -> AsyncIterator[VhostUserBackend]:
+    served = VhostUserBackend(device, str(path), **backend_options)
     await served.start()
     yield served
     await served.aclose()

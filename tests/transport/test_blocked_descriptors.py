@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,7 @@ from vring_serial.transport.vhost_user.backend import VhostUserBackend
 FULL = 2**64 - 2
 
 
-@pytest.fixture(autouse=True)
-def time_limit() -> Iterator[None]:
-    """A call that blocks ends the test run: nothing else could."""
-    signal.alarm(60)
-    yield
-    signal.alarm(0)
+pytestmark = pytest.mark.usefixtures("blocked_call_ends_the_run")
 
 
 async def test_a_call_that_cannot_be_written(

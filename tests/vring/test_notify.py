@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import select
-import signal
 import socket
 import threading
 import time
@@ -25,12 +24,7 @@ FULL = 2**64 - 2
 QUEUE, SLOT = 64, 2048
 
 
-@pytest.fixture(autouse=True)
-def time_limit() -> Iterator[None]:
-    """A call that blocks ends the test run: nothing else could."""
-    signal.alarm(60)
-    yield
-    signal.alarm(0)
+pytestmark = pytest.mark.usefixtures("blocked_call_ends_the_run")
 
 
 @pytest.fixture

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,12 +19,7 @@ NOTIFY_BAR = 4
 MEMORY_SIZE = 1 << 20
 
 
-@pytest.fixture(autouse=True)
-def time_limit() -> Iterator[None]:
-    """A call that blocks ends the test run: nothing else could."""
-    signal.alarm(60)
-    yield
-    signal.alarm(0)
+pytestmark = pytest.mark.usefixtures("blocked_call_ends_the_run")
 
 
 @pytest.fixture

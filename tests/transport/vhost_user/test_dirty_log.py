@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +38,8 @@ OFFERED = int(PROTOCOL_FEATURES)
 
 
 @pytest.fixture
-async def backend(device: Any, path: Path) -> AsyncIterator[VhostUserBackend]:
-    served = VhostUserBackend(device, str(path), packed=True)
-    await served.start()
-    yield served
-    await served.aclose()
-
-
-@pytest.fixture
-async def frontend(backend: VhostUserBackend, connect: Callable[[], Any]) -> Any:
-    return connect()
+def backend_options() -> dict[str, bool]:
+    return {"packed": True}
 
 
 class Log:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +15,7 @@ from vring_serial.proto.vhost_user import (
     VringDescriptor,
     VringState,
 )
-from vring_serial.transport.vhost_user.backend import PROTOCOL_FEATURES, VhostUserBackend
+from vring_serial.transport.vhost_user.backend import PROTOCOL_FEATURES
 
 FEATURES = 1 << 32 | 1 << 30 | 1 << 29 | 1 << 28
 RING_PACKED = 1 << 34
@@ -32,16 +30,8 @@ def everything(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.fixture
-async def backend(device: Any, path: Path) -> AsyncIterator[VhostUserBackend]:
-    served = VhostUserBackend(device, str(path), packed=True, inband_notifications=True)
-    await served.start()
-    yield served
-    await served.aclose()
-
-
-@pytest.fixture
-async def frontend(backend: VhostUserBackend, connect: Callable[[], Any]) -> Any:
-    return connect()
+def backend_options() -> dict[str, bool]:
+    return {"packed": True, "inband_notifications": True}
 
 
 async def agree(frontend: Any, protocol_features: int, features: int = FEATURES) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,11 +19,8 @@ QUEUE_SIZE = 64
 
 
 @pytest.fixture
-async def backend(device: Any, path: Path) -> AsyncIterator[VhostUserBackend]:
-    served = VhostUserBackend(device, str(path), packed=True)
-    await served.start()
-    yield served
-    await served.aclose()
+def backend_options() -> dict[str, bool]:
+    return {"packed": True}
 
 
 @pytest.fixture

@@ -430,8 +430,8 @@ class TestInBand:
     """Kicks and calls as messages."""
 
     @pytest.fixture
-    def inband(self) -> bool:
-        return True
+    def backend_options(self) -> dict[str, bool]:
+        return {"inband_notifications": True}
 
     async def set_up(self, frontend: Any, index: int) -> None:
         """As User-Mode Linux does it: neither a kick nor a call descriptor."""

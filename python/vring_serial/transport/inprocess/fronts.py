@@ -342,21 +342,9 @@ class InProcessMmio(Window, _Front[MmioDevice]):
         packed: bool = False,
         queue_size: int = 0,
     ) -> Self:
-        """Return a front that goes on where :meth:`save` was called, in this process or another.
+        """Return a front that goes on where :meth:`save` was called; see InProcessPci.restore.
 
-        The guest's memory is as it was when it was copied. The device is made in the same way as
-        the one that was saved, with the same ports, and not started: it is started here, once the
-        state is known to fit. With a PolledHost: ``host.complete(InProcess...restore(...))``.
-
-        Its host ends are new. Where the guest believes one connected that is not, it is told;
-        protocols of ports that the guest has open see a new connection. Interrupts that were
-        pending are told at once. The other arguments are the front's; so is what it raises.
-
-        Raises:
-            StateError: the state is torn, forged, or of another device, front or version; the
-                message says what does not fit. Nothing was started or changed.
-            LocalProtocolError: the device was started, or another front has it.
-            ResourceError: the device cannot be started.
+        The arguments are this front's. Raises as InProcessPci.restore does.
         """
         snapshot = MMIO_SNAPSHOT.unpack(saved)
         take_over = check_mmio(
