@@ -17,14 +17,14 @@ from typing import Any
 import pytest
 
 from tests.support.chardevs import User
-from tests.support.waiting import until, until_logged
+from tests.support.waiting import LoopClock, until, until_logged
 from vring_serial import SpiceOptions, accept
 from vring_serial.accept import Acceptor
 from vring_serial.chardev.protocol import SpicevmcOptions
 from vring_serial.chardev.socket import SocketChardev, SocketOptions
 from vring_serial.cli.agent_end import AgentEnds
 from vring_serial.config.topology import ChardevConfig, PortConfig
-from vring_serial.transport.door import Door
+from vring_serial.transport.door import RETRY_INTERVAL, SETTLED_SECONDS, Door
 from vring_serial.unix_socket import UnixListener
 
 DEADLINE = 20.0
@@ -238,11 +238,10 @@ async def test_who_admits_anybody_leaves_what_frontends_need(
 )
 async def test_a_door_whose_session_does_not_start_opens_again(
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    clock: LoopClock,
     caplog: pytest.LogCaptureFixture,
     error: Exception,
 ) -> None:
-    monkeypatch.setattr(accept, "PAUSE", 0.01)
     came = asyncio.Event()
 
     def serve(sock: socket.socket) -> None:
@@ -265,6 +264,7 @@ async def test_a_door_whose_session_does_not_start_opens_again(
         assert await reader.read() == b""
         writer.close()
         reader, writer = await asyncio.open_unix_connection(tmp_path / "d")
+        await clock.forward(accept.PAUSE)
         assert await reader.read() == b"served"
         writer.close()
     door.close()
@@ -273,9 +273,8 @@ async def test_a_door_whose_session_does_not_start_opens_again(
 
 
 async def test_a_door_that_connects_goes_on_after_a_session_that_does_not_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, clock: LoopClock
 ) -> None:
-    monkeypatch.setattr("vring_serial.transport.door.RETRY_INTERVAL", 0.01)
     calls: list[socket.socket] = []
 
     def serve(sock: socket.socket) -> None:
@@ -293,7 +292,10 @@ async def test_a_door_that_connects_goes_on_after_a_session_that_does_not_start(
         on_connected=serve,
     )
     door.open()
-    await until(lambda: len(calls) >= 3)
+    for count in (1, 2):
+        await until(lambda count=count: len(calls) == count)
+        await clock.forward(RETRY_INTERVAL)
+    await until(lambda: len(calls) == 3)
     assert [sock.fileno() < 0 for sock in calls] == [True, True, False]
     calls[2].close()
     door.close()
@@ -324,9 +326,8 @@ async def test_one_connection_that_is_lost_is_no_reason_to_pause(tmp_path: Path)
 
 
 async def test_a_frontend_that_has_settled_needs_no_reserve(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, clock: LoopClock
 ) -> None:
-    monkeypatch.setattr("vring_serial.transport.door.SETTLED_SECONDS", 0.05)
     came: list[socket.socket] = []
     door = Door(
         str(tmp_path / "d"),
@@ -342,7 +343,9 @@ async def test_a_frontend_that_has_settled_needs_no_reserve(
         frontend.connect(str(tmp_path / "d"))
         async with asyncio.timeout(DEADLINE):
             await until(lambda: came)
-            await until(lambda: not accept.reserved())
+        assert accept.reserved() == 40
+        await clock.forward(SETTLED_SECONDS)
+        assert not accept.reserved()
     came[0].close()
     door.gone()
     assert accept.reserved() == 40

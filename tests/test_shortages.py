@@ -37,11 +37,9 @@ Limited = Callable[[], AbstractContextManager[None]]
 async def test_a_port_that_the_guest_opens(
     tmp_path: Path,
     out_of_descriptors: Limited,
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     clock: LoopClock,
 ) -> None:
-    monkeypatch.setattr(port_module, "RETRY_SECONDS", 0.05)
     controller = Controller()
     options = SocketOptions(path=str(tmp_path / "a"), server=True, wait=False)
     controller.add_port(Port(1, "x", SocketChardev("a", options)))
@@ -52,8 +50,9 @@ async def test_a_port_that_the_guest_opens(
         with out_of_descriptors():
             reader, writer = await port.open()
             await until_logged(caplog, "port 1 (x): it has to wait: Too many open files")
-            for _ in range(3):  # attempts
-                await clock.forward(1)
+            for number in range(3):  # attempts
+                await clock.forward(port_module.RETRY_SECONDS * 2**number)
+        await clock.forward(port_module.RETRY_MOST)
         assert caplog.text.count("it has to wait") == 1
         writer.write(b"to the host")
         assert await host_reader.readexactly(11) == b"to the host"

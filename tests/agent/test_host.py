@@ -354,9 +354,8 @@ async def test_an_empty_answer_is_asked_for_again(raw_agent):
     assert await asking == "here"
 
 
-async def test_an_owner_that_is_silent_after_an_empty_answer(raw_agent, monkeypatch):
+async def test_an_owner_that_is_silent_after_an_empty_answer(raw_agent, clock):
     """As 0.23 is when it has lost a clipboard: empty is what is known of it."""
-    monkeypatch.setattr(host_module, "ASK_AGAIN_WAIT", 0.05)
     host = HostAgent(timeout=30)
     agent = await raw_agent(host)
     await agent.greet()
@@ -365,6 +364,8 @@ async def test_an_owner_that_is_silent_after_an_empty_answer(raw_agent, monkeypa
     asking = asyncio.ensure_future(host.get_clipboard())
     await agent.receive(ClipboardRequest)
     agent.send(Clipboard(0, ClipboardType.NONE))
+    await agent.receive(ClipboardRequest)
+    await clock.forward(host_module.ASK_AGAIN_WAIT)
     with pytest.raises(ClipboardEmptyError):
         await asking
 

@@ -79,7 +79,7 @@ async def test_every_byte_comes_once_whatever_is_killed(tmp_path: Path, layout: 
         for kill in range(KILLS):
             async with running(*command, pass_fds=fds) as process:
                 await all_go_on(streams)
-                await asyncio.sleep(chance.random() * 0.2)
+                await asyncio.sleep(chance.random() * 0.2)  # any moment of the traffic
                 if kill == KILLS - 1:
                     enough.set()
                     await asyncio.gather(*sending)

@@ -76,7 +76,7 @@ async def test_no_kill_is_noticed(tmp_path, monkeypatch, make_guest, packed):
                 await all_go_on(streams)
                 if not number:  # by now the keeper has taken all that the first worker told it
                     held = keeper.held
-                await asyncio.sleep(chance.random() * 0.3)
+                await asyncio.sleep(chance.random() * 0.3)  # any moment of the traffic
             assert keeper.held == held
         assert await keeper.stop() == 0
     log = keeper.log

@@ -122,7 +122,7 @@ def test_a_writer_that_is_killed_leaves_one_of_its_states_whole(fd):
             while True:
                 number += 1
                 journal.write("s", struct.pack("<Q", number) * (1 + number % 3000))
-        time.sleep(chance.random() * 0.02)
+        time.sleep(chance.random() * 0.02)  # any moment of a write
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         with Journal(fd) as journal:

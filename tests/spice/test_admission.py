@@ -74,16 +74,20 @@ async def test_one_more_than_the_most_ends_the_oldest(server, monkeypatch, caplo
     await close(*(writer for _, writer in streams))
 
 
-async def test_who_says_nothing_is_cut_off_in_time(server, monkeypatch, caplog):
-    monkeypatch.setattr(admission, "HANDSHAKE_SECONDS", 0.05)
+async def test_who_says_nothing_is_cut_off_in_time(server, clock, caplog):
     caplog.set_level(logging.INFO, "vring_serial")
     server, port = server
     silent = await asyncio.open_connection("127.0.0.1", port)
     slow = await asyncio.open_connection("127.0.0.1", port)
     slow[1].write(b"RED")
+    await known(server, 2)
+    await clock.forward(admission.HANDSHAKE_SECONDS)
     await ended(silent[0])
     await ended(slow[0])
-    assert "did not authenticate is cut off: 0.05 s are over" in caplog.text
+    assert (
+        f"did not authenticate is cut off: {admission.HANDSHAKE_SECONDS:g} s are over"
+        in caplog.text
+    )
     assert server.unauthenticated == 0
     await close(silent[1], slow[1])
 
@@ -99,14 +103,14 @@ async def test_a_number_that_is_used_again_is_a_new_connection(server):
         await close(writer)
 
 
-async def test_out_of_descriptors(server, out_of_descriptors, monkeypatch, caplog):
+async def test_out_of_descriptors(server, out_of_descriptors, clock, caplog):
     """Also where the library accepts itself, and would do nothing else."""
-    monkeypatch.setattr(accept, "PAUSE", 0.01)
     server, port = server
     with socket.socket() as client:
         with out_of_descriptors():
             client.connect(("127.0.0.1", port))
             await until(lambda: "cannot accept" in caplog.text)
+        await clock.forward(accept.PAUSE)
         await known(server, 1)
     lines = [record.getMessage() for record in caplog.records]
     assert sum("cannot accept a client: Too many open files" in line for line in lines) == 1

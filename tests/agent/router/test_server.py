@@ -223,26 +223,28 @@ async def test_an_agent_that_comes_back_at_once(served):
     old[1].close()
 
 
-async def test_a_server_that_drops_the_agent_gets_it_again(served, monkeypatch):
-    monkeypatch.setattr(servers_module, "SERVER_RETRY", 0.01)
+async def test_a_server_that_drops_the_agent_gets_it_again(served, clock):
     bench, _, server = served
     spice = await server()
     await spice.aclose()
+    await until(lambda: not bench.router.clients)
+    await clock.forward(servers_module.SERVER_RETRY)
     again = await server(1)
     assert (await again.receive(AnnounceCapabilities)).request
     assert len(bench.router.clients) == 1
 
 
 async def test_a_server_that_no_descriptor_is_left_for_comes_later(
-    make_bench, out_of_descriptors, monkeypatch, caplog
+    make_bench, out_of_descriptors, clock, caplog
 ):
-    monkeypatch.setattr(servers_module, "SERVER_RETRY", 0)
     bench = await make_bench()
     device = Device()
     with out_of_descriptors():
         bench.router.connect_server(device, device.closed)
         await until(lambda: "cannot be connected to the agent" in caplog.text)
-        await turns()  # some attempts more, of which nothing is said
+        for _ in range(3):  # attempts more, of which nothing is said
+            await clock.forward(servers_module.SERVER_RETRY)
+    await clock.forward(servers_module.SERVER_RETRY)
     await until(lambda: device.live == 1)
     assert caplog.text.count("cannot be connected to the agent: Too many open files") == 1
 

@@ -444,12 +444,13 @@ async def test_what_is_too_long_or_cannot_be_kept_is_said(make_bench, monkeypatc
     await until(lambda: bench.router.load.spooled == 0)
 
 
-async def test_a_long_message_that_does_not_go_on_is_given_up(make_bench, monkeypatch):
-    monkeypatch.setattr(client_module, "ANSWER_TIMEOUT", 0.1)
+async def test_a_long_message_that_does_not_go_on_is_given_up(make_bench, clock):
     bench = await make_bench()
     client = await greeted(bench)
     client.writer.write(client.connection.start_body(UnknownMessage(99), MIB))
     client.writer.write(client.connection.send_body(bytes(MIB // 2)))
+    await until(lambda: bench.router.load.spooled == MIB // 2)
+    await clock.forward(client_module.ANSWER_TIMEOUT)
     await until(lambda: any("no more of a message of type 99" in r for r in reasons(bench)))
     assert bench.router.load.spooled == 0
     client.writer.write(client.connection.send_body(bytes(MIB // 2)))
@@ -535,9 +536,8 @@ async def test_events_that_nobody_takes_keep_no_more_than_themselves(make_bench)
 
 
 async def test_a_turn_is_not_held_by_admitting_a_file_again_and_again(
-    make_bench, make_file, tmp_path, monkeypatch
+    make_bench, make_file, tmp_path, clock
 ):
-    monkeypatch.setattr(guest_files_module, "IDLE", 0.2)
     bench = await make_bench()
     path = make_file("file", 1000)
     bench.guest.copy_files([path])
@@ -549,21 +549,17 @@ async def test_a_turn_is_not_held_by_admitting_a_file_again_and_again(
     bench.tap.withholds = lambda message: isinstance(message, FileXferStatus)
     holder.send(ClipboardRequest(0, ClipboardType.FILE_LIST))
     start = await holder.receive(FileXferStart)
-
-    async def hold():
-        while True:
-            holder.send(FileXferStatus(start.id, FileXferResult.CAN_SEND_DATA))
-            holder.send(MonitorsConfig((Monitor(1, 1),)))
-            await holder.receive(Reply)
-
-    holding = asyncio.ensure_future(hold())
+    for _ in range(2):
+        holder.send(FileXferStatus(start.id, FileXferResult.CAN_SEND_DATA))
+        holder.send(MonitorsConfig((Monitor(1, 1),)))
+        await holder.receive(Reply)
+        assert FileXferResult.CANCELLED not in results(bench)
+        await clock.forward(guest_files_module.IDLE / 2)
     await until(lambda: FileXferResult.CANCELLED in results(bench))
     bench.tap.withholds = lambda message: False
     admitted = results(bench).count(FileXferResult.CAN_SEND_DATA)
     assert [p.read_bytes() for p in await other.get_files(tmp_path / "in")] == [path.read_bytes()]
     assert admitted == 1
-    holding.cancel()
-    await asyncio.gather(holding, return_exceptions=True)
 
 
 async def test_a_guest_may_begin_as_many_files_as_it_has_listed(make_bench, make_file):

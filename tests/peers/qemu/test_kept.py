@@ -17,7 +17,7 @@ from tests.support.exchange import Exchange, Payload, check, connections
 from tests.support.keeper import Kept, kept, socket_ports
 from tests.support.qemu_machine import QemuMachine
 from tests.support.qemu_ways import PORT_NAMES, vfio_user_device
-from tests.support.waiting import until
+from tests.support.waiting import PERIOD, until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -57,10 +57,10 @@ class KeptMachine:
                 for _ in range(3):
                     # Some die before they serve; five of them in a row would end the session.
                     for kill in (self.server.kill, self.server.kill_until_served):
-                        await asyncio.sleep(self.chance.random() * 0.05)
+                        await asyncio.sleep(self.chance.random() * 0.05)  # any moment of it
                         await kill()
                 break
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(PERIOD)
         await boot
         await self.ports_are_there()
 
@@ -162,7 +162,7 @@ async def test_ports_are_opened_and_closed(machine: KeptMachine) -> None:
     for number in range(6):
         loop = "for i in 1 2 3 4 5 6; do exec 3<>/dev/vport0p1; exec 3>&-; done"
         turning = asyncio.create_task(machine.guest.run(loop))
-        await asyncio.sleep(machine.chance.random() * 0.02)
+        await asyncio.sleep(machine.chance.random() * 0.02)  # any moment of the loop
         await machine.server.kill()
         await turning
         await machine.lines_go_both_ways(1, stream, f"{number}")
@@ -188,10 +188,11 @@ async def test_a_stopped_machine_goes_on(machine: KeptMachine) -> None:
 @pytest.mark.parametrize("how", ["reboot", "reset"])
 async def test_a_guest_starts_anew(machine: KeptMachine, how: str) -> None:
     async with connections(lambda nr: machine.server.connect(int(nr)), "1", "3") as [stream, _]:
+        # Rings fill meanwhile; fewer bytes make the test easier, not wrong.
         await machine.guest.run("cat /dev/zero >/dev/vport0p3 & exec 3</dev/vport0p1; sleep 0.2")
         again = machine.guest.reboot if how == "reboot" else machine.guest.reset
         booting = asyncio.create_task(again())
-        await asyncio.sleep(machine.chance.random() * 0.05)
+        await asyncio.sleep(machine.chance.random() * 0.05)  # any moment of the end
         await machine.server.kill()
         await machine.boot_while_workers_die(booting)
         await machine.lines_go_both_ways(1, stream, how)

@@ -49,7 +49,7 @@ async def uml(
         for _ in range(4):
             said = len(server.log)
             await until(lambda said=said: len(server.log) > said or booting.done())
-            await asyncio.sleep(uml.chance.random() * 0.05)
+            await asyncio.sleep(uml.chance.random() * 0.05)  # any moment of the start
             await server.kill()
         await booting
         yield uml
@@ -82,7 +82,7 @@ async def test_ports_are_opened_and_closed(uml: KeptUml) -> None:
         for number in range(6):
             loop = "for i in 1 2 3 4; do exec 3<>/dev/vport0p1; exec 3>&-; done"
             turning = asyncio.create_task(uml.guest.run(loop))
-            await asyncio.sleep(uml.chance.random() * 0.02)
+            await asyncio.sleep(uml.chance.random() * 0.02)  # any moment of the loop
             await uml.server.kill()
             await turning
             await uml.guest.run(f"echo out {number} >/dev/vport0p1")

@@ -304,10 +304,8 @@ async def test_connecting_to_a_frontend_that_listens(
     path: Path,
     device: Any,
     clock: LoopClock,
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(door, "RETRY_INTERVAL", 0.01)
     caplog.set_level(logging.INFO)
     backend = VhostUserBackend(device, str(path), listen=False)
     await backend.start()
@@ -322,6 +320,7 @@ async def test_connecting_to_a_frontend_that_listens(
         listener.listen()
         listener.setblocking(False)
         for _ in range(2):
+            await clock.forward(door.RETRY_INTERVAL)
             async with asyncio.timeout(DEADLINE):
                 sock, _ = await loop.sock_accept(listener)
                 with sock:
