@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import NULL_PORT, TIMEOUT, Serve, close, connect, guest_of
 from tests.support.keeper import kept
+from tests.support.served import NULL_PORT, TIMEOUT, Serve, close, connect, guest_of
 from vring import _confine
 
 pytestmark = pytest.mark.skipif(
