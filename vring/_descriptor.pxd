@@ -1,12 +1,20 @@
 # A descriptor that a flow reads, writes or is notified by, and the calls on it: none of them waits.
+#
+# With a record, a successor of this process finds out how many bytes went: see `_record.pxd`. The
+# ways, by kind of descriptor:
+#
+#   socket          sendmmsg and recvmmsg store the length into the record
+#   file            its position, if the open file outlives the process (`kept`)
+#   pipe, terminal  all bytes go through a pipe that outlives the process (the relay), to the end or
+#                   from it by splice: what the relay does not have any more has gone
+#
+# Without one, and for everything else, bytes that are moved at the moment of a kill may be lost or
+# doubled. Between two calls a relay holds nothing but what the end did not take yet (`held`); for
+# the guest those bytes have not gone, and they can be discarded.
 
-from libc.stdint cimport uint8_t, uint64_t
+from libc.stdint cimport uint64_t
 
-from vring._linux cimport (
-    EINTR, EIO, FIONREAD, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, errno, ioctl, readv, recv,
-    vr_receive, vr_send, writev
-)
-from vring._record cimport vr_record, vr_recorded_call
+from vring._record cimport vr_record
 from vring._segments cimport vr_strip
 
 cdef enum vr_fd_kind:
@@ -14,62 +22,34 @@ cdef enum vr_fd_kind:
     FD_SOCKET
     FD_PIPE
     FD_TTY
-    FD_OTHER                    # files, /dev/null, eventfds
+    FD_FILE                     # a regular one
+    FD_OTHER                    # /dev/null, eventfds
 
 cdef struct vr_fd:
     int number
     int kind                    # of vr_fd_kind
     bint blocking               # the description lacks O_NONBLOCK
     bint pollable               # epoll takes it; if not, it is always ready
+    bint appends                # the description has O_APPEND
+    bint kept                   # the description outlives the process
+    bint relayed                # there is a relay
+    bint refused                # but the kernel does not splice here
+    int relay_out               # the relay's end to take bytes from
+    int relay_in                # and to put bytes into
+    uint64_t held               # bytes in it
+    uint64_t most               # bytes that one call may move
 
-
-cdef inline ssize_t put(
-    const vr_fd* fd, const vr_strip* strip, uint64_t total, vr_record* record
-) noexcept nogil:
-    """Write a strip of `total` bytes; return the number of bytes taken, or -errno."""
-    cdef ssize_t done
-    if fd.kind == FD_NONE:
-        return total
-    while True:
-        if fd.kind == FD_SOCKET and record != NULL:
-            # A peer may write to the record: whatever it says now is within what was asked.
-            done = min(<ssize_t>total, vr_recorded_call(
-                record, False, fd.number, strip.at, strip.n, MSG_DONTWAIT | MSG_NOSIGNAL
-            ))
-        elif fd.kind == FD_SOCKET:
-            done = vr_send(fd.number, strip.at, strip.n, MSG_DONTWAIT | MSG_NOSIGNAL)
-        else:
-            done = writev(fd.number, strip.at, strip.n)
-        if done >= 0:
-            return done
-        if errno != EINTR:
-            return -errno
-
-
-cdef inline ssize_t get(const vr_fd* fd, const vr_strip* strip, vr_record* record) noexcept nogil:
-    """Read into a strip; return the number of bytes, 0 at end of file, or -errno."""
-    cdef ssize_t done
-    while True:
-        if fd.kind == FD_SOCKET and record != NULL:
-            done = vr_recorded_call(record, True, fd.number, strip.at, strip.n, MSG_DONTWAIT)
-        elif fd.kind == FD_SOCKET:
-            done = vr_receive(fd.number, strip.at, strip.n, MSG_DONTWAIT)
-        else:
-            done = readv(fd.number, strip.at, strip.n)
-        if done >= 0:
-            return done
-        if errno == EIO and fd.kind == FD_TTY:
-            return 0            # how a terminal says that its other end is closed
-        if errno != EINTR:
-            return -errno
-
-
-cdef inline ssize_t unread(const vr_fd* fd) noexcept nogil:
-    """Return more than 0 if there are bytes to read, 0 at end of file, else -errno."""
-    cdef uint8_t byte
-    cdef ssize_t n
-    cdef int waiting = 0
-    if fd.kind == FD_SOCKET:
-        n = recv(fd.number, &byte, 1, MSG_PEEK | MSG_DONTWAIT)
-        return n if n >= 0 else -errno
-    return waiting if ioctl(fd.number, FIONREAD, &waiting) == 0 else -errno
+# Before the first call: settles what a predecessor process left open in the record, if there is
+# one, and looks what the relay holds, which is discarded unless it is the guest's to have.
+cdef void begin_end(vr_fd* fd, vr_record* record, bint incoming) noexcept nogil
+# Bytes moved, or -errno. `total`: of the strip.
+cdef ssize_t put(
+    vr_fd* fd, const vr_strip* strip, uint64_t total, vr_record* record
+) noexcept nogil
+cdef ssize_t get(
+    vr_fd* fd, const vr_strip* strip, uint64_t total, vr_record* record
+) noexcept nogil
+# More than 0 if there are bytes to read, 0 at end of file, else -errno.
+cdef ssize_t unread(const vr_fd* fd) noexcept nogil
+# Forgets what the relay holds and the end did not take.
+cdef void discard_held(vr_fd* fd) noexcept nogil

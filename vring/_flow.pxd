@@ -27,6 +27,7 @@ cdef enum:
     NEWS_EOF = 2
     NEWS_ERROR = 4
     NEWS_BROKEN = 8
+    NEWS_INEXACT = 16
 
 cdef struct vr_counters:
     # written by the pump's thread alone, with vr_count
@@ -64,6 +65,7 @@ cdef struct vr_flow:
     bint listening              # the driver was asked for kicks
     bint call_due               # the driver wants to know of used chains and has not been told
     bint overflowing
+    bint inexact                # its owner was told that the end is not recorded
     vr_sampler sampler          # outgoing
     uint32_t offered            # incoming: most buffers the driver had available at once
     uint64_t room               # bytes to try at once: what the descriptor took lately, and more

@@ -14,7 +14,7 @@ from libc.stdint cimport uint16_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 
 from vring._core cimport VR_TOO_SMALL, VirtQueue
-from vring._descriptor cimport FD_NONE, FD_OTHER, FD_SOCKET, get, put, unread
+from vring._descriptor cimport FD_NONE, FD_OTHER, FD_SOCKET, discard_held, get, put, unread
 from vring._guard cimport guard_probe
 from vring._linux cimport EAGAIN, EFAULT, EPIPE, IOV_MAX, vr_count, vr_note, vr_now
 from vring._notify cimport notify_any
@@ -107,6 +107,13 @@ cdef void call_driver(vr_flow* flow) noexcept nogil:
     flow.call.kind = (
         FD_SOCKET if notify_any(flow.call.number, flow.call.kind == FD_SOCKET) else FD_OTHER
     )
+
+
+cdef void look_if_refused(vr_flow* flow) noexcept nogil:
+    """Report, once, that the kernel does not splice here."""
+    if flow.data.refused and not flow.inexact:
+        flow.inexact = True
+        flow.news |= NEWS_INEXACT
 
 
 cdef void flow_stop(vr_flow* flow, uint32_t news, int error) noexcept nogil:
@@ -301,6 +308,7 @@ cdef uint64_t put_some(
         done = put(&flow.data, &staged, total, record)
     else:
         done = put(&flow.data, strip, total, record)
+    look_if_refused(flow)
     if done == -EFAULT and memory_gone(flow, strip):
         return 0
     if done < 0:
@@ -361,7 +369,7 @@ cdef uint64_t send_batch(vr_flow* flow, vr_tables* tables, uint32_t n) noexcept 
     total -= skip
     part = strip
     if flow.ready and not flow.failed and not flow.backlog.length and total:
-        asked = strip_cut(&part, total, TURN_BYTES)
+        asked = strip_cut(&part, total, min(<uint64_t>TURN_BYTES, flow.data.most))
         done = put_some(flow, tables, &part, asked, (<VirtQueue>flow.queue).record)
         strip_mend(&part)
         adapt(flow, asked, done)
@@ -369,6 +377,8 @@ cdef uint64_t send_batch(vr_flow* flow, vr_tables* tables, uint32_t n) noexcept 
             settle(flow, tables, n, skip + done)        # the rest in the next round
             return done
     if flow.lossy and done < total and not flow.stopped:
+        if not flow.backlog.length:
+            discard_held(&flow.data)    # it is still in the queue
         strip_skip(&strip, done)
         if absorb(flow, &strip, total - done):
             done = total
@@ -433,7 +443,8 @@ cdef uint64_t receive_batch(vr_flow* flow, vr_tables* tables, uint32_t n) noexce
         complete(flow, tables, NULL, n)         # buffers for nothing: nothing is what they get
         return 0
     asked = strip_cut(&strip, asked, READ_BYTES)
-    done = min(<ssize_t>asked, get(&flow.data, &strip, (<VirtQueue>flow.queue).record))
+    done = get(&flow.data, &strip, asked, (<VirtQueue>flow.queue).record)
+    look_if_refused(flow)
     if done > 0:
         vr_count(&flow.counters.bytes, done)
         adapt(flow, asked, done)
@@ -516,6 +527,8 @@ cdef void flow_finish(vr_flow* flow, vr_tables* tables) noexcept nogil:
     cdef vr_strip strip
     cdef uint64_t total, skip
     unthrottle(flow)
+    if not flow.incoming:
+        discard_held(&flow.data)    # it is still in the queue
     if flow.owed and not flow.broken:
         settle_owed(flow, tables)
     if flow.backlog.length:

@@ -20,6 +20,9 @@ cdef extern from "<unistd.h>" nogil:
     int close(int fd)
     int getpid()
     int isatty(int fd)
+    enum:
+        SEEK_CUR, SEEK_END
+    int64_t lseek(int fd, int64_t offset, int whence)
 
 cdef extern from "<sys/uio.h>" nogil:
     ssize_t readv(int fd, const iovec* segments, int n)
@@ -57,8 +60,9 @@ cdef extern from "<sys/ioctl.h>" nogil:
 
 cdef extern from "<fcntl.h>" nogil:
     enum:
-        F_DUPFD_CLOEXEC, F_GETFL, O_NONBLOCK
+        F_DUPFD_CLOEXEC, F_GETFL, F_GETPIPE_SZ, O_APPEND, O_NONBLOCK, SPLICE_F_NONBLOCK
     int fcntl(int fd, int command, ...)
+    ssize_t splice(int from_, int64_t* at, int to, int64_t* there, size_t n, unsigned int flags)
 
 cdef extern from "<sys/stat.h>" nogil:
     struct stat_t "stat":

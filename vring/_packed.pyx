@@ -10,8 +10,8 @@ from vring._dirty cimport log_entries, log_range
 from vring._layout cimport DESC_ALIGN, DESC_SIZE, EVENT_ALIGN, EVENT_SIZE, PACKED_FLAGS, WRAP
 from vring._memory cimport GuestMemory, vr_lookup, vr_region
 from vring._record cimport (
-    VR_BOOKED, vr_book, vr_close_record, vr_read_record, vr_record, vr_recorded_bytes,
-    vr_set_record
+    VR_BOOKED, vr_book, vr_close_record, vr_is_open, vr_read_record, vr_record,
+    vr_recorded_bytes, vr_set_record
 )
 from vring._walk cimport (
     FAULT_AVAIL_INDEX, FAULT_INDIRECT_ADDRESS, FAULT_INDIRECT_NESTED, FAULT_INDIRECT_NEXT,
@@ -189,7 +189,8 @@ cdef class PackedQueue(VirtQueue):
             raise LocalMisuseError(f"{self.name}: the record says {at:#x}, which is no place in it")
         self.next_avail = self.next_used = at & ~<uint64_t>WRAP
         self.avail_wrap = self.used_wrap = (at & WRAP) != 0
-        vr_set_record(self.record, at, left)
+        if not vr_is_open(&record):     # else the end knows more
+            vr_set_record(self.record, at, left)
         return 0
 
     def __dealloc__(self):

@@ -13,6 +13,7 @@ class FlowEvent(enum.IntEnum):
     PEER_ERROR = 1
     RING_BROKEN = 2
     OVERFLOW = 3
+    INEXACT = 4
 
 class FlowCounters(NamedTuple):
     bytes: int
@@ -63,6 +64,8 @@ class Pump:
         lossy: bool = False,
         backlog: int = 1 << 20,
         residue: Buffer = b"",
+        kept: bool = False,
+        relay: tuple[int, int] | None = None,
     ) -> Flow: ...
     def host_to_guest(
         self,
@@ -72,6 +75,8 @@ class Pump:
         kick_fd: int,
         call_fd: int,
         on_event: Callable[[FlowEvent, int | RingError | None], object],
+        kept: bool = False,
+        relay: tuple[int, int] | None = None,
     ) -> Flow: ...
     def close(self) -> None: ...
     def halt(self) -> None: ...

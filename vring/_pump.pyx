@@ -14,17 +14,23 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 
 from vring._core cimport VirtQueue
-from vring._descriptor cimport FD_NONE, FD_OTHER, FD_PIPE, FD_SOCKET, FD_TTY, vr_fd
-from vring._flow cimport NEWS_EOF, NEWS_ERROR, NEWS_OVERFLOW, VR_THROTTLED, vr_counters
+from vring._descriptor cimport (
+    FD_FILE, FD_NONE, FD_OTHER, FD_PIPE, FD_SOCKET, FD_TTY, begin_end, vr_fd
+)
+from vring._flow cimport (
+    NEWS_BROKEN, NEWS_EOF, NEWS_ERROR, NEWS_OVERFLOW, VR_THROTTLED, vr_counters
+)
 from vring._linux cimport (
-    F_GETFL, O_NONBLOCK, S_IFCHR, S_IFIFO, S_IFMT, S_IFSOCK, SO_TYPE, SOCK_STREAM, SOL_SOCKET,
-    errno, fcntl, fstat, getpid, getsockopt, isatty, read, stat_t, vr_counted, vr_now, write
+    F_GETFL, O_APPEND, O_NONBLOCK, S_IFCHR, S_IFIFO, S_IFMT, S_IFREG, S_IFSOCK, SO_TYPE,
+    SOCK_STREAM, SOL_SOCKET, errno, fcntl, fstat, getpid, getsockopt, isatty, read, stat_t,
+    vr_counted, vr_now, write
 )
 from vring._reactor cimport (
     COMMAND_ATTACH, COMMAND_DETACH, REACTOR_BLOCKING, REACTOR_ENDED, reactor_abandon,
     reactor_command, reactor_halt, reactor_next_news, reactor_start, reactor_stop, vr_reactor,
     vr_seat,
 )
+from vring._record cimport vr_recorded_bytes
 from vring._segments cimport backlog_init
 from vring.errors import LocalMisuseError
 
@@ -36,6 +42,7 @@ class FlowEvent(enum.IntEnum):
     PEER_ERROR = 1      # the descriptor failed in this direction; detail: errno
     RING_BROKEN = 2     # the driver broke the ring; detail: the RingError
     OVERFLOW = 3        # a lossy flow began to drop bytes; detail: bytes dropped so far
+    INEXACT = 4         # a descriptor for which there is a relay does not splice; detail None
 
 
 class FlowCounters(NamedTuple):
@@ -64,6 +71,7 @@ cdef int describe(vr_fd* fd, object number, str what) except -1:
     if flags < 0 or fstat(fd.number, &status):
         raise LocalMisuseError(f"{what} {number}: {os.strerror(errno)}")
     fd.blocking = not flags & O_NONBLOCK
+    fd.appends = flags & O_APPEND != 0
     cdef uint32_t kind = status.st_mode & S_IFMT
     if kind == S_IFSOCK:
         fd.kind = FD_SOCKET
@@ -71,15 +79,30 @@ cdef int describe(vr_fd* fd, object number, str what) except -1:
         fd.kind = FD_PIPE
     elif kind == S_IFCHR and isatty(fd.number):
         fd.kind = FD_TTY
+    elif kind == S_IFREG:
+        fd.kind = FD_FILE
     else:
         fd.kind = FD_OTHER
     return kind
 
 
-cdef int describe_data(vr_fd* fd, object number, str what) except -1:
+cdef int describe_relay(vr_fd* fd, object relay) except -1:
+    cdef vr_fd end
+    for number in relay:
+        if describe(&end, number, "relay") != S_IFIFO or end.blocking:
+            raise LocalMisuseError(f"relay {number} is no pipe, or it is blocking")
+    fd.relay_out, fd.relay_in = relay
+    fd.relayed = True
+    return 0
+
+
+cdef int describe_data(vr_fd* fd, object number, str what, bint kept, object relay) except -1:
     cdef int type = 0
     cdef uint32_t size = sizeof(type)
     describe(fd, number, what)
+    fd.kept = kept
+    if relay is not None and fd.kind in (FD_PIPE, FD_TTY):
+        describe_relay(fd, relay)
     if fd.kind == FD_SOCKET:
         getsockopt(fd.number, SOL_SOCKET, SO_TYPE, &type, &size)
         if type != SOCK_STREAM:
@@ -176,8 +199,10 @@ cdef class Flow:
             self.on_event(FlowEvent.PEER_EOF, None)
         elif news == NEWS_ERROR:
             self.on_event(FlowEvent.PEER_ERROR, error)
-        else:
+        elif news == NEWS_BROKEN:
             self.on_event(FlowEvent.RING_BROKEN, self.queue.broken)
+        else:
+            self.on_event(FlowEvent.INEXACT, None)
         return 0
 
 
@@ -268,7 +293,7 @@ cdef class Pump:
 
     def guest_to_host(
         self, VirtQueue queue not None, *, write_fd, kick_fd, call_fd, on_event, lossy=False,
-        backlog=1 << 20, residue=b""
+        backlog=1 << 20, residue=b"", kept=False, relay=None
     ):
         """Move the bytes that the driver makes available in `queue` to a descriptor.
 
@@ -288,13 +313,18 @@ cdef class Pump:
                 PEER_ERROR all are dropped.
             backlog: size of a lossy flow's backlog in bytes.
             residue: bytes to write before those of the queue; copied.
+            kept: the open file of `write_fd` outlives this process; with a queue that has a record,
+                a successor then knows what was written, if it is a regular file.
+            relay: for the same with a pipe or a terminal, both ends (to read, to write) of a pipe
+                that outlives this process and that nobody else uses, non-blocking; the caller's.
+                None: after a kill, bytes on their way may be lost or doubled there.
 
         Raises:
             LocalMisuseError: an unsuitable queue or descriptor, or the pump is closed.
             OSError: the descriptor cannot be watched (out of memory, descriptors or watches).
         """
         cdef Flow flow = self.make(queue, kick_fd, call_fd, on_event)
-        describe_data(&flow.seat.flow.data, write_fd, "write_fd")
+        describe_data(&flow.seat.flow.data, write_fd, "write_fd", kept, relay)
         if backlog < 0:
             raise LocalMisuseError(f"backlog {backlog} is below 0")
         cdef const uint8_t[::1] data = residue
@@ -307,7 +337,10 @@ cdef class Pump:
         flow.seat.flow.lossy = lossy
         return self.begin(flow, f"write_fd {write_fd}")
 
-    def host_to_guest(self, VirtQueue queue not None, *, read_fd, kick_fd, call_fd, on_event):
+    def host_to_guest(
+        self, VirtQueue queue not None, *, read_fd, kick_fd, call_fd, on_event, kept=False,
+        relay=None
+    ):
         """Move bytes from a descriptor into the buffers that the driver makes available in `queue`.
 
         A chain is completed with the bytes of one read. Device-readable parts of chains are
@@ -315,6 +348,7 @@ cdef class Pump:
 
         Args: as of guest_to_host, but
             read_fd: descriptor to read from.
+            relay: as there, and another one. What it holds is given to the guest first.
 
         Raises:
             LocalMisuseError: an unsuitable queue or descriptor, or the pump is closed.
@@ -323,7 +357,7 @@ cdef class Pump:
         cdef Flow flow = self.make(queue, kick_fd, call_fd, on_event)
         if read_fd < 0:
             raise LocalMisuseError(f"read_fd {read_fd}: there is nothing to read from")
-        describe_data(&flow.seat.flow.data, read_fd, "read_fd")
+        describe_data(&flow.seat.flow.data, read_fd, "read_fd", kept, relay)
         flow.seat.flow.incoming = True
         return self.begin(flow, f"read_fd {read_fd}")
 
@@ -374,8 +408,6 @@ cdef class Pump:
         flow.queue = queue
         flow.on_event = on_event
         flow.seat.flow.queue = <void*>queue
-        if queue.record != NULL:
-            flow.seat.flow.owed = queue.record.left
         flow.seat.flow.owner = <void*>flow
         return flow
 
@@ -388,6 +420,9 @@ cdef class Pump:
         queue.check_free()
         if queue.in_flight:
             raise LocalMisuseError(f"{queue.name}: {queue.in_flight} chains are in flight")
+        begin_end(&seat.flow.data, queue.record, seat.flow.incoming)
+        if queue.record != NULL:
+            seat.flow.owed = vr_recorded_bytes(queue.record)
         # Before the thread can have news, which go only to attached flows; and all of it before
         # another thread runs, which may close the pump.
         flow.pump = self

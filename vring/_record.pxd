@@ -1,9 +1,11 @@
 # What a queue and the flow that has it must not forget when the process is killed, in memory that
-# outlives it: how far the ring is, and how many bytes a socket took or gave beyond that.
+# outlives it: how far the ring is, and how many bytes a host end took or gave beyond that.
 #
 # The kernel stores the result of sendmmsg and recvmmsg into the record within the call, so it
-# cannot get lost between the bytes and their record. Every other step is a store that is either
-# done or not, and each state leads to the same end when it is entered again:
+# cannot get lost between the bytes and their record. Of other ends something that outlives the
+# process tells: the position of an open file, or what is left in a pipe through which all bytes go
+# (the relay, see `_ends.pxd`). Every other step is a store that is either done or not, and each
+# state leads to the same end when it is entered again:
 #
 #   state    what is known                                          a successor
 #   IDLE     the ring is at `position`, and `left` bytes of the     goes on there
@@ -29,7 +31,7 @@ cdef extern from * nogil:
     #include <sys/syscall.h>
     #include <unistd.h>
 
-    enum { VR_IDLE, VR_CALL, VR_BOOKED };
+    enum { VR_IDLE, VR_CALL, VR_BOOKED, VR_FILE, VR_RELAY };
     #define VR_UNSET UINT32_MAX
 
     /* The kernel follows the pointers of call.msg_hdr: where a peer can write to a record, the
@@ -69,10 +71,37 @@ cdef extern from * nogil:
         vr_in_order();
     }
 
+    /* Whether the end has to be asked how far the last call came: vr_moved() tells the record. */
+    static inline int vr_is_open(const vr_record *record) {
+        return record->state == VR_FILE || record->state == VR_RELAY;
+    }
+
     /* Bytes of the chains from `position` on that were taken or given. */
     static inline uint64_t vr_recorded_bytes(const vr_record *record) {
-        uint64_t more = record->state == VR_IDLE ? 0 : record->call.msg_len;
-        return record->left + (more == VR_UNSET ? 0 : more);
+        uint64_t more = record->call.msg_len;
+        if (record->state == VR_IDLE || vr_is_open(record) || more == VR_UNSET)
+            more = 0;
+        return record->left + more;
+    }
+
+    /* A call begins whose result something else than the record tells. */
+    static inline void vr_open_record(
+        vr_record *record, uint64_t state, uint64_t position, uint64_t bytes
+    ) {
+        record->next_position = position;
+        record->next_left = bytes;
+        vr_in_order();
+        record->state = state;
+        vr_in_order();
+    }
+
+    /* It has moved so many bytes; less than 0: none. */
+    static inline void vr_moved(vr_record *record, ssize_t bytes) {
+        vr_in_order();
+        record->call.msg_len = bytes > 0 ? (unsigned)bytes : 0;
+        vr_in_order();
+        record->state = VR_CALL;
+        vr_in_order();
     }
 
     /* sendmmsg or recvmmsg of one message; its length, or -1 with errno. */
@@ -141,7 +170,7 @@ cdef extern from * nogil:
     }
     """
     enum:
-        VR_IDLE, VR_CALL, VR_BOOKED
+        VR_IDLE, VR_CALL, VR_BOOKED, VR_FILE, VR_RELAY
         VR_RECORD_PRIVATE           # bytes before what a peer may write to
     ctypedef struct vr_record:
         uint64_t state
@@ -150,6 +179,9 @@ cdef extern from * nogil:
         uint64_t next_position
         uint64_t next_left
     void vr_book(vr_record* record, uint64_t position, uint64_t left)
+    bint vr_is_open(const vr_record* record)
+    void vr_moved(vr_record* record, ssize_t bytes)
+    void vr_open_record(vr_record* record, uint64_t state, uint64_t position, uint64_t bytes)
     vr_record vr_read_record(const vr_record* shared)
     void vr_close_record(vr_record* record)
     uint64_t vr_recorded_bytes(const vr_record* record)

@@ -13,8 +13,8 @@ from vring._layout cimport (
 )
 from vring._memory cimport GuestMemory, vr_lookup, vr_region
 from vring._record cimport (
-    VR_BOOKED, vr_book, vr_close_record, vr_left_after, vr_read_record, vr_record,
-    vr_recorded_bytes, vr_set_record
+    VR_BOOKED, vr_book, vr_close_record, vr_is_open, vr_left_after, vr_read_record,
+    vr_record, vr_recorded_bytes, vr_set_record
 )
 from vring._walk cimport (
     FAULT_AVAIL_INDEX, FAULT_FULL, FAULT_HEAD, FAULT_INDIRECT_ADDRESS, FAULT_INDIRECT_NESTED,
@@ -203,11 +203,13 @@ cdef class SplitQueue(VirtQueue):
         cdef uint16_t used = vr_load16(self.used + USED_INDEX)
         cdef vr_record record = vr_read_record(self.record)
         cdef uint64_t left = 0      # a ring that is elsewhere is not the one that was recorded
+        self.next_avail = self.next_used = used
+        if vr_is_open(&record) and used == <uint16_t>record.position:
+            return                  # the end knows more
         if record.state == VR_BOOKED and used == <uint16_t>record.next_position:
             left = record.next_left
         elif used == <uint16_t>record.position:
             left = vr_recorded_bytes(&record)
-        self.next_avail = self.next_used = used
         vr_set_record(self.record, used, left)
 
     cdef int locate_rings(self, GuestMemory memory) except -1:

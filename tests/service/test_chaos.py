@@ -9,12 +9,13 @@ import asyncio
 import itertools
 import os
 import random
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
+from pathlib import Path
 
 import pytest
 
 from tests.support.keeper import DEATHS, kept, socket_ports
-from tests.support.streams import PRIME, all_go_on, flowing, pattern
+from tests.support.streams import PRIME, OpenFile, all_go_on, flowing, pattern
 from tests.support.vfio_guest import VfioGuest
 from tests.support.waiting import until
 from vring_serial import EmbeddedGuest
@@ -61,16 +62,61 @@ GUESTS = [
 )
 async def test_no_kill_is_noticed(tmp_path, monkeypatch, make_guest, packed):
     monkeypatch.chdir(tmp_path)  # short socket paths
-    protocol = "vhost-user" if make_guest is vhost_user else "vfio-user"
-    chance = random.Random(KILLS)
     # By messages, bytes are slow.
     kills = KILLS // 4 if make_guest in (vfio_user_not_shared, vfio_user_not_shared_twin) else KILLS
-    ports = range(1, PORTS + 1)
-    arguments = [*socket_ports(ports), *(["--packed"] if packed else [])]
+    await endure(make_guest, packed, socket_ports(range(1, PORTS + 1)), kills=kills)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+@pytest.mark.parametrize("make_guest", [vhost_user, vfio_user])
+async def test_no_kill_is_noticed_at_terminals_pipes_and_files(
+    tmp_path, monkeypatch, make_guest, packed
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("pipe.in", "pipe.out", "file.in"):
+        os.mkfifo(name)
+    chardevs = (
+        "pty,id=c1,path=pty",
+        "pipe,id=c2,path=pipe",
+        "file,id=c3,path=file,input-path=file.in",
+        "stdio,id=c4",
+    )
+    arguments = []
+    for nr, chardev in enumerate(chardevs, 1):
+        port = f"chardev=c{nr},nr={nr},name=org.example.data{nr}"
+        arguments += ["--chardev", chardev, "--port", port]
+    (stdin, to_stdin), (from_stdout, stdout) = os.pipe(), os.pipe()
+    ends = {
+        1: ("pty", "pty"),
+        2: ("pipe.out", "pipe.in"),
+        3: ("file", "file.in"),
+        4: (from_stdout, to_stdin),
+    }
+
+    async def connect(nr):
+        out, into = ends[nr]
+        opened = OpenFile(out, os.O_RDONLY), OpenFile(into, os.O_WRONLY)
+        stack.callback(opened[0].close)
+        return opened
+
+    with ExitStack() as stack:
+        stack.callback(os.close, stdin)
+        stack.callback(os.close, stdout)
+        how = {"stdin": stdin, "stdout": stdout}
+        await endure(make_guest, packed, arguments, connect, **how)
+
+
+async def endure(make_guest, packed, arguments, connect=None, *, kills=KILLS, **how):
+    """Kill workers while bytes flow through the ports, and have nobody notice."""
+    protocol = "vhost-user" if make_guest is vhost_user else "vfio-user"
+    chance = random.Random(KILLS)
+    arguments = [*arguments, *(["--packed"] if packed else [])]
     async with AsyncExitStack() as stack:
-        keeper = await stack.enter_async_context(kept(tmp_path, *arguments, protocol=protocol))
+        keeper = await stack.enter_async_context(
+            kept(Path.cwd(), *arguments, protocol=protocol, **how)
+        )
         guest = await stack.enter_async_context(make_guest(packed))
-        async with flowing(keeper, guest, ports, chance) as streams:
+        async with flowing(keeper, guest, range(1, PORTS + 1), chance, connect) as streams:
             for number in range(kills):
                 await keeper.kill(chance.choice(DEATHS))
                 await all_go_on(streams)

@@ -6,6 +6,7 @@ import abc
 import asyncio
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.support.descriptors import read_exactly, write_all
@@ -55,11 +56,12 @@ class Guest:
             self.protocol = end.factory()
             self.protocol.connection_made(self.transport)
 
-    def end_replaced(self, end: DescriptorEnd) -> None:
+    def end_replaced(self, end: DescriptorEnd, between: Callable[[], None]) -> None:
         assert isinstance(self.end, DescriptorEnd)
         for fd in (self.end.read_fd, self.end.write_fd):
             if fd >= 0:
                 os.fstat(fd)  # still open, as promised
+        between()
         assert self.chardev.end is end
         self.end = end
         self.events.append("replaced")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from vring_serial.chardev.base import DescriptorEnd, End
 
@@ -20,8 +21,8 @@ class User:
     def end_opened(self, end: End) -> None:
         self.opened.set()
 
-    def end_replaced(self, end: DescriptorEnd) -> None:
-        pass
+    def end_replaced(self, end: DescriptorEnd, between: Callable[[], None]) -> None:
+        between()
 
     def end_closed(self) -> None:
         pass

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
-from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager, suppress
 from typing import Protocol
 
 from tests.support.keeper import Kept
@@ -25,6 +26,73 @@ class Guest(Protocol):
         ...
 
 
+class Reader(Protocol):
+    """What a stream needs of an asyncio.StreamReader."""
+
+    async def read(self, n: int) -> bytes:
+        """Return 1 to ``n`` bytes; none at the end."""
+        ...
+
+
+class Writer(Protocol):
+    """What a stream needs of an asyncio.StreamWriter."""
+
+    def write(self, data: bytes) -> None:
+        """Write bytes."""
+
+    async def drain(self) -> None:
+        """Wait until more may be written."""
+
+    def close(self) -> None:
+        """Close the end."""
+
+
+class OpenFile:
+    """A file that grows, a pipe or a terminal, as Reader or Writer.
+
+    Args:
+        file: a path, or a descriptor, which is taken over.
+        flags: to open a path with.
+    """
+
+    def __init__(self, file: str | int, flags: int = 0) -> None:
+        flags |= os.O_NONBLOCK | os.O_NOCTTY
+        self._fd = file if isinstance(file, int) else os.open(file, flags)
+        os.set_blocking(self._fd, False)
+        self._unwritten = memoryview(b"")
+
+    async def read(self, n: int) -> bytes:
+        """Return 1 to ``n`` bytes, as soon as there are some."""
+        found = b""
+
+        def look() -> bytes:
+            nonlocal found
+            with suppress(BlockingIOError):
+                found = os.read(self._fd, n)
+            return found
+
+        await until(look)
+        return found
+
+    def write(self, data: bytes) -> None:
+        """Have bytes written by :meth:`drain`."""
+        self._unwritten = memoryview(data)
+
+    async def drain(self) -> None:
+        """Write them."""
+
+        def go_on() -> bool:
+            with suppress(BlockingIOError):
+                self._unwritten = self._unwritten[os.write(self._fd, self._unwritten) :]
+            return not self._unwritten
+
+        await until(go_on)
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        os.close(self._fd)
+
+
 class Stream:
     """A sequence of bytes from one end of a port to the other.
 
@@ -34,9 +102,7 @@ class Stream:
         longest_pause: between two reads that gave bytes, in seconds.
     """
 
-    def __init__(
-        self, name: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
+    def __init__(self, name: str, reader: Reader, writer: Writer) -> None:
         self.name = name
         self.sent = self.received = 0
         self.longest_pause = 0.0
@@ -76,19 +142,24 @@ def pattern(at: int, length: int) -> bytes:
 
 @asynccontextmanager
 async def flowing(
-    keeper: Kept, guest: Guest, ports: Iterable[int], chance: random.Random
+    keeper: Kept,
+    guest: Guest,
+    ports: Iterable[int],
+    chance: random.Random,
+    connect: Callable[[int], Awaitable[tuple[Reader, Writer]]] | None = None,
 ) -> AsyncIterator[list[Stream]]:
     """Have bytes flow both ways through ports while the block runs; then all of them arrive.
 
     Args:
-        keeper: has ``socket_ports`` of these numbers.
+        keeper: has ``socket_ports`` of these numbers, unless there is ``connect``.
         guest: opens them.
         ports: their numbers.
         chance: how many bytes are sent at once.
+        connect: return the host's end of a port.
     """
     streams = []
     for nr in ports:
-        host_reader, host_writer = await keeper.connect(nr)
+        host_reader, host_writer = await (connect or keeper.connect)(nr)
         port = await guest.wait_port(name=f"org.example.data{nr}")
         guest_reader, guest_writer = await port.open()
         streams.append(Stream(f"{nr} out", host_reader, guest_writer))

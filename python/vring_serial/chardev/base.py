@@ -20,11 +20,23 @@ import abc
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from vring_serial.errors import LocalProtocolError, ResourceError
 from vring_serial.keeping import Keeping
 from vring_serial.lifetime import Starting
+
+
+class Relay(NamedTuple):
+    """A pipe that outlives the process: what went through it is known to a successor.
+
+    Attributes:
+        read_fd: its end to read from.
+        write_fd: its end to write to.
+    """
+
+    read_fd: int
+    write_fd: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +46,16 @@ class DescriptorEnd:
     Attributes:
         read_fd: descriptor to read bytes for the guest from; -1: there are none.
         write_fd: descriptor to write the guest's bytes to; -1: discard them.
+        kept: the open files outlive this process, with their positions.
+        read_relay: for a pipe or terminal to read from that is kept: what its bytes go through.
+        write_relay: the same, to write to.
     """
 
     read_fd: int
     write_fd: int
+    kept: bool = False
+    read_relay: Relay | None = None
+    write_relay: Relay | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +83,10 @@ class ChardevUser(Protocol):
     def end_opened(self, end: End) -> None:
         """Use the connected end; chardevs without a peer call this right after ``start``."""
 
-    def end_replaced(self, end: DescriptorEnd) -> None:
+    def end_replaced(self, end: DescriptorEnd, between: Callable[[], None]) -> None:
         """Use new descriptors for the open end, without the guest noticing: the peer is the same.
 
-        After this returns, the user must not use the old descriptors.
+        Call ``between`` when the old ones are used no more, and the new ones not yet.
         """
 
     def end_closed(self) -> None:
@@ -157,10 +175,12 @@ class Chardev(Starting):
         if self._user is not None:
             self._user.end_opened(end)
 
-    def _replace_end(self, end: DescriptorEnd) -> None:
+    def _replace_end(self, end: DescriptorEnd, between: Callable[[], None]) -> None:
         self.end = end
         if self._user is not None:
-            self._user.end_replaced(end)
+            self._user.end_replaced(end, between)
+        else:
+            between()
 
     def _close_end(self) -> None:
         if self.end is not None:

@@ -8,7 +8,7 @@ import logging
 import os
 from typing import ClassVar
 
-from vring_serial.chardev.base import Chardev, DescriptorEnd
+from vring_serial.chardev.base import Chardev, DescriptorEnd, Relay
 from vring_serial.chardev.kept import Kept
 
 log = logging.getLogger(__name__)
@@ -37,6 +37,9 @@ class FdChardev(Chardev):
         self._output = -1
         self._started = False
         self._kept = Kept(None)
+        self._relays = Kept(None)
+        self._input_relay: Relay | None = None
+        self._output_relay: Relay | None = None
         self._reopening: asyncio.Handle | None = None
         self._last_failure: tuple[int | None, float] | None = None
         self._delay = self.retry_seconds
@@ -53,6 +56,7 @@ class FdChardev(Chardev):
             return
         try:
             self._kept = Kept(self.keeping if self.kept else None)
+            self._relays = Kept(self.keeping)
             if self._kept.started_before:
                 self._input, self._output = self._kept.take(INPUT), self._kept.take(OUTPUT)
             else:
@@ -60,6 +64,7 @@ class FdChardev(Chardev):
                 self._kept.keep(INPUT, self._input)
                 self._kept.keep(OUTPUT, self._output)
                 self._kept.started()
+            self._make_relays()
         except BaseException:
             self._release()
             raise
@@ -89,13 +94,32 @@ class FdChardev(Chardev):
 
     def _open(self) -> None:
         self._reopening = None
-        self._open_end(DescriptorEnd(read_fd=self._input, write_fd=self._output))
+        self._open_end(self._descriptors())
+
+    def _descriptors(self) -> DescriptorEnd:
+        return DescriptorEnd(
+            read_fd=self._input,
+            write_fd=self._output,
+            kept=self.keeping is not None,
+            read_relay=self._input_relay,
+            write_relay=self._output_relay,
+        )
+
+    def _make_relays(self) -> None:
+        """Make what the descriptors need and do not have. Raises ResourceError."""
+        try:
+            self._input_relay = self._input_relay or self._relays.relay(INPUT, self._input)
+            self._output_relay = self._output_relay or self._relays.relay(OUTPUT, self._output)
+        except OSError as error:
+            raise self._error("make a pipe", error) from error
 
     def _input_ended(self) -> None:
         if self._input >= 0:
             self._kept.keep(INPUT, -1)
             os.close(self._input)
             self._input = -1
+        relay, self._input_relay = self._input_relay, None
+        self._relays.end_relay(INPUT, relay)
 
     def _failed(self, reason: OSError, now: float) -> None:
         """Log a new error; for one that a retry met again, only double the delay."""
@@ -114,3 +138,5 @@ class FdChardev(Chardev):
             self._kept.keep(OUTPUT, -1)
             os.close(self._output)
             self._output = -1
+        relay, self._output_relay = self._output_relay, None
+        self._relays.end_relay(OUTPUT, relay)

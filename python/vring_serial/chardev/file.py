@@ -7,7 +7,6 @@ import os
 import stat
 from dataclasses import dataclass
 
-from vring_serial.chardev.base import DescriptorEnd
 from vring_serial.chardev.fd import OUTPUT, FdChardev
 from vring_serial.chardev.options import Options, check_path
 
@@ -61,9 +60,15 @@ class FileChardev(FdChardev):
             return
         old, self._output = self._output, self._open_output()
         try:
-            self._kept.keep(OUTPUT, self._output)
+            self._make_relays()
+
+            def keep() -> None:
+                self._kept.keep(OUTPUT, self._output)
+
             if self.end is not None:
-                self._replace_end(DescriptorEnd(self._input, self._output))
+                self._replace_end(self._descriptors(), keep)
+            else:
+                keep()
         finally:
             os.close(old)
 

@@ -74,15 +74,19 @@ class LastWords:
 
     Args:
         close: called with the error when the time is over.
+        left: return how many bytes of a descriptor are unread.
     """
 
-    def __init__(self, close: Callable[[OSError], None]) -> None:
+    def __init__(
+        self, close: Callable[[OSError], None], left: Callable[[int], int] = unread
+    ) -> None:
         self._close = close
+        self._left = left
         self._timer: asyncio.TimerHandle | None = None
 
     def remain(self, fd: int, reason: OSError | None) -> bool:
         """Return whether the close is delayed: once, after an error, if ``fd`` has unread bytes."""
-        if reason is None or self._timer is not None or not unread(fd):
+        if reason is None or self._timer is not None or not self._left(fd):
             return False
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(LAST_WORDS_SECONDS, self._close, reason)
@@ -106,6 +110,7 @@ class HangupWatch:
         patience: called repeatedly with the descriptor and whether its peer hung up entirely;
             returns for how many seconds after the hang-up unread bytes keep the descriptor.
             Default: for ever.
+        left: return how many bytes of a descriptor are unread.
 
     Raises:
         OSError: no descriptor is available.
@@ -115,8 +120,10 @@ class HangupWatch:
         self,
         on_hangup: Callable[[int], None],
         patience: Callable[[int, bool], float] = _for_ever,
+        left: Callable[[int], int] = unread,
     ) -> None:
         self._on_hangup = on_hangup
+        self._left = left
         self._patience = patience
         self._loop = asyncio.get_running_loop()
         self._epoll = select.epoll()
@@ -151,7 +158,7 @@ class HangupWatch:
             True if bytes are unread: ``on_hangup`` will be called, or was called if the time is
             over. False if there are none; then it is not called.
         """
-        if not unread(fd):
+        if not self._left(fd):
             return False
         self._condemned.add(fd)
         self._check([fd])
@@ -187,7 +194,7 @@ class HangupWatch:
         for fd in fds:
             if fd not in self._watched:  # an earlier callback of this round ended it
                 continue
-            if not unread(fd) or self._waited_enough(fd):
+            if not self._left(fd) or self._waited_enough(fd):
                 self.unwatch(fd)
                 self._on_hangup(fd)
         if self._draining and self._timer is None and not self._epoll.closed:

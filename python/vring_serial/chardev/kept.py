@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
 import socket
+import stat
 from collections.abc import Sequence
 
+from vring_serial.chardev.base import Relay
 from vring_serial.keeping import Keeping
 
 _LISTENER, _CLIENT = "listener.", "client."
+#: Roles of a relay's two ends, after that of the descriptor.
+_RELAY = (".relay-out", ".relay-in")
+#: Bytes that a relay should hold: as many as the pump moves at once.
+_RELAY_SIZE = 256 << 10
 #: Section whose presence means that the chardev had been started.
 _STARTED = "started"
 
@@ -44,6 +53,34 @@ class Kept:
         """Return the descriptor that a predecessor left, from then on the caller's; -1 if none."""
         fd = None if self._keeping is None else self._keeping.take(role)
         return -1 if fd is None else fd
+
+    def relay(self, role: str, fd: int) -> Relay | None:
+        """Return the relay for a pipe or terminal: a predecessor's, or a new one.
+
+        The caller ends it with :meth:`end_relay`. None: there is no successor, or ``fd`` is
+        something else. Raises OSError without descriptors.
+        """
+        if self._keeping is None or not _wants_relay(fd):
+            return None
+        ends = [self.take(role + end) for end in _RELAY]
+        if -1 not in ends:
+            return Relay(*ends)
+        for end in ends:
+            if end >= 0:
+                os.close(end)
+        relay = Relay(*os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC))
+        with contextlib.suppress(OSError):  # more than this user may have
+            fcntl.fcntl(relay.write_fd, fcntl.F_SETPIPE_SZ, _RELAY_SIZE)
+        for name, end in zip(_RELAY, relay, strict=True):
+            self.keep(role + name, end)
+        return relay
+
+    def end_relay(self, role: str, relay: Relay | None) -> None:
+        """Close a relay, with what is in it, and keep it no longer."""
+        if relay is not None:
+            for name, end in zip(_RELAY, relay, strict=True):
+                self.keep(role + name, -1)
+                os.close(end)
 
 
 class KeptSockets(Kept):
@@ -98,3 +135,7 @@ class KeptSockets(Kept):
             assert fd is not None  # its role was there
             taken.append((number, socket.socket(fileno=fd)))
         return taken
+
+
+def _wants_relay(fd: int) -> bool:
+    return fd >= 0 and (stat.S_ISFIFO(os.fstat(fd).st_mode) or os.isatty(fd))

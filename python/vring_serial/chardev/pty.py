@@ -14,7 +14,8 @@ import socket
 import sys
 from dataclasses import dataclass
 
-from vring_serial.chardev.base import Chardev, DescriptorEnd
+from vring_serial.chardev.base import Chardev, DescriptorEnd, Relay
+from vring_serial.chardev.hangup import unread
 from vring_serial.chardev.kept import Kept
 from vring_serial.chardev.options import Options, check_path
 from vring_serial.chardev.terminal import set_raw, terminal_size
@@ -22,7 +23,8 @@ from vring_serial.chardev.terminal import set_raw, terminal_size
 # The kernel does not tell the master that the slave was opened or that its size changed.
 POLL_SECONDS = 0.2
 
-_MASTER = "master"  # role of the descriptor (see Keeping)
+_MASTER = "master"  # roles of descriptors (see Keeping)
+_INPUT, _OUTPUT = "input", "output"
 _TIOCGPTN = 0x80045430  # the number of the slave
 
 
@@ -59,6 +61,8 @@ class PtyChardev(Chardev):
         self._timer: asyncio.TimerHandle | None = None
         self._size: tuple[int, int] | None = None
         self._kept = Kept(None)
+        self._input_relay: Relay | None = None
+        self._output_relay: Relay | None = None
         self._claim: socket.socket | None = None  # of the link
 
     async def start(self) -> None:
@@ -73,6 +77,7 @@ class PtyChardev(Chardev):
                 self._kept.keep(_MASTER, self._master)
                 self._make_link()
                 self._kept.started()
+            self._make_relays()
         except BaseException:
             self._release()
             raise
@@ -125,6 +130,13 @@ class PtyChardev(Chardev):
             # The master sees a hang-up only after the slave was opened once and closed.
             os.close(slave)
 
+    def _make_relays(self) -> None:
+        try:
+            self._input_relay = self._kept.relay(_INPUT, self._master)
+            self._output_relay = self._kept.relay(_OUTPUT, self._master)
+        except OSError as error:
+            raise self._error("make a pipe", error) from error
+
     def _make_link(self) -> None:
         link = self.options.path
         if not link:
@@ -157,16 +169,26 @@ class PtyChardev(Chardev):
                 self.peer_gone()
         elif readable or not hung_up:
             # Bytes of a program that has left are still delivered; end of file follows.
-            self._open_end(DescriptorEnd(read_fd=self._master, write_fd=self._master))
+            self._open_end(self._descriptors())
         if self.end is not None:
             self._tell_size()
+
+    def _descriptors(self) -> DescriptorEnd:
+        return DescriptorEnd(
+            read_fd=self._master,
+            write_fd=self._master,
+            kept=self.keeping is not None,
+            read_relay=self._input_relay,
+            write_relay=self._output_relay,
+        )
 
     def _state(self) -> tuple[bool, bool]:
         """Return whether there are bytes to read, and whether no program has the slave open."""
         poller = select.poll()
         poller.register(self._master, select.POLLIN)
         mask = sum(mask for _, mask in poller.poll(0))
-        return bool(mask & select.POLLIN), bool(mask & select.POLLHUP)
+        left = self._input_relay is not None and unread(self._input_relay.read_fd)
+        return bool(mask & select.POLLIN or left), bool(mask & select.POLLHUP)
 
     def _tell_size(self) -> None:
         size = terminal_size(self._master)
@@ -188,6 +210,9 @@ class PtyChardev(Chardev):
         if self._claim is not None:
             self._claim.close()
             self._claim = None
+        for role, relay in ((_INPUT, self._input_relay), (_OUTPUT, self._output_relay)):
+            self._kept.end_relay(role, relay)
+        self._input_relay = self._output_relay = None
         self._kept.keep(_MASTER, -1)
         os.close(self._master)
         self._master = -1

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from vring_serial.chardev.fd import FdChardev
-from vring_serial.chardev.hangup import HangupWatch, LastWords
+from vring_serial.chardev.hangup import HangupWatch, LastWords, unread
 from vring_serial.chardev.options import Options
 from vring_serial.chardev.terminal import set_raw, terminal_size
 
@@ -47,7 +47,7 @@ class StdioChardev(FdChardev):
         self.options = options or StdioOptions()
         self._undo: list[Callable[[], None]] = []
         self._watch: HangupWatch | None = None
-        self._last_words = LastWords(self.peer_gone)
+        self._last_words = LastWords(self.peer_gone, self._unread)
         self._on_terminal = False
         self._size: tuple[int, int] | None = None
 
@@ -73,7 +73,7 @@ class StdioChardev(FdChardev):
         try:
             self._input = self._own(0, os.O_RDONLY)
             self._output = self._own(1, os.O_WRONLY)
-            self._watch = HangupWatch(lambda fd: self.peer_gone())
+            self._watch = HangupWatch(lambda fd: self.peer_gone(), left=self._unread)
             self._watch.watch(self._input)  # a broken output shows when it is written
             self._on_terminal = os.isatty(self._input)
             if self._on_terminal:
@@ -104,6 +104,10 @@ class StdioChardev(FdChardev):
         if self._watch is not None:
             self._watch.unwatch(self._input)
         super()._input_ended()
+
+    def _unread(self, fd: int) -> int:
+        relay = self._input_relay
+        return unread(fd) or (0 if relay is None else unread(relay.read_fd))
 
     def _own(self, fd: int, access: int) -> int:
         """Return a non-blocking descriptor for the file that ``fd`` is open on.

@@ -35,7 +35,6 @@ from vring_serial.service.worker import Inheritance, WorkerSpec
 
 #: What a death of a worker does to ports, and the kinds of chardevs where it does so.
 _NOTICED = (
-    (("file", "pipe", "pty", "stdio"), "bytes on their way may be lost or doubled"),
     (("ringbuf",), "what it holds is lost"),
     (("spicevmc", "spiceport"), "its connection ends, and a new one begins"),
 )

@@ -53,7 +53,8 @@ class PairChardev(Chardev):
         old, (self._ours, self.peer) = self._ours, socket.socketpair()
         self._ours.setblocking(False)
         self.peer.setblocking(False)
-        self._replace_end(DescriptorEnd(self._ours.fileno(), self._ours.fileno()))
+        end = DescriptorEnd(self._ours.fileno(), self._ours.fileno())
+        self._replace_end(end, lambda: None)
         return old
 
     def disconnect(self) -> socket.socket:

@@ -72,6 +72,9 @@ class DirectionUser(Protocol):
     def end_is_over(self, reason: OSError | None) -> None:
         """Tell the chardev that a descriptor gave end of file (None) or failed; update."""
 
+    def end_is_inexact(self) -> None:
+        """Take note that what moves to or from the descriptors is not recorded."""
+
     def queue_broken(self, direction: Direction, error: RingError) -> None:
         """Tell the device that the driver broke the direction's queue; update."""
 

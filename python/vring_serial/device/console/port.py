@@ -6,6 +6,7 @@ import asyncio
 import errno
 import logging
 import os
+from collections.abc import Callable
 from typing import Protocol
 
 from vring import Pump, RingError
@@ -88,6 +89,7 @@ class Port:
         self._console = console
         self._take(state or DevicePortState())
         self._still = False  # inside the device's settled, or after it was saved
+        self._inexact = False  # and that was logged
         self._retry: asyncio.TimerHandle | None = None
         self._retry_delay = 0.0  # of the last; 0 after a success
         self._log = RateLimitedLog(log)  # a peer can come and break in a loop
@@ -278,11 +280,12 @@ class Port:
             self._update()
             self._deliver_late()
 
-    def end_replaced(self, end: DescriptorEnd) -> None:
-        """Serve the open end's new descriptors; on return the old ones are no longer used."""
+    def end_replaced(self, end: DescriptorEnd, between: Callable[[], None]) -> None:
+        """Serve the open end's new descriptors; ``between``: the old ones are no longer used."""
         self._transmit.stop()
         self._transmit.stop_residue()
         self._receive.stop()
+        between()
         self._sides.end = end
         self._update()
 
@@ -319,6 +322,13 @@ class Port:
             self._log.log(logging.INFO, "%s", text)
         self._update()
         self.chardev.peer_gone(reason)
+
+    def end_is_inexact(self) -> None:
+        """Log, once, that a successor of this process cannot know how far the end's bytes came."""
+        if not self._inexact:
+            self._inexact = True
+            text = "bytes on their way may be lost or doubled when a worker dies"
+            log.warning("%s: %s: splice is refused: %s", self.label, self.chardev.description, text)
 
     def queue_broken(self, direction: Direction, error: RingError) -> None:
         """Update both directions, and let the device ask for a reset."""

@@ -46,6 +46,8 @@ class Receive(Direction):
                 kick_fd=running.kick_fd,
                 call_fd=running.call_fd,
                 on_event=self._flow_event,
+                kept=self._sides.end.kept,
+                relay=self._sides.end.read_relay,
             )
         else:
             assert self._sides.session is not None
@@ -54,5 +56,7 @@ class Receive(Direction):
     def _flow_event(self, event: FlowEvent, detail: int | RingError | None) -> None:
         if isinstance(detail, RingError):
             self.break_queue(detail)
+        elif event == FlowEvent.INEXACT:
+            self._user.end_is_inexact()
         else:
             self._ended(OSError(detail, os.strerror(detail)) if detail else None)

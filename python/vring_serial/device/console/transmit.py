@@ -79,6 +79,8 @@ class Transmit(Direction):
                 kick_fd=running.kick_fd,
                 call_fd=running.call_fd,
                 on_event=self._flow_event,
+                kept=self._sides.end.kept,
+                relay=self._sides.end.write_relay,
                 lossy=self._sides.never_waits,
                 residue=self._chain.residue,
             )
@@ -101,6 +103,8 @@ class Transmit(Direction):
             self.break_queue(detail)
         elif event == FlowEvent.OVERFLOW:
             self._user.output_dropped(detail or 0)
+        elif event == FlowEvent.INEXACT:
+            self._user.end_is_inexact()
         else:
             self._ended(OSError(detail, os.strerror(detail)) if detail else None)
 
