@@ -6,13 +6,39 @@ import errno
 import os
 import socket
 import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
+from vring_serial import activation
 from vring_serial.errors import ResourceError
 
 MAX_PATH = 107  # bytes: sun_path without its NUL
 _SO_PASSRIGHTS = 83
+
+
+@dataclass(frozen=True, slots=True)
+class SocketAccess:
+    """Who may connect to the sockets that this process makes in the file system.
+
+    Attributes:
+        mode: permissions; None: what the umask leaves.
+        uid, gid: owner and group; -1: the process's.
+    """
+
+    mode: int | None = None
+    uid: int = -1
+    gid: int = -1
+
+
+_access = SocketAccess()
+
+
+def set_access(access: SocketAccess) -> None:
+    """Have all sockets made so from now on, in the whole process, as with umask(2)."""
+    global _access
+    _access = access
 
 
 class SocketPathError(ResourceError):
@@ -57,7 +83,10 @@ class UnixListener:
     """A non-blocking listening stream socket at a path.
 
     A socket file on which nobody answers is a stale one, left by a process that was killed: it is
-    replaced. Anything else at the path is left alone.
+    replaced. Anything else at the path is left alone. A socket that whoever started the process
+    listens on there already is taken instead, and never removed.
+
+    The socket has its mode and owner (see set_access) before anybody can connect.
 
     Args:
         path: where; at most 107 bytes.
@@ -80,11 +109,17 @@ class UnixListener:
     ) -> None:
         self.path = path
         self._identity: tuple[int, int] | None = None
+        provided = activation.is_provided(path)
+        if inherited is None and provided:
+            inherited = activation.take(path)
         if inherited is not None:
             self.socket = socket.socket(fileno=inherited)
             self.socket.setblocking(False)
-            with suppress(OSError):
-                self._identity = _identity(path)
+            if provided and not descriptors:
+                refuse_descriptors(self.socket)
+            if not provided:
+                with suppress(OSError):
+                    self._identity = _identity(path)
             return
         name = encode_path(path)
         try:
@@ -94,6 +129,8 @@ class UnixListener:
             try:
                 self._bind(name)
                 self._identity = _identity(path)
+                if (_access.uid, _access.gid) != (-1, -1):
+                    os.chown(path, _access.uid, _access.gid, follow_symlinks=False)
                 self.socket.listen(backlog)
             except BaseException:
                 self.close()
@@ -111,6 +148,10 @@ class UnixListener:
                 os.unlink(self.path)
 
     def _bind(self, name: bytes) -> None:
+        with _mode_at_bind(self.socket):
+            self._bind_with_mode(name)
+
+    def _bind_with_mode(self, name: bytes) -> None:
         try:
             self.socket.bind(name)
         except FileNotFoundError:
@@ -122,6 +163,20 @@ class UnixListener:
             self.socket.bind(name)
 
 
+@contextmanager
+def _mode_at_bind(sock: socket.socket) -> Iterator[None]:
+    """Have bind make the socket's file with the mode that is wanted: Linux takes the socket's."""
+    if _access.mode is None:
+        yield
+        return
+    os.fchmod(sock.fileno(), _access.mode)
+    umask = os.umask(0)
+    try:
+        yield
+    finally:
+        os.umask(umask)
+
+
 def check_can_listen(path: str) -> None:
     """Check what can be checked without making a socket; the listener itself may fail all the same.
 
@@ -129,6 +184,8 @@ def check_can_listen(path: str) -> None:
         SocketPathError: a :class:`UnixListener` cannot be there.
     """
     name = encode_path(path)
+    if activation.is_provided(path):
+        return
     directory = os.path.dirname(path) or "."
     if not os.path.isdir(directory):
         raise _no_directory(path)

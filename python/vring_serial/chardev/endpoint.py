@@ -13,6 +13,7 @@ import socket
 from dataclasses import dataclass
 from typing import Any
 
+from vring_serial import activation
 from vring_serial.unix_socket import MAX_PATH, UnixListener, encode_path, refuse_descriptors
 
 BACKLOG = 128  # clients that the system lets wait to be accepted
@@ -225,6 +226,12 @@ async def _connect_tcp(family: int, where: tuple[Any, ...]) -> socket.socket:
 
 
 def _listening(family: int, where: tuple[Any, ...] | bytes) -> socket.socket:
+    if (provided := activation.take(where)) is not None:
+        sock = socket.socket(fileno=provided)
+        sock.setblocking(False)
+        if family == socket.AF_UNIX:
+            refuse_descriptors(sock)
+        return sock
     sock = socket.socket(family, _NONBLOCKING)
     try:
         if family == socket.AF_UNIX:

@@ -12,6 +12,7 @@ from functools import partial
 from typing import NoReturn
 
 from vring import __version__
+from vring_serial import activation
 from vring_serial.chardev import stdio
 from vring_serial.chardev.file import FileOptions
 from vring_serial.chardev.socket import SocketOptions
@@ -25,12 +26,15 @@ from vring_serial.cli.signals import run
 from vring_serial.config.topology import ControllerConfig, PortConfig, Topology
 from vring_serial.errors import ResourceError
 from vring_serial.service.candidate import Candidate
+from vring_serial.service.descriptor_store import Notifier
 from vring_serial.service.formats import FORMATS, check_journal
 from vring_serial.service.keeper import Keeper
 from vring_serial.service.link import Links
 from vring_serial.service.shelf import open_shelf
 from vring_serial.service.succession import KeeperState
+from vring_serial.service.systemd import ServiceManager
 from vring_serial.service.upgrade import Upgrading
+from vring_serial.service.watchdog import ANSWERS
 from vring_serial.service.worker import Inheritance, WorkerSpec
 
 #: What a death of a worker does to ports, and the kinds of chardevs where it does so.
@@ -64,13 +68,14 @@ def serve_kept(
         raise ResourceError("the log is not read, and a keeper cannot begin with a thread")
     warnings = [*warnings, *_noticed(topology)]
     without_pid_file = dataclasses.replace(settings, pid_file=None)
+    manager = ServiceManager.from_environment(os.environ)
     arrival = origin.arrival
     before = None if arrival is None else arrival.state
     with contextlib.ExitStack() as stack:
         links = stack.enter_context(
             Links([topology.name] if qmp else [], None if before is None else before.links)
         )
-        worker = partial(_work, topology, without_pid_file, log, warnings, links)
+        worker = partial(_work, topology, without_pid_file, log, warnings, links, manager.watchdog)
         specs = [WorkerSpec(settings.sockets[0], worker)]
         if qmp:
             served = MonitorSettings(topology.name, tuple(qmp), log)
@@ -82,6 +87,7 @@ def serve_kept(
             if arrival is None or not arrival.is_candidate:
                 stack.callback(put_back)
         if arrival is not None and arrival.is_candidate:
+            manager.close()
             return Candidate(
                 arrival, specs, check_journal, version=__version__, formats=FORMATS
             ).run()
@@ -90,7 +96,8 @@ def serve_kept(
         )
         say = partial(logs.write_now, as_json=log.as_json, path=log.path)
         upgrading = Upgrading(__version__, FORMATS, partial(_state, origin, lock, links))
-        return Keeper(specs, say, upgrading=upgrading, before=before).run()
+        stack.callback(manager.close)
+        return Keeper(specs, say, upgrading=upgrading, manager=manager, before=before).run()
 
 
 def _state(origin: Origin, pid_file: int, links: Links) -> KeeperState:
@@ -101,6 +108,7 @@ def _state(origin: Origin, pid_file: int, links: Links) -> KeeperState:
         pid_file=pid_file,
         streams=stdio.remembered(),
         links=links.descriptors,
+        sockets=activation.descriptors(),
     )
 
 
@@ -110,6 +118,7 @@ def _work(
     log: LogSettings,
     warnings: Sequence[str],
     links: Links,
+    watchdog: float | None,
     inheritance: Inheritance,
 ) -> int:
     """Serve in the worker's process."""
@@ -129,6 +138,8 @@ def _work(
                 text = f"the worker before left what nobody knows: {', '.join(forgotten)}"
                 emit(logging.WARNING, "forgotten", text)
             shelf.serving()
+            if watchdog is not None:
+                _say_well(inheritance.notifier, watchdog / ANSWERS)
 
         def handed_over() -> NoReturn:
             shelf.stopped()
@@ -145,6 +156,13 @@ def _work(
             run(serve(topology, settings, kept))
 
     return status_of(work)
+
+
+def _say_well(notifier: Notifier, seconds: float) -> None:
+    """Say every so many seconds that the event loop runs."""
+    with contextlib.suppress(ResourceError):
+        notifier.notify("WATCHDOG=1")
+    asyncio.get_running_loop().call_later(seconds, _say_well, notifier, seconds)
 
 
 def _without_emptying(topology: Topology) -> Topology:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
+from vring_serial import activation
 from vring_serial.config.inputs import Inputs
+from vring_serial.errors import ConfigError
 from vring_serial.service.succession import Arrival, arrive
+from vring_serial.service.systemd import listen_fds
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +26,14 @@ class Origin:
 
 
 def find_origin() -> Origin:
-    """Return the origin of this process. Raises StateError; see ``arrive``."""
+    """Return the origin of this process, and note the sockets that it was given.
+
+    Raises StateError (see ``arrive``), ConfigError (see ``listen_fds``).
+    """
     arrival = arrive()
+    passed = arrival.state.sockets if arrival else [fd for _, fd in listen_fds(os.environ)]
+    try:
+        activation.provide(passed)
+    except ValueError as error:
+        raise ConfigError(str(error), "LISTEN_FDS") from None
     return Origin(Inputs(None if arrival is None else arrival.state.inputs), arrival)

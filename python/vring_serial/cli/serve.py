@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import click
 
 from vring_serial.cli import PATH, interrupts_end_at_once, logs
+from vring_serial.cli.access import parse_access
 from vring_serial.cli.signals import run
 from vring_serial.config.draft import check_unix_path
 from vring_serial.config.load import load_topology
@@ -17,6 +18,7 @@ from vring_serial.config.topology import Topology
 from vring_serial.errors import ConfigError
 from vring_serial.service.qmp.option import parse_qmp
 from vring_serial.service.sandbox import Sandbox
+from vring_serial.unix_socket import set_access
 
 
 @click.command("serve")
@@ -138,6 +140,13 @@ from vring_serial.service.sandbox import Sandbox
     help="Become this user when everything is open.",
 )
 @click.option(
+    "--socket-mode",
+    metavar="OCTAL",
+    help="Permissions of all unix sockets that are made (what the umask leaves).",
+)
+@click.option("--socket-owner", metavar="USER", help="Owner of all unix sockets that are made.")
+@click.option("--socket-group", metavar="GROUP", help="Group of all unix sockets that are made.")
+@click.option(
     "--pid-file", type=PATH, metavar="FILE", help="Write the process id here while serving."
 )
 @click.option(
@@ -174,6 +183,9 @@ def serve_command(
     qmp: tuple[str, ...],
     sandbox: str,
     user: str | None,
+    socket_mode: str | None,
+    socket_owner: str | None,
+    socket_group: str | None,
     pid_file: str | None,
     agent_socket: str | None,
     log_level: str,
@@ -205,6 +217,7 @@ def serve_command(
         )
     monitors = [parse_qmp(text) for text in qmp]
     confinement = Sandbox.parse(sandbox, user)
+    set_access(parse_access(socket_mode, socket_owner, socket_group))
     with interrupts_end_at_once():
         from vring_serial.cli.origin import find_origin
     origin = find_origin()

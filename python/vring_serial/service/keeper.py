@@ -23,7 +23,9 @@ from vring_serial.service.aside import MOST as OVERDUE_MOST
 from vring_serial.service.descriptor_store import DescriptorStore, Notifier
 from vring_serial.service.journal import Journal, checksum
 from vring_serial.service.succession import KeeperState, Reporter, start_again
+from vring_serial.service.systemd import ServiceManager
 from vring_serial.service.upgrade import Stage, Upgrade, Upgrading
+from vring_serial.service.watchdog import Watchdog
 from vring_serial.service.worker import (
     DEATHS_MAX,
     LIVES_MAX,
@@ -75,6 +77,7 @@ class Keeper:
         descriptors: how many each worker may store, as far as the process may open so many.
         stop_seconds: how long workers have to stop; see STOP_SECONDS.
         upgrading: what an upgrade needs to know; None: there is none.
+        manager: the service manager, which hears how the service is.
         before: what the code left that was the keeper before an upgrade; None: this is the first.
     """
 
@@ -86,10 +89,14 @@ class Keeper:
         descriptors: int = 4096,
         stop_seconds: float = STOP_SECONDS,
         upgrading: Upgrading | None = None,
+        manager: ServiceManager | None = None,
         before: KeeperState | None = None,
     ) -> None:
         self._log = log
         self._upgrading = upgrading
+        self._manager = manager or ServiceManager(None)
+        self._watchdog = Watchdog(self._manager, self._tell_hung)
+        self._told_ready = False
         self._upgrade: Upgrade | None = None
         self._leaving: dict[int, tuple[int, float]] = {}  # pidfd: process id, and when it is killed
         self._before = before
@@ -135,6 +142,7 @@ class Keeper:
         try:
             with self._signals():
                 if self._before is not None:
+                    self._told_ready = True
                     self._tell_upgraded(self._before)
                 while self._alive():
                     self._start_due()
@@ -162,8 +170,9 @@ class Keeper:
             times.append(self._deadline)
             if any(w.pid and not w.told_to_stop for w in self._workers):
                 times.append(self._begin_by)
-        if self._upgrade is not None and self._upgrade.deadline is not None:
-            times.append(self._upgrade.deadline)
+        for part in (self._upgrade, self._watchdog):
+            if part is not None and part.deadline is not None:
+                times.append(part.deadline)
         times += [kill_at for _, kill_at in self._leaving.values()]
         timeout = None
         if times:
@@ -174,6 +183,7 @@ class Keeper:
                 self._take_messages(worker)
             if worker.pidfd >= 0 and worker.pidfd in ready:
                 self._reap(worker)
+        self._watchdog.look(self._workers)
         self._see_off(ready)
         if self._upgrade is not None:
             self._upgrade.act(ready)
@@ -204,11 +214,26 @@ class Keeper:
                 return
             if fields.get("READY") == "1":
                 worker.ready = True
+                worker.seen = time.monotonic()
+                self._tell_ready()
+            if fields.get("WATCHDOG") == "1":
+                worker.seen = time.monotonic()
             if fields.get("STOPPED") == "1" and worker.hands_over and worker.pid:
                 self._poll.unregister(worker.pidfd)
                 pid, pidfd = worker.pid, worker.leave()
                 self._poll.register(pidfd, select.POLLIN)
                 self._leaving[pidfd] = pid, time.monotonic() + KILL_SECONDS
+
+    def _tell_ready(self) -> None:
+        """Tell the service manager, once, when all workers that serve do so."""
+        serving = [worker for worker in self._workers if worker.spec.serves]
+        if not self._told_ready and all(worker.ready for worker in serving):
+            self._told_ready = True
+            self._manager.ready("serving " + ", ".join(worker.spec.name for worker in serving))
+
+    def _tell_hung(self, worker: Worker) -> None:
+        text = f"{worker.spec.name}: its worker does not do anything any more, and is ended"
+        self._say(logging.ERROR, "worker_hangs", text, worker=worker.spec.name)
 
     def _cast_out(self, worker: Worker) -> None:
         """End a worker for good, and hear nothing of it any more."""
@@ -349,6 +374,7 @@ class Keeper:
         self._say(
             logging.ERROR, "worker_ended", text, worker=worker.spec.name, restarts=worker.restarts
         )
+        self._manager.status(text)
 
     def _forget(self, worker: Worker) -> None:
         """Close and drop all that the worker left."""
@@ -366,6 +392,7 @@ class Keeper:
         if self._upgrading is None or self._upgrade is not None or self._stop is not _Stop.NOT:
             return
         self._reporter.begin()
+        self._manager.reloading()
         if any(worker.store.aside.overdue for worker in self._workers):
             self._refuse_upgrade("something that a worker stored cannot be closed")
             return
@@ -436,6 +463,7 @@ class Keeper:
         text = f"upgrade: {why}; the version before goes on"
         self._say(logging.ERROR, "upgrade_refused", text)
         self._reporter.finish(text, succeeded=False)
+        self._manager.ready(text)
 
     def _tell_upgraded(self, before: KeeperState) -> None:
         assert self._upgrading is not None
@@ -446,6 +474,7 @@ class Keeper:
         )
         self._say(logging.INFO, "upgraded", text, pause_ms=pause)
         self._reporter.finish(text, succeeded=True)
+        self._manager.ready(text)
 
     def _see_off(self, ready: Collection[int]) -> None:
         """Reap processes that have stopped for their successors."""
@@ -478,7 +507,9 @@ class Keeper:
         with contextlib.suppress(BlockingIOError):
             for number in os.read(self._wake_reader, 64):
                 if number == signal.SIGHUP:
+                    self._manager.reloading()
                     self._send(signal.SIGHUP)
+                    self._manager.ready("files were opened anew")
                 elif number == signal.SIGUSR2:
                     self._begin_upgrade()
                 elif self._stop is _Stop.NOT:
@@ -488,6 +519,7 @@ class Keeper:
 
     def _ask_to_stop(self) -> None:
         self._stop = _Stop.ASKED
+        self._manager.stopping()
         if self._upgrade is not None:
             self._upgrade.fail("the service stops")
             self._look_at_upgrade(self._upgrade)

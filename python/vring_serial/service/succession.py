@@ -72,6 +72,7 @@ class KeeperState:
         report: descriptor of what `vring upgrade` reads.
         pid_file: descriptor that holds the pid file's lock; -1 without one.
         streams: how the standard streams were; None if nobody changes them.
+        sockets: descriptors that the service manager passed.
         links: both ends of each link, by the worker's name.
         inputs: files that the configuration was read from, by path.
         longest_pause: of a worker during the upgrade, in microseconds.
@@ -83,6 +84,7 @@ class KeeperState:
     report: int = -1
     pid_file: int = -1
     streams: StreamsState | None = None
+    sockets: list[int] = field(default_factory=list)
     links: dict[str, tuple[int, int]] = field(default_factory=dict)
     inputs: dict[str, bytes] = field(default_factory=dict)
     longest_pause: int = 0
@@ -96,6 +98,7 @@ class KeeperState:
             yield from (worker.journal, worker.keeper_end, worker.worker_end)
             for fds in worker.store.values():
                 yield from fds
+        yield from self.sockets
         for ends in self.links.values():
             yield from ends
 
@@ -103,6 +106,7 @@ class KeeperState:
         """Return the numbers of descriptors that a candidate has, too."""
         for worker in self.workers:
             yield from (worker.journal, worker.worker_end)
+        yield from self.sockets
         for ends in self.links.values():
             yield from ends
 

@@ -83,6 +83,7 @@ class Worker:
         lives: when the last lives ended, whatever they left.
         unready: how many lives ended one after another before READY=1.
         told_to_stop: it got SIGTERM, in this life.
+        seen: when (monotonic) it said last that it is well.
         hands_over: it was told to stop for a successor with other code, or the keeper's.
         clears: it began when its predecessor died instead of stopping.
         refused: descriptors were not kept, and that was logged.
@@ -106,6 +107,7 @@ class Worker:
     left: int = 0
     unready: int = 0
     told_to_stop: bool = False
+    seen: float = 0.0
     hands_over: bool = False
     clears: bool = False
     refused: bool = False
@@ -193,6 +195,7 @@ class Worker:
             cast_out=state.cast_out,
             start_at=None if state.start_at is None else state.start_at / 1e9,
             pause=state.pause / 1e9,
+            seen=time.monotonic(),
         )
         worker.deaths.extend(at / 1e9 for at in state.deaths)
         worker.keeper_end.setblocking(False)
