@@ -27,7 +27,7 @@ def serve(tmp_path: Path) -> Serve:
     async def run(
         *arguments: str, ready: str = "serving;", through: tuple[str, ...] = ()
     ) -> AsyncIterator[Server]:
-        if not {"--vhost-user", "--vfio-user"} & set(arguments):
+        if not {"--vhost-user", "--vfio-user", "--config"} & set(arguments):
             arguments = ("--vhost-user", "v", *arguments)
         process = await asyncio.create_subprocess_exec(
             *(*through, sys.executable, "-m", "vring_serial", "serve", *arguments),

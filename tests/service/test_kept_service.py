@@ -187,7 +187,7 @@ async def test_json_has_the_deaths_too(tmp_path):
         assert await keeper.stop() == 0
     events = [json.loads(line) for line in keeper.log.splitlines()]
     ended = [event for event in events if event["event"] == "worker_ended"]
-    assert [(event["worker"], event["restarts"]) for event in ended] == [("v", 1)]
+    assert [(event["worker"], event["restarts"]) for event in ended] == [("vring", 1)]
 
 
 @pytest.mark.parametrize(

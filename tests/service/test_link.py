@@ -112,7 +112,7 @@ async def test_packets_that_nobody_of_ours_sent_are_dropped(packet):
 async def test_a_process_has_its_own_ends_alone():
     before = len(os.listdir("/proc/self/fd"))
     links = Links(["a", "b"])
-    end = links.for_worker("a")
+    end = links.for_worker(["a"])["a"]
     assert end is not None
     assert end.family == socket.AF_UNIX
     assert len(os.listdir("/proc/self/fd")) == before + 1

@@ -312,7 +312,7 @@ def reach_for(*chardevs):
     ports = [f"chardev=c{i}" for i in range(len(chardevs))]
     ends = tuple(c.replace(",", f",id=c{i},", 1) for i, c in enumerate(chardevs))
     options = QemuOptions(ends, tuple(ports), (), None, None)
-    return reach_of(load_topology(None, options, channel_directory=""), removes=["run/v"])
+    return reach_of([load_topology(None, options, channel_directory="")], removes=["run/v"])
 
 
 def test_reach_follows_from_the_host_ends():

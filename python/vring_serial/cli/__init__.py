@@ -72,6 +72,7 @@ class LazyCommand:
 COMMANDS = {
     "serve": LazyCommand("serve", "serve_command", "Serve virtio-serial devices to guests."),
     "upgrade": LazyCommand("upgrade", "upgrade_command", "Give a running service new code."),
+    "config": LazyCommand("config", "config_command", "Check and write files of serve --config."),
     "guest": LazyCommand("guest", "guest_command", "Run the embedded guest against a device."),
     "bench": LazyCommand("bench", "bench_command", "Measure ports: throughput, latency, rings."),
     "agent": LazyCommand("agent", "agent_command", "Talk to the SPICE agent of a guest."),

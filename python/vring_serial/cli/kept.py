@@ -1,4 +1,4 @@
-"""``vring serve --keeper``: a keeper, and a worker that may be killed without anybody noticing."""
+"""The keeper of ``vring serve``, and its workers, which may be killed without anybody noticing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NoReturn
 
@@ -23,7 +23,8 @@ from vring_serial.cli.origin import Origin
 from vring_serial.cli.pidfile import pid_file
 from vring_serial.cli.server import Kept, Settings, serve
 from vring_serial.cli.signals import run
-from vring_serial.config.topology import ControllerConfig, PortConfig, Topology
+from vring_serial.config.topology import ChardevConfig, ControllerConfig, PortConfig, Topology
+from vring_serial.config.vms import VmConfig
 from vring_serial.errors import ResourceError
 from vring_serial.service.candidate import Candidate
 from vring_serial.service.descriptor_store import Notifier
@@ -45,8 +46,9 @@ _NOTICED = (
 
 
 def serve_kept(
-    topology: Topology,
-    settings: Settings,
+    shares: Sequence[Sequence[VmConfig]],
+    settings: Sequence[Settings],
+    pid_path: str | None,
     log: LogSettings,
     warnings: Sequence[str],
     qmp: Sequence[SocketOptions],
@@ -55,8 +57,9 @@ def serve_kept(
     """Serve with a keeper until the first SIGINT or SIGTERM; return the exit status.
 
     Args:
-        topology: what to serve.
-        settings: how.
+        shares: the VMs of each worker.
+        settings: of each worker's process.
+        pid_path: file for the keeper's process id, or None.
         log: where to log.
         warnings: about the configuration; the first worker logs them.
         qmp: where monitors listen, in a process of their own.
@@ -66,23 +69,29 @@ def serve_kept(
     """
     if not logs.end():
         raise ResourceError("the log is not read, and a keeper cannot begin with a thread")
-    warnings = [*warnings, *_noticed(topology)]
-    without_pid_file = dataclasses.replace(settings, pid_file=None)
+    is_only = len(shares) == 1
+    names = [vm.name for vms in shares for vm in vms]
     manager = ServiceManager.from_environment(os.environ)
     arrival = origin.arrival
     before = None if arrival is None else arrival.state
     with contextlib.ExitStack() as stack:
         links = stack.enter_context(
-            Links([topology.name] if qmp else [], None if before is None else before.links)
+            Links(names if qmp else [], None if before is None else before.links)
         )
-        worker = partial(_work, topology, without_pid_file, log, warnings, links, manager.watchdog)
-        specs = [WorkerSpec(settings.sockets[0], worker)]
+        specs = []
+        for vms, of_process in zip(shares, settings, strict=True):
+            texts = [line for vm in vms for line in _noticed(vm.topology)]
+            said = [*warnings, *texts]
+            label = "" if is_only else vms[0].name
+            worker = partial(_work, vms, of_process, log, said, label, links, manager.watchdog)
+            specs.append(WorkerSpec(vms[0].name if len(vms) == 1 else "all VMs", worker))
+            warnings = ()
         if qmp:
-            served = MonitorSettings(topology.name, tuple(qmp), log)
-            specs.append(
-                WorkerSpec(monitor.NAME, partial(monitor.work, served, links), serves=False)
-            )
-        if any(port.chardev.kind == "stdio" for c in topology.controllers for port in c.ports):
+            served = MonitorSettings(names[0], tuple(qmp), log)
+            work = partial(monitor.work, served, links)
+            specs.append(WorkerSpec(monitor.NAME, work, serves=False))
+        chardevs = [chardev for vms in shares for vm in vms for chardev in _chardevs(vm)]
+        if any(chardev.kind == "stdio" for chardev in chardevs):
             put_back = stdio.remember(None if before is None else before.streams)
             if arrival is None or not arrival.is_candidate:
                 stack.callback(put_back)
@@ -91,9 +100,7 @@ def serve_kept(
             return Candidate(
                 arrival, specs, check_journal, version=__version__, formats=FORMATS
             ).run()
-        lock = stack.enter_context(
-            pid_file(settings.pid_file, -1 if before is None else before.pid_file)
-        )
+        lock = stack.enter_context(pid_file(pid_path, -1 if before is None else before.pid_file))
         say = partial(logs.write_now, as_json=log.as_json, path=log.path)
         upgrading = Upgrading(__version__, FORMATS, partial(_state, origin, lock, links))
         stack.callback(manager.close)
@@ -113,15 +120,16 @@ def _state(origin: Origin, pid_file: int, links: Links) -> KeeperState:
 
 
 def _work(
-    topology: Topology,
+    vms: Sequence[VmConfig],
     settings: Settings,
     log: LogSettings,
     warnings: Sequence[str],
+    label: str,
     links: Links,
     watchdog: float | None,
     inheritance: Inheritance,
 ) -> int:
-    """Serve in the worker's process."""
+    """Serve in the worker's process; the log's lines are about the VM ``label``, if it is one."""
 
     def keeper_ended() -> None:
         asyncio.get_running_loop().remove_reader(inheritance.keeper)
@@ -129,7 +137,7 @@ def _work(
         emit(logging.ERROR, "keeper_ended", text)
 
     def work() -> None:
-        logs.configure(log.level, as_json=log.as_json, path=log.path)
+        logs.configure(log.level, as_json=log.as_json, path=log.path, vm=label)
         shelf = open_shelf(inheritance.journal, inheritance.notifier, inheritance.descriptors)
 
         def serving() -> None:
@@ -146,14 +154,14 @@ def _work(
             os._exit(0)
 
         with shelf:
-            link = links.for_worker(topology.name)
-            kept = Kept(shelf, serving, handed_over, link, inheritance.restarts)
+            ends = links.for_worker([vm.name for vm in vms])
+            kept = Kept(shelf, serving, handed_over, ends, inheritance.restarts)
             if inheritance.restarts:
-                run(serve(_without_emptying(topology), settings, kept))
+                run(serve([_without_emptying(vm) for vm in vms], settings, kept))
                 return
             for warning in warnings:
                 emit(logging.WARNING, "configuration", warning)
-            run(serve(topology, settings, kept))
+            run(serve(vms, settings, kept))
 
     return status_of(work)
 
@@ -165,7 +173,12 @@ def _say_well(notifier: Notifier, seconds: float) -> None:
     asyncio.get_running_loop().call_later(seconds, _say_well, notifier, seconds)
 
 
-def _without_emptying(topology: Topology) -> Topology:
+def _chardevs(vm: VmConfig) -> Iterator[ChardevConfig]:
+    for controller in vm.topology.controllers:
+        yield from (port.chardev for port in controller.ports)
+
+
+def _without_emptying(vm: VmConfig) -> VmConfig:
     """Return it with files that are appended to: the first worker has emptied them already."""
 
     def port(config: PortConfig) -> PortConfig:
@@ -179,9 +192,9 @@ def _without_emptying(topology: Topology) -> Topology:
     def controller(config: ControllerConfig) -> ControllerConfig:
         return dataclasses.replace(config, ports=tuple(port(p) for p in config.ports))
 
-    return dataclasses.replace(
-        topology, controllers=tuple(controller(c) for c in topology.controllers)
-    )
+    controllers = tuple(controller(c) for c in vm.topology.controllers)
+    topology = dataclasses.replace(vm.topology, controllers=controllers)
+    return dataclasses.replace(vm, topology=topology)
 
 
 def _noticed(topology: Topology) -> list[str]:

@@ -1,14 +1,15 @@
 """The log on standard error or in a file: one line per event, as plain text or JSON.
 
 In JSON each line is one object with the keys ``time`` (ISO 8601, UTC), ``level``, ``logger``,
-``event`` and ``message``. Records of devices (:mod:`vring_serial.device.console.event_log`) and of
-:func:`emit` have an attribute ``event`` and add their ``fields``; for all others the event is
-``log``.
+``event`` and ``message``, and ``vm`` if there are several. Records of devices
+(:mod:`vring_serial.device.console.event_log`) and of :func:`emit` have an attribute ``event`` and
+add their ``fields``; for all others the event is ``log``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import datetime
 import fcntl
 import json
@@ -19,7 +20,7 @@ import select
 import stat
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import click
@@ -45,6 +46,8 @@ RESUME_BYTES = 16 << 10
 NAME = "<call>"
 _TIME = re.compile(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d\.\d{3}")
 
+#: The VM that records are about, where a process serves several.
+_vm: contextvars.ContextVar[str] = contextvars.ContextVar("vm", default="")
 _logger = logging.getLogger("vring_serial.cli")
 _handler: LineHandler | None = None
 
@@ -182,14 +185,20 @@ class LineHandler(logging.Handler):
         return self.format(record)
 
 
-def configure(level: str, *, as_json: bool, path: str | None = None) -> None:
+def configure(level: str, *, as_json: bool, path: str | None = None, vm: str = "") -> None:
     """Log our records from ``level`` up, and warnings of others, to standard error or a file.
+
+    Args:
+        level: one of LEVELS.
+        as_json: one JSON object a line.
+        path: file to append to; None for standard error.
+        vm: the one that all records are about; "" for several, or none that is named.
 
     Raises:
         ResourceError: the file cannot be opened.
     """
     global _handler
-    handler = LineHandler(JsonFormatter() if as_json else TextFormatter(), path)
+    handler = LineHandler(JsonFormatter(vm) if as_json else TextFormatter(vm), path)
     if _handler is not None:
         _handler.close()
     _handler = handler
@@ -207,6 +216,16 @@ def configure(level: str, *, as_json: bool, path: str | None = None) -> None:
 def set_level(level: str) -> None:
     """Log our records from ``level`` up, from now on."""
     logging.getLogger("vring_serial").setLevel(level.upper())
+
+
+@contextlib.contextmanager
+def about(vm: str) -> Iterator[None]:
+    """Name a VM in all that is logged in the block, and by all callbacks that it sets up."""
+    token = _vm.set(vm)
+    try:
+        yield
+    finally:
+        _vm.reset(token)
 
 
 def last_words(message: str) -> LastWords | None:
@@ -309,12 +328,30 @@ def emit(level: int, event: str, message: str, **fields: object) -> None:
     _logger.log(level, "%s", message, extra=extra)
 
 
-class TextFormatter(logging.Formatter):
+class _VmFormatter(logging.Formatter):
+    """A formatter that knows which VM records are about.
+
+    Args:
+        vm: the one of all records that :func:`about` says nothing of.
+    """
+
+    def __init__(self, vm: str = "") -> None:
+        super().__init__()
+        self._of_all = vm
+
+    @property
+    def vm(self) -> str:
+        return _vm.get() or self._of_all
+
+
+class TextFormatter(_VmFormatter):
     """``2026-01-31 12:00:00.123 info    message``: one line, whatever the message contains."""
 
     def format(self, record: logging.LogRecord) -> str:
         when = datetime.datetime.fromtimestamp(record.created).isoformat(" ", "milliseconds")
-        line = f"{when} {record.levelname.lower():<7} {escaped(_cut(record.getMessage()))}"
+        about = f"{self.vm}: " if self.vm else ""
+        text = escaped(about + _cut(record.getMessage()))
+        line = f"{when} {record.levelname.lower():<7} {text}"
         if record.exc_info and record.exc_info[1] is not None:
             line += (
                 f": {type(record.exc_info[1]).__name__}: {escaped(_cut(str(record.exc_info[1])))}"
@@ -324,7 +361,7 @@ class TextFormatter(logging.Formatter):
         return line
 
 
-class JsonFormatter(logging.Formatter):
+class JsonFormatter(_VmFormatter):
     """One JSON object per line; see the module."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -336,6 +373,8 @@ class JsonFormatter(logging.Formatter):
             "event": getattr(record, "event", "log"),
             "message": _cut(record.getMessage()),
         }
+        if self.vm:
+            line["vm"] = self.vm
         for name, value in getattr(record, "fields", {}).items():
             line[name] = _cut(value) if isinstance(value, str) else value
         if record.exc_info:

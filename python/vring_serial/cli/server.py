@@ -7,10 +7,10 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from vring import Pump
 from vring_serial.cli import logs
@@ -20,7 +20,8 @@ from vring_serial.cli.pidfile import pid_file
 from vring_serial.cli.signals import finished_before, stop_on_signals
 from vring_serial.cli.spice_end import SpiceEnds
 from vring_serial.config.build import make_controller
-from vring_serial.config.topology import ControllerConfig, Topology
+from vring_serial.config.topology import ControllerConfig
+from vring_serial.config.vms import VmConfig
 from vring_serial.device.console.controller import Controller
 from vring_serial.device.console.loop_pump import LoopPump
 from vring_serial.errors import ConfigError, ResourceError
@@ -29,7 +30,6 @@ from vring_serial.service.answers import Answers, Served
 from vring_serial.service.link import Answerer, LinkEnd
 from vring_serial.service.reach import reach_of
 from vring_serial.service.sandbox import NO_SANDBOX, Sandbox, enter
-from vring_serial.transport.server import Server
 from vring_serial.transport.vfio_user.server import VfioUserServer
 from vring_serial.transport.vhost_user.backend import VhostUserBackend
 from vring_serial.unix_fds import allow_descriptors
@@ -38,36 +38,17 @@ from vring_serial.unix_socket import check_can_listen
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The settings of the server, apart from the topology.
+    """The settings of a process that serves, apart from what it serves.
 
     Attributes:
-        sockets: one path per controller, in the controllers' order.
-        connect: connect to frontends that listen, instead of listening.
-        inband_notifications: offer kicks and calls as messages.
         pid_file: file for the process id while serving, or None.
-        busy_poll: microseconds for which the data plane keeps polling after work.
-        agent_socket: path on which clients of the spicevmc port's agent connect, or None.
-        vfio_user: use vfio-user on the sockets instead of vhost-user.
-        transitional: also support legacy (pre-1.0) drivers (vfio-user).
-        packed: offer packed rings.
-        vectors: entries of the MSI-X table of controllers that do not specify it (vfio-user);
-            None: see PciDevice.
-        sandbox: what the process gives up before it serves.
         log_file: the log, if it is a file that is opened again.
+        sandbox: what the process gives up before it serves.
     """
 
-    sockets: tuple[str, ...]
-    connect: bool = False
-    inband_notifications: bool = False
     pid_file: str | None = None
-    busy_poll: int = 0
-    agent_socket: str | None = None
-    vfio_user: bool = False
-    transitional: bool = False
-    packed: bool = False
-    vectors: int | None = None
-    sandbox: Sandbox = NO_SANDBOX
     log_file: str | None = None
+    sandbox: Sandbox = NO_SANDBOX
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +58,7 @@ class Kept:
     Attributes:
         keeping: store for what a successor process needs, and for what a predecessor left.
         on_serving: called when everything has started.
-        link: to the monitor, taken over; None if there is none.
+        links: to the monitor, by VM, taken over; none if there is no monitor.
         restarts: how many processes served before this one.
         handed_over: called when SIGUSR2 has told to stop for a successor, and nothing moves any
             more; ends the process.
@@ -86,18 +67,18 @@ class Kept:
     keeping: Keeping
     on_serving: Callable[[], None]
     handed_over: Callable[[], NoReturn]
-    link: LinkEnd | None = None
+    links: Mapping[str, LinkEnd] = field(default_factory=dict)
     restarts: int = 0
 
 
-async def serve(topology: Topology, settings: Settings, kept: Kept | None = None) -> None:
+async def serve(vms: Sequence[VmConfig], settings: Settings, kept: Kept | None = None) -> None:
     """Serve until the first SIGINT or SIGTERM; the second ends the process at once.
 
     With a keeper, only SIGTERM counts: the keeper hears SIGINT too.
 
     Args:
-        topology: the controllers with their ports.
-        settings: how to serve them.
+        vms: the machines with their controllers and ports.
+        settings: of this process.
         kept: what a keeper gave; None without one.
 
     Raises:
@@ -105,15 +86,13 @@ async def serve(topology: Topology, settings: Settings, kept: Kept | None = None
         ResourceError: a socket, file or terminal cannot be opened.
     """
     allow_descriptors()
-    keeping = None if kept is None else kept.keeping
-    controllers: list[Controller] = []
-    pumps: list[Pump] = []
-    stop = stop_on_signals(lambda: _reload(controllers), interrupt=keeping is None)
+    served: list[_Machine] = []
+    stop = stop_on_signals(lambda: _reload(served), interrupt=kept is None)
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(pid_file(settings.pid_file))
-        if await finished_before(stop, _start(topology, settings, controllers, pumps, stack, kept)):
+        if await finished_before(stop, _start(vms, settings, served, stack, kept)):
             if kept is not None:
-                hand_over = partial(_hand_over, controllers, pumps[0], kept.handed_over)
+                hand_over = partial(_hand_over, served, kept.handed_over)
                 asyncio.get_running_loop().add_signal_handler(signal.SIGUSR2, hand_over)
                 kept.on_serving()
             emit(logging.INFO, "serving", "serving; SIGINT or SIGTERM stops", pid=os.getpid())
@@ -122,20 +101,18 @@ async def serve(topology: Topology, settings: Settings, kept: Kept | None = None
     emit(logging.INFO, "stopped", "stopped")
 
 
-def _hand_over(
-    controllers: list[Controller], pump: Pump, handed_over: Callable[[], NoReturn]
-) -> None:
+def _hand_over(served: Sequence[_Machine], handed_over: Callable[[], NoReturn]) -> None:
     """Leave everything as it is for the process that follows."""
     emit(logging.INFO, "handing_over", "another process goes on from here")
-    for controller in controllers:
-        controller.hand_over()
-    pump.halt()
+    for vm in served:
+        vm.hand_over()
     logs.flush()
     handed_over()
 
 
-def _reload(controllers: list[Controller]) -> None:
+def _reload(served: list[_Machine]) -> None:
     """Reopen the files that a log rotation has renamed."""
+    controllers = [controller for vm in served for controller in vm.controllers]
     reopens = [port.chardev.reopen for c in controllers for port in c.ports.values()]
     for reopen in (logs.reopen, *reopens):
         try:
@@ -146,108 +123,161 @@ def _reload(controllers: list[Controller]) -> None:
 
 
 async def _start(
-    topology: Topology,
+    vms: Sequence[VmConfig],
     settings: Settings,
-    controllers: list[Controller],
-    pumps: list[Pump],
+    served: list[_Machine],
     stack: contextlib.AsyncExitStack,
     kept: Kept | None,
 ) -> None:
     """Start everything, host ends first; ``stack`` stops it in reverse order.
 
-    All controllers are appended to ``controllers``, and their pump to ``pumps``.
+    All machines are appended to ``served``.
     """
-    keeping = None if kept is None else kept.keeping
-    if keeping is None and (settings.vfio_user or not settings.connect):
-        for socket in settings.sockets:  # before the log tells of ports that nobody will reach
-            check_can_listen(socket)
-    pump = stack.enter_context(LoopPump(settings.busy_poll)).pump
-    pumps.append(pump)
-    agents = AgentEnds(settings.agent_socket)
-    stack.push_async_callback(agents.aclose)
-    spice = SpiceEnds(topology, agent_shared=settings.agent_socket is not None)
-    stack.push_async_callback(spice.aclose)
-    await spice.start()
-    controllers += [
-        make_controller(
-            config,
-            pump,
-            {"spicevmc": agents.factory},
-            spice.makers,
-            None if keeping is None else keeping.scoped(f"controller-{number}"),
-        )
-        for number, config in enumerate(topology.controllers)
-    ]
-    backends = [
-        _make_backend(
-            config,
-            controller,
-            socket,
-            settings,
-            None if keeping is None else keeping.scoped(f"frontend-{number}"),
-        )
-        for number, (config, controller, socket) in enumerate(
-            zip(topology.controllers, controllers, settings.sockets, strict=True)
-        )
-    ]
-    if kept is not None and kept.link is not None:
-        _answer(kept.link, kept.restarts, controllers, backends, settings, stack)
-    agents.start()
-    if (device := spice.agent_device()) is not None:
-        agents.share_with_server(device)
-    for controller in controllers:
-        stack.push_async_callback(controller.aclose)
-        await controller.start()
-    for backend in backends:
-        stack.push_async_callback(backend.aclose)
-        await backend.start()
+    if kept is None:
+        for vm in vms:
+            if vm.vfio_user or not vm.connect:
+                for socket in vm.sockets:  # before the log tells of ports that nobody will reach
+                    check_can_listen(socket)
+    for number, vm in enumerate(vms):
+        keeping = None if kept is None else kept.keeping
+        if keeping is not None and len(vms) > 1:
+            keeping = keeping.scoped(str(number))
+        one = _Machine(vm, keeping, vm.name if len(vms) > 1 else "")
+        stack.push_async_callback(one.aclose)
+        served.append(one)
+        await one.open_host_ends(kept)
+    for one in served:
+        await one.listen()
     # Peers that are there already are not served before this returns to the event loop.
-    _enter_sandbox(topology, settings)
-    for config, controller, socket in zip(
-        topology.controllers, controllers, settings.sockets, strict=True
-    ):
-        _log_ports(config, controller)
-        emit(
-            logging.INFO,
-            "controller",
-            f"{config.name}: {config.summary}, on {socket}",
-            controller=config.name,
-            address=str(config.address or ""),
-            socket=socket,
-        )
+    _enter_sandbox(vms, settings)
+    for one in served:
+        one.log()
 
 
-def _answer(
-    link: LinkEnd,
-    restarts: int,
-    controllers: Sequence[Controller],
-    backends: Sequence[Server[Any]],
-    settings: Settings,
-    stack: contextlib.AsyncExitStack,
-) -> None:
-    """Answer the monitor from now on, and tell it of events."""
-    protocol = "vfio-user" if settings.vfio_user else "vhost-user"
-    served = [
-        Served(controller, backend, path, protocol)
-        for controller, backend, path in zip(controllers, backends, settings.sockets, strict=True)
-    ]
-    answers = Answers(served, restarts, logs.set_level)
-    answerer = stack.enter_context(Answerer(link, answers.handlers(), "the monitor"))
-    answers.listen(answerer.tell)
+class _Machine:
+    """A VM that is served.
+
+    Args:
+        vm: what to serve, and how.
+        keeping: see :func:`serve`, of this VM alone.
+        label: its name in the log; "" if the process serves no other, or is named otherwise.
+
+    Attributes:
+        controllers: its devices.
+    """
+
+    def __init__(self, vm: VmConfig, keeping: Keeping | None, label: str) -> None:
+        self.controllers: list[Controller] = []
+        self._vm = vm
+        self._keeping = keeping
+        self._label = label
+        self._backends: list[VhostUserBackend | VfioUserServer] = []
+        self._pump: Pump | None = None
+        self._stack = contextlib.AsyncExitStack()
+
+    async def open_host_ends(self, kept: Kept | None) -> None:
+        """Make all, answer the monitor, and start the controllers with the ends of their ports."""
+        with self._about():
+            topology, stack = self._vm.topology, self._stack
+            pump = self._pump = stack.enter_context(LoopPump(self._vm.busy_poll)).pump
+            agents = AgentEnds(self._vm.agent_socket)
+            stack.push_async_callback(agents.aclose)
+            spice = SpiceEnds(topology, agent_shared=self._vm.agent_socket is not None)
+            stack.push_async_callback(spice.aclose)
+            await spice.start()
+            self.controllers += [
+                make_controller(
+                    config,
+                    pump,
+                    {"spicevmc": agents.factory},
+                    spice.makers,
+                    self._kept(f"controller-{number}"),
+                )
+                for number, config in enumerate(topology.controllers)
+            ]
+            self._backends += [
+                _make_backend(
+                    self._vm, config, controller, socket, self._kept(f"frontend-{number}")
+                )
+                for number, (config, controller, socket) in enumerate(
+                    zip(topology.controllers, self.controllers, self._vm.sockets, strict=True)
+                )
+            ]
+            if kept is not None and (link := kept.links.get(self._vm.name)) is not None:
+                self._answer(link, kept.restarts)
+            agents.start()
+            if (device := spice.agent_device()) is not None:
+                agents.share_with_server(device)
+            for controller in self.controllers:
+                stack.push_async_callback(controller.aclose)
+                await controller.start()
+
+    async def listen(self) -> None:
+        """Start what frontends connect to."""
+        with self._about():
+            for backend in self._backends:
+                self._stack.push_async_callback(backend.aclose)
+                await backend.start()
+
+    def hand_over(self) -> None:
+        """Leave everything as it is: nothing moves any more."""
+        for controller in self.controllers:
+            controller.hand_over()
+        if self._pump is not None:
+            self._pump.halt()
+
+    async def aclose(self) -> None:
+        """Stop all of it, in reverse order."""
+        with self._about():
+            await self._stack.aclose()
+
+    def log(self) -> None:
+        """Say which ports there are, and where."""
+        with self._about():
+            for config, controller, socket in zip(
+                self._vm.topology.controllers, self.controllers, self._vm.sockets, strict=True
+            ):
+                _log_ports(config, controller)
+                emit(
+                    logging.INFO,
+                    "controller",
+                    f"{config.name}: {config.summary}, on {socket}",
+                    controller=config.name,
+                    address=str(config.address or ""),
+                    socket=socket,
+                )
+
+    def _answer(self, link: LinkEnd, restarts: int) -> None:
+        """Answer the monitor from now on, and tell it of events."""
+        served = [
+            Served(controller, backend, path, self._vm.protocol)
+            for controller, backend, path in zip(
+                self.controllers, self._backends, self._vm.sockets, strict=True
+            )
+        ]
+        answers = Answers(served, restarts, logs.set_level)
+        answerer = self._stack.enter_context(Answerer(link, answers.handlers(), "the monitor"))
+        answers.listen(answerer.tell)
+
+    def _kept(self, name: str) -> Keeping | None:
+        return None if self._keeping is None else self._keeping.scoped(name)
+
+    def _about(self) -> contextlib.AbstractContextManager[None]:
+        return logs.about(self._label) if self._label else contextlib.nullcontext()
 
 
-def _enter_sandbox(topology: Topology, settings: Settings) -> None:
+def _enter_sandbox(vms: Sequence[VmConfig], settings: Settings) -> None:
     """Give up what serving does not need, and log what that came to."""
     if settings.sandbox == NO_SANDBOX:
         emit(logging.INFO, "sandbox", "sandbox: off")
         return
-    made = [] if settings.connect else list(settings.sockets)
-    made += [path for path in (settings.agent_socket, settings.pid_file) if path is not None]
+    made = [socket for vm in vms if not vm.connect for socket in vm.sockets]
+    made += [path for path in (settings.pid_file, *(vm.agent_socket for vm in vms)) if path]
     reach = reach_of(
-        topology,
+        [vm.topology for vm in vms],
         removes=made,
         appends_to=[settings.log_file] if settings.log_file is not None else [],
-        unix=settings.connect,
+        unix=any(vm.connect for vm in vms),
     )
     text = f"sandbox: system call {logs.NAME} is not allowed; the process ends here"
     entered = enter(settings.sandbox, reach, logs.last_words(text))
@@ -265,35 +295,34 @@ def _enter_sandbox(topology: Topology, settings: Settings) -> None:
 
 
 def _make_backend(
+    vm: VmConfig,
     config: ControllerConfig,
     controller: Controller,
     socket: str,
-    settings: Settings,
     keeping: Keeping | None,
 ) -> VhostUserBackend | VfioUserServer:
-    packed = settings.packed if config.packed is None else config.packed
+    packed = vm.packed if config.packed is None else config.packed
     try:
-        if settings.vfio_user:
+        if vm.vfio_user:
             transitional = config.transitional
             return VfioUserServer(
                 controller,
                 socket,
-                transitional=settings.transitional if transitional is None else transitional,
+                transitional=vm.transitional if transitional is None else transitional,
                 packed=packed,
-                vectors=settings.vectors if config.vectors is None else config.vectors,
+                vectors=vm.vectors if config.vectors is None else config.vectors,
                 keeping=keeping,
             )
         return VhostUserBackend(
             controller,
             socket,
-            listen=not settings.connect,
-            inband_notifications=settings.inband_notifications,
+            listen=not vm.connect,
+            inband_notifications=vm.inband_notifications,
             packed=packed,
             keeping=keeping,
         )
     except ConfigError as error:
-        option = "--vfio-user" if settings.vfio_user else "--vhost-user"
-        raise ConfigError(str(error), f"{option} {socket}") from None
+        raise ConfigError(str(error), vm.where(vm.protocol, socket)) from None
 
 
 def _log_ports(config: ControllerConfig, controller: Controller) -> None:

@@ -23,9 +23,8 @@ from vring_serial.config.draft import (
     place_of,
 )
 from vring_serial.config.graphics import read_graphics
-from vring_serial.config.topology import ChardevConfig, Topology
+from vring_serial.config.topology import ChardevConfig, Topology, check_domain_name
 from vring_serial.config.unserved import UNSERVED
-from vring_serial.config.words import shorten
 from vring_serial.config.xml_node import Node
 from vring_serial.errors import ConfigError, ResourceError
 from vring_serial.unix_socket import MAX_PATH
@@ -119,8 +118,7 @@ def _read_name(root: Node) -> str:
     node = root.child("name")
     if node is None:
         return ""
-    if not node.text or "/" in node.text or not node.text.isprintable():
-        node.fail(f"{shorten(node.text)} cannot be a domain's name")
+    check_domain_name(node.text, node.where)
     return node.text
 
 

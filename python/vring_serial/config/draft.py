@@ -370,12 +370,12 @@ def _check_host_ends(chardevs: Iterable[ChardevConfig]) -> None:
         path = getattr(chardev.options, "path", "")
         if chardev.kind == "socket" and path:
             check_unix_path(path, chardev.where)
-        made = _path_made(chardev)
+        made = path_made(chardev)
         if made and (other := makers.setdefault(made, chardev)) is not chardev:
             raise ConfigError(f"{made} is in use already ({other.where})", chardev.where)
 
 
-def _path_made(chardev: ChardevConfig) -> str:
+def path_made(chardev: ChardevConfig) -> str:
     """Return what only one chardev can own: the path it creates, or ``stdio``; else ""."""
     options = chardev.options
     if chardev.kind == "stdio":

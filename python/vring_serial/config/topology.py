@@ -11,6 +11,8 @@ import re
 from dataclasses import dataclass, field
 
 from vring_serial.chardev import Options
+from vring_serial.config.words import shorten
+from vring_serial.errors import ConfigError
 from vring_serial.spice.options import SpiceOptions
 
 #: Default number of ports of a controller, as in QEMU and libvirt (port 0 included).
@@ -163,3 +165,9 @@ class Topology:
     warnings: tuple[str, ...] = ()
     name: str = "vring"
     spice: SpiceConfig | None = None
+
+
+def check_domain_name(name: str, where: str) -> None:
+    """Raise ConfigError for what cannot be a domain's name: paths are made of it."""
+    if not name or "/" in name or not name.isprintable():
+        raise ConfigError(f"{shorten(name)} cannot be a domain's name", where)

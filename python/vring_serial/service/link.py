@@ -281,10 +281,10 @@ class Answerer(Closing):
 
 
 class Links(Closing):
-    """A link from the monitor to each worker, made before any of them is forked.
+    """A link from the monitor to each VM's worker, made before any of them is forked.
 
     Args:
-        names: of the workers.
+        names: of the VMs.
         made: what the code before an upgrade had as :attr:`descriptors`; taken over.
     """
 
@@ -309,9 +309,9 @@ class Links(Closing):
             for end in ends:
                 end.close()
 
-    def for_worker(self, name: str) -> socket.socket | None:
-        """Return a worker's end, in its process; all others are closed there. None: it has none."""
-        taken = self._ends[name][1].dup() if name in self._ends else None
+    def for_worker(self, names: Iterable[str]) -> dict[str, socket.socket]:
+        """Return a worker's ends by name, in its process; all others are closed there."""
+        taken = {name: self._ends[name][1].dup() for name in names if name in self._ends}
         self.close()
         return taken
 

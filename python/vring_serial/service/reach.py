@@ -84,7 +84,7 @@ class Reach:
 
 
 def reach_of(
-    topology: Topology,
+    topologies: Iterable[Topology],
     *,
     removes: Iterable[str] = (),
     appends_to: Iterable[str] = (),
@@ -93,7 +93,7 @@ def reach_of(
     """Return what it takes to go on serving.
 
     Args:
-        topology: what is served.
+        topologies: what is served.
         removes: sockets and files that are removed at the end.
         appends_to: logs.
         unix: frontends are connected to.
@@ -107,12 +107,13 @@ def reach_of(
         reach.removes(path)
     for path in appends_to:
         reach.appends_to(path)
-    for controller in topology.controllers:
-        for port in controller.ports:
-            _add(reach, port.chardev)
-    spice = None if topology.spice is None else topology.spice.options
-    if spice is not None and spice.unix:
-        reach.removes(spice.addr)
+    for topology in topologies:
+        for controller in topology.controllers:
+            for port in controller.ports:
+                _add(reach, port.chardev)
+        spice = None if topology.spice is None else topology.spice.options
+        if spice is not None and spice.unix:
+            reach.removes(spice.addr)
     if reach.tcp:
         reach.read.update(_NAMES)
         reach.tcp.add(_DNS_PORT)
