@@ -13,14 +13,14 @@ cdef extern from "Python.h":
 
 
 cdef inline bint held_once(PyObject* o) noexcept:
-    # Whether the one reference that the caller's structure holds is all there is: nobody else can
-    # see the object, which may be used again.
+    # Return whether the caller's structure holds the only reference: then nobody else can see the
+    # object, and it may be used again.
     return Py_REFCNT(o) == 1
 
 
 cdef uint32_t checked_length(object value) except? 0
-# What push_many takes as `written`, in a form whose use runs no code of the caller's: a plain int,
-# or an uint32 array of numpy's own, of at most so many.
+# Return push_many's `written` in a form whose use runs no code of the caller's: an int, or a numpy
+# array of at most `most` uint32.
 cdef object plain_lengths(object written, uint32_t most)
 
 
@@ -33,13 +33,13 @@ cdef class Batch:
     cdef uint32_t count
     cdef uint32_t max_chains
     cdef uint32_t max_segments
-    cdef uint32_t epoch         # of its queue: how often that was reset
-    cdef const uint32_t* current_epoch  # of its owner, if it has one: how often that is by now
+    cdef uint32_t epoch         # how often its queue had been reset when the chains were popped
+    cdef const uint32_t* current_epoch  # how often its owner has been reset by now, if it has one
     cdef uint64_t first         # sequence number (of its queue) of chains[0]
     cdef object owner           # the queue while chains are in flight, else None
     cdef GuestMemory memory     # keeps the buffers alive as long as chains are in flight
     cdef Chain viewed_first     # the first Chain object that gave out memoryviews
-    cdef list viewed            # and the others
+    cdef list viewed            # the other ones
 
     @staticmethod
     cdef Batch make(uint32_t max_chains, uint32_t max_segments)

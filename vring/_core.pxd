@@ -38,15 +38,17 @@ cdef class VirtQueue:
     cdef uint64_t pushed
     cdef uint32_t epoch                     # how often reset
     cdef bint notification_due
-    # Who alone may use the queue now, else NULL: the Flow of a pump. Python's methods refuse then;
-    # the *_c methods do not look.
+    # The Flow of a pump that has the queue for itself now, or NULL. Python's methods raise
+    # LocalMisuseError meanwhile; the *_c methods do not check.
     cdef void* holder
-    # Where the queue is, for a successor of this process; NULL: none. `accounted` is for the
-    # next push_c: bytes of the chains from the oldest on that were taken or given in all.
+    # The queue's position, for a successor of this process; NULL: not recorded. `accounted` is an
+    # argument of the next push_c: bytes, counted from the oldest chain in flight, that were taken
+    # or given.
     cdef vr_record* record
     cdef const uint8_t[::1] _record_owner
     cdef uint64_t accounted
-    # Where the device's writes are marked, NULL: nowhere. What writes to the ring marks it.
+    # Where the device's writes are marked; NULL: nowhere. Code that writes to the ring marks what
+    # it writes.
     cdef const vr_log* log
     cdef DirtyLog _log_owner
     cdef uint64_t log_device                # guest address that stands for the device area
@@ -56,46 +58,47 @@ cdef class VirtQueue:
     cdef Chain _spare_chain
     cdef Chain _older_chain
 
-    # Pops up to max_chains chains and writes their segments, as host addresses that feed
-    # readv/writev, to the segment table. Returns how many: fewer when the driver made fewer
-    # available, the table is full, or chains without bytes took VR_WORK_MAX. Negative: the ring is
-    # broken, now or since earlier; raise_broken() says why. A chain that alone does not fit
-    # max_segments breaks the ring (a chain has at most `size` segments, and one more for each
-    # region border that a buffer crosses).
-    # The buffers are valid as long as `memory` (take a reference to it) or the queue lives.
+    # Pop up to max_chains chains and write their segments, as host addresses for readv/writev, to
+    # the segment table. Return the number of chains: fewer if the driver made fewer available, the
+    # table is full, or chains without bytes took VR_WORK_MAX. Negative: the ring is broken, now or
+    # since earlier; raise_broken() raises the cause. A single chain that does not fit max_segments
+    # breaks the ring (a chain has at most `size` segments, and one more for each region border that
+    # a buffer crosses).
+    # The buffers are valid as long as `memory` (take a reference to it) or the queue exists.
     cdef int pop_c(
         self, vr_chain* chains, uint32_t max_chains, iovec* segments, uint32_t max_segments
     ) noexcept nogil
-    # The same, ending before the chains have more than max_bytes (but for the first), and
-    # VR_TOO_SMALL, with nothing popped, for the chain that does not fit.
+    # Do the same, but stop before the chains have more than max_bytes, which only the first may
+    # exceed, and return VR_TOO_SMALL with nothing popped if a single chain does not fit.
     cdef int pop_within(
         self, vr_chain* chains, uint32_t max_chains, iovec* segments, uint32_t max_segments,
         uint64_t max_bytes
     ) noexcept nogil
-    # Marks the first `bytes` of segments in the log, if there is one. Whoever wrote to buffers
-    # calls it, for each chain's device-writable segments, before push_c.
+    # Mark the first `bytes` of segments in the log, if there is one. Callers that wrote to buffers
+    # do so for each chain's device-writable segments before push_c.
     cdef void mark_c(self, const iovec* segments, uint32_t n, uint64_t bytes) noexcept nogil
-    # Completes n chains and publishes them at once. written[i]: bytes stored from the start of the
-    # device-writable part, at most writable_bytes; NULL: none. Returns 1 if the driver wants a
-    # notification. With IN_ORDER chains must be completed in the order they were popped.
+    # Complete n chains and publish them at once. written[i]: bytes stored from the start of the
+    # device-writable part, at most writable_bytes; NULL: none. Return 1 if the driver wants a
+    # notification. With IN_ORDER, chains must be completed in the order in which they were popped.
     cdef bint push_c(
         self, const vr_chain* chains, const uint32_t* written, uint32_t n
     ) noexcept nogil
-    # Gives back the last n popped chains, which must not be completed: they are popped again.
+    # Give back the last n popped chains, which must not be completed; they will be popped again.
     cdef void unpop_c(self, uint32_t n) noexcept nogil
-    # Asks the driver for a kick at the next chain. Returns 1 if chains are available already: no
-    # kick may come for those, so go on popping.
+    # Ask the driver for a kick at the next chain. Return 1 if chains are available already: they
+    # may bring no kick, so continue popping.
     cdef bint enable_notifications_c(self) noexcept nogil
-    # The same for the n-th chain from now, where EVENT_IDX lets one ask for that, else for the
-    # next. Returns 1 if so many are available already. Without a kick fewer may become available.
+    # Do the same for the n-th chain from now if EVENT_IDX is negotiated, else for the next. Return
+    # 1 if so many are available already. Fewer may become available without a kick.
     cdef bint enable_notifications_after_c(self, uint16_t n) noexcept nogil
     cdef void disable_notifications_c(self) noexcept nogil
-    # How many chains (packed: 0 or at least 1) can be popped; 0 when the ring is broken.
+    # Return the number of chains that can be popped (packed: 0, or 1 for at least one); 0 if the
+    # ring is broken.
     cdef uint32_t available_c(self) noexcept nogil
-    # Whether guest memory was cut off (Region.lost); the ring is broken then. What was read of it
-    # before this says no may be used.
+    # Return whether guest memory was cut off (Region.lost), and mark the ring broken if so. Bytes
+    # read from guest memory may be used only after this returned 0.
     cdef bint memory_lost(self) noexcept nogil
-    # Raises the RingError of a broken queue; with the GIL.
+    # Raise the RingError of a broken queue. With the GIL.
     cdef int raise_broken(self) except -1
 
     cdef int locate_rings(self, GuestMemory memory) except -1

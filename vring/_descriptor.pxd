@@ -1,4 +1,4 @@
-# A descriptor that a flow reads, writes or is notified by, and the calls on it: none of them waits.
+# A descriptor that a flow reads, writes or is notified by, and the calls on it, which never wait.
 #
 # With a record, a successor of this process finds out how many bytes went: see `_record.pxd`. The
 # ways, by kind of descriptor:
@@ -6,10 +6,10 @@
 #   socket          sendmmsg and recvmmsg store the length into the record
 #   file            its position, if the open file outlives the process (`kept`)
 #   pipe, terminal  all bytes go through a pipe that outlives the process (the relay), to the end or
-#                   from it by splice: what the relay does not have any more has gone
+#                   from it by splice: bytes that are no longer in the relay have gone
 #
 # Without one, and for everything else, bytes that are moved at the moment of a kill may be lost or
-# doubled. Between two calls a relay holds nothing but what the end did not take yet (`held`); for
+# doubled. Between two calls a relay holds only bytes that the end has not taken yet (`held`); for
 # the guest those bytes have not gone, and they can be discarded.
 
 from libc.stdint cimport uint64_t
@@ -33,23 +33,24 @@ cdef struct vr_fd:
     bint appends                # the description has O_APPEND
     bint kept                   # the description outlives the process
     bint relayed                # there is a relay
-    bint refused                # but the kernel does not splice here
-    int relay_out               # the relay's end to take bytes from
-    int relay_in                # and to put bytes into
-    uint64_t held               # bytes in it
+    bint refused                # the kernel does not splice here, so the relay is not used
+    int relay_out               # the relay's end to read from
+    int relay_in                # the relay's end to write to
+    uint64_t held               # bytes in the relay
     uint64_t most               # bytes that one call may move
 
-# Before the first call: settles what a predecessor process left open in the record, if there is
-# one, and looks what the relay holds, which is discarded unless it is the guest's to have.
+# Prepare for the first call: settle a call that a predecessor process left open in the record, and
+# find out what the relay holds; discard that unless it is for the guest.
 cdef void begin_end(vr_fd* fd, vr_record* record, bint incoming) noexcept nogil
-# Bytes moved, or -errno. `total`: of the strip.
+# Write or read a strip of `total` bytes; return the number of bytes moved (get: 0 at end of file),
+# or -errno.
 cdef ssize_t put(
     vr_fd* fd, const vr_strip* strip, uint64_t total, vr_record* record
 ) noexcept nogil
 cdef ssize_t get(
     vr_fd* fd, const vr_strip* strip, uint64_t total, vr_record* record
 ) noexcept nogil
-# More than 0 if there are bytes to read, 0 at end of file, else -errno.
+# Return more than 0 if there are bytes to read, 0 at end of file, else -errno.
 cdef ssize_t unread(const vr_fd* fd) noexcept nogil
-# Forgets what the relay holds and the end did not take.
+# Discard the bytes in the relay, which the end has not taken.
 cdef void discard_held(vr_fd* fd) noexcept nogil

@@ -35,8 +35,9 @@ cdef class Driver:
     cdef uint8_t* locate(self, uint64_t address, uint64_t length, uint64_t align) except NULL
     cdef int batch_size(self, uint32_t head) except -1
     cdef tuple collect(self, Py_ssize_t limit)
-    # what a layout implements: writing a chain of one descriptor, its head; writing any chain, into
-    # the indirect table if there is one; the next used element; taking back the oldest of a batch
+    # What a layout implements. put_one, put_chain: write a chain (into the indirect table, if there
+    # is one) and return its head. next_element: get the next used element; return 0 if there is
+    # none. take_back: take back the oldest chain of a batch.
     cdef uint16_t put_one(self, uint64_t address, uint32_t length, uint32_t flags) noexcept nogil
     cdef uint16_t put_chain(
         self, const vr_buffer* buffers, uint32_t n, uint64_t table_at, uint8_t* table

@@ -1,5 +1,5 @@
-# One direction of one port: bytes from a queue to a descriptor or back, as a state machine that
-# the pump's thread gives turns to. It blocks on nothing and never needs the GIL.
+# One direction of one port: a state machine that moves bytes from a queue to a descriptor or back
+# in turns, which the pump's thread gives it. It never blocks and never needs the GIL.
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
@@ -22,7 +22,7 @@ cdef enum:
     TURN_LATER                  # another turn in SAMPLE_NS
 
 cdef enum:
-    # news for the flow's owner, in the order in which it is told
+    # news for the flow's owner, in the order of delivery
     NEWS_OVERFLOW = 1
     NEWS_EOF = 2
     NEWS_ERROR = 4
@@ -37,11 +37,11 @@ cdef struct vr_counters:
     uint64_t kicks
     uint64_t calls
     uint64_t calls_saved
-    uint64_t throttled_ns       # in all; while it goes on, THROTTLED and when it would have begun
+    uint64_t throttled_ns       # total; while throttled: VR_THROTTLED | now - total, at its start
     uint64_t dropped
 
 cdef struct vr_tables:
-    # scratch of one thread: nothing stays in it between turns
+    # scratch memory of one thread; holds nothing between turns
     vr_chain* chains
     uint32_t* written
     iovec* segments
@@ -50,42 +50,42 @@ cdef struct vr_tables:
 
 cdef struct vr_flow:
     void* queue                 # a VirtQueue; the owner keeps it alive
-    void* owner                 # the Python object, for the one who delivers news
+    void* owner                 # the Python object that gets the news
     vr_fd data
     vr_fd kick
     vr_fd call
     bint incoming               # host to guest
     bint lossy
-    bint ready                  # the descriptor may take or have bytes
-    bint doubtful               # not ready because it took a part; it may have room again already
+    bint ready                  # the descriptor may have room, or bytes to read
+    bint doubtful               # not ready since it took only a part; it may have room again
     bint hangup                 # the peer is gone; unread bytes may be left
     bint failed                 # lossy: the descriptor is dead, bytes are dropped
     bint stopped                # no more turns: end of file, error or broken ring
     bint broken                 # the ring is
     bint listening              # the driver was asked for kicks
-    bint call_due               # the driver wants to know of used chains and has not been told
+    bint call_due               # the driver wants a call for used chains and has not got it
     bint overflowing
     bint inexact                # its owner was told that the end is not recorded
     vr_sampler sampler          # outgoing
-    uint32_t offered            # incoming: most buffers the driver had available at once
-    uint64_t room               # bytes to try at once: what the descriptor took lately, and more
-    uint64_t skip               # bytes of the first available chain that the descriptor took
-    uint64_t owed               # bytes that a predecessor moved and did not complete
+    uint32_t offered            # incoming: most buffers that were available at once so far
+    uint64_t room               # bytes to try at once, from what the descriptor took lately
+    uint64_t skip               # bytes of the first available chain that the descriptor has taken
+    uint64_t owed               # bytes that a predecessor moved without completing their chains
     uint64_t busy_ns            # how long to poll the queue before asking for kicks
     uint64_t poll_until         # ns
     vr_backlog backlog
     vr_counters counters
     uint32_t news
     int error                   # errno with NEWS_ERROR
-    uint8_t* residue            # what flow_finish left over, malloced
+    uint8_t* residue            # malloced by flow_finish: see there
     size_t residue_length
 
 cdef int tables_init(vr_tables* tables) noexcept nogil
 cdef void tables_free(vr_tables* tables) noexcept nogil
 
-# Does a bounded piece of work; what comes after it.
+# Do a bounded amount of work; return TURN_WAIT, TURN_MORE or TURN_LATER.
 cdef int flow_turn(vr_flow* flow, vr_tables* tables) noexcept nogil
-# After the last turn: leaves nothing in flight, and in `residue` what was accepted from the guest
-# and not written.
+# End the flow after its last turn: nothing stays in flight, and `residue` gets the bytes that were
+# accepted from the guest and not written.
 cdef void flow_finish(vr_flow* flow, vr_tables* tables) noexcept nogil
 cdef void flow_stop(vr_flow* flow, uint32_t news, int error) noexcept nogil

@@ -1,5 +1,5 @@
-# Mappings of files that others can cut off: what is gone reads as zeros and is marked, instead of
-# ending the process with SIGBUS.
+# Mappings of files that others can truncate: missing pages read as zeros and the mapping is marked
+# lost, instead of SIGBUS ending the process.
 
 cimport cython
 from libc.stdint cimport uint64_t
@@ -23,19 +23,19 @@ cdef extern from *:
     ctypedef struct vr_guarded:
         pass
 
-# Guards a mapping, which must be whole pages of its file system; NULL without memory or handler.
-# Whenever it is lost, 8 bytes are written to event_fd (-1: none), which must stay open as long.
-# With the GIL.
+# Guard a mapping, which must be whole pages of its file system; return NULL without memory or
+# handler. Each time it is lost, 8 bytes are written to event_fd (-1: none), which must stay open
+# until guard_remove. With the GIL.
 cdef vr_guarded* guard_add(void* base, size_t length, int event_fd) noexcept
-# Before the mapping is unmapped. With the GIL.
+# End the guard; call it before the mapping is unmapped. With the GIL.
 cdef void guard_remove(vr_guarded* guarded) noexcept
 cdef bint guard_lost(const vr_guarded* guarded) noexcept nogil
-# Grows whenever a mapping is lost: nothing needs to be looked at while this is the same.
+# Return how many mappings were lost so far: while it is the same, none needs to be checked.
 cdef uint64_t guard_losses() noexcept nogil
-# Whether the mapping that an address is in, if it is guarded, is lost.
+# Return whether the guarded mapping that contains an address is lost; 0 if there is none.
 cdef bint guard_lost_at(const void* address) noexcept nogil
-# After a system call failed with EFAULT on these segments: touches those that are guarded, since a
-# system call gets no SIGBUS; whether any of their mappings is lost.
+# After a system call failed with EFAULT on these segments: touch those that are guarded, since a
+# system call raises no SIGBUS; return whether any of their mappings is lost.
 cdef bint guard_probe(const iovec* segments, uint64_t n) noexcept nogil
 
 

@@ -1,5 +1,5 @@
-# Where the parts of a ring lie and how long they are, in bytes (virtio 1.3, 2.7 and 2.8): declared
-# once. Python has the same numbers as vring.layout.
+# Offsets and sizes of the parts of a ring, in bytes (virtio 1.3, 2.7 and 2.8): declared once.
+# Python has them as vring.layout.
 
 from libc.stdint cimport uint32_t
 
@@ -33,12 +33,12 @@ cpdef enum:
 
 
 cdef inline size_t used_event_at(uint32_t size) noexcept nogil:
-    # Offset of used_event in the available ring of so many descriptors.
+    # Return the offset of used_event in the available ring of `size` descriptors.
     return AVAIL_RING + AVAIL_ENTRY * <size_t>size
 
 
 cdef inline size_t avail_event_at(uint32_t size) noexcept nogil:
-    # Offset of avail_event in the used ring of so many descriptors.
+    # Return the offset of avail_event in the used ring of `size` descriptors.
     return USED_RING + USED_ENTRY * <size_t>size
 
 

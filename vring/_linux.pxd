@@ -1,4 +1,4 @@
-# What the data plane needs of Linux and of POSIX threads, as nogil declarations.
+# Declarations of Linux and POSIX threads for the data plane, all nogil.
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
@@ -39,8 +39,8 @@ cdef extern from * nogil:
     """
     #include <sys/socket.h>
 
-    /* sendmsg and recvmsg of segments alone. In C, since Cython's constructor of a struct leaves
-       the fields that it is not given as they were, and the kernel uses all of them. */
+    /* sendmsg and recvmsg with segments only. In C, since Cython's constructor of a struct does not
+       initialize the fields that it is not given, and the kernel uses all of them. */
     static inline ssize_t vr_send(int fd, const struct iovec *segments, size_t n, int flags) {
         struct msghdr message = {.msg_iov = (struct iovec *)segments, .msg_iovlen = n};
         return sendmsg(fd, &message, flags);
@@ -146,13 +146,13 @@ cdef extern from *:
     #include <sys/syscall.h>
     #include <unistd.h>
 
-    /* Whether two descriptors are one open file, as far as can be found out. */
+    /* Return whether two descriptors are one open file, as far as the kernel tells. */
     static inline int vr_same_file(int a, int b) {
         struct stat one, two;
         long order = syscall(SYS_kcmp, getpid(), getpid(), KCMP_FILE, a, b);
         if (order >= 0)
             return order == 0;
-        /* No such call, or not for us. Eventfds and the like share one inode. */
+        /* No such call, or not permitted. Eventfds and the like share one inode. */
         return !fstat(a, &one) && !fstat(b, &two) && one.st_dev == two.st_dev &&
                one.st_ino == two.st_ino && one.st_mode & S_IFMT && !S_ISCHR(one.st_mode);
     }
@@ -170,7 +170,7 @@ cdef extern from *:
         clock_gettime(CLOCK_MONOTONIC, &t);
         return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
     }
-    /* Counters have one writer; readers in other threads see whole values, some time later. */
+    /* Counters have one writer; other threads read whole values, some time later. */
     static inline void vr_count(uint64_t *counter, uint64_t n) {
         __atomic_store_n(counter, *counter + n, __ATOMIC_RELAXED);
     }

@@ -14,8 +14,8 @@ cdef struct vr_map:
 
 
 cdef inline const vr_region* vr_find(const vr_map* memory, uint64_t address) noexcept nogil:
-    # The region that holds a guest address, or NULL: binary search for the last start <= address,
-    # without branches that hostile or scattered addresses would make unpredictable.
+    # Return the region that contains a guest address, or NULL. Binary search for the last start <=
+    # address, without branches, which hostile or scattered addresses would make unpredictable.
     cdef const vr_region* region = memory.regions
     cdef uint32_t left = memory.count, half
     while left > 1:
@@ -25,8 +25,8 @@ cdef inline const vr_region* vr_find(const vr_map* memory, uint64_t address) noe
     return region if address - region.guest < region.size else NULL
 
 
-# Which region (its number) an address lay in last, by bits 20 to 25 of the address: finds the
-# region without a search. Each queue has its own; zeroed when its memory changes.
+# A hint is the number of the region in which an address was found last, by bits 20 to 25 of the
+# address; it saves the search. Each queue has its own table, zeroed when its memory changes.
 cdef enum:
     VR_HINTS = 64
 
@@ -39,7 +39,7 @@ cdef const vr_region* vr_learn(
 cdef inline const vr_region* vr_lookup(
     const vr_map* memory, uint16_t* hints, uint64_t address
 ) noexcept nogil:
-    # vr_find with hints
+    # Do as vr_find, with hints.
     cdef const vr_region* region = memory.regions + hints[(address >> 20) % VR_HINTS]
     if address - region.guest < region.size:
         return region
@@ -51,21 +51,21 @@ cdef class Region:
     cdef readonly object buffer
     cdef readonly object user_addr
     cdef vr_region table
-    cdef Py_buffer* _held       # the export it holds; on the heap, unseen by the collector
+    cdef Py_buffer* _held       # the export it holds; on the heap, hidden from the collector
 
 
 @cython.final
 cdef class GuestMemory:
     cdef readonly tuple regions
     cdef vr_map map             # valid as long as this object lives
-    # Any thread may look: what one has found out is true for all.
-    cdef uint64_t losses        # guard_losses() when is_lost last looked and found nothing
-    cdef int was_lost           # whether it found a region
-    # Whether a region is lost (Region.lost). Costs nothing as long as no mapping at all is.
+    # For is_lost, from any thread: what one thread has found is true for all.
+    cdef uint64_t losses        # guard_losses() when it last found no lost region
+    cdef int was_lost           # whether it found one
+    # Return whether a region is lost (Region.lost). Costs nothing while no mapping at all is lost.
     cdef bint is_lost(self) noexcept nogil
-    # Host address of a contiguous range, AddressError (NULL) if it is not in one region.
+    # Return the host address of a contiguous range; raise AddressError if it is not in one region.
     cdef uint8_t* locate(self, uint64_t address, uint64_t length) except NULL
-    # The same for the two bytes of an aligned number of 16 bits.
+    # Do the same for the two bytes of an aligned 16-bit number.
     cdef uint8_t* locate16(self, object guest_addr) except NULL
     cdef bint holds(self, const uint8_t* start, uint64_t length) noexcept
     cdef int check(self, uint64_t address, uint64_t length) except -1

@@ -1,4 +1,4 @@
-# The pump's thread: whose turn it is, and what its owners ask and are told.
+# The pump's thread: which flow has its turn next, commands from other threads, news for owners.
 
 from libc.stdint cimport uint32_t, uint64_t
 
@@ -16,7 +16,8 @@ cdef enum:
     REACTOR_ENDED = -2
 
 cdef struct vr_seat:
-    # a flow and its place in the reactor; the owner's memory, the thread's while attached
+    # a flow and its place in the reactor; memory of the owner, which only the thread may touch
+    # while the flow is attached
     vr_flow flow
     vr_user data
     vr_user kick
@@ -52,31 +53,32 @@ cdef struct vr_reactor:
     # under the lock
     vr_command* commands        # oldest first
     vr_command* commands_last
-    uint32_t waiting            # who gave one and is not gone yet
-    bint ending                 # takes no more
+    uint32_t waiting            # callers of reactor_command that have not returned yet
+    bint ending                 # no more commands are accepted
     vr_seat* news
     vr_seat* news_last
     # atomic: whether there are commands
     int asked
     # the thread's own
     vr_line now
-    vr_line later               # those whose turn comes at later_at
+    vr_line later               # flows whose turn comes at later_at
     uint64_t later_at           # ns
     vr_watches watches
     vr_tables tables
     uint64_t busy_ns
     uint64_t busy_until
 
-# 0 or errno; on failure nothing is left behind
+# Start the thread; return 0 or errno. A failure leaves nothing behind.
 cdef int reactor_start(vr_reactor* reactor, uint64_t busy_ns) noexcept nogil
-# Without flows; joins the thread and closes everything.
+# Join the thread and close everything. No flow may be attached.
 cdef void reactor_stop(vr_reactor* reactor) noexcept nogil
-# Ends the thread, and leaves flows and descriptors as they are.
+# End the thread, and leave flows and descriptors as they are.
 cdef void reactor_halt(vr_reactor* reactor) noexcept nogil
-# In a child of fork, where the thread is not: closes descriptors and does nothing to the parent.
+# In a child of fork, which has no thread: close the descriptors, without an effect on the parent.
 cdef void reactor_abandon(vr_reactor* reactor) noexcept nogil
-# Asks the thread for something and waits for its answer: 0, errno, REACTOR_BLOCKING or
-# REACTOR_ENDED. From any thread. Detaching what is not attached keeps it from being attached.
+# Give the thread a command, wait, and return its answer: 0, errno, REACTOR_BLOCKING or
+# REACTOR_ENDED. From any thread. A flow that is detached before it was attached cannot be attached
+# any more.
 cdef int reactor_command(vr_reactor* reactor, int operation, vr_seat* seat) noexcept nogil
-# The next seat with news and one kind of it, which is taken off the list; NULL if there is none.
+# Take one kind of news off the list and return its seat; NULL if there is no news.
 cdef vr_seat* reactor_next_news(vr_reactor* reactor, uint32_t* news, int* error) noexcept nogil

@@ -1,22 +1,26 @@
-# What a queue and the flow that has it must not forget when the process is killed, in memory that
-# outlives it: how far the ring is, and how many bytes a host end took or gave beyond that.
+# The record of a queue and its flow, in memory that outlives the process: the position of the ring,
+# and how many bytes beyond it a host end has taken or given.
 #
-# The kernel stores the result of sendmmsg and recvmmsg into the record within the call, so it
-# cannot get lost between the bytes and their record. Of other ends something that outlives the
-# process tells: the position of an open file, or what is left in a pipe through which all bytes go
-# (the relay, see `_ends.pxd`). Every other step is a store that is either done or not, and each
-# state leads to the same end when it is entered again:
+# The kernel stores the result of sendmmsg and recvmmsg into the record within the call, so a kill
+# cannot come between the bytes and their record. For other ends the result is in something else
+# that outlives the process: the position of an open file, or the rest in a pipe through which all
+# bytes go (the relay, see `_descriptor.pxd`). Every other step is one store, which has happened or not,
+# and a successor may repeat what follows from each state:
 #
 #   state    what is known                                          a successor
-#   IDLE     the ring is at `position`, and `left` bytes of the     goes on there
+#   IDLE     the ring is at `position`, and `left` bytes of the     continues there
 #            chains from there on have been taken (or given)
 #   CALL     the same, and `call.msg_len` bytes more, unless that   settles left + msg_len bytes
 #            is UNSET: then the call has not happened
-#   BOOKED   chains up to `next_position` are to be published,      looks at the ring: published,
-#            `next_left` bytes remain after them                    it is IDLE at next_position;
-#                                                                   else it is as in CALL
+#   FILE     as IDLE, and a call on an open file that was at        compares the file's position;
+#            `next_position`, for at most `next_left` bytes         as CALL
+#   RELAY    as IDLE, and a call on a relay that held               compares what the relay holds;
+#            `next_left` bytes                                      as CALL
+#   BOOKED   chains up to `next_position` are to be published,      checks the ring: if they are
+#            `next_left` bytes remain after them                    published, IDLE at
+#                                                                   next_position, else as CALL
 #
-# Only the order of the program counts: who reads the record has waited for the writer's end.
+# Only the order of the program matters: a reader of the record has waited for the writer's end.
 
 from libc.stdint cimport uint32_t, uint64_t
 
@@ -51,7 +55,7 @@ cdef extern from * nogil:
 
     #define vr_in_order() __asm__ __volatile__("" ::: "memory")
 
-    /* Announces the chains that are about to be published. */
+    /* Announce the chains that are about to be published. */
     static inline void vr_book(vr_record *record, uint64_t position, uint64_t left) {
         record->next_position = position;
         record->next_left = left;
@@ -60,7 +64,7 @@ cdef extern from * nogil:
         vr_in_order();
     }
 
-    /* They are published. */
+    /* Record that they are published. */
     static inline void vr_close_record(vr_record *record) {
         vr_in_order();
         record->position = record->next_position;
@@ -71,12 +75,12 @@ cdef extern from * nogil:
         vr_in_order();
     }
 
-    /* Whether the end has to be asked how far the last call came: vr_moved() tells the record. */
+    /* Return whether the end must be asked for the result of the last call: see vr_moved. */
     static inline int vr_is_open(const vr_record *record) {
         return record->state == VR_FILE || record->state == VR_RELAY;
     }
 
-    /* Bytes of the chains from `position` on that were taken or given. */
+    /* Return how many bytes of the chains from `position` on were taken or given. */
     static inline uint64_t vr_recorded_bytes(const vr_record *record) {
         uint64_t more = record->call.msg_len;
         if (record->state == VR_IDLE || vr_is_open(record) || more == VR_UNSET)
@@ -84,7 +88,7 @@ cdef extern from * nogil:
         return record->left + more;
     }
 
-    /* A call begins whose result something else than the record tells. */
+    /* Announce a call whose result will be in something else than the record. */
     static inline void vr_open_record(
         vr_record *record, uint64_t state, uint64_t position, uint64_t bytes
     ) {
@@ -95,7 +99,7 @@ cdef extern from * nogil:
         vr_in_order();
     }
 
-    /* It has moved so many bytes; less than 0: none. */
+    /* Record that it moved so many bytes; less than 0: none. */
     static inline void vr_moved(vr_record *record, ssize_t bytes) {
         vr_in_order();
         record->call.msg_len = bytes > 0 ? (unsigned)bytes : 0;
@@ -104,7 +108,7 @@ cdef extern from * nogil:
         vr_in_order();
     }
 
-    /* sendmmsg or recvmmsg of one message; its length, or -1 with errno. */
+    /* Send or receive one message; return its length, or -1 with errno. */
     static inline ssize_t vr_recorded_message(
         vr_record *record, int receive, int fd, struct msghdr message, int flags
     ) {
@@ -113,7 +117,7 @@ cdef extern from * nogil:
         vr_in_order();
         record->state = VR_CALL;
         vr_in_order();
-        /* Not the C library's functions: one of them makes several calls of it. */
+        /* Not the C library's functions: one library makes several system calls of one. */
         long done = receive ? syscall(SYS_recvmmsg, fd, &record->call, 1, flags, NULL)
                             : syscall(SYS_sendmmsg, fd, &record->call, 1, flags);
         vr_in_order();
@@ -127,14 +131,14 @@ cdef extern from * nogil:
         return vr_recorded_message(record, receive, fd, message, flags);
     }
 
-    /* Descriptors beside a message, as the kernel takes them: at most VR_FDS_MAX (SCM_MAX_FD). */
+    /* Descriptors beside a message in the kernel's format: at most VR_FDS_MAX (SCM_MAX_FD). */
     enum { VR_FDS_MAX = 253 };
     typedef union {
         struct cmsghdr head;
         char bytes[CMSG_SPACE(VR_FDS_MAX * sizeof(int))];
     } vr_rights;
 
-    /* The same with descriptors beside the bytes, which are sent. */
+    /* Send one message with n descriptors beside it. */
     static inline ssize_t vr_recorded_rights(
         vr_record *record, int fd, const struct iovec *segment, vr_rights *rights, size_t n,
         int flags
@@ -155,7 +159,7 @@ cdef extern from * nogil:
         return (int *)CMSG_DATA(&rights->head);
     }
 
-    /* A copy of what is recorded, each number read once: a peer may write to it meanwhile. */
+    /* Return a copy of the numbers, each read once: a peer may write to the record meanwhile. */
     static inline vr_record vr_read_record(const vr_record *shared) {
         const volatile vr_record *from = shared;
         vr_record record = {
@@ -171,7 +175,7 @@ cdef extern from * nogil:
     """
     enum:
         VR_IDLE, VR_CALL, VR_BOOKED, VR_FILE, VR_RELAY
-        VR_RECORD_PRIVATE           # bytes before what a peer may write to
+        VR_RECORD_PRIVATE           # bytes before the part that a peer may write to
     ctypedef struct vr_record:
         uint64_t state
         uint64_t position
@@ -198,7 +202,7 @@ cdef extern from * nogil:
     )
 
 cdef inline void vr_set_record(vr_record* record, uint64_t position, uint64_t left) noexcept nogil:
-    """Records a place in the ring, in one step for whoever comes after us."""
+    """Record a position of the ring, in one step for a successor."""
     vr_book(record, position, left)
     vr_close_record(record)
 
@@ -206,7 +210,7 @@ cdef inline void vr_set_record(vr_record* record, uint64_t position, uint64_t le
 cdef inline uint64_t vr_left_after(
     uint64_t* accounted, const vr_chain* chains, const uint32_t* written, uint32_t n
 ) noexcept nogil:
-    # What remains of `accounted`, which is forgotten, after the next n chains.
+    # Return how many of the `accounted` bytes remain after the next n chains; set it to 0.
     cdef uint64_t left = accounted[0], bytes
     cdef uint32_t i
     for i in range(n if left else 0):

@@ -1,46 +1,45 @@
-# When the queue of a guest that sends is looked at again soon, instead of being kicked for each
-# chain: arithmetic on counts and times, without a system call but for the clock. Inline, for it is
-# part of every turn.
+# The decision to poll the queue of a sending guest again soon, instead of asking for a kick for
+# each chain: arithmetic on counts and times, with no system call except for the clock. Inline,
+# since it is part of every turn.
 #
-# Kicks and calls cost the guest far more than its work on a chain. As long as chains stream in,
-# they are taken unkicked, as many as came in SAMPLE_NS, and one call serves several samples: a
-# driver that goes on is not waiting for it, and one that waits sends no more, which is noticed by
-# the next sample.
+# Kicks and calls cost the guest far more than its work on a chain. While chains stream in, they are
+# taken without kicks every SAMPLE_NS, and one call serves several samples: a driver that continues
+# is not waiting for it, and one that waits sends no more, which the next sample notices.
 
 from libc.stdint cimport uint32_t, uint64_t
 
 from vring._linux cimport vr_now
 
 cdef enum:
-    # How long chains may gather that come in a stream.
+    # Time between two samples of a stream.
     SAMPLE_NS = 250_000
-    # Sampling begins after so many chains that came in batches, or with less than SAMPLE_NS between
-    # them, and goes on while each sample has so many. Of several processes in the guest that take
-    # turns, one may wait so long (ns) for the next: that is no end of its stream.
+    # Sampling begins after STREAK chains that came in batches, or with less than SAMPLE_NS between
+    # them, and continues while each sample has SAMPLE_CHAINS. If processes in the guest take turns,
+    # one may wait TURN_NS for the next: a pause of that length does not end a streak.
     STREAK = 16
     SAMPLE_CHAINS = 3
     TURN_NS = 8_000_000
-    # A stream that had so many chains sampled is believed at once when it goes on later.
+    # After a stream with so many sampled chains, sampling begins again with its next chains.
     SAMPLED_MIN = 5
-    # After fewer, the last of them with chains in it whose sender waits for something, sampling is
-    # not tried again for so long (ns), twice as long each time.
+    # After fewer, if the last sample had chains (their sender waits for something), sampling is not
+    # tried again for so long (ns), twice as long each time.
     CALM_NS_MIN = 500_000
     CALM_NS_MAX = 64_000_000
-    # A sample that found such a part of the queue full: the driver waits for room, or soon will.
+    # A sample that found 1/CROWDED_PART of the queue full: the driver waits for room, or soon will.
     CROWDED_PART = 2
-    # Samples after which the driver is called although more chains come.
+    # After so many samples the driver is called, although more chains come.
     UNANSWERED_MAX = 4
 
 cdef struct vr_sampler:
-    bint sampling               # chains stream in; look for them now and then, unkicked
-    bint warm                   # there were many of them the last time
+    bint sampling               # chains stream in; poll for them, without kicks
+    bint warm                   # the last stream was long (SAMPLED_MIN)
     uint32_t found              # chains popped since the queue was last empty
-    uint32_t streak             # since they come fast
+    uint32_t streak             # chains since they began to come fast
     uint32_t sampled            # chains since sampling began
     uint32_t unanswered         # samples for which the driver has not been called
     uint64_t emptied            # ns; when the queue was last empty
-    uint64_t calm_until         # ns; until then, no sampling
-    uint64_t calm_ns            # how long that was
+    uint64_t calm_until         # ns; no sampling before
+    uint64_t calm_ns            # length of the last such pause
 
 
 cdef inline bint sampler_goes_on(vr_sampler* sampler, uint32_t size) noexcept nogil:

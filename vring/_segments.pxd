@@ -1,5 +1,5 @@
-# Strips of segments to move to or from a descriptor, and bytes that wait for one: arithmetic on
-# memory, without a system call. Inline, since every batch uses both.
+# Strips of segments to move to or from a descriptor, and backlogs of bytes that wait for one:
+# arithmetic on memory, without system calls. Inline, since every batch uses both.
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
@@ -13,7 +13,7 @@ cdef struct vr_strip:
     iovec* at
     uint32_t n
     iovec* cut                  # the segment that strip_cut shortened, or NULL
-    size_t cut_length           # and what it was before
+    size_t cut_length           # its length before
 
 cdef struct vr_backlog:
     # a ring of bytes to write before anything from the queue

@@ -1,4 +1,5 @@
-# Walks over the descriptors of chains: a driver's buffers become segments of this process's memory.
+# Walks over the descriptors of chains, which turn a driver's buffers into segments of this
+# process's memory.
 
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 
@@ -18,31 +19,31 @@ cdef struct vr_chain:
     uint32_t writable_bytes
 
 cdef struct vr_walk:
-    # Where a walk over the descriptors of a chain stands. Fast loops keep it in registers: there it
-    # must not escape to functions that are not inlined.
+    # The position of a walk over the descriptors of a chain. Fast loops keep it in registers: its
+    # address must not be passed to functions that are not inlined.
     const vr_region* near       # region of the last translation, tried first
-    iovec* segment              # the next free one of the segment table
-    uint64_t bytes              # of the chain so far
+    iovec* segment              # the next free segment of the table
+    uint64_t bytes              # bytes of the chain so far
     uint32_t writable           # DESC_F_WRITE once a device-writable descriptor was met, else 0
-    uint32_t at                 # index of the descriptor reached
-    vr_entry desc               # and the descriptor
+    uint32_t at                 # index of the current descriptor
+    vr_entry desc               # the current descriptor
 
 cdef struct vr_room:
-    # What a walk works in.
+    # The limits and tables of a walk.
     const vr_map* memory
     uint16_t* hints
     iovec* segments             # the caller's segment table
     const iovec* end
     uint32_t size               # of the queue: a chain has at most so many descriptors
-    int32_t extra               # descriptors of the chain less its segments, 0 but for rare chains
-    bint odd                    # something about the chain is not an ordinary segment
-    uint32_t work               # of the pop so far, on what is odd: see VR_WORK_MAX
+    int32_t extra               # descriptors of the chain minus its segments; rarely not 0
+    bint odd                    # a descriptor of the chain did not become exactly one segment
+    uint32_t work               # done in this pop for odd descriptors: see VR_WORK_MAX
 
 cdef enum:
-    # Segments end a pop. So does, after a chain, this much work on what need not have any:
-    # descriptors without bytes or over a border, entries of tables that cross one.
+    # A pop ends when the segment table is full, or after a chain when it has done this much work
+    # on descriptors without bytes or across a region border, and on tables that cross one.
     VR_WORK_MAX = 1024
-    # Chains of more segments (indirect, over many region borders) break the ring.
+    # A chain of more segments (indirect, across many region borders) breaks the ring.
     VR_SEGMENTS_MAX = 1 << 17
 
 cdef enum vr_fault_code:
@@ -64,12 +65,13 @@ cdef enum vr_fault_code:
     FAULT_MEMORY_LOST
 
 
-# What a fault is for Python: the kind of RingError, and its cause.
+# Return the class of RingError of a fault, and its cause as text.
 cdef tuple vr_describe(int code)
 
 
-# A buffer of no bytes or in several regions (a segment for each), or one that is too much; moves
-# `segment` on. `bytes` of the chain so far, these included. Returns a vr_fault_code.
+# Add a buffer of no bytes, one in several regions (a segment for each), or one for which there is
+# no room; advance `segment`. `bytes`: of the chain so far, this buffer included. Return a
+# vr_fault_code.
 cdef int vr_add_slow(
     vr_room* room, const vr_chain* chain, iovec** segment, uint64_t address, uint64_t length,
     uint64_t bytes
@@ -83,7 +85,7 @@ cdef inline void vr_start_chain(vr_walk* walk, vr_chain* chain, uint32_t segment
 
 
 cdef inline int vr_add_buffer(vr_room* room, vr_walk* walk, const vr_chain* chain) noexcept nogil:
-    # The buffer of walk.desc, as a segment of the table. Returns a vr_fault_code.
+    # Add the buffer of walk.desc to the table as a segment. Return a vr_fault_code.
     cdef uint64_t offset = walk.desc.addr - walk.near.guest
     cdef const vr_region* near
     cdef iovec* segment
@@ -96,7 +98,7 @@ cdef inline int vr_add_buffer(vr_room* room, vr_walk* walk, const vr_chain* chai
             offset = walk.desc.addr - near.guest
         elif walk.desc.len:
             return FAULT_ADDRESS
-    # length - 1 sends a length of 0 the slow way
+    # length - 1: a length of 0 takes the slow way
     if vr_likely(
         walk.segment != room.end and <uint64_t>walk.desc.len - 1 < walk.near.size - offset
     ):
@@ -118,7 +120,7 @@ cdef inline void vr_end_readable(
 
 
 cdef inline int vr_end_chain(vr_room* room, vr_walk* walk, vr_chain* chain) noexcept nogil:
-    # Returns a vr_fault_code.
+    # Finish the chain's numbers. Return a vr_fault_code.
     cdef uint32_t segments = <uint32_t>(walk.segment - room.segments) - chain.first_segment
     if not walk.writable:
         chain.n_readable = segments
@@ -134,19 +136,19 @@ cdef inline int vr_end_chain(vr_room* room, vr_walk* walk, vr_chain* chain) noex
         room.odd = False
         if room.work >= VR_WORK_MAX:
             room.end = walk.segment     # no room for another chain
-    # Segments end the loops; whether there were too many descriptors is checked once.
+    # The loops are bounded by segments; too many descriptors are detected once, here.
     if vr_unlikely(segments > room.size):
         return FAULT_TOO_LONG
     return FAULT_TOO_MANY_BYTES if vr_unlikely(walk.bytes >> 32) else FAULT_NONE
 
 
-# Entry i of an indirect table that crosses region borders, each byte read once; whether all of it
-# is in memory.
+# Read entry i of an indirect table that crosses region borders, each byte once; return whether all
+# of it is in memory.
 cdef bint vr_read_scattered(
     vr_room* room, uint64_t table, uint32_t i, uint8_t* entry
 ) noexcept nogil
 
-# Copies the device-readable bytes of n chains out.
+# Copy out the device-readable bytes of n chains.
 cdef void vr_copy_out(
     const vr_chain* chains, uint32_t n, const iovec* segments, uint8_t* to
 ) noexcept nogil
@@ -155,7 +157,7 @@ cdef void vr_copy_out(
 cdef inline uint64_t vr_copy_in(
     const iovec* segments, uint32_t n, uint64_t skip, const uint8_t* data, uint64_t length
 ) noexcept nogil:
-    # Fills n segments, from byte `skip` of them on, until data or room ends; bytes copied.
+    # Fill n segments from their byte `skip` on until data or room ends; return the bytes copied.
     cdef uint32_t i
     cdef uint64_t done = 0, there
     for i in range(n):
@@ -174,8 +176,8 @@ cdef inline uint64_t vr_copy_in(
 cdef inline int vr_locate_table(
     const vr_room* room, const vr_walk* walk, bint negotiated, uint32_t most, const uint8_t** table
 ) noexcept nogil:
-    # Where the indirect table of at most so many entries lies that walk.desc names; stays NULL if
-    # it crosses region borders. Returns a vr_fault_code.
+    # Find the indirect table that walk.desc refers to, of at most `most` entries; `table` keeps its
+    # value if it crosses region borders. Return a vr_fault_code.
     cdef const vr_region* region = walk.near
     cdef uint64_t offset = walk.desc.addr - region.guest
     if vr_unlikely(not negotiated):
@@ -199,7 +201,7 @@ cdef inline int vr_locate_table(
 cdef inline void vr_single(
     vr_chain* chain, uint32_t head, uint32_t segment, uint32_t length, bint writable
 ) noexcept nogil:
-    # A chain of one descriptor in one segment, without a branch on which kind it is.
+    # Describe a chain of one descriptor in one segment, without a branch on its direction.
     chain.head = head
     chain.descriptors = 1
     chain.first_segment = segment

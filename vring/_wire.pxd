@@ -1,5 +1,5 @@
-# How guest memory is touched: entries of rings (virtio 1.3, 2.7 and 2.8), flags, atomics and the
-# one wrap-safe event comparison. Declared once; everything else cimports it. Where what lies is in
+# Access to guest memory: entries of rings (virtio 1.3, 2.7 and 2.8), flags, atomics and the one
+# wrap-safe event comparison. Declared once; everything else cimports it. Offsets and sizes are in
 # _layout.
 #
 # Every access to shared memory goes through a function of this file. They load or store exactly
@@ -90,7 +90,7 @@ cdef extern from * nogil:
     static inline void vr_store32(void *p, uint32_t v) {
         __atomic_store_n((vr_u32 *)p, htole32(v), __ATOMIC_RELAXED);
     }
-    /* Sets bits of a byte in which others clear some; a full fence. */
+    /* Set bits of a byte in which others clear bits; a full fence. */
     static inline void vr_or8(void *p, uint8_t bits) {
         __atomic_fetch_or((uint8_t *)p, bits, __ATOMIC_SEQ_CST);
     }
@@ -105,9 +105,9 @@ cdef extern from * nogil:
         uint32_t next;      /* packed: not used */
         uint32_t id;        /* split: not used */
     } vr_entry;
-    /* One of the two words of a descriptor, once. In a ring it is aligned. Where the processor has
-       no loads and stores of any alignment (RISC-V), compilers put a word that may lie anywhere
-       together byte by byte: only a descriptor of an indirect table that does lie so is. */
+    /* Load one of the two words of a descriptor, once. In a ring it is aligned. For processors
+       without unaligned loads and stores (RISC-V), compilers assemble a possibly unaligned word
+       byte by byte: only descriptors of unaligned indirect tables are read so. */
     static inline uint64_t vr_load_word(const void *p, int i) {
     #if !defined(__x86_64__) && !defined(__aarch64__)
         if (vr_likely(((uintptr_t)p & 7) == 0))
@@ -136,7 +136,7 @@ cdef extern from * nogil:
                       (uint32_t)(rest >> 32) & 0xffff};
         return d;
     }
-    /* len, id and flags in one store, after everything before it */
+    /* Store len, id and flags at once, after everything before it. */
     static inline void vr_write_packed_used(void *p, uint32_t len, uint16_t id, uint16_t flags) {
         uint64_t word = (uint64_t)len | (uint64_t)id << 32 | (uint64_t)flags << 48;
         __atomic_store_n((vr_u64 *)((uint8_t *)p + 8), htole64(word), __ATOMIC_RELEASE);
@@ -158,23 +158,23 @@ cdef extern from * nogil:
         vr_store_word(p, 1,
                       htole64((uint64_t)len | (uint64_t)flags << 32 | (uint64_t)next << 48));
     }
-    /* A descriptor as it stands in memory. */
+    /* Copy a descriptor as it is in memory. */
     static inline void vr_read_whole(void *entry, const void *p) {
         uint64_t words[2] = {vr_load_word(p, 0), vr_load_word(p, 1)};
         memcpy(entry, words, sizeof words);
     }
-    /* the index published later orders them */
+    /* Ordered by the index that is published later. */
     static inline void vr_write_used(void *p, uint32_t id, uint32_t len) {
         *(vr_u64_half *)p = htole64((uint64_t)id | (uint64_t)len << 32);
     }
 
-    /* Stores value in one of two adjacent numbers and 0 in the other, in one store. */
+    /* Store value in one of two adjacent numbers and 0 in the other, at once. */
     static inline void vr_store_one_of(void *p, uint32_t value, int second) {
         uint64_t pair = (uint64_t)value << ((__BYTE_ORDER == __BIG_ENDIAN) ^ !!second) * 32;
         memcpy(p, &pair, sizeof pair);
     }
 
-    /* 2.7.7.2: does moving an index from `before` to `after` pass `event`? Wrap-safe. */
+    /* Return whether moving an index from `before` to `after` passes `event` (2.7.7.2). */
     static inline int vr_need_event(uint16_t event, uint16_t after, uint16_t before) {
         return (uint16_t)(after - event - 1) < (uint16_t)(after - before);
     }
