@@ -4,8 +4,8 @@
 # The kernel stores the result of sendmmsg and recvmmsg into the record within the call, so a kill
 # cannot come between the bytes and their record. For other ends the result is in something else
 # that outlives the process: the position of an open file, or the rest in a pipe through which all
-# bytes go (the relay, see `_descriptor.pxd`). Every other step is one store, which has happened or not,
-# and a successor may repeat what follows from each state:
+# bytes go (the relay, see `_descriptor.pxd`). Every other step is one store, which has happened or
+# not, and a successor may repeat what follows from each state:
 #
 #   state    what is known                                          a successor
 #   IDLE     the ring is at `position`, and `left` bytes of the     continues there
