@@ -128,7 +128,7 @@ async def test_it_hears_of_start_reload_upgrade_and_end(tmp_path, manager):
     async with kept(tmp_path, *NULL_PORT, ready="", environment=environment) as keeper:
         main = f"MAINPID={keeper.process.pid}"
         await manager.heard("READY=1")
-        assert manager.told == ["READY=1", main, "STATUS=serving v"]
+        assert manager.told == ["READY=1", main, "STATUS=serving vring"]
         keeper.process.send_signal(signal.SIGHUP)
         await manager.heard("READY=1", 2)
         assert [line.partition("=")[0] for line in manager.told[3:5]] == [
