@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 SOURCES := $(wildcard vring/*.pyx vring/*.pxd)
 
-.PHONY: help build run test check coverage chaos bench fuzz sanitize tsan mutants format wheel wheel-check peers \
+.PHONY: help build run test check check-coverage coverage chaos bench fuzz sanitize tsan mutants format wheel wheel-check peers \
 	peers-qemu peers-vdagent clean
 .DEFAULT_GOAL := help
 
@@ -43,10 +43,21 @@ build: $(VENV)/built ## compile and install into .venv, editable
 run: build ## the main job: the whole agent path on the embedded guest
 	$(BIN)/vring demo
 
+# Set: the tests are measured, which takes more processor time. CI does so.
+MEASURE ?= $(CI)
 test: build ## the tests; those that need a real peer skip without it (make peers)
+ifeq ($(MEASURE),)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+else
+	$(BIN)/python -m pip install --quiet --group coverage
+	rm -rf build/coverage && mkdir -p build/coverage
+	VRING_SANDBOX=off $(BIN)/coverage run -m pytest $(PYTEST_ARGS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --fail-under=0 > build/coverage/report.txt
+	$(BIN)/coverage report --fail-under=0 --format=total > build/coverage/total
+endif
 
-check: build $(VENV)/check-tools ## linters, docstrings, types, import contracts
+check: build $(VENV)/check-tools check-coverage ## linters, docstrings, types, import contracts, coverage as last measured
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python scripts/check-docstrings
@@ -55,16 +66,17 @@ check: build $(VENV)/check-tools ## linters, docstrings, types, import contracts
 	$(BIN)/lint-imports
 	$(BIN)/python -m mypy.stubtest vring --concise
 
+check-coverage:
+	@$(PYTHON) scripts/check-coverage
+
 format: $(VENV)/check-tools ## let ruff format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-coverage: build ## the tests with the coverage of lines and branches, processes that they start included
-	$(BIN)/python -m pip install --quiet --group coverage
-	rm -rf build/coverage && mkdir -p build/coverage
-	VRING_SANDBOX=off $(BIN)/coverage run -m pytest $(PYTEST_ARGS)
-	$(BIN)/coverage combine --quiet
-	$(BIN)/coverage report
+coverage: ## the tests with the coverage of lines and branches, processes that they start included
+	$(MAKE) test MEASURE=1
+	@cat build/coverage/report.txt
+	@$(PYTHON) scripts/check-coverage
 
 CHAOS_KILLS ?= 1000
 chaos: build ## workers killed CHAOS_KILLS times under full traffic, for each way in and layout
