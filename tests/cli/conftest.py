@@ -34,6 +34,7 @@ def serve(tmp_path: Path) -> Serve:
             cwd=tmp_path,
             stdin=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
+            start_new_session=True,
         )
         server = Server(process)
         try:

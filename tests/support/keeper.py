@@ -116,6 +116,13 @@ class Kept:
         self.kill_now(number)
         await self.logged(SERVING, served + 1)
 
+    async def kill_of(self, victim: int) -> None:
+        """Kill one of several workers, and wait until the next one serves."""
+        served = self.log.count(SERVING)
+        os.kill(victim, signal.SIGKILL)
+        self.kills += 1
+        await self.logged(SERVING, served + 1)
+
     async def kill_until_anew(self) -> None:
         """Kill workers until the keeper does not believe in what they leave any more."""
         for _ in range(12):  # what was under way at the first deaths changes what is left

@@ -67,7 +67,7 @@ class Server:
         return await self.exit_status()
 
     async def kill(self) -> None:
-        await end(self._process, self._reading)
+        await end(self._process, self._reading, session=True)
 
 
 Serve = Callable[..., AbstractAsyncContextManager[Server]]

@@ -146,7 +146,7 @@ def serving(
     Raises ResourceError with its output if it does not start.
     """
     os.mkfifo(directory / "fifo")
-    command = ["serve", "--log-level", "error"]
+    command = ["serve", "--no-keeper", "--log-level", "error"]  # the child has a thread already
     command += ["--vhost-user", f"{directory}/vhost-user", "--busy-poll", str(busy_poll)]
     command += ["--max-ports", str(ports[-1] + 1), *options]
     command += ["--chardev", f"pipe,id=fifo,path={directory}/fifo"]

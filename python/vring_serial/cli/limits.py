@@ -17,12 +17,12 @@ def prepare() -> None:
     """Keep OpenBLAS from reserving memory, and check that there is enough address space.
 
     NumPy loads OpenBLAS, which reserves memory for every processor and ends the process if it
-    gets none. It is not used here.
+    gets none. It is not used here. Its threads would also keep `vring serve` from forking.
 
     Raises:
         ResourceError: the limit of the address space is too low.
     """
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
     for limit, text in _limits():
         if limit < NEEDED:
             raise ResourceError(f"{text}, and {NEEDED >> 20} MiB are needed")

@@ -27,10 +27,9 @@ DEFAULT_SANDBOX = "on"
 @click.command("serve")
 @service_options
 @click.option(
-    "--keeper",
-    is_flag=True,
-    help="Hold sockets, files and state in a process of its own, so that the one that serves may "
-    "die, and another one goes on (docs/restart.md).",
+    "--keeper/--no-keeper",
+    help="Hold sockets, files and state in a process of its own, so that those that serve may die, "
+    "and others go on (docs/restart.md); without it (the default), one process serves.",
 )
 def serve_command(keeper: bool, **given: Any) -> None:
     """Serve virtio-serial devices over vhost-user or vfio-user until SIGINT or SIGTERM.
@@ -49,14 +48,14 @@ def serve_command(keeper: bool, **given: Any) -> None:
           --port chardev=c,nr=1,name=org.example.data
       vring serve --config /etc/vring.toml
     """
-    if given["qmp"] and not keeper:
-        raise click.UsageError(
-            "--qmp goes with --keeper: a monitor is a process beside the worker."
-        )
     with interrupts_end_at_once():
         from vring_serial.cli.origin import find_origin
     origin = find_origin()
     service = service_of(given, origin.inputs.read)
+    if service.qmp and not keeper:
+        raise click.UsageError(
+            "--qmp goes with --keeper: a monitor is a process beside the worker."
+        )
     log = logs.LogSettings(service.log_level or "info", bool(service.json_log), service.log_file)
     shares, sandboxes, monitors = check(service, keeper=keeper)
     set_access(parse_access(service.socket_mode, service.socket_owner, service.socket_group))

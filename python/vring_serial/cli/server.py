@@ -133,7 +133,7 @@ async def _start(
 
     All machines are appended to ``served``.
     """
-    if kept is None:
+    if kept is None or not kept.restarts:
         for vm in vms:
             if vm.vfio_user or not vm.connect:
                 for socket in vm.sockets:  # before the log tells of ports that nobody will reach
