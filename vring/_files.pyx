@@ -7,6 +7,7 @@ import os
 
 from libc.errno cimport EBADF
 
+from vring._linux cimport vr_same_file
 from vring.errors import MemoryMapError
 
 cdef extern from "<sys/vfs.h>" nogil:
@@ -101,3 +102,8 @@ def _file_system(int fd):
                 elsewhere = kind
     # Mounted only for the peer (libvirt gives each machine a namespace): same result.
     return elsewhere
+
+
+def same_file(int first, int second):
+    """Return whether two descriptors are one open file, as far as that can be found out."""
+    return vr_same_file(first, second)

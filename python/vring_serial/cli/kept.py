@@ -147,7 +147,7 @@ def _work(
                 emit(logging.WARNING, "forgotten", text)
             shelf.serving()
             if watchdog is not None:
-                _say_well(inheritance.notifier, watchdog / ANSWERS)
+                say_well(inheritance.notifier, watchdog / ANSWERS)
 
         def handed_over() -> NoReturn:
             shelf.stopped()
@@ -157,7 +157,7 @@ def _work(
             ends = links.for_worker([vm.name for vm in vms])
             kept = Kept(shelf, serving, handed_over, ends, inheritance.restarts)
             if inheritance.restarts:
-                run(serve([_without_emptying(vm) for vm in vms], settings, kept))
+                run(serve([without_emptying(vm) for vm in vms], settings, kept))
                 return
             for warning in warnings:
                 emit(logging.WARNING, "configuration", warning)
@@ -166,11 +166,11 @@ def _work(
     return status_of(work)
 
 
-def _say_well(notifier: Notifier, seconds: float) -> None:
+def say_well(notifier: Notifier, seconds: float) -> None:
     """Say every so many seconds that the event loop runs."""
     with contextlib.suppress(ResourceError):
         notifier.notify("WATCHDOG=1")
-    asyncio.get_running_loop().call_later(seconds, _say_well, notifier, seconds)
+    asyncio.get_running_loop().call_later(seconds, say_well, notifier, seconds)
 
 
 def _chardevs(vm: VmConfig) -> Iterator[ChardevConfig]:
@@ -178,7 +178,7 @@ def _chardevs(vm: VmConfig) -> Iterator[ChardevConfig]:
         yield from (port.chardev for port in controller.ports)
 
 
-def _without_emptying(vm: VmConfig) -> VmConfig:
+def without_emptying(vm: VmConfig) -> VmConfig:
     """Return it with files that are appended to: the first worker has emptied them already."""
 
     def port(config: PortConfig) -> PortConfig:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from vring_serial.chardev.socket import SocketOptions
 from vring_serial.cli import interrupts_end_at_once, logs
@@ -31,7 +32,13 @@ DEFAULT_SANDBOX = "on"
     help="Hold sockets, files and state in a process of its own, so that those that serve may die, "
     "and others go on (docs/restart.md); without it (the default), one process serves.",
 )
-def serve_command(keeper: bool, **given: Any) -> None:
+@click.option(
+    "--descriptor-store",
+    is_flag=True,
+    help="Without a keeper: have the service manager (systemd) keep sockets, files and state "
+    "(docs/systemd.md).",
+)
+def serve_command(keeper: bool, descriptor_store: bool, **given: Any) -> None:
     """Serve virtio-serial devices over vhost-user or vfio-user until SIGINT or SIGTERM.
 
     VMs come from a TOML file; or their ports come from a libvirt domain XML, from QEMU-style
@@ -48,6 +55,11 @@ def serve_command(keeper: bool, **given: Any) -> None:
           --port chardev=c,nr=1,name=org.example.data
       vring serve --config /etc/vring.toml
     """
+    if descriptor_store:
+        source = click.get_current_context().get_parameter_source("keeper")
+        if keeper and source is ParameterSource.COMMANDLINE:
+            raise click.UsageError("Give either --keeper or --descriptor-store, and not both.")
+        keeper = False
     with interrupts_end_at_once():
         from vring_serial.cli.origin import find_origin
     origin = find_origin()
@@ -75,6 +87,11 @@ def serve_command(keeper: bool, **given: Any) -> None:
         settings = [Settings(None, service.log_file, sandbox) for sandbox in sandboxes]
         status = serve_kept(shares, settings, service.pid_file, log, warnings, monitors, origin)
         raise SystemExit(status)
+    if descriptor_store:
+        from vring_serial.cli.stored import serve_stored
+
+        run(serve_stored(service.vms, Settings(None, service.log_file, sandboxes[0]), origin))
+        return
     run(serve(service.vms, Settings(service.pid_file, service.log_file, sandboxes[0])))
 
 

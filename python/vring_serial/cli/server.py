@@ -60,6 +60,7 @@ class Kept:
         on_serving: called when everything has started.
         links: to the monitor, by VM, taken over; none if there is no monitor.
         restarts: how many processes served before this one.
+        by_manager: the service manager keeps everything, and SIGTERM is as SIGUSR2.
         handed_over: called when SIGUSR2 has told to stop for a successor, and nothing moves any
             more; ends the process.
     """
@@ -69,6 +70,7 @@ class Kept:
     handed_over: Callable[[], NoReturn]
     links: Mapping[str, LinkEnd] = field(default_factory=dict)
     restarts: int = 0
+    by_manager: bool = False
 
 
 async def serve(vms: Sequence[VmConfig], settings: Settings, kept: Kept | None = None) -> None:
@@ -87,13 +89,15 @@ async def serve(vms: Sequence[VmConfig], settings: Settings, kept: Kept | None =
     """
     allow_descriptors()
     served: list[_Machine] = []
-    stop = stop_on_signals(lambda: _reload(served), interrupt=kept is None)
+    interrupt = kept is None or kept.by_manager
+    stop = stop_on_signals(lambda: _reload(served), interrupt=interrupt)
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(pid_file(settings.pid_file))
         if await finished_before(stop, _start(vms, settings, served, stack, kept)):
             if kept is not None:
                 hand_over = partial(_hand_over, served, kept.handed_over)
-                asyncio.get_running_loop().add_signal_handler(signal.SIGUSR2, hand_over)
+                for number in (signal.SIGUSR2, *([signal.SIGTERM] if kept.by_manager else ())):
+                    asyncio.get_running_loop().add_signal_handler(number, hand_over)
                 kept.on_serving()
             emit(logging.INFO, "serving", "serving; SIGINT or SIGTERM stops", pid=os.getpid())
             await stop.wait()

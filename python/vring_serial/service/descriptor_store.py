@@ -40,6 +40,17 @@ def is_name(name: str) -> bool:
     )
 
 
+def connect(address: str) -> socket.socket:
+    """Return a socket to whoever has this ``NOTIFY_SOCKET``. Raises ResourceError."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+    try:
+        sock.connect("\0" + address[1:] if address.startswith("@") else address)
+    except OSError as error:
+        sock.close()
+        raise ResourceError(f"NOTIFY_SOCKET {address}: {error.strerror}") from None
+    return sock
+
+
 class DescriptorStore:
     """The keeper's side: what one worker stored.
 
@@ -156,15 +167,7 @@ class Notifier:
         Raises ResourceError if it cannot be reached.
         """
         address = environment.pop("NOTIFY_SOCKET", None)
-        if address is None:
-            return None
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-        try:
-            sock.connect("\0" + address[1:] if address.startswith("@") else address)
-        except OSError as error:
-            sock.close()
-            raise ResourceError(f"NOTIFY_SOCKET {address}: {error.strerror}") from None
-        return Notifier(sock)
+        return None if address is None else Notifier(connect(address))
 
     def notify(self, *lines: str, fds: Iterable[int] = ()) -> None:
         """Send lines and descriptors. Raises ResourceError if nobody hears."""

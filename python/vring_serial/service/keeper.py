@@ -284,6 +284,7 @@ class Keeper:
         os.close(self._wake_reader)
         os.close(self._wake_writer)
         os.close(self._reporter.fd)
+        self._manager.close()
         if self._upgrade is not None:
             self._upgrade.leave()
         close_all(self._leaving)
