@@ -77,6 +77,7 @@ cdef struct vr_flow:
     vr_counters counters
     uint32_t news
     int error                   # errno with NEWS_ERROR
+    bint gives_back             # flow_finish is to return the chain that was taken in part
     uint8_t* residue            # malloced by flow_finish: see there
     size_t residue_length
 

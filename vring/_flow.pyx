@@ -546,6 +546,8 @@ cdef void flow_finish(vr_flow* flow, vr_tables* tables) noexcept nogil:
                 vr_count(&flow.counters.dropped, flow.residue_length)
                 flow.residue_length = 0
                 give_back(flow, 1)
+            elif flow.gives_back:
+                give_back(flow, 1)      # a record says how much of it was taken
             else:
                 complete(flow, tables, NULL, 1)
     call_driver(flow)

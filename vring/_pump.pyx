@@ -145,12 +145,16 @@ cdef class Flow:
         free(self.seat.flow.residue)
         free(self.seat.flow.backlog.data)
 
-    def detach(self):
+    def detach(self, complete=True):
         """End the flow, after the turn in progress.
 
         On return the pump uses neither the queue nor the descriptors, no chain is in flight and no
         more event of this flow is delivered. Guest to host: chains of which the descriptor took at
         least a part are completed, the others are given back to the queue.
+
+        Args:
+            complete: False gives back the chain of which the descriptor took a part, too: for a
+                queue with a record, whose user completes it once the residue is written down.
 
         Returns:
             The rest of the chain taken in part, or a lossy flow's backlog: bytes for `residue` of
@@ -160,6 +164,7 @@ cdef class Flow:
         cdef Pump pump = self.pump
         cdef bytes residue = b""
         if pump is not None:
+            self.seat.flow.gives_back = not complete
             pump.end(self)
         if self.seat.flow.residue != NULL:
             residue = PyBytes_FromStringAndSize(

@@ -1,12 +1,14 @@
 """A backend whose host ends are connected sockets that it was given: to be killed.
 
 Usage: given_sockets.py PATH split|packed FD...: serves PATH, with port 1 at the first descriptor.
+It makes the file PATH.ready when it listens.
 """
 
 from __future__ import annotations
 
 import asyncio
 import sys
+from pathlib import Path
 
 from vring_serial.chardev.base import Chardev, DescriptorEnd
 from vring_serial.device.console.controller import Controller
@@ -34,6 +36,7 @@ async def main(path: str, layout: str, fds: list[int]) -> None:
     for nr, fd in enumerate(fds, start=1):
         controller.add_port(Port(nr, f"p{nr}", GivenSocket(fd)))
     async with controller, VhostUserBackend(controller, path, packed=layout == "packed"):
+        Path(f"{path}.ready").touch()
         await asyncio.get_running_loop().create_future()
 
 

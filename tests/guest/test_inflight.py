@@ -61,7 +61,7 @@ async def test_every_byte_comes_once_whatever_is_killed(tmp_path: Path, layout: 
     writers: list[asyncio.StreamWriter] = []
     try:
         async with running(*command, pass_fds=fds) as process:
-            await until(lambda: (tmp_path / "v").exists())
+            await until(lambda: (tmp_path / "v.ready").exists())
             await guest.start()
             streams = []
             for nr, (ours, _) in enumerate(pairs, start=1):

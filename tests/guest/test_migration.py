@@ -3,109 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import socket
 import sys
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.support.migration import Migration
 from tests.support.processes import running
+from tests.support.traffic import PORTS, Host, Stream, Traffic
 from tests.support.waiting import until
 from vring_serial import EmbeddedGuest
 from vring_serial.guest.errors import BackendRefusedError
 from vring_serial.guest.frontend import Frontend
 
 PROGRAM = Path(__file__).with_name("given_sockets.py")
-PORTS = 4
-#: A prime length: no lost or doubled power of two of bytes goes unnoticed.
-PRIME = 65_521
-PATTERN = random.Random(7).randbytes(PRIME) * 3
-#: Most bytes received at once.
-PIECE = 1 << 16
 LAYOUTS = pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
-
-
-def pattern(at: int, length: int) -> bytes:
-    start = at % PRIME
-    return PATTERN[start : start + length]
-
-
-class Host:
-    """The host end of one port on one machine: what it has sent and received in all, elsewhere too.
-
-    Args:
-        slow: it reads little, so that its socket is full most of the time.
-    """
-
-    def __init__(self, *, slow: bool) -> None:
-        self.ours, self.theirs = socket.socketpair()
-        self.ours.setblocking(False)
-        self.theirs.setblocking(False)
-        self._slow = slow
-
-    async def receive(self, stream: Stream) -> None:
-        while True:
-            await ready(self.ours, write=False)
-            stream.take(self.ours.recv(3000 if self._slow else PIECE))
-            if self._slow:
-                await asyncio.sleep(0.01)
-
-    async def send(self, stream: Stream, chance: random.Random) -> None:
-        while True:
-            await ready(self.ours, write=True)
-            with suppress(BlockingIOError):
-                stream.sent += self.ours.send(pattern(stream.sent, chance.randrange(1, 30_000)))
-
-    def leave(self, out: Stream, back: Stream) -> None:
-        """Read what the device has written, and take back what it has not read."""
-        while data := _received(self.ours):
-            out.take(data)
-        while data := _received(self.theirs):
-            back.sent -= len(data)
-
-    def close(self) -> None:
-        self.ours.close()
-        self.theirs.close()
-
-
-def _received(sock: socket.socket) -> bytes:
-    try:
-        return sock.recv(PIECE)
-    except BlockingIOError:
-        return b""
-
-
-async def ready(sock: socket.socket, *, write: bool) -> None:
-    """Wait until there is something to read, or room.
-
-    Unlike the loop's own methods this leaves nothing half done when it is cancelled.
-    """
-    loop = asyncio.get_running_loop()
-    found = asyncio.Event()
-    (loop.add_writer if write else loop.add_reader)(sock, found.set)
-    try:
-        await found.wait()
-    finally:
-        (loop.remove_writer if write else loop.remove_reader)(sock)
-
-
-class Stream:
-    """A sequence of bytes from one end of a port to the other, checked as it comes."""
-
-    def __init__(self) -> None:
-        self.sent = self.received = 0
-
-    def take(self, data: bytes) -> None:
-        assert data, f"it ended after byte {self.received}"
-        if data != pattern(self.received, len(data)):
-            ahead = (PATTERN.find(data[:30]) - self.received) % PRIME
-            raise AssertionError(f"wrong after byte {self.received}: it is {ahead} bytes ahead")
-        self.received += len(data)
 
 
 class Machine:
@@ -117,17 +33,17 @@ class Machine:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.hosts = [Host(slow=nr == 0) for nr in range(PORTS)]
+        self.hosts = [Host(*socket.socketpair(), slow=nr == 0) for nr in range(PORTS)]
         self._tasks: list[asyncio.Task[None]] = []
 
     @asynccontextmanager
     async def serving(self, *, packed: bool) -> AsyncIterator[None]:
-        fds = [host.theirs.fileno() for host in self.hosts]
+        fds = [host.theirs.fileno() for host in self.hosts if host.theirs is not None]
         layout = "packed" if packed else "split"
         command = (sys.executable, str(PROGRAM), str(self.path), layout, *map(str, fds))
         try:
             async with running(*command, pass_fds=fds):
-                await until(self.path.exists)
+                await until(self.path.with_name(f"{self.path.name}.ready").exists)
                 yield
         finally:
             await self.stop()
@@ -156,72 +72,6 @@ class Machine:
         await self.stop()
         for host, (out, back) in zip(self.hosts, streams, strict=True):
             host.leave(out, back)
-
-
-class Traffic:
-    """What the guest's programs do: they read and write all the time, through every port."""
-
-    def __init__(self, guest: EmbeddedGuest) -> None:
-        self.streams = [(Stream(), Stream()) for _ in range(PORTS)]  # out, back
-        self._guest = guest
-        self._tasks: list[asyncio.Task[None]] = []
-        self._enough = asyncio.Event()
-        self._writers: list[asyncio.StreamWriter] = []
-
-    async def start(self) -> None:
-        for nr, (out, back) in enumerate(self.streams, start=1):
-            port = await self._guest.wait_port(nr=nr)
-            reader, writer = await port.open()
-            self._writers.append(writer)  # which closes the port when it goes
-            self._tasks.append(asyncio.create_task(self._send(out, writer)))
-            self._tasks.append(asyncio.create_task(self._receive(back, reader)))
-
-    async def goes_on(self) -> None:
-        """Wait until every stream has moved."""
-        streams = [stream for pair in self.streams for stream in pair]
-        before = [stream.received for stream in streams]
-        await until(
-            lambda: all(s.received > b for s, b in zip(streams, before, strict=True)),
-            lambda: f"{before} {[stream.received for stream in streams]}",
-            unless=self._failed,
-        )
-
-    async def finish(self, machine: Machine) -> None:
-        """Send no more, and wait until all has come that was sent."""
-        self._enough.set()
-        await asyncio.gather(*self._tasks[::2])
-        await until(lambda: all(out.received == out.sent for out, _ in self.streams))
-        await machine.stop()
-        await until(
-            lambda: all(back.received == back.sent for _, back in self.streams),
-            lambda: f"{[(back.sent, back.received) for _, back in self.streams]}",
-            unless=self._failed,
-        )
-
-    async def stop(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        for writer in self._writers:
-            writer.close()
-
-    def _failed(self) -> list[BaseException]:
-        """What programs that have ended met."""
-        done = [task for task in self._tasks if task.done() and not task.cancelled()]
-        return [error for task in done if (error := task.exception()) is not None]
-
-    async def _send(self, out: Stream, writer: asyncio.StreamWriter) -> None:
-        chance = random.Random(3)
-        while not self._enough.is_set():
-            data = pattern(out.sent, chance.randrange(1, 60_000))
-            writer.write(data)
-            out.sent += len(data)
-            await writer.drain()
-            await asyncio.sleep(0)
-
-    async def _receive(self, back: Stream, reader: asyncio.StreamReader) -> None:
-        while True:
-            back.take(await reader.read(PIECE))
 
 
 @asynccontextmanager
@@ -332,4 +182,3 @@ async def test_a_state_that_does_not_fit_changes_nothing(tmp_path: Path, what: s
         await moved.move(first, second)
         await moved.traffic.goes_on()
         await moved.traffic.finish(second)
-        assert os.path.exists(first.path)

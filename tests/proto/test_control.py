@@ -453,6 +453,46 @@ def test_the_driver_resumes_as_linux():
     assert driver.receive_message(said(1, E.PORT_OPEN)) == [PortOpened(1)]
 
 
+def test_what_another_process_was_about_to_say_is_said():
+    old = ControlDevice(8)
+    for nr in (1, 2):
+        old.add_port(nr, b"p%d" % nr, console=nr == 2)
+    old.receive_message(said(NO_PORT, E.DEVICE_READY))
+    drain(old.outbox)
+    old.receive_message(said(1, E.PORT_READY))
+    old.receive_message(said(2, E.PORT_READY))
+    old.set_size(2, 80, 25)
+    old.remove_port(1)
+    old.add_port(1, b"p1")
+    new = ControlDevice(8)
+    for nr in (1, 2):
+        new.add_port(nr, b"p%d" % nr, console=nr == 2)
+    new.resume(old.state)
+    assert [(m.id, m.event) for m in drain(new.outbox)] == [
+        (2, E.CONSOLE_PORT),
+        (2, E.PORT_NAME),
+        (2, E.RESIZE),
+        (1, E.PORT_REMOVE),
+        (1, E.PORT_ADD),
+        (2, E.PORT_OPEN),
+    ]
+
+
+def test_what_nobody_of_ours_would_say_is_not_said():
+    old = ControlDevice(8)
+    old.add_port(1, b"p1")
+    old.receive_message(said(NO_PORT, E.DEVICE_READY))
+    drain(old.outbox)
+    old.receive_message(said(1, E.PORT_READY))
+    drain(old.outbox)
+    for number, (nr, event) in enumerate([(9, E.PORT_OPEN), (1, E.DEVICE_READY), (1, 77)]):
+        old.state.waiting[number] = ControlMessage(nr, event, 1)
+    new = ControlDevice(8)
+    new.add_port(1, b"p1")
+    new.resume(old.state)
+    assert [(m.id, m.event) for m in drain(new.outbox)] == [(1, E.PORT_OPEN)]
+
+
 @pytest.mark.parametrize(
     ("data", "why"),
     [

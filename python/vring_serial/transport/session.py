@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
-from vring import GuestMemory, MemoryWatch
+from vring import MemoryWatch
 from vring.errors import VringError
 from vring_serial.errors import RemoteProtocolError
 from vring_serial.keeping import Keeping
@@ -18,7 +18,6 @@ from vring_serial.proto.framing import MAX_FDS, BadMessageError, MessageParser, 
 from vring_serial.ratelimit import RateLimitedLog
 from vring_serial.transport.closer import Closer
 from vring_serial.transport.connection import MAX_UNREAD, Connection
-from vring_serial.transport.lost_memory import describe_loss
 from vring_serial.transport.repeatable import AREA_SIZE, Handled, RepeatableConnection
 from vring_serial.turns import Turn
 from vring_serial.unix_fds import Received
@@ -163,8 +162,8 @@ class Session(abc.ABC, Generic[MessageT]):
         """Leave the device, and let go of all that is the peer's: memory and descriptors."""
 
     @abc.abstractmethod
-    def _mapped(self) -> GuestMemory:
-        """Return the memory that the peer shares."""
+    def _loss(self) -> str | None:
+        """Return which memory that the peer shares is lost, for log lines; None if none is."""
 
     @abc.abstractmethod
     def _answer(self, message: MessageT, fds: list[int]) -> Payload | None:
@@ -198,7 +197,7 @@ class Session(abc.ABC, Generic[MessageT]):
     # --- the connection
 
     def _lost(self, error: OSError | None) -> None:
-        if (loss := describe_loss(self._mapped())) is not None:
+        if (loss := self._loss()) is not None:
             self._log.warning("%s: %s", self._name, loss)
         elif error is not None:
             why = error.strerror or error
@@ -207,7 +206,7 @@ class Session(abc.ABC, Generic[MessageT]):
 
     def _memory_lost(self) -> None:
         self._watch.clear()
-        why = describe_loss(self._mapped())
+        why = self._loss()
         # The peer may have taken back meanwhile what it cut off.
         if why is not None:
             self.send_away(why)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -11,12 +10,14 @@ import pytest
 
 from tests.device.console.test_port import PairChardev, pattern, received
 from tests.support.device_guest import Guest
-from tests.support.waiting import turns
+from tests.support.waiting import turns, until
 from vring_serial.chardev.base import Chardev
 from vring_serial.chardev.protocol import ProtocolChardev
 from vring_serial.device.console.controller import Controller
 from vring_serial.device.console.port import Port
+from vring_serial.device.console.state import CONSOLE, ChainState
 from vring_serial.proto.console import CONTROL_RECEIVEQ, ControlEvent, queues_of_port
+from vring_serial.proto.control import PortState
 from vring_serial.saving import StateFormat
 
 StateT = TypeVar("StateT")
@@ -229,7 +230,57 @@ async def test_settling_changes_nothing_that_the_guest_or_a_peer_sees(boot):
     await guest.until(lambda: got.extend(received(chardev.peer)) or len(got) >= len(wanted))
     assert got == wanted
     assert chardev.guest == [True]
-    assert dataclasses.asdict(guest.controller.ports[1].state.chain) == {
-        "residue": b"",
-        "delivered": 0,
-    }
+    assert guest.controller.ports[1].state.chain == ChainState()
+
+
+async def test_a_device_in_service_takes_a_state_over(boot, make_controller):
+    """Bytes that are owed wait for the first queue, and the driver hears of the other host end."""
+    first, second = PairChardev("first"), PairChardev("second", connected=False)
+    guest = await boot(first)
+    data = pattern(3 << 20)
+    guest.send(queues_of_port(1)[1], data, split=1 << 20)
+    before = bytearray()
+    await guest.until(lambda: before.extend(received(first.peer, 4096)) or len(before) > 1 << 16)
+    new = make_controller(max_ports=3)
+    new.add_port(Port(1, "org.test", second))
+    await new.start()
+    guest.pause()
+    with guest.controller.settled():
+        saved = guest.controller.save_state()
+        positions = dict(guest.controller.state.stopped_at)
+    before.extend(received(first.peer, len(data)))
+    new.check_state(saved)()
+    assert second.guest == [True]
+    peer = second.connect()
+    await turns(4)
+    assert received(peer) == b""
+    second.disconnect()
+    peer.close()
+    for index, ring in guest.rings.items():
+        ring.base = positions[index]
+    guest.controller = new
+    del guest.messages[:]
+    guest.resume()
+    await guest.until(lambda: guest.messages and guest.messages[-1].value == 0)
+    assert {m.event for m in guest.messages} == {ControlEvent.PORT_OPEN}
+    second.connect()
+    after = bytearray()
+    await guest.until(lambda: after.extend(received(second.peer)) or len(before + after) >= 3 << 20)
+    assert before + after == data
+
+
+async def test_what_another_process_owed_goes_to_the_next_host_end(make_controller):
+    old, chardev = make_controller(max_ports=3), PairChardev()
+    old.add_port(Port(1, "org.test", PairChardev("old")))
+    state = CONSOLE.unpack(old.save_state())
+    state.controller.control.driver_ready = True
+    state.controller.control.ports[1].state = PortState.OPEN
+    state.ports[1].chain.residue = b"owed"
+    new = make_controller(max_ports=3)
+    new.add_port(Port(1, "org.test", chardev))
+    await new.start()
+    assert new.restore(CONSOLE.pack(state))
+    got = bytearray()
+    await until(lambda: got.extend(received(chardev.peer)) or got == b"owed")
+    assert not new.ports[1].state.chain.residue
+    assert not new.restore(CONSOLE.pack(state)), "it knows its driver now"

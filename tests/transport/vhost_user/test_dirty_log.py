@@ -188,7 +188,7 @@ async def test_a_log_that_is_cut_off_ends_the_session(
     frontend.put(0, b"marked where nothing is")
     frontend.kick(0)
     assert await frontend.is_sent_away()
-    assert "the file was cut off" in caplog.text
+    assert "its dirty log, 0x20 bytes, is gone: the file was cut off" in caplog.text
 
 
 async def test_who_wants_to_hear_of_the_log_does(frontend: Any, log: Log) -> None:

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 
-from vring import Pump, RingError
+from vring import RECORD_SIZE, Pump, RingError
 from vring_serial.callbacks import Listener, tell
 from vring_serial.device.console import events as ev
 from vring_serial.device.console.control_queues import ControlQueues
@@ -434,12 +434,19 @@ class Controller(Starting):
     def restore(self, saved: bytes) -> bool:
         """See ``transport.vhost_user.inflight.Resumable``.
 
-        What the driver knows of the ports counts; host ends, sizes and bytes are this process's.
+        What the driver knows of the ports counts, what it is still to be told, and the bytes that
+        are owed to a port's host end; host ends and sizes are this process's.
         """
         state = CONSOLE.unpack(saved)
-        if self._control.driver_ready or not state.controller.control.driver_ready:
+        known = state.controller.control
+        if self._control.driver_ready or not known.driver_ready:
             return False
-        self._control_events(self._control.resume(state.controller.control))
+        for nr, port in self._ports.items():
+            left, owed = known.ports.get(nr), state.ports.get(nr)
+            is_it = left is not None and (left.name, left.console) == (port.name, port.console)
+            if is_it and owed is not None:
+                port.inherit(owed.chain.residue)
+        self._control_events(self._control.resume(known))
         return True
 
     def reset_queue(self, index: int) -> None:
@@ -486,6 +493,16 @@ class Controller(Starting):
         self._control.set_host_open(port.nr, is_open)
         self._record()
         self._control_queues.flush()
+
+    def residue_changed(self) -> None:
+        """See PortOwner."""
+        self._record()
+
+    def residue_record(self, port: Port) -> memoryview | None:
+        """See PortOwner."""
+        if self._keeping is None:
+            return None
+        return self._keeping.area(f"residue-{port.nr}", RECORD_SIZE)
 
     def port_resized(self, port: Port) -> None:
         """See PortOwner."""

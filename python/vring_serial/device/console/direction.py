@@ -78,6 +78,12 @@ class DirectionUser(Protocol):
     def queue_broken(self, direction: Direction, error: RingError) -> None:
         """Tell the device that the driver broke the direction's queue; update."""
 
+    def residue_changed(self) -> None:
+        """Have it written down what the end is owed."""
+
+    def residue_written(self) -> None:
+        """Note that the end has taken the residue; update."""
+
     def output_dropped(self, count: int) -> None:
         """Tell that so many bytes of the guest in all have been dropped so far."""
 

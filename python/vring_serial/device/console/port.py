@@ -46,6 +46,12 @@ class PortOwner(Protocol):
     def host_end_changed(self, port: Port, is_open: bool) -> None:
         """Tell the guest that the port's host end was connected or disconnected."""
 
+    def residue_changed(self) -> None:
+        """Have it written down what a host end is owed."""
+
+    def residue_record(self, port: Port) -> memoryview | None:
+        """Return where it is recorded what the host end took of a residue; None: there is none."""
+
     def port_resized(self, port: Port) -> None:
         """Tell the guest that the port's terminal has another size."""
 
@@ -145,6 +151,7 @@ class Port:
         """Become a device's port and the chardev's user; LocalProtocolError if it has one."""
         self.chardev.attach(self)
         self._owner = owner
+        self._transmit.keep_with(owner.residue_record(self))
         if self.guest_open:  # by the state that the port was made with
             self._tell_guest_opened()
 
@@ -161,10 +168,18 @@ class Port:
             self.output_dropped(len(residue))
         if end is not None:
             state.size, state.session_over = self.state.size, False
+        state.chain.number, state.chain.gone, state.chain.at = self.state.chain.number + 1, 0, None
         self._take(state)
+        if self._owner is not None:
+            self._transmit.keep_with(self._owner.residue_record(self))
         self._sides.end = end
         if self.guest_open != was_open:
             self._tell_guest_opened()
+
+    def inherit(self, residue: bytes) -> None:
+        """Owe the host end, before all else, what another process owed to its own."""
+        self._transmit.owe(residue + self.state.chain.residue)
+        self._update()
 
     def drop_state(self) -> None:
         """Forget what the host end is owed, and all else, while still: it goes on elsewhere."""
@@ -252,6 +267,7 @@ class Port:
     def forget_driver(self) -> None:
         """Expect rings that start anew: a chain that was half delivered is not in them."""
         self.state.chain.delivered = 0
+        self.state.chain.at = None
 
     def emergency_write(self, char: int) -> None:
         """Pass on a character that the guest wrote to the configuration space; it may be lost."""
@@ -334,6 +350,15 @@ class Port:
         """Update both directions, and let the device ask for a reset."""
         self._update()
         self._require_owner().port_queue_broken(self, direction.is_transmit, error)
+
+    def residue_changed(self) -> None:
+        """Have the device write down what the host end is owed."""
+        self._require_owner().residue_changed()
+
+    def residue_written(self) -> None:
+        """Have the device write down that the host end is owed nothing, and serve the queue."""
+        self._require_owner().residue_changed()
+        self._update()
 
     def output_dropped(self, count: int) -> None:
         """Emit OutputDropped; ``count`` is the total of bytes dropped on this port so far."""

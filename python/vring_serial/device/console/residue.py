@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import Callable
 
+from vring import recorded, send_recorded, set_record
 from vring_serial.device.console.state import ChainState
 
 
@@ -15,15 +16,24 @@ class ResidueWriter:
     Args:
         fd: the descriptor; open until :meth:`stop`.
         chain: has the residue, which is what is not written yet at any time.
+        record: of what a socket took (``vring.send_recorded``), for a successor; None: none.
+        on_written: called after some bytes were written that are not recorded.
         on_done: called, never from within the constructor, when all is written or with the error
             that prevents it. Call :meth:`stop` then too.
     """
 
     def __init__(
-        self, fd: int, chain: ChainState, on_done: Callable[[OSError | None], None]
+        self,
+        fd: int,
+        chain: ChainState,
+        record: memoryview | None,
+        on_written: Callable[[], None],
+        on_done: Callable[[OSError | None], None],
     ) -> None:
         self._fd = fd
         self._chain = chain
+        self._record = record
+        self._on_written = on_written
         self._on_done = on_done
         self._loop = asyncio.get_running_loop()
         self._watching = False
@@ -41,8 +51,7 @@ class ResidueWriter:
     def _write(self) -> None:
         self._turn = None
         try:
-            residue = self._chain.residue
-            self._chain.residue = residue[os.write(self._fd, residue) :]
+            written = self._put(self._chain.residue)
         except BlockingIOError:
             if not self._watching:
                 self._loop.add_writer(self._fd, self._write)
@@ -51,7 +60,19 @@ class ResidueWriter:
         except OSError as error:
             self._on_done(error)
             return
+        self._chain.residue = self._chain.residue[written:]
+        self._chain.gone += written
+        if self._record is None:
+            self._on_written()
         if not self._chain.residue:
             self._on_done(None)
         elif not self._watching:
             self._turn = self._loop.call_soon(self._write)
+
+    def _put(self, data: bytes) -> int:
+        """Write as much as fits, and return how much. Raises BlockingIOError, OSError."""
+        if self._record is None:
+            return os.write(self._fd, data)
+        if recorded(self._record)[0] != self._chain.number:
+            set_record(self._record, self._chain.number, self._chain.gone)
+        return send_recorded(self._fd, data, self._record)

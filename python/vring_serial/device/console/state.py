@@ -33,10 +33,18 @@ class ChainState:
     Attributes:
         residue: bytes.
         delivered: number of bytes.
+        number: of the residue: each has another one, so that a record of what was written of it
+            speaks of no other.
+        gone: bytes that were written of it before what is left.
+        at: position of the chain in the ring if that may not be completed yet: then it is the
+            ring's record that counts, and there is no residue.
     """
 
     residue: bytes = b""
     delivered: int = 0
+    number: int = 0
+    gone: int = 0
+    at: int | None = None
 
 
 @dataclass(slots=True)
@@ -190,6 +198,9 @@ def _check_port(port: str, state: DevicePortState) -> None:
     for number in state.size or ():
         check_range(f"{port}: the size", number, 16)
     check_range(f"{port}: delivered bytes", state.chain.delivered, 63)
+    check_range(f"{port}: the number of the residue", state.chain.number, 63)
+    check_range(f"{port}: written bytes", state.chain.gone, 63)
+    check_range(f"{port}: the place of the residue's chain", state.chain.at or 0, 16)
     if state.session is not None:
         check_range(f"{port}: dropped bytes", state.session.dropped, 63)
         if len(state.session.backlog) > BACKLOG_MAX:

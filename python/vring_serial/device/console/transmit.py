@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import stat
+from contextlib import suppress
 
-from vring import FlowEvent, RingError
+from vring import FlowEvent, RingError, recorded
 from vring_serial.chardev.base import DescriptorEnd
 from vring_serial.device.console.direction import Direction, DirectionUser, Mode, Sides
 from vring_serial.device.console.residue import ResidueWriter
@@ -28,7 +30,34 @@ class Transmit(Direction):
         super().__init__(sides, user)
         self._chain = sides.state.chain
         self._discarder: Discarder | None = None
+        self._served: RunningQueue | None = None  # by the flow
         self._residue_writer: ResidueWriter | None = None
+        self._record: memoryview | None = None  # of the residue, for a successor of this process
+
+    def keep_with(self, record: memoryview | None) -> None:
+        """Record what a socket takes of a residue, and leave out what it took by the record."""
+        self._record = record
+        if record is None:
+            return
+        number, gone = recorded(record)
+        chain = self._chain
+        if number == chain.number:
+            chain.residue = chain.residue[max(gone - chain.gone, 0) :]
+            chain.gone = max(gone, chain.gone)
+        chain.number = max(number, chain.number)
+
+    def start_queue(self, running: RunningQueue) -> None:
+        super().start_queue(running)
+        if self._chain.at == running.queue.avail_index:
+            self._chain.residue = b""  # the chain goes on instead
+        self._chain.at = None
+
+    def owe(self, residue: bytes) -> None:
+        """Owe the end these bytes, which are all that is owed."""
+        self._chain.residue = residue
+        if residue:
+            self._chain.number += 1
+            self._chain.gone = 0
 
     def update(self) -> None:
         try:
@@ -43,11 +72,29 @@ class Transmit(Direction):
             self._discarder = None
         if self._flow is not None:
             flow, self._flow = self._flow, None
-            self._chain.residue = flow.detach()
+            if self._record is None or self._sides.never_waits:
+                self.owe(flow.detach())
+            else:
+                self._keep_residue(flow.detach(complete=False))
             self._before += flow.counters
         if mode is Mode.TRANSPORT:
             assert self._sides.session is not None
             self._sides.session.stop_transmitq()
+
+    def _keep_residue(self, residue: bytes) -> None:
+        """Have what is owed written down before the driver gets the chain back that it is from."""
+        self.owe(residue)
+        if not residue:
+            return
+        assert self._served is not None
+        queue = self._served.queue
+        self._chain.at = queue.avail_index
+        self._user.residue_changed()
+        with suppress(RingError):  # the driver broke it, which whoever serves it next finds
+            chain = queue.pop()
+            if chain is not None and queue.push(chain, 0):
+                self._served.call()
+        self._chain.at = None
 
     def stop_residue(self) -> None:
         """Write no more of the residue to the end's descriptor, until the next :meth:`update`."""
@@ -61,7 +108,9 @@ class Transmit(Direction):
         if not sides.never_waits and sides.state.guest is PortState.READY:
             return Mode.DISCARD
         if isinstance(sides.end, DescriptorEnd) and not self._over:
-            return Mode.PUMP if sides.end.write_fd >= 0 else Mode.DISCARD
+            if sides.end.write_fd < 0:
+                return Mode.DISCARD
+            return Mode.IDLE if self._pays_first(sides.end) else Mode.PUMP
         if sides.session is not None:
             return Mode.TRANSPORT
         return Mode.DISCARD if sides.never_waits else Mode.IDLE
@@ -73,6 +122,7 @@ class Transmit(Direction):
         elif mode is Mode.PUMP:
             assert isinstance(self._sides.end, DescriptorEnd)
             self.stop_residue()
+            self._served = running
             self._flow = self._user.pump.guest_to_host(
                 running.queue,
                 write_fd=self._sides.end.write_fd,
@@ -116,12 +166,33 @@ class Transmit(Direction):
             or not isinstance(end, DescriptorEnd)
             or end.write_fd < 0
             or self._over
+            or self._chain.at is not None
         ):
             self.stop_residue()
         elif self._chain.residue and self._residue_writer is None:
-            self._residue_writer = ResidueWriter(end.write_fd, self._chain, self._residue_written)
+            self._residue_writer = ResidueWriter(
+                end.write_fd,
+                self._chain,
+                self._record if _is_socket(end.write_fd) else None,
+                self._user.residue_changed,
+                self._residue_written,
+            )
+
+    def _pays_first(self, end: DescriptorEnd) -> bool:
+        """Return whether the residue is written before the queue is served.
+
+        What a flow has written of a residue is not recorded.
+        """
+        owes = bool(self._chain.residue) and not self._sides.never_waits
+        return owes and self._record is not None and _is_socket(end.write_fd)
 
     def _residue_written(self, error: OSError | None) -> None:
         self.stop_residue()
         if error is not None:
             self._ended(error)
+        else:
+            self._user.residue_written()
+
+
+def _is_socket(fd: int) -> bool:
+    return stat.S_ISSOCK(os.fstat(fd).st_mode)

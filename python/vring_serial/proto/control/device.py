@@ -89,6 +89,19 @@ DEVICE_TRANSITIONS: dict[tuple[PortState, PortInput], tuple[PortState, tuple[_Do
 }
 
 
+#: What a device says to a driver.
+_DEVICE_EVENTS = frozenset(
+    (
+        ControlEvent.PORT_ADD,
+        ControlEvent.PORT_REMOVE,
+        ControlEvent.CONSOLE_PORT,
+        ControlEvent.RESIZE,
+        ControlEvent.PORT_OPEN,
+        ControlEvent.PORT_NAME,
+    )
+)
+
+
 class ControlDevice:
     """The device's side of the control queues.
 
@@ -200,7 +213,8 @@ class ControlDevice:
     def resume(self, known: ControlState | None = None) -> list[DeviceSideEvent]:
         """Go on with a driver that knows the ports from another process.
 
-        It is told of all that may be news to it: ports that are new or gone, the host's ends.
+        It is told of all that may be news to it: what that process was about to say, ports that are
+        new or gone, the host's ends.
 
         Args:
             known: what that process left. None, nothing: which ports its programs have open nobody
@@ -212,6 +226,9 @@ class ControlDevice:
         self.state.driver_ready = True
         events: list[DeviceSideEvent] = [PeerReady(True)]
         left = dict(known.ports) if known is not None else {}
+        for message in known.waiting.values() if known is not None else ():
+            if 0 <= message.id < self.max_ports and message.event in _DEVICE_EVENTS:
+                self.outbox.add(message)
         for port in self._ports.values():
             before = left.pop(port.nr, None)
             if known is None:

@@ -11,7 +11,6 @@ from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any
 
-from vring import GuestMemory
 from vring.errors import VringError
 from vring_serial import unix_fds
 from vring_serial.device.pci import PciDevice
@@ -44,6 +43,7 @@ from vring_serial.proto.vfio_user_wire import (
     IrqSetFlag,
 )
 from vring_serial.transport.connection import MAX_UNREAD, Connection
+from vring_serial.transport.lost_memory import describe_loss
 from vring_serial.transport.repeatable import (
     AREA_SIZE,
     ATOMIC_SIZE,
@@ -323,8 +323,8 @@ class VfioUserSession(Session[Message]):
             self._rings.client = None
         self._interrupts.close()
 
-    def _mapped(self) -> GuestMemory:
-        return self._dma.mapped
+    def _loss(self) -> str | None:
+        return describe_loss(self._dma.mapped)
 
     def _handle(self, message: Message) -> None:
         if message.is_reply:

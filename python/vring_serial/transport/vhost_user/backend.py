@@ -13,7 +13,7 @@ from vring_serial.transport.server import Server
 from vring_serial.transport.session import SessionContext
 from vring_serial.transport.vhost_user.session import VhostUserSession
 
-#: What every frontend is offered; INFLIGHT_SHMFD not beside a keeper.
+#: What every frontend is offered.
 PROTOCOL_FEATURES = (
     ProtocolFeature.MQ
     | ProtocolFeature.LOG_SHMFD
@@ -78,8 +78,6 @@ class VhostUserBackend(Server[VhostUserSession]):
         )
         self._device = controller
         self._offered = PROTOCOL_FEATURES
-        if keeping is not None:  # this process has a successor that knows more
-            self._offered &= ~ProtocolFeature.INFLIGHT_SHMFD
         self._packed = packed
         if inband_notifications:
             self._offered |= ProtocolFeature.INBAND_NOTIFICATIONS

@@ -34,6 +34,7 @@ from typing import Protocol, runtime_checkable
 from vring import SharedRecords
 from vring_serial.device.base import VirtioDevice
 from vring_serial.errors import RemoteProtocolError, StateError
+from vring_serial.keeping import Keeping
 from vring_serial.proto.vhost_user import Inflight, ProtocolFeature
 from vring_serial.transport.vhost_user.state import FrontendState
 from vring_serial.transport.vhost_user.vring import Vring
@@ -44,6 +45,9 @@ LAYOUT_VERSION = 1
 REGION_VERSION = 1
 #: Bytes of one half of the state.
 HALF_SIZE = 1 << 20
+
+#: Role of the region's descriptor (see Keeping).
+REGION = "inflight"
 
 _IDENTITY = struct.Struct("<8sIIII")
 _SPLIT_HEAD = struct.Struct("<QHHHH16x")  # features, version, desc_num, last_batch_head, used_idx
@@ -236,7 +240,8 @@ class Inflights:
     Args:
         device: whose state is written to it, if it is Resumable.
         vrings: their records are in it, once it is there.
-        state: says whether INFLIGHT_SHMFD is in use.
+        state: the frontend's; ``inflight`` is kept up to date here.
+        keep: keeps a descriptor in a role for a successor of this process.
         answer_with: sends a descriptor, which it takes over, with the answer.
         warn: logs.
     """
@@ -247,15 +252,43 @@ class Inflights:
         vrings: Sequence[Vring],
         state: FrontendState,
         *,
+        keep: Callable[[str, int], None],
         answer_with: Callable[[int], None],
         warn: Callable[[str], None],
     ) -> None:
         self._device = device
         self._vrings = vrings
         self._state = state
+        self._keep = keep
         self._answer_with = answer_with
         self._warn = warn
         self._region: InflightRegion | None = None
+
+    @property
+    def roles(self) -> set[str]:
+        """In which roles descriptors are kept for a successor."""
+        return set() if self._region is None else {REGION}
+
+    def resume(self, keeping: Keeping) -> None:
+        """Go on with a predecessor's region, before the rings run.
+
+        Raises:
+            StateError: its descriptor is not there.
+            RemoteProtocolError, OSError, MemoryMapError: it cannot be the region any more.
+        """
+        if self._state.inflight is None:
+            return
+        fd = keeping.take(REGION)
+        if fd is None:
+            raise StateError("the region for inflight requests is not there")
+        try:
+            self._region = region = self._open(fd, self._state.inflight)
+        finally:
+            os.close(fd)
+        for vring in self._vrings[: region.num_queues]:
+            vring.adopt(region.record(vring.index), resumes=vring.setup.resumes)
+        if isinstance(self._device, Resumable):
+            self._device.save_with(region.write)
 
     def get(self, wanted: Inflight, fds: list[int]) -> Inflight:
         """Answer GET_INFLIGHT_FD. Raises RemoteProtocolError, OSError."""
@@ -278,15 +311,10 @@ class Inflights:
         running = next((vring for vring in self._vrings if vring.running), None)
         if running is not None:
             raise RemoteProtocolError(f"{running} is running")
-        region = InflightRegion(
-            fds[0],
-            given,
-            device_id=self._device.device_id,
-            queues=len(self._vrings),
-            largest=self._device.queue_size_max,
-        )
+        region = self._open(fds[0], given)
         self.close()
-        self._region = region
+        self._keep(REGION, fds[0])
+        self._region, self._state.inflight = region, given
         for index in range(region.num_queues):
             resumes = region.size_of(index) > 0
             self._vrings[index].adopt(region.record(index), resumes=resumes)
@@ -297,6 +325,15 @@ class Inflights:
                 except StateError as error:
                     self._warn(f"the state that the backend before left is ignored: {error}")
             self._device.save_with(region.write)
+
+    def _open(self, fd: int, given: Inflight) -> InflightRegion:
+        return InflightRegion(
+            fd,
+            given,
+            device_id=self._device.device_id,
+            queues=len(self._vrings),
+            largest=self._device.queue_size_max,
+        )
 
     def note(self, vring: Vring) -> None:
         """Write down that a ring runs now."""
@@ -315,6 +352,7 @@ class Inflights:
         for vring in self._vrings:
             vring.stop()
         region, self._region = self._region, None
+        self._state.inflight = None
         if region is None:
             return
         if isinstance(self._device, Resumable):

@@ -75,9 +75,12 @@ class MigrationLog:
         return set() if self._log is None else {LOG}
 
     @property
-    def lost(self) -> GuestMemory | None:
-        """The log as memory, if its file was cut off."""
-        return self._area if self._area.lost else None
+    def loss(self) -> str | None:
+        """That the log's file was cut off, for log lines; None if it was not."""
+        if not self._area.lost:
+            return None
+        size = sum(region.size for region in self._area.regions)
+        return f"its dirty log, {size:#x} bytes, is gone: the file was cut off"
 
     def give(self, queue: VirtQueue, address: VringAddress) -> None:
         """Have a queue that does not run yet mark its writes, if that was asked for.

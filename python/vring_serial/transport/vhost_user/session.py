@@ -6,7 +6,6 @@ import asyncio
 import logging
 import socket
 
-from vring import GuestMemory
 from vring.errors import MemoryLostError, RingError, VringError
 from vring_serial import unix_fds
 from vring_serial.device.base import VirtioDevice
@@ -33,6 +32,7 @@ from vring_serial.proto.vhost_user import (
 from vring_serial.proto.virtio import Feature, Status, feature_names
 from vring_serial.saving import Packer
 from vring_serial.transport.event_fds import check_event_descriptor
+from vring_serial.transport.lost_memory import describe_loss
 from vring_serial.transport.repeatable import Handled
 from vring_serial.transport.session import SESSION, FatalError, Handler, Session, SessionContext
 from vring_serial.transport.vhost_user.channel import BackendChannel, CallRelay
@@ -100,6 +100,7 @@ class VhostUserSession(Session[Message]):
             device,
             self._vrings,
             self._state,
+            keep=self._keep,
             answer_with=self._send_beside,
             warn=self._warn_once,
         )
@@ -175,7 +176,8 @@ class VhostUserSession(Session[Message]):
             self._roles |= self._dirty_log.roles | self._device_states.roles
             for vring in self._vrings:
                 vring.resume(keeping)
-            self._roles |= self._queue_roles
+            self._inflight.resume(keeping)
+            self._roles |= self._queue_roles | self._inflight.roles
             if (fd := keeping.take(CHANNEL)) is not None:
                 self._open_channel(fd, resumed=True)
             self._run_all()
@@ -210,7 +212,7 @@ class VhostUserSession(Session[Message]):
         self._state.handled = handled
         self._keeping.write(SESSION, self._packer.pack(self._state))
         used = self._memory.roles | self._dirty_log.roles | self._queue_roles
-        used |= self._device_states.roles
+        used |= self._device_states.roles | self._inflight.roles
         if self._state.beside:
             used.add(ANSWER)
         if self._channel is not None and not self._channel.closed:
@@ -238,8 +240,8 @@ class VhostUserSession(Session[Message]):
         if self._channel is not None:
             self._channel.close()
 
-    def _mapped(self) -> GuestMemory:
-        return self._dirty_log.lost or self._memory.mapped
+    def _loss(self) -> str | None:
+        return self._dirty_log.loss or describe_loss(self._memory.mapped)
 
     def _warn_once(self, text: str) -> None:
         """Log what the frontend will go on doing for as long as it is there."""

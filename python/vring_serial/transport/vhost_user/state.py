@@ -11,6 +11,7 @@ from vring_serial.errors import StateError
 from vring_serial.keeping import Keeping
 from vring_serial.proto.vhost_user import (
     F_PROTOCOL_FEATURES,
+    Inflight,
     LogArea,
     MemoryRegion,
     ProtocolFeature,
@@ -58,6 +59,7 @@ class VringSetup:
         polled: the frontend does not kick.
         called: SET_VRING_CALL has come.
         running: the device has the ring, which says itself where it is.
+        resumes: it has not run in this session, and its record says how far another process was.
     """
 
     size: int = 0
@@ -70,6 +72,7 @@ class VringSetup:
     polled: bool = False
     called: bool = False
     running: bool = False
+    resumes: bool = False
 
 
 @dataclass(slots=True)
@@ -84,6 +87,7 @@ class FrontendState:
         serials: for each region the number under which its descriptor is kept.
         next_serial: the number of the next one.
         log: the dirty log in its descriptor's file; None: there is none.
+        inflight: the region for the next backend in its descriptor's file; None: there is none.
         vrings: one setup for each queue of the device.
         transfer: how far the device's state is on its way.
         beside: a descriptor goes with the answer to the last message.
@@ -97,6 +101,7 @@ class FrontendState:
     serials: list[int] = field(default_factory=list)
     next_serial: int = 0
     log: LogArea | None = None
+    inflight: Inflight | None = None
     vrings: list[VringSetup] = field(default_factory=list)
     transfer: Transfer = Transfer.NONE
     beside: bool = False

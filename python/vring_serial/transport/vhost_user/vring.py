@@ -61,7 +61,6 @@ class Vring:
         self._device = device
         self._queue: VirtQueue | None = None  # while the device has it
         self._record = record
-        self._resumes = False  # the device had it in a predecessor, which is recorded
         self._kick_fd = -1
         self._kick_ours = False
         # The device keeps the number of the call descriptor while the ring runs, and frontends
@@ -95,12 +94,13 @@ class Vring:
         else:
             setup.called = False
         self.set_error(-1 if error is None else error)
-        self._resumes, setup.running = setup.running, False
+        setup.resumes |= setup.running
+        setup.running = False
 
     def adopt(self, record: memoryview | None, *, resumes: bool) -> None:
         """Take another record for the ring, which does not run; ``resumes``: it has gone on."""
         self._record = record
-        self._resumes = resumes
+        self.setup.resumes = resumes
 
     def may_run(self, enabled: bool) -> bool:
         """Return whether it is started and enabled; ``enabled`` counts without SET_VRING_ENABLE."""
@@ -242,9 +242,9 @@ class Vring:
             used_index=self._used_index(memory, areas[2]),
             name=repr(self),
             record=self._record,
-            resume=self._resumes,
+            resume=self.setup.resumes,
         )
-        self._resumes = False
+        self.setup.resumes = False
         if log is not None:
             log.give(queue, self.setup.address)
         if self._call_fd < 0:
