@@ -10,6 +10,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 from contextlib import suppress
@@ -260,3 +261,62 @@ async def test_a_keeper_that_stops_gives_up_an_upgrade(tmp_path, versions):
         status, text = await upgrading
         assert status == 1
         assert f"process {pid} has ended" in text or "the service stops" in text
+
+
+async def test_a_console_keeps_what_waits_in_it(tmp_path, versions):
+    """Its guest never waits for whoever reads: the device has what the socket did not take."""
+    console = ("--chardev", "socket,id=c,path=c,server=on,wait=off", "--console", "chardev=c,nr=1")
+    said = random.Random(1).randbytes(900_000)
+    async with (
+        kept(tmp_path, *console, environment=versions.environment) as keeper,
+        vhost_user(False) as guest,
+    ):
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect("c")
+            port = await guest.wait_port(nr=1)
+            await port.wait_host()
+            _, writer = await port.open()
+            writer.write(said)
+            await writer.drain()
+            versions.install("2")
+            status, text = await upgrade(str(keeper.process.pid))
+            assert status == 0, text
+            client.settimeout(30)
+            got = bytearray()
+            while len(got) < len(said):
+                got += await asyncio.to_thread(client.recv, 1 << 20)
+            assert got == said
+            writer.close()
+        assert "dropped" not in keeper.log
+
+
+async def test_all_vms_of_a_service_and_its_monitor_are_upgraded(tmp_path, versions):
+    config = tmp_path / "vring.toml"
+    config.write_text(
+        'qmp = ["unix:qmp,server=on,wait=off"]\n'
+        + "".join(
+            f'[vm.{name}]\nvhost-user = ["{name}"]\n'
+            f'[vm.{name}.chardev.c]\nbackend = "socket"\npath = "c{nr}"\n'
+            "server = true\nwait = false\n"
+            f'[[vm.{name}.port]]\nchardev = "c"\nname = "org.example.data{nr}"\n'
+            for nr, name in enumerate(("a", "b"), 1)
+        )
+    )
+    environment = versions.environment
+    async with (
+        kept(tmp_path, protocol="config", socket=config.name, environment=environment) as keeper,
+        EmbeddedGuest("a", memory=32 << 20) as first,
+        EmbeddedGuest("b", memory=32 << 20) as second,
+        flowing(keeper, first, [1], random.Random(1)) as streams,
+        flowing(keeper, second, [2], random.Random(2)) as others,
+    ):
+        config.write_text("an edit that is no configuration yet")
+        for new in ("2", "1"):
+            versions.install(new)
+            status, text = await upgrade(str(keeper.process.pid))
+            assert status == 0, text
+            assert "with 3 of its workers" in text
+            await all_go_on([*streams, *others])
+        reader, writer = await asyncio.open_unix_connection("qmp")
+        assert b'"QMP"' in await reader.readline()
+        writer.close()

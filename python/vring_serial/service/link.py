@@ -67,6 +67,14 @@ def make_link() -> tuple[socket.socket, socket.socket]:
     return ends[0], ends[1]
 
 
+def _go_on(numbers: tuple[int, int]) -> tuple[socket.socket, socket.socket]:
+    """Return both ends of a link, by the numbers of their descriptors, which are taken over."""
+    first, second = (socket.socket(fileno=number) for number in numbers)
+    for end in (first, second):
+        end.setblocking(False)  # else dup makes them blocking, for all processes
+    return first, second
+
+
 class Link(Closing):
     """One end of a link, in the running event loop.
 
@@ -292,12 +300,7 @@ class Links(Closing):
         self, names: Iterable[str], made: Mapping[str, tuple[int, int]] | None = None
     ) -> None:
         given = made or {}
-        self._ends = {
-            name: (socket.socket(fileno=given[name][0]), socket.socket(fileno=given[name][1]))
-            if name in given
-            else make_link()
-            for name in names
-        }
+        self._ends = {name: _go_on(given[name]) if name in given else make_link() for name in names}
 
     @property
     def descriptors(self) -> dict[str, tuple[int, int]]:
