@@ -55,6 +55,23 @@ def receive(sock: socket.socket, size: int, max_fds: int, *, peek: bool = False)
     return Received(data, tuple(fds), truncated)
 
 
+def stream_socket(fd: int, *, listening: bool) -> socket.socket | None:
+    """Return a descriptor, which is taken over, as a socket; None if it is none of this kind."""
+    try:
+        sock = socket.socket(fileno=fd)
+    except OSError:
+        os.close(fd)
+        return None
+    try:
+        is_listening = bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+    except OSError:
+        is_listening = not listening
+    if sock.type != socket.SOCK_STREAM or is_listening != listening:
+        sock.close()
+        return None
+    return sock
+
+
 def send(sock: socket.socket, data: bytes, fds: Sequence[int] = ()) -> int:
     """Send as much of ``data`` as fits, with descriptors beside its first byte.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import socket
 import stat
@@ -11,6 +12,9 @@ from collections.abc import Sequence
 
 from vring_serial.chardev.base import Relay
 from vring_serial.keeping import Keeping
+from vring_serial.unix_fds import stream_socket
+
+_log = logging.getLogger(__name__)
 
 _LISTENER, _CLIENT = "listener.", "client."
 #: Roles of a relay's two ends, after that of the descriptor.
@@ -84,20 +88,26 @@ class Kept:
 
 
 class KeptSockets(Kept):
-    """Keeps listening sockets, and clients in the order in which they came."""
+    """Keeps listening sockets, and clients in the order in which they came.
 
-    def __init__(self, keeping: Keeping | None) -> None:
+    Args:
+        keeping: see Kept.
+        name: of whose sockets they are, for the log.
+    """
+
+    def __init__(self, keeping: Keeping | None, name: str = "") -> None:
         super().__init__(keeping)
+        self._name = name
         self._roles: dict[int, str] = {}  # of clients, by descriptor
         self._next = 0
 
     def take_listeners(self) -> list[socket.socket]:
         """Return the listening sockets that a predecessor left, in order."""
-        return [sock for _, sock in self._take(_LISTENER)]
+        return [sock for _, sock in self._take(_LISTENER, listening=True)]
 
     def take_clients(self) -> list[socket.socket]:
         """Return the clients that a predecessor left, in order of arrival."""
-        clients = self._take(_CLIENT)
+        clients = self._take(_CLIENT, listening=False)
         for number, sock in clients:
             self._roles[sock.fileno()] = f"{_CLIENT}{number}"
             self._next = max(self._next, number + 1)
@@ -121,7 +131,7 @@ class KeptSockets(Kept):
         if role is not None and self._keeping is not None:
             self._keeping.drop(role)
 
-    def _take(self, prefix: str) -> list[tuple[int, socket.socket]]:
+    def _take(self, prefix: str, *, listening: bool) -> list[tuple[int, socket.socket]]:
         if self._keeping is None:
             return []
         numbers = sorted(
@@ -133,7 +143,12 @@ class KeptSockets(Kept):
         for number in numbers:
             fd = self._keeping.take(f"{prefix}{number}")
             assert fd is not None  # its role was there
-            taken.append((number, socket.socket(fileno=fd)))
+            if (sock := stream_socket(fd, listening=listening)) is not None:
+                taken.append((number, sock))
+            else:
+                self._keeping.drop(f"{prefix}{number}")
+                text = "%s: what was kept as %s%d is no such socket, and is dropped"
+                _log.warning(text, self._name, prefix, number)
         return taken
 
 

@@ -204,7 +204,7 @@ class SocketChardev(Chardev):
         self._started = True
         try:
             self._watch = self._make_watch()
-            self._kept = KeptSockets(self.keeping)
+            self._kept = KeptSockets(self.keeping, f"chardev {self.id}")
             clients = self._kept.take_clients()
             for sock in clients:
                 self._arrived(sock)

@@ -110,7 +110,7 @@ async def _listen(
     options: SocketOptions, keeping: Keeping, stack: contextlib.AsyncExitStack
 ) -> list[socket.socket]:
     """Return listening sockets: a predecessor's, or new ones, which are removed at the end."""
-    kept = KeptSockets(keeping)
+    kept = KeptSockets(keeping, f"QMP at {options.address}")
     listener = Listener()
     try:
         if sockets := kept.take_listeners():

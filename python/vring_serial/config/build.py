@@ -11,7 +11,7 @@ from vring_serial.chardev import Chardev
 from vring_serial.config.topology import ChardevConfig, ControllerConfig, PortConfig
 from vring_serial.device.console.controller import Controller
 from vring_serial.device.console.port import Port
-from vring_serial.device.console.state import CONSOLE, ConsoleState
+from vring_serial.device.console.state import CONSOLE, ConsoleState, check_console
 from vring_serial.errors import ConfigError
 from vring_serial.keeping import Keeping
 
@@ -45,7 +45,9 @@ def make_controller(
     chardev_makers: ChardevMakers | None = None,
     keeping: Keeping | None = None,
 ) -> Controller:
-    """Return a controller with its ports, not started. Raises as :func:`make_chardev`.
+    """Return a controller with its ports, not started.
+
+    Raises as :func:`make_chardev`, and StateError if what a predecessor left is of another device.
 
     Args:
         pump: moves the bytes of ports whose host end is a descriptor; None: the controller makes
@@ -65,6 +67,14 @@ def make_controller(
         state=state.controller,
         keeping=keeping,
     )
+    if saved is not None:
+        check_console(
+            state,
+            max_ports=config.max_ports,
+            ports=None,
+            num_queues=controller.num_queues,
+            features=controller.device_features,
+        )
     for port in config.ports:
         if maker := makers.get(port.chardev.kind):
             end = maker(port)

@@ -115,7 +115,7 @@ class Shelf(Closing):
 
     def _inherit(self, name: str, fds: list[int]) -> None:
         role, mark, number = name.rpartition("#")
-        if not mark or not number.isdecimal() or len(fds) != 1:
+        if not mark or not _number(name) or len(fds) != 1:
             # Nobody of ours stored that.
             close_all(fds)
             self.forget(name)

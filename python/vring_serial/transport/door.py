@@ -12,6 +12,7 @@ from vring_serial.accept import Acceptor
 from vring_serial.keeping import Keeping
 from vring_serial.ratelimit import RateLimitedLog
 from vring_serial.transport.closer import Closer
+from vring_serial.unix_fds import stream_socket
 from vring_serial.unix_socket import SocketPathError, UnixListener, encode_path
 
 log = logging.getLogger(__name__)
@@ -159,7 +160,10 @@ class Door:
     def _listen(self) -> UnixListener:
         inherited = None if self._keeping is None else self._keeping.take(_LISTENER)
         if inherited is not None:
-            return UnixListener(self._path, inherited=inherited)
+            if (left := stream_socket(inherited, listening=True)) is not None:
+                return UnixListener(self._path, inherited=left.detach())
+            text = "%s: what was kept of its socket does not listen; it is made anew"
+            self._log.warning(text, self._name)
         listener = UnixListener(self._path, descriptors=True)
         if self._keeping is not None:
             self._keeping.keep(_LISTENER, listener.socket.fileno())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 
-from vring_serial.errors import RemoteProtocolError
+from vring_serial.errors import RemoteProtocolError, StateError
 
 #: What :func:`describe` says of an eventfd.
 EVENTFD = "anon_inode:[eventfd]"
@@ -42,3 +42,11 @@ def check_event_descriptor(fd: int, *, writable: bool) -> None:
             if sock.family == socket.AF_UNIX:
                 return
     raise RemoteProtocolError("its descriptor is not an eventfd or a unix socket")
+
+
+def check_kept(fd: int, role: str, *, writable: bool) -> None:
+    """Do the same for what a predecessor of this process left in a role. Raises StateError."""
+    try:
+        check_event_descriptor(fd, writable=writable)
+    except RemoteProtocolError as error:
+        raise StateError(f"{role}: {error}") from None

@@ -22,6 +22,7 @@ from vring_serial.transport.door import (
 )
 from vring_serial.transport.lost_memory import make_watch
 from vring_serial.transport.session import SESSION, Session, SessionContext
+from vring_serial.unix_fds import stream_socket
 
 _PEER = "peer"
 
@@ -150,7 +151,12 @@ class Server(Starting, abc.ABC, Generic[SessionT]):
         if fd is None:
             return None
         self._resumes = True
-        peer = socket.socket(fileno=fd)
+        peer = stream_socket(fd, listening=False)
+        if peer is None:
+            text = "%s: what was kept of the %s is no connection; its session ends"
+            self._log.warning(text, self._name, self._peer)
+            peer, other = socket.socketpair()  # one that has gone ends it in order
+            other.close()
         peer.setblocking(False)
         return peer
 

@@ -134,7 +134,7 @@ def check_console(
     state: ConsoleState,
     *,
     max_ports: int,
-    ports: dict[int, tuple[bytes, bool]],
+    ports: dict[int, tuple[bytes, bool]] | None,
     num_queues: int,
     features: int,
 ) -> None:
@@ -143,7 +143,8 @@ def check_console(
     Args:
         state: all of it.
         max_ports, num_queues, features: of the device; features are those that it offers.
-        ports: the device's, by number: name, and whether it is a console.
+        ports: the device's, by number: name, and whether it is a console; None: the driver is told
+            of those that are others now.
 
     Raises StateError that names what does not fit.
     """
@@ -151,11 +152,15 @@ def check_console(
         raise StateError(f"it is of a device with max_ports {state.max_ports}, not {max_ports}")
     controller, control = state.controller, state.controller.control
     theirs = {nr: (port.name, port.console) for nr, port in control.ports.items()}
-    for nr in sorted(theirs.keys() | ports.keys()):
-        if theirs.get(nr) != ports.get(nr):
-            raise StateError(f"{_describe(nr, theirs)} in it, {_describe(nr, ports)} here")
-    if state.ports.keys() != ports.keys():
-        raise StateError(f"it has the state of ports {sorted(state.ports)}, not {sorted(ports)}")
+    if ports is not None:
+        for nr in sorted(theirs.keys() | ports.keys()):
+            if theirs.get(nr) != ports.get(nr):
+                raise StateError(f"{_describe(nr, theirs)} in it, {_describe(nr, ports)} here")
+        if state.ports.keys() != ports.keys():
+            there = sorted(state.ports)
+            raise StateError(f"it has the state of ports {there}, not {sorted(ports)}")
+    if beyond := [nr for nr in theirs.keys() | state.ports.keys() if not 0 <= nr < max_ports]:
+        raise StateError(f"it has ports {sorted(beyond)}, and max_ports is {max_ports}")
     if extra := (controller.features or 0) & ~features:
         names = feature_names(extra, ConsoleFeature)
         raise StateError(f"the driver accepted features that are not offered: {names}")

@@ -10,6 +10,7 @@ from vring_serial.device.base import VirtioDevice
 from vring_serial.device.pci import PciDevice
 from vring_serial.errors import ConfigError, StateError
 from vring_serial.keeping import Keeping
+from vring_serial.transport.event_fds import check_kept
 from vring_serial.transport.server import Server
 from vring_serial.transport.session import SessionContext
 from vring_serial.transport.vfio_user.rings import RemoteRings
@@ -95,8 +96,10 @@ class VfioUserServer(Server[VfioUserSession]):
             if (fd := keeping.take(KICK.format(index))) is not None
         }
         try:
+            for index, fd in kicks.items():
+                check_kept(fd, KICK.format(index), writable=False)
             return self._make_pci(state=left.function, kick_fds=kicks)
-        except ConfigError as error:
+        except (ConfigError, StateError) as error:
             close_all(kicks.values())
             self._left = StateError(str(error))
             return None

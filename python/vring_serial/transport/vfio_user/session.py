@@ -43,6 +43,7 @@ from vring_serial.proto.vfio_user_wire import (
     IrqSetFlag,
 )
 from vring_serial.transport.connection import MAX_UNREAD, Connection
+from vring_serial.transport.event_fds import check_kept
 from vring_serial.transport.lost_memory import describe_loss
 from vring_serial.transport.repeatable import (
     AREA_SIZE,
@@ -59,6 +60,7 @@ from vring_serial.transport.vfio_user.rings import RemoteRings
 from vring_serial.transport.vfio_user.shadow import ClientMemory
 from vring_serial.transport.vfio_user.state import ClientState
 from vring_serial.transport.vfio_user.written import Left, Writer
+from vring_serial.unix_fds import stream_socket
 from vring_serial.unix_socket import refuse_descriptors
 
 #: Regions that a client may map; each with a descriptor is a mapping of this process.
@@ -196,8 +198,11 @@ class VfioUserSession(Session[Message]):
         with ExitStack() as stack:
             fds: dict[int, list[int]] = {}
             for index, numbers in state.irqs.items():
-                fds[index] = [self._take(keeping, IRQ.format(index, nr), stack) for nr in numbers]
-            unmask = self._take(keeping, UNMASK, stack) if state.unmask_event else -1
+                roles = [IRQ.format(index, number) for number in numbers]
+                fds[index] = [self._take_event(keeping, role, stack, True) for role in roles]
+            unmask = -1
+            if state.unmask_event:
+                unmask = self._take_event(keeping, UNMASK, stack, False)
             self._interrupts = self._make_interrupts(fds=fds, unmask_fd=unmask)
             stack.pop_all()
         self._pci.set_irq_sink(self._interrupts, client_masks=True)
@@ -220,10 +225,11 @@ class VfioUserSession(Session[Message]):
         if self._state.agreed is None:
             return
         if self._state.agreed.twin_socket:
-            with ExitStack() as stack:
-                fd = self._take(keeping, TWIN, stack)
-                self._twin = self._make_twin(socket.socket(fileno=fd))
-                stack.pop_all()
+            fd = keeping.take(TWIN)
+            twin = None if fd is None else stream_socket(fd, listening=False)
+            if twin is None:
+                raise StateError(f"the descriptor {TWIN} is not there, or no connection")
+            self._twin = self._make_twin(twin)
         self._begin_requests(self._state.agreed)
 
     def _resume_queues(self, left: Left) -> None:
@@ -246,6 +252,11 @@ class VfioUserSession(Session[Message]):
         if fd is None:
             raise StateError(f"the descriptor {role} is not there")
         stack.callback(self._closer.close, [fd])
+        return fd
+
+    def _take_event(self, keeping: Keeping, role: str, stack: ExitStack, writable: bool) -> int:
+        fd = self._take(keeping, role, stack)
+        check_kept(fd, role, writable=writable)
         return fd
 
     def _keep(self, role: str, fd: int) -> None:

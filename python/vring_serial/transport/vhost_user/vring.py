@@ -13,6 +13,7 @@ from vring_serial.errors import RemoteProtocolError
 from vring_serial.keeping import Keeping
 from vring_serial.proto.vhost_user import VringAddress
 from vring_serial.transport.closer import Closer
+from vring_serial.transport.event_fds import check_kept
 from vring_serial.transport.vhost_user.log import MigrationLog
 from vring_serial.transport.vhost_user.state import VringSetup
 from vring_serial.unix_fds import make_eventfd
@@ -84,9 +85,12 @@ class Vring:
         return (self.setup.base if self.setup.used is None else self.setup.used) or 0
 
     def resume(self, keeping: Keeping) -> None:
-        """Take the descriptors that a predecessor left; a ring that ran then goes on there."""
+        """Take the descriptors that a predecessor left; a ring that ran then goes on there.
+
+        Raises StateError: one is not what it was.
+        """
         setup = self.setup
-        kick, call, error = (keeping.take(role.format(self.index)) for role in (KICK, CALL, ERROR))
+        kick, call, error = (self._take(role, keeping) for role in (KICK, CALL, ERROR))
         if setup.started:
             self.set_kick(-1 if kick is None else kick, polled=setup.polled)
         if setup.called and call is not None:
@@ -96,6 +100,16 @@ class Vring:
         self.set_error(-1 if error is None else error)
         setup.resumes |= setup.running
         setup.running = False
+
+    def _take(self, role: str, keeping: Keeping) -> int | None:
+        fd = keeping.take(role.format(self.index))
+        if fd is not None:
+            try:
+                check_kept(fd, role.format(self.index), writable=role != KICK)
+            except BaseException:
+                self._close([fd])
+                raise
+        return fd
 
     def adopt(self, record: memoryview | None, *, resumes: bool) -> None:
         """Take another record for the ring, which does not run; ``resumes``: it has gone on."""
