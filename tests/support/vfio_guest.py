@@ -57,6 +57,7 @@ class VfioGuest:
         shared: give a descriptor of the memory to the server.
         twin: have the server ask over a socket of its own.
         before: called before each message.
+        memory: bytes of RAM.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class VfioGuest:
         shared: bool = True,
         twin: bool = False,
         before: Callable[[Command], object] = lambda command: None,
+        memory: int = 64 << 20,
     ) -> None:
         self._path = path
         self._queue_numbers = range(queue_count(ports + 1, True))
@@ -85,7 +87,7 @@ class VfioGuest:
         self._twin_parser = VfioUserParser()
         self._fds: list[int] = []  # of ours, and such as came with answers
         self._number = 0
-        self._ram = GuestRam(64 << 20)
+        self._ram = GuestRam(memory)
         self._queues: dict[int, DriverQueue] = {}
         self._console: ConsoleDriver | None = None
         self._line = -1
