@@ -54,6 +54,21 @@ def test_what_is_needed_is_enough(tmp_path: Path, limit: int) -> None:
     assert "there is no directory" in done.stderr
 
 
+def test_a_keeper_needs_room_for_a_journal(tmp_path: Path) -> None:
+    arguments = ("serve", "--keeper", "--vhost-user", str(tmp_path / "missing" / "s"))
+    arguments += ("--chardev", "null,id=n", "--port", "chardev=n")
+    needed = limits.NEEDED_WITH_KEEPER >> 20
+    done = run(resource.RLIMIT_AS, needed - 1, *arguments)
+    assert (done.returncode, done.stderr) == (
+        1,
+        f"vring: memory is limited to {needed - 1} MiB (ulimit -v), and with a keeper "
+        f"{needed} MiB are needed (or --no-keeper)\n",
+    )
+    done = run(resource.RLIMIT_AS, needed, *arguments)
+    assert done.returncode == 1
+    assert "there is no directory" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("error", "line"),
     [

@@ -10,6 +10,8 @@ from vring_serial.errors import ResourceError
 
 #: Bytes of address space that a command needs before it maps any guest's memory.
 NEEDED = 320 << 20
+#: The same with a keeper: a journal is mapped too, of which little becomes memory.
+NEEDED_WITH_KEEPER = NEEDED + (1 << 30)
 _LIMITS = ((resource.RLIMIT_AS, "ulimit -v"), (resource.RLIMIT_DATA, "ulimit -d"))
 
 
@@ -26,6 +28,20 @@ def prepare() -> None:
     for limit, text in _limits():
         if limit < NEEDED:
             raise ResourceError(f"{text}, and {NEEDED >> 20} MiB are needed")
+
+
+def prepare_keeper() -> None:
+    """Check that there is enough address space for a worker with a journal.
+
+    Raises:
+        ResourceError: the limit is too low.
+    """
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY and limit < NEEDED_WITH_KEEPER:
+        raise ResourceError(
+            f"memory is limited to {limit >> 20} MiB (ulimit -v), and with a keeper "
+            f"{NEEDED_WITH_KEEPER >> 20} MiB are needed (or --no-keeper)"
+        )
 
 
 def exhausted(error: Exception) -> str | None:

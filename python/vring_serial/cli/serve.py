@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 from vring_serial.chardev.socket import SocketOptions
-from vring_serial.cli import interrupts_end_at_once, logs
+from vring_serial.cli import interrupts_end_at_once, limits, logs
 from vring_serial.cli.access import parse_access
 from vring_serial.cli.signals import run
 from vring_serial.cli.vm_options import service_of, service_options
@@ -60,6 +60,8 @@ def serve_command(keeper: bool, descriptor_store: bool, **given: Any) -> None:
         if keeper and source is ParameterSource.COMMANDLINE:
             raise click.UsageError("Give either --keeper or --descriptor-store, and not both.")
         keeper = False
+    if keeper:
+        limits.prepare_keeper()
     with interrupts_end_at_once():
         from vring_serial.cli.origin import find_origin
     origin = find_origin()
