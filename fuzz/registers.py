@@ -18,7 +18,8 @@ from contextlib import suppress
 
 from vring import GuestMemory, Region, layout
 from vring_serial.chardev.protocol import ProtocolChardev
-from vring_serial.device.console.controller import DEFAULT_FEATURES, Controller
+from vring_serial.device.console.config_space import DEFAULT_FEATURES
+from vring_serial.device.console.controller import Controller
 from vring_serial.device.console.port import Port
 from vring_serial.device.testing import LegacyPciDriver, MmioDriver, PciDriver, RegisterDriver
 from vring_serial.errors import RemoteProtocolError

@@ -44,5 +44,8 @@ class Keeping(Protocol):
         Raises ResourceError without memory, StateError if a predecessor's has another size.
         """
 
+    def clear(self) -> None:
+        """Keep nothing any more: drop all roles and sections."""
+
     def scoped(self, name: str) -> Keeping:
         """Return a view in which every role and section begins with ``name`` and a slash."""

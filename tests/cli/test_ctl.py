@@ -134,7 +134,7 @@ async def test_exit_statuses_tell_failures_apart(tmp_path):
         assert (status, err) == (3, "vring: no server at nowhere: No such file or directory\n")
         status, _, err = await ctl("log-level", "loud")
         assert status == 2
-        _, monitor = keeper.children
+        monitor = keeper.monitor
         os.kill(monitor, signal.SIGSTOP)
         try:
             status, _, err = await ctl("--timeout", "0.3", "status")
@@ -172,3 +172,30 @@ async def test_names_are_completed(tmp_path):
         )
         out, _ = await process.communicate()
         assert out.decode().split() == ["plain,c1", "plain,c2"]
+
+
+async def test_ports_and_host_ends_come_and_go(tmp_path):
+    async with service(tmp_path, "--reach", str(tmp_path)):
+        assert await ctl("chardev", "add", "socket,id=n,path=n,server=on") == (0, "", "")
+        assert await ctl("port", "add", "chardev=n,nr=5,name=org.example.new") == (0, "", "")
+        async with EmbeddedGuest("v", memory=32 << 20) as guest:
+            port = await guest.wait_port(name="org.example.new")
+            reader, writer = await asyncio.open_unix_connection("n")
+            await port.wait_host()
+            _, back = await port.open()
+            back.write(b"hello")
+            assert await reader.readexactly(5) == b"hello"
+            assert await ctl("chardev", "change", "ringbuf,id=n") == (0, "", "")
+            assert await reader.read() == b""
+            assert await ctl("port", "remove", "n") == (0, "", "")
+            writer.close()
+        assert await ctl("chardev", "remove", "n") == (0, "", "")
+        status, out, _ = await ctl("chardev", "add", "pty,id=t")
+        assert status == 0
+        assert out.startswith("/dev/pts/")
+        status, _, err = await ctl("port", "remove", "n")
+        assert (status, err) == (4, "vring: Device 'n' not found\n")
+        status, _, err = await ctl("chardev", "remove", "c1")
+        assert (status, err) == (5, "vring: Chardev 'c1' is busy\n")
+        for words in (["port", "add", "nr=5"], ["port", "add", "x=1"], ["chardev", "add", "foo"]):
+            assert (await ctl(*words))[0] == 2

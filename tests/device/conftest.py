@@ -12,7 +12,8 @@ from tests.support.device_guest import (
     RegisterGuest,
 )
 from vring_serial.device.base import VirtioDevice
-from vring_serial.device.console.controller import DEFAULT_FEATURES, Controller
+from vring_serial.device.console.config_space import DEFAULT_FEATURES
+from vring_serial.device.console.controller import Controller
 from vring_serial.proto.virtio import Feature
 
 

@@ -175,7 +175,7 @@ async def test_a_killed_worker_is_asked_again_and_a_killed_monitor_harms_nobody(
             reader, writer = await asyncio.open_unix_connection("c1")
             await port.wait_host()
             _, back = await port.open()
-            worker, monitor = keeper.children
+            worker, monitor = keeper.worker, keeper.monitor
             os.kill(worker, signal.SIGKILL)
             (vm,) = await client.execute("x-vring-status")
             assert vm["restarts"] == 1

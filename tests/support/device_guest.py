@@ -13,7 +13,8 @@ from tests.support.pump import pump_turn
 from tests.support.waiting import turns, until
 from vring import Driver, GuestMemory, PackedDriver, Region, SplitDriver, SplitQueue
 from vring_serial.device.base import VirtioDevice
-from vring_serial.device.console.controller import DEFAULT_FEATURES, Controller
+from vring_serial.device.console.config_space import DEFAULT_FEATURES
+from vring_serial.device.console.controller import Controller
 from vring_serial.device.pci import PciDevice
 from vring_serial.device.registers.mmio import MmioDevice
 from vring_serial.device.testing import LegacyPciDriver, MmioDriver, PciDriver, RegisterDriver

@@ -36,6 +36,12 @@ def _held_by(pid: int) -> Counter[str]:
     return Counter(os.readlink(fd).partition(":")[0] for fd in Path(f"/proc/{pid}/fd").iterdir())
 
 
+def _is_monitor(pid: int) -> bool:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text() == "vring monitor\n"
+    return False
+
+
 class Kept:
     """A keeper and its worker; made by :func:`kept`.
 
@@ -61,13 +67,13 @@ class Kept:
 
     @property
     def children(self) -> list[int]:
-        """The keeper's processes in the order in which they began: the worker, the monitor."""
+        """The keeper's processes in the order in which they began."""
         keeper = self.process.pid
         children = Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()
         return [int(child) for child in children]
 
     def _worker(self) -> int | None:
-        return next(iter(self.children), None)
+        return next((child for child in self.children if not _is_monitor(child)), None)
 
     @property
     def worker(self) -> int:
@@ -75,6 +81,11 @@ class Kept:
         found = self._worker()
         assert found is not None
         return found
+
+    @property
+    def monitor(self) -> int:
+        """The process id of the monitor."""
+        return next(child for child in self.children if _is_monitor(child))
 
     @property
     def held(self) -> tuple[Counter[str], Counter[str]]:

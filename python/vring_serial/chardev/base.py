@@ -113,10 +113,19 @@ class Chardev(Starting):
         self._user: ChardevUser | None = None
 
     def attach(self, user: ChardevUser) -> None:
-        """Set the only user, before ``start``. Raises LocalProtocolError if there is one."""
+        """Set the only user. Raises LocalProtocolError if there is one.
+
+        After ``start`` there may be an end already, of which the user is not told.
+        """
         if self._user is not None:
             raise LocalProtocolError(f"chardev {self.id} is in use already")
         self._user = user
+
+    def detach(self) -> None:
+        """Leave the user, which must not use the end any more; the end stays, for another one."""
+        user, self._user = self._user, None
+        if user is not None and self.end is not None:
+            user.end_closed()
 
     @abc.abstractmethod
     async def start(self) -> None:

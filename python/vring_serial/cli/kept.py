@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,6 @@ from typing import NoReturn
 from vring import __version__
 from vring_serial import activation
 from vring_serial.chardev import stdio
-from vring_serial.chardev.file import FileOptions
 from vring_serial.chardev.socket import SocketOptions
 from vring_serial.cli import logs, monitor, status_of
 from vring_serial.cli.logs import LogSettings, emit
@@ -23,7 +21,7 @@ from vring_serial.cli.origin import Origin
 from vring_serial.cli.pidfile import pid_file
 from vring_serial.cli.server import Kept, Settings, serve
 from vring_serial.cli.signals import run
-from vring_serial.config.topology import ChardevConfig, ControllerConfig, PortConfig, Topology
+from vring_serial.config.topology import ChardevConfig, Topology
 from vring_serial.config.vms import VmConfig
 from vring_serial.errors import ResourceError
 from vring_serial.service.candidate import Candidate
@@ -156,10 +154,7 @@ def _work(
         with shelf:
             ends = links.for_worker([vm.name for vm in vms])
             kept = Kept(shelf, serving, handed_over, ends, inheritance.restarts)
-            if inheritance.restarts:
-                run(serve([without_emptying(vm) for vm in vms], settings, kept))
-                return
-            for warning in warnings:
+            for warning in () if inheritance.restarts else warnings:
                 emit(logging.WARNING, "configuration", warning)
             run(serve(vms, settings, kept))
 
@@ -176,25 +171,6 @@ def say_well(notifier: Notifier, seconds: float) -> None:
 def _chardevs(vm: VmConfig) -> Iterator[ChardevConfig]:
     for controller in vm.topology.controllers:
         yield from (port.chardev for port in controller.ports)
-
-
-def without_emptying(vm: VmConfig) -> VmConfig:
-    """Return it with files that are appended to: the first worker has emptied them already."""
-
-    def port(config: PortConfig) -> PortConfig:
-        options = config.chardev.options
-        if not isinstance(options, FileOptions):
-            return config
-        options = dataclasses.replace(options, append=True)
-        chardev = dataclasses.replace(config.chardev, options=options)
-        return dataclasses.replace(config, chardev=chardev)
-
-    def controller(config: ControllerConfig) -> ControllerConfig:
-        return dataclasses.replace(config, ports=tuple(port(p) for p in config.ports))
-
-    controllers = tuple(controller(c) for c in vm.topology.controllers)
-    topology = dataclasses.replace(vm.topology, controllers=controllers)
-    return dataclasses.replace(vm, topology=topology)
 
 
 def _noticed(topology: Topology) -> list[str]:

@@ -13,6 +13,7 @@ from functools import partial
 from typing import NoReturn
 
 from vring import Pump
+from vring_serial.chardev import Chardev
 from vring_serial.cli import logs
 from vring_serial.cli.agent_end import AgentEnds
 from vring_serial.cli.logs import emit
@@ -20,13 +21,14 @@ from vring_serial.cli.pidfile import pid_file
 from vring_serial.cli.signals import finished_before, stop_on_signals
 from vring_serial.cli.spice_end import SpiceEnds
 from vring_serial.config.build import make_controller
-from vring_serial.config.topology import ControllerConfig
+from vring_serial.config.topology import ControllerConfig, Topology
 from vring_serial.config.vms import VmConfig
 from vring_serial.device.console.controller import Controller
 from vring_serial.device.console.loop_pump import LoopPump
 from vring_serial.errors import ConfigError, ResourceError
 from vring_serial.keeping import Keeping
 from vring_serial.service.answers import Answers, Served
+from vring_serial.service.changes import Changes, Setup
 from vring_serial.service.link import Answerer, LinkEnd
 from vring_serial.service.reach import reach_of
 from vring_serial.service.sandbox import NO_SANDBOX, Sandbox, enter
@@ -116,8 +118,7 @@ def _hand_over(served: Sequence[_Machine], handed_over: Callable[[], NoReturn]) 
 
 def _reload(served: list[_Machine]) -> None:
     """Reopen the files that a log rotation has renamed."""
-    controllers = [controller for vm in served for controller in vm.controllers]
-    reopens = [port.chardev.reopen for c in controllers for port in c.ports.values()]
+    reopens = [chardev.reopen for vm in served for chardev in vm.chardevs]
     for reopen in (logs.reopen, *reopens):
         try:
             reopen()
@@ -146,14 +147,15 @@ async def _start(
         keeping = None if kept is None else kept.keeping
         if keeping is not None and len(vms) > 1:
             keeping = keeping.scoped(str(number))
-        one = _Machine(vm, keeping, vm.name if len(vms) > 1 else "")
+        setup = Setup(vm.topology, keeping, resumed=kept is not None and kept.restarts > 0)
+        one = _Machine(vm, setup, keeping, vm.name if len(vms) > 1 else "")
         stack.push_async_callback(one.aclose)
         served.append(one)
         await one.open_host_ends(kept)
     for one in served:
         await one.listen()
     # Peers that are there already are not served before this returns to the event loop.
-    _enter_sandbox(vms, settings)
+    _enter_sandbox(vms, [one.setup.topology for one in served], settings)
     for one in served:
         one.log()
 
@@ -162,27 +164,37 @@ class _Machine:
     """A VM that is served.
 
     Args:
-        vm: what to serve, and how.
+        vm: how to serve it.
+        setup: what to serve.
         keeping: see :func:`serve`, of this VM alone.
         label: its name in the log; "" if the process serves no other, or is named otherwise.
 
     Attributes:
         controllers: its devices.
+        setup: what is served, as it is now.
     """
 
-    def __init__(self, vm: VmConfig, keeping: Keeping | None, label: str) -> None:
+    def __init__(self, vm: VmConfig, setup: Setup, keeping: Keeping | None, label: str) -> None:
         self.controllers: list[Controller] = []
+        self.setup = setup
         self._vm = vm
+        self._changes: Changes | None = None
         self._keeping = keeping
         self._label = label
         self._backends: list[VhostUserBackend | VfioUserServer] = []
         self._pump: Pump | None = None
         self._stack = contextlib.AsyncExitStack()
 
+    @property
+    def chardevs(self) -> list[Chardev]:
+        """Return the host ends, those without a port included."""
+        ends = [port.chardev for c in self.controllers for port in c.ports.values()]
+        return ends if self._changes is None else [*ends, *self._changes.spare.values()]
+
     async def open_host_ends(self, kept: Kept | None) -> None:
         """Make all, answer the monitor, and start the controllers with the ends of their ports."""
         with self._about():
-            topology, stack = self._vm.topology, self._stack
+            topology, stack = self.setup.topology, self._stack
             pump = self._pump = stack.enter_context(LoopPump(self._vm.busy_poll)).pump
             agents = AgentEnds(self._vm.agent_socket)
             stack.push_async_callback(agents.aclose)
@@ -196,6 +208,7 @@ class _Machine:
                     {"spicevmc": agents.factory},
                     spice.makers,
                     self._kept(f"controller-{number}"),
+                    self.setup.keeping,
                 )
                 for number, config in enumerate(topology.controllers)
             ]
@@ -207,8 +220,11 @@ class _Machine:
                     zip(topology.controllers, self.controllers, self._vm.sockets, strict=True)
                 )
             ]
+            self._changes = Changes(self.setup, self.controllers)
+            stack.push_async_callback(self._changes.aclose)
+            await self._changes.start()
             if kept is not None and (link := kept.links.get(self._vm.name)) is not None:
-                self._answer(link, kept.restarts)
+                self._answer(link, kept.restarts, self._changes)
             agents.start()
             if (device := spice.agent_device()) is not None:
                 agents.share_with_server(device)
@@ -239,7 +255,7 @@ class _Machine:
         """Say which ports there are, and where."""
         with self._about():
             for config, controller, socket in zip(
-                self._vm.topology.controllers, self.controllers, self._vm.sockets, strict=True
+                self.setup.topology.controllers, self.controllers, self._vm.sockets, strict=True
             ):
                 _log_ports(config, controller)
                 emit(
@@ -251,7 +267,7 @@ class _Machine:
                     socket=socket,
                 )
 
-    def _answer(self, link: LinkEnd, restarts: int) -> None:
+    def _answer(self, link: LinkEnd, restarts: int, changes: Changes) -> None:
         """Answer the monitor from now on, and tell it of events."""
         served = [
             Served(controller, backend, path, self._vm.protocol)
@@ -259,9 +275,11 @@ class _Machine:
                 self.controllers, self._backends, self._vm.sockets, strict=True
             )
         ]
-        answers = Answers(served, restarts, logs.set_level)
-        answerer = self._stack.enter_context(Answerer(link, answers.handlers(), "the monitor"))
+        answers = Answers(served, restarts, changes, logs.set_level)
+        handlers = answers.handlers() | changes.handlers()
+        answerer = self._stack.enter_context(Answerer(link, handlers, "the monitor"))
         answers.listen(answerer.tell)
+        changes.on_deleted = lambda id: answerer.tell("deleted", {"device": id})
 
     def _kept(self, name: str) -> Keeping | None:
         return None if self._keeping is None else self._keeping.scoped(name)
@@ -270,7 +288,9 @@ class _Machine:
         return logs.about(self._label) if self._label else contextlib.nullcontext()
 
 
-def _enter_sandbox(vms: Sequence[VmConfig], settings: Settings) -> None:
+def _enter_sandbox(
+    vms: Sequence[VmConfig], topologies: Sequence[Topology], settings: Settings
+) -> None:
     """Give up what serving does not need, and log what that came to."""
     if settings.sandbox == NO_SANDBOX:
         emit(logging.INFO, "sandbox", "sandbox: off")
@@ -278,10 +298,11 @@ def _enter_sandbox(vms: Sequence[VmConfig], settings: Settings) -> None:
     made = [socket for vm in vms if not vm.connect for socket in vm.sockets]
     made += [path for path in (settings.pid_file, *(vm.agent_socket for vm in vms)) if path]
     reach = reach_of(
-        [vm.topology for vm in vms],
+        topologies,
         removes=made,
         appends_to=[settings.log_file] if settings.log_file is not None else [],
         unix=any(vm.connect for vm in vms),
+        changes_in=[directory for vm in vms for directory in vm.reach],
     )
     text = f"sandbox: system call {logs.NAME} is not allowed; the process ends here"
     entered = enter(settings.sandbox, reach, logs.last_words(text))

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import NoReturn
 
-from vring_serial.cli.kept import say_well, without_emptying
+from vring_serial.cli.kept import say_well
 from vring_serial.cli.logs import emit
 from vring_serial.cli.origin import Origin
 from vring_serial.cli.server import Kept, Settings, serve
@@ -44,7 +44,7 @@ async def serve_stored(vms: Sequence[VmConfig], settings: Settings, origin: Orig
 
     with shelf:
         kept = Kept(shelf, serving, handed_over, restarts=int(goes_on), by_manager=True)
-        await serve([without_emptying(vm) for vm in vms] if goes_on else vms, settings, kept)
+        await serve(vms, settings, kept)
         # It has ended for good: the next one begins anew.
         store.remove(JOURNAL)
     store.close()

@@ -118,6 +118,13 @@ _VM_OPTIONS = (
         help="Share the agent behind the spicevmc port with `vring agent` on this unix socket.",
     ),
     click.option(
+        "--reach",
+        type=PATH,
+        metavar="DIR",
+        multiple=True,
+        help="With --qmp: a directory in which the sandbox lets chardevs be made while it runs.",
+    ),
+    click.option(
         "--sandbox",
         metavar="on|off|LAYER=on|off,...",
         help="What the process gives up before it serves: capabilities, landlock, seccomp; "
@@ -261,6 +268,7 @@ def _vm_of(given: Mapping[str, Any], read: Callable[[str], bytes]) -> VmConfig |
         vectors=given["vectors"],
         sandbox=given["sandbox"],
         user=given["user"],
+        reach=given["reach"],
     )
 
 

@@ -44,6 +44,7 @@ def make_controller(
     protocol_factories: ProtocolFactories | None = None,
     chardev_makers: ChardevMakers | None = None,
     keeping: Keeping | None = None,
+    chardev_keeping: Callable[[str], Keeping | None] = lambda id: None,
 ) -> Controller:
     """Return a controller with its ports, not started.
 
@@ -55,6 +56,7 @@ def make_controller(
         protocol_factories: see :data:`ProtocolFactories`; needed for spicevmc.
         chardev_makers: see :data:`ChardevMakers`; they take precedence over the factories.
         keeping: see Controller; the state that a predecessor process left there is continued.
+        chardev_keeping: the same for each host end, by its id.
     """
     factories = protocol_factories or {}
     makers = chardev_makers or {}
@@ -81,8 +83,7 @@ def make_controller(
         else:
             choose = factories.get(port.chardev.kind)
             end = make_chardev(port.chardev, choose(port) if choose is not None else None)
-        if keeping is not None:
-            end.keeping = keeping.scoped(f"port-{port.nr}")
+        end.keeping = chardev_keeping(port.chardev.id)
         controller.add_port(
             Port(port.nr, port.name, end, console=port.console, state=state.ports.get(port.nr))
         )

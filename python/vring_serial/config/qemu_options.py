@@ -80,7 +80,7 @@ def read(draft: Draft, options: QemuOptions) -> None:
         draft.max_ports = options.max_ports
     if options.spice is not None:
         draft.spice = _parse_spice(options.spice)
-    chardevs = [_parse_chardev(text) for text in options.chardevs]
+    chardevs = [parse_chardev(text) for text in options.chardevs]
     for chardev in chardevs:
         draft.claim_chardev_id(chardev.id, chardev.where)
     unused = {chardev.id: chardev for chardev in chardevs}
@@ -140,7 +140,8 @@ def _split_option(flag: str, text: str) -> tuple[list[tuple[str, str | None]], s
         raise ConfigError(error.why, where) from None
 
 
-def _parse_chardev(text: str) -> ChardevConfig:
+def parse_chardev(text: str) -> ChardevConfig:
+    """Return the host end of one ``--chardev``. Raises ConfigError with option, key and cause."""
     pairs, where = _split_option("--chardev", text)
     kind = _take_kind(pairs, where)
     id = ""

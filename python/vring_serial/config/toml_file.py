@@ -230,6 +230,7 @@ def _read_vm(name: str, table: _Table, read: Read) -> VmConfig:
         "agent_socket": table.text("agent-socket"),
         "sandbox": table.text("sandbox"),
         "user": table.text("user"),
+        "reach": table.texts("reach"),
     }
     keys = ("vhost-user", "vfio-user", "agent-socket", "sandbox", "user", "connect", "vectors")
     places = {key: table.where(key) for key in (*keys, "inband-notifications", "transitional")}

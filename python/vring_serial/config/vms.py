@@ -36,6 +36,7 @@ class VmConfig:
         sandbox: what the process that serves it gives up, as ``--sandbox`` has it; None: the
             default.
         user: the user that it becomes, as ``--user`` has it; None: it stays who it is.
+        reach: directories in which its sandbox lets host ends be made while it runs.
         places: where settings stand, by their options' names, for errors; others are options.
     """
 
@@ -51,6 +52,7 @@ class VmConfig:
     vectors: int | None = None
     sandbox: str | None = None
     user: str | None = None
+    reach: tuple[str, ...] = ()
     places: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property

@@ -8,12 +8,13 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from vring_serial.chardev import DescriptorEnd
+from vring_serial.chardev import Chardev, DescriptorEnd
 from vring_serial.chardev.ringbuf import RingbufChardev
 from vring_serial.device.console.controller import Controller
 from vring_serial.device.console.events import DeviceEvent, PortClosed, PortOpened, Side
 from vring_serial.device.console.port import Port
 from vring_serial.proto.virtio import Status
+from vring_serial.service.changes import Changes
 from vring_serial.service.link import CallError, Handler
 from vring_serial.transport.server import Server
 
@@ -50,6 +51,7 @@ class Answers:
     Args:
         served: the controllers.
         restarts: how many processes served them before this one.
+        changes: knows the names of devices, and host ends without a port.
         set_log_level: takes a name of ``cli.logs.LEVELS``.
     """
 
@@ -57,10 +59,12 @@ class Answers:
         self,
         served: Sequence[Served],
         restarts: int,
+        changes: Changes,
         set_log_level: Callable[[str], None],
     ) -> None:
         self._served = served
         self._restarts = restarts
+        self._changes = changes
         self._set_log_level = set_log_level
         self._tell: Tell = lambda name, data: None
 
@@ -88,7 +92,11 @@ class Answers:
     def describe(self) -> dict[str, Any]:
         """Return how often the process was followed by another, and every controller."""
         controllers = [self._describe(served) for served in self._served]
-        return {"restarts": self._restarts, "controllers": controllers}
+        spare = [
+            {"chardev": id, "description": chardev.description, "filename": chardev.filename}
+            for id, chardev in self._changes.spare.items()
+        ]
+        return {"restarts": self._restarts, "controllers": controllers, "spare": spare}
 
     def ringbuf_read(self, chardev: str, size: int, format: str) -> str:
         """Take up to ``size`` of the oldest bytes; base64, or UTF-8 with bad bytes replaced."""
@@ -109,7 +117,7 @@ class Answers:
 
     def disconnect_chardev(self, chardev: str) -> bool:
         """Send the peer of a host end away; return whether there was one."""
-        return self._port(chardev).chardev.send_away()
+        return self._chardev(chardev).send_away()
 
     def disconnect_frontend(self, controller: str) -> bool:
         """End the session of a controller's frontend; return whether there was one."""
@@ -124,7 +132,19 @@ class Answers:
         device = self._find(controller).controller
         if not 0 <= queue < device.num_queues:
             raise CallError(_GENERIC, f"Invalid virtqueue number {queue}")
-        return {"size_max": device.queue_size_max, **device.queue_positions(queue)}
+        found = device.running.get(queue)
+        if found is None:
+            stopped = device.state.stopped_at.get(queue, 0)
+            at = {"running": False, "size": 0, "avail": stopped, "used": stopped}
+        else:
+            ring = found.queue
+            at = {
+                "running": True,
+                "size": ring.size,
+                "avail": ring.avail_index,
+                "used": ring.used_index,
+            }
+        return {"size_max": device.queue_size_max, **at}
 
     # --- internals
 
@@ -134,16 +154,18 @@ class Answers:
                 return served
         raise CallError(_NOT_FOUND, f"Device '{controller}' not found")
 
-    def _port(self, chardev: str) -> Port:
+    def _chardev(self, id: str) -> Chardev:
+        if (spare := self._changes.spare.get(id)) is not None:
+            return spare
         for served in self._served:
             for port in served.controller.ports.values():
-                if port.chardev.id == chardev:
-                    return port
-        raise CallError(_GENERIC, f"Chardev '{chardev}' not found")
+                if port.chardev.id == id:
+                    return port.chardev
+        raise CallError(_GENERIC, f"Chardev '{id}' not found")
 
     def _ringbuf(self, device: str) -> RingbufChardev:
         try:
-            chardev = self._port(device).chardev
+            chardev = self._chardev(device)
         except CallError:
             raise CallError(_GENERIC, f"Device '{device}' not found") from None
         if not isinstance(chardev, RingbufChardev):
@@ -163,7 +185,10 @@ class Answers:
             "needs_reset": bool(device.status & Status.DEVICE_NEEDS_RESET),
             "offered": device.device_features,
             "features": device.driver_features,
-            "ports": [_describe_port(port) for port in device.ports.values()],
+            "ports": [
+                {"id": self._changes.device_id(device.name, port.nr), **_describe_port(port)}
+                for port in device.ports.values()
+            ],
         }
 
     def _event(self, controller: Controller, event: DeviceEvent) -> None:
@@ -171,7 +196,8 @@ class Answers:
             port = controller.ports.get(event.nr)
             if port is not None:
                 is_open = isinstance(event, PortOpened)
-                self._tell("port", {"chardev": port.chardev.id, "open": is_open})
+                id = self._changes.device_id(controller.name, port.nr)
+                self._tell("port", {"device": id, "open": is_open})
 
     def _peer_listener(self, served: Served) -> Callable[[str], None]:
         return lambda state: self._tell(

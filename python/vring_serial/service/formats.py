@@ -7,11 +7,15 @@ from typing import Any
 from vring_serial.device.console.state import CONSOLE
 from vring_serial.errors import StateError
 from vring_serial.saving import MAGIC, StateFormat, saved_kind
+from vring_serial.service.changes import CHANGES
 from vring_serial.service.journal import LAYOUT_VERSION, Journal
 from vring_serial.transport.vfio_user.state import CLIENT, QUEUES, REGISTERS, TABLE
 from vring_serial.transport.vhost_user.state import FRONTEND
 
-_ALL: tuple[StateFormat[Any], ...] = (CONSOLE, FRONTEND, CLIENT, REGISTERS, TABLE, QUEUES)
+_ALL: tuple[StateFormat[Any], ...] = (
+    *(CONSOLE, FRONTEND, CLIENT, REGISTERS, TABLE, QUEUES),
+    CHANGES,
+)
 _KNOWN = {form.kind: form for form in _ALL}
 #: What this version writes, as one text: a version with the same can go on from it.
 FORMATS = ",".join(

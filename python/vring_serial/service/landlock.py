@@ -18,6 +18,8 @@ READ_FILE = 1 << 2
 READ_DIR = 1 << 3
 REMOVE_FILE = 1 << 5
 MAKE_REG = 1 << 8
+MAKE_SOCK = 1 << 9
+MAKE_SYM = 1 << 12
 _OF_FILES = WRITE_FILE | READ_FILE
 #: The first version knew 13 kinds of access; later ones know others beside them.
 _FIRST = (1 << 13) - 1
@@ -82,6 +84,11 @@ def make_ruleset(reach: Reach, version: int) -> int:
             (WRITE_FILE | MAKE_REG, reach.made_in),
             (REMOVE_FILE, reach.removed_in),
             (READ_FILE | WRITE_FILE | MAKE_REG | REMOVE_FILE, reach.scratch),
+            (READ_FILE | WRITE_FILE | attr.handled_access_fs & _IOCTL_DEV, reach.terminals),
+            (
+                READ_FILE | WRITE_FILE | MAKE_REG | MAKE_SOCK | MAKE_SYM | REMOVE_FILE,
+                reach.changed_in,
+            ),
         ):
             for path in paths:
                 _allow_path(ruleset, path, access)
@@ -102,7 +109,7 @@ def _allow_path(ruleset: int, path: str, access: int) -> None:
     try:
         mode = os.fstat(fd).st_mode
         if not stat.S_ISDIR(mode):
-            access &= _OF_FILES
+            access &= _OF_FILES | _IOCTL_DEV
         # A pipe that has a path in /dev/fd is in no file system; Landlock lets it be opened.
         if not stat.S_ISFIFO(mode) or not os.readlink(f"/proc/self/fd/{fd}").startswith("pipe:"):
             _add_rule(ruleset, _RULE_PATH_BENEATH, _PathBeneath(access, fd))

@@ -200,7 +200,7 @@ class Caller(Closing):
         for call in self._calls.values():
             call.cancel()
 
-    async def call(self, name: str, *, seconds: float = CALL_SECONDS, **arguments: Any) -> Any:
+    async def call(self, name: str, /, *, seconds: float = CALL_SECONDS, **arguments: Any) -> Any:
         """Return what the other process answers.
 
         Raises:
@@ -281,7 +281,9 @@ class Answerer(Closing):
             answer["return"] = await result if inspect.isawaitable(result) else result
         except CallError as error:
             answer["error"] = {"class": error.error_class, "desc": error.desc}
-        except (VringSerialError, TypeError) as error:
+        except Exception as error:
+            if not isinstance(error, (VringSerialError, TypeError)):
+                log.exception("%s asked for %s, which failed", self._name, name)
             answer["error"] = {"class": "GenericError", "desc": str(error)}
         if not self._link.send(answer):
             text = "the answer is too large, or earlier ones were not read"

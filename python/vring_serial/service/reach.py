@@ -30,6 +30,8 @@ _SETTINGS = (
 )
 #: /dev/tty says whether the terminal has hung up; /proc/self what a peer's descriptors are.
 _SYSTEM = ("/dev/tty", "/dev/urandom", "/proc/self")
+#: Where new terminals come from.
+_TERMINALS = ("/dev/ptmx", "/dev/pts")
 #: What it takes to find the address of a name.
 _NAMES = tuple(
     f"/etc/{name}"
@@ -49,6 +51,8 @@ class Reach:
         removed_in: directories in which files, sockets and links are removed.
         written: files that are opened for writing.
         scratch: directories for temporary files.
+        changed_in: directories in which host ends of every kind are made and removed.
+        terminals: device files that are opened as terminals.
         unix: unix sockets are connected to.
         abstract: so are abstract ones.
         tcp: ports that are connected to, by name or address.
@@ -59,6 +63,8 @@ class Reach:
     removed_in: set[str] = field(default_factory=set)
     written: set[str] = field(default_factory=set)
     scratch: set[str] = field(default_factory=set)
+    changed_in: set[str] = field(default_factory=set)
+    terminals: set[str] = field(default_factory=set)
     unix: bool = False
     abstract: bool = False
     tcp: set[int] = field(default_factory=set)
@@ -66,7 +72,7 @@ class Reach:
     @property
     def directories(self) -> set[str]:
         """Those that are written to."""
-        return self.made_in | self.removed_in
+        return self.made_in | self.removed_in | self.changed_in
 
     def appends_to(self, path: str) -> None:
         """Note a file that is opened again, and made again if a log rotation has renamed it."""
@@ -89,6 +95,7 @@ def reach_of(
     removes: Iterable[str] = (),
     appends_to: Iterable[str] = (),
     unix: bool = False,
+    changes_in: Iterable[str] = (),
 ) -> Reach:
     """Return what it takes to go on serving.
 
@@ -97,12 +104,15 @@ def reach_of(
         removes: sockets and files that are removed at the end.
         appends_to: logs.
         unix: frontends are connected to.
+        changes_in: directories in which host ends are made while it runs.
     """
-    reach = Reach(unix=unix)
+    reach = Reach(unix=unix, changed_in=set(changes_in))
     python = [sysconfig.get_path(n) for n in ("stdlib", "platstdlib", "purelib", "platlib")]
     ours = [os.path.dirname(path) for path in (vring.__file__, package)]
     reach.read.update(_LIBRARIES, _SETTINGS, _SYSTEM, python, ours, _loaded_from())
     reach.written.add(os.devnull)
+    if reach.changed_in:
+        reach.terminals.update(_TERMINALS)
     for path in removes:
         reach.removes(path)
     for path in appends_to:

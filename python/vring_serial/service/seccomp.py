@@ -65,6 +65,11 @@ _PROCESS = """
 """
 _CALLS = " ".join((_FILES, _MEMORY, _EVENTS, _SOCKETS, _PROCESS)).split()
 _CONNECTING = ("connect", "bind")
+#: What it takes to make sockets, terminals and links while the process serves.
+_MAKING = (
+    *("listen", "symlink", "symlinkat"),
+    *("fchmod", "fchmodat", "chmod", "fchown", "fchownat", "chown", "lchown"),
+)
 
 #: Nothing that serves makes these calls; with some of them, a process reaches beyond itself.
 _ATTACKS = """
@@ -92,6 +97,8 @@ _IOCTLS = (
     *(0x802C542A, 0x402C542B, 0x402C542C, 0x402C542D),
     *(termios.TIOCGWINSZ, termios.TIOCGPGRP, 0x80045430),
 )
+#: Unlocks a new terminal.
+_TIOCSPTLCK = 0x40045431
 #: What can be asked of a descriptor: F_DUPFD to F_SETLKW, the same locks with offsets of 64 bits,
 #: locks of open files, F_DUPFD_QUERY, F_DUPFD_CLOEXEC, sizes of pipes, seals.
 _FCNTLS = (*range(8), *range(12, 15), *range(36, 39), 1027, *range(1030, 1035))
@@ -176,13 +183,16 @@ def rules_for(reach: Reach) -> list[Rule]:
     rules.append(Rule("prlimit64", ((2, _EQ, 0, 0),)))
     rules.append(Rule("prlimit64", ((2, _NE, 0, 0),), _ERRNO | errno.EPERM))
     families: list[int] = []
-    if reach.unix:
+    if reach.unix or reach.changed_in:
         families.append(socket.AF_UNIX)
     if reach.tcp:
         families += [socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK]
     rules += [Rule("socket", ((0, _MASKED_EQ, _INT, family),)) for family in families]
     if not families:
         rules.append(Rule("socket", action=_ERRNO | errno.EACCES))
+    if reach.changed_in:
+        rules += [Rule(call) for call in _MAKING]
+        rules.append(Rule("ioctl", ((1, _MASKED_EQ, _INT, _TIOCSPTLCK),)))
     connecting = _ALLOW if families else _TRAP
     rules += [Rule(call, action=connecting) for call in _CONNECTING]
     return rules

@@ -91,6 +91,14 @@ class Shelf(Closing):
         """See Keeping."""
         return self._journal.area(name, size)
 
+    def clear(self, prefix: str = "") -> None:
+        """See Keeping; only what begins with ``prefix``."""
+        for role in [role for role in self._names if role.startswith(prefix)]:
+            self.drop(role)
+        for section in self._journal.sections:
+            if section.startswith(prefix):
+                self._journal.drop(section)
+
     def scoped(self, name: str) -> ScopedShelf:
         """See Keeping."""
         return ScopedShelf(self, name)
@@ -180,6 +188,10 @@ class ScopedShelf:
     def area(self, name: str, size: int) -> memoryview:
         """See Keeping."""
         return self._shelf.area(f"{self._prefix}/{name}", size)
+
+    def clear(self) -> None:
+        """See Keeping."""
+        self._shelf.clear(f"{self._prefix}/")
 
     def scoped(self, name: str) -> ScopedShelf:
         """See Keeping."""

@@ -220,6 +220,7 @@ def be(spec: WorkerSpec, inherit: Callable[[], Inheritance], *, ignore_hangup: b
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
         # else nothing is done about a SIGHUP until the worker has a handler: it only begins.
         _raise_oom_score()
+        _take_name(f"vring {spec.name}")
         inheritance = inherit()
         gc.enable()
         status = spec.run(inheritance)
@@ -230,6 +231,12 @@ def be(spec: WorkerSpec, inherit: Callable[[], Inheritance], *, ignore_hangup: b
     finally:
         logging.shutdown()
         os._exit(status)
+
+
+def _take_name(name: str) -> None:
+    """Be called so where processes are listed, as far as it fits."""
+    with contextlib.suppress(OSError), open("/proc/self/comm", "wb") as file:
+        file.write(name.encode(errors="replace")[:15])
 
 
 def _raise_oom_score() -> None:

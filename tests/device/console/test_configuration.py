@@ -7,7 +7,7 @@ import pytest
 from tests.support.console import events_of, python_port, sink_of
 from tests.support.waiting import until
 from vring_serial.device.console import events as ev
-from vring_serial.device.console.controller import DEFAULT_FEATURES
+from vring_serial.device.console.config_space import DEFAULT_FEATURES
 from vring_serial.errors import RemoteProtocolError
 from vring_serial.proto.console import (
     ConsoleConfig,

@@ -15,7 +15,8 @@ from tests.support.waiting import turns, until
 from vring import RingError
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.console import events as ev
-from vring_serial.device.console.controller import DEFAULT_FEATURES, Controller
+from vring_serial.device.console.config_space import DEFAULT_FEATURES
+from vring_serial.device.console.controller import Controller
 from vring_serial.device.console.events import Side
 from vring_serial.device.console.port import Port
 from vring_serial.errors import LocalProtocolError

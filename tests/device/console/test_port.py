@@ -17,7 +17,7 @@ from vring_serial.chardev.base import Chardev, DescriptorEnd
 from vring_serial.chardev.file import FileChardev, FileOptions
 from vring_serial.chardev.null import NullChardev
 from vring_serial.device.console import events as ev
-from vring_serial.device.console.controller import DEFAULT_FEATURES
+from vring_serial.device.console.config_space import DEFAULT_FEATURES
 from vring_serial.device.console.events import Side
 from vring_serial.device.console.port import Port
 from vring_serial.errors import LocalProtocolError, ResourceError

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vring_serial.device.console.controller import DEFAULT_FEATURES, Controller
+from vring_serial.device.console.config_space import DEFAULT_FEATURES
+from vring_serial.device.console.controller import Controller
 from vring_serial.device.pci import PciDevice
 from vring_serial.device.testing import PciDriver
 from vring_serial.proto.virtio import Feature, Status

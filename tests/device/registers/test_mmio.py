@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vring_serial.device.console.controller import DEFAULT_FEATURES, Controller
+from vring_serial.device.console.config_space import DEFAULT_FEATURES
+from vring_serial.device.console.controller import Controller
 from vring_serial.device.registers.mmio import MmioDevice
 from vring_serial.errors import ConfigError
 from vring_serial.proto.virtio import Feature, Status

@@ -14,7 +14,7 @@ from tests.support.pump import pump_turn
 from tests.support.waiting import turns, until
 from vring import GuestMemory, Region
 from vring_serial.chardev.pipe import PipeChardev, PipeOptions
-from vring_serial.device.console.controller import DEFAULT_FEATURES
+from vring_serial.device.console.config_space import DEFAULT_FEATURES
 from vring_serial.device.console.events import EmergencyWrite
 from vring_serial.device.console.port import Port
 from vring_serial.device.testing import MmioDriver, PciDriver

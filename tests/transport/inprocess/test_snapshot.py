@@ -27,7 +27,8 @@ from tests.support.emulated import KINDS, NAME, NR, Guest, Machine, Pair
 from tests.support.waiting import wait_until
 from vring_serial.chardev.null import NullChardev, NullOptions
 from vring_serial.chardev.socket import SocketChardev, SocketOptions
-from vring_serial.device.console.controller import DEFAULT_FEATURES, Controller
+from vring_serial.device.console.config_space import DEFAULT_FEATURES
+from vring_serial.device.console.controller import Controller
 from vring_serial.device.console.port import Port
 from vring_serial.errors import LocalProtocolError, StateError
 from vring_serial.proto.virtio import Feature

@@ -8,6 +8,7 @@ from vring_serial.cli import PATH
 from vring_serial.cli.ctl.change import disconnect_command, log_level_command
 from vring_serial.cli.ctl.connection import Connection
 from vring_serial.cli.ctl.look import events_command, ports_command, status_command
+from vring_serial.cli.ctl.ports import chardev_group, port_group
 from vring_serial.cli.ctl.top import top_command
 
 
@@ -51,6 +52,8 @@ for command in (
     top_command,
     events_command,
     disconnect_command,
+    port_group,
+    chardev_group,
     log_level_command,
 ):
     ctl_command.add_command(command)

@@ -98,7 +98,7 @@ class Session:
     client: QMPClient
     connection: Connection
 
-    async def execute(self, command: str, **arguments: Any) -> Any:
+    async def execute(self, command: str, /, **arguments: Any) -> Any:
         """Return what a command answers; ``_`` in names of arguments is ``-`` on the wire."""
         named = {name.replace("_", "-"): value for name, value in arguments.items()}
         return await self.connection.execute(self.client, command, named)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 
-from vring import RECORD_SIZE, Pump, RingError
+from vring import Pump, RingError
 from vring_serial.callbacks import Listener, tell
+from vring_serial.chardev.base import Chardev
+from vring_serial.device.console import config_space as space
 from vring_serial.device.console import events as ev
 from vring_serial.device.console.control_queues import ControlQueues
 from vring_serial.device.console.event_log import EventLog
 from vring_serial.device.console.events import DeviceEvent, Side
 from vring_serial.device.console.loop_pump import LoopPump
 from vring_serial.device.console.port import Port
+from vring_serial.device.console.recorder import Recorder
 from vring_serial.device.console.state import (
     CONSOLE,
     ConsoleState,
@@ -31,24 +33,12 @@ from vring_serial.proto import control as ctl
 from vring_serial.proto.console import (
     CONTROL_TRANSMITQ,
     DEVICE_ID,
-    ConsoleConfig,
     ConsoleFeature,
     port_of_queue,
     queue_count,
     queues_of_port,
 )
-from vring_serial.proto.virtio import QUEUE_SIZE_MAX, Feature, Status, feature_names
-from vring_serial.saving import Packer
-
-#: What is offered unless the one who builds the device says otherwise.
-DEFAULT_FEATURES = (
-    Feature.INDIRECT_DESC
-    | Feature.EVENT_IDX
-    | Feature.VERSION_1
-    | ConsoleFeature.SIZE
-    | ConsoleFeature.MULTIPORT
-    | ConsoleFeature.EMERG_WRITE
-)
+from vring_serial.proto.virtio import QUEUE_SIZE_MAX, Status, feature_names
 
 
 class Controller(Starting):
@@ -76,7 +66,7 @@ class Controller(Starting):
     """
 
     device_id = DEVICE_ID
-    config_size = ConsoleConfig.SIZE
+    config_size = space.SIZE
     on_event = Listener[Callable[[DeviceEvent], object]]()
     on_config_change = Listener[Callable[[], None]]()
     on_needs_reset = Listener[Callable[[RingError], None]]()
@@ -87,7 +77,7 @@ class Controller(Starting):
         name: str = "virtio-serial0",
         max_ports: int = 31,
         pump: Pump | None = None,
-        features: int = DEFAULT_FEATURES,
+        features: int = space.DEFAULT_FEATURES,
         queue_size_max: int = QUEUE_SIZE_MAX,
         state: ControllerState | None = None,
         keeping: Keeping | None = None,
@@ -105,10 +95,7 @@ class Controller(Starting):
         self._queues: dict[int, RunningQueue] = {}
         self._discarder: Discarder | None = None  # of single-port mode without a port 0
         self._log = EventLog()
-        self._keeping = keeping
-        self._packer = Packer(CONSOLE)
-        self._recorded = b""
-        self._save: Callable[[bytes], None] | None = None
+        self._recorder = Recorder(max_ports, keeping)
 
     def _take(self, state: ControllerState) -> None:
         self.state = state
@@ -136,7 +123,8 @@ class Controller(Starting):
     def add_port(self, port: Port) -> None:
         """Add a port; a guest that runs is told.
 
-        Its chardev is started by :meth:`start`; for a port added later, see :meth:`plug_port`.
+        Its chardev is started by :meth:`start`, or was started before; for a port added later, see
+        :meth:`plug_port`.
 
         Raises:
             LocalProtocolError: the number is taken or not below ``max_ports``; the name is taken or
@@ -155,11 +143,15 @@ class Controller(Starting):
         self.port_resized(port)
         self._console_changed()
         self._set_guest(port)
+        if port.chardev.end is not None:  # it was started before
+            port.end_opened(port.chardev.end)
         self._serve_unclaimed()
         for is_transmit, index in enumerate(queues_of_port(port.nr)):
             if index in self._queues:
                 port.start_queue(bool(is_transmit), self._queues[index])
         self._control_queues.flush()
+        if self.started:
+            self._record()
 
     async def plug_port(self, port: Port) -> None:
         """Add a port while the device is started, with its chardev.
@@ -174,14 +166,25 @@ class Controller(Starting):
             await self.remove_port(port.nr)
             raise
 
-    async def remove_port(self, nr: int) -> None:
+    async def change_chardev(self, nr: int, chardev: Chardev) -> None:
+        """Give a port another host end, already started, and stop the one that it had.
+
+        The new end gets what of a half-written chain the old one had not taken.
+
+        Raises LocalProtocolError if there is no such port, or the chardev has a user.
+        """
+        port = self._known(nr)
+        old = port.chardev
+        port.change_chardev(chardev)
+        await old.aclose()
+
+    async def remove_port(self, nr: int, *, keep_chardev: bool = False) -> None:
         """Take a port away: from the host's end, and from a guest that knows it.
 
-        Raises LocalProtocolError if there is none.
+        ``keep_chardev`` leaves the host end for another port. Raises LocalProtocolError if there is
+        no such port.
         """
-        if nr not in self._ports:
-            raise LocalProtocolError(f"{self.name} has no port {nr}")
-        port = self._ports[nr]
+        port = self._known(nr)
         # Before the guest hears of it: a driver takes its buffers back without another word.
         port.release()
         del self._ports[nr]
@@ -190,7 +193,11 @@ class Controller(Starting):
         self._serve_unclaimed()
         self._console_changed()
         self.emit(ev.PortRemoved(nr))
-        await port.chardev.aclose()
+        self._record()
+        if keep_chardev:
+            port.chardev.detach()
+        else:
+            await port.chardev.aclose()
         await asyncio.sleep(0)  # a protocol hears of it in the loop's next turn
 
     async def start(self) -> None:
@@ -273,21 +280,16 @@ class Controller(Starting):
 
     def read_config(self, offset: int, length: int) -> bytes:
         """Return ``length`` bytes of the configuration space; what lies outside reads as zero."""
-        cols, rows = self._console_size()
-        config = ConsoleConfig(cols, rows, self.max_ports).pack()
-        return config[offset : offset + length].ljust(length, b"\0")
+        return space.read_space(self._console_size(), self.max_ports, offset, length)
 
     def write_config(self, offset: int, data: bytes) -> None:
         """Act on a write to the configuration space: emerg_wr, or nothing that counts."""
-        at = ConsoleConfig.EMERG_WR - offset
-        if not self.device_features & ConsoleFeature.EMERG_WRITE or not 0 <= at < len(data):
-            return
-        # Whoever writes the whole space (QEMU does) writes 0 here and means nothing by it.
-        if any(data[at : at + 4]):
-            self.emit(ev.EmergencyWrite(data[at]))
-            port = self._console()
-            if port is not None:
-                port.emergency_write(data[at])
+        char = space.emergency_char(self.device_features, offset, data)
+        if char is not None:
+            self.emit(ev.EmergencyWrite(char))
+            console = space.console_of(self._ports, single_port=self.single_port)
+            if console is not None:
+                console.emergency_write(char)
 
     # --- for transports: queues
 
@@ -347,8 +349,7 @@ class Controller(Starting):
         ``avail_index`` and ``used_index`` of the queues are exact as well, and nothing is in
         flight. On leaving, all go on as if nothing had happened.
         """
-        ports = list(self._ports.values())
-        for port in ports:
+        for port in list(self._ports.values()):
             port.settle()
         for index, running in self._queues.items():
             self.state.stopped_at[index] = running.queue.avail_index
@@ -426,8 +427,7 @@ class Controller(Starting):
 
     def save_with(self, write: Callable[[bytes], None] | None) -> None:
         """See ``transport.vhost_user.inflight.Resumable``."""
-        self._save = write
-        self._recorded = b""
+        self._recorder.write_with(write)
         if write is not None:
             self._record()
 
@@ -466,19 +466,10 @@ class Controller(Starting):
         self._console_changed()
         self._start_anew(silent=not had_driver)
 
-    def queue_positions(self, index: int) -> dict[str, int | bool]:
-        """Return whether a queue runs, its size, and its available and used index."""
-        running = self._queues.get(index)
-        if running is None:
-            stopped = self.state.stopped_at.get(index, 0)
-            return {"running": False, "size": 0, "avail": stopped, "used": stopped}
-        queue = running.queue
-        return {
-            "running": True,
-            "size": queue.size,
-            "avail": queue.avail_index,
-            "used": queue.used_index,
-        }
+    @property
+    def running(self) -> Mapping[int, RunningQueue]:
+        """The queues that run, by index; where others stopped is in ``state``."""
+        return MappingProxyType(self._queues)
 
     # --- for ports
 
@@ -500,9 +491,7 @@ class Controller(Starting):
 
     def residue_record(self, port: Port) -> memoryview | None:
         """See PortOwner."""
-        if self._keeping is None:
-            return None
-        return self._keeping.area(f"residue-{port.nr}", RECORD_SIZE)
+        return self._recorder.of_residue(port.nr)
 
     def port_resized(self, port: Port) -> None:
         """See PortOwner."""
@@ -518,37 +507,19 @@ class Controller(Starting):
 
     def emit(self, event: DeviceEvent) -> None:
         """Log what happened, and tell ``on_event``."""
-        nr = getattr(event, "nr", None)
-        port = self._ports.get(nr) if nr is not None else None
+        port = self._ports.get(getattr(event, "nr", -1))
         self._log.write(f"{self.name}: {port.label}" if port else self.name, event)
         tell(self._log.failures, f"{self.name}: on_event", self.on_event, event)
 
     # --- internals
 
+    def _known(self, nr: int) -> Port:
+        if nr not in self._ports:
+            raise LocalProtocolError(f"{self.name} has no port {nr}")
+        return self._ports[nr]
+
     def _record(self) -> None:
-        """Write the state down for a successor, before anybody is told of what changed.
-
-        Connections of protocols end with this process, and begin anew in the next.
-        """
-        if self._keeping is None and self._save is None:
-            return
-        ports = {
-            nr: dataclasses.replace(port.state, session=None, session_over=False)
-            for nr, port in self._ports.items()
-        }
-        state = self._packer.pack(ConsoleState(self.max_ports, self.state, ports))
-        if state == self._recorded:
-            return
-        if self._keeping is not None:
-            self._keeping.write(CONSOLE.kind, state)
-        if self._save is not None:
-            self._save(state)
-        self._recorded = state
-
-    def _console(self) -> Port | None:
-        """Return the port that the configuration space describes: first console, or only port."""
-        consoles = (port for _, port in sorted(self._ports.items()) if port.console)
-        return next(consoles, self._ports.get(0) if self.single_port else None)
+        self._recorder.record(self.state, self._ports)
 
     def _console_changed(self) -> None:
         """Tell the driver if the console, or its size, is another now."""
@@ -561,10 +532,8 @@ class Controller(Starting):
             tell(self._log.failures, f"{self.name}: on_config_change", self.on_config_change)
 
     def _console_size(self) -> tuple[int, int]:
-        port = self._console()
-        if port is None or port.size is None or not self.device_features & ConsoleFeature.SIZE:
-            return 0, 0
-        return port.size
+        console = space.console_of(self._ports, single_port=self.single_port)
+        return space.size_of(console, self.device_features)
 
     def _port_of(self, index: int) -> Port | None:
         nr, _ = port_of_queue(index)
@@ -585,11 +554,10 @@ class Controller(Starting):
     def _serve_unclaimed(self) -> None:
         """Discard what a driver without MULTIPORT writes while no port 0 is there to take it."""
         _, transmitq = queues_of_port(0)
-        queue = self._queues.get(transmitq)
-        wanted = queue is not None and self.single_port and 0 not in self._ports
-        if wanted and self._discarder is None and queue is not None:
+        queue = self._queues.get(transmitq) if self.single_port and 0 not in self._ports else None
+        if queue is not None and self._discarder is None:
             self._discarder = Discarder(queue, lambda error: self._queue_broken(transmitq, error))
-        elif not wanted and self._discarder is not None:
+        elif queue is None and self._discarder is not None:
             self._discarder.stop()
             self._discarder = None
 
@@ -603,20 +571,11 @@ class Controller(Starting):
     def _control_events(self, events: list[ctl.DeviceSideEvent]) -> None:
         """Act on what a control message of the driver made happen."""
         for event in events:
+            self.emit(ev.of_control(event))
             match event:
-                case ctl.Refused(why):
-                    self.emit(ev.MessageRefused(why))
-                case ctl.PeerReady(ok):
-                    self.emit(ev.DriverReady(ok))
+                case ctl.PeerReady():
                     self._sync_guest()
-                case ctl.PortReady(nr, ok):
-                    self.emit(ev.PortReady(nr, ok))
-                    self._set_guest(self._ports[nr])
-                case ctl.PortOpened(nr):
-                    self.emit(ev.PortOpened(Side.GUEST, nr))
-                    self._set_guest(self._ports[nr])
-                case ctl.PortClosed(nr):
-                    self.emit(ev.PortClosed(Side.GUEST, nr))
+                case ctl.PortReady(nr) | ctl.PortOpened(nr) | ctl.PortClosed(nr):
                     self._set_guest(self._ports[nr])
         self._record()
         self._control_queues.flush()

@@ -9,6 +9,7 @@ import enum
 from dataclasses import dataclass
 
 from vring import RingError
+from vring_serial.proto import control as ctl
 from vring_serial.proto.console import ConsoleFeature
 from vring_serial.proto.virtio import feature_names
 
@@ -211,3 +212,18 @@ DeviceEvent = (
     | EmergencyWrite
     | QueueBroken
 )
+
+
+def of_control(event: ctl.DeviceSideEvent) -> DeviceEvent:
+    """Return what happened when a control message of the driver was taken."""
+    match event:
+        case ctl.Refused(why):
+            return MessageRefused(why)
+        case ctl.PeerReady(ok):
+            return DriverReady(ok)
+        case ctl.PortReady(nr, ok):
+            return PortReady(nr, ok)
+        case ctl.PortOpened(nr):
+            return PortOpened(Side.GUEST, nr)
+        case ctl.PortClosed(nr):
+            return PortClosed(Side.GUEST, nr)

@@ -155,6 +155,20 @@ class Port:
         if self.guest_open:  # by the state that the port was made with
             self._tell_guest_opened()
 
+    def change_chardev(self, chardev: Chardev) -> None:
+        """Leave the host end for another one, which may be connected already.
+
+        Raises LocalProtocolError if it has a user.
+        """
+        old = self.chardev
+        chardev.attach(self)
+        old.detach()
+        self.chardev = chardev
+        if self.guest_open:
+            self._tell_guest_opened()
+        if chardev.end is not None:
+            self.end_opened(chardev.end)
+
     def take_state(self, state: DevicePortState) -> None:
         """Go on from a state instead of one's own, before the host end is started or while still.
 

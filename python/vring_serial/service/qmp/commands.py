@@ -119,6 +119,7 @@ _TRAFFIC = Object(
 _PORT = Object(
     "VringPort",
     (
+        Member("id", STR),
         Member("nr", INT),
         Member("name", STR),
         Member("console", BOOL),
@@ -157,8 +158,105 @@ _VM = Object(
         Member("answers", BOOL),
         Member("restarts", INT),
         Member("controllers", Array(_CONTROLLER)),
+        Member(
+            "spare",
+            Array(
+                Object(
+                    "VringSpare",
+                    (Member("chardev", STR), Member("description", STR), Member("filename", STR)),
+                )
+            ),
+            optional=True,
+        ),
     ),
 )
+
+
+def _wrapped(name: str, *members: Member) -> Object:
+    """Return the ``data`` of a kind of chardev, as QAPI wraps it."""
+    common = (
+        Member("logfile", STR, optional=True),
+        Member("logappend", BOOL, optional=True),
+        Member("logtimestamp", BOOL, optional=True),
+    )
+    data = Object(f"Chardev{name}", (*common, *members))
+    return Object(f"Chardev{name}Wrapper", (Member("data", data),))
+
+
+def _switches(*names: str) -> tuple[Member, ...]:
+    return tuple(Member(name, BOOL, optional=True) for name in names)
+
+
+_SOCKET_ADDRESS = Object(
+    "SocketAddressLegacy",
+    (Member("type", Enum("SocketAddressType", ("inet", "unix", "vsock", "fd"))),),
+    tag="type",
+    variants={
+        "inet": Object(
+            "InetSocketAddressWrapper",
+            (
+                Member(
+                    "data",
+                    Object(
+                        "InetSocketAddress",
+                        (
+                            Member("host", STR),
+                            Member("port", STR),
+                            Member("to", INT, optional=True),
+                            *_switches("numeric", "ipv4", "ipv6", "keep-alive", "mptcp"),
+                        ),
+                    ),
+                ),
+            ),
+        ),
+        "unix": Object(
+            "UnixSocketAddressWrapper",
+            (
+                Member(
+                    "data",
+                    Object(
+                        "UnixSocketAddress",
+                        (Member("path", STR), *_switches("abstract", "tight")),
+                    ),
+                ),
+            ),
+        ),
+    },
+)
+_BACKENDS = {
+    "file": _wrapped(
+        "File",
+        Member("in", STR, optional=True),
+        Member("out", STR),
+        Member("append", BOOL, optional=True),
+    ),
+    "pipe": _wrapped("Hostdev", Member("device", STR)),
+    "socket": _wrapped(
+        "Socket",
+        Member("addr", _SOCKET_ADDRESS),
+        Member("reconnect-ms", INT, optional=True),
+        *_switches("server", "wait", "nodelay", "telnet", "tn3270", "websocket"),
+    ),
+    "pty": _wrapped("Pty", Member("path", STR, optional=True)),
+    "null": _wrapped("Common"),
+    "ringbuf": _wrapped("Ringbuf", Member("size", INT, optional=True)),
+}
+_CHARDEV_AND_BACKEND = Object(
+    "ChardevAndBackend",
+    (
+        Member("id", STR),
+        Member(
+            "backend",
+            Object(
+                "ChardevBackend",
+                (Member("type", Enum("ChardevBackendKind", tuple(_BACKENDS))),),
+                tag="type",
+                variants=_BACKENDS,
+            ),
+        ),
+    ),
+)
+_CHARDEV_RETURN = Object("ChardevReturn", (Member("pty", STR, optional=True),))
 
 #: Everything that a client may execute, by name.
 COMMANDS = {
@@ -178,6 +276,22 @@ COMMANDS = {
         Command("query-name", returns=Object("NameInfo", (Member("name", STR, optional=True),))),
         Command("query-chardev", returns=Array(_CHARDEV)),
         Command("query-chardev-backends", returns=Array(_NAMED)),
+        Command("chardev-add", _CHARDEV_AND_BACKEND, _CHARDEV_RETURN),
+        Command("chardev-change", _CHARDEV_AND_BACKEND, _CHARDEV_RETURN),
+        Command("chardev-remove", Object("ChardevRemove", (Member("id", STR),))),
+        Command(
+            "device_add",
+            Object(
+                "DeviceAdd",
+                (
+                    Member("driver", STR),
+                    Member("bus", STR, optional=True),
+                    Member("id", STR, optional=True),
+                ),
+                open=True,
+            ),
+        ),
+        Command("device_del", Object("DeviceDel", (Member("id", STR),))),
         Command("chardev-send-break", Object("ChardevId", (Member("id", STR),))),
         Command(
             "ringbuf-read",
@@ -235,6 +349,10 @@ COMMANDS = {
 #: Everything that a client is told of.
 EVENTS = (
     Event("VSERPORT_CHANGE", Object("VserportChange", (Member("id", STR), Member("open", BOOL)))),
+    Event(
+        "DEVICE_DELETED",
+        Object("DeviceDeleted", (Member("device", STR, optional=True), Member("path", STR))),
+    ),
     Event(
         "SHUTDOWN",
         Object(

@@ -20,6 +20,7 @@ ANSWER_SECONDS = 5.0
 
 _CLASSES = {error_class.value: error_class for error_class in ErrorClass}
 _PATH = "/machine/peripheral/{}/virtio-backend"
+_PORTS = ("virtserialport", "virtconsole")
 _RING_FEATURES = Feature.INDIRECT_DESC | Feature.EVENT_IDX
 
 
@@ -60,6 +61,11 @@ class Monitor:
             "query-name": self._query_name,
             "query-chardev": self._query_chardev,
             "query-chardev-backends": self._query_chardev_backends,
+            "chardev-add": self._chardev_add,
+            "chardev-change": self._chardev_change,
+            "chardev-remove": self._chardev_remove,
+            "device_add": self._device_add,
+            "device_del": self._device_del,
             "chardev-send-break": self._chardev_send_break,
             "ringbuf-read": self._ringbuf_read,
             "ringbuf-write": self._ringbuf_write,
@@ -121,14 +127,20 @@ class Monitor:
         return {"running": running, "status": "running" if running else "prelaunch"}
 
     async def _query_chardev(self) -> list[dict[str, Any]]:
-        return [
-            {
-                "label": self.public_name(vm, port["chardev"]),
-                "filename": port["filename"],
-                "frontend-open": port["guest_open"],
-            }
-            for vm, controller in _controllers(await self._describe())
+        described = await self._describe()
+        ends = [
+            (vm, port["chardev"], port["filename"], port["guest_open"])
+            for vm, controller in _controllers(described)
             for port in controller["ports"]
+        ]
+        ends += [
+            (vm.name, end["chardev"], end["filename"], False)
+            for vm, found in described
+            for end in (found or {}).get("spare", [])
+        ]
+        return [
+            {"label": self.public_name(vm, id), "filename": filename, "frontend-open": is_open}
+            for vm, id, filename, is_open in ends
         ]
 
     async def _query_chardev_backends(self) -> list[dict[str, str]]:
@@ -138,8 +150,40 @@ class Monitor:
         """Do nothing, as a device without a line does in QEMU; the chardev has to exist."""
         vm, name = self._split(id, _no_chardev)
         described = await vm.caller.call("describe", seconds=ANSWER_SECONDS)
-        if not any(p["chardev"] == name for c in described["controllers"] for p in c["ports"]):
+        ends = [*described["spare"], *(p for c in described["controllers"] for p in c["ports"])]
+        if not any(end["chardev"] == name for end in ends):
             raise _no_chardev(id)
+        return {}
+
+    async def _chardev_add(self, id: str, backend: dict[str, Any]) -> Any:
+        vm, name = self._split(id, _no_vm)
+        return await vm.caller.call("chardev-add", id=name, backend=backend)
+
+    async def _chardev_change(self, id: str, backend: dict[str, Any]) -> Any:
+        vm, name = self._split(id, lambda id: QmpError(f"Chardev '{id}' does not exist"))
+        return await vm.caller.call("chardev-change", id=name, backend=backend)
+
+    async def _chardev_remove(self, id: str) -> dict[str, Any]:
+        vm, name = self._split(id, _no_chardev)
+        await vm.caller.call("chardev-remove", id=name)
+        return {}
+
+    async def _device_add(self, driver: str, **properties: Any) -> dict[str, Any]:
+        if driver not in _PORTS:
+            raise QmpError(f"'{driver}' is not a valid device model name")
+        given = _port_properties(driver, properties)
+        vm = self._vms[0]
+        for key in ("bus", "chardev", "id"):
+            if len(self._vms) > 1 and key in given:
+                vm, given[key] = self._split(given[key], _no_vm)
+        await vm.caller.call("device-add", driver=driver, **given)
+        return {}
+
+    async def _device_del(self, id: str) -> dict[str, Any]:
+        name = id.removeprefix("/machine/peripheral/")
+        missing = QmpError(f"Device '{id}' not found", ErrorClass.DEVICE_NOT_FOUND)
+        vm, name = self._split(name, lambda _: missing)
+        await vm.caller.call("device-del", id=name)
         return {}
 
     async def _ringbuf_read(self, device: str, size: int, format: str = "utf8") -> str:
@@ -155,7 +199,7 @@ class Monitor:
         return {}
 
     async def _device_list_properties(self, typename: str) -> list[dict[str, Any]]:
-        if typename not in ("virtserialport", "virtconsole"):
+        if typename not in _PORTS:
             raise QmpError(f"Device '{typename}' not found", ErrorClass.DEVICE_NOT_FOUND)
         text = "ID of a chardev to use as a backend"
         return [
@@ -302,6 +346,28 @@ def _no_chardev(name: str) -> QmpError:
 
 def _no_device(name: str) -> QmpError:
     return QmpError(f"Device '{name}' not found")
+
+
+def _no_vm(name: str) -> QmpError:
+    return QmpError(f"'{name}' does not begin with the name of a VM and a slash")
+
+
+def _port_properties(driver: str, properties: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the properties of a new port, checked as QEMU checks them."""
+    given: dict[str, Any] = {}
+    for key, value in properties.items():
+        if key in ("bus", "id", "chardev", "name"):
+            if not isinstance(value, str):
+                raise QmpError(f"Invalid parameter type for '{key}', expected: string")
+        elif key == "nr":
+            if isinstance(value, str) and value.isdecimal():
+                value = int(value)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise QmpError(f"Invalid parameter type for '{key}', expected: integer")
+        else:
+            raise QmpError(f"Property '{driver}.{key}' not found")
+        given[key] = value
+    return given
 
 
 def _features(bits: int) -> dict[str, Any]:

@@ -171,7 +171,8 @@ def _check(wanted: Type, value: Any, where: str) -> None:
         case Enum():
             _check(STR, value, where)
             if value not in wanted.values:
-                raise QmpError(f"Parameter '{where}' does not accept value '{value}'")
+                name = where.rpartition(".")[2]
+                raise QmpError(f"Parameter '{name}' does not accept value '{value}'")
         case Array():
             if not isinstance(value, list):
                 raise QmpError(f"Invalid parameter type for '{where}', expected: array")

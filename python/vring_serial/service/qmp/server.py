@@ -143,6 +143,9 @@ class _Client:
             value = await self._monitor.execute(request.command, request.arguments)
         except QmpError as error:
             return error_reply(request, error)
+        except Exception as error:
+            log.exception("QMP: %s failed", request.command)
+            return error_reply(request, QmpError(f"internal error: {error}"))
         if request.command == "qmp_capabilities":
             self._negotiation.done = True
         return reply(request, value)
@@ -156,8 +159,12 @@ def tell_all(servers: Sequence[QmpServer], vm: str, name: str, data: Mapping[str
             continue
         with contextlib.suppress(KeyError):
             if name == "port":
-                id = monitor.public_name(vm, data["chardev"])
+                id = monitor.public_name(vm, data["device"])
                 server.tell("VSERPORT_CHANGE", {"id": id, "open": data["open"]})
+            elif name == "deleted":
+                id = monitor.public_name(vm, data["device"])
+                path = f"/machine/peripheral/{id}"
+                server.tell("DEVICE_DELETED", {"device": id, "path": path})
             elif name == "frontend":
                 id = monitor.public_name(vm, data["controller"])
                 server.tell("X_VRING_FRONTEND", {"controller": id, "state": data["state"]})
