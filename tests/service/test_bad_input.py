@@ -10,13 +10,16 @@ import array
 import asyncio
 import contextlib
 import ctypes
+import fcntl
 import json
 import os
 import random
+import select
 import signal
 import socket
 import struct
 import sys
+import termios
 import zlib
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -26,7 +29,7 @@ import pytest
 from tests.support.keeper import SERVING, kept
 from tests.support.processes import running
 from tests.support.vfio_guest import VfioGuest
-from tests.support.waiting import DEADLINE, PERIOD, until
+from tests.support.waiting import DEADLINE, PERIOD, until, until_file_says
 from vring_serial import EmbeddedGuest
 from vring_serial.errors import ResourceError
 from vring_serial.service.journal import Journal
@@ -418,3 +421,56 @@ async def test_a_log_on_a_full_disk_stops_nothing(tmp_path):
             await keeper.kill()
             await exchange()
         assert await keeper.stop() == 0
+
+
+@asynccontextmanager
+async def on_a_terminal(*arguments):
+    """A service with a terminal that it controls; yields the process and the terminal's far end."""
+    master, slave = os.openpty()
+
+    def take_terminal():
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    try:
+        with open("log", "ab") as log:
+            async with running(
+                *(sys.executable, "-m", "vring_serial", "serve", "--keeper"),
+                *("--vhost-user", "v", *arguments),
+                stdin=slave,
+                stdout=slave,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=take_terminal,
+            ) as process:
+                os.close(slave)
+                slave = -1
+                yield process, master
+    finally:
+        os.close(master)
+        if slave >= 0:
+            os.close(slave)
+
+
+async def test_a_terminal_that_hangs_up_stops_the_service(tmp_path):
+    """The worker is in its sandbox, a second one, and finds out what the SIGHUP was about."""
+    console = ("--chardev", "stdio,id=s", "--port", "chardev=s,nr=1,name=p")
+    log = tmp_path / "log"
+    async with on_a_terminal(*console) as (process, master):
+        await until_file_says(log, SERVING)
+        worker = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0]
+        os.kill(int(worker), signal.SIGKILL)
+        await until_file_says(log, SERVING, 2)
+        async with EmbeddedGuest("v", memory=RAM) as guest:
+            port = await guest.wait_port(name="p")
+            await port.wait_host()
+            _, writer = await port.open()
+            writer.write(b"to the terminal")
+            await until(lambda: select.select([master], [], [], 0)[0])
+            assert b"to the terminal" in os.read(master, 100)
+            nothing = os.open("/dev/null", os.O_RDWR)
+            os.dup2(nothing, master)  # the far end is closed
+            os.close(nothing)
+            async with asyncio.timeout(DEADLINE):
+                assert await process.wait() == 0
+    assert "Traceback" not in log.read_text()
+    assert sorted(os.listdir()) == ["log"]

@@ -194,6 +194,19 @@ async def test_a_killed_worker_is_asked_again_and_a_killed_monitor_harms_nobody(
         assert await keeper.stop() == 0
 
 
+async def test_the_monitor_is_in_a_sandbox_too(tmp_path):
+    """Its clients are as little to be trusted as guests."""
+    async with kept(tmp_path, *socket_ports([1]), *QMP) as keeper:
+        await keeper.logged("sandbox: no-new-privileges", 2)
+        keeper_pid = keeper.process.pid
+        children = Path(f"/proc/{keeper_pid}/task/{keeper_pid}/children").read_text().split()
+        assert len(children) == 2
+        for pid in children:
+            assert "NoNewPrivs:\t1" in Path(f"/proc/{pid}/status").read_text()
+        assert await keeper.stop() == 0
+    assert os.listdir() == ["log"]
+
+
 async def test_hostile_clients_are_bounded_and_others_are_served(tmp_path):
     async with monitored(tmp_path) as (_, client):
         silent = [await asyncio.open_unix_connection("qmp") for _ in range(10)]

@@ -29,6 +29,7 @@ from vring_serial.service.descriptor_store import Notifier
 from vring_serial.service.formats import FORMATS, check_journal
 from vring_serial.service.keeper import Keeper
 from vring_serial.service.link import Links
+from vring_serial.service.sandbox import Sandbox
 from vring_serial.service.shelf import open_shelf
 from vring_serial.service.succession import KeeperState
 from vring_serial.service.systemd import ServiceManager
@@ -85,7 +86,8 @@ def serve_kept(
             specs.append(WorkerSpec(vms[0].name if len(vms) == 1 else "all VMs", worker))
             warnings = ()
         if qmp:
-            served = MonitorSettings(names[0], tuple(qmp), log)
+            layers = frozenset[str]().union(*(each.sandbox.layers for each in settings))
+            served = MonitorSettings(names[0], tuple(qmp), log, Sandbox(layers))
             work = partial(monitor.work, served, links)
             specs.append(WorkerSpec(monitor.NAME, work, serves=False))
         chardevs = [chardev for vms in shares for vm in vms for chardev in _chardevs(vm)]

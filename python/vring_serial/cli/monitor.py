@@ -17,6 +17,7 @@ from vring_serial.chardev.endpoint import Listener
 from vring_serial.chardev.kept import KeptSockets
 from vring_serial.chardev.socket import SocketOptions
 from vring_serial.cli import logs, status_of
+from vring_serial.cli.confine import confine
 from vring_serial.cli.logs import LogSettings, emit
 from vring_serial.cli.signals import run, stop_on_signals
 from vring_serial.errors import ResourceError
@@ -24,6 +25,8 @@ from vring_serial.keeping import Keeping
 from vring_serial.service.link import Caller, Links
 from vring_serial.service.qmp.monitor import Monitor, Vm
 from vring_serial.service.qmp.server import QmpServer, tell_all
+from vring_serial.service.reach import reach_of
+from vring_serial.service.sandbox import Sandbox
 from vring_serial.service.shelf import open_shelf
 from vring_serial.service.worker import Inheritance
 from vring_serial.unix_socket import SocketPathError
@@ -39,11 +42,13 @@ class MonitorSettings:
         name: of the service; QMP's ``query-name`` answers it.
         qmp: addresses of the service's own monitors.
         log: how it logs.
+        sandbox: what the process gives up before it serves.
     """
 
     name: str
     qmp: tuple[SocketOptions, ...]
     log: LogSettings
+    sandbox: Sandbox
 
 
 def work(settings: MonitorSettings, links: Links, inheritance: Inheritance) -> int:
@@ -96,6 +101,10 @@ async def _serve(
                 await server.start()
                 servers.append(server)
             emit(logging.INFO, "monitor", f"QMP at {options.address}")
+        made = [options.path for options in settings.qmp if options.path and not options.abstract]
+        log = settings.log.path
+        # Clients that are there already are not served before this awaits.
+        confine(settings.sandbox, reach_of([], removes=made, appends_to=[log] if log else []))
         on_serving()
         await stop.wait()
         for server in servers:

@@ -16,6 +16,7 @@ from vring import Pump
 from vring_serial.chardev import Chardev
 from vring_serial.cli import logs
 from vring_serial.cli.agent_end import AgentEnds
+from vring_serial.cli.confine import confine
 from vring_serial.cli.logs import emit
 from vring_serial.cli.pidfile import pid_file
 from vring_serial.cli.signals import finished_before, stop_on_signals
@@ -30,8 +31,8 @@ from vring_serial.keeping import Keeping
 from vring_serial.service.answers import Answers, Served
 from vring_serial.service.changes import Changes, Setup
 from vring_serial.service.link import Answerer, LinkEnd
-from vring_serial.service.reach import reach_of
-from vring_serial.service.sandbox import NO_SANDBOX, Sandbox, enter
+from vring_serial.service.reach import Reach, reach_of
+from vring_serial.service.sandbox import NO_SANDBOX, Sandbox
 from vring_serial.transport.vfio_user.server import VfioUserServer
 from vring_serial.transport.vhost_user.backend import VhostUserBackend
 from vring_serial.unix_fds import allow_descriptors
@@ -155,7 +156,8 @@ async def _start(
     for one in served:
         await one.listen()
     # Peers that are there already are not served before this returns to the event loop.
-    _enter_sandbox(vms, [one.setup.topology for one in served], settings)
+    topologies = [one.setup.topology for one in served]
+    confine(settings.sandbox, _reach(vms, topologies, settings))
     for one in served:
         one.log()
 
@@ -288,35 +290,16 @@ class _Machine:
         return logs.about(self._label) if self._label else contextlib.nullcontext()
 
 
-def _enter_sandbox(
-    vms: Sequence[VmConfig], topologies: Sequence[Topology], settings: Settings
-) -> None:
-    """Give up what serving does not need, and log what that came to."""
-    if settings.sandbox == NO_SANDBOX:
-        emit(logging.INFO, "sandbox", "sandbox: off")
-        return
+def _reach(vms: Sequence[VmConfig], topologies: Sequence[Topology], settings: Settings) -> Reach:
     made = [socket for vm in vms if not vm.connect for socket in vm.sockets]
     made += [path for path in (settings.pid_file, *(vm.agent_socket for vm in vms)) if path]
-    reach = reach_of(
+    return reach_of(
         topologies,
         removes=made,
         appends_to=[settings.log_file] if settings.log_file is not None else [],
         unix=any(vm.connect for vm in vms),
         changes_in=[directory for vm in vms for directory in vm.reach],
     )
-    text = f"sandbox: system call {logs.NAME} is not allowed; the process ends here"
-    entered = enter(settings.sandbox, reach, logs.last_words(text))
-    missing = f"; not to be had: {', '.join(entered.missing)}" if entered.missing else ""
-    emit(
-        logging.INFO,
-        "sandbox",
-        f"sandbox: {', '.join(entered.on)}{missing}",
-        on=entered.on,
-        missing=entered.missing,
-    )
-    if entered.unwritable:
-        text = f"sandbox: files here cannot be made or removed any more: {entered.unwritable}"
-        emit(logging.WARNING, "sandbox_unwritable", text, directories=entered.unwritable)
 
 
 def _make_backend(

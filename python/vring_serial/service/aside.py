@@ -77,6 +77,11 @@ class Aside:
         return len(self._helpers)
 
     @property
+    def pids(self) -> list[int]:
+        """Process ids of the helpers, which are this object's to wait for."""
+        return [helper.pid for helper in self._helpers]
+
+    @property
     def queued(self) -> list[int]:
         """Descriptors that are still open and to be closed."""
         return [fd for helper in self._helpers for fd in helper.queued] + self._unclosed

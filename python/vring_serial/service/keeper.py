@@ -434,7 +434,8 @@ class Keeper:
                 self._refuse_upgrade(f"the keeper stays what it is: {error}")
 
     def _known(self) -> set[int]:
-        return {w.pid for w in self._workers} | {pid for pid, _ in self._leaving.values()}
+        known = {w.pid for w in self._workers} | {pid for pid, _ in self._leaving.values()}
+        return known.union(*(worker.store.aside.pids for worker in self._workers))
 
     def _state(self) -> KeeperState:
         assert self._upgrading is not None
