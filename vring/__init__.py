@@ -38,6 +38,7 @@ from vring.notification import NotificationData
 
 if TYPE_CHECKING:
     from vring import _layout as layout
+    from vring._backlog import Backlog
     from vring._chains import Batch, Chain
     from vring._core import RECORD_SIZE, VirtQueue
     from vring._dirty import LOG_PAGE, DirtyLog
@@ -88,6 +89,7 @@ __all__ = [
     "Flow",
     "FlowEvent",
     "FlowCounters",
+    "Backlog",
     "get_include",
     "Error",
     "VringError",
@@ -124,6 +126,7 @@ if not TYPE_CHECKING:  # type checkers take the imports above
             "vring._packed": "PackedQueue",
             "vring._core": "RECORD_SIZE VirtQueue",
             "vring._shared_records": "SharedRecords",
+            "vring._backlog": "Backlog",
             "vring._chains": "Batch Chain",
             "vring._split_driver": "SplitDriver",
             "vring._packed_driver": "PackedDriver",

@@ -39,8 +39,15 @@ cdef struct vr_fd:
     uint64_t held               # bytes in the relay
     uint64_t most               # bytes that one call may move
 
-# Prepare for the first call: settle a call that a predecessor process left open in the record, and
-# find out what the relay holds; discard that unless it is for the guest.
+# Describe a descriptor, whose number may be none. Raise LocalMisuseError, which begins with `what`.
+# The first returns the file's type (S_IFMT), or 0 for -1.
+cdef int describe(vr_fd* fd, object number, str what) except -1
+cdef int describe_data(vr_fd* fd, object number, str what, bint kept, object relay) except -1
+
+# Settle a call that a predecessor process left open in the record.
+cdef void settle_call(const vr_fd* fd, vr_record* record, bint incoming) noexcept nogil
+# Prepare for the first call: settle the record, if there is one, and find out what the relay holds;
+# discard that unless it is for the guest.
 cdef void begin_end(vr_fd* fd, vr_record* record, bint incoming) noexcept nogil
 # Write or read a strip of `total` bytes; return the number of bytes moved (get: 0 at end of file),
 # or -errno.

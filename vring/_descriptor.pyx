@@ -2,20 +2,76 @@
 
 from __future__ import annotations
 
-from libc.stdint cimport int64_t, uint8_t
+import os
+
+from libc.stdint cimport int64_t, uint8_t, uint32_t
 
 from vring._linux cimport (
-    EINTR, EINVAL, EIO, FIONREAD, F_GETPIPE_SZ, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, SEEK_CUR,
-    SEEK_END, SPLICE_F_NONBLOCK, errno, fcntl, ioctl, lseek, read, readv, recv, splice, vr_receive,
-    vr_send, writev
+    EINTR, EINVAL, EIO, FIONREAD, F_GETFL, F_GETPIPE_SZ, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK,
+    O_APPEND, O_NONBLOCK, SEEK_CUR, SEEK_END, SOCK_STREAM, SOL_SOCKET, SO_TYPE, SPLICE_F_NONBLOCK,
+    S_IFCHR, S_IFIFO, S_IFMT, S_IFREG, S_IFSOCK, errno, fcntl, fstat, getsockopt, ioctl, isatty,
+    lseek, read, readv, recv, splice, stat_t, vr_receive, vr_send, writev
 )
 from vring._record cimport (
     VR_FILE, VR_RELAY, vr_is_open, vr_moved, vr_open_record, vr_recorded_call
 )
+from vring.errors import LocalMisuseError
 
 cdef enum:
     # What a terminal gives at once; splice allocates pages for all that it is asked for.
     TTY_BYTES = 4096
+
+
+cdef int describe(vr_fd* fd, object number, str what) except -1:
+    """Find out the kind of a descriptor; raise LocalMisuseError if the number is none."""
+    cdef stat_t status
+    fd.number = number
+    fd.kind = FD_NONE
+    fd.pollable = False
+    fd.blocking = False
+    if fd.number < 0:
+        return 0
+    cdef int flags = fcntl(fd.number, F_GETFL)
+    if flags < 0 or fstat(fd.number, &status):
+        raise LocalMisuseError(f"{what} {number}: {os.strerror(errno)}")
+    fd.blocking = not flags & O_NONBLOCK
+    fd.appends = flags & O_APPEND != 0
+    cdef uint32_t kind = status.st_mode & S_IFMT
+    if kind == S_IFSOCK:
+        fd.kind = FD_SOCKET
+    elif kind == S_IFIFO:
+        fd.kind = FD_PIPE
+    elif kind == S_IFCHR and isatty(fd.number):
+        fd.kind = FD_TTY
+    elif kind == S_IFREG:
+        fd.kind = FD_FILE
+    else:
+        fd.kind = FD_OTHER
+    return kind
+
+
+cdef int describe_relay(vr_fd* fd, object relay) except -1:
+    cdef vr_fd end
+    for number in relay:
+        if describe(&end, number, "relay") != S_IFIFO or end.blocking:
+            raise LocalMisuseError(f"relay {number} is no pipe, or it is blocking")
+    fd.relay_out, fd.relay_in = relay
+    fd.relayed = True
+    return 0
+
+
+cdef int describe_data(vr_fd* fd, object number, str what, bint kept, object relay) except -1:
+    cdef int type = 0
+    cdef uint32_t size = sizeof(type)
+    describe(fd, number, what)
+    fd.kept = kept
+    if relay is not None and fd.kind in (FD_PIPE, FD_TTY):
+        describe_relay(fd, relay)
+    if fd.kind == FD_SOCKET:
+        getsockopt(fd.number, SOL_SOCKET, SO_TYPE, &type, &size)
+        if type != SOCK_STREAM:
+            raise LocalMisuseError(f"{what} {number} is a socket, but not a stream")
+    return 0
 
 
 cdef int waiting_in(const vr_fd* fd) noexcept nogil:
@@ -37,12 +93,17 @@ cdef int64_t moved_of(const vr_fd* fd, const vr_record* record, bint incoming) n
     return min(now - begun, asked)  # or has appended to it
 
 
+cdef void settle_call(const vr_fd* fd, vr_record* record, bint incoming) noexcept nogil:
+    if vr_is_open(record):
+        vr_moved(record, <ssize_t>min(moved_of(fd, record, incoming), <int64_t>0x7FFFFFFF))
+
+
 cdef void begin_end(vr_fd* fd, vr_record* record, bint incoming) noexcept nogil:
     cdef int64_t capacity
     fd.most = <uint64_t>-1
     fd.held = 0
-    if record != NULL and vr_is_open(record):
-        vr_moved(record, <ssize_t>min(moved_of(fd, record, incoming), <int64_t>0x7FFFFFFF))
+    if record != NULL:
+        settle_call(fd, record, incoming)
     if not fd.relayed:
         return
     capacity = fcntl(fd.relay_in, F_GETPIPE_SZ)

@@ -18,7 +18,7 @@ from vring._descriptor cimport FD_NONE, FD_OTHER, FD_SOCKET, discard_held, get, 
 from vring._guard cimport guard_probe
 from vring._linux cimport EAGAIN, EFAULT, EPIPE, IOV_MAX, vr_count, vr_note, vr_now
 from vring._notify cimport notify_any
-from vring._record cimport vr_record, vr_set_record
+from vring._record cimport vr_keep, vr_record, vr_set_record, vr_store
 from vring._sampler cimport sampler_call_waits, sampler_goes_on
 from vring._segments cimport (
     backlog_add, backlog_cut, backlog_drop, backlog_segments, strip_copy, strip_cut, strip_mend,
@@ -327,9 +327,15 @@ cdef void flush(vr_flow* flow, const vr_tables* tables) noexcept nogil:
     """Write the backlog."""
     cdef iovec[2] segments
     cdef vr_strip strip
+    cdef vr_record* record = NULL
+    cdef uint64_t done
     strip.at = segments
     strip.n = backlog_segments(&flow.backlog, segments)
-    backlog_drop(&flow.backlog, put_some(flow, tables, &strip, flow.backlog.length, NULL))
+    if flow.backlog.store != NULL:
+        record = &flow.backlog.store.record
+    done = put_some(flow, tables, &strip, flow.backlog.length, record)
+    if flow.backlog.length:         # a lossy flow that failed has dropped all
+        backlog_drop(&flow.backlog, done)
     if flow.backlog.length == 0:
         flow.overflowing = False
 
@@ -358,6 +364,19 @@ cdef bint absorb(vr_flow* flow, const vr_strip* strip, uint64_t total) noexcept 
     return True
 
 
+cdef void commit_backlog(vr_flow* flow, uint64_t left) noexcept nogil:
+    """Record that `left` bytes of the oldest chains are taken, those added to the backlog too."""
+    cdef vr_store* store = flow.backlog.store
+    cdef vr_record* record = (<VirtQueue>flow.queue).record
+    cdef uint64_t added
+    if store == NULL:
+        return
+    added = store.record.left + flow.backlog.length
+    if record != NULL:
+        vr_keep(record, left, added)
+    store.added = added
+
+
 cdef uint64_t send_batch(vr_flow* flow, vr_tables* tables, uint32_t n) noexcept nogil:
     """Move popped chains to the descriptor; return a measure of the work."""
     cdef uint64_t total, asked, done = 0, skip
@@ -382,6 +401,7 @@ cdef uint64_t send_batch(vr_flow* flow, vr_tables* tables, uint32_t n) noexcept 
         strip_skip(&strip, done)
         if absorb(flow, &strip, total - done):
             done = total
+            commit_backlog(flow, skip + done)
     settle(flow, tables, n, skip + done)
     return done
 
@@ -531,7 +551,9 @@ cdef void flow_finish(vr_flow* flow, vr_tables* tables) noexcept nogil:
         discard_held(&flow.data)    # it is still in the queue
     if flow.owed and not flow.broken:
         settle_owed(flow, tables)
-    if flow.backlog.length:
+    if flow.backlog.length and flow.backlog.store != NULL:
+        pass                            # it stays there
+    elif flow.backlog.length:
         strip.at = segments
         strip.n = backlog_segments(&flow.backlog, segments)
         keep_residue(flow, &strip, flow.backlog.length)
@@ -541,7 +563,11 @@ cdef void flow_finish(vr_flow* flow, vr_tables* tables) noexcept nogil:
             total = gather(&strip, tables, 1, False)
             skip = min(flow.skip, total)
             strip_skip(&strip, skip)
-            keep_residue(flow, &strip, total - skip)
+            if flow.backlog.store != NULL and total - skip <= flow.backlog.capacity:
+                if absorb(flow, &strip, total - skip):
+                    commit_backlog(flow, total)
+            else:
+                keep_residue(flow, &strip, total - skip)
             if memory_gone(flow, NULL):
                 vr_count(&flow.counters.dropped, flow.residue_length)
                 flow.residue_length = 0

@@ -11,7 +11,7 @@ from vring._layout cimport DESC_ALIGN, DESC_SIZE, EVENT_ALIGN, EVENT_SIZE, PACKE
 from vring._memory cimport GuestMemory, vr_lookup, vr_region
 from vring._record cimport (
     VR_BOOKED, vr_book, vr_close_record, vr_is_open, vr_read_record, vr_record,
-    vr_recorded_bytes, vr_set_record
+    vr_recorded_bytes, vr_resume_record, vr_set_record
 )
 from vring._walk cimport (
     FAULT_AVAIL_INDEX, FAULT_INDIRECT_ADDRESS, FAULT_INDIRECT_NESTED, FAULT_INDIRECT_NEXT,
@@ -190,7 +190,7 @@ cdef class PackedQueue(VirtQueue):
         self.next_avail = self.next_used = at & ~<uint64_t>WRAP
         self.avail_wrap = self.used_wrap = (at & WRAP) != 0
         if not vr_is_open(&record):     # else the end knows more
-            vr_set_record(self.record, at, left)
+            vr_resume_record(self.record, &record, at, left)
         return 0
 
     def __dealloc__(self):

@@ -5,6 +5,7 @@ from typing import NamedTuple, Self, final
 
 from typing_extensions import Buffer
 
+from vring._backlog import Backlog
 from vring._core import VirtQueue
 from vring.errors import RingError
 
@@ -62,7 +63,7 @@ class Pump:
         call_fd: int,
         on_event: Callable[[FlowEvent, int | RingError | None], object],
         lossy: bool = False,
-        backlog: int = 1 << 20,
+        backlog: int | Backlog = 1 << 20,
         residue: Buffer = b"",
         kept: bool = False,
         relay: tuple[int, int] | None = None,

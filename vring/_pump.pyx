@@ -14,17 +14,12 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 
 from vring._core cimport VirtQueue
-from vring._descriptor cimport (
-    FD_FILE, FD_NONE, FD_OTHER, FD_PIPE, FD_SOCKET, FD_TTY, begin_end, vr_fd
-)
+from vring._backlog cimport Backlog, store_settle
+from vring._descriptor cimport begin_end, describe, describe_data, settle_call, vr_fd
 from vring._flow cimport (
     NEWS_BROKEN, NEWS_EOF, NEWS_ERROR, NEWS_OVERFLOW, VR_THROTTLED, vr_counters
 )
-from vring._linux cimport (
-    F_GETFL, O_APPEND, O_NONBLOCK, S_IFCHR, S_IFIFO, S_IFMT, S_IFREG, S_IFSOCK, SO_TYPE,
-    SOCK_STREAM, SOL_SOCKET, errno, fcntl, fstat, getpid, getsockopt, isatty, read, stat_t,
-    vr_counted, vr_now, write
-)
+from vring._linux cimport S_IFSOCK, getpid, read, vr_counted, vr_now, write
 from vring._reactor cimport (
     COMMAND_ATTACH, COMMAND_DETACH, REACTOR_BLOCKING, REACTOR_ENDED, reactor_abandon,
     reactor_command, reactor_halt, reactor_next_news, reactor_start, reactor_stop, vr_reactor,
@@ -58,58 +53,6 @@ class FlowCounters(NamedTuple):
     dropped: int
 
 
-cdef int describe(vr_fd* fd, object number, str what) except -1:
-    """Find out the kind of a descriptor; raise LocalMisuseError if the number is none."""
-    cdef stat_t status
-    fd.number = number
-    fd.kind = FD_NONE
-    fd.pollable = False
-    fd.blocking = False
-    if fd.number < 0:
-        return 0
-    cdef int flags = fcntl(fd.number, F_GETFL)
-    if flags < 0 or fstat(fd.number, &status):
-        raise LocalMisuseError(f"{what} {number}: {os.strerror(errno)}")
-    fd.blocking = not flags & O_NONBLOCK
-    fd.appends = flags & O_APPEND != 0
-    cdef uint32_t kind = status.st_mode & S_IFMT
-    if kind == S_IFSOCK:
-        fd.kind = FD_SOCKET
-    elif kind == S_IFIFO:
-        fd.kind = FD_PIPE
-    elif kind == S_IFCHR and isatty(fd.number):
-        fd.kind = FD_TTY
-    elif kind == S_IFREG:
-        fd.kind = FD_FILE
-    else:
-        fd.kind = FD_OTHER
-    return kind
-
-
-cdef int describe_relay(vr_fd* fd, object relay) except -1:
-    cdef vr_fd end
-    for number in relay:
-        if describe(&end, number, "relay") != S_IFIFO or end.blocking:
-            raise LocalMisuseError(f"relay {number} is no pipe, or it is blocking")
-    fd.relay_out, fd.relay_in = relay
-    fd.relayed = True
-    return 0
-
-
-cdef int describe_data(vr_fd* fd, object number, str what, bint kept, object relay) except -1:
-    cdef int type = 0
-    cdef uint32_t size = sizeof(type)
-    describe(fd, number, what)
-    fd.kept = kept
-    if relay is not None and fd.kind in (FD_PIPE, FD_TTY):
-        describe_relay(fd, relay)
-    if fd.kind == FD_SOCKET:
-        getsockopt(fd.number, SOL_SOCKET, SO_TYPE, &type, &size)
-        if type != SOCK_STREAM:
-            raise LocalMisuseError(f"{what} {number} is a socket, but not a stream")
-    return 0
-
-
 cdef int describe_notifier(vr_fd* fd, object number, str what) except -1:
     # Writing to a file, polling it on some file systems, and reading from a pipe may block: another
     # process that has the file can make it blocking at any time.
@@ -136,6 +79,7 @@ cdef class Flow:
     cdef Pump pump                  # until it is detached
     cdef readonly VirtQueue queue
     cdef object on_event
+    cdef Backlog backlog            # one that outlives the process, or None
     cdef uint64_t throttled_told    # ns; the most that counters said
 
     def __init__(self):
@@ -143,7 +87,8 @@ cdef class Flow:
 
     def __dealloc__(self):
         free(self.seat.flow.residue)
-        free(self.seat.flow.backlog.data)
+        if self.seat.flow.backlog.store == NULL:
+            free(self.seat.flow.backlog.data)
 
     def detach(self, complete=True):
         """End the flow, after the turn in progress.
@@ -316,7 +261,10 @@ cdef class Pump:
             lossy: for consoles: always take what the driver offers. Bytes that the descriptor does
                 not take go to a backlog, or are dropped and counted if it is full; after a
                 PEER_ERROR all are dropped.
-            backlog: size of a lossy flow's backlog in bytes.
+            backlog: size of a lossy flow's backlog in bytes; or a Backlog, for the flow alone until
+                it is detached. What that holds is written first, and it gets the rest of a chain
+                taken in part as well, as long as it has room: `detach` returns nothing then. With a
+                queue that has a record, no byte is in both or in neither.
             residue: bytes to write before those of the queue; copied.
             kept: the open file of `write_fd` outlives this process; with a queue that has a record,
                 a successor then knows what was written, if it is a regular file.
@@ -330,11 +278,17 @@ cdef class Pump:
         """
         cdef Flow flow = self.make(queue, kick_fd, call_fd, on_event)
         describe_data(&flow.seat.flow.data, write_fd, "write_fd", kept, relay)
-        if backlog < 0:
-            raise LocalMisuseError(f"backlog {backlog} is below 0")
         cdef const uint8_t[::1] data = residue
         cdef size_t length = data.shape[0]
-        if backlog_init(
+        if isinstance(backlog, Backlog):
+            if length:
+                raise LocalMisuseError("a residue beside a Backlog")
+            flow.backlog = backlog
+            flow.backlog.check_free()
+            flow.seat.flow.backlog = flow.backlog.backlog
+        elif backlog < 0:
+            raise LocalMisuseError(f"backlog {backlog} is below 0")
+        elif backlog_init(
             &flow.seat.flow.backlog, &data[0] if length else NULL, length,
             backlog if lossy else 0,
         ):
@@ -425,7 +379,12 @@ cdef class Pump:
         queue.check_free()
         if queue.in_flight:
             raise LocalMisuseError(f"{queue.name}: {queue.in_flight} chains are in flight")
+        if flow.backlog is not None:
+            settle_call(&seat.flow.data, &seat.flow.backlog.store.record, False)
         begin_end(&seat.flow.data, queue.record, seat.flow.incoming)
+        if flow.backlog is not None:
+            store_settle(&seat.flow.backlog, queue.record)
+            flow.backlog.holder = <void*>flow
         if queue.record != NULL:
             seat.flow.owed = vr_recorded_bytes(queue.record)
         # Before the thread can have news, which go only to attached flows; and all of it before
@@ -457,5 +416,8 @@ cdef class Pump:
     cdef void forget(self, Flow flow) noexcept:
         flow.pump = None
         self.flows.discard(flow)
+        if flow.backlog is not None and flow.backlog.holder == <void*>flow:
+            flow.backlog.holder = NULL
+            store_settle(&flow.backlog.backlog, NULL)
         if flow.queue.holder == <void*>flow:
             flow.queue.holder = NULL

@@ -47,7 +47,9 @@ cdef extern from * nogil:
         uint64_t left;
         uint64_t next_position;
         uint64_t next_left;
-        uint64_t unused[3];
+        uint64_t kept;              /* bytes that were put into a backlog in all, */
+        uint64_t next_kept;
+        uint64_t kept_in;           /* and the backlog's number */
     } vr_record;
     enum { VR_RECORD_PRIVATE = offsetof(vr_record, call.msg_len) };
     _Static_assert(VR_RECORD_PRIVATE % 8 == 0, "a record is aligned to 8");
@@ -55,13 +57,29 @@ cdef extern from * nogil:
 
     #define vr_in_order() __asm__ __volatile__("" ::: "memory")
 
-    /* Announce the chains that are about to be published. */
-    static inline void vr_book(vr_record *record, uint64_t position, uint64_t left) {
+    /* Bytes that wait for a host end, in memory that outlives the process: see `_backlog.pxd`. */
+    typedef struct {
+        vr_record record;           /* `left`: bytes that the end took in all */
+        uint64_t added;             /* bytes put in, in all, unless a queue's record has more */
+        uint64_t number;            /* another one for each backlog */
+        uint64_t unused[14];
+    } vr_store;
+    _Static_assert(sizeof(vr_store) == 256, "the layout is shared with other versions");
+
+    static inline void vr_book_kept(
+        vr_record *record, uint64_t position, uint64_t left, uint64_t kept
+    ) {
         record->next_position = position;
         record->next_left = left;
+        record->next_kept = kept;
         vr_in_order();
         record->state = VR_BOOKED;
         vr_in_order();
+    }
+
+    /* Announce the chains that are about to be published. */
+    static inline void vr_book(vr_record *record, uint64_t position, uint64_t left) {
+        vr_book_kept(record, position, left, record->kept);
     }
 
     /* Record that they are published. */
@@ -69,6 +87,7 @@ cdef extern from * nogil:
         vr_in_order();
         record->position = record->next_position;
         record->left = record->next_left;
+        record->kept = record->next_kept;
         record->call.msg_len = VR_UNSET;
         vr_in_order();
         record->state = VR_IDLE;
@@ -168,6 +187,8 @@ cdef extern from * nogil:
             .left = from->left,
             .next_position = from->next_position,
             .next_left = from->next_left,
+            .kept = from->kept,
+            .next_kept = from->next_kept,
         };
         record.call.msg_len = from->call.msg_len;
         return record;
@@ -182,6 +203,14 @@ cdef extern from * nogil:
         uint64_t left
         uint64_t next_position
         uint64_t next_left
+        uint64_t kept
+        uint64_t next_kept
+        uint64_t kept_in
+    ctypedef struct vr_store:
+        vr_record record
+        uint64_t added
+        uint64_t number
+    void vr_book_kept(vr_record* record, uint64_t position, uint64_t left, uint64_t kept)
     void vr_book(vr_record* record, uint64_t position, uint64_t left)
     bint vr_is_open(const vr_record* record)
     void vr_moved(vr_record* record, ssize_t bytes)
@@ -204,6 +233,22 @@ cdef extern from * nogil:
 cdef inline void vr_set_record(vr_record* record, uint64_t position, uint64_t left) noexcept nogil:
     """Record a position of the ring, in one step for a successor."""
     vr_book(record, position, left)
+    vr_close_record(record)
+
+
+cdef inline void vr_resume_record(
+    vr_record* record, const vr_record* found, uint64_t position, uint64_t left
+) noexcept nogil:
+    """Records where a successor goes on that has read `found`."""
+    vr_book_kept(
+        record, position, left, found.next_kept if found.state == VR_BOOKED else found.kept
+    )
+    vr_close_record(record)
+
+
+cdef inline void vr_keep(vr_record* record, uint64_t left, uint64_t kept) noexcept nogil:
+    """Records that `left` bytes are taken, some of them by a backlog up to `kept`, in one step."""
+    vr_book_kept(record, record.position, left, kept)
     vr_close_record(record)
 
 

@@ -6,6 +6,7 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
 from vring._linux cimport IOV_MAX
+from vring._record cimport vr_set_record, vr_store
 from vring._wire cimport iovec, vr_copy
 
 cdef struct vr_strip:
@@ -21,6 +22,7 @@ cdef struct vr_backlog:
     size_t capacity
     size_t head
     size_t length
+    vr_store* store             # of one that outlives the process, else NULL
 
 
 # --- strips
@@ -82,6 +84,7 @@ cdef inline int backlog_init(
     backlog.capacity = max(capacity, length)
     backlog.head = 0
     backlog.length = 0
+    backlog.store = NULL
     if length:
         backlog.data = <uint8_t*>malloc(backlog.capacity)
         if backlog.data == NULL:
@@ -113,7 +116,9 @@ cdef inline void backlog_drop(vr_backlog* backlog, size_t length) noexcept nogil
     """Drop the oldest bytes; free the memory with the last, so that idle ports hold none."""
     backlog.length -= length
     backlog.head = (backlog.head + length) % backlog.capacity
-    if backlog.length == 0:
+    if backlog.store != NULL:
+        vr_set_record(&backlog.store.record, 0, backlog.store.record.left + length)
+    elif backlog.length == 0:
         free(backlog.data)
         backlog.data = NULL
         backlog.head = 0
@@ -122,7 +127,8 @@ cdef inline void backlog_drop(vr_backlog* backlog, size_t length) noexcept nogil
 cdef inline void backlog_cut(vr_backlog* backlog, size_t length) noexcept nogil:
     """Drop all but the oldest `length` bytes."""
     backlog.length = length
-    backlog_drop(backlog, 0)
+    if backlog.store == NULL:
+        backlog_drop(backlog, 0)
 
 
 cdef inline uint32_t backlog_segments(const vr_backlog* backlog, iovec* segments) noexcept nogil:

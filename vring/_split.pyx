@@ -14,7 +14,7 @@ from vring._layout cimport (
 from vring._memory cimport GuestMemory, vr_lookup, vr_region
 from vring._record cimport (
     VR_BOOKED, vr_book, vr_close_record, vr_is_open, vr_left_after, vr_read_record,
-    vr_record, vr_recorded_bytes, vr_set_record
+    vr_record, vr_recorded_bytes, vr_resume_record, vr_set_record
 )
 from vring._walk cimport (
     FAULT_AVAIL_INDEX, FAULT_FULL, FAULT_HEAD, FAULT_INDIRECT_ADDRESS, FAULT_INDIRECT_NESTED,
@@ -210,7 +210,7 @@ cdef class SplitQueue(VirtQueue):
             left = record.next_left
         elif used == <uint16_t>record.position:
             left = vr_recorded_bytes(&record)
-        vr_set_record(self.record, used, left)
+        vr_resume_record(self.record, &record, used, left)
 
     cdef int locate_rings(self, GuestMemory memory) except -1:
         cdef uint8_t* desc = self.locate(

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.chardev_kinds import Guest
+from tests.support.shelves import ShelfKeeper
 from vring_serial.chardev.ringbuf import MAX_SIZE, RingbufChardev, RingbufOptions
 from vring_serial.errors import ConfigError
 
@@ -18,13 +19,19 @@ STEPS = st.lists(
 )
 
 
-@given(exponent=st.integers(min_value=0, max_value=5), steps=STEPS)
-def test_it_keeps_the_newest_bytes(exponent: int, steps: list[bytes | int]) -> None:
+@given(exponent=st.integers(min_value=0, max_value=5), steps=STEPS, outlives=st.booleans())
+def test_it_keeps_the_newest_bytes(exponent: int, steps: list[bytes | int], outlives: bool) -> None:
     """A step is what the guest writes, or how much is read."""
 
-    async def play() -> None:
+    async def play(keeper: ShelfKeeper) -> None:
         size = 1 << exponent
-        chardev = RingbufChardev("dut", RingbufOptions(size=size))
+
+        def make() -> RingbufChardev:
+            chardev = RingbufChardev("dut", RingbufOptions(size=size))
+            chardev.keeping = keeper.begin() if outlives else None
+            return chardev
+
+        chardev = make()
         guest = Guest(chardev)
         await chardev.start()
         kept = b""
@@ -42,9 +49,37 @@ def test_it_keeps_the_newest_bytes(exponent: int, steps: list[bytes | int]) -> N
             assert len(chardev) == len(kept)
             assert chardev.overwritten == lost
         await chardev.aclose()
+        if outlives:
+            chardev = make()
+            await chardev.start()
         assert chardev.read() == kept  # still to be had afterwards
 
-    asyncio.run(play())
+    keeper = ShelfKeeper()
+    try:
+        asyncio.run(play(keeper))
+    finally:
+        keeper.close()
+
+
+def test_counters_that_cannot_be_are_not_believed() -> None:
+    keeper = ShelfKeeper()
+
+    async def play() -> None:
+        for removed, added in ((5, 4), (0, 17), (1 << 63, 0)):
+            shelf = keeper.begin()
+            area = shelf.area("ring", 32).cast("Q")
+            area[0], area[1] = removed, added
+            chardev = RingbufChardev("dut", RingbufOptions(size=16))
+            chardev.keeping = shelf
+            await chardev.start()
+            assert len(chardev) == 0
+            chardev.write(b"whole")
+            assert chardev.read() == b"whole"
+
+    try:
+        asyncio.run(play())
+    finally:
+        keeper.close()
 
 
 @pytest.mark.parametrize("size", [0, -1, 3, 1000, MAX_SIZE * 2])

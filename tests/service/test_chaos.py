@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import os
 import random
 from contextlib import AsyncExitStack, ExitStack
@@ -19,6 +20,7 @@ from tests.support.streams import PRIME, OpenFile, all_go_on, flowing, pattern
 from tests.support.vfio_guest import VfioGuest
 from tests.support.waiting import until
 from vring_serial import EmbeddedGuest
+from vring_serial.device.console.state import BACKLOG_MAX
 from vring_serial.proto.vfio_user_wire import Command
 
 KILLS = int(os.environ.get("VRING_CHAOS_KILLS", "20"))
@@ -68,10 +70,13 @@ async def test_no_kill_is_noticed(tmp_path, monkeypatch, make_guest, packed):
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
-@pytest.mark.parametrize("make_guest", [vhost_user, vfio_user])
+@pytest.mark.parametrize(
+    ("make_guest", "kind"), [(vhost_user, "port"), (vhost_user, "console"), (vfio_user, "port")]
+)
 async def test_no_kill_is_noticed_at_terminals_pipes_and_files(
-    tmp_path, monkeypatch, make_guest, packed
+    tmp_path, monkeypatch, make_guest, packed, kind
 ):
+    """A console's guest never waits: what the other end has not read waits in the device."""
     monkeypatch.chdir(tmp_path)
     for name in ("pipe.in", "pipe.out", "file.in"):
         os.mkfifo(name)
@@ -84,7 +89,7 @@ async def test_no_kill_is_noticed_at_terminals_pipes_and_files(
     arguments = []
     for nr, chardev in enumerate(chardevs, 1):
         port = f"chardev=c{nr},nr={nr},name=org.example.data{nr}"
-        arguments += ["--chardev", chardev, "--port", port]
+        arguments += ["--chardev", chardev, f"--{kind}", port]
     (stdin, to_stdin), (from_stdout, stdout) = os.pipe(), os.pipe()
     ends = {
         1: ("pty", "pty"),
@@ -103,10 +108,21 @@ async def test_no_kill_is_noticed_at_terminals_pipes_and_files(
         stack.callback(os.close, stdin)
         stack.callback(os.close, stdout)
         how = {"stdin": stdin, "stdout": stdout}
+        if kind == "console":
+            how["ahead"] = BACKLOG_MAX - 200_000
         await endure(make_guest, packed, arguments, connect, **how)
 
 
-async def endure(make_guest, packed, arguments, connect=None, *, kills=KILLS, **how):
+async def endure(
+    make_guest,
+    packed,
+    arguments,
+    connect=None,
+    *,
+    kills=KILLS,
+    ahead=math.inf,
+    **how,
+):
     """Kill workers while bytes flow through the ports, and have nobody notice."""
     protocol = "vhost-user" if make_guest is vhost_user else "vfio-user"
     chance = random.Random(KILLS)
@@ -116,7 +132,8 @@ async def endure(make_guest, packed, arguments, connect=None, *, kills=KILLS, **
             kept(Path.cwd(), *arguments, protocol=protocol, **how)
         )
         guest = await stack.enter_async_context(make_guest(packed))
-        async with flowing(keeper, guest, range(1, PORTS + 1), chance, connect) as streams:
+        ports = range(1, PORTS + 1)
+        async with flowing(keeper, guest, ports, chance, connect, ahead) as streams:
             for number in range(kills):
                 await keeper.kill(chance.choice(DEATHS))
                 await all_go_on(streams)

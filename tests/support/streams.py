@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
@@ -96,14 +97,18 @@ class OpenFile:
 class Stream:
     """A sequence of bytes from one end of a port to the other.
 
+    Args:
+        ahead: bytes that may be sent and not received, at most.
+
     Attributes:
         name: for errors.
         sent, received: bytes.
         longest_pause: between two reads that gave bytes, in seconds.
     """
 
-    def __init__(self, name: str, reader: Reader, writer: Writer) -> None:
+    def __init__(self, name: str, reader: Reader, writer: Writer, ahead: float = math.inf) -> None:
         self.name = name
+        self._ahead = ahead
         self.sent = self.received = 0
         self.longest_pause = 0.0
         self._reader, self._writer = reader, writer
@@ -116,6 +121,8 @@ class Stream:
             self.sent += len(data)
             await self._writer.drain()
             await asyncio.sleep(0)
+            if self.sent - self.received > self._ahead:
+                await until(lambda: self.sent - self.received <= self._ahead)
 
     async def receive(self) -> None:
         """Receive until cancelled. Raises AssertionError at the first wrong byte, and at an end."""
@@ -147,6 +154,7 @@ async def flowing(
     ports: Iterable[int],
     chance: random.Random,
     connect: Callable[[int], Awaitable[tuple[Reader, Writer]]] | None = None,
+    ahead: float = math.inf,
 ) -> AsyncIterator[list[Stream]]:
     """Have bytes flow both ways through ports while the block runs; then all of them arrive.
 
@@ -156,13 +164,15 @@ async def flowing(
         ports: their numbers.
         chance: how many bytes are sent at once.
         connect: return the host's end of a port.
+        ahead: bytes that the guest may send and the host has not received, at most.
     """
     streams = []
     for nr in ports:
         host_reader, host_writer = await (connect or keeper.connect)(nr)
         port = await guest.wait_port(name=f"org.example.data{nr}")
+        await port.wait_host()  # what a console says before that is for nobody
         guest_reader, guest_writer = await port.open()
-        streams.append(Stream(f"{nr} out", host_reader, guest_writer))
+        streams.append(Stream(f"{nr} out", host_reader, guest_writer, ahead))
         streams.append(Stream(f"{nr} in", guest_reader, host_writer))
     enough = asyncio.Event()
     async with asyncio.TaskGroup() as group:

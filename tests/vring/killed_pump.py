@@ -4,8 +4,9 @@ The parent is the guest's driver and the peer of the host end, each child a devi
 where the one before was killed, or halted. Every byte must arrive once, in its place.
 
 Usage: killed_pump.py (split|packed) (out|in) (socket|pipe|pty|file|append) ENDS SEED (kill|halt)
-       [plain]
+       [console] [plain]
 
+console: what the host end does not take waits in a backlog that outlives the device.
 plain: the host end is not said to outlive the device, so that kills lose and double bytes.
 """
 
@@ -28,6 +29,7 @@ import numpy as np
 
 from vring import (
     RECORD_SIZE,
+    Backlog,
     GuestMemory,
     PackedDriver,
     PackedQueue,
@@ -39,6 +41,8 @@ from vring import (
 
 SIZE, SLOT = 64, 8192
 RINGS = 0x4000
+#: Bytes that a console's host end may be behind: less than its backlog holds.
+BEHIND = 500_000
 #: A prime length: no power of two of bytes that is lost or doubled goes unnoticed.
 PATTERN = np.random.default_rng(7).integers(0, 256, 65_521, dtype=np.uint8).tobytes()
 PATTERN += PATTERN[: SIZE * SLOT] * (1 + SIZE * SLOT // 65_521)
@@ -144,7 +148,13 @@ class Stream:
     """Memory, ring and host end, and how far both ends of the stream are."""
 
     def __init__(
-        self, layout: str, outgoing: bool, end: str, chance: random.Random, exact: bool
+        self,
+        layout: str,
+        outgoing: bool,
+        end: str,
+        chance: random.Random,
+        exact: bool,
+        console: bool,
     ) -> None:
         self.queue = PackedQueue if layout == "packed" else SplitQueue
         driver = PackedDriver if layout == "packed" else SplitDriver
@@ -157,6 +167,8 @@ class Stream:
         self.driver = driver(self.guest, *self.parts, event_idx=True)
         self.end = ENDS[end](outgoing)
         self.exactly = self.end.exactly if exact else {}
+        self.console = console
+        self.backlog = memoryview(mmap.mmap(-1, 1 << 20)) if exact and console else None
         self.kick = os.eventfd(0, os.EFD_NONBLOCK)
         self.begun = False
         self.sent = self.received = 0
@@ -169,8 +181,12 @@ class Stream:
         )
         pump = Pump()
         attach = pump.guest_to_host if self.outgoing else pump.host_to_guest
+        console: dict[str, object] = {"lossy": True} if self.console else {}
+        if self.backlog is not None:
+            console["backlog"] = Backlog(self.backlog)
         attach(
             queue,
+            **console,
             **{"write_fd" if self.outgoing else "read_fd": self.end.fd},
             **self.exactly,
             kick_fd=self.kick,
@@ -204,7 +220,7 @@ class Stream:
                 assert 0 < length <= there
                 at = RINGS + slot * SLOT
                 self.check(self.memory[at : at + length])
-        while self.driver.num_free:
+        while self.driver.num_free and not (self.console and self.sent > self.received + BEHIND):
             self.offer()
         if self.driver.publish():
             os.eventfd_write(self.kick, 1)
@@ -230,9 +246,11 @@ class Stream:
 
 
 def main() -> None:
-    layout, direction, end, ends, seed, how, *plain = sys.argv[1:]
+    layout, direction, end, ends, seed, how, *words = sys.argv[1:]
     chance = random.Random(int(seed))
-    stream = Stream(layout, direction == "out", end, chance, not plain)
+    stream = Stream(
+        layout, direction == "out", end, chance, "plain" not in words, "console" in words
+    )
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
     stream.turn()
     for _ in range(int(ends)):

@@ -39,7 +39,7 @@ from vring_serial.service.worker import Inheritance, WorkerSpec
 
 #: What a death of a worker does to ports, and the kinds of chardevs where it does so.
 _NOTICED = (
-    (("ringbuf",), "what it holds is lost"),
+    (("ringbuf",), "bytes on their way may be lost"),
     (("spicevmc", "spiceport"), "its connection ends, and a new one begins"),
 )
 
@@ -183,6 +183,4 @@ def _noticed(topology: Topology) -> list[str]:
         names = [f"{p.chardev.id} ({p.chardev.kind})" for p in ports if p.chardev.kind in kinds]
         if names:
             found.append(f"when a worker dies, {what}: {', '.join(names)}")
-    if consoles := ", ".join(port.chardev.id for port in ports if port.console):
-        found.append(f"when a worker dies, what waits in a console's backlog is lost: {consoles}")
     return found

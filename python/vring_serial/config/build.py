@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 
-from vring import Pump
+from vring import Backlog, Pump
 from vring_serial import chardev
 from vring_serial.chardev import Chardev
 from vring_serial.config.topology import ChardevConfig, ControllerConfig, PortConfig
 from vring_serial.device.console.controller import Controller
 from vring_serial.device.console.port import Port
 from vring_serial.device.console.state import CONSOLE, ConsoleState, check_console
-from vring_serial.errors import ConfigError
+from vring_serial.errors import ConfigError, ResourceError
 from vring_serial.keeping import Keeping
 
 #: Makes the protocol for one connection to the port.
@@ -21,6 +21,10 @@ ProtocolFactory = Callable[[], asyncio.Protocol]
 ProtocolFactories = Mapping[str, Callable[[PortConfig], ProtocolFactory]]
 #: By kind: host ends that the caller makes itself, for a given port.
 ChardevMakers = Mapping[str, Callable[[PortConfig], Chardev]]
+
+
+#: Bytes of memory for what waits for a console's host end.
+_BACKLOG_SIZE = 1 << 20
 
 
 def make_chardev(config: ChardevConfig, factory: ProtocolFactory | None = None) -> Chardev:
@@ -85,6 +89,23 @@ def make_controller(
             end = make_chardev(port.chardev, choose(port) if choose is not None else None)
         end.keeping = chardev_keeping(port.chardev.id)
         controller.add_port(
-            Port(port.nr, port.name, end, console=port.console, state=state.ports.get(port.nr))
+            Port(
+                port.nr,
+                port.name,
+                end,
+                console=port.console,
+                state=state.ports.get(port.nr),
+                backlog=_make_backlog(end.keeping) if port.console else None,
+            )
         )
     return controller
+
+
+def _make_backlog(keeping: Keeping | None) -> Backlog | None:
+    """Return what holds a console's bytes for its host end; None without memory for it."""
+    if keeping is None:
+        return None
+    try:
+        return Backlog(keeping.area("backlog", _BACKLOG_SIZE))
+    except ResourceError:
+        return None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import errno
 import logging
 import os
 from collections.abc import Callable
 from typing import Protocol
 
-from vring import Pump, RingError
+from vring import Backlog, Pump, RingError
 from vring_serial.callbacks import tell
 from vring_serial.chardev.base import Chardev, DescriptorEnd, End, ProtocolEnd
 from vring_serial.device.console.direction import Direction, Sides
@@ -74,6 +75,7 @@ class Port:
         chardev: the host end; the port becomes its user when it is added to a controller.
         console: the guest is to make a console of it.
         state: to go on from; taken over.
+        backlog: a console's, for what waits for a descriptor and outlives this process, or None.
 
     Attributes:
         state: kept up to date by the port and its directions; see :meth:`settle`.
@@ -87,12 +89,14 @@ class Port:
         *,
         console: bool = False,
         state: DevicePortState | None = None,
+        backlog: Backlog | None = None,
     ) -> None:
         self.nr = nr
         self.name = name.encode() if isinstance(name, str) else name
         self.chardev = chardev
         self._owner: PortOwner | None = None
         self._console = console
+        self._backlog = backlog
         self._take(state or DevicePortState())
         self._still = False  # inside the device's settled, or after it was saved
         self._inexact = False  # and that was logged
@@ -103,7 +107,7 @@ class Port:
     def _take(self, state: DevicePortState) -> None:
         self.state = state
         self._sides = Sides(self._console, state)
-        self._transmit = Transmit(self._sides, self)
+        self._transmit = Transmit(self._sides, self, self._backlog)
         self._receive = Receive(self._sides, self)
 
     def __repr__(self) -> str:
@@ -198,6 +202,8 @@ class Port:
     def drop_state(self) -> None:
         """Forget what the host end is owed, and all else, while still: it goes on elsewhere."""
         self.state.chain.residue = b""
+        if self._backlog is not None:
+            self._backlog.replace(b"")
         self.take_state(DevicePortState())
 
     def release(self) -> None:
@@ -251,6 +257,14 @@ class Port:
         self._transmit.stop()
         self._transmit.stop_residue()
         self._receive.stop()
+
+    @property
+    def recorded(self) -> DevicePortState:
+        """The state as a successor of this process is to find it: connections begin anew."""
+        chain = self.state.chain
+        if self._transmit.keeps_residue:
+            chain = dataclasses.replace(chain, residue=b"")
+        return dataclasses.replace(self.state, chain=chain, session=None, session_over=False)
 
     def hand_over(self) -> None:
         """Have ``state`` say what no record of the pump says, for as long as this process lives."""

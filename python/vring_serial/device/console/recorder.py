@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 
 from vring import RECORD_SIZE
@@ -39,10 +38,7 @@ class Recorder:
         """
         if self._keeping is None and self._write is None:
             return
-        of_ports = {
-            nr: dataclasses.replace(port.state, session=None, session_over=False)
-            for nr, port in ports.items()
-        }
+        of_ports = {nr: port.recorded for nr, port in ports.items()}
         packed = self._packer.pack(ConsoleState(self._max_ports, state, of_ports))
         if packed == self._recorded:
             return

@@ -6,10 +6,11 @@ import os
 import stat
 from contextlib import suppress
 
-from vring import FlowEvent, RingError, recorded
+from vring import Backlog, FlowEvent, RingError, recorded
 from vring_serial.chardev.base import DescriptorEnd
 from vring_serial.device.console.direction import Direction, DirectionUser, Mode, Sides
 from vring_serial.device.console.residue import ResidueWriter
+from vring_serial.device.console.state import BACKLOG_MAX
 from vring_serial.device.served import Discarder
 from vring_serial.device.virtqueue import RunningQueue
 from vring_serial.proto.control import PortState
@@ -22,13 +23,22 @@ class Transmit(Direction):
     the port for the first time, so that nobody reads what was meant for nobody; then they are
     delivered, also what was written before the guest closed it. Without a host end nothing is
     popped, but by a console, which must never hold its driver up.
+
+    Args:
+        backlog: a console's, which a successor of this process finds, or None. While no flow has
+            it, it holds the chain's residue, if there is room.
     """
 
     is_transmit = True
 
-    def __init__(self, sides: Sides, user: DirectionUser) -> None:
+    def __init__(self, sides: Sides, user: DirectionUser, backlog: Backlog | None = None) -> None:
         super().__init__(sides, user)
         self._chain = sides.state.chain
+        self._backlog = backlog
+        if backlog is not None and self._chain.residue:
+            backlog.replace(self._chain.residue)
+        elif backlog is not None:
+            self._chain.residue = backlog.data
         self._discarder: Discarder | None = None
         self._served: RunningQueue | None = None  # by the flow
         self._residue_writer: ResidueWriter | None = None
@@ -74,6 +84,8 @@ class Transmit(Direction):
             flow, self._flow = self._flow, None
             if self._record is None or self._sides.never_waits:
                 self.owe(flow.detach())
+                if self._backlog is not None and not self._chain.residue:
+                    self._chain.residue = self._backlog.data
             else:
                 self._keep_residue(flow.detach(complete=False))
             self._before += flow.counters
@@ -110,7 +122,7 @@ class Transmit(Direction):
         if isinstance(sides.end, DescriptorEnd) and not self._over:
             if sides.end.write_fd < 0:
                 return Mode.DISCARD
-            return Mode.IDLE if self._pays_first(sides.end) else Mode.PUMP
+            return Mode.IDLE if self._pays_first() else Mode.PUMP
         if sides.session is not None:
             return Mode.TRANSPORT
         return Mode.DISCARD if sides.never_waits else Mode.IDLE
@@ -123,6 +135,7 @@ class Transmit(Direction):
             assert isinstance(self._sides.end, DescriptorEnd)
             self.stop_residue()
             self._served = running
+            backlog = self._backlog_with_residue()
             self._flow = self._user.pump.guest_to_host(
                 running.queue,
                 write_fd=self._sides.end.write_fd,
@@ -132,12 +145,26 @@ class Transmit(Direction):
                 kept=self._sides.end.kept,
                 relay=self._sides.end.write_relay,
                 lossy=self._sides.never_waits,
-                residue=self._chain.residue,
+                backlog=BACKLOG_MAX if backlog is None else backlog,
+                residue=self._chain.residue if backlog is None else b"",
             )
             self._chain.residue = b""
         else:
             assert self._sides.session is not None
             self._sides.session.start_transmitq(running, self._chain)
+
+    @property
+    def keeps_residue(self) -> bool:
+        """Whether a successor of this process finds the chain's residue in the backlog."""
+        if self._backlog is None or self._flow is not None:
+            return False
+        return self._backlog.data == self._chain.residue
+
+    def _backlog_with_residue(self) -> Backlog | None:
+        """Return the backlog, with the residue in it; None if there is none, or it has no room."""
+        if self._backlog is not None and self._backlog.replace(self._chain.residue):
+            return self._backlog
+        return None
 
     def _reconsider(self) -> None:
         """Look whether the driver has opened the port meanwhile, before bytes are discarded.
@@ -171,20 +198,21 @@ class Transmit(Direction):
             self.stop_residue()
         elif self._chain.residue and self._residue_writer is None:
             self._residue_writer = ResidueWriter(
-                end.write_fd,
+                end,
                 self._chain,
                 self._record if _is_socket(end.write_fd) else None,
                 self._user.residue_changed,
                 self._residue_written,
+                self._backlog_with_residue(),
             )
 
-    def _pays_first(self, end: DescriptorEnd) -> bool:
+    def _pays_first(self) -> bool:
         """Return whether the residue is written before the queue is served.
 
         What a flow has written of a residue is not recorded.
         """
         owes = bool(self._chain.residue) and not self._sides.never_waits
-        return owes and self._record is not None and _is_socket(end.write_fd)
+        return owes and self._record is not None
 
     def _residue_written(self, error: OSError | None) -> None:
         self.stop_residue()
