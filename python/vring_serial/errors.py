@@ -33,6 +33,7 @@ Time-outs are a :class:`TimeoutError` too, and peers that have gone a :class:`Co
                     AgentProtocolError
                         ChunkError
                         MessageError
+                    QmpError        a request of QMP is refused
                     BadMessageError
                         VhostUserError
                         VfioUserError
@@ -50,6 +51,9 @@ Time-outs are a :class:`TimeoutError` too, and peers that have gone a :class:`Co
                 FileTransferError
                     FileRefusedError
             StateError              a saved state cannot be gone on from
+            CallError               another process of the service refused
+            CallTimeoutError    (TimeoutError)
+            StatusError             a failure of the command that scripts can tell from others
             PortBusyError
             PortRemovedError        (ConnectionError)
 """

@@ -16,7 +16,7 @@ from vring_serial.service.link import (
     CallError,
     Link,
     Links,
-    NoAnswerError,
+    CallTimeoutError,
     make_link,
 )
 
@@ -86,7 +86,7 @@ async def test_who_is_not_read_gets_an_error_and_memory_stays_bounded():
             asyncio.create_task(caller.call("echo", text=text, seconds=0.2)) for _ in range(20)
         ]
         results = await asyncio.gather(*calls, return_exceptions=True)
-    assert all(isinstance(result, NoAnswerError) for result in results)
+    assert all(isinstance(result, CallTimeoutError) for result in results)
     assert any("reads nothing" in str(result) for result in results)
     theirs.close()
 

@@ -57,7 +57,7 @@ class CallError(VringSerialError):
         self.desc = desc
 
 
-class NoAnswerError(VringSerialError, TimeoutError):
+class CallTimeoutError(VringSerialError, TimeoutError):
     """The other process did not answer in time."""
 
 
@@ -205,18 +205,18 @@ class Caller(Closing):
 
         Raises:
             CallError: it refuses.
-            NoAnswerError: it does not answer in ``seconds``, or has not read what was asked before.
+            CallTimeoutError: it does not answer in ``seconds``, or has not read what was asked before.
         """
         number = next(self._ids)
         if not self._link.send({"call": name, "id": number, "arguments": arguments}):
-            raise NoAnswerError(f"{self._name} does not answer: it reads nothing")
+            raise CallTimeoutError(f"{self._name} does not answer: it reads nothing")
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._calls[number] = future
         try:
             async with asyncio.timeout(seconds):
                 return await future
         except TimeoutError:
-            raise NoAnswerError(f"{self._name} did not answer in {seconds:g} s") from None
+            raise CallTimeoutError(f"{self._name} did not answer in {seconds:g} s") from None
         finally:
             del self._calls[number]
 

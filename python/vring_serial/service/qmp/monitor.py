@@ -11,7 +11,7 @@ from vring_serial.chardev import kinds
 from vring_serial.proto.console import DEVICE_ID, ConsoleFeature
 from vring_serial.proto.qmp import QEMU_VERSION, ErrorClass, QmpError
 from vring_serial.proto.virtio import Feature, Status, feature_names
-from vring_serial.service.link import Caller, CallError, NoAnswerError
+from vring_serial.service.link import Caller, CallError, CallTimeoutError
 from vring_serial.service.qmp.commands import COMMANDS, EVENTS
 from vring_serial.service.qmp.schema import check_arguments, introspect
 
@@ -90,7 +90,7 @@ class Monitor:
             raise QmpError(
                 error.desc, _CLASSES.get(error.error_class, ErrorClass.GENERIC)
             ) from None
-        except NoAnswerError as error:
+        except CallTimeoutError as error:
             raise QmpError(str(error)) from None
 
     def has(self, vm: str) -> bool:
@@ -300,7 +300,7 @@ class Monitor:
         async def ask(vm: Vm) -> dict[str, Any] | None:
             try:
                 found = await vm.caller.call("describe", seconds=ANSWER_SECONDS)
-            except NoAnswerError:
+            except CallTimeoutError:
                 return None
             return found if isinstance(found, dict) else None
 
