@@ -14,9 +14,9 @@ from vring_serial.service.link import (
     Answerer,
     Caller,
     CallError,
+    CallTimeoutError,
     Link,
     Links,
-    CallTimeoutError,
     make_link,
 )
 

@@ -205,7 +205,8 @@ class Caller(Closing):
 
         Raises:
             CallError: it refuses.
-            CallTimeoutError: it does not answer in ``seconds``, or has not read what was asked before.
+            CallTimeoutError: it does not answer in ``seconds``, or has not read what was asked
+                before.
         """
         number = next(self._ids)
         if not self._link.send({"call": name, "id": number, "arguments": arguments}):
