@@ -86,11 +86,22 @@ class BackendChannel:
 
     def close(self) -> None:
         """Close every descriptor. Safe to call twice."""
-        self._waiting.clear()
-        if not self.closed:
-            self._loop.remove_reader(self._sock)
-            self._loop.remove_writer(self._sock)
+        if self._forget():
             self._closer.close_socket(self._sock)
+
+    def leave(self) -> None:
+        """Close, but not for another descriptor of the same socket."""
+        if self._forget():
+            self._closer.close([self._sock.detach()])
+
+    def _forget(self) -> bool:
+        """Use the socket no more; return whether it is open."""
+        self._waiting.clear()
+        if self.closed:
+            return False
+        self._loop.remove_reader(self._sock)
+        self._loop.remove_writer(self._sock)
+        return True
 
     def _ask(self, kind: BackendRequest, payload: Payload) -> None:
         if not self.closed:

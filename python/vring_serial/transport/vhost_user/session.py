@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import socket
 
 from vring.errors import MemoryLostError, RingError, VringError
@@ -49,6 +50,9 @@ POLL_INTERVAL = 0.002
 READ_SIZE = 4096
 #: Roles of the channel's descriptor, and of the one beside the last answer (see Keeping).
 CHANNEL, ANSWER = "channel", "answer"
+
+#: All roles in which a session keeps descriptors.
+_OURS = re.compile(r"(memory|kick|call|error)\.[0-9]+|channel|answer|log|state|inflight")
 
 #: Feature bits that are for the backend alone.
 _BACKEND_BITS = 1 << F_PROTOCOL_FEATURES | 1 << F_LOG_ALL
@@ -168,16 +172,15 @@ class VhostUserSession(Session[Message]):
         assert keeping is not None
         if self._closed:
             return
+        # With what it was about to drop when it died.
+        self._roles |= {role for role in keeping.roles() if _OURS.fullmatch(role)}
         try:
             self._memory.resume(keeping)
-            self._roles |= self._memory.roles
             self._dirty_log.resume(keeping)
             self._device_states.resume(keeping)
-            self._roles |= self._dirty_log.roles | self._device_states.roles
             for vring in self._vrings:
                 vring.resume(keeping)
             self._inflight.resume(keeping)
-            self._roles |= self._queue_roles | self._inflight.roles
             if (fd := keeping.take(CHANNEL)) is not None:
                 self._open_channel(fd, resumed=True)
             self._run_all()
@@ -392,7 +395,7 @@ class VhostUserSession(Session[Message]):
         if not self._has(ProtocolFeature.BACKEND_REQ):
             raise RemoteProtocolError("BACKEND_REQ was not negotiated")
         if self._channel is not None:
-            self._channel.close()
+            self._channel.leave()  # a predecessor may have kept the same one, and died
         self._open_channel(fds[0])
         self._keep(CHANNEL, fds.pop(0))
 

@@ -58,6 +58,7 @@ class VringSetup:
         started: a kick descriptor or a kick has come since the ring was stopped.
         polled: the frontend does not kick.
         called: SET_VRING_CALL has come.
+        reported: SET_VRING_ERR has come, with a descriptor.
         running: the device has the ring, which says itself where it is.
         resumes: it has not run in this session, and its record says how far another process was.
     """
@@ -71,6 +72,7 @@ class VringSetup:
     started: bool = False
     polled: bool = False
     called: bool = False
+    reported: bool = False
     running: bool = False
     resumes: bool = False
 

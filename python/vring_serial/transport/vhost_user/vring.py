@@ -93,11 +93,18 @@ class Vring:
         kick, call, error = (self._take(role, keeping) for role in (KICK, CALL, ERROR))
         if setup.started:
             self.set_kick(-1 if kick is None else kick, polled=setup.polled)
+        elif kick is not None:
+            self._close([kick])
         if setup.called and call is not None:
             self.set_call(call)
         else:
             setup.called = False
-        self.set_error(-1 if error is None else error)
+            self._close([-1 if call is None else call])
+        if setup.reported and error is not None:
+            self.set_error(error)
+        else:
+            setup.reported = False
+            self._close([-1 if error is None else error])
         setup.resumes |= setup.running
         setup.running = False
 
@@ -186,6 +193,7 @@ class Vring:
         """Take ``fd`` over; -1 for none."""
         self._close([self._error_fd])
         self._error_fd = fd
+        self.setup.reported = fd >= 0
         self._use(ERROR, fd)
 
     def kick(self) -> bool:
