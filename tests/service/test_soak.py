@@ -94,7 +94,7 @@ async def what_all_have(keeper, expected=None):
     found = []
 
     async def settled():
-        with suppress(FileNotFoundError):  # one is being closed
+        with suppress(FileNotFoundError, ProcessLookupError):  # one is being closed, or has ended
             found.append(_what_all_have(keeper))
         await asyncio.sleep(0.2)
         wanted = expected or (held(found[-2]) if len(found) > 1 else None)
@@ -188,7 +188,7 @@ async def kill_now_and_then(keeper, chance, figures, quiet):
 
 
 async def upgrade(figures, quiet):
-    """Replace the code by the same one."""
+    """Replace the code by the same one; return whether it did, which a busy machine may refuse."""
     async with quiet:
         async with running(
             *(sys.executable, "-m", "vring_serial", "upgrade", "--pid-file", "pid"),
@@ -196,8 +196,12 @@ async def upgrade(figures, quiet):
             stderr=asyncio.subprocess.STDOUT,
         ) as process:
             text, _ = await process.communicate()
-        assert process.returncode == 0, text
+        if process.returncode:
+            assert b"did not serve within" in text, text
+            figures.counts["upgrades refused"] += 1
+            return False
         figures.counts["upgrades"] += 1
+        return True
 
 
 async def upgrade_now_and_then(figures, quiet):
@@ -232,7 +236,8 @@ async def test_a_service_stays_as_it_was(tmp_path, monkeypatch, capsys):
         ) as process:
             keeper = process.pid
             await until(lambda: log.read_text().count(SERVING) == len(VMS), log.read_text)
-            await upgrade(figures, quiet)
+            while not await upgrade(figures, quiet):
+                pass
             for name in VMS:
                 await boot(name, chance, figures)
             figures.at_start = await what_all_have(keeper)
@@ -251,7 +256,8 @@ async def test_a_service_stays_as_it_was(tmp_path, monkeypatch, capsys):
             ):
                 for name in VMS:
                     group.create_task(live(name))
-            await upgrade(figures, quiet)  # it ends as it began
+            while not await upgrade(figures, quiet):  # it ends as it began
+                pass
             for name in VMS:
                 await boot(name, chance, figures)
             figures.at_end = await what_all_have(keeper, held(figures.at_start))
