@@ -8,7 +8,7 @@ from cpython.number cimport PyNumber_Index
 from libc.stdlib cimport calloc, free
 
 from vring._memory cimport vr_region
-from vring._wire cimport UINT64_MAX, vr_or8
+from vring._wire cimport UINT64_MAX, vr_or8, vr_take8
 from vring.errors import LocalMisuseError
 
 #: Bytes of guest memory that one bit stands for ("Migration", vhost-user).
@@ -126,3 +126,49 @@ cdef class DirtyLog:
         """
         cdef uint64_t at = checked_address("log", guest_addr)
         log_range(&self.table, at, checked_address("log, length", length))
+
+    def take(self, guest_addr, length, page_size=LOG_PAGE):
+        """Clear the marks of the pages of ``length`` bytes, and return them.
+
+        Each mark is taken once, also while the device goes on marking.
+
+        Args:
+            page_size: bytes that a bit of the result stands for, from ``guest_addr`` on.
+
+        Returns:
+            bytearray: bit n % 8 of byte n // 8 is set if a byte of the n-th page was written.
+
+        Raises:
+            LocalMisuseError: no address, length or page size of 64 bits.
+            MemoryError: the result is too large.
+        """
+        cdef uint64_t at = checked_address("log", guest_addr)
+        cdef uint64_t size = checked_address("log, length", length)
+        cdef uint64_t unit = checked_address("log, page size", page_size)
+        cdef uint64_t page = at >> LOG_PAGE_SHIFT, last, first_unit, last_unit, end
+        cdef uint32_t first_bit, n, bit
+        cdef uint8_t found
+        cdef uint8_t* bits
+        if unit == 0:
+            raise LocalMisuseError("log: a page size of 0")
+        taken = bytearray((size + unit - 1) // unit + 7 >> 3)
+        cdef uint8_t* out = taken
+        if size == 0 or page >= self.table.pages:
+            return taken
+        end = UINT64_MAX if size - 1 > UINT64_MAX - at else at + size - 1
+        last = min(end >> LOG_PAGE_SHIFT, self.table.pages - 1)
+        while page <= last:
+            first_bit = page & 7
+            n = <uint32_t>min(last - page + 1, <uint64_t>(8 - first_bit))
+            bits = self.table.bits + (page >> 3)
+            found = vr_take8(bits, <uint8_t>(((1 << n) - 1) << first_bit)) if bits[0] else 0
+            for bit in range(first_bit, first_bit + n):
+                if found >> bit & 1:
+                    first_unit = (max((page - first_bit + bit) << LOG_PAGE_SHIFT, at) - at) // unit
+                    last_unit = min(((page - first_bit + bit + 1) << LOG_PAGE_SHIFT) - 1, end) - at
+                    last_unit = last_unit // unit
+                    while first_unit <= last_unit:
+                        out[first_unit >> 3] |= <uint8_t>(1 << (first_unit & 7))
+                        first_unit += 1
+            page += n
+        return taken

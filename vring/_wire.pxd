@@ -94,6 +94,10 @@ cdef extern from * nogil:
     static inline void vr_or8(void *p, uint8_t bits) {
         __atomic_fetch_or((uint8_t *)p, bits, __ATOMIC_SEQ_CST);
     }
+    /* Clears bits, and returns those of them that were set. */
+    static inline uint8_t vr_take8(void *p, uint8_t bits) {
+        return __atomic_fetch_and((uint8_t *)p, (uint8_t)~bits, __ATOMIC_SEQ_CST) & bits;
+    }
     /* Store-load ordering: our index before our reading of the other side's suppression state. */
     static inline void vr_fence(void) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 
@@ -235,6 +239,7 @@ cdef extern from * nogil:
     void vr_store16_release(void* p, uint16_t value)
     void vr_store32(void* p, uint32_t value)
     void vr_or8(void* p, uint8_t bits)
+    uint8_t vr_take8(void* p, uint8_t bits)
     void vr_fence()
     vr_entry vr_read_desc(const void* p)
     vr_entry vr_read_packed(const void* p)

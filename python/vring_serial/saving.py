@@ -133,6 +133,12 @@ def saved_kind(data: bytes | bytearray | memoryview) -> str:
     return kind
 
 
+def check_equal(what: str, theirs: int, ours: int) -> None:
+    """Raise StateError if a number in a state is another one than here."""
+    if theirs != ours:
+        raise StateError(f"{what} is {theirs} in the state, {ours} here")
+
+
 def check_range(name: str, value: int, bits: int) -> None:
     """Raise StateError, naming the field, if ``value`` is no number of so many bits."""
     if not 0 <= value < 1 << bits:

@@ -294,8 +294,8 @@ def test_unknown_commands_have_names_and_errors() -> None:
     with pytest.raises(VfioUserError, match="command 99: not supported") as caught:
         unknown.decode()
     assert caught.value.errno == errno.ENOSYS
-    with pytest.raises(VfioUserError, match="MIG_DATA_READ: not supported") as caught:
-        Message(Command.MIG_DATA_READ, 1, 0, b"").decode()
+    with pytest.raises(VfioUserError, match="DIRTY_PAGES: not supported") as caught:
+        Message(Command.DIRTY_PAGES, 1, 0, b"").decode()
     assert caught.value.errno == errno.EOPNOTSUPP
 
 

@@ -26,6 +26,14 @@ from vring_serial.proto.console import ConsoleConfig, ConsoleFeature, queue_coun
 from vring_serial.proto.framing import Payload
 from vring_serial.proto.vfio_user import Message, VfioUserParser, reply, request
 from vring_serial.proto.vfio_user_dma import DmaAccess, DmaFlag, DmaMap
+from vring_serial.proto.vfio_user_features import (
+    DeviceFeature,
+    DeviceState,
+    FeatureIndex,
+    FeatureMethod,
+    MigrationData,
+    MigrationState,
+)
 from vring_serial.proto.vfio_user_regions import (
     RegionAccess,
     RegionIndex,
@@ -95,8 +103,7 @@ class VfioGuest:
 
     async def __aenter__(self) -> VfioGuest:
         try:
-            self._sock.settimeout(DEADLINE)
-            self._sock.connect(self._path)
+            self._connect(self._path)
             self.start()
         except BaseException:
             self.close()
@@ -106,8 +113,22 @@ class VfioGuest:
     async def __aexit__(self, *_: object) -> None:
         self.close()
 
-    def start(self) -> None:
-        """Do what a VMM and a driver do until the device runs."""
+    @property
+    def ram(self) -> GuestRam:
+        """Its memory."""
+        return self._ram
+
+    @property
+    def queues(self) -> dict[int, DriverQueue]:
+        """Its queues, by index."""
+        return self._queues
+
+    def _connect(self, path: str) -> None:
+        self._sock.settimeout(DEADLINE)
+        self._sock.connect(path)
+
+    def _begin(self) -> None:
+        """Agree on capabilities, and map memory."""
         proposed = Capabilities(
             max_msg_fds=253,
             twin_socket=self._twin_wanted,
@@ -121,6 +142,10 @@ class VfioGuest:
             self._twin.settimeout(DEADLINE)
         where = DmaMap(DmaFlag.READ | DmaFlag.WRITE, 0, self._ram.guest_addr, self._ram.size)
         self._do(Command.DMA_MAP, where, (self._ram.fd,) if self._shared else ())
+
+    def start(self) -> None:
+        """Do what a VMM and a driver do until the device runs."""
+        self._begin()
         driver = self._pci = PciDriver(
             partial(self._read, RegionIndex.CONFIG),
             partial(self._write, RegionIndex.CONFIG),
@@ -198,6 +223,47 @@ class VfioGuest:
         """Whether the server has closed the connection."""
         ready, _, _ = select.select([self._sock], [], [], 0)
         return bool(ready) and self._sock.recv(1, socket.MSG_PEEK) == b""
+
+    # --- migration
+
+    def feature(self, method: FeatureMethod, index: FeatureIndex, data: bytes = b"") -> bytes:
+        """Ask for a feature; return the data of the reply."""
+        asked = DeviceFeature(method | index, data, argsz=1 << 20)
+        return self._ask(Command.DEVICE_FEATURE, asked, DeviceFeature).data
+
+    def set_state(self, state: MigrationState) -> None:
+        """Take the device to another state."""
+        packed = DeviceState(state).pack()
+        assert self.feature(FeatureMethod.SET, FeatureIndex.MIG_DEVICE_STATE, packed) == packed
+
+    def read_state(self, piece: int = 1000) -> bytes:
+        """Read the device's state, in pieces, to its end."""
+        found = b""
+        while True:
+            asked = MigrationData(piece, argsz=MigrationData.SIZE + piece)
+            part = self._ask(Command.MIG_DATA_READ, asked, MigrationData).data
+            found += part
+            if len(part) < piece:
+                return found
+
+    def write_state(self, state: bytes, piece: int = 700) -> None:
+        """Write a device's state, in pieces."""
+        for start in range(0, len(state), piece):
+            part = state[start : start + piece]
+            self._do(Command.MIG_DATA_WRITE, MigrationData(len(part), part))
+
+    def attach(self, path: str) -> None:
+        """Leave the server, and have the device of another one, which does not run yet."""
+        self._loop.remove_reader(self._sock)
+        self._sock.close()
+        self._sock = socket.socket(socket.AF_UNIX)
+        self._parser = VfioUserParser()
+        self._connect(path)
+        self._begin()
+        calls = tuple(queue.call_fd for queue in self._queues.values())
+        self._do(Command.DEVICE_SET_IRQS, IrqSet(_TELL, IrqIndex.MSIX, 1, len(calls)), calls)
+        self._set_kicks(self._pci)
+        self.read_again()
 
     # --- the device
 

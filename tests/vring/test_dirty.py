@@ -213,6 +213,48 @@ def test_bits_that_others_set_stay() -> None:
     assert bits == b"\x89"
 
 
+def bits_of(taken: bytearray) -> set[int]:
+    return {at for at in range(8 * len(taken)) if taken[at // 8] >> at % 8 & 1}
+
+
+@pytest.mark.parametrize("first", [0, 3, 8, 13])
+@pytest.mark.parametrize("count", [1, 5, 8, 19])
+def test_each_mark_is_taken_once_and_others_stay(first: int, count: int) -> None:
+    log = DirtyLog(bytearray(8))
+    marked = {0, 3, 7, 8, 13, 15, 16, 20, 40}
+    for page in marked:
+        log.mark(page * LOG_PAGE, 1)
+    wanted = {page - first for page in marked if first <= page < first + count}
+    assert bits_of(log.take(first * LOG_PAGE, count * LOG_PAGE)) == wanted
+    assert not any(log.take(first * LOG_PAGE, count * LOG_PAGE))
+    assert bits_of(log.take(0, 64 * LOG_PAGE)) == marked - {first + page for page in wanted}
+
+
+def test_marks_are_taken_in_pages_of_any_size() -> None:
+    log = DirtyLog(bytearray(8))
+
+    def take(size: int) -> set[int]:
+        for page in (2, 9, 10):
+            log.mark(page * LOG_PAGE, 1)
+        return bits_of(log.take(2 * LOG_PAGE, 10 * LOG_PAGE, size))
+
+    assert take(LOG_PAGE) == {0, 7, 8}
+    assert take(2 * LOG_PAGE) == {0, 3, 4}
+    assert take(LOG_PAGE // 2) == {0, 1, 14, 15, 16, 17}
+    assert take(1 << 40) == {0}
+    log.mark(2 * LOG_PAGE, 1)
+    assert bits_of(log.take(2 * LOG_PAGE + 100, 200, 64)) == {0, 1, 2, 3}, "within the range"
+
+
+def test_what_has_no_bit_is_not_taken() -> None:
+    log = DirtyLog(bytearray(b"\xff"))
+    assert bits_of(log.take(7 * LOG_PAGE, 4 * LOG_PAGE)) == {0}
+    assert not any(log.take(2**64 - 8 * LOG_PAGE, 8 * LOG_PAGE))
+    assert log.take(0, 0) == b""
+    with pytest.raises(LocalMisuseError, match="a page size of 0"):
+        log.take(0, 1, 0)
+
+
 def test_a_log_may_be_taken_away_again(guest: Guest) -> None:
     guest.queue.set_log(None)
     guest.offer((DATA, 8))

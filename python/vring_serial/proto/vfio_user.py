@@ -30,6 +30,7 @@ from vring_serial.proto.framing import (
     kind_name,
 )
 from vring_serial.proto.vfio_user_dma import DmaAccess, DmaMap, DmaUnmap
+from vring_serial.proto.vfio_user_features import DeviceFeature, MigrationData
 from vring_serial.proto.vfio_user_regions import (
     RegionInfo,
     RegionIoFds,
@@ -101,6 +102,9 @@ SHAPES: dict[Command, Shape] = {
     Command.DMA_WRITE: Shape(DmaAccess, DmaAccess),
     Command.DEVICE_RESET: Shape(),
     Command.REGION_WRITE_MULTI: Shape(WriteMulti, WriteMultiDone),
+    Command.DEVICE_FEATURE: Shape(DeviceFeature, DeviceFeature),
+    Command.MIG_DATA_READ: Shape(MigrationData, MigrationData),
+    Command.MIG_DATA_WRITE: Shape(MigrationData),
 }
 
 

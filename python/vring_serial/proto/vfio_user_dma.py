@@ -92,7 +92,7 @@ class DmaUnmap:
         argsz, flags, address, size = at_least(cls.STRUCT, data)
         check_argsz(argsz, cls.STRUCT.size)
         if flags & UnmapFlag.GET_DIRTY_BITMAP:
-            raise RemoteProtocolError("dirty pages are not logged")
+            raise RemoteProtocolError("dirty pages are reported by DEVICE_FEATURE alone")
         if flags & ~int(UnmapFlag.ALL):
             raise RemoteProtocolError(f"unknown flags {flags:#x}")
         exactly(cls.STRUCT, data)

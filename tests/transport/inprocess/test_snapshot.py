@@ -108,7 +108,7 @@ def test_a_device_that_is_another_one_is_named(options: dict[str, Any], why: str
 @pytest.mark.parametrize(
     ("kind", "why"),
     [
-        ("mmio", "'PCI function in an emulator', not of 'virtio-mmio device"),
+        ("mmio", "'PCI function', not of 'virtio-mmio device"),
         ("transitional", "transitional is False in the state, True here"),
     ],
 )

@@ -144,15 +144,21 @@ class ConfigSpace:
         self._initial = bytes(self.data)
         if not self._state:
             self._state += self.data
-        for at, writable in enumerate(self._writable):
-            self._state[at] = self.data[at] & ~writable & 0xFF | self._state[at] & writable
+        state = bytes(self._state)
+        self._state[:] = self.data
         self.data = self._state
+        self.take(state)
 
     # --- to use it
 
     def reset(self) -> None:
         """Restore the contents of :meth:`seal`, without calling hooks."""
         self.data[:] = self._initial
+
+    def take(self, contents: bytes | bytearray) -> None:
+        """Take over the bits that software can write, without calling hooks."""
+        for at, writable in enumerate(self._writable):
+            self.data[at] = self.data[at] & ~writable & 0xFF | contents[at] & writable
 
     def word(self, offset: int) -> int:
         """Return 16 bits, without calling hooks."""

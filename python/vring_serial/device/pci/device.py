@@ -20,7 +20,12 @@ from vring_serial.device.pci.layout import Layout, virtio_capability
 from vring_serial.device.pci.legacy import LegacyRegisters
 from vring_serial.device.pci.modern import CommonConfig
 from vring_serial.device.pci.msix import MAX_VECTORS, Msix
-from vring_serial.device.pci.state import ENTRY_SIZE, FunctionState
+from vring_serial.device.pci.state import (
+    ENTRY_SIZE,
+    FunctionState,
+    PciSnapshotState,
+    check_function,
+)
 from vring_serial.device.registers.bank import RegisterBank
 from vring_serial.device.registers.device import RegisterDevice
 from vring_serial.device.registers.driver_registers import DriverRegisters
@@ -29,6 +34,7 @@ from vring_serial.device.registers.interrupts import InterruptSink
 from vring_serial.device.registers.queues import NO_KICKS
 from vring_serial.errors import ConfigError
 from vring_serial.proto.virtio import VENDOR_ID
+from vring_serial.saving import check_equal
 
 #: Transitional PCI device ids by device type (4.1.2.1).
 _TRANSITIONAL_IDS = {
@@ -261,6 +267,51 @@ class PciDevice(RegisterDevice):
         self._config.reset()
         self._msix.reset()
         self._registers.reset()
+        self._command_written()
+        self._msix_written()
+
+    def snapshot(self) -> PciSnapshotState:
+        """Return all that :meth:`check_snapshot` of another function needs but guest memory.
+
+        Called inside the device's ``settled``, with positions noted. Raises LocalProtocolError if
+        the device does not say what its state is.
+        """
+        device = self.device
+        return PciSnapshotState(
+            device.device_id,
+            device.config_size,
+            self.transitional,
+            self.vectors,
+            self.state,
+            device.save_state(),
+        )
+
+    def check_snapshot(self, saved: PciSnapshotState) -> Callable[[], None]:
+        """Check that this function, in use, can go on from a snapshot; return what does so.
+
+        Guest memory is not known then (``set_memory(None)``). Nothing changes before the result is
+        called, which does not fail. Raises StateError that names what does not fit.
+        """
+        check_equal("the virtio device type", saved.device_id, self.device.device_id)
+        check_equal("transitional", saved.transitional, self.transitional)
+        check_equal("the number of MSI-X vectors", saved.vectors, self.vectors)
+        take_over = self.device.check_state(saved.device)
+        check_equal(
+            "the size of the configuration space", saved.config_size, self.device.config_size
+        )
+        check_function(saved.function, self.vectors)
+        self._registers.check(saved.function.registers)
+        return lambda: self._take(saved.function, take_over)
+
+    def _take(self, function: FunctionState, take_over: Callable[[], None]) -> None:
+        self.reset()
+        take_over()
+        if function.config_space:
+            self._config.take(function.config_space)
+        if function.msix.table:
+            self.state.msix.table[:] = function.msix.table
+        self.state.msix.pending = function.msix.pending
+        self._registers.take(function.registers)
         self._command_written()
         self._msix_written()
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from vring_serial.device.registers.state import NO_VECTOR, RegistersState
 from vring_serial.errors import StateError
-from vring_serial.saving import check_range
+from vring_serial.saving import StateFormat, check_range
 
 #: Bytes of a conventional function's configuration space (PCI 3.0, 6).
 CONFIG_SIZE = 256
@@ -40,6 +40,31 @@ class FunctionState:
     registers: RegistersState = field(default_factory=RegistersState)
     config_space: bytearray = field(default_factory=bytearray)
     msix: MsixState = field(default_factory=MsixState)
+
+
+@dataclass(slots=True)
+class PciSnapshotState:
+    """A PCI function and the device behind it.
+
+    Attributes:
+        device_id: the virtio device type.
+        config_size: bytes of the device's configuration space.
+        transitional: the function supports legacy drivers as well.
+        vectors: entries of the MSI-X table.
+        function: what the guest sees.
+        device: what ``VirtioDevice.save_state`` returned.
+    """
+
+    device_id: int = 0
+    config_size: int = 0
+    transitional: bool = False
+    vectors: int = 0
+    function: FunctionState = field(default_factory=FunctionState)
+    device: bytes = b""
+
+
+#: How that is written down.
+PCI_SNAPSHOT = StateFormat("PCI function", 1, PciSnapshotState)
 
 
 def check_function(state: FunctionState, vectors: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 
@@ -11,7 +12,12 @@ from vring_serial.device.registers.host import Host
 from vring_serial.device.registers.negotiation import FeatureNegotiation
 from vring_serial.device.registers.queues import NO_KICKS, QueueTable
 from vring_serial.device.registers.selected import SelectedQueue
-from vring_serial.device.registers.state import DriverState, QueueSetup, RegistersState
+from vring_serial.device.registers.state import (
+    DriverState,
+    QueueSetup,
+    RegistersState,
+    check_registers,
+)
 from vring_serial.errors import ConfigError
 from vring_serial.proto.virtio import Feature, Status
 from vring_serial.ratelimit import RateLimitedLog
@@ -228,6 +234,25 @@ class DriverRegisters:
         self.queues.close()
         self.device.on_config_change = None
         self.device.on_needs_reset = None
+
+    def check(self, saved: RegistersState) -> None:
+        """Check registers that somebody else wrote down. Raises StateError that names a fault."""
+        check_registers(
+            saved,
+            num_queues=len(self.queues),
+            size_max=self.queues.size_max,
+            offered=self.features.offered,
+            legacy=self.features.offered_legacy,
+        )
+
+    def take(self, saved: RegistersState) -> None:
+        """Go on from registers that were checked; the device has its state of then, no memory."""
+        for field in dataclasses.fields(DriverState):
+            setattr(self.state, field.name, getattr(saved.driver, field.name))
+        self.queues.take(saved.queues)
+        self._config = None
+        self._config_seen = self.device.config_generation
+        self._update_live()
 
     def note_progress(self) -> None:
         """Bring ``saved`` up to date with the device.

@@ -7,6 +7,7 @@ areas in guest memory, is enabled, disabled or reset, and runs once the driver i
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -177,6 +178,14 @@ class QueueTable:
         self._memory = memory
         for queue in self._queues:
             self._update(queue, waits=True)
+
+    def take(self, queues: Sequence[QueueSetup]) -> None:
+        """Go on from setups that were checked, while no queue runs; none: as after a reset."""
+        for queue, theirs in zip(self._queues, queues, strict=bool(queues)):
+            for field in dataclasses.fields(QueueSetup):
+                setattr(queue, field.name, getattr(theirs, field.name))
+            queue.running = False
+            self.changed.add(queue.index)
 
     def reset_all(self) -> None:
         """Stop all queues, and forget what the driver said."""

@@ -15,7 +15,7 @@ from vring_serial.callbacks import tell
 from vring_serial.device.base import VirtioDevice, check_unserved
 from vring_serial.device.pci import Bar, PciDevice
 from vring_serial.device.pci.config_space import SIZE as CONFIG_SIZE
-from vring_serial.device.pci.state import FunctionState
+from vring_serial.device.pci.state import PCI_SNAPSHOT, FunctionState
 from vring_serial.device.registers.host import Host
 from vring_serial.device.registers.mmio import MmioDevice
 from vring_serial.device.registers.state import RegistersState
@@ -25,9 +25,7 @@ from vring_serial.ratelimit import RateLimitedLog
 from vring_serial.transport.inprocess.hosts import LoopHost, PolledHost
 from vring_serial.transport.inprocess.state import (
     MMIO_SNAPSHOT,
-    PCI_SNAPSHOT,
     MmioSnapshotState,
-    PciSnapshotState,
     check_mmio,
     check_pci,
 )
@@ -262,16 +260,7 @@ class InProcessPci(_Front[PciDevice]):
             self._host.run(self._model.close)
 
     def _pack(self, device: VirtioDevice) -> bytes:
-        return PCI_SNAPSHOT.pack(
-            PciSnapshotState(
-                device.device_id,
-                device.config_size,
-                self._model.transitional,
-                self._model.vectors,
-                self.state,
-                device.save_state(),
-            )
-        )
+        return PCI_SNAPSHOT.pack(self._model.snapshot())
 
     @property
     def intx_level(self) -> bool:

@@ -7,34 +7,13 @@ from dataclasses import dataclass, field
 
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.pci.device import vectors_of
-from vring_serial.device.pci.state import FunctionState, check_function
+from vring_serial.device.pci.state import PciSnapshotState, check_function
 from vring_serial.device.registers.driver_registers import queue_size_of
 from vring_serial.device.registers.negotiation import offered_features, offered_legacy_features
 from vring_serial.device.registers.state import RegistersState, check_registers
-from vring_serial.errors import LocalProtocolError, StateError
+from vring_serial.errors import LocalProtocolError
 from vring_serial.lifetime import Starting
-from vring_serial.saving import StateFormat
-
-
-@dataclass(slots=True)
-class PciSnapshotState:
-    """A PCI function and the device behind it.
-
-    Attributes:
-        device_id: the virtio device type.
-        config_size: bytes of the device's configuration space.
-        transitional: the function supports legacy drivers as well.
-        vectors: entries of the MSI-X table.
-        function: what the guest sees.
-        device: what ``VirtioDevice.save_state`` returned.
-    """
-
-    device_id: int = 0
-    config_size: int = 0
-    transitional: bool = False
-    vectors: int = 0
-    function: FunctionState = field(default_factory=FunctionState)
-    device: bytes = b""
+from vring_serial.saving import StateFormat, check_equal
 
 
 @dataclass(slots=True)
@@ -56,8 +35,7 @@ class MmioSnapshotState:
     device: bytes = b""
 
 
-#: How they are written down.
-PCI_SNAPSHOT = StateFormat("PCI function in an emulator", 1, PciSnapshotState)
+#: How it is written down.
 MMIO_SNAPSHOT = StateFormat("virtio-mmio device in an emulator", 1, MmioSnapshotState)
 
 
@@ -75,10 +53,10 @@ def check_pci(
     Returns what has the device take its part over. Raises StateError that names what does not fit,
     ConfigError as PciDevice.
     """
-    _compare("transitional", saved.transitional, transitional)
+    check_equal("transitional", saved.transitional, transitional)
     take_over = _check_device(saved, device)
     vectors = vectors_of(device, vectors)
-    _compare("the number of MSI-X vectors", saved.vectors, vectors)
+    check_equal("the number of MSI-X vectors", saved.vectors, vectors)
     check_function(saved.function, vectors)
     _check_registers(saved.function.registers, device, packed, queue_size)
     return take_over
@@ -91,7 +69,7 @@ def check_mmio(
 
     Returns and raises as :func:`check_pci`.
     """
-    _compare("the version of virtio-mmio", saved.version, version)
+    check_equal("the version of virtio-mmio", saved.version, version)
     take_over = _check_device(saved, device)
     _check_registers(saved.registers, device, packed, queue_size)
     return take_over
@@ -100,11 +78,11 @@ def check_mmio(
 def _check_device(
     saved: PciSnapshotState | MmioSnapshotState, device: VirtioDevice
 ) -> Callable[[], None]:
-    _compare("the virtio device type", saved.device_id, device.device_id)
+    check_equal("the virtio device type", saved.device_id, device.device_id)
     if isinstance(device, Starting) and getattr(device, "started", False):
         raise LocalProtocolError(f"{device.name} was started: a state comes before that")
     take_over = device.check_state(saved.device)
-    _compare("the size of the configuration space", saved.config_size, device.config_size)
+    check_equal("the size of the configuration space", saved.config_size, device.config_size)
     return take_over
 
 
@@ -118,8 +96,3 @@ def _check_registers(
         offered=offered_features(device, packed=packed, notification_data=True),
         legacy=offered_legacy_features(device),
     )
-
-
-def _compare(what: str, theirs: int, ours: int) -> None:
-    if theirs != ours:
-        raise StateError(f"{what} is {theirs} in the state, {ours} here")

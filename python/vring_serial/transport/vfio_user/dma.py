@@ -62,6 +62,19 @@ class DmaTable:
         copies = (copy.region for copy in self._copies.values() if copy is not None)
         return GuestMemory((*self.mapped.regions, *copies))
 
+    @property
+    def end(self) -> int:
+        """The first address behind all mappings."""
+        return max((each.end for each in self._regions.values()), default=0)
+
+    def is_mapped(self, address: int, length: int) -> bool:
+        """Return whether all of a range is mapped."""
+        at, end = address, address + length
+        for each in sorted(self._regions.values(), key=_address):
+            if each.address <= at < each.end:
+                at = each.end
+        return at >= end
+
     def is_remote(self, address: int) -> bool:
         """Return whether only the client can access ``address``."""
         return any(self.remote_parts(address, 1))

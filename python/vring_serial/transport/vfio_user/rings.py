@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
-from vring import RingError
+from vring import DirtyLog, RingError
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.virtqueue import RunningQueue
 from vring_serial.proto.virtio import Status
@@ -34,6 +34,8 @@ class RemoteRings:
     Attributes:
         state: exact while no ring runs, and after :meth:`note_owed`.
         client: the client's memory while there is a client.
+        log: gets the device's writes, of rings that start from then on; None: nothing does. What
+            the client writes at our request counts as well.
         name, device_id, device_features: the device's; see VirtioDevice.
         num_queues, queue_size_max, config_size, config_generation, status: likewise.
         on_config_change, on_needs_reset: likewise; setting them sets the device's.
@@ -42,6 +44,7 @@ class RemoteRings:
     def __init__(self, device: VirtioDevice, state: RemoteRingsState | None = None) -> None:
         self.state = state or RemoteRingsState()
         self.client: ClientMemory | None = None
+        self.log: DirtyLog | None = None
         self._device = device
         self._shadows: dict[int, ShadowRing] = {}
         self._resuming = False
@@ -75,6 +78,8 @@ class RemoteRings:
             if client is not None:
                 # In the copies there is nothing: buffers there would be read as zeros.
                 queue.queue.memory = client.dma.mapped
+                if self.log is not None:
+                    queue.queue.set_log(self.log)
             self._device.start_queue(index, queue)
             return
         shadow = ShadowRing(
@@ -85,6 +90,7 @@ class RemoteRings:
             resumed=self._resuming,
             behind=index in self._unsettled,
             settled=partial(self._settled, index),
+            written=self._written,
         )
         if shadow.behind:
             self._unsettled.add(index)
@@ -104,6 +110,11 @@ class RemoteRings:
             self._set_owed(index, shadow.stop())
         return position
 
+    @property
+    def any_remote(self) -> bool:
+        """Whether a ring runs that is in memory which only the client has."""
+        return bool(self._shadows)
+
     def note_owed(self) -> None:
         """Write into the state which drivers of rings that run are owed an interrupt now."""
         for index, shadow in self._shadows.items():
@@ -118,6 +129,10 @@ class RemoteRings:
         self._set_owed(index, False)
         self._unsettled.discard(index)
         self._device.reset_queue(index)
+
+    def _written(self, address: int, length: int) -> None:
+        if self.log is not None:
+            self.log.mark(address, length)
 
     def _failed(self, index: int, error: Exception) -> None:
         if index not in self._shadows or isinstance(error, ConnectionError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 from functools import partial
 
@@ -87,6 +88,16 @@ class VfioUserServer(Server[VfioUserSession]):
             self._pci = self._resume_pci(left, keeping)
         if self._pci is None:
             self._pci = self._make_pci()
+
+    async def start(self) -> None:
+        """See Server."""
+        await super().start()
+        # It refuses no migration, and asks for no state: nothing in QEMU would say so.
+        text = (
+            "%s: a client may migrate the device (DEVICE_FEATURE); QEMU 11.1 does not: "
+            "do not migrate or save its machine"
+        )
+        self._log.log(logging.INFO, text, self._name)
 
     def _resume_pci(self, left: Left, keeping: Keeping) -> PciDevice | None:
         """Return the function as a predecessor left it; None if it was another one."""

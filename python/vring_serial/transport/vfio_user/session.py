@@ -6,7 +6,7 @@ import errno
 import logging
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any
@@ -52,7 +52,9 @@ from vring_serial.transport.repeatable import (
     RepeatableConnection,
 )
 from vring_serial.transport.session import FatalError, Handler, Session, SessionContext
+from vring_serial.transport.vfio_user.dirty import DmaLog
 from vring_serial.transport.vfio_user.dma import DmaTable
+from vring_serial.transport.vfio_user.features import DeviceFeatures
 from vring_serial.transport.vfio_user.irqs import NO_DESCRIPTORS, Interrupts
 from vring_serial.transport.vfio_user.regions import Regions
 from vring_serial.transport.vfio_user.remote import WINDOW_BYTES, RemoteMemory
@@ -146,6 +148,15 @@ class VfioUserSession(Session[Message]):
             None if context.keeping is None else self._keep_copy,
         )
         self._memory_changed = False
+        self._dirty = DmaLog(self._state, self._dma, rings, self._restart)
+        self._features = DeviceFeatures(
+            pci,
+            rings,
+            self._state,
+            self._dirty,
+            set_running=self._set_running,
+            tell=lambda text: self._log.log(logging.INFO, "%s: %s", self._name, text),
+        )
         self._beside: list[int] = []  # descriptors that go with the next reply
         # A predecessor's are put back in the loop's next turn: see _resume.
         self._closer = context.closer
@@ -239,7 +250,8 @@ class VfioUserSession(Session[Message]):
                 # What the device took and gave was in a copy, of which nothing is left.
                 raise StateError(f"the ring of queue {queue.index} is in memory that is not shared")
         failed = {queue.index for queue in queues if queue.failed}
-        if self._state.regions:
+        self._dirty.resume()
+        if self._state.regions and self._features.running:
             with self._rings.resuming():
                 self._pci.set_memory(self._dma.memory)
         for queue in queues:
@@ -327,6 +339,8 @@ class VfioUserSession(Session[Message]):
             self._twin.close()
         self._pci.set_irq_sink(NoInterrupts())
         self._pci.set_memory(None)
+        self._features.close()
+        self._rings.log = None
         self._pci.reset()
         self._dma.close()
         if self._rings.client is not None:
@@ -365,6 +379,8 @@ class VfioUserSession(Session[Message]):
             raise VfioUserError(message.name, "not supported", errno.EOPNOTSUPP)
         if message.command not in (Command.DMA_MAP, Command.DMA_UNMAP):
             self._settle()
+        if message.command in self._features.handlers:
+            self._client_changed = True
         return handler(payload, fds)
 
     def _reply(self, message: Message, answer: Payload | None) -> None:
@@ -404,6 +420,7 @@ class VfioUserSession(Session[Message]):
             Command.DEVICE_SET_IRQS: self._set_irqs,
             Command.DEVICE_RESET: self._device_reset,
             **self._regions.handlers,
+            **self._features.handlers,
         }
 
     # --- negotiation and description
@@ -548,7 +565,26 @@ class VfioUserSession(Session[Message]):
         """
         if self._memory_changed:
             self._memory_changed = False
+            if not self._dirty.fits():
+                self._pci.set_memory(None)
+                self._dirty.grow()
+            if self._features.running:
+                self._pci.set_memory(self._dma.memory)
+
+    # --- migration
+
+    def _set_running(self, running: bool) -> None:
+        """Give the function the client's memory, or take it away."""
+        self._pci.set_memory(self._dma.memory if running else None)
+
+    def _restart(self, change: Callable[[], None]) -> None:
+        """Change something that rings take over when they start."""
+        self._pci.set_memory(None)
+        change()
+        if self._features.running:
             self._pci.set_memory(self._dma.memory)
 
     def _device_reset(self, _: Empty, fds: list[int]) -> None:
         self._pci.reset()
+        self._features.reset()
+        self._client_changed = True

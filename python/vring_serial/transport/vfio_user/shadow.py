@@ -130,6 +130,7 @@ class ShadowRing:
         resumed: the copy is a predecessor's, with all that it and the device had begun.
         behind: the guest may not have all that the device used.
         settled: called, if it was behind, once all chains are known whose pages are needed.
+        written: gets address and bytes of what the client has written at our request.
 
     Raises:
         RemoteProtocolError: the ring is packed, or a part of it is in shared memory.
@@ -145,6 +146,7 @@ class ShadowRing:
         resumed: bool = False,
         behind: bool = False,
         settled: Callable[[], None] = lambda: None,
+        written: Callable[[int, int], None] = lambda address, length: None,
     ) -> None:
         queue = running.queue
         if not isinstance(queue, SplitQueue):
@@ -162,6 +164,7 @@ class ShadowRing:
         self._failure = _Failure(failed)
         self._owed = owed or resumed
         self._settled = settled
+        self._written = written
         # Of the guest's ring: fetched, made available to the device, stored back, and told.
         self._fetched = self._offered = self._stored = self._told = queue.avail_index
         self._ring = self._hold_ring()
@@ -493,6 +496,8 @@ class ShadowRing:
     def _write(self, address: int, data: bytes) -> asyncio.Future[bytes]:
         done = self._remote.write(address, data)
         done.add_done_callback(self._failure.written)
+        written, length = self._written, len(data)
+        done.add_done_callback(lambda _: written(address, length))
         return done
 
     async def _tell(self) -> None:

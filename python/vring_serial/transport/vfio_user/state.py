@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from vring_serial.device.registers.state import DriverState, QueueSetup
+from vring_serial.proto.vfio_user_features import MigrationState
 from vring_serial.proto.vfio_user_version import Capabilities
 from vring_serial.saving import StateFormat
 from vring_serial.transport.repeatable import Handled
@@ -49,6 +50,12 @@ class ClientState:
         unmask_event: the client has given an event that unmasks INTx.
         next_serial: the number of the next descriptor of a region.
         life: how many processes have served the client before this one.
+        logging: DMA logging was started.
+        phase: where the function is on its way to or from another server.
+        content: its state, as the client reads or writes it.
+        moved: bytes of that which the client has read.
+        elsewhere: the client has all of the state, or brought it, and the function has not run
+            here since.
     """
 
     agreed: Capabilities | None = None
@@ -58,6 +65,11 @@ class ClientState:
     unmask_event: bool = False
     next_serial: int = 0
     life: int = 0
+    logging: bool = False
+    phase: MigrationState = MigrationState.RUNNING
+    content: bytes = b""
+    moved: int = 0
+    elsewhere: bool = False
 
 
 @dataclass(slots=True)
