@@ -28,6 +28,7 @@ cdef enum:
     NEWS_ERROR = 4
     NEWS_BROKEN = 8
     NEWS_INEXACT = 16
+    NEWS_UNLOGGED = 32
 
 cdef struct vr_counters:
     # written by the pump's thread alone, with vr_count
@@ -39,6 +40,7 @@ cdef struct vr_counters:
     uint64_t calls_saved
     uint64_t throttled_ns       # total; while throttled: VR_THROTTLED | now - total, at its start
     uint64_t dropped
+    uint64_t unlogged           # bytes that the log did not take
 
 cdef struct vr_tables:
     # scratch memory of one thread; holds nothing between turns
@@ -66,6 +68,9 @@ cdef struct vr_flow:
     bint call_due               # the driver wants a call for used chains and has not got it
     bint overflowing
     bint inexact                # its owner was told that the end is not recorded
+    bint logged                 # outgoing: bytes go to log_fd too, a pipe that does not block
+    bint unlogging              # it took less than all of the last bytes
+    int log_fd
     vr_sampler sampler          # outgoing
     uint32_t offered            # incoming: most buffers that were available at once so far
     uint64_t room               # bytes to try at once, from what the descriptor took lately

@@ -16,7 +16,7 @@ from libc.stdlib cimport calloc, free, malloc, realloc
 from vring._core cimport VR_TOO_SMALL, VirtQueue
 from vring._descriptor cimport FD_NONE, FD_OTHER, FD_SOCKET, discard_held, get, put, unread
 from vring._guard cimport guard_probe
-from vring._linux cimport EAGAIN, EFAULT, EPIPE, IOV_MAX, vr_count, vr_note, vr_now
+from vring._linux cimport EAGAIN, EFAULT, EPIPE, IOV_MAX, vr_count, vr_note, vr_now, writev
 from vring._notify cimport notify_any
 from vring._record cimport vr_keep, vr_record, vr_set_record, vr_store
 from vring._sampler cimport sampler_call_waits, sampler_goes_on
@@ -323,6 +323,28 @@ cdef uint64_t put_some(
     return done
 
 
+cdef void log_taken(vr_flow* flow, const vr_strip* strip) noexcept nogil:
+    """Write to the log, as far as it has room, what has been taken from the guest for good."""
+    cdef uint64_t asked
+    cdef ssize_t done
+    cdef uint32_t at = 0, i, n
+    cdef bint left_out = False
+    while at < strip.n:
+        n = min(strip.n - at, <uint32_t>IOV_MAX)
+        asked = 0
+        for i in range(n):
+            asked += strip.at[at + i].iov_len
+        # What follows a gap may fit again; a log with one gap is worth more than one with many.
+        done = 0 if left_out else max(writev(flow.log_fd, strip.at + at, n), <ssize_t>0)
+        if <uint64_t>done < asked:
+            left_out = True
+            vr_count(&flow.counters.unlogged, asked - <uint64_t>done)
+        at += n
+    if left_out and not flow.unlogging:
+        flow.news |= NEWS_UNLOGGED
+    flow.unlogging = left_out
+
+
 cdef void flush(vr_flow* flow, const vr_tables* tables) noexcept nogil:
     """Write the backlog."""
     cdef iovec[2] segments
@@ -391,6 +413,11 @@ cdef uint64_t send_batch(vr_flow* flow, vr_tables* tables, uint32_t n) noexcept 
         asked = strip_cut(&part, total, min(<uint64_t>TURN_BYTES, flow.data.most))
         done = put_some(flow, tables, &part, asked, (<VirtQueue>flow.queue).record)
         strip_mend(&part)
+        if flow.logged and done:
+            part = strip
+            strip_cut(&part, total, done)
+            log_taken(flow, &part)
+            strip_mend(&part)
         adapt(flow, asked, done)
         if done == asked and asked < total:
             settle(flow, tables, n, skip + done)        # the rest in the next round
@@ -402,6 +429,8 @@ cdef uint64_t send_batch(vr_flow* flow, vr_tables* tables, uint32_t n) noexcept 
         if absorb(flow, &strip, total - done):
             done = total
             commit_backlog(flow, skip + done)
+            if flow.logged:
+                log_taken(flow, &strip)
     settle(flow, tables, n, skip + done)
     return done
 
@@ -575,6 +604,8 @@ cdef void flow_finish(vr_flow* flow, vr_tables* tables) noexcept nogil:
             elif flow.gives_back:
                 give_back(flow, 1)      # a record says how much of it was taken
             else:
+                if flow.logged:
+                    log_taken(flow, &strip)
                 complete(flow, tables, NULL, 1)
     call_driver(flow)
     flow.skip = 0

@@ -15,6 +15,7 @@ class FlowEvent(enum.IntEnum):
     RING_BROKEN = 2
     OVERFLOW = 3
     INEXACT = 4
+    UNLOGGED = 5
 
 class FlowCounters(NamedTuple):
     bytes: int
@@ -25,6 +26,7 @@ class FlowCounters(NamedTuple):
     calls_saved: int
     throttled_ns: int
     dropped: int
+    unlogged: int
 
 @final
 class Flow:
@@ -67,6 +69,7 @@ class Pump:
         residue: Buffer = b"",
         kept: bool = False,
         relay: tuple[int, int] | None = None,
+        log_fd: int = -1,
     ) -> Flow: ...
     def host_to_guest(
         self,

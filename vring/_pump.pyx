@@ -17,9 +17,10 @@ from vring._core cimport VirtQueue
 from vring._backlog cimport Backlog, store_settle
 from vring._descriptor cimport begin_end, describe, describe_data, settle_call, vr_fd
 from vring._flow cimport (
-    NEWS_BROKEN, NEWS_EOF, NEWS_ERROR, NEWS_OVERFLOW, VR_THROTTLED, vr_counters
+    NEWS_BROKEN, NEWS_EOF, NEWS_ERROR, NEWS_OVERFLOW, NEWS_UNLOGGED, VR_THROTTLED, vr_counters,
+    vr_flow,
 )
-from vring._linux cimport S_IFSOCK, getpid, read, vr_counted, vr_now, write
+from vring._linux cimport S_IFIFO, S_IFSOCK, getpid, read, vr_counted, vr_now, write
 from vring._reactor cimport (
     COMMAND_ATTACH, COMMAND_DETACH, REACTOR_BLOCKING, REACTOR_ENDED, reactor_abandon,
     reactor_command, reactor_halt, reactor_next_news, reactor_start, reactor_stop, vr_reactor,
@@ -38,6 +39,7 @@ class FlowEvent(enum.IntEnum):
     RING_BROKEN = 2     # the driver broke the ring; detail: the RingError
     OVERFLOW = 3        # a lossy flow began to drop bytes; detail: bytes dropped so far
     INEXACT = 4         # a descriptor for which there is a relay does not splice; detail None
+    UNLOGGED = 5        # the log began to leave bytes out; detail: bytes left out so far
 
 
 class FlowCounters(NamedTuple):
@@ -51,6 +53,16 @@ class FlowCounters(NamedTuple):
     calls_saved: int
     throttled_ns: int
     dropped: int
+    unlogged: int
+
+
+cdef int describe_log(vr_flow* flow, object number) except -1:
+    cdef vr_fd log
+    if describe(&log, number, "log_fd") not in (0, S_IFIFO) or log.blocking:
+        raise LocalMisuseError(f"log_fd {number} is no pipe, or it is blocking")
+    flow.logged = log.number >= 0
+    flow.log_fd = log.number
+    return 0
 
 
 cdef int describe_notifier(vr_fd* fd, object number, str what) except -1:
@@ -138,7 +150,7 @@ cdef class Flow:
         return FlowCounters(
             vr_counted(&c.bytes), vr_counted(&c.chains), vr_counted(&c.batches),
             vr_counted(&c.kicks), vr_counted(&c.calls), vr_counted(&c.calls_saved), throttled,
-            vr_counted(&c.dropped),
+            vr_counted(&c.dropped), vr_counted(&c.unlogged),
         )
 
     cdef int tell(self, uint32_t news, int error) except -1:
@@ -151,6 +163,8 @@ cdef class Flow:
             self.on_event(FlowEvent.PEER_ERROR, error)
         elif news == NEWS_BROKEN:
             self.on_event(FlowEvent.RING_BROKEN, self.queue.broken)
+        elif news == NEWS_UNLOGGED:
+            self.on_event(FlowEvent.UNLOGGED, vr_counted(&self.seat.flow.counters.unlogged))
         else:
             self.on_event(FlowEvent.INEXACT, None)
         return 0
@@ -243,7 +257,7 @@ cdef class Pump:
 
     def guest_to_host(
         self, VirtQueue queue not None, *, write_fd, kick_fd, call_fd, on_event, lossy=False,
-        backlog=1 << 20, residue=b"", kept=False, relay=None
+        backlog=1 << 20, residue=b"", kept=False, relay=None, log_fd=-1
     ):
         """Move the bytes that the driver makes available in `queue` to a descriptor.
 
@@ -271,6 +285,9 @@ cdef class Pump:
             relay: for the same with a pipe or a terminal, both ends (to read, to write) of a pipe
                 that outlives this process and that nobody else uses, non-blocking; the caller's.
                 None: after a kill, bytes on their way may be lost or doubled there.
+            log_fd: end of a non-blocking pipe that gets the bytes as well, once each, when they are
+                taken from the driver for good; -1: none. What it has no room for is left out and
+                counted: it holds nothing up.
 
         Raises:
             LocalMisuseError: an unsuitable queue or descriptor, or the pump is closed.
@@ -278,6 +295,7 @@ cdef class Pump:
         """
         cdef Flow flow = self.make(queue, kick_fd, call_fd, on_event)
         describe_data(&flow.seat.flow.data, write_fd, "write_fd", kept, relay)
+        describe_log(&flow.seat.flow, log_fd)
         cdef const uint8_t[::1] data = residue
         cdef size_t length = data.shape[0]
         if isinstance(backlog, Backlog):

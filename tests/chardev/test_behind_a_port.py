@@ -18,6 +18,7 @@ import pytest
 
 from tests.support.chardev_kinds import (
     COMING_BACK,
+    KINDS,
     RECEIVING,
     SENDING,
     SOCKETS,
@@ -28,12 +29,14 @@ from tests.support.chardev_kinds import (
     TcpClientKind,
     TcpServerKind,
 )
-from tests.support.waiting import DEADLINE, LoopClock, until, until_logged
+from tests.support.waiting import DEADLINE, LoopClock, until, until_file_says, until_logged
 from vring_serial.chardev.base import DescriptorEnd
 from vring_serial.chardev.file import FileChardev, FileOptions
 from vring_serial.chardev.hangup import is_leaving, unread
+from vring_serial.chardev.log import LogOptions, OutputLog
 from vring_serial.chardev.pty import PtyChardev
 from vring_serial.chardev.ringbuf import RingbufChardev
+from vring_serial.chardev.socket import SocketChardev, SocketOptions
 from vring_serial.device.console.controller import Controller
 from vring_serial.device.console.port import Port
 from vring_serial.guest.guest import EmbeddedGuest
@@ -94,6 +97,50 @@ async def test_the_guests_output_arrives(peer: Peer, guest_port: GuestPort) -> N
     writer.write(DATA)
     assert await receive(peer, len(DATA)) == DATA
     writer.close()
+
+
+@pytest.mark.parametrize("peer", KINDS, indirect=True)
+async def test_the_guests_output_is_logged(peer: Peer, served: Serve, tmp_path: Path) -> None:
+    peer.chardev.log = OutputLog("c", LogOptions(logfile=str(tmp_path / "output")))
+    async with served(Port(1, "test", peer.chardev)) as guest:
+        guest_port = await guest.wait_port(nr=1, timeout=5)
+        await peer.connect()
+        _, writer = await guest_port.open()
+        await guest_port.wait_host()
+        writer.write(DATA)
+        if peer.receives:
+            assert await receive(peer, len(DATA)) == DATA
+        await until_file_says(tmp_path / "output", DATA)
+        writer.close()
+    assert (tmp_path / "output").read_bytes() == DATA
+
+
+@pytest.mark.parametrize("console", [True, False])
+async def test_what_nobody_reads_is_logged_when_it_is_taken(
+    served: Serve, tmp_path: Path, console: bool
+) -> None:
+    """A console's output with nobody there; a port's when there is somebody, and then once."""
+    path = str(tmp_path / "c")
+    chardev = SocketChardev("c", SocketOptions(path=path, server=True, wait=False))
+    chardev.log = OutputLog("c", LogOptions(logfile=str(tmp_path / "output")))
+    async with served(Port(1, "", chardev, console=console)) as guest:
+        guest_port = await guest.wait_port(nr=1, timeout=5)
+        _, writer = await guest_port.open()
+        writer.write(b"before;")
+        if console:
+            await until_file_says(tmp_path / "output", "before;")
+        reader, host = await asyncio.open_unix_connection(path)
+        await guest_port.wait_host()
+        # What the device discarded while nobody was there does not come now.
+        await until(lambda: chardev.end is not None)
+        writer.write(b"after;")
+        expected = b"after;" if console else b"before;after;"
+        async with asyncio.timeout(DEADLINE):
+            assert await reader.readexactly(len(expected)) == expected
+        host.close()
+        await until_file_says(tmp_path / "output", "before;after;")
+        writer.close()
+    assert (tmp_path / "output").read_bytes() == b"before;after;"
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 from tests.support.examples import EXAMPLES
 from tests.support.served import Serve, close, connect, guest_of
+from vring_serial.chardev import LogOptions
 from vring_serial.cli import vring
 from vring_serial.config import toml_file
 
@@ -128,11 +129,15 @@ def test_what_would_be_served_is_shown_and_can_be_served(
 ) -> None:
     domain = ("--domain", str(EXAMPLES / "desktop.xml"), "--vfio-user", "v", "--packed")
     more = ("--config", file, "--name", "third", "--log-file", "l", "--workers", "shared")
+    log = ("--chardev", "null,id=log,logfile=c,logsize=4K,nologappend", "--port", "chardev=log")
+    more = (*more, *log)
     status, text, _ = run("config", "show", *domain, *more)
     assert status == 0
     service = toml_file.parse(text.encode())
     assert [vm.name for vm in service.vms] == ["a", "b", "third"]
     assert (service.vms[2].packed, service.log_file, service.workers) == (True, "l", "shared")
+    logs = [port.chardev.log for port in service.vms[2].topology.controllers[0].ports]
+    assert LogOptions(logfile="c", logsize=4096) in logs
     monkeypatch.chdir(tmp_path)
     Path("shown").write_text(text)
     assert run("config", "show", "--config", "shown") == (0, text, "")

@@ -158,6 +158,33 @@ async def test_sighup_opens_files_anew(serve: Serve, tmp_path: Path) -> None:
     assert "closed by the host" not in logs.partition("stopping")[0]
 
 
+async def test_a_ports_log_is_rotated_in_the_sandbox(serve: Serve, tmp_path: Path) -> None:
+    """By its size, and by SIGHUP."""
+    os.mkdir(tmp_path / "d")
+    log = "logfile=d/out,logsize=64K,logbackups=4"
+    lines = b"".join(b"%099d\n" % number for number in range(2000))
+    arguments = ("--chardev", f"null,id=n,{log}", "--port", "chardev=n,nr=1")
+    async with serve(*arguments) as server, asyncio.timeout(TIMEOUT):
+        await server.logged("sandbox: ")
+        async with guest_of(tmp_path / "v") as guest:
+            port = await guest.wait_port(nr=1)
+            await port.wait_host()
+            _, writer = await port.open()
+            writer.write(lines)
+            await until_file_says(tmp_path / "d" / "out", lines[-100:])
+            os.rename(tmp_path / "d" / "out", tmp_path / "d" / "renamed")
+            os.kill(server.pid, signal.SIGHUP)
+            await there(tmp_path / "d" / "out")
+            writer.write(b"anew")
+            await until_file_says(tmp_path / "d" / "out", "anew")
+            writer.close()
+        assert await server.stop() == 0
+    files = [tmp_path / "d" / name for name in ("out.2", "out.1", "out.0", "renamed")]
+    assert b"".join(file.read_bytes() for file in files) == lines
+    assert {file.stat().st_size for file in files[:3]} == {64 << 10}
+    assert (tmp_path / "d" / "out").read_bytes() == b"anew"
+
+
 async def test_a_file_that_cannot_be_opened_anew(serve: Serve, tmp_path: Path) -> None:
     os.mkdir(tmp_path / "d")
     arguments = ("--chardev", "file,id=f,path=d/out", "--port", "chardev=f,nr=1")

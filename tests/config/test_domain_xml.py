@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.examples import EXAMPLES
+from vring_serial.chardev import LogOptions
 from vring_serial.chardev.file import FileOptions
 from vring_serial.chardev.pipe import PipeOptions
 from vring_serial.chardev.socket import SocketOptions
@@ -319,9 +320,12 @@ def test_the_first_console_is_another_name_of_the_first_serial() -> None:
     )
 
 
-def test_log_is_named_as_not_served() -> None:
-    topology = domain(f"<channel type='null'>{VIRTIO}<log file='/x'/></channel>")
-    assert topology.warnings == ("domain: not served, without effect: <log> in line 2",)
+@pytest.mark.parametrize(("append", "appends"), [("", False), ("append='on'", True)])
+def test_log(append: str, appends: bool) -> None:
+    topology = domain(f"<channel type='null'>{VIRTIO}<log file='/x' {append}/></channel>")
+    assert topology.warnings == ()
+    (port,) = topology.controllers[0].ports
+    assert port.chardev.log == LogOptions(logfile="/x", logappend=appends)
 
 
 @pytest.mark.parametrize(

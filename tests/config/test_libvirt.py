@@ -556,5 +556,5 @@ def test_what_is_not_served_is_named_in_one_line() -> None:
     )
     assert domain.warnings == (
         "domain: not served, without effect: <driver iommu=> in line 3, <driver ats=> in line 3, "
-        "<driver page_per_vq=> in line 3, <log> in line 5, <seclabel> in line 4",
+        "<driver page_per_vq=> in line 3, <seclabel> in line 4",
     )

@@ -257,6 +257,10 @@ def test_what_only_one_host_end_can_have() -> None:
     assert "stdio is in use already" in fails(chardevs=["stdio,id=a", "stdio,id=b"], ports=ports)
     one_name = [f"socket,id={id},path=x,abstract,server" for id in "ab"]
     assert "abstract x is in use already" in fails(chardevs=one_name, ports=ports)
+    logs = ["null,id=a,logfile=/x,logsize=1M", "pty,id=b,logfile=/x.2"]
+    assert "/x.2 is in use already" in fails(chardevs=logs, ports=ports)
+    logged_twice = ["file,id=a,path=/x", "pty,id=b,logfile=/x"]
+    assert "/x is a log already" in fails(chardevs=logged_twice, ports=ports)
     two_clients = ["socket,id=a,path=/x", "socket,id=b,path=/x"]
     assert len(ports_of(parse(two_clients, ports))) == 2
 

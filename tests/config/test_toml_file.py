@@ -128,8 +128,24 @@ PORT = 'chardev.n.backend = "null"\nport = [{chardev = "n"}]\n'
             "f:5: vm.a.chardev.n.path: is a string, not a number",
         ),
         (
-            HEAD + "[vm.a.chardev.n]\nbackend = 'file'\npath = 'x'\nlogfile = 'y'",
-            "f:6: vm.a.chardev.n.logfile: QEMU's logfile is not served",
+            HEAD + "[vm.a.chardev.n]\nbackend = 'file'\npath = 'x'\nmux = true",
+            "f:6: vm.a.chardev.n.mux: QEMU's mux is not served",
+        ),
+        (
+            HEAD + "[vm.a.chardev.n]\nbackend = 'pty'\nlogfile = 'y'\nlogsize = '2X'",
+            "f:6: vm.a.chardev.n.logsize: '2X' is not a size",
+        ),
+        (
+            HEAD + "[vm.a.chardev.n]\nbackend = 'pty'\nlogappend = true",
+            "f:5: vm.a.chardev.n.logappend: goes with logfile only",
+        ),
+        (
+            "".join(
+                f"[vm.{name}]\nvhost-user = '{name}'\nchardev.p = {{backend = 'null', "
+                "logfile = 'x'}\nport = [{chardev = 'p'}]\n"
+                for name in "ab"
+            ),
+            "/x is in use already (f:3: vm.a.chardev.p)",
         ),
         (
             HEAD + "[vm.a.chardev.n]\nbackend = 'socket'\npath = 'x'\nport = 1",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import pty
 import random
@@ -146,6 +147,33 @@ async def test_a_file_is_emptied_once_and_its_input_read_once(append):
     old = "old\n" if append == "on" else ""
     assert Path("out").read_text() == f"{old}one\ntwo\nthree\nfour\n"
     assert "when a worker dies" not in keeper.log
+
+
+async def test_a_log_goes_on_where_it_was():
+    """Emptied once; bytes between two system calls may be missing, none comes twice."""
+    Path("out").write_text("old\n")
+    chance = random.Random(5)
+    async with serving("null,id=c,logfile=out") as (keeper, guest):
+        async with port_of(guest, keeper) as port:
+            for text in ("one\n", "two\n", "three\n"):
+                port.says(text.encode())
+                await until_file_says(Path("out"), text)
+                await keeper.kill_until_served()
+            count = 0
+            async with keeper.dying(chance):
+                while keeper.kills < 12:
+                    for _ in range(200):
+                        port.says(b"%09d\n" % count)
+                        count += 1
+                    await port.writer.drain()
+            port.says(b"end\n")
+            await until_file_says(Path("out"), "end\n")
+        await keeper.kill_until_anew()
+    lines = Path("out").read_bytes().split(b"\n")
+    assert lines[:3] == [b"one", b"two", b"three"]
+    numbers = [int(line) for line in lines[3:-2] if len(line) == 9]
+    assert all(before < after for before, after in itertools.pairwise(numbers))
+    assert len(numbers) > 0.9 * count
 
 
 async def test_pipes_are_held_open_with_what_is_in_them():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vring_serial.chardev.base import Chardev, ChardevUser, DescriptorEnd, End, ProtocolEnd
+from vring_serial.chardev.log import LogOptions, OutputLog
 from vring_serial.chardev.options import Options
 from vring_serial.chardev.registry import kinds, make, options_type
 
@@ -11,7 +12,9 @@ __all__ = [
     "ChardevUser",
     "DescriptorEnd",
     "End",
+    "LogOptions",
     "Options",
+    "OutputLog",
     "ProtocolEnd",
     "kinds",
     "make",

@@ -20,23 +20,13 @@ import abc
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
+from vring_serial.chardev.log import OutputLog
+from vring_serial.chardev.relay import Relay
 from vring_serial.errors import LocalProtocolError, ResourceError
 from vring_serial.keeping import Keeping
 from vring_serial.lifetime import Starting
-
-
-class Relay(NamedTuple):
-    """A pipe that outlives the process: what went through it is known to a successor.
-
-    Attributes:
-        read_fd: its end to read from.
-        write_fd: its end to write to.
-    """
-
-    read_fd: int
-    write_fd: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +94,15 @@ class Chardev(Starting):
         end: the connected end, or None. It changes only during calls of ChardevUser methods.
         keeping: store for what a successor process needs and a predecessor left, for kinds that
             can continue in one; set before ``start``. None: there is no successor.
+        log: what the user writes the guest's output to as well; set before there is a user. None:
+            nothing.
     """
 
     def __init__(self, id: str) -> None:
         self.id = id
         self.end: End | None = None
         self.keeping: Keeping | None = None
+        self.log: OutputLog | None = None
         self._user: ChardevUser | None = None
 
     def attach(self, user: ChardevUser) -> None:
@@ -142,6 +135,25 @@ class Chardev(Starting):
         May be called twice, after a failed start, and while ``start`` is waiting, which then raises
         ResourceError.
         """
+
+    async def start_with_log(self) -> None:
+        """Start the log, if there is one, and the chardev. Raises as :meth:`start`."""
+        if self.log is not None:
+            await self.log.start(self.keeping)
+        try:
+            await self.start()
+        except BaseException:
+            if self.log is not None:
+                await self.log.aclose()
+            raise
+
+    async def aclose_with_log(self) -> None:
+        """Close the chardev, and its log when nobody writes to it any more."""
+        try:
+            await self.aclose()
+        finally:
+            if self.log is not None:
+                await self.log.aclose()
 
     def peer_gone(self, reason: OSError | None = None) -> None:
         """Handle end of file or an error that the user met on the end's descriptors.

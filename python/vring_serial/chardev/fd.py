@@ -8,8 +8,9 @@ import logging
 import os
 from typing import ClassVar
 
-from vring_serial.chardev.base import Chardev, DescriptorEnd, Relay
+from vring_serial.chardev.base import Chardev, DescriptorEnd
 from vring_serial.chardev.kept import Kept
+from vring_serial.chardev.relay import Relay
 
 log = logging.getLogger(__name__)
 

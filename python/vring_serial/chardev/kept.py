@@ -10,7 +10,7 @@ import socket
 import stat
 from collections.abc import Sequence
 
-from vring_serial.chardev.base import Relay
+from vring_serial.chardev.relay import Relay
 from vring_serial.keeping import Keeping
 from vring_serial.unix_fds import stream_socket
 
@@ -66,6 +66,14 @@ class Kept:
         """
         if self._keeping is None or not _wants_relay(fd):
             return None
+        return self.pipe(role, _RELAY_SIZE)
+
+    def pipe(self, role: str, size: int) -> Relay:
+        """Return a non-blocking pipe: a predecessor's with what is in it, or a new one.
+
+        The caller ends it with :meth:`end_relay`. It holds ``size`` bytes, if this user may have so
+        many. Raises OSError without descriptors.
+        """
         ends = [self.take(role + end) for end in _RELAY]
         if -1 not in ends:
             return Relay(*ends)
@@ -74,7 +82,7 @@ class Kept:
                 os.close(end)
         relay = Relay(*os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC))
         with contextlib.suppress(OSError):  # more than this user may have
-            fcntl.fcntl(relay.write_fd, fcntl.F_SETPIPE_SZ, _RELAY_SIZE)
+            fcntl.fcntl(relay.write_fd, fcntl.F_SETPIPE_SZ, size)
         for name, end in zip(_RELAY, relay, strict=True):
             self.keep(role + name, end)
         return relay
@@ -82,9 +90,14 @@ class Kept:
     def end_relay(self, role: str, relay: Relay | None) -> None:
         """Close a relay, with what is in it, and keep it no longer."""
         if relay is not None:
-            for name, end in zip(_RELAY, relay, strict=True):
-                self.keep(role + name, -1)
+            self.forget_relay(role)
+            for end in relay:
                 os.close(end)
+
+    def forget_relay(self, role: str) -> None:
+        """Keep a relay no longer; it stays open here."""
+        for name in _RELAY:
+            self.keep(role + name, -1)
 
 
 class KeptSockets(Kept):

@@ -14,10 +14,11 @@ import socket
 import sys
 from dataclasses import dataclass
 
-from vring_serial.chardev.base import Chardev, DescriptorEnd, Relay
+from vring_serial.chardev.base import Chardev, DescriptorEnd
 from vring_serial.chardev.hangup import unread
 from vring_serial.chardev.kept import Kept
 from vring_serial.chardev.options import Options, check_path
+from vring_serial.chardev.relay import Relay
 from vring_serial.chardev.terminal import set_raw, terminal_size
 
 # The kernel does not tell the master that the slave was opened or that its size changed.

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple, cast
 
 from vring_serial.chardev.base import Chardev
+from vring_serial.chardev.log import LogOptions, OutputLog
 from vring_serial.chardev.options import Options
 from vring_serial.errors import ConfigError
 
@@ -52,6 +53,7 @@ def make(
     options: Options | None = None,
     *,
     factory: Callable[[], asyncio.Protocol] | None = None,
+    log: LogOptions | None = None,
 ) -> Chardev:
     """Make a chardev, not started.
 
@@ -61,6 +63,7 @@ def make(
         options: an instance of ``options_type(kind)``; None: all defaults.
         factory: for kinds whose end is Python code (spicevmc, spiceport): makes one protocol per
             connection.
+        log: where what the guest writes is logged; None: nowhere.
 
     Raises:
         ConfigError: the kind is unknown, or a required option or factory is missing.
@@ -73,8 +76,12 @@ def make(
     if kind in _NEEDS_CODE:
         if factory is None:
             raise ConfigError(f"chardev {id}: {kind} needs {_NEEDS_CODE[kind]}, and none is given")
-        return cast(Chardev, chardev_type(id, factory, description=kind))
-    return cast(Chardev, chardev_type(id, options))
+        made = cast(Chardev, chardev_type(id, factory, description=kind))
+    else:
+        made = cast(Chardev, chardev_type(id, options))
+    if log is not None and log.logfile:
+        made.log = OutputLog(id, log)
+    return made
 
 
 def _load(kind: str) -> tuple[type, type]:

@@ -120,6 +120,8 @@ def _hand_over(served: Sequence[_Machine], handed_over: Callable[[], NoReturn]) 
 def _reload(served: list[_Machine]) -> None:
     """Reopen the files that a log rotation has renamed."""
     reopens = [chardev.reopen for vm in served for chardev in vm.chardevs]
+    logs_of_ports = [chardev.log for vm in served for chardev in vm.chardevs]
+    reopens += [log.reopen for log in logs_of_ports if log is not None]
     for reopen in (logs.reopen, *reopens):
         try:
             reopen()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 from vring import Backlog, Pump
 from vring_serial import chardev
-from vring_serial.chardev import Chardev
+from vring_serial.chardev import Chardev, OutputLog
 from vring_serial.config.topology import ChardevConfig, ControllerConfig, PortConfig
 from vring_serial.device.console.controller import Controller
 from vring_serial.device.console.port import Port
@@ -37,7 +37,7 @@ def make_chardev(config: ChardevConfig, factory: ProtocolFactory | None = None) 
         ConfigError: the host end is invalid; the message names its place in the configuration.
     """
     try:
-        return chardev.make(config.kind, config.id, config.options, factory=factory)
+        return chardev.make(config.kind, config.id, config.options, factory=factory, log=config.log)
     except ConfigError as error:
         raise ConfigError(str(error), config.where) from None
 
@@ -84,6 +84,8 @@ def make_controller(
     for port in config.ports:
         if maker := makers.get(port.chardev.kind):
             end = maker(port)
+            if port.chardev.log.logfile:
+                end.log = OutputLog(port.chardev.id, port.chardev.log)
         else:
             choose = factories.get(port.chardev.kind)
             end = make_chardev(port.chardev, choose(port) if choose is not None else None)

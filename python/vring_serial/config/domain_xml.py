@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from vring_serial.chardev import Options, options_type
+from vring_serial.chardev import LogOptions, Options, options_type
 from vring_serial.config.domain_pci import devices, pci_address, read_pci
 from vring_serial.config.draft import (
     MAX_CONTROLLER_INDEX,
@@ -201,9 +201,9 @@ class _Channels:
             self._foreign.append(f"<{node.tag}> with target {kind} in line {node.line}")
             return
         source = node.child("source")
-        for part in (node.child("log"), source.child("seclabel") if source is not None else None):
-            if part is not None:
-                self._unserved.append(f"<{part.tag}> in line {part.line}")
+        label = source.child("seclabel") if source is not None else None
+        if label is not None:
+            self._unserved.append(f"<seclabel> in line {label.line}")
         name = (target.get("name") or "") if target is not None else ""
         alias = node.child("alias")
         id = (alias.get("name") if alias is not None else None) or f"{node.tag}{number}"
@@ -247,7 +247,7 @@ class _Channels:
             options = _make(source, "spiceport", name=source.text_of("channel"))
         else:
             options = _make(node, _KINDS[type_])
-        return ChardevConfig(_KINDS[type_], id, options, node.where)
+        return ChardevConfig(_KINDS[type_], id, options, node.where, _log(node))
 
     def _unix(self, node: Node, source: Node | None, name: str) -> Options:
         """Return the options of a unix channel; without a path it listens on a generated one."""
@@ -279,6 +279,16 @@ def _make(node: Node, kind: str, **values: object) -> Options:
         return options_type(kind)(**values)
     except ConfigError as error:
         node.fail(f"{error.where}: {error.why}" if error.where else error.why)
+
+
+def _log(node: Node) -> LogOptions:
+    log = node.child("log")
+    if log is None:
+        return LogOptions()
+    try:
+        return LogOptions(logfile=log.text_of("file"), logappend=log.flag("append"))
+    except ConfigError as error:
+        log.fail(f"file: {error.why}")
 
 
 def _needed(node: Node, source: Node | None) -> Node:

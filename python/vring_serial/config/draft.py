@@ -366,13 +366,29 @@ def _check_name(name: str, where: str) -> None:
 def _check_host_ends(chardevs: Iterable[ChardevConfig]) -> None:
     """Raise ConfigError if two ends create the same path or use the standard input."""
     makers: dict[str, ChardevConfig] = {}
+    chardevs = list(chardevs)
+    logged = {path: chardev for chardev in chardevs for path in log_paths(chardev)}
     for chardev in chardevs:
         path = getattr(chardev.options, "path", "")
         if chardev.kind == "socket" and path:
             check_unix_path(path, chardev.where)
+        if chardev.kind == "file" and os.path.abspath(path) in logged:
+            where = logged[os.path.abspath(path)].where
+            raise ConfigError(f"{path} is a log already ({where})", chardev.where)
         made = path_made(chardev)
-        if made and (other := makers.setdefault(made, chardev)) is not chardev:
-            raise ConfigError(f"{made} is in use already ({other.where})", chardev.where)
+        for path in (made, *log_paths(chardev)):
+            if path and (other := makers.setdefault(path, chardev)) is not chardev:
+                raise ConfigError(f"{path} is in use already ({other.where})", chardev.where)
+
+
+def log_paths(chardev: ChardevConfig) -> list[str]:
+    """Return the paths of the chardev's log and of what it is renamed to: its alone."""
+    log = chardev.log
+    if not log.logfile:
+        return []
+    path = os.path.abspath(log.logfile)
+    renamed = [f"{path}.{number}" for number in range(log.logbackups if log.logsize else 0)]
+    return [path, *renamed]
 
 
 def path_made(chardev: ChardevConfig) -> str:

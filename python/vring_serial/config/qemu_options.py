@@ -14,7 +14,7 @@ import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from vring_serial.chardev import Options, kinds, options_type
+from vring_serial.chardev import LogOptions, Options, kinds, options_type
 from vring_serial.config.draft import Draft, DraftPort, check_max_ports
 from vring_serial.config.topology import ChardevConfig, SpiceConfig, Topology
 from vring_serial.config.unserved import UNSERVED
@@ -27,12 +27,14 @@ PORT_KEYS = ("chardev", "controller", "name", "nr")
 
 #: Keys of QEMU's ``-chardev`` that are known but not supported.
 UNSERVED_KEYS = {
-    *("delay", "fd", "logappend", "logfile", "mux"),
+    *("delay", "fd", "mux"),
     *("telnet", "tls-authz", "tls-creds", "tn3270", "websocket"),
 }
 #: Keys for which an empty value is valid: every address, no name. For all others it is an error,
 #: such as an unset shell variable.
 _MAY_BE_EMPTY = {"addr", "host", "name"}
+#: Keys whose values may have a unit, such as 64K.
+SIZES = {"size", "logsize"}
 #: QEMU's older names of kinds.
 _ALIASES = {"memory": "ringbuf"}
 #: QEMU's rule for ids.
@@ -161,8 +163,12 @@ def parse_chardev(text: str) -> ChardevConfig:
     for key, _ in values:
         if key in UNSERVED_KEYS:
             raise ConfigError(f"QEMU's {key} is not served", where)
-    options = _make_options(kind, options_type(kind), values, where, ("id",))
-    return ChardevConfig(kind, id, options, where)
+    log_keys = LogOptions.keys()
+    of_log = [(key, value) for key, value in values if key.removeprefix("no") in log_keys]
+    others = [pair for pair in values if pair not in of_log]
+    options = _make_options(kind, options_type(kind), others, where, ("id", *log_keys))
+    log = _make_options(kind, LogOptions, of_log, where)
+    return ChardevConfig(kind, id, options, where, log)
 
 
 def _take_kind(pairs: list[tuple[str, str | None]], where: str) -> str:
@@ -253,7 +259,7 @@ def _convert(type_: object, key: str, value: str | None, where: str, quote: bool
     if value is None:
         raise ConfigError(f"{key} needs a value: {key}=…", where)
     if int in members:
-        return _read_value(parse_size if key == "size" else parse_int, key, value, where, quote)
+        return _read_value(parse_size if key in SIZES else parse_int, key, value, where, quote)
     if not value and key not in _MAY_BE_EMPTY:
         raise ConfigError(f"{key} is empty", where)
     return value

@@ -25,10 +25,10 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from vring_serial.chardev import Options, kinds, options_type
+from vring_serial.chardev import LogOptions, Options, kinds, options_type
 from vring_serial.config import domain_xml, toml_lines
 from vring_serial.config.draft import Draft, DraftController, DraftPort, check_max_ports
-from vring_serial.config.qemu_options import UNSERVED_KEYS
+from vring_serial.config.qemu_options import SIZES, UNSERVED_KEYS
 from vring_serial.config.topology import (
     ChardevConfig,
     PciAddress,
@@ -177,10 +177,10 @@ class _Table:
             found.append(self._inner(content, key, i))
         return found
 
-    def rest(self) -> dict[str, Any]:
-        """Take all keys that are left."""
-        rest, self._content = self._content, {}
-        return rest
+    def rest(self, keys: Iterable[str] | None = None) -> dict[str, Any]:
+        """Take all keys that are left, or those of them that are in ``keys``."""
+        wanted = self._content.keys() if keys is None else self._content.keys() & set(keys)
+        return {key: self._content.pop(key) for key in list(self._content) if key in wanted}
 
     def end(self) -> None:
         for key in self._content:
@@ -337,8 +337,10 @@ def _read_chardev(id: str, table: _Table) -> ChardevConfig:
     if kind not in kinds():
         table.fail(f"there is no chardev {shorten(kind)}; {suggest(kind, kinds())}", "backend")
     unserved = dict.fromkeys(UNSERVED_KEYS, "")
-    options = _make_options(table, kind, options_type(kind), unserved, ("backend",))
-    return ChardevConfig(kind, id, options, table.where())
+    log_keys = LogOptions.keys()
+    log = _make_options(table, kind, LogOptions, {}, keys=log_keys)
+    options = _make_options(table, kind, options_type(kind), unserved, ("backend", *log_keys))
+    return ChardevConfig(kind, id, options, table.where(), log)
 
 
 def _read_spice(table: _Table) -> SpiceConfig:
@@ -353,12 +355,13 @@ def _make_options(
     wanted: Callable[..., Any] | type[Options],
     unserved: Mapping[str, str],
     others: Iterable[str] = (),
+    keys: Iterable[str] | None = None,
 ) -> Any:
-    """Return the options that the rest of a table has. Messages quote no value."""
+    """Return the options that a table's rest or ``keys`` of it have. Messages quote no value."""
     fields = typing.cast("type[Options]", wanted).keys()
     types = typing.get_type_hints(wanted)
     arguments: dict[str, object] = {}
-    for key, value in table.rest().items():
+    for key, value in table.rest(keys).items():
         if key in unserved:
             why = f": {unserved[key]}" if unserved[key] else ""
             table.fail(f"QEMU's {key} is not served{why}", key)
@@ -381,7 +384,7 @@ def _value(table: _Table, key: str, value: Any, type_: object) -> object:
         if not isinstance(values, list) or not all(isinstance(item, str) for item in values):
             table.fail("is a list of strings", key)
         return tuple(values)
-    if key == "size" and isinstance(value, str):
+    if key in SIZES and isinstance(value, str):
         try:
             return parse_size(value)
         except ValueError as error:

@@ -57,6 +57,7 @@ def _vm(vm: VmConfig) -> list[str]:
         parts.append(_table(f"[{head}.controller]", values))
         for port in controller.ports:
             chardev = {"backend": port.chardev.kind} | _given(port.chardev.options)
+            chardev |= _given(port.chardev.log)
             parts.append(_table(f"{head}.chardev.{_key(port.chardev.id)}", chardev))
             values = {"chardev": port.chardev.id, "nr": port.nr, "controller": controller.index}
             values |= {"name": port.name} if port.name else {}

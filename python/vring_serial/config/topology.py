@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from vring_serial.chardev import Options
+from vring_serial.chardev import LogOptions, Options
 from vring_serial.config.words import shorten
 from vring_serial.errors import ConfigError
 from vring_serial.spice.options import SpiceOptions
@@ -76,12 +76,14 @@ class ChardevConfig:
         id: unique in the topology; logs use it.
         options: an instance of ``vring_serial.chardev.options_type(kind)``.
         where: its place in the configuration, for errors: ``guest.xml:12: <channel>``.
+        log: where what the guest writes is logged; without a ``logfile``, nowhere.
     """
 
     kind: str
     id: str
     options: Options
     where: str = field(default="", compare=False)
+    log: LogOptions = field(default_factory=LogOptions)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from vring_serial.config.draft import check_unix_path, path_made
+from vring_serial.config.draft import check_unix_path, log_paths, path_made
 from vring_serial.config.topology import ChardevConfig, Topology
 from vring_serial.errors import ConfigError
 
@@ -140,8 +140,9 @@ def check_vms(vms: Sequence[VmConfig]) -> None:
         if (other := named.setdefault(vm.name, vm)) is not vm:
             raise ConfigError(f"there is a VM {vm.name} already ({other.where('name')})", "--name")
         for chardev in _chardevs(vm):
-            if made := path_made(chardev):
-                _claim(makers, made, chardev.where)
+            for path in (path_made(chardev), *log_paths(chardev)):
+                if path:
+                    _claim(makers, path, chardev.where)
         if vm.agent_socket is not None:
             path = os.path.abspath(vm.agent_socket)
             _claim(makers, path, vm.where("agent-socket", vm.agent_socket))

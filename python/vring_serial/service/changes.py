@@ -143,9 +143,12 @@ class Setup:
         """Return the configuration of one of the host ends."""
         record = next(record for record in self.state.chardevs if record.id == id)
         config = parse_chardev(record.option) if record.option else self._base[id]
-        if record.number in self._resumed and isinstance(config.options, FileOptions):
-            options = dataclasses.replace(config.options, append=True)
-            config = dataclasses.replace(config, options=options)
+        if record.number in self._resumed:
+            options, log = config.options, config.log
+            if isinstance(options, FileOptions):
+                options = dataclasses.replace(options, append=True)
+            log = dataclasses.replace(log, logappend=bool(log.logfile))
+            config = dataclasses.replace(config, options=options, log=log)
         return config
 
     def keeping(self, id: str) -> Keeping | None:
@@ -208,7 +211,7 @@ class Changes:
     async def aclose(self) -> None:
         """Stop those host ends."""
         while self.spare:
-            await self.spare.popitem()[1].aclose()
+            await self.spare.popitem()[1].aclose_with_log()
 
     def handlers(self) -> dict[str, Handler]:
         """Return what the monitor calls, by name."""
@@ -260,7 +263,7 @@ class Changes:
         if port is None:
             old = self.spare.pop(id)
             self.spare[id] = chardev
-            await old.aclose()
+            await old.aclose_with_log()
         else:
             await self._controllers[port.controller].change_chardev(port.nr, chardev)
         self._clear(before)
@@ -270,7 +273,7 @@ class Changes:
         self._record(id, "Chardev '{}' not found")
         if id not in self.spare:
             raise CallError(_GENERIC, f"Chardev '{id}' is busy")
-        await self.spare.pop(id).aclose()
+        await self.spare.pop(id).aclose_with_log()
         self._forget(id)
 
     # --- devices
@@ -423,7 +426,7 @@ class Changes:
         chardev = make_chardev(config)
         chardev.keeping = self._setup.keeping(id)
         async with asyncio.timeout(START_SECONDS):
-            await chardev.start()
+            await chardev.start_with_log()
         return chardev
 
 

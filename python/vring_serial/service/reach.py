@@ -141,6 +141,10 @@ def _loaded_from() -> set[str]:
 
 
 def _add(reach: Reach, chardev: ChardevConfig) -> None:
+    if chardev.log.logfile:
+        reach.appends_to(chardev.log.logfile)
+        if chardev.log.logsize:
+            reach.removes(chardev.log.logfile)  # and renames
     match chardev.options:
         case SocketOptions() as options if options.server:
             if options.path and not options.abstract:

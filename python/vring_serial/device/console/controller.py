@@ -161,10 +161,12 @@ class Controller(Starting):
         """
         self.add_port(port)
         try:
-            await port.chardev.start()
+            await port.chardev.start_with_log()
         except BaseException:
             await self.remove_port(port.nr)
             raise
+        if not self.state.still:
+            port.go_on()  # there is a log now
 
     async def change_chardev(self, nr: int, chardev: Chardev) -> None:
         """Give a port another host end, already started, and stop the one that it had.
@@ -197,7 +199,7 @@ class Controller(Starting):
         if keep_chardev:
             port.chardev.detach()
         else:
-            await port.chardev.aclose()
+            await port.chardev.aclose_with_log()
         await asyncio.sleep(0)  # a protocol hears of it in the loop's next turn
 
     async def start(self) -> None:
@@ -206,7 +208,7 @@ class Controller(Starting):
             self._own_pump = LoopPump()
         try:
             for port in list(self._ports.values()):
-                await port.chardev.start()
+                await port.chardev.start_with_log()
         except BaseException:
             await self.aclose()
             raise
@@ -227,7 +229,7 @@ class Controller(Starting):
             async with contextlib.AsyncExitStack() as stack:
                 for port in reversed(self._ports.values()):
                     stack.callback(port.report_residue)
-                    stack.push_async_callback(port.chardev.aclose)
+                    stack.push_async_callback(port.chardev.aclose_with_log)
             await asyncio.sleep(0)  # as in remove_port
         finally:
             if self._own_pump is not None:

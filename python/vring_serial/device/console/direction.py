@@ -9,6 +9,7 @@ from typing import ClassVar, Protocol
 
 from vring import Flow, Pump, RingError
 from vring_serial.chardev.base import End
+from vring_serial.chardev.log import OutputLog
 from vring_serial.device.console.port_transport import PortTransport
 from vring_serial.device.console.state import DevicePortState
 from vring_serial.device.console.traffic import Traffic
@@ -22,6 +23,7 @@ class Mode(enum.Enum):
     IDLE = "not at all: the driver's buffers stay its own"
     DISCARD = "completed unread"
     PUMP = "by a flow of the pump, to or from descriptors"
+    LOG = "by a flow of the pump, to the log alone"
     TRANSPORT = "by the transport that a protocol is connected to"
 
 
@@ -34,12 +36,14 @@ class Sides:
         state: the port's; what of it must survive.
         end: the connected host end.
         session: the connection to the end's protocol, if the end is one.
+        log: what the guest's output goes to as well.
     """
 
     console: bool
     state: DevicePortState
     end: End | None = None
     session: PortTransport | None = None
+    log: OutputLog | None = None
 
     @property
     def never_waits(self) -> bool:

@@ -106,7 +106,7 @@ class Port:
 
     def _take(self, state: DevicePortState) -> None:
         self.state = state
-        self._sides = Sides(self._console, state)
+        self._sides = Sides(self._console, state, log=self.chardev.log)
         self._transmit = Transmit(self._sides, self, self._backlog)
         self._receive = Receive(self._sides, self)
 
@@ -168,6 +168,9 @@ class Port:
         chardev.attach(self)
         old.detach()
         self.chardev = chardev
+        self._transmit.stop()  # what goes to its log alone
+        self._sides.log = chardev.log
+        self._update()
         if self.guest_open:
             self._tell_guest_opened()
         if chardev.end is not None:
@@ -300,6 +303,8 @@ class Port:
     def emergency_write(self, char: int) -> None:
         """Pass on a character that the guest wrote to the configuration space; it may be lost."""
         end = self._sides.end
+        if self._sides.log is not None:
+            self._sides.log.write(bytes([char]))
         if isinstance(end, DescriptorEnd) and end.write_fd >= 0:
             try:
                 os.write(end.write_fd, bytes([char]))
@@ -476,6 +481,7 @@ class Port:
             on_broken=lambda is_transmit, error: self._direction(is_transmit).break_queue(error),
             on_dropped=self.output_dropped,
             state=self.state.session,
+            log=self._sides.log,
         )
 
     def _end_session(self, guest_closed: bool) -> None:

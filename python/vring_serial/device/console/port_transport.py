@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vring import RingError
+from vring_serial.chardev.log import OutputLog
 from vring_serial.device.console.delivery import Delivery
 from vring_serial.device.console.state import BACKLOG_MAX, ChainState, SessionState
 from vring_serial.device.console.traffic import Traffic
@@ -31,6 +32,7 @@ class PortTransport(asyncio.Transport):
         on_broken: called with whether it was the transmitq that the driver broke, and how.
         on_dropped: called once whenever a lossy transport begins to drop.
         state: to go on from; kept up to date here.
+        log: gets all that is taken from the guest.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class PortTransport(asyncio.Transport):
         on_broken: Callable[[bool, RingError], None],
         on_dropped: Callable[[int], None],
         state: SessionState | None = None,
+        log: OutputLog | None = None,
     ) -> None:
         super().__init__(extra)
         self._loop = asyncio.get_running_loop()
@@ -52,10 +55,11 @@ class PortTransport(asyncio.Transport):
         self._on_dropped = on_dropped
         self._delivery = Delivery(
             self._wants_data,
-            self._received,
+            self._received if log is None else self._received_and_logged,
             self._all_received,
             lambda error: on_broken(True, error),
         )
+        self._log = log
         self._state = state or SessionState()
         self._output = WriteBuffer(
             self._written, lambda error: on_broken(False, error), self._state.unread
@@ -231,6 +235,11 @@ class PortTransport(asyncio.Transport):
 
     def _all_received(self) -> None:
         self._finish(None, eof=True)
+
+    def _received_and_logged(self, data: bytes) -> None:
+        assert self._log is not None
+        self._log.write(data)
+        self._received(data)
 
     def _received(self, data: bytes) -> None:
         if self._closing:

@@ -6,7 +6,7 @@ import os
 import stat
 from contextlib import suppress
 
-from vring import Backlog, FlowEvent, RingError, recorded
+from vring import Backlog, Flow, FlowEvent, RingError, recorded
 from vring_serial.chardev.base import DescriptorEnd
 from vring_serial.device.console.direction import Direction, DirectionUser, Mode, Sides
 from vring_serial.device.console.residue import ResidueWriter
@@ -22,7 +22,8 @@ class Transmit(Direction):
     Nothing moves before the driver can use the port; then bytes are discarded until the guest opens
     the port for the first time, so that nobody reads what was meant for nobody; then they are
     delivered, also what was written before the guest closed it. Without a host end nothing is
-    popped, but by a console, which must never hold its driver up.
+    popped, but by a console, which must never hold its driver up. What is delivered, or dropped for
+    that reason, is logged.
 
     Args:
         backlog: a console's, which a successor of this process finds, or None. While no flow has
@@ -82,13 +83,19 @@ class Transmit(Direction):
             self._discarder = None
         if self._flow is not None:
             flow, self._flow = self._flow, None
-            if self._record is None or self._sides.never_waits:
-                self.owe(flow.detach())
+            residue = flow.detach(complete=self._record is None or self._sides.never_waits)
+            if mode is Mode.LOG:
+                pass  # it leaves nothing, and what an end is owed stays
+            elif self._record is None or self._sides.never_waits:
+                self.owe(residue)
                 if self._backlog is not None and not self._chain.residue:
                     self._chain.residue = self._backlog.data
             else:
-                self._keep_residue(flow.detach(complete=False))
+                self._keep_residue(residue)
+            self._served = None
             self._before += flow.counters
+            if self._sides.log is not None:
+                self._sides.log.left_out += flow.counters.unlogged
         if mode is Mode.TRANSPORT:
             assert self._sides.session is not None
             self._sides.session.stop_transmitq()
@@ -106,6 +113,8 @@ class Transmit(Direction):
             chain = queue.pop()
             if chain is not None and queue.push(chain, 0):
                 self._served.call()
+            if self._sides.log is not None:
+                self._sides.log.write(residue)
         self._chain.at = None
 
     def stop_residue(self) -> None:
@@ -121,11 +130,15 @@ class Transmit(Direction):
             return Mode.DISCARD
         if isinstance(sides.end, DescriptorEnd) and not self._over:
             if sides.end.write_fd < 0:
-                return Mode.DISCARD
+                return self._without_end(sides)
             return Mode.IDLE if self._pays_first() else Mode.PUMP
         if sides.session is not None:
             return Mode.TRANSPORT
-        return Mode.DISCARD if sides.never_waits else Mode.IDLE
+        return self._without_end(sides) if sides.never_waits else Mode.IDLE
+
+    @staticmethod
+    def _without_end(sides: Sides) -> Mode:
+        return Mode.DISCARD if sides.log is None or sides.log.fd < 0 else Mode.LOG
 
     def _start(self, mode: Mode, running: RunningQueue) -> None:
         if mode is Mode.DISCARD:
@@ -134,21 +147,12 @@ class Transmit(Direction):
         elif mode is Mode.PUMP:
             assert isinstance(self._sides.end, DescriptorEnd)
             self.stop_residue()
-            self._served = running
-            backlog = self._backlog_with_residue()
-            self._flow = self._user.pump.guest_to_host(
-                running.queue,
-                write_fd=self._sides.end.write_fd,
-                kick_fd=running.kick_fd,
-                call_fd=running.call_fd,
-                on_event=self._flow_event,
-                kept=self._sides.end.kept,
-                relay=self._sides.end.write_relay,
-                lossy=self._sides.never_waits,
-                backlog=BACKLOG_MAX if backlog is None else backlog,
-                residue=self._chain.residue if backlog is None else b"",
-            )
+            end, backlog = self._sides.end, self._backlog_with_residue()
+            residue = self._chain.residue if backlog is None else b""
+            self._flow = self._make_flow(running, end, backlog, residue)
             self._chain.residue = b""
+        elif mode is Mode.LOG:
+            self._flow = self._make_flow(running, DescriptorEnd(-1, -1))
         else:
             assert self._sides.session is not None
             self._sides.session.start_transmitq(running, self._chain)
@@ -156,7 +160,7 @@ class Transmit(Direction):
     @property
     def keeps_residue(self) -> bool:
         """Whether a successor of this process finds the chain's residue in the backlog."""
-        if self._backlog is None or self._flow is not None:
+        if self._backlog is None or (self._flow is not None and self._mode is not Mode.LOG):
             return False
         return self._backlog.data == self._chain.residue
 
@@ -165,6 +169,29 @@ class Transmit(Direction):
         if self._backlog is not None and self._backlog.replace(self._chain.residue):
             return self._backlog
         return None
+
+    def _make_flow(
+        self,
+        running: RunningQueue,
+        end: DescriptorEnd,
+        backlog: Backlog | None = None,
+        residue: bytes = b"",
+    ) -> Flow:
+        log = self._sides.log
+        self._served = running
+        return self._user.pump.guest_to_host(
+            running.queue,
+            write_fd=end.write_fd,
+            kick_fd=running.kick_fd,
+            call_fd=running.call_fd,
+            on_event=self._flow_event,
+            kept=end.kept,
+            relay=end.write_relay,
+            lossy=self._sides.never_waits,
+            backlog=BACKLOG_MAX if backlog is None else backlog,
+            residue=residue,
+            log_fd=-1 if log is None else log.fd,
+        )
 
     def _reconsider(self) -> None:
         """Look whether the driver has opened the port meanwhile, before bytes are discarded.
@@ -180,6 +207,9 @@ class Transmit(Direction):
             self.break_queue(detail)
         elif event == FlowEvent.OVERFLOW:
             self._user.output_dropped(detail or 0)
+        elif event == FlowEvent.UNLOGGED:
+            if self._sides.log is not None:
+                self._sides.log.falls_behind()
         elif event == FlowEvent.INEXACT:
             self._user.end_is_inexact()
         else:

@@ -1,0 +1,81 @@
+"""The file of a log: bytes from a pipe, in order, with rotation by size."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+
+from vring_serial.chardev.hangup import unread
+
+#: Most bytes of one step; a step of more would notice an order to end late.
+STEP_BYTES = 1 << 20
+
+
+class LogFile:
+    """A regular file that grows at its end, also after it was cut off; nothing else writes to it.
+
+    Its methods may take as long as the disk does.
+
+    Args:
+        path: the file, made if it does not exist.
+        most: bytes after which it is renamed and another one begins; 0: never.
+        backups: renamed files that are kept, as ``path.0`` (the newest) and so on.
+    """
+
+    def __init__(self, path: str, most: int = 0, backups: int = 0) -> None:
+        self.path = path
+        self._most = most
+        self._backups = backups
+        self._fd = -1
+
+    def open(self, *, empty: bool = False) -> None:
+        """Open the file at the path, instead of the one before, and empty it if so wanted.
+
+        Raises OSError; the one before then stays open.
+        """
+        # Not O_APPEND: splice does not write to such files.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC
+        fd = os.open(self.path, flags, 0o666)
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise OSError(errno.EINVAL, "it is not a regular file")
+            if empty:
+                os.ftruncate(fd, 0)
+        except BaseException:
+            os.close(fd)
+            raise
+        self.close()
+        self._fd = fd
+
+    def take(self, pipe: int) -> int:
+        """Move bytes from a non-blocking pipe to the end; return how many, 0 if it is empty.
+
+        The kernel does both in one call: a process that is killed meanwhile neither loses nor
+        doubles any. Raises OSError.
+        """
+        if not unread(pipe):
+            return 0
+        position = os.lseek(self._fd, 0, os.SEEK_END)
+        if self._most and position >= self._most:
+            self._rotate()
+            position = os.lseek(self._fd, 0, os.SEEK_END)
+        room = min(self._most - position, STEP_BYTES) if self._most else STEP_BYTES
+        return os.splice(pipe, self._fd, room, offset_dst=position, flags=os.SPLICE_F_NONBLOCK)
+
+    def close(self) -> None:
+        """Close the file. May be called twice."""
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+
+    def _rotate(self) -> None:
+        if not self._backups:
+            os.ftruncate(self._fd, 0)
+            return
+        for number in reversed(range(self._backups)):
+            before = f"{self.path}.{number - 1}" if number else self.path
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(before, f"{self.path}.{number}")
+        self.open()
