@@ -100,9 +100,8 @@ class Controller(Starting):
     def _take(self, state: ControllerState) -> None:
         self.state = state
         self._control = ctl.ControlDevice(self.max_ports, state.control)
-        self._control_queues = ControlQueues(
-            self._control, self._control_events, self._queue_broken
-        )
+        told = (self._control_events, self._queue_broken)
+        self._control_queues = ControlQueues(self._control, *told)
 
     # --- for those who build it
 
@@ -171,8 +170,6 @@ class Controller(Starting):
     async def change_chardev(self, nr: int, chardev: Chardev) -> None:
         """Give a port another host end, already started, and stop the one that it had.
 
-        The new end gets what of a half-written chain the old one had not taken.
-
         Raises LocalProtocolError if there is no such port, or the chardev has a user.
         """
         port = self._known(nr)
@@ -181,10 +178,9 @@ class Controller(Starting):
         await old.aclose()
 
     async def remove_port(self, nr: int, *, keep_chardev: bool = False) -> None:
-        """Take a port away: from the host's end, and from a guest that knows it.
+        """Take a port away from host and guest, and stop its chardev unless that is to be kept.
 
-        ``keep_chardev`` leaves the host end for another port. Raises LocalProtocolError if there is
-        no such port.
+        Raises LocalProtocolError if there is no such port.
         """
         port = self._known(nr)
         # Before the guest hears of it: a driver takes its buffers back without another word.
@@ -573,11 +569,13 @@ class Controller(Starting):
     def _control_events(self, events: list[ctl.DeviceSideEvent]) -> None:
         """Act on what a control message of the driver made happen."""
         for event in events:
+            if isinstance(event, ctl.PortClosed):  # first: the host may send for the next opening
+                self._set_guest(self._ports[event.nr])
             self.emit(ev.of_control(event))
             match event:
                 case ctl.PeerReady():
                     self._sync_guest()
-                case ctl.PortReady(nr) | ctl.PortOpened(nr) | ctl.PortClosed(nr):
+                case ctl.PortReady(nr) | ctl.PortOpened(nr):
                     self._set_guest(self._ports[nr])
         self._record()
         self._control_queues.flush()
