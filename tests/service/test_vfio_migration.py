@@ -99,6 +99,8 @@ async def test_a_guest_is_moved_under_traffic(tmp_path: Path, packed: bool, kill
             for reader, _ in writers:
                 assert len(await reader.readline()) == 5001
             memory.copy_round()
+            if killed:
+                await source.kill_until_served()
         assert memory.copied > 4
         ends = [await target.connect(nr) for nr in range(1, PORTS + 1)]
         await target.logged("opened by the host", PORTS)
