@@ -9,6 +9,7 @@ import threading
 import pytest
 
 from tests.support.leaks import held
+from tests.support.waiting import wait_until
 from vring_serial.errors import ResourceError
 from vring_serial.service.descriptor_store import DescriptorStore, Notifier, is_name
 
@@ -65,6 +66,7 @@ def test_no_more_are_kept_than_the_limit_and_the_rest_is_closed(ends):
     assert stored(store) == {"many": 5}
     assert store.refused == 2
     store.close()
+    wait_until(lambda: not store.aside.overdue)  # what closes descriptors for it
     assert held() == before
 
 
@@ -88,6 +90,7 @@ def test_what_is_not_understood_is_closed(ends, lines):
     notifier.notify(*lines, fds=[keeper.fileno()] * 3)
     assert store.receive(keeper) is not None
     assert len(store) == 0
+    wait_until(lambda: not store.aside.overdue)  # what closes descriptors for it
     assert held() == before
 
 
