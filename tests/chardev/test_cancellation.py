@@ -14,6 +14,7 @@ from tests.support.chardev_kinds import Guest, Peer
 from tests.support.leaks import held
 from tests.support.waiting import turns
 from vring_serial.chardev.base import Chardev
+from vring_serial.chardev.log import LogOptions, OutputLog
 from vring_serial.chardev.socket import SocketChardev, SocketOptions
 from vring_serial.errors import ResourceError
 
@@ -23,7 +24,8 @@ def test_start_and_stop_are_all_that_is_awaited() -> None:
     for kind in kinds:
         kinds.extend(kind.__subclasses__())
         names = {name for name, _ in inspect.getmembers(kind, inspect.iscoroutinefunction)}
-        assert {name for name in names if not name.startswith("_")} == {"start", "aclose"}
+        awaited = {name for name in names if not name.startswith("_")}
+        assert awaited == {"start", "aclose", "start_with_log", "aclose_with_log"}
     assert len(kinds) > 8
 
 
@@ -60,6 +62,22 @@ async def test_a_stop_is_cancelled(peer: Peer, count: int) -> None:
         assert guest.events[-1] == "closed"
     await peer.chardev.aclose()
     assert peer.chardev.end is None
+
+
+@pytest.mark.parametrize("count", range(5))
+@pytest.mark.parametrize("what", ["start_with_log", "aclose_with_log"])
+async def test_a_log_ends_with_its_chardev(tmp_path: Path, count: int, what: str) -> None:
+    before = held()
+    chardev = SocketChardev("c", SocketOptions(path=str(tmp_path / "c"), server=True, wait=False))
+    chardev.log = OutputLog("c", LogOptions(logfile=str(tmp_path / "log")))
+    if what == "aclose_with_log":
+        await chardev.start_with_log()
+    await after(count, asyncio.ensure_future(getattr(chardev, what)()))
+    await chardev.aclose_with_log()
+    assert held() == before
+    await chardev.start_with_log()
+    await chardev.aclose_with_log()
+    assert held() == before
 
 
 def options(kind: str, path: Path) -> SocketOptions:
