@@ -43,8 +43,8 @@ build: $(VENV)/built ## compile and install into .venv, editable
 run: build ## the main job: the whole agent path on the embedded guest
 	$(BIN)/vring demo
 
-# Set: the tests are measured, which takes more processor time. CI does so.
-MEASURE ?= $(CI)
+# Set: the tests are measured, which takes more processor time.
+MEASURE ?= $(COVERAGE)
 test: build ## the tests; those that need a real peer skip without it (make peers)
 ifeq ($(MEASURE),)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -74,14 +74,12 @@ def test_keys_are_spelled_as_in_qemu() -> None:
 def test_a_kind_is_imported_when_it_is_asked_for() -> None:
     script = (
         "import sys; from vring_serial import chardev; chardev.kinds();"
-        "kinds = [m for m in sys.modules if m.startswith('vring_serial.chardev.')];"
-        "print(*sorted(kinds))"
+        "names = [m for m in sys.modules if m.startswith('vring_serial.chardev.')];"
+        "print(*[name.rpartition('.')[2] for name in names])"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
-    assert done.stdout.split() == [
-        "vring_serial.chardev.base",
-        "vring_serial.chardev.options",
-        "vring_serial.chardev.registry",
-    ]
+    loaded = set(done.stdout.split())
+    assert {"base", "options", "registry"} <= loaded
+    assert not loaded & {"file", "null", "pipe", "protocol", "pty", "ringbuf", "socket", "stdio"}

@@ -180,8 +180,9 @@ def test_a_file_on_standard_input() -> None:
     ],
 )
 def test_options_that_do_not_go_with_a_file(
-    file: str, arguments: tuple[str, ...], why: str
+    file: str, arguments: tuple[str, ...], why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("VRING_SANDBOX", raising=False)
     status, _, error = run("serve", "--config", file, *arguments)
     assert status == 2
     assert why in error

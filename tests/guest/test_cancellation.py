@@ -71,6 +71,9 @@ REQUESTS: dict[str, tuple[vu.Request, Callable[[Frontend, GuestRam], Coroutine[A
     "enable_queues": (vu.Request.SET_VRING_ENABLE, lambda f, ram: f.enable_queues([0])),
     "stop_queues": (vu.Request.GET_VRING_BASE, lambda f, ram: f.stop_queues([0])),
     "reset": (vu.Request.SET_STATUS, lambda f, ram: f.reset()),
+    "set_log": (vu.Request.SET_LOG_BASE, lambda f, ram: f.set_log(0, 4096)),
+    "save_state": (vu.Request.SET_DEVICE_STATE_FD, lambda f, ram: f.save_state()),
+    "load_state": (vu.Request.SET_DEVICE_STATE_FD, lambda f, ram: f.load_state(b"")),
     "get_inflight": (vu.Request.GET_INFLIGHT_FD, lambda f, ram: f.get_inflight(2, 16)),
     "set_inflight": (vu.Request.SET_INFLIGHT_FD, lambda f, ram: f.set_inflight(0, INFLIGHT)),
 }
@@ -78,12 +81,15 @@ REQUESTS: dict[str, tuple[vu.Request, Callable[[Frontend, GuestRam], Coroutine[A
 
 def test_all_of_them_are_tried() -> None:
     assert awaitables(Frontend) == REQUESTS.keys() | {"connect"}
-    assert awaitables(EmbeddedGuest) == {"start", "aclose", "wait_port", "settle", "wait_lost"}
+    of_guest = {"start", "aclose", "wait_port", "settle", "wait_lost", "go_on"}
+    assert awaitables(EmbeddedGuest) == of_guest
     assert awaitables(GuestPort) == {"open", "take_rings", "wait_host", "wait_removed"}
 
 
 def everything(backend: Any) -> None:
-    backend.protocol_features |= vu.ProtocolFeature.STATUS | vu.ProtocolFeature.INFLIGHT_SHMFD
+    known = vu.ProtocolFeature
+    backend.protocol_features |= known.STATUS | known.INFLIGHT_SHMFD
+    backend.protocol_features |= known.LOG_SHMFD | known.DEVICE_STATE
 
 
 @pytest.mark.parametrize("name", REQUESTS)
@@ -273,6 +279,29 @@ async def test_waiting_is_cancelled_and_ends_with_the_guest(served: Served, name
                 await second
         else:
             await second
+
+
+async def test_a_move_that_is_cancelled_leaves_the_guest_where_it_is(
+    served: Served, scripted: ScriptedServer
+) -> None:
+    scripted.prepare = everything
+    async with EmbeddedGuest(served.path, memory=32 << 20) as guest:
+        port = await guest.wait_port(1)
+        await port.wait_host()
+        other = Frontend(scripted.path)
+        await other.connect()
+        await other.negotiate_protocol()
+        scripted.backend.script[vu.Request.SET_MEM_TABLE] = None  # it never answers
+        moving = asyncio.ensure_future(guest.go_on(other, {}))
+        await until(lambda: "SET_MEM_TABLE" in scripted.backend.requests)
+        await cancel(moving)
+        other.close()
+        assert guest.lost is None
+        _, writer = await port.open()
+        writer.write(b"still here")
+        await guest.settle(DEADLINE)
+        writer.close()
+    await served.works()
 
 
 async def test_taking_the_rings_is_cancelled(scripted: ScriptedServer) -> None:

@@ -136,13 +136,13 @@ def wrong(kind):
         ("vhost-user", "frontend-0/listener", "socket", "does not listen; it is made anew"),
         (
             "vhost-user",
-            "controller-0/port-1/listener.0",
+            "chardev-0/listener.0",
             "file",
             "chardev c: what was kept as listener.0 is no",
         ),
         (
             "vhost-user",
-            "controller-0/port-1/client.0",
+            "chardev-0/client.0",
             "device",
             "chardev c: what was kept as client.0 is no",
         ),

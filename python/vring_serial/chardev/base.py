@@ -20,13 +20,15 @@ import abc
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from vring_serial.chardev.log import OutputLog
-from vring_serial.chardev.relay import Relay
 from vring_serial.errors import LocalProtocolError, ResourceError
 from vring_serial.keeping import Keeping
 from vring_serial.lifetime import Starting
+
+if TYPE_CHECKING:  # kinds are loaded when they are asked for
+    from vring_serial.chardev.log import OutputLog
+    from vring_serial.chardev.relay import Relay
 
 
 @dataclass(frozen=True, slots=True)
