@@ -53,6 +53,7 @@ class Reach:
         scratch: directories for temporary files.
         changed_in: directories in which host ends of every kind are made and removed.
         terminals: device files that are opened as terminals.
+        renames: files are renamed in the directories where they are made and removed.
         unix: unix sockets are connected to.
         abstract: so are abstract ones.
         tcp: ports that are connected to, by name or address.
@@ -65,6 +66,7 @@ class Reach:
     scratch: set[str] = field(default_factory=set)
     changed_in: set[str] = field(default_factory=set)
     terminals: set[str] = field(default_factory=set)
+    renames: bool = False
     unix: bool = False
     abstract: bool = False
     tcp: set[int] = field(default_factory=set)
@@ -144,7 +146,8 @@ def _add(reach: Reach, chardev: ChardevConfig) -> None:
     if chardev.log.logfile:
         reach.appends_to(chardev.log.logfile)
         if chardev.log.logsize:
-            reach.removes(chardev.log.logfile)  # and renames
+            reach.removes(chardev.log.logfile)
+            reach.renames = True
     match chardev.options:
         case SocketOptions() as options if options.server:
             if options.path and not options.abstract:

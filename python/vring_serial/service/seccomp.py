@@ -33,7 +33,7 @@ _FILES = """
     fsync fdatasync fadvise64 fadvise64_64 arm_fadvise64_64 pipe pipe2 splice tee sendfile
     sendfile64 copy_file_range stat stat64 lstat lstat64 fstat fstat64 fstatat64 newfstatat statx
     statfs statfs64 fstatfs fstatfs64 access faccessat faccessat2 readlink readlinkat getdents
-    getdents64 getcwd umask unlink unlinkat rename renameat renameat2 flock
+    getdents64 getcwd umask unlink unlinkat flock
 """
 _MEMORY = """
     brk mmap mmap2 munmap mremap mprotect pkey_alloc pkey_free pkey_mprotect madvise mincore msync
@@ -190,6 +190,8 @@ def rules_for(reach: Reach) -> list[Rule]:
     rules += [Rule("socket", ((0, _MASKED_EQ, _INT, family),)) for family in families]
     if not families:
         rules.append(Rule("socket", action=_ERRNO | errno.EACCES))
+    if reach.renames:
+        rules += [Rule(call) for call in ("rename", "renameat", "renameat2")]
     if reach.changed_in:
         rules += [Rule(call) for call in _MAKING]
         rules.append(Rule("ioctl", ((1, _MASKED_EQ, _INT, _TIOCSPTLCK),)))

@@ -8,7 +8,8 @@ import os
 import numpy as np
 
 from vring import Backlog
-from vring_serial.chardev.base import DescriptorEnd, Relay
+from vring_serial.chardev.base import DescriptorEnd
+from vring_serial.chardev.relay import Relay
 from vring_serial.device.console.residue import ResidueWriter
 from vring_serial.device.console.state import ChainState
 
