@@ -80,11 +80,11 @@ coverage: ## the tests with the coverage of lines and branches, processes that t
 
 CHAOS_KILLS ?= 1000
 chaos: build ## workers killed CHAOS_KILLS times under full traffic, for each way in and layout
-	VRING_CHAOS_KILLS=$(CHAOS_KILLS) $(BIN)/python -m pytest tests/service/test_chaos.py --timeout=0 $(PYTEST_ARGS)
+	VRING_CHAOS_KILLS=$(CHAOS_KILLS) $(BIN)/python -m pytest tests/service/test_chaos.py --timeout=0 -o faulthandler_timeout=0 $(PYTEST_ARGS)
 
 SOAK_SECONDS ?= 3600
 soak: build ## two VMs with 64 ports under everything that happens to one, for SOAK_SECONDS; figures at the end
-	SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/python -m pytest tests/service/test_soak.py $(PYTEST_ARGS)
+	SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/python -m pytest tests/service/test_soak.py -o faulthandler_timeout=0 $(PYTEST_ARGS)
 
 bench: build ## the benchmarks
 	$(BIN)/python -m pytest benchmarks --benchmark-only --override-ini addopts= $(PYTEST_ARGS)
