@@ -28,7 +28,7 @@ from vring_serial.proto.vfio_user import Message, VfioUserParser, reply, request
 from vring_serial.proto.vfio_user_dma import DmaAccess, DmaFlag, DmaMap
 from vring_serial.proto.vfio_user_features import (
     DeviceFeature,
-    DeviceState,
+    MigrationPhase,
     FeatureIndex,
     FeatureMethod,
     MigrationData,
@@ -233,7 +233,7 @@ class VfioGuest:
 
     def set_state(self, state: MigrationState) -> None:
         """Take the device to another state."""
-        packed = DeviceState(state).pack()
+        packed = MigrationPhase(state).pack()
         assert self.feature(FeatureMethod.SET, FeatureIndex.MIG_DEVICE_STATE, packed) == packed
 
     def read_state(self, piece: int = 1000) -> bytes:

@@ -32,7 +32,8 @@ def test_all_of_them_are_tried():
     assert awaitables(VhostUserBackend) == {"start", "aclose"}
     assert awaitables(VfioUserServer) == {"start", "aclose"}
     assert awaitables(RemoteMemory) == set(), "read and write return futures"
-    assert awaitables(Controller) == {"start", "aclose", "plug_port", "remove_port"}
+    of_controller = {"start", "aclose", "plug_port", "remove_port", "change_chardev"}
+    assert awaitables(Controller) == of_controller
 
 
 async def after(turns, work):
@@ -137,6 +138,11 @@ async def test_plugging_and_removing_are_cancelled(tmp_path, turns):
     assert 7 not in controller.ports
     other = Port(7, "another", Slow("another"))
     await controller.plug_port(other)
+    new = Slow("new")
+    await new.start()
+    await after(turns, controller.change_chardev(7, new))
+    assert new.is_open
+    assert other.chardev is (new if turns else other.chardev)
     await controller.remove_port(7)
     await controller.aclose()
 

@@ -130,7 +130,7 @@ class MigrationSupport:
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceState:
+class MigrationPhase:
     """The data of FeatureIndex.MIG_DEVICE_STATE.
 
     Attributes:

@@ -17,7 +17,7 @@ from vring_serial.proto.framing import Empty
 from vring_serial.proto.vfio_user import VfioUserError
 from vring_serial.proto.vfio_user_features import (
     DeviceFeature,
-    DeviceState,
+    MigrationPhase,
     FeatureIndex,
     FeatureMethod,
     LoggingControl,
@@ -142,13 +142,13 @@ class DeviceFeatures:
         if index is FeatureIndex.MIGRATION:
             data = MigrationSupport(MigrationFlag.STOP_COPY).pack()
         else:
-            data = DeviceState(self._state.phase).pack()
+            data = MigrationPhase(self._state.phase).pack()
         self._check_room(asked.argsz, len(data))
         return data
 
     def _set(self, index: FeatureIndex, data: bytes) -> bytes:
         if index is FeatureIndex.MIG_DEVICE_STATE:
-            asked = DeviceState.unpack(data)
+            asked = MigrationPhase.unpack(data)
             self._go_to(asked.state)
             return data
         control = LoggingControl.unpack(data)
