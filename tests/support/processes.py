@@ -93,5 +93,5 @@ def number_of(program: Path, *arguments: str) -> int:
         check=False,
         timeout=200,
     )
-    assert (result.returncode, result.stderr) == (0, "")
+    assert (result.returncode, result.stderr) == (0, ""), result.stderr[-4000:]
     return int(result.stdout)
