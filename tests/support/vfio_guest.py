@@ -28,10 +28,10 @@ from vring_serial.proto.vfio_user import Message, VfioUserParser, reply, request
 from vring_serial.proto.vfio_user_dma import DmaAccess, DmaFlag, DmaMap
 from vring_serial.proto.vfio_user_features import (
     DeviceFeature,
-    MigrationPhase,
     FeatureIndex,
     FeatureMethod,
     MigrationData,
+    MigrationPhase,
     MigrationState,
 )
 from vring_serial.proto.vfio_user_regions import (

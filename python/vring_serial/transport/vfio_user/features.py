@@ -17,13 +17,13 @@ from vring_serial.proto.framing import Empty
 from vring_serial.proto.vfio_user import VfioUserError
 from vring_serial.proto.vfio_user_features import (
     DeviceFeature,
-    MigrationPhase,
     FeatureIndex,
     FeatureMethod,
     LoggingControl,
     LoggingReport,
     MigrationData,
     MigrationFlag,
+    MigrationPhase,
     MigrationState,
     MigrationSupport,
 )
