@@ -122,10 +122,12 @@ class FileEnd:
     def read(self, most: int) -> bytes:
         return os.read(self._peer, most)
 
+    @property
+    def wants(self) -> bool:
+        return os.lseek(self._peer, 0, os.SEEK_CUR) < os.lseek(self.fd, 0, os.SEEK_CUR) + self.AHEAD
+
     def write(self, data: bytes) -> int:
-        if os.lseek(self._peer, 0, os.SEEK_CUR) > os.lseek(self.fd, 0, os.SEEK_CUR) + self.AHEAD:
-            return 0
-        return os.write(self._peer, data)
+        return os.write(self._peer, data) if self.wants else 0
 
 
 class AppendEnd(FileEnd):
@@ -214,6 +216,8 @@ class Stream:
             length = self.chance.randrange(1, 30_000)
             with suppress(BlockingIOError):
                 self.sent += self.end.write(pattern(self.sent, length))
+            while isinstance(self.end, FileEnd) and self.end.wants:
+                self.sent += self.end.write(pattern(self.sent, 30_000))
         for length in self.driver.get_used()[1].tolist():
             slot, there = self.taken.popleft()
             if not self.outgoing:
