@@ -126,10 +126,12 @@ class Client:
         emit("channel-event", type(channel).__name__, event.value_nick)
 
     def agent_update(self, channel):
+        # The property keeps what the agent before said until the new one has announced itself.
+        known = any(channel.agent_test_capability(number) for number in range(32))
         emit(
             "agent",
             channel.get_property("agent-connected"),
-            channel.get_property("agent-caps-0"),
+            channel.get_property("agent-caps-0") if known else 0,
         )
 
     def grabbed(self, channel, selection, types, count):
