@@ -61,6 +61,7 @@ check: build $(VENV)/check-tools check-coverage ## linters, docstrings, types, i
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python scripts/check-docstrings
+	$(BIN)/python scripts/check-lengths
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/cython-lint vring
 	$(BIN)/mypy
 	$(BIN)/lint-imports

@@ -6,8 +6,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from vring._descriptor cimport vr_fd
 from vring._sampler cimport vr_sampler
 from vring._segments cimport vr_backlog
-from vring._walk cimport vr_chain
-from vring._wire cimport iovec
+from vring._tables cimport vr_tables
 
 cdef extern from *:
     """
@@ -41,14 +40,6 @@ cdef struct vr_counters:
     uint64_t throttled_ns       # total; while throttled: VR_THROTTLED | now - total, at its start
     uint64_t dropped
     uint64_t unlogged           # bytes that the log did not take
-
-cdef struct vr_tables:
-    # scratch memory of one thread; holds nothing between turns
-    vr_chain* chains
-    uint32_t* written
-    iovec* segments
-    uint32_t max_segments
-    uint8_t* stage              # where small segments are joined for one write
 
 cdef struct vr_flow:
     void* queue                 # a VirtQueue; the owner keeps it alive
@@ -85,9 +76,6 @@ cdef struct vr_flow:
     bint gives_back             # flow_finish is to return the chain that was taken in part
     uint8_t* residue            # malloced by flow_finish: see there
     size_t residue_length
-
-cdef int tables_init(vr_tables* tables) noexcept nogil
-cdef void tables_free(vr_tables* tables) noexcept nogil
 
 # Do a bounded amount of work; return TURN_WAIT, TURN_MORE or TURN_LATER.
 cdef int flow_turn(vr_flow* flow, vr_tables* tables) noexcept nogil

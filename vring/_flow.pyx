@@ -11,7 +11,7 @@ but its descriptor: after a turn it is ready, and gets another turn, or an event
 from __future__ import annotations
 
 from libc.stdint cimport uint16_t
-from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.stdlib cimport malloc, realloc
 
 from vring._core cimport VR_TOO_SMALL, VirtQueue
 from vring._descriptor cimport FD_NONE, FD_OTHER, FD_SOCKET, discard_held, get, put, unread
@@ -24,7 +24,9 @@ from vring._segments cimport (
     backlog_add, backlog_cut, backlog_drop, backlog_segments, strip_copy, strip_cut, strip_mend,
     strip_skip, vr_strip
 )
+from vring._tables cimport CHAINS, SMALL, gather, vr_tables
 from vring._walk cimport VR_SEGMENTS_MAX
+from vring._wire cimport iovec
 
 cdef enum:
     # A turn ends after this many bytes or batches, so that a busy port delays the others little.
@@ -35,64 +37,8 @@ cdef enum:
     ROOM_MIN = 16 << 10
     # Fraction of its buffers that a reading guest gives back before it has to kick.
     OFFERED_PART = 4
-    CHAINS = 1024
-    # Copying up to this many bytes takes less time than the kernel needs for a segment.
-    SMALL = 512
     # A longer rest of a half-written chain is cut off when the flow ends, and counted as dropped.
     RESIDUE_MAX = 64 << 20
-
-
-# --- tables
-
-cdef int tables_init(vr_tables* tables) noexcept nogil:
-    """Allocate zeroed tables; return 0, or -1 without memory. Call tables_free in both cases."""
-    tables.max_segments = IOV_MAX
-    tables.chains = <vr_chain*>calloc(CHAINS, sizeof(vr_chain))
-    tables.written = <uint32_t*>calloc(CHAINS, sizeof(uint32_t))
-    tables.segments = <iovec*>calloc(IOV_MAX, sizeof(iovec))
-    tables.stage = <uint8_t*>malloc(IOV_MAX * SMALL)
-    return -(
-        tables.chains == NULL or tables.written == NULL or tables.segments == NULL
-        or tables.stage == NULL
-    )
-
-
-cdef void tables_free(vr_tables* tables) noexcept nogil:
-    free(tables.chains)
-    free(tables.written)
-    free(tables.segments)
-    free(tables.stage)
-    tables.stage = NULL
-    tables.chains = NULL
-    tables.written = NULL
-    tables.segments = NULL
-
-
-# --- segments
-
-cdef uint64_t gather(
-    vr_strip* strip, const vr_tables* tables, uint32_t n, bint writable
-) noexcept nogil:
-    """Make a strip of all readable (or all writable) segments of n chains; return its bytes.
-
-    A chain may have both kinds although its queue is meant for one; the segments of the other kind
-    are removed from the table.
-    """
-    cdef const vr_chain* chain
-    cdef uint64_t total = 0
-    cdef uint32_t i, j, first, count, filled = 0
-    for i in range(n):
-        chain = &tables.chains[i]
-        total += chain.writable_bytes if writable else chain.readable_bytes
-        first = chain.first_segment + (chain.n_readable if writable else 0)
-        count = chain.n_writable if writable else chain.n_readable
-        if first != filled:
-            for j in range(count):
-                tables.segments[filled + j] = tables.segments[first + j]
-        filled += count
-    strip.at = tables.segments
-    strip.n = filled
-    return total
 
 
 # --- what both directions share

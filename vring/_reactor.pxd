@@ -2,8 +2,9 @@
 
 from libc.stdint cimport uint32_t, uint64_t
 
-from vring._flow cimport vr_flow, vr_tables
+from vring._flow cimport vr_flow
 from vring._linux cimport pthread_cond_t, pthread_mutex_t, pthread_t
+from vring._tables cimport vr_tables
 from vring._watches cimport vr_user, vr_watches
 
 cdef enum:

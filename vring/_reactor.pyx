@@ -12,7 +12,7 @@ from libc.string cimport memset
 
 from vring._core cimport VirtQueue
 from vring._descriptor cimport FD_PIPE, FD_SOCKET
-from vring._flow cimport TURN_LATER, TURN_MORE, flow_finish, flow_turn, tables_free, tables_init
+from vring._flow cimport TURN_LATER, TURN_MORE, flow_finish, flow_turn
 from vring._linux cimport (
     EFD_CLOEXEC, EFD_NONBLOCK, ENOMEM, EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP,
     EPOLL_CTL_ADD, MSG_DONTWAIT, POLLIN, PR_SET_TIMERSLACK, SIGBUS, SIGFPE, SIGILL, SIGSEGV,
@@ -23,6 +23,7 @@ from vring._linux cimport (
     sigset_t, timespec, vr_count, vr_get_flag, vr_now, vr_set_flag, write
 )
 from vring._sampler cimport SAMPLE_NS
+from vring._tables cimport tables_free, tables_init
 from vring._watches cimport (
     start_watching, unwatch, vr_watch, watch_update, watches_abandon, watches_end, watches_start
 )
