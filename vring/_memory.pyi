@@ -35,6 +35,7 @@ class Region:
         user_addr: int | None = None,
         private: bool = False,
         watch: MemoryWatch | None = None,
+        name: str | None = None,
     ) -> Region: ...
 
 @final

@@ -185,13 +185,14 @@ cdef class Region:
     @classmethod
     def map(
         cls, fd, size, *, offset=0, guest_addr, user_addr=None, private=False,
-        MemoryWatch watch=None
+        MemoryWatch watch=None, name=None
     ):
         """Map a file (memfd, shared memory) that a peer sent, readable, writable and shared.
 
         The descriptor is neither kept nor closed. `offset` need not be page-aligned. With `private`
         the file need not be writable, and writes do not change it. If the file is truncated later,
-        see `lost`; `watch` becomes readable. Core dumps leave the mapping out.
+        see `lost`; `watch` becomes readable. Core dumps leave the mapping out. Errors call the
+        region `name`; by default they name its address.
 
         The first call installs a SIGBUS handler, which passes on signals not about regions.
 
@@ -199,19 +200,20 @@ cdef class Region:
             MemoryMapError: `size` is 0, the file is shorter than offset + size, it is not on a
                 local file system, so that an access may block for ever, or the system refuses.
         """
+        what = name or f"region at {guest_addr:#x}"
         size, offset = PyNumber_Index(size), PyNumber_Index(offset)
         if size <= 0 or offset < 0 or offset + size > 2**63 - 1:
             raise MemoryMapError(
-                f"region at {guest_addr:#x}: cannot map {size:#x} bytes at offset {offset:#x}"
+                f"{what}: cannot map {size:#x} bytes at offset {offset:#x}"
             )
-        page = mapping_page(fd, f"region at {guest_addr:#x}")
+        page = mapping_page(fd, what)
         try:
             length = os.fstat(fd).st_size
         except OSError as error:
-            raise MemoryMapError(f"region at {guest_addr:#x}: {error.strerror}") from error
+            raise MemoryMapError(f"{what}: {error.strerror}") from error
         if length < offset + size:
             raise MemoryMapError(
-                f"region at {guest_addr:#x}: its file has {length:#x} bytes, "
+                f"{what}: its file has {length:#x} bytes, "
                 f"the region needs {offset:#x} + {size:#x}"
             )
         mapping = _Mapping(fd, size, offset, private, page, watch)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import abc
 import logging
+import re
 import socket
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from contextlib import suppress
+from typing import Any, ClassVar, Generic, TypeVar
 
 from vring import MemoryWatch
 from vring_serial.callbacks import Listener, tell
-from vring_serial.errors import LocalProtocolError
+from vring_serial.errors import LocalProtocolError, ResourceError, StateError
 from vring_serial.keeping import Keeping
 from vring_serial.lifetime import Starting
 from vring_serial.ratelimit import RateLimitedLog
@@ -21,7 +23,7 @@ from vring_serial.transport.door import (
     Door,
 )
 from vring_serial.transport.lost_memory import make_watch
-from vring_serial.transport.session import SESSION, Session, SessionContext
+from vring_serial.transport.session import ENDED, SESSION, Session, SessionContext
 from vring_serial.unix_fds import stream_socket
 
 _PEER = "peer"
@@ -47,6 +49,8 @@ class Server(Starting, abc.ABC, Generic[SessionT]):
     """
 
     on_peer = Listener[Callable[[str], None]]()
+    #: Matches the roles in which sessions keep descriptors.
+    _session_roles: ClassVar[re.Pattern[str]]
 
     def __init__(
         self,
@@ -147,7 +151,12 @@ class Server(Starting, abc.ABC, Generic[SessionT]):
 
     def _take_peer(self) -> socket.socket | None:
         """Return the connection of the peer that a predecessor of this process left."""
-        fd = None if self._keeping is None else self._keeping.take(_PEER)
+        if self._keeping is None:
+            return None
+        if has_ended(self._keeping):
+            self._forget_session(self._keeping)
+            return None
+        fd = self._keeping.take(_PEER)
         if fd is None:
             return None
         self._resumes = True
@@ -159,6 +168,14 @@ class Server(Starting, abc.ABC, Generic[SessionT]):
             other.close()
         peer.setblocking(False)
         return peer
+
+    def _forget_session(self, keeping: Keeping) -> None:
+        """Drop what a predecessor had not dropped yet when it died at the end of a session."""
+        for role in keeping.roles():
+            if role == _PEER or self._session_roles.fullmatch(role):
+                fd = keeping.take(role)
+                self._door.closer.close([-1 if fd is None else fd])
+                keeping.drop(role)
 
     # --- what the door tells
 
@@ -174,6 +191,7 @@ class Server(Starting, abc.ABC, Generic[SessionT]):
             watch=self._watch,
             closer=self._door.closer,
             greeted=self._door.greeted,
+            ending=self._ending,
             ended=self._ended,
             keeping=self._keeping,
             resumed=resumed,
@@ -187,6 +205,11 @@ class Server(Starting, abc.ABC, Generic[SessionT]):
                 f"no first words in {HANDSHAKE_SECONDS:g} s, and another one waits"
             )
 
+    def _ending(self) -> None:
+        if self._keeping is not None:
+            with suppress(ResourceError):  # then a successor warns of what it does not find
+                self._keeping.write(SESSION, ENDED)
+
     def _ended(self) -> None:
         self._session = None
         if self._keeping is not None:
@@ -199,3 +222,11 @@ class Server(Starting, abc.ABC, Generic[SessionT]):
         extra = {"event": self._peer, "fields": fields}
         self._log.log(logging.INFO, "%s: %s %s", self._name, self._peer, what, extra=extra)
         tell(self._log, f"{self._name}: on_peer", self.on_peer, what)
+
+
+def has_ended(keeping: Keeping) -> bool:
+    """Return whether a predecessor's last session has ended, or was about to."""
+    try:
+        return keeping.read(SESSION) == ENDED
+    except StateError:  # damaged: whoever goes on with the session says so
+        return False

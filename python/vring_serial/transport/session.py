@@ -47,6 +47,8 @@ class PeerMessage(Protocol):
 
 #: Section of a session's state (see Keeping).
 SESSION = "session"
+#: What stands there once a session ends, and until the next peer comes.
+ENDED = b"ended"
 
 MessageT = TypeVar("MessageT", bound=PeerMessage)
 
@@ -61,6 +63,7 @@ class SessionContext:
         watch: reports lost memory; used by one session at a time.
         closer: closes the peer's descriptors.
         greeted: the session calls it when the peer has begun the protocol, perhaps repeatedly.
+        ending: the session calls it before it lets go of anything that is kept; not in ``close``.
         ended: the session calls it once, when the peer has gone or was sent away; not in ``close``.
         keeping: where what a successor needs of the session is kept, or None.
         resumed: the peer is a predecessor's, which has left its session there.
@@ -71,6 +74,7 @@ class SessionContext:
     watch: MemoryWatch
     closer: Closer
     greeted: Callable[[], None]
+    ending: Callable[[], None]
     ended: Callable[[], None]
     keeping: Keeping | None = None
     resumed: bool = False
@@ -108,6 +112,7 @@ class Session(abc.ABC, Generic[MessageT]):
         self._watch = context.watch
         self._closer = context.closer
         self._greeted = context.greeted
+        self._ending = context.ending
         self._ended = context.ended
         self._parser = parser
         self._closed = False
@@ -212,6 +217,7 @@ class Session(abc.ABC, Generic[MessageT]):
             self.send_away(why)
 
     def _end(self) -> None:
+        self._ending()
         try:
             self.close()
         finally:  # whatever the device raises, the next peer may come

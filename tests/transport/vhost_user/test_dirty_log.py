@@ -140,8 +140,8 @@ async def test_set_log_base_is_answered_without_need_reply(frontend: Any, log: L
     ("area", "why"),
     [
         (LogArea(LOG_SIZE - 1, 0), r"ends at guest address 0xf8000, memory at 0x100000"),
-        (LogArea(0, 0), "cannot map 0x0 bytes"),
-        (LogArea(LOG_SIZE, 1 << 20), "its file has"),
+        (LogArea(0, 0), "the dirty log: cannot map 0x0 bytes"),
+        (LogArea(LOG_SIZE, 1 << 20), "the dirty log: its file has"),
         (LogArea(1 << 63, 0), "cannot map"),
         (LogArea(LOG_SIZE, (1 << 64) - PAGE), "cannot map"),
     ],

@@ -15,7 +15,7 @@ from vring_serial.transport.event_fds import check_kept
 from vring_serial.transport.server import Server
 from vring_serial.transport.session import SessionContext
 from vring_serial.transport.vfio_user.rings import RemoteRings
-from vring_serial.transport.vfio_user.session import KICK, VfioUserSession
+from vring_serial.transport.vfio_user.session import KICK, ROLES, VfioUserSession
 from vring_serial.transport.vfio_user.written import Left, read_left
 from vring_serial.unix_fds import close_all
 
@@ -42,6 +42,8 @@ class VfioUserServer(Server[VfioUserSession]):
     Raises:
         ConfigError: the device cannot be a PCI function so.
     """
+
+    _session_roles = ROLES
 
     def __init__(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -102,6 +103,8 @@ CAPABILITIES = Capabilities(
 MEMORY, COPY, IRQ, UNMASK = "memory.{}", "copy.{}", "irq.{}.{}", "unmask"
 TWIN, TWIN_OF_CLIENT = "twin", "twin.client"
 KICK = "kick.{}"
+#: Matches all of them.
+ROLES = re.compile(r"(memory|copy|kick)\.[0-9]+|irq\.[0-9]+\.[0-9]+|unmask|twin(\.client)?")
 
 
 class NotThereError(VfioUserError):

@@ -31,7 +31,7 @@ from vring_serial.device.registers.state import DriverState, RegistersState
 from vring_serial.errors import StateError
 from vring_serial.keeping import Keeping
 from vring_serial.transport.repeatable import Handled
-from vring_serial.transport.session import SESSION
+from vring_serial.transport.session import ENDED, SESSION
 from vring_serial.transport.vfio_user.state import (
     CLIENT,
     QUEUES,
@@ -71,12 +71,12 @@ class Left:
 
 
 def read_left(keeping: Keeping, queues: int) -> Left | None:
-    """Return what a predecessor left of a session; None if it had not begun.
+    """Return what a predecessor left of a session; None if it had not begun, or has ended.
 
     Raises StateError: it is damaged, or of another device than one of so many queues.
     """
     written = keeping.read(SESSION)
-    if written is None:
+    if written is None or written == ENDED:
         return None
     client = CLIENT.unpack(written)
     registers = REGISTERS.unpack(_part(keeping, _REGISTERS))

@@ -11,7 +11,7 @@ from vring_serial.keeping import Keeping
 from vring_serial.proto.vhost_user import ProtocolFeature, VringDescriptor
 from vring_serial.transport.server import Server
 from vring_serial.transport.session import SessionContext
-from vring_serial.transport.vhost_user.session import VhostUserSession
+from vring_serial.transport.vhost_user.session import ROLES, VhostUserSession
 
 #: What every frontend is offered.
 PROTOCOL_FEATURES = (
@@ -53,6 +53,8 @@ class VhostUserBackend(Server[VhostUserSession]):
     Raises:
         ConfigError: the device has more queues than the protocol can name.
     """
+
+    _session_roles = ROLES
 
     def __init__(
         self,

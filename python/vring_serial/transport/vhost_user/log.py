@@ -122,7 +122,9 @@ class MigrationLog:
     def _map(self, area: LogArea, fd: int) -> DirtyLog:
         """Map a log that has a bit for each page of guest memory."""
         end = max((r.guest_addr + r.size for r in self._memory().regions), default=0)
-        region = Region.map(fd, area.size, offset=area.offset, guest_addr=0, watch=self._watch)
+        region = Region.map(
+            fd, area.size, offset=area.offset, guest_addr=0, watch=self._watch, name="the dirty log"
+        )
         mapped = GuestMemory([region])
         log = DirtyLog(mapped.view(0, area.size))
         if log.end < end:

@@ -91,7 +91,7 @@ class FrontendMemory:
     def _map_kept(self, keeping: Keeping, region: MemoryRegion, serial: int) -> Region:
         fd = keeping.take(MEMORY.format(serial))
         if fd is None:
-            raise StateError("guest memory is not there")
+            raise StateError(f"the descriptor {MEMORY.format(serial)} is not there")
         try:
             return self._map(region, fd)
         finally:

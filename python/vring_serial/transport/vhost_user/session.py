@@ -52,7 +52,7 @@ READ_SIZE = 4096
 CHANNEL, ANSWER = "channel", "answer"
 
 #: All roles in which a session keeps descriptors.
-_OURS = re.compile(r"(memory|kick|call|error)\.[0-9]+|channel|answer|log|state|inflight")
+ROLES = re.compile(r"(memory|kick|call|error)\.[0-9]+|channel|answer|log|state|inflight")
 
 #: Feature bits that are for the backend alone.
 _BACKEND_BITS = 1 << F_PROTOCOL_FEATURES | 1 << F_LOG_ALL
@@ -173,7 +173,7 @@ class VhostUserSession(Session[Message]):
         if self._closed:
             return
         # With what it was about to drop when it died.
-        self._roles |= {role for role in keeping.roles() if _OURS.fullmatch(role)}
+        self._roles |= {role for role in keeping.roles() if ROLES.fullmatch(role)}
         try:
             self._memory.resume(keeping)
             self._dirty_log.resume(keeping)
