@@ -20,6 +20,7 @@ from vring_serial.errors import ConfigError
 
 TWO = b"""
 qmp = "unix:/run/qmp,server=on,wait=off"
+metrics = ["9500", "unix:/run/m"]
 workers = "shared"
 json-log = true
 
@@ -62,6 +63,7 @@ def test_machines_with_all_that_options_can_say() -> None:
     check_vms(service.vms)
     assert (service.workers, service.json_log, service.log_level) == ("shared", True, None)
     assert service.qmp == ("unix:/run/qmp,server=on,wait=off",)
+    assert service.metrics == ("9500", "unix:/run/m")
     desktop, server = service.vms
     assert (desktop.name, server.name) == ("desktop", "a server")
     assert (desktop.vfio_user, desktop.sockets) == (True, ("a.sock", "b.sock"))
@@ -102,6 +104,7 @@ PORT = 'chardev.n.backend = "null"\nport = [{chardev = "n"}]\n'
         ("workers = 'one'", "f:1: workers: there is no 'one'; "),
         ("log-level = 3", "f:1: log-level: is a string, not a number"),
         ("json-log = 'on'", "f:1: json-log: is true or false, not a string"),
+        ("metrics = 9500", "f:1: metrics: is a list, not a number"),
         ("qmp = ['a',\n3]", "f:2: qmp[2]: is a string, not a number"),
         ("vm = 3", "f:1: vm: is a table, not a number"),
         ("[vm]\na = 3", "f:2: vm.a: is a table, not a number"),
@@ -270,7 +273,14 @@ def test_what_is_shown_is_read_as_what_it_was(
 ) -> None:
     vms = tuple(data.draw(machines(number)) for number in range(count))
     service = ServiceConfig(
-        vms, ("unix:q",), workers, "0660", pid_file=pid_file, log_level="debug", json_log=True
+        vms,
+        ("unix:q",),
+        ("1", "2"),
+        workers,
+        "0660",
+        pid_file=pid_file,
+        log_level="debug",
+        json_log=True,
     )
     assert parse(as_toml(service).encode()) == service
 

@@ -13,7 +13,6 @@ from typing import NoReturn
 from vring import __version__
 from vring_serial import activation
 from vring_serial.chardev import stdio
-from vring_serial.chardev.socket import SocketOptions
 from vring_serial.cli import logs, monitor, status_of
 from vring_serial.cli.logs import LogSettings, emit
 from vring_serial.cli.monitor import MonitorSettings
@@ -29,6 +28,7 @@ from vring_serial.service.descriptor_store import Notifier
 from vring_serial.service.formats import FORMATS, check_journal
 from vring_serial.service.keeper import Keeper
 from vring_serial.service.link import Links
+from vring_serial.service.monitored import Monitored
 from vring_serial.service.sandbox import Sandbox
 from vring_serial.service.shelf import open_shelf
 from vring_serial.service.succession import KeeperState
@@ -50,7 +50,7 @@ def serve_kept(
     pid_path: str | None,
     log: LogSettings,
     warnings: Sequence[str],
-    qmp: Sequence[SocketOptions],
+    monitored: Monitored,
     origin: Origin,
 ) -> int:
     """Serve with a keeper until the first SIGINT or SIGTERM; return the exit status.
@@ -61,7 +61,7 @@ def serve_kept(
         pid_path: file for the keeper's process id, or None.
         log: where to log.
         warnings: about the configuration; the first worker logs them.
-        qmp: where monitors listen, in a process of their own.
+        monitored: where the monitor's process listens.
         origin: of the configuration and of this process.
 
     Raises ResourceError: the log's reader has stopped already, or the pid file cannot be owned.
@@ -75,7 +75,7 @@ def serve_kept(
     before = None if arrival is None else arrival.state
     with contextlib.ExitStack() as stack:
         links = stack.enter_context(
-            Links(names if qmp else [], None if before is None else before.links)
+            Links(names if monitored else [], None if before is None else before.links)
         )
         specs = []
         for vms, of_process in zip(shares, settings, strict=True):
@@ -85,9 +85,9 @@ def serve_kept(
             worker = partial(_work, vms, of_process, log, said, label, links, manager.watchdog)
             specs.append(WorkerSpec(vms[0].name if len(vms) == 1 else "all VMs", worker))
             warnings = ()
-        if qmp:
+        if monitored:
             layers = frozenset[str]().union(*(each.sandbox.layers for each in settings))
-            served = MonitorSettings(names[0], tuple(qmp), log, Sandbox(layers))
+            served = MonitorSettings(names[0], monitored, log, Sandbox(layers))
             work = partial(monitor.work, served, links)
             specs.append(WorkerSpec(monitor.NAME, work, serves=False))
         chardevs = [chardev for vms in shares for vm in vms for chardev in _chardevs(vm)]

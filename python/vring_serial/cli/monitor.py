@@ -23,6 +23,7 @@ from vring_serial.cli.signals import run, stop_on_signals
 from vring_serial.errors import ResourceError
 from vring_serial.keeping import Keeping
 from vring_serial.service.link import Caller, Links
+from vring_serial.service.monitored import Monitored
 from vring_serial.service.qmp.monitor import Monitor, Vm
 from vring_serial.service.qmp.server import QmpServer, tell_all
 from vring_serial.service.reach import reach_of
@@ -40,13 +41,13 @@ class MonitorSettings:
 
     Attributes:
         name: of the service; QMP's ``query-name`` answers it.
-        qmp: addresses of the service's own monitors.
+        monitored: where it listens.
         log: how it logs.
         sandbox: what the process gives up before it serves.
     """
 
     name: str
-    qmp: tuple[SocketOptions, ...]
+    monitored: Monitored
     log: LogSettings
     sandbox: Sandbox
 
@@ -92,8 +93,8 @@ async def _serve(
             caller = Caller(end, _teller(servers, name), name)
             stack.push(lambda *_, caller=caller: caller.close())
             vms.append(Vm(name, caller))
-        for number, options in enumerate(settings.qmp):
-            sockets = await _listen(options, keeping.scoped(f"qmp-{number}"), stack)
+        for number, options in enumerate(settings.monitored.qmp):
+            sockets = await _listen("--qmp", options, keeping.scoped(f"qmp-{number}"), stack)
             monitor = Monitor(settings.name, package, vms)
             for sock in sockets:
                 server = QmpServer(monitor, sock, f"QMP at {options.address}", package)
@@ -101,10 +102,15 @@ async def _serve(
                 await server.start()
                 servers.append(server)
             emit(logging.INFO, "monitor", f"QMP at {options.address}")
-        made = [options.path for options in settings.qmp if options.path and not options.abstract]
+        confined = asyncio.Event()
+        if addresses := settings.monitored.metrics:
+            await _serve_metrics(addresses, vms, confined, keeping, stack)
+        listening = (*settings.monitored.qmp, *settings.monitored.metrics)
+        made = [options.path for options in listening if options.path and not options.abstract]
         log = settings.log.path
         # Clients that are there already are not served before this awaits.
         confine(settings.sandbox, reach_of([], removes=made, appends_to=[log] if log else []))
+        confined.set()
         on_serving()
         await stop.wait()
         for server in servers:
@@ -115,11 +121,39 @@ def _teller(servers: Sequence[QmpServer], vm: str) -> Any:
     return lambda name, data: tell_all(servers, vm, name, data)
 
 
+async def _serve_metrics(
+    addresses: Sequence[SocketOptions],
+    vms: Sequence[Vm],
+    confined: asyncio.Event,
+    keeping: Keeping,
+    stack: contextlib.AsyncExitStack,
+) -> None:
+    # Loaded by those alone who want metrics.
+    from vring_serial.service.metrics.families import render
+    from vring_serial.service.metrics.server import PATH, MetricsServer, Readings
+
+    for openmetrics in (False, True):
+        render([], vring.__version__, openmetrics=openmetrics)  # loads all, before the sandbox
+    readings = Readings(vms, vring.__version__)
+    stack.push_async_callback(readings.aclose)
+    for number, options in enumerate(addresses):
+        sockets = await _listen("--metrics", options, keeping.scoped(f"metrics-{number}"), stack)
+        for sock in sockets:
+            url = f"unix:{options.path}"
+            if not options.path:
+                host, port = sock.getsockname()[:2]
+                url = f"http://{f'[{host}]' if ':' in host else host}:{port}{PATH}"
+            server = MetricsServer(readings, sock, f"metrics at {url}", confined)
+            stack.push_async_callback(server.aclose)
+            await server.start()
+            emit(logging.INFO, "monitor", f"metrics at {url}")
+
+
 async def _listen(
-    options: SocketOptions, keeping: Keeping, stack: contextlib.AsyncExitStack
+    option: str, options: SocketOptions, keeping: Keeping, stack: contextlib.AsyncExitStack
 ) -> list[socket.socket]:
     """Return listening sockets: a predecessor's, or new ones, which are removed at the end."""
-    kept = KeptSockets(keeping, f"QMP at {options.address}")
+    kept = KeptSockets(keeping, f"{option} {options.address}")
     listener = Listener()
     try:
         if sockets := kept.take_listeners():
@@ -128,8 +162,8 @@ async def _listen(
             await listener.listen(options.address)
             kept.keep_listeners(listener.sockets)
     except SocketPathError as error:
-        raise ResourceError(f"--qmp: {error}") from None
+        raise ResourceError(f"{option}: {error}") from None
     except OSError as error:
-        raise ResourceError(f"--qmp {options.address}: {error.strerror}") from None
+        raise ResourceError(f"{option} {options.address}: {error.strerror}") from None
     stack.callback(listener.close)
     return list(listener.sockets)

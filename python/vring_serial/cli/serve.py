@@ -10,13 +10,14 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from vring_serial.chardev.socket import SocketOptions
 from vring_serial.cli import interrupts_end_at_once, limits, logs
 from vring_serial.cli.access import parse_access
 from vring_serial.cli.signals import run
 from vring_serial.cli.vm_options import service_of, service_options
 from vring_serial.config.vms import ServiceConfig, VmConfig
 from vring_serial.errors import ConfigError
+from vring_serial.service.metrics.option import check_libraries, parse_metrics
+from vring_serial.service.monitored import Monitored
 from vring_serial.service.qmp.option import parse_qmp
 from vring_serial.service.sandbox import Sandbox
 from vring_serial.unix_socket import set_access
@@ -66,12 +67,15 @@ def serve_command(keeper: bool, descriptor_store: bool, **given: Any) -> None:
         from vring_serial.cli.origin import find_origin
     origin = find_origin()
     service = service_of(given, origin.inputs.read)
-    if service.qmp and not keeper:
-        raise click.UsageError(
-            "--qmp goes with --keeper: a monitor is a process beside the worker."
-        )
+    for option in ("qmp", "metrics"):
+        if getattr(service, option) and not keeper:
+            raise click.UsageError(
+                f"--{option} goes with --keeper: a monitor is a process beside the worker."
+            )
     log = logs.LogSettings(service.log_level or "info", bool(service.json_log), service.log_file)
-    shares, sandboxes, monitors = check(service, keeper=keeper)
+    shares, sandboxes, monitored = check(service, keeper=keeper)
+    if monitored.metrics:
+        check_libraries()
     set_access(parse_access(service.socket_mode, service.socket_owner, service.socket_group))
     logs.configure(log.level, as_json=log.as_json, path=log.path)
     warnings = service.warnings
@@ -87,7 +91,7 @@ def serve_command(keeper: bool, descriptor_store: bool, **given: Any) -> None:
         from vring_serial.cli.kept import serve_kept
 
         settings = [Settings(None, service.log_file, sandbox) for sandbox in sandboxes]
-        status = serve_kept(shares, settings, service.pid_file, log, warnings, monitors, origin)
+        status = serve_kept(shares, settings, service.pid_file, log, warnings, monitored, origin)
         raise SystemExit(status)
     if descriptor_store:
         from vring_serial.cli.stored import serve_stored
@@ -99,7 +103,7 @@ def serve_command(keeper: bool, descriptor_store: bool, **given: Any) -> None:
 
 def check(
     service: ServiceConfig, *, keeper: bool
-) -> tuple[list[tuple[VmConfig, ...]], list[Sandbox], list[SocketOptions]]:
+) -> tuple[list[tuple[VmConfig, ...]], list[Sandbox], Monitored]:
     """Return the VMs of each process, its sandbox, and where monitors listen.
 
     Raises ConfigError.
@@ -107,7 +111,11 @@ def check(
     shares = [service.vms]
     if keeper and service.workers != "shared":
         shares = [(vm,) for vm in service.vms]
-    return shares, [_sandbox(vms) for vms in shares], [parse_qmp(text) for text in service.qmp]
+    monitored = Monitored(
+        tuple(parse_qmp(text) for text in service.qmp),
+        tuple(parse_metrics(text) for text in service.metrics),
+    )
+    return shares, [_sandbox(vms) for vms in shares], monitored
 
 
 def _sandbox(vms: Sequence[VmConfig]) -> Sandbox:

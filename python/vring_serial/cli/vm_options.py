@@ -161,6 +161,12 @@ _SERVICE_OPTIONS = (
         help="A monitor that speaks QMP there, as QEMU's -qmp (docs/management.md).",
     ),
     click.option(
+        "--metrics",
+        metavar="[ADDR:]PORT|unix:PATH",
+        multiple=True,
+        help="Metrics for Prometheus, at http://ADDR:PORT/metrics (127.0.0.1; docs/management.md).",
+    ),
+    click.option(
         "--socket-mode",
         metavar="OCTAL",
         help="Permissions of all unix sockets that are made (what the umask leaves).",
@@ -221,6 +227,7 @@ def service_of(given: Mapping[str, Any], read: Callable[[str], bytes] = read_fil
         vms,
         workers=given["workers"] or service.workers,
         qmp=(*service.qmp, *given["qmp"]),
+        metrics=(*service.metrics, *given["metrics"]),
         socket_mode=given["socket_mode"] or service.socket_mode,
         socket_owner=given["socket_owner"] or service.socket_owner,
         socket_group=given["socket_group"] or service.socket_group,

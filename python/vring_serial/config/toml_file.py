@@ -200,6 +200,7 @@ def _read_service(table: _Table, read: Read) -> ServiceConfig:
     service = ServiceConfig(
         vms,
         qmp=table.texts("qmp"),
+        metrics=table.texts("metrics"),
         workers=table.word("workers", WORKERS),
         socket_mode=table.text("socket-mode"),
         socket_owner=table.text("socket-owner"),

@@ -25,7 +25,7 @@ _SETTINGS = (
 
 def as_toml(service: ServiceConfig) -> str:
     """Return the text. Raises ConfigError for a path that is no text."""
-    settings = {"qmp": list(service.qmp) or None}
+    settings = {key: list(getattr(service, key)) or None for key in ("qmp", "metrics")}
     parts = [_lines(settings | {key: getattr(service, key) for key in _SERVICE})]
     for vm in service.vms:
         parts += _vm(vm)

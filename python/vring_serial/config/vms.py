@@ -78,6 +78,7 @@ class ServiceConfig:
     Attributes:
         vms: the machines; at least one.
         qmp: addresses of monitors, as ``--qmp`` has them.
+        metrics: where metrics are served, as ``--metrics`` has it.
         workers: whether each has a process of its own (``vm``), or all share one (``shared``).
         socket_mode, socket_owner, socket_group: of all unix sockets that are made, as the options
             have them.
@@ -89,6 +90,7 @@ class ServiceConfig:
 
     vms: tuple[VmConfig, ...]
     qmp: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()
     workers: str | None = None
     socket_mode: str | None = None
     socket_owner: str | None = None

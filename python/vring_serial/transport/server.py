@@ -46,6 +46,7 @@ class Server(Starting, abc.ABC, Generic[SessionT]):
     Attributes:
         on_peer: called with "connected", "resumed" (the peer of a predecessor) and "gone". One
             listener at a time: setting another one raises LocalProtocolError, None removes it.
+        connects: how often a peer was served, one of a predecessor's included.
     """
 
     on_peer = Listener[Callable[[str], None]]()
@@ -62,6 +63,7 @@ class Server(Starting, abc.ABC, Generic[SessionT]):
         queues: int,
         keeping: Keeping | None = None,
     ) -> None:
+        self.connects = 0
         self._path = path
         self._name = f"{protocol} {path}"
         self._peer = peer
@@ -197,6 +199,7 @@ class Server(Starting, abc.ABC, Generic[SessionT]):
             resumed=resumed,
         )
         self._session = self._make_session(sock, context)
+        self.connects += 1
         self._tell("resumed" if resumed else "connected")
 
     def _send_silent_away(self) -> None:

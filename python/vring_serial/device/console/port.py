@@ -79,6 +79,7 @@ class Port:
 
     Attributes:
         state: kept up to date by the port and its directions; see :meth:`settle`.
+        host_connects: how often a host end connected.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class Port:
         self.nr = nr
         self.name = name.encode() if isinstance(name, str) else name
         self.chardev = chardev
+        self.host_connects = 0
         self._owner: PortOwner | None = None
         self._console = console
         self._backlog = backlog
@@ -320,6 +322,7 @@ class Port:
 
         A protocol is given at once what the guest wrote before it closed, with nobody there.
         """
+        self.host_connects += 1
         self._sides.end = end
         self._transmit.end_opened()
         self._receive.end_opened()

@@ -1,0 +1,1 @@
+"""Metrics of a running service for Prometheus; see docs/management.md."""
