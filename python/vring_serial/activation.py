@@ -30,6 +30,14 @@ def provide(sockets: Iterable[int]) -> list[str]:
     return names
 
 
+def provide_as(address: str, fd: int) -> None:
+    """Note a listening stream socket for whoever is about to listen at ``address``.
+
+    It stays open as long as the process. The caller has checked that it listens.
+    """
+    _provided[_key(address)] = fd
+
+
 def _look_at(fd: int) -> tuple[bool, int, Any]:
     """Return whether a descriptor is a listening socket, its type, and its address."""
     duplicate = os.dup(fd)

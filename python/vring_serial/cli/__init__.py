@@ -71,6 +71,9 @@ class LazyCommand:
 
 COMMANDS = {
     "serve": LazyCommand("serve", "serve_command", "Serve virtio-serial devices to guests."),
+    "vhost-user": LazyCommand(
+        "vhost_user", "vhost_user_command", "Serve a device as a vhost-user back-end of QEMU's."
+    ),
     "upgrade": LazyCommand("upgrade", "upgrade_command", "Give a running service new code."),
     "config": LazyCommand("config", "config_command", "Check and write files of serve --config."),
     "guest": LazyCommand("guest", "guest_command", "Run the embedded guest against a device."),

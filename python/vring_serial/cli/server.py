@@ -7,12 +7,14 @@ import contextlib
 import logging
 import os
 import signal
+import socket as sockets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NoReturn
 
 from vring import Pump
+from vring_serial import activation
 from vring_serial.chardev import Chardev
 from vring_serial.cli import logs
 from vring_serial.cli.agent_end import AgentEnds
@@ -47,11 +49,14 @@ class Settings:
         pid_file: file for the process id while serving, or None.
         log_file: the log, if it is a file that is opened again.
         sandbox: what the process gives up before it serves.
+        frontend: the connection of the only frontend, taken over; serving ends when it has gone.
+            None: frontends come through the sockets of the VMs.
     """
 
     pid_file: str | None = None
     log_file: str | None = None
     sandbox: Sandbox = NO_SANDBOX
+    frontend: sockets.socket | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +84,8 @@ class Kept:
 async def serve(vms: Sequence[VmConfig], settings: Settings, kept: Kept | None = None) -> None:
     """Serve until the first SIGINT or SIGTERM; the second ends the process at once.
 
+    With a frontend of the settings, its end is the end of serving too.
+
     With a keeper, only SIGTERM counts: the keeper hears SIGINT too.
 
     Args:
@@ -96,7 +103,8 @@ async def serve(vms: Sequence[VmConfig], settings: Settings, kept: Kept | None =
     stop = stop_on_signals(lambda: _reload(served), interrupt=interrupt)
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(pid_file(settings.pid_file))
-        if await finished_before(stop, _start(vms, settings, served, stack, kept)):
+        starting = _start(vms, settings, served, stack, kept, stop.set)
+        if await finished_before(stop, starting):
             if kept is not None:
                 hand_over = partial(_hand_over, served, kept.handed_over)
                 for number in (signal.SIGUSR2, *([signal.SIGTERM] if kept.by_manager else ())):
@@ -136,12 +144,13 @@ async def _start(
     served: list[_Machine],
     stack: contextlib.AsyncExitStack,
     kept: Kept | None,
+    on_gone: Callable[[], None],
 ) -> None:
     """Start everything, host ends first; ``stack`` stops it in reverse order.
 
-    All machines are appended to ``served``.
+    All machines are appended to ``served``. The end of the only frontend calls ``on_gone``.
     """
-    if kept is None or not kept.restarts:
+    if settings.frontend is None and (kept is None or not kept.restarts):
         for vm in vms:
             if vm.vfio_user or not vm.connect:
                 for socket in vm.sockets:  # before the log tells of ports that nobody will reach
@@ -154,7 +163,7 @@ async def _start(
         one = _Machine(vm, setup, keeping, vm.name if len(vms) > 1 else "")
         stack.push_async_callback(one.aclose)
         served.append(one)
-        await one.open_host_ends(kept)
+        await one.open_host_ends(kept, settings.frontend, on_gone)
     for one in served:
         await one.listen()
     # Peers that are there already are not served before this returns to the event loop.
@@ -195,7 +204,12 @@ class _Machine:
         ends = [port.chardev for c in self.controllers for port in c.ports.values()]
         return ends if self._changes is None else [*ends, *self._changes.spare.values()]
 
-    async def open_host_ends(self, kept: Kept | None) -> None:
+    async def open_host_ends(
+        self,
+        kept: Kept | None,
+        frontend: sockets.socket | None,
+        on_gone: Callable[[], None],
+    ) -> None:
         """Make all, answer the monitor, and start the controllers with the ends of their ports."""
         with self._about():
             topology, stack = self.setup.topology, self._stack
@@ -218,12 +232,14 @@ class _Machine:
             ]
             self._backends += [
                 _make_backend(
-                    self._vm, config, controller, socket, self._kept(f"frontend-{number}")
+                    self._vm, config, controller, socket, self._kept(f"frontend-{number}"), frontend
                 )
                 for number, (config, controller, socket) in enumerate(
                     zip(topology.controllers, self.controllers, self._vm.sockets, strict=True)
                 )
             ]
+            if frontend is not None:
+                self._backends[0].on_peer = lambda what: on_gone() if what == "gone" else None
             self._changes = Changes(self.setup, self.controllers)
             stack.push_async_callback(self._changes.aclose)
             await self._changes.start()
@@ -293,7 +309,13 @@ class _Machine:
 
 
 def _reach(vms: Sequence[VmConfig], topologies: Sequence[Topology], settings: Settings) -> Reach:
-    made = [socket for vm in vms if not vm.connect for socket in vm.sockets]
+    made = [
+        socket
+        for vm in vms
+        if not vm.connect and settings.frontend is None
+        for socket in vm.sockets
+        if not activation.is_provided(socket)  # never removed
+    ]
     made += [path for path in (settings.pid_file, *(vm.agent_socket for vm in vms)) if path]
     return reach_of(
         topologies,
@@ -310,6 +332,7 @@ def _make_backend(
     controller: Controller,
     socket: str,
     keeping: Keeping | None,
+    frontend: sockets.socket | None,
 ) -> VhostUserBackend | VfioUserServer:
     packed = vm.packed if config.packed is None else config.packed
     try:
@@ -329,6 +352,7 @@ def _make_backend(
             listen=not vm.connect,
             inband_notifications=vm.inband_notifications,
             packed=packed,
+            connected=frontend,
             keeping=keeping,
         )
     except ConfigError as error:

@@ -24,8 +24,8 @@ from vring_serial.config.vms import (
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-#: Of one VM.
-_VM_OPTIONS = (
+#: Of one VM: where it is served, and what only a service with a monitor has.
+_PLACE_OPTIONS = (
     click.option(
         "--vhost-user",
         "sockets",
@@ -42,7 +42,6 @@ _VM_OPTIONS = (
         multiple=True,
         help="The same for vfio-user: a whole PCI function, for QEMU's vfio-user-pci.",
     ),
-    click.option("--packed", is_flag=True, help="Offer packed rings."),
     click.option(
         "--transitional",
         is_flag=True,
@@ -58,6 +57,17 @@ _VM_OPTIONS = (
     click.option(
         "--connect", is_flag=True, help="Connect to frontends that listen, instead of listening."
     ),
+    click.option(
+        "--reach",
+        type=PATH,
+        metavar="DIR",
+        multiple=True,
+        help="With --qmp: a directory in which the sandbox lets chardevs be made while it runs.",
+    ),
+)
+#: Of one VM, wherever it is served.
+_VM_OPTIONS = (
+    click.option("--packed", is_flag=True, help="Offer packed rings."),
     click.option(
         "--domain", type=PATH, metavar="FILE", help="libvirt domain XML; - reads standard input."
     ),
@@ -118,13 +128,6 @@ _VM_OPTIONS = (
         help="Share the agent behind the spicevmc port with `vring agent` on this unix socket.",
     ),
     click.option(
-        "--reach",
-        type=PATH,
-        metavar="DIR",
-        multiple=True,
-        help="With --qmp: a directory in which the sandbox lets chardevs be made while it runs.",
-    ),
-    click.option(
         "--sandbox",
         metavar="on|off|LAYER=on|off,...",
         help="What the process gives up before it serves: capabilities, landlock, seccomp; "
@@ -141,7 +144,7 @@ _VM_OPTIONS = (
         help="Name of the VM, in logs and for SPICE clients (the domain's, or vring).",
     ),
 )
-#: Of the service.
+#: Of a service, which may have several VMs.
 _SERVICE_OPTIONS = (
     click.option(
         "--config",
@@ -166,6 +169,9 @@ _SERVICE_OPTIONS = (
         multiple=True,
         help="Metrics for Prometheus, at http://ADDR:PORT/metrics (127.0.0.1; docs/management.md).",
     ),
+)
+#: Of the process.
+_PROCESS_OPTIONS = (
     click.option(
         "--socket-mode",
         metavar="OCTAL",
@@ -195,9 +201,34 @@ _SERVICE_OPTIONS = (
 
 def service_options(command: F) -> F:
     """Give a command all options that :func:`service_of` reads."""
-    for option in reversed((*_VM_OPTIONS, *_SERVICE_OPTIONS)):
+    options = (*_PLACE_OPTIONS, *_VM_OPTIONS, *_SERVICE_OPTIONS, *_PROCESS_OPTIONS)
+    for option in reversed(options):
         command = option(command)
     return command
+
+
+def backend_options(command: F) -> F:
+    """Give a command those options of :func:`service_options` that do not say where to serve."""
+    for option in reversed((*_VM_OPTIONS, *_PROCESS_OPTIONS)):
+        command = option(command)
+    return command
+
+
+def backend_of(option: str, socket: str, given: Mapping[str, Any]) -> ServiceConfig:
+    """Return the service of one VM on ``socket``, over vhost-user.
+
+    Args:
+        option: the one that says where it is served, for errors.
+        socket: its path, or the name of what is given instead.
+        given: the values of :func:`backend_options`, by parameter.
+
+    Raises: see :func:`service_of`.
+    """
+    unsaid = dict.fromkeys(("config", "workers", "vectors"))
+    off = dict.fromkeys(("connect", "transitional"), False)
+    none = dict.fromkeys(("vfio_sockets", "reach", "qmp", "metrics"), ())
+    said = {**given, "sockets": (socket,), "places": {"vhost-user": option}}
+    return service_of({**unsaid, **off, **none, **said})
 
 
 def service_of(given: Mapping[str, Any], read: Callable[[str], bytes] = read_file) -> ServiceConfig:
@@ -276,6 +307,7 @@ def _vm_of(given: Mapping[str, Any], read: Callable[[str], bytes]) -> VmConfig |
         sandbox=given["sandbox"],
         user=given["user"],
         reach=given["reach"],
+        places=given.get("places", {}),
     )
 
 
@@ -283,7 +315,7 @@ def _vm_parameters() -> list[click.Parameter]:
     def nothing() -> None:
         """Do nothing: options are added to a function."""
 
-    for option in reversed(_VM_OPTIONS):
+    for option in reversed((*_PLACE_OPTIONS, *_VM_OPTIONS)):
         option(nothing)
     return click.command(nothing).params
 

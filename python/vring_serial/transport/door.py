@@ -40,6 +40,7 @@ class Door:
         peer: what a peer is called in them.
         listen: make the socket and wait for peers; False: connect to a peer that listens, trying
             again until it does, and again when it has gone.
+        only: admit the peer that :meth:`open` is given, and no other.
         on_connected: takes ownership of each peer's connected, non-blocking socket. The next peer
             is admitted after :meth:`gone`, or when ``on_connected`` raised.
         on_silent: called when :meth:`greeted` was not called in HANDSHAKE_SECONDS and another peer
@@ -62,6 +63,7 @@ class Door:
         name: str,
         peer: str,
         listen: bool = True,
+        only: bool = False,
         on_connected: Callable[[socket.socket], None],
         on_silent: Callable[[], None],
         descriptors: int = 0,
@@ -71,7 +73,8 @@ class Door:
         self._path = path
         self._name = name
         self._peer = peer
-        self._listens = listen
+        self._only = only
+        self._listens = listen and not only
         self._on_connected = on_connected
         self._on_silent = on_silent
         self._patience: asyncio.TimerHandle | None = None
@@ -93,6 +96,7 @@ class Door:
 
         Raises:
             SocketPathError: the socket exists or cannot be made.
+            Exception: what ``on_connected`` raised for the only peer, which is closed.
         """
         if self._listens:
             self._listener = self._listen()
@@ -105,13 +109,13 @@ class Door:
             except OSError as error:  # there is no room for one more to watch
                 self.close()
                 raise SocketPathError(self._path, error.strerror or str(error)) from None
-        else:
+        elif not self._only:
             encode_path(self._path)
         self._open = True
         self._reserve(self._descriptors)
         if peer is not None:
             self._admit(peer)
-        elif not self._listens:
+        elif not self._listens and not self._only:
             self._connect()
 
     def greeted(self) -> None:
@@ -131,7 +135,7 @@ class Door:
         self._next()
 
     def _next(self) -> None:
-        if not self._open:
+        if not self._open or self._only:
             return
         if self.closer.full:
             self._later(self._next, "descriptors that the last one sent cannot be closed")
@@ -177,13 +181,16 @@ class Door:
             self._accepted(sock)
         except Exception as error:
             sock.close()
+            if self._only:
+                raise
             text = "%s: the session of the %s cannot go on: %s"
             self._log.warning(text, self._name, self._peer, f"{type(error).__name__}: {error}")
             self._next()
 
     def _accepted(self, sock: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-        self._patience = loop.call_later(HANDSHAKE_SECONDS, self._watch_for_another)
+        if self._listener is not None:
+            loop = asyncio.get_running_loop()
+            self._patience = loop.call_later(HANDSHAKE_SECONDS, self._watch_for_another)
         try:
             self._on_connected(sock)
         except BaseException:

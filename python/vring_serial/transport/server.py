@@ -40,6 +40,8 @@ class Server(Starting, abc.ABC, Generic[SessionT]):
         peer: what a peer is called in them.
         listen: make the socket; False: connect to a peer that listens.
         queues: number of queues that a peer sets up.
+        connected: the stream connection of the only peer that there will be, taken over; nobody
+            listens or connects then, and ``path`` is a name for log lines.
         keeping: where what a successor of this process needs is kept, and what a predecessor left
             is found; None: there is no successor.
 
@@ -61,6 +63,7 @@ class Server(Starting, abc.ABC, Generic[SessionT]):
         peer: str,
         listen: bool = True,
         queues: int,
+        connected: socket.socket | None = None,
         keeping: Keeping | None = None,
     ) -> None:
         self.connects = 0
@@ -72,12 +75,14 @@ class Server(Starting, abc.ABC, Generic[SessionT]):
             name=self._name,
             peer=peer,
             listen=listen,
+            only=connected is not None,
             on_connected=self._serve,
             on_silent=self._send_silent_away,
             descriptors=DESCRIPTORS_PER_QUEUE * queues + OTHER_DESCRIPTORS,
             keeping=keeping,
         )
         self._keeping = keeping
+        self._connected = connected
         self._resumes = False  # the peer that the door admits now is a predecessor's
         self._session: SessionT | None = None
         self._watch: MemoryWatch | None = None
@@ -126,6 +131,9 @@ class Server(Starting, abc.ABC, Generic[SessionT]):
         """Send the peer away, remove the socket and leave the device. Safe to call twice."""
         self._started = False
         self._door.close()
+        if self._connected is not None:
+            self._connected.close()
+            self._connected = None
         session, self._session = self._session, None
         try:
             if session is not None:
@@ -152,7 +160,11 @@ class Server(Starting, abc.ABC, Generic[SessionT]):
         """Serve the peer at ``sock``."""
 
     def _take_peer(self) -> socket.socket | None:
-        """Return the connection of the peer that a predecessor of this process left."""
+        """Return the connection of the only peer, or of the one that a predecessor left."""
+        if self._connected is not None:
+            connected, self._connected = self._connected, None
+            connected.setblocking(False)
+            return connected
         if self._keeping is None:
             return None
         if has_ended(self._keeping):

@@ -45,6 +45,7 @@ class VhostUserBackend(Server[VhostUserSession]):
         inband_notifications: offer kicks and calls as messages. Frontends that take this
             (User-Mode Linux does) lose much speed; it is meant for simulations.
         packed: offer packed rings.
+        connected: see :class:`Server`.
         keeping: see :class:`Server`.
 
     Attributes:
@@ -64,6 +65,7 @@ class VhostUserBackend(Server[VhostUserSession]):
         listen: bool = True,
         inband_notifications: bool = False,
         packed: bool = False,
+        connected: socket.socket | None = None,
         keeping: Keeping | None = None,
     ) -> None:
         if controller.num_queues > MAX_QUEUES:
@@ -76,6 +78,7 @@ class VhostUserBackend(Server[VhostUserSession]):
             peer="frontend",
             listen=listen,
             queues=controller.num_queues,
+            connected=connected,
             keeping=keeping,
         )
         self._device = controller
