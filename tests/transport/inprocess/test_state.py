@@ -20,7 +20,7 @@ from vring_serial.device.console.controller import Controller
 from vring_serial.device.console.port import Port
 from vring_serial.device.pci import PciDevice
 from vring_serial.device.registers.mmio import MmioDevice
-from vring_serial.errors import ConfigError
+from vring_serial.errors import StateError
 from vring_serial.proto.virtio import Status
 from vring_serial.saving import StateFormat
 from vring_serial.transport.inprocess.fronts import PolledHost
@@ -166,7 +166,7 @@ def test_the_state_of_another_device_is_refused(part):
         state.registers.queues.pop()
     else:
         state.msix.table += bytes(16)
-    with pytest.raises(ConfigError):
+    with pytest.raises(StateError):
         PciDevice(controller, state=state)
     mmio = MmioDevice(controller)  # what was refused has not taken the device
     mmio.close()

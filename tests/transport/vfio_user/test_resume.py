@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,11 @@ from tests.support.shelves import ShelfKeeper
 from tests.support.waiting import until
 from vring_serial.device.console.controller import Controller
 from vring_serial.device.pci import PciDevice
+from vring_serial.device.pci.state import FunctionState
 from vring_serial.errors import RemoteProtocolError
 from vring_serial.keeping import Keeping
 from vring_serial.proto.vfio_user import VfioUserParser, reply
+from vring_serial.proto.vfio_user_features import MigrationState
 from vring_serial.proto.vfio_user_version import Capabilities
 from vring_serial.proto.vfio_user_wire import Command, IrqIndex
 from vring_serial.service.descriptor_store import Notifier
@@ -25,7 +29,12 @@ from vring_serial.service.shelf import Shelf
 from vring_serial.transport.repeatable import Handled
 from vring_serial.transport.vfio_user.remote import IDS_EACH, RemoteMemory
 from vring_serial.transport.vfio_user.server import VfioUserServer
-from vring_serial.transport.vfio_user.state import ClientState, DmaRegion, RemoteRingsState
+from vring_serial.transport.vfio_user.state import (
+    MAX_DMA_MAPS,
+    ClientState,
+    DmaRegion,
+    RemoteRingsState,
+)
 from vring_serial.transport.vfio_user.written import Writer
 
 
@@ -61,12 +70,17 @@ def leave(
     max_ports: int = 1,
     vectors: int = 4,
     running: Sequence[int] = (),
+    owed: Sequence[int] = (),
+    forge: Callable[[FunctionState], object] = lambda _: None,
 ) -> None:
-    """Write down a session as a predecessor does."""
+    """Write down a session as a predecessor does, after ``forge`` has changed its function."""
     pci = PciDevice(Controller(max_ports=max_ports), vectors=vectors)
     for index in running:
         pci.state.registers.queues[index].running = True
-    Writer(kept, pci, RemoteRingsState()).write(Handled(1), client)
+    before = copy.deepcopy(pci.state)
+    forge(pci.state)
+    Writer(kept, pci, RemoteRingsState(list(owed))).write(Handled(1), client)
+    pci.state.registers.driver.features = before.registers.driver.features
     pci.close()
 
 
@@ -135,19 +149,89 @@ def without_the_twin(kept: Keeping) -> None:
     leave(kept, state)
 
 
+def forged(**fields: object) -> Callable[[Keeping], None]:
+    """A session whose client's setup says what no client can set up."""
+    return lambda kept: leave(kept, client_state(**fields))
+
+
+def agreed_on(**numbers: int) -> Callable[[Keeping], None]:
+    def left(kept: Keeping) -> None:
+        leave(kept, ClientState(agreed=Capabilities(**numbers)))  # type: ignore[arg-type]
+
+    return left
+
+
+def forged_function(forge: Callable[[FunctionState], object]) -> Callable[[Keeping], None]:
+    return lambda kept: leave(kept, client_state(), forge=forge)
+
+
+def reserved_bits(function: FunctionState) -> None:
+    function.msix.table[2 * 16] = 3
+
+
+def other_features(function: FunctionState) -> None:
+    function.registers.driver.features = 1 << 63
+
+
+def vector_beyond(function: FunctionState) -> None:
+    function.registers.queues[1].vector = 4
+
+
+def negative_vector(function: FunctionState) -> None:
+    function.registers.driver.config_vector = -1
+
+
+def size_beyond(function: FunctionState) -> None:
+    function.registers.queues[1].size = 1 << 20
+
+
+def region(address: int = 0, size: int = 4096, flags: int = 3, offset: int = 0) -> DmaRegion:
+    return DmaRegion(address, size, flags, offset, False, address)
+
+
 @pytest.mark.parametrize(
     ("left", "cause"),
     [
+        (forged_function(reserved_bits), "vector 2 of its MSI-X table has bits 0x3 set"),
+        (forged_function(other_features), "features 0x8000000000000000, which are not offered"),
+        (forged_function(vector_beyond), "queue 1: vector is 4; the function has 4 vectors"),
+        (forged_function(negative_vector), "config_vector is -1"),
+        (forged_function(size_beyond), "queue 1 has 1048576 descriptors"),
+        (lambda kept: leave(kept, client_state(), owed=[4]), "drivers of queues [4]"),
+        (forged(irqs={IrqIndex.MSIX: [-1]}), "interrupt -1 of type 2"),
+        (forged(irqs={IrqIndex.MSIX: [1, 0]}), "not in ascending order"),
+        (forged(irqs={IrqIndex.ERR: [0]}), "interrupt 0 of type 3; the function has 0"),
+        (forged(regions={4096: region()}), "the mapping at 0x1000 is said to begin at 0x0"),
+        (forged(regions={0: region(size=0)}), "the mapping at 0x0 has 0x0 bytes"),
+        (forged(regions={0: region(size=1 << 65)}), "which cannot be"),
+        (forged(regions={-1: region(-1)}), "which cannot be"),
+        (forged(regions={0: region(size=8192), 4096: region(4096)}), "mapping at 0x1000"),
+        (forged(regions={0: region(flags=4)}), "the mapping at 0x0 has flags 0x4"),
+        (forged(regions={0: region(offset=-1)}), "the mapping at 0x0: offset is -0x1"),
+        (
+            forged(regions={at << 12: region(at << 12) for at in range(MAX_DMA_MAPS + 1)}),
+            "4097 mappings; 4096 are possible",
+        ),
+        (
+            forged(regions={0: region(), 4096: replace(region(4096), serial=0)}),
+            "two mappings have the same serial",
+        ),
+        (agreed_on(max_data_xfer_size=0), "max_data_xfer_size is 0"),
+        (agreed_on(max_msg_fds=254), "max_msg_fds is 254"),
+        (forged(next_serial=-1), "next_serial is -0x1"),
+        (forged(life=1 << 40), "life is"),
+        (forged(phase=MigrationState.PRE_COPY), "the migration state PRE_COPY"),
+        (forged(content=b"12", moved=3), "3 bytes of a state of 2 were moved"),
         (damaged, "the first bytes are others"),
         (without_registers, "the section registers is missing"),
         (of_more_queues, "20 queues, and the device has 4"),
-        (of_other_vectors, "not one of 4 MSI-X vectors"),
+        (of_other_vectors, "its MSI-X table has 112 bytes, 16 for each of 4 vectors"),
         (without_memory, "the descriptor memory.8 is not there"),
         (with_smaller_memory, "its file has 0x0 bytes"),
         (without_a_copy, "the ring of queue 1 is in memory that is not shared"),
         (with_a_short_copy, "the copy 8 is shorter than its region"),
         (without_an_interrupt, "the descriptor irq.2.1 is not there"),
-        (with_an_impossible_interrupt, "index out of range"),
+        (with_an_impossible_interrupt, "interrupt 4 of type 2; the function has 4"),
         (without_the_unmask_event, "the descriptor unmask is not there"),
         (without_the_twin, "the descriptor twin is not there"),
     ],

@@ -8,13 +8,20 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from vring_serial.device.console.controller import Controller
+from vring_serial.proto.vfio_user_features import MigrationState
 from vring_serial.proto.vfio_user_version import Capabilities
 from vring_serial.proto.vfio_user_wire import IrqIndex, IrqSet, IrqSetFlag
 from vring_serial.saving import StateFormat
 from vring_serial.transport.closer import Closer
 from vring_serial.transport.vfio_user.irqs import Interrupts
 from vring_serial.transport.vfio_user.rings import RemoteRings
-from vring_serial.transport.vfio_user.state import ClientState, DmaRegion, RemoteRingsState
+from vring_serial.transport.vfio_user.state import (
+    PHASES,
+    ClientState,
+    DmaRegion,
+    RemoteRingsState,
+    check_client,
+)
 
 EVENTS = IrqSetFlag.DATA_EVENTFD | IrqSetFlag.ACTION_TRIGGER
 UNMASK = IrqSetFlag.DATA_EVENTFD | IrqSetFlag.ACTION_UNMASK
@@ -101,6 +108,24 @@ def test_a_client_s_state_can_be_written_down() -> None:
         irqs={IrqIndex.MSIX: [0]},
     )
     assert FORMAT.unpack(FORMAT.pack(state)) == state
+
+
+@pytest.mark.parametrize("phase", [*PHASES, MigrationState.ERROR])
+def test_what_a_client_can_set_up_is_gone_on_with(phase: MigrationState) -> None:
+    state = ClientState(
+        agreed=Capabilities(max_msg_fds=0, max_data_xfer_size=4096),
+        regions={
+            0: DmaRegion(0, 0x1000, 1, 0, True, 0),
+            0x1000: DmaRegion(0x1000, (1 << 64) - 0x1000, 3, 0, False, 7),
+        },
+        irqs={IrqIndex.INTX: [0], IrqIndex.MSI: [], IrqIndex.MSIX: [0, VECTORS - 1]},
+        next_serial=8,
+        life=3,
+        phase=phase,
+        content=b"12",
+        moved=2,
+    )
+    check_client(FORMAT.unpack(FORMAT.pack(state)), VECTORS)
 
 
 def test_rings_forget_whom_they_owe_an_interrupt_with_the_queue_and_the_driver() -> None:

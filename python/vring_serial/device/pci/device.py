@@ -28,7 +28,7 @@ from vring_serial.device.pci.state import (
 )
 from vring_serial.device.registers.bank import RegisterBank
 from vring_serial.device.registers.device import RegisterDevice
-from vring_serial.device.registers.driver_registers import DriverRegisters
+from vring_serial.device.registers.driver_registers import DriverRegisters, check_saved_registers
 from vring_serial.device.registers.host import Host, LoopThread
 from vring_serial.device.registers.interrupts import InterruptSink
 from vring_serial.device.registers.queues import NO_KICKS
@@ -109,6 +109,7 @@ class PciDevice(RegisterDevice):
 
     Raises:
         ConfigError: the device cannot be a PCI function so.
+        StateError: the state is not one of such a function; the message says what does not fit.
     """
 
     def __init__(
@@ -131,6 +132,9 @@ class PciDevice(RegisterDevice):
             raise ConfigError(f"no transitional device of virtio type {device.device_id}")
         if device.config_size > at.DEVICE_CFG_MAX:
             raise ConfigError(f"configuration of {device.config_size} bytes")
+        if state is not None:  # before anything is taken
+            check_function(state, vectors)
+            check_saved_registers(state.registers, device, packed=packed, queue_size=queue_size)
         self.device = device
         self.transitional = transitional
         self.state = state or FunctionState()

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from threading import RLock
 
-from vring_serial.device.pci.state import ENTRY_SIZE, MsixState
+from vring_serial.device.pci.state import ENTRY_MASKED, ENTRY_SIZE, ENTRY_WRITABLE, MsixState
 from vring_serial.device.registers.interrupts import InterruptSink, NoInterrupts
 from vring_serial.device.registers.state import NO_VECTOR
 from vring_serial.errors import ConfigError
 
 MAX_VECTORS = 0x800
 _CONTROL = 12
-_MASKED = 1
-#: What software can write in an entry: the address but for its low two bits, data, the mask bit.
-_WRITABLE = _MASKED << 96 | 0xFFFFFFFF << 64 | 0xFFFFFFFF_FFFFFFFC
+_MASKED = ENTRY_MASKED >> 8 * _CONTROL
 
 
 class Msix:
@@ -119,7 +117,7 @@ class Msix:
                 self._write_byte(at, value >> 8 * (at - offset) & 0xFF)
 
     def _write_byte(self, at: int, value: int) -> None:
-        writable = _WRITABLE >> 8 * (at % ENTRY_SIZE) & 0xFF
+        writable = ENTRY_WRITABLE >> 8 * (at % ENTRY_SIZE) & 0xFF
         self.state.table[at] = self.state.table[at] & ~writable & 0xFF | value & writable
 
     @property

@@ -12,6 +12,10 @@ from vring_serial.saving import StateFormat, check_range
 CONFIG_SIZE = 256
 #: Bytes of an entry of the MSI-X table (PCI 3.0, 6.8.2).
 ENTRY_SIZE = 16
+#: The mask bit of an entry.
+ENTRY_MASKED = 1 << 96
+#: What software can write in an entry: the address but for its low two bits, data, the mask bit.
+ENTRY_WRITABLE = ENTRY_MASKED | 0xFFFFFFFF << 64 | 0xFFFFFFFF_FFFFFFFC
 
 
 @dataclass(slots=True)
@@ -79,6 +83,13 @@ def check_function(state: FunctionState, vectors: int) -> None:
             f"its MSI-X table has {len(state.msix.table)} bytes, {ENTRY_SIZE} for each of "
             f"{vectors} vectors are expected"
         )
+    for at in range(0, len(state.msix.table), ENTRY_SIZE):
+        entry = int.from_bytes(state.msix.table[at : at + ENTRY_SIZE], "little")
+        if reserved := entry & ~ENTRY_WRITABLE:
+            raise StateError(
+                f"vector {at // ENTRY_SIZE} of its MSI-X table has bits {reserved:#x} set, "
+                "which no driver can write"
+            )
     check_range("the pending vectors", state.msix.pending, vectors)
     _check_vector("config_vector", state.registers.driver.config_vector, vectors)
     for setup in state.registers.queues:

@@ -9,7 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from vring import GuestMemory, NotificationData, RingError
 from vring_serial.device.base import VirtioDevice, check_unserved
 from vring_serial.device.registers.host import Host
-from vring_serial.device.registers.negotiation import FeatureNegotiation
+from vring_serial.device.registers.negotiation import (
+    FeatureNegotiation,
+    offered_features,
+    offered_legacy_features,
+)
 from vring_serial.device.registers.queues import NO_KICKS, QueueTable
 from vring_serial.device.registers.selected import SelectedQueue
 from vring_serial.device.registers.state import (
@@ -39,6 +43,22 @@ def queue_size_of(device: VirtioDevice, queue_size: int) -> int:
     if not 0 < size <= device.queue_size_max or size & (size - 1):
         raise ConfigError(f"queue size {size} is not a power of two up to {device.queue_size_max}")
     return size
+
+
+def check_saved_registers(
+    saved: RegistersState, device: VirtioDevice, *, packed: bool, queue_size: int
+) -> None:
+    """Check that registers with these options can go on from a state; see DriverRegisters for them.
+
+    Raises StateError that names what does not fit, ConfigError: an impossible ``queue_size``.
+    """
+    check_registers(
+        saved,
+        num_queues=device.num_queues,
+        size_max=queue_size_of(device, queue_size),
+        offered=offered_features(device, packed=packed, notification_data=True),
+        legacy=offered_legacy_features(device),
+    )
 
 
 class DriverRegisters:

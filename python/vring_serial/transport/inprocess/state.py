@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.pci.device import vectors_of
 from vring_serial.device.pci.state import PciSnapshotState, check_function
-from vring_serial.device.registers.driver_registers import queue_size_of
-from vring_serial.device.registers.negotiation import offered_features, offered_legacy_features
-from vring_serial.device.registers.state import RegistersState, check_registers
+from vring_serial.device.registers.driver_registers import check_saved_registers
+from vring_serial.device.registers.state import RegistersState
 from vring_serial.errors import LocalProtocolError
 from vring_serial.lifetime import Starting
 from vring_serial.saving import StateFormat, check_equal
@@ -58,7 +57,7 @@ def check_pci(
     vectors = vectors_of(device, vectors)
     check_equal("the number of MSI-X vectors", saved.vectors, vectors)
     check_function(saved.function, vectors)
-    _check_registers(saved.function.registers, device, packed, queue_size)
+    check_saved_registers(saved.function.registers, device, packed=packed, queue_size=queue_size)
     return take_over
 
 
@@ -71,7 +70,7 @@ def check_mmio(
     """
     check_equal("the version of virtio-mmio", saved.version, version)
     take_over = _check_device(saved, device)
-    _check_registers(saved.registers, device, packed, queue_size)
+    check_saved_registers(saved.registers, device, packed=packed, queue_size=queue_size)
     return take_over
 
 
@@ -84,15 +83,3 @@ def _check_device(
     take_over = device.check_state(saved.device)
     check_equal("the size of the configuration space", saved.config_size, device.config_size)
     return take_over
-
-
-def _check_registers(
-    state: RegistersState, device: VirtioDevice, packed: bool, queue_size: int
-) -> None:
-    check_registers(
-        state,
-        num_queues=device.num_queues,
-        size_max=queue_size_of(device, queue_size),
-        offered=offered_features(device, packed=packed, notification_data=True),
-        legacy=offered_legacy_features(device),
-    )

@@ -31,10 +31,7 @@ from vring_serial.proto.vfio_user_wire import Command
 from vring_serial.transport.session import Handler
 from vring_serial.transport.vfio_user.dirty import DmaLog
 from vring_serial.transport.vfio_user.rings import RemoteRings
-from vring_serial.transport.vfio_user.state import ClientState
-
-#: Largest state in bytes, either way.
-MAX_STATE = 16 << 20
+from vring_serial.transport.vfio_user.state import MAX_STATE, PHASES, ClientState
 
 _GET, _SET = FeatureMethod.GET, FeatureMethod.SET
 _METHODS = {
@@ -43,14 +40,6 @@ _METHODS = {
     FeatureIndex.DMA_LOGGING_START: _SET,
     FeatureIndex.DMA_LOGGING_STOP: _SET,
     FeatureIndex.DMA_LOGGING_REPORT: _GET,
-}
-#: The states that a client can ask for: from each of them to each other the way is direct, or by
-#: STOP ("Direct State Transitions"; PRE_COPY is not supported).
-_STATES = {
-    MigrationState.STOP,
-    MigrationState.RUNNING,
-    MigrationState.STOP_COPY,
-    MigrationState.RESUMING,
 }
 
 
@@ -165,7 +154,7 @@ class DeviceFeatures:
 
     def _go_to(self, wanted: int) -> None:
         """Take the function to another state, by STOP unless that is one end of the way."""
-        if wanted not in _STATES:
+        if wanted not in PHASES:
             raise RemoteProtocolError(f"state {wanted} cannot be asked for")
         target = MigrationState(wanted)
         if self._state.phase is MigrationState.ERROR:

@@ -9,6 +9,7 @@ from functools import partial
 from vring import RECORD_SIZE
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.pci import PciDevice
+from vring_serial.device.pci.device import vectors_of
 from vring_serial.errors import ConfigError, StateError
 from vring_serial.keeping import Keeping
 from vring_serial.transport.event_fds import check_kept
@@ -71,7 +72,9 @@ class VfioUserServer(Server[VfioUserSession]):
             cuts = range(0, len(area), RECORD_SIZE)
             records = [area[at : at + RECORD_SIZE] for at in cuts]
             try:
-                self._left = read_left(keeping, controller.num_queues)
+                self._left = read_left(
+                    keeping, controller.num_queues, vectors_of(controller, vectors)
+                )
             except StateError as error:
                 self._left = error
         left = self._left if isinstance(self._left, Left) else None

@@ -61,18 +61,17 @@ from vring_serial.transport.vfio_user.regions import Regions
 from vring_serial.transport.vfio_user.remote import WINDOW_BYTES, RemoteMemory
 from vring_serial.transport.vfio_user.rings import RemoteRings
 from vring_serial.transport.vfio_user.shadow import ClientMemory
-from vring_serial.transport.vfio_user.state import ClientState
+from vring_serial.transport.vfio_user.state import (
+    MAX_DMA_MAPS,
+    MIN_DATA_XFER_SIZE,
+    ClientState,
+)
 from vring_serial.transport.vfio_user.written import Left, Writer
 from vring_serial.unix_fds import stream_socket
 from vring_serial.unix_socket import refuse_descriptors
 
-#: Regions that a client may map; each with a descriptor is a mapping of this process.
-MAX_DMA_MAPS = 4096
 #: Bytes read in one turn of the loop.
 READ_SIZE = 64 * 1024
-#: Smallest max_data_xfer_size of a client: memory that it does not share is read and written in
-#: pieces of this size.
-MIN_DATA_XFER_SIZE = 4096
 #: The client is listened to while a whole window of ours waits for it to read: it may itself wait
 #: for us to read its answers.
 MAX_UNREAD_BY_CLIENT = MAX_UNREAD + 2 * WINDOW_BYTES

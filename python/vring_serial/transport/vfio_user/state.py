@@ -5,10 +5,32 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from vring_serial.device.registers.state import DriverState, QueueSetup
+from vring_serial.errors import StateError
+from vring_serial.proto.framing import MAX_FDS
+from vring_serial.proto.vfio_user_dma import DmaFlag
 from vring_serial.proto.vfio_user_features import MigrationState
 from vring_serial.proto.vfio_user_version import Capabilities
-from vring_serial.saving import StateFormat
+from vring_serial.proto.vfio_user_wire import DEFAULT_DATA_XFER_SIZE, IrqIndex
+from vring_serial.saving import StateFormat, check_range
 from vring_serial.transport.repeatable import Handled
+
+#: Regions that a client may map; each with a descriptor is a mapping of this process.
+MAX_DMA_MAPS = 4096
+#: Smallest max_data_xfer_size of a client: memory that it does not share is read and written in
+#: pieces of this size.
+MIN_DATA_XFER_SIZE = 4096
+#: Bytes of a function's state on its way to or from another server.
+MAX_STATE = 16 << 20
+#: The migration states that a client can ask for: from each of them to each other the way is
+#: direct, or by STOP ("Direct State Transitions"; PRE_COPY is not supported).
+PHASES = frozenset(
+    {
+        MigrationState.STOP,
+        MigrationState.RUNNING,
+        MigrationState.STOP_COPY,
+        MigrationState.RESUMING,
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +92,63 @@ class ClientState:
     content: bytes = b""
     moved: int = 0
     elsewhere: bool = False
+
+
+def check_client(state: ClientState, vectors: int) -> None:
+    """Check a client's setup that somebody else wrote down, for a function of so many vectors.
+
+    What a client may not do is not in it either. Raises StateError that names what does not fit.
+    """
+    if state.agreed is not None:
+        _check_agreed(state.agreed)
+    _check_regions(state.regions)
+    interrupts: dict[int, int] = {IrqIndex.INTX: 1, IrqIndex.MSIX: vectors}
+    for index, numbers in state.irqs.items():
+        there = interrupts.get(index, 0)
+        if numbers != sorted(set(numbers)):
+            raise StateError(f"interrupts of type {index} are not in ascending order")
+        for number in numbers:
+            if not 0 <= number < there:
+                raise StateError(f"interrupt {number} of type {index}; the function has {there}")
+    check_range("next_serial", state.next_serial, 64)
+    check_range("life", state.life, 32)
+    # ERROR is where a state that does not fit leaves the function.
+    if state.phase not in PHASES | {MigrationState.ERROR}:
+        raise StateError(f"no function is in the migration state {state.phase.name}")
+    if len(state.content) > MAX_STATE or not 0 <= state.moved <= len(state.content):
+        raise StateError(
+            f"{state.moved} bytes of a state of {len(state.content)} were moved; "
+            f"at most {MAX_STATE} are possible"
+        )
+
+
+def _check_agreed(agreed: Capabilities) -> None:
+    for name, least, most in (
+        ("max_msg_fds", 0, MAX_FDS),
+        ("max_data_xfer_size", MIN_DATA_XFER_SIZE, DEFAULT_DATA_XFER_SIZE),
+    ):
+        if not least <= (value := getattr(agreed, name)) <= most:
+            raise StateError(f"{name} is {value}; {least} to {most} are possible")
+
+
+def _check_regions(regions: dict[int, DmaRegion]) -> None:
+    if len(regions) > MAX_DMA_MAPS:
+        raise StateError(f"{len(regions)} mappings; {MAX_DMA_MAPS} are possible")
+    end, serials = 0, set()
+    for at, region in sorted(regions.items()):
+        name = f"the mapping at {at:#x}"
+        if region.address != at:
+            raise StateError(f"{name} is said to begin at {region.address:#x}")
+        check_range(f"{name}: offset", region.offset, 63)
+        if at < end or region.size <= 0 or region.end > 1 << 64:
+            raise StateError(f"{name} has {region.size:#x} bytes, which cannot be")
+        if not region.flags or region.flags & ~int(DmaFlag.READ | DmaFlag.WRITE):
+            raise StateError(f"{name} has flags {region.flags:#x}")
+        end = region.end
+        check_range(f"{name}: serial", region.serial, 64)
+        serials.add(region.serial)
+    if len(serials) != len(regions):
+        raise StateError("two mappings have the same serial")
 
 
 @dataclass(slots=True)

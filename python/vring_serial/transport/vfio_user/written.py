@@ -43,6 +43,7 @@ from vring_serial.transport.vfio_user.state import (
     WrittenQueues,
     WrittenRegisters,
     WrittenTable,
+    check_client,
 )
 
 #: Queues in one section.
@@ -70,15 +71,17 @@ class Left:
     running: tuple[int, ...]
 
 
-def read_left(keeping: Keeping, queues: int) -> Left | None:
+def read_left(keeping: Keeping, queues: int, vectors: int) -> Left | None:
     """Return what a predecessor left of a session; None if it had not begun, or has ended.
 
-    Raises StateError: it is damaged, or of another device than one of so many queues.
+    Raises StateError: it is damaged, or of another device than one of so many queues and
+    MSI-X vectors.
     """
     written = keeping.read(SESSION)
     if written is None or written == ENDED:
         return None
     client = CLIENT.unpack(written)
+    check_client(client.client, vectors)
     registers = REGISTERS.unpack(_part(keeping, _REGISTERS))
     if registers.num_queues != queues:
         raise StateError(f"it has {registers.num_queues} queues, and the device has {queues}")
@@ -87,6 +90,8 @@ def read_left(keeping: Keeping, queues: int) -> Left | None:
         setups += QUEUES.unpack(_part(keeping, _QUEUES.format(number))).queues
     if [setup.index for setup in setups] != list(range(queues)):
         raise StateError(f"its queues are not 0 to {queues - 1}")
+    if not set(registers.owed) <= set(range(queues)):
+        raise StateError(f"drivers of queues {registers.owed} are to be interrupted")
     table = TABLE.unpack(_part(keeping, _TABLE)).table
     handled = client.handled
     if (other := keeping.read(_HANDLED)) is not None:
