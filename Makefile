@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 SOURCES := $(wildcard vring/*.pyx vring/*.pxd)
 
-.PHONY: help build run test check check-coverage coverage chaos soak bench fuzz sanitize tsan mutants format wheel wheel-check peers \
+.PHONY: help build run test check check-coverage coverage chaos soak bench fuzz sanitize tsan mutants format man wheel wheel-check peers \
 	peers-qemu peers-vdagent clean
 .DEFAULT_GOAL := help
 
@@ -131,6 +131,9 @@ tsan: build ## the pump's tests and a hostile driver under ThreadSanitizer (in b
 	for layout in split packed; do \
 		$(THREAD_SANITIZER) $(BIN)/python fuzz/hostile.py --layout $$layout --seconds $(FUZZ_SECONDS) || exit 1; \
 	done
+
+man: build ## man/: the page of every command, from its help
+	$(BIN)/python scripts/make-man man
 
 wheel: $(VENV)/tools ## a wheel in dist/
 	$(BIN)/python -m build --wheel
