@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
+# Processes that `make test` runs tests in, each some whole files; 0: in this one, as a debugger wants it.
+TEST_JOBS ?= 2
 # How long `make mutants` begins breakages, which ones, and of what (all rooms).
 MUTANT_SECONDS ?= 600
 MUTANT_SEED ?= 1
@@ -47,7 +49,7 @@ run: build ## the main job: the whole agent path on the embedded guest
 MEASURE ?= $(COVERAGE)
 test: build ## the tests; those that need a real peer skip without it (make peers)
 ifeq ($(MEASURE),)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
 else
 	$(BIN)/python -m pip install --quiet --group coverage
 	rm -rf build/coverage && mkdir -p build/coverage
