@@ -123,6 +123,26 @@ async def test_a_peer_is_sent_away(tmp_path):
         writer.close()
 
 
+async def test_a_worker_is_replaced(tmp_path):
+    async with service(tmp_path) as keeper, traffic():
+        for number, arguments in enumerate(([], ["vring"]), 1):
+            worker = keeper.worker
+            assert await ctl("restart", *arguments) == (0, "", "")
+            assert keeper.worker != worker
+            (vm,) = json.loads((await ctl("--json", "status"))[1])
+            assert vm["restarts"] == number
+            assert vm["controllers"][0]["frontend"]
+        assert await ctl("restart", "nobody") == (4, "", "vring: VM 'nobody' not found\n")
+        process = await start("events")
+        assert process.stdout is not None
+        told = asyncio.create_task(process.stdout.readuntil(b" reason=replaced\n"))
+        while not told.done():  # it says nothing when it listens
+            await ctl("restart")
+        assert b" X_VRING_WORKER vm=vring restarts=" in told.result()
+        process.send_signal(signal.SIGINT)
+        await process.communicate()
+
+
 async def test_exit_statuses_tell_failures_apart(tmp_path):
     async with service(tmp_path) as keeper:
         status, _, err = await ctl("disconnect", "c3")

@@ -27,13 +27,13 @@ from tests.support.keeper import kept, socket_ports
 from tests.support.waiting import until
 from vring_serial import EmbeddedGuest
 from vring_serial.errors import ConfigError
-from vring_serial.service.link import Answerer, Caller, make_link
+from vring_serial.service.link import Answerer, make_link
 from vring_serial.service.metrics import server as metrics_server
 from vring_serial.service.metrics.families import render
 from vring_serial.service.metrics.option import parse_metrics
 from vring_serial.service.metrics.readings import read_vm
 from vring_serial.service.metrics.server import MetricsServer, Readings
-from vring_serial.service.qmp.monitor import Vm
+from vring_serial.service.qmp.vm import Vm
 
 DASHBOARD = Path(__file__).parents[2] / "examples" / "grafana" / "vring.json"
 METRICS = ("--metrics", "0", "--metrics", "unix:m")
@@ -282,11 +282,11 @@ async def served(describe, confined=None):
         listening.listen(64)
         listening.setblocking(False)
         with (
-            Caller(mine, lambda *_: None, "a") as caller,
+            Vm("a", mine, lambda *_: None) as vm,
             Answerer(its, {"describe": answer}, "the monitor"),
         ):
             async with (
-                Readings([Vm("a", caller)], "1") as readings,
+                Readings([vm], "1") as readings,
                 MetricsServer(readings, listening, "metrics", confined) as server,
             ):
                 await server.start()

@@ -155,7 +155,15 @@ def _work(
 
         with shelf:
             ends = links.for_worker([vm.name for vm in vms])
-            kept = Kept(shelf, serving, handed_over, ends, inheritance.restarts)
+            kept = Kept(
+                shelf,
+                serving,
+                handed_over,
+                ends,
+                inheritance.restarts,
+                inheritance.died,
+                shelf.ask_restart,
+            )
             for warning in () if inheritance.restarts else warnings:
                 emit(logging.WARNING, "configuration", warning)
             run(serve(vms, settings, kept))

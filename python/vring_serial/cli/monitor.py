@@ -10,6 +10,7 @@ import signal
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 import vring
@@ -22,10 +23,11 @@ from vring_serial.cli.logs import LogSettings, emit
 from vring_serial.cli.signals import run, stop_on_signals
 from vring_serial.errors import ResourceError
 from vring_serial.keeping import Keeping
-from vring_serial.service.link import Caller, Links
+from vring_serial.service.link import Links
 from vring_serial.service.monitored import Monitored
-from vring_serial.service.qmp.monitor import Monitor, Vm
+from vring_serial.service.qmp.monitor import Monitor
 from vring_serial.service.qmp.server import QmpServer, tell_all
+from vring_serial.service.qmp.vm import Vm
 from vring_serial.service.reach import reach_of
 from vring_serial.service.sandbox import Sandbox
 from vring_serial.service.shelf import open_shelf
@@ -90,9 +92,7 @@ async def _serve(
     async with contextlib.AsyncExitStack() as stack:
         vms = []
         for name, end in ends.items():
-            caller = Caller(end, _teller(servers, name), name)
-            stack.push(lambda *_, caller=caller: caller.close())
-            vms.append(Vm(name, caller))
+            vms.append(stack.enter_context(Vm(name, end, partial(tell_all, servers))))
         for number, options in enumerate(settings.monitored.qmp):
             sockets = await _listen("--qmp", options, keeping.scoped(f"qmp-{number}"), stack)
             monitor = Monitor(settings.name, package, vms)
@@ -115,10 +115,6 @@ async def _serve(
         await stop.wait()
         for server in servers:
             server.tell("SHUTDOWN", {"guest": False, "reason": "host-signal"})
-
-
-def _teller(servers: Sequence[QmpServer], vm: str) -> Any:
-    return lambda name, data: tell_all(servers, vm, name, data)
 
 
 async def _serve_metrics(

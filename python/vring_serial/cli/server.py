@@ -68,6 +68,8 @@ class Kept:
         on_serving: called when everything has started.
         links: to the monitor, by VM, taken over; none if there is no monitor.
         restarts: how many processes served before this one.
+        died: the process before died, and did not hand over.
+        ask_restart: asks for a process that goes on from this one.
         by_manager: the service manager keeps everything, and SIGTERM is as SIGUSR2.
         handed_over: called when SIGUSR2 has told to stop for a successor, and nothing moves any
             more; ends the process.
@@ -78,6 +80,8 @@ class Kept:
     handed_over: Callable[[], NoReturn]
     links: Mapping[str, LinkEnd] = field(default_factory=dict)
     restarts: int = 0
+    died: bool = False
+    ask_restart: Callable[[], None] = lambda: None
     by_manager: bool = False
 
 
@@ -110,6 +114,8 @@ async def serve(vms: Sequence[VmConfig], settings: Settings, kept: Kept | None =
                 for number in (signal.SIGUSR2, *([signal.SIGTERM] if kept.by_manager else ())):
                     asyncio.get_running_loop().add_signal_handler(number, hand_over)
                 kept.on_serving()
+                for one in served:
+                    one.serving(kept)
             emit(logging.INFO, "serving", "serving; SIGINT or SIGTERM stops", pid=os.getpid())
             await stop.wait()
         emit(logging.INFO, "stopping", "stopping")
@@ -192,6 +198,7 @@ class _Machine:
         self.setup = setup
         self._vm = vm
         self._changes: Changes | None = None
+        self._answers: Answers | None = None
         self._keeping = keeping
         self._label = label
         self._backends: list[VhostUserBackend | VfioUserServer] = []
@@ -259,6 +266,11 @@ class _Machine:
                 self._stack.push_async_callback(backend.aclose)
                 await backend.start()
 
+    def serving(self, kept: Kept) -> None:
+        """Tell the monitor that everything of the whole process has started."""
+        if self._answers is not None:
+            self._answers.serving(kept.ask_restart, died=kept.died)
+
     def hand_over(self) -> None:
         """Leave everything as it is: nothing moves any more."""
         for controller in self.controllers:
@@ -295,7 +307,7 @@ class _Machine:
                 self.controllers, self._backends, self._vm.sockets, strict=True
             )
         ]
-        answers = Answers(served, restarts, changes, logs.set_level)
+        answers = self._answers = Answers(served, restarts, changes, logs.set_level)
         handlers = answers.handlers() | changes.handlers()
         answerer = self._stack.enter_context(Answerer(link, handlers, "the monitor"))
         answers.listen(answerer.tell)

@@ -67,6 +67,7 @@ class Answers:
         self._changes = changes
         self._set_log_level = set_log_level
         self._tell: Tell = lambda name, data: None
+        self._ask_restart: Callable[[], None] | None = None
 
     def handlers(self) -> dict[str, Handler]:
         """Return what is called, by name."""
@@ -78,6 +79,7 @@ class Answers:
             "disconnect-frontend": self.disconnect_frontend,
             "log-level": self.log_level,
             "queues": self.queues,
+            "restart": self.restart,
         }
 
     def listen(self, tell: Tell) -> None:
@@ -86,6 +88,18 @@ class Answers:
         for served in self._served:
             served.controller.on_event = _listener(served.controller, self._event)
             served.server.on_peer = self._peer_listener(served)
+
+    def serving(self, ask_restart: Callable[[], None], *, died: bool) -> None:
+        """Note that everything has started, and tell of it if another process served before.
+
+        Args:
+            ask_restart: asks for a process that goes on from this one.
+            died: the process before died, and did not hand over.
+        """
+        self._ask_restart = ask_restart
+        if self._restarts:
+            reason = "died" if died else "replaced"
+            self._tell("worker", {"restarts": self._restarts, "reason": reason})
 
     # --- calls
 
@@ -145,6 +159,13 @@ class Answers:
                 "used": ring.used_index,
             }
         return {"size_max": device.queue_size_max, **at}
+
+    def restart(self) -> int:
+        """Ask for a process that goes on from this one; return how many were before this one."""
+        if self._ask_restart is None:
+            raise CallError(_GENERIC, "the worker does not serve yet")
+        self._ask_restart()
+        return self._restarts
 
     # --- internals
 

@@ -76,14 +76,15 @@ class Candidate:
             fields = self._store.receive(self._channel)
             if fields is not None and "START" in fields:
                 number, restarts = int(fields["START"]), int(fields["RESTARTS"])
-                pid = self._start(self._specs[number], workers[number], restarts)
+                died = fields.get("DIED") == "1"
+                pid = self._start(self._specs[number], workers[number], restarts, died)
                 self._notifier.notify(f"STARTED={pid}")
                 self._store.forsake()  # the keeper and the worker have them
                 self._store = DescriptorStore(_STORE_MOST)
             elif not fields and events & select.POLLHUP:
                 return 0
 
-    def _start(self, spec: WorkerSpec, state: WorkerState, restarts: int) -> int:
+    def _start(self, spec: WorkerSpec, state: WorkerState, restarts: int, died: bool) -> int:
         """Fork a worker that is the keeper's child; return its process id."""
         reader, writer = os.pipe()
         child = os.fork()
@@ -95,7 +96,7 @@ class Candidate:
                     os.close(writer)
                     be(
                         spec,
-                        lambda: self._inherit(state, restarts),
+                        lambda: self._inherit(state, restarts, died),
                         ignore_hangup=self._ignores_hangup,
                     )
                 os.write(writer, b"%d" % worker)
@@ -106,7 +107,7 @@ class Candidate:
         os.waitpid(child, 0)
         return int(pid or b"0")
 
-    def _inherit(self, state: WorkerState, restarts: int) -> Inheritance:
+    def _inherit(self, state: WorkerState, restarts: int, died: bool) -> Inheritance:
         self._channel.close()
         os.close(self._arrival.stderr)
         for other in self._arrival.state.workers:
@@ -120,4 +121,5 @@ class Candidate:
             Notifier(worker_end),
             self._arrival.keeper,
             restarts,
+            died,
         )

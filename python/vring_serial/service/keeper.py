@@ -28,7 +28,7 @@ from vring_serial.service.upgrade import Stage, Upgrade, Upgrading
 from vring_serial.service.watchdog import Watchdog
 from vring_serial.service.worker import (
     DEATHS_MAX,
-    LIVES_MAX,
+    DEATHS_SECONDS,
     PAUSE_SECONDS,
     Inheritance,
     Worker,
@@ -37,8 +37,6 @@ from vring_serial.service.worker import (
 )
 from vring_serial.unix_fds import allow_descriptors, close_all
 
-#: Seconds within which so many deaths that leave the same state are too many.
-DEATHS_SECONDS = 10.0
 #: Seconds that a worker which goes on has to begin, before it is told to stop: only then it removes
 #: what its predecessors made.
 BEGIN_SECONDS = 2.0
@@ -218,6 +216,8 @@ class Keeper:
                 self._tell_ready()
             if fields.get("WATCHDOG") == "1":
                 worker.seen = time.monotonic()
+            if fields.get("RESTART") == "1":
+                worker.ask_for_successor()
             if fields.get("STOPPED") == "1" and worker.hands_over and worker.pid:
                 self._poll.unregister(worker.pidfd)
                 pid, pidfd = worker.pid, worker.leave()
@@ -302,6 +302,7 @@ class Keeper:
             Notifier(worker.worker_end),
             self._pidfd,
             worker.restarts,
+            worker.died,
         )
 
     def _reap(self, worker: Worker) -> None:
@@ -354,9 +355,10 @@ class Keeper:
         worker.deaths.append(now)
         worker.unready = 0 if worker.ready else worker.unready + 1
         worker.restarts += 1
+        worker.died = True
         worker.start_at = now
         worker.lives.append(now)
-        if len(worker.lives) == LIVES_MAX and now - worker.lives[0] < DEATHS_SECONDS:
+        if worker.lives_too_short(now):
             worker.start_at = now + PAUSE_SECONDS  # the processors are others' too
         text = f"{worker.spec.name}: its worker ended {_how(code)}; another one goes on"
         often = ""

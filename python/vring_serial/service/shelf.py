@@ -108,6 +108,11 @@ class Shelf(Closing):
         with self._unless_gone():
             self._notifier.notify("READY=1")
 
+    def ask_restart(self) -> None:
+        """Ask the keeper for a process that goes on from this one."""
+        with self._unless_gone():
+            self._notifier.notify("RESTART=1")
+
     def stopped(self) -> None:
         """Tell the keeper that this process writes and moves nothing any more."""
         self._journal.unlock()

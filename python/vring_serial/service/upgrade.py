@@ -143,7 +143,9 @@ class Upgrade:
         try:
             for name, fds in worker.store.descriptors.items():
                 self._notifier.notify("FDSTORE=1", f"FDNAME={name}", fds=fds)
-            self._notifier.notify(f"START={number}", f"RESTARTS={worker.restarts}")
+            self._notifier.notify(
+                f"START={number}", f"RESTARTS={worker.restarts}", f"DIED={worker.died:d}"
+            )
             started = self._answer()
         except ResourceError:
             started = {}

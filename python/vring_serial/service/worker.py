@@ -23,6 +23,8 @@ from vring_serial.service.succession import WorkerState
 DEATHS_MAX = 5
 #: One that dies so often, whatever it leaves, waits before each next life.
 LIVES_MAX = 100
+#: Seconds within which so many lives are too many.
+DEATHS_SECONDS = 10.0
 #: Seconds before a worker that died without any state is started again; doubled each time.
 PAUSE_SECONDS = 0.1
 #: Added to a worker's oom_score_adj, which counts thousandths of the memory: of two that hold
@@ -39,7 +41,8 @@ class Inheritance:
         descriptors: what its predecessors stored, by name, oldest first; the worker's to close.
         notifier: to the keeper.
         keeper: pidfd of the keeper, which becomes readable when that ends.
-        restarts: how many workers died before it. 0: it is the first.
+        restarts: how many workers were before it. 0: it is the first.
+        died: the one before it died, and did not hand over.
     """
 
     journal: int
@@ -47,6 +50,7 @@ class Inheritance:
     notifier: Notifier
     keeper: int
     restarts: int
+    died: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +82,7 @@ class Worker:
         pid: 0 while it does not live.
         pidfd: becomes readable when it dies; -1 while it does not live.
         ready: it said READY=1, in this life.
+        died: its last life ended by itself, and not for a successor.
         restarts: how many lives it had before.
         deaths: when (monotonic) the last lives ended that left the same state.
         lives: when the last lives ended, whatever they left.
@@ -101,6 +106,7 @@ class Worker:
     pid: int = 0
     pidfd: int = -1
     ready: bool = False
+    died: bool = False
     restarts: int = 0
     deaths: deque[float] = field(default_factory=lambda: deque(maxlen=DEATHS_MAX))
     lives: deque[float] = field(default_factory=lambda: deque(maxlen=LIVES_MAX))
@@ -137,6 +143,18 @@ class Worker:
             self.hands_over = True
             self.signal(signal.SIGUSR2)
 
+    def ask_for_successor(self) -> None:
+        """Have it hand over, as it wishes itself, if it serves and does not wish it too often."""
+        now = time.monotonic()
+        if self.pid and self.ready and not self.told_to_stop and not self.lives_too_short(now):
+            if not self.hands_over:
+                self.lives.append(now)
+            self.tell_to_hand_over()
+
+    def lives_too_short(self, now: float) -> bool:
+        """Return whether LIVES_MAX of its lives ended within DEATHS_SECONDS before ``now``."""
+        return len(self.lives) == LIVES_MAX and now - self.lives[0] < DEATHS_SECONDS
+
     def leave(self) -> int:
         """Forget its process, which has stopped for its successor; return the pidfd of that.
 
@@ -148,7 +166,7 @@ class Worker:
 
     def begin_again(self) -> None:
         """Have the next life begin, of one that was told to hand over."""
-        self.ready = self.hands_over = False
+        self.ready = self.hands_over = self.died = False
         self.restarts += 1
         self.start_at = time.monotonic()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from vring_serial.cli import PATH
-from vring_serial.cli.ctl.change import disconnect_command, log_level_command
+from vring_serial.cli.ctl.change import disconnect_command, log_level_command, restart_command
 from vring_serial.cli.ctl.connection import Connection
 from vring_serial.cli.ctl.look import events_command, ports_command, status_command
 from vring_serial.cli.ctl.ports import chardev_group, port_group
@@ -55,5 +55,6 @@ for command in (
     port_group,
     chardev_group,
     log_level_command,
+    restart_command,
 ):
     ctl_command.add_command(command)

@@ -10,6 +10,7 @@ from vring_serial.cli.ctl.connection import (
     Connection,
     Session,
     complete_name,
+    complete_vm,
 )
 from vring_serial.config.words import suggest
 
@@ -42,3 +43,16 @@ def disconnect_command(connection: Connection, name: str) -> None:
 def log_level_command(connection: Connection, level: str) -> None:
     """Log from this level on, until the workers end."""
     connection.run(lambda session: session.execute("x-vring-log-level", level=level))
+
+
+@click.command("restart")
+@click.argument("vm", required=False, shell_complete=complete_vm)
+@click.pass_obj
+def restart_command(connection: Connection, vm: str | None) -> None:
+    """Replace a VM's worker process by a fresh one that goes on, or every VM's.
+
+    Guests and clients notice a pause of some milliseconds. The new process has the code of the old
+    one; `vring upgrade` is for new code.
+    """
+    chosen = {} if vm is None else {"vm": vm}
+    connection.run(lambda session: session.execute("x-vring-restart", **chosen))

@@ -126,16 +126,33 @@ def complete_name(
     ctx: click.Context, _param: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
     """Complete the name of a chardev or controller, if a server says which there are."""
+    return _complete(ctx, incomplete, Session.names)
+
+
+def complete_vm(
+    ctx: click.Context, _param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Complete the name of a VM, if a server says which there are."""
+
+    async def names(session: Session) -> dict[str, str]:
+        return {vm["name"]: "VM" for vm in await session.status()}
+
+    return _complete(ctx, incomplete, names)
+
+
+def _complete(
+    ctx: click.Context, incomplete: str, names_of: Callable[[Session], Awaitable[dict[str, str]]]
+) -> list[CompletionItem]:
     # While it completes, click calls no function of a command.
     address = ctx.parent.params.get("address") if ctx.parent is not None else None
     if not address:
         return []
     try:
-        names = Connection(address, 1.0, False).run(lambda session: session.names())
+        names = Connection(address, 1.0, False).run(names_of)
     except StatusError:
         return []
     return [
-        CompletionItem(name, help=kind)
-        for name, kind in names.items()
+        CompletionItem(name, help=what)
+        for name, what in names.items()
         if name.startswith(incomplete)
     ]

@@ -20,7 +20,7 @@ from vring_serial.ratelimit import RateLimitedLog
 from vring_serial.service.link import CallError, CallTimeoutError
 from vring_serial.service.metrics.families import OPENMETRICS, render
 from vring_serial.service.metrics.readings import VmReading, read_vm
-from vring_serial.service.qmp.monitor import Vm
+from vring_serial.service.qmp.vm import Vm
 
 log = logging.getLogger(__name__)
 

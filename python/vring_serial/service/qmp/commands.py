@@ -345,6 +345,11 @@ COMMANDS = {
             Object("VringLogLevelArg", (Member("level", _LEVEL),)),
             unstable=True,
         ),
+        Command(
+            "x-vring-restart",
+            Object("VringRestart", (Member("vm", STR, optional=True),)),
+            unstable=True,
+        ),
     )
 }
 
@@ -375,6 +380,18 @@ EVENTS = (
             (
                 Member("controller", STR),
                 Member("state", Enum("VringFrontendState", ("connected", "resumed", "gone"))),
+            ),
+        ),
+        unstable=True,
+    ),
+    Event(
+        "X_VRING_WORKER",
+        Object(
+            "VringWorker",
+            (
+                Member("vm", STR),
+                Member("restarts", INT),
+                Member("reason", Enum("VringWorkerReason", ("died", "replaced"))),
             ),
         ),
         unstable=True,

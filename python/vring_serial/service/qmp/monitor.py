@@ -4,37 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from vring_serial.chardev import kinds
 from vring_serial.proto.console import DEVICE_ID, ConsoleFeature
 from vring_serial.proto.qmp import QEMU_VERSION, ErrorClass, QmpError
 from vring_serial.proto.virtio import Feature, Status, feature_names
-from vring_serial.service.link import Caller, CallError, CallTimeoutError
+from vring_serial.service.link import CallError, CallTimeoutError
 from vring_serial.service.qmp.commands import COMMANDS, EVENTS
-from vring_serial.service.qmp.schema import check_arguments, introspect
-
-#: Seconds that a worker has to answer; one that goes on from another needs less than a tenth.
-ANSWER_SECONDS = 5.0
+from vring_serial.service.qmp.schema import check_arguments, introspect, not_found
+from vring_serial.service.qmp.vm import ANSWER_SECONDS, Vm
 
 _CLASSES = {error_class.value: error_class for error_class in ErrorClass}
 _PATH = "/machine/peripheral/{}/virtio-backend"
 _PORTS = ("virtserialport", "virtconsole")
 _RING_FEATURES = Feature.INDIRECT_DESC | Feature.EVENT_IDX
-
-
-@dataclass(frozen=True, slots=True)
-class Vm:
-    """A VM as the monitor knows it.
-
-    Attributes:
-        name: of the VM.
-        caller: to its worker.
-    """
-
-    name: str
-    caller: Caller
 
 
 class Monitor:
@@ -76,6 +60,7 @@ class Monitor:
             "x-vring-status": self._vring_status,
             "x-vring-disconnect": self._vring_disconnect,
             "x-vring-log-level": self._vring_log_level,
+            "x-vring-restart": self._vring_restart,
         }
 
     async def execute(self, command: str, arguments: Mapping[str, Any]) -> Any:
@@ -290,6 +275,13 @@ class Monitor:
 
     async def _vring_log_level(self, level: str) -> dict[str, Any]:
         await asyncio.gather(*(vm.caller.call("log-level", level=level) for vm in self._vms))
+        return {}
+
+    async def _vring_restart(self, vm: str | None = None) -> dict[str, Any]:
+        chosen = [known for known in self._vms if vm in (None, known.name)]
+        if not chosen:
+            raise not_found("VM", str(vm))
+        await asyncio.gather(*(known.restart() for known in chosen))
         return {}
 
     # --- internals

@@ -168,3 +168,6 @@ def tell_all(servers: Sequence[QmpServer], vm: str, name: str, data: Mapping[str
             elif name == "frontend":
                 id = monitor.public_name(vm, data["controller"])
                 server.tell("X_VRING_FRONTEND", {"controller": id, "state": data["state"]})
+            elif name == "worker":
+                told = {"vm": vm, "restarts": data["restarts"], "reason": data["reason"]}
+                server.tell("X_VRING_WORKER", told)
