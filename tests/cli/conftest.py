@@ -20,14 +20,17 @@ from tests.support.served import (
 def serve(tmp_path: Path) -> Serve:
     """``async with serve(*arguments) as server``: in ``tmp_path``, on the socket ``v`` there.
 
-    ``through`` is the beginning of a command that runs it.
+    ``through`` is the beginning of a command that runs it; ``elsewhere``: the domain says where.
     """
 
     @contextlib.asynccontextmanager
     async def run(
-        *arguments: str, ready: str = "serving;", through: tuple[str, ...] = ()
+        *arguments: str,
+        ready: str = "serving;",
+        through: tuple[str, ...] = (),
+        elsewhere: bool = False,
     ) -> AsyncIterator[Server]:
-        if not {"--vhost-user", "--vfio-user", "--config"} & set(arguments):
+        if not elsewhere and not {"--vhost-user", "--vfio-user", "--config"} & set(arguments):
             arguments = ("--vhost-user", "v", *arguments)
         process = await asyncio.create_subprocess_exec(
             *(*through, sys.executable, "-m", "vring_serial", "serve", *arguments),

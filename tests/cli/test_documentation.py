@@ -19,6 +19,7 @@ PAGES = [
     "docs/configuration.md",
     "docs/spice.md",
     "docs/qemu.md",
+    "docs/libvirt.md",
     "docs/management.md",
 ]
 

@@ -76,6 +76,7 @@ COMMANDS = {
     ),
     "upgrade": LazyCommand("upgrade", "upgrade_command", "Give a running service new code."),
     "config": LazyCommand("config", "config_command", "Check and write files of serve --config."),
+    "libvirt": LazyCommand("libvirt", "libvirt_command", "Give a libvirt domain's ports to vring."),
     "guest": LazyCommand("guest", "guest_command", "Run the embedded guest against a device."),
     "bench": LazyCommand("bench", "bench_command", "Measure ports: throughput, latency, rings."),
     "agent": LazyCommand("agent", "agent_command", "Talk to the SPICE agent of a guest."),

@@ -24,6 +24,8 @@ from vring_serial.config.vms import (
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+_NO_SOCKET = "Missing option '--vhost-user' or '--vfio-user'."
+
 #: Of one VM: where it is served, and what only a service with a monitor has.
 _PLACE_OPTIONS = (
     click.option(
@@ -281,15 +283,21 @@ def _vm_of(given: Mapping[str, Any], read: Callable[[str], bytes]) -> VmConfig |
                 )
         return None
     _check_protocol(given)
+    if given["domain"] is None and not (sockets or vfio_sockets):
+        raise click.UsageError(_NO_SOCKET)
     if given["domain"] is None and not (given["ports"] or given["consoles"] or given["chardevs"]):
         raise click.UsageError("Nothing to serve: give --domain, or --chardev and --port.")
     directory = given["channel_directory"]
-    if directory is None:
+    if directory is None and (sockets or vfio_sockets):
         directory = os.path.dirname((sockets or vfio_sockets)[0])
     options = QemuOptions(
         given["chardevs"], given["ports"], given["consoles"], given["max_ports"], given["spice"]
     )
     topology = load_topology(given["domain"], options, channel_directory=directory, read=read)
+    if not (sockets or vfio_sockets):
+        vfio_sockets = topology.sockets
+        if not vfio_sockets:
+            raise click.UsageError(f"{_NO_SOCKET} The domain was not converted and names none.")
     if given["name"] is not None:
         check_domain_name(given["name"], "--name")
         topology = dataclasses.replace(topology, name=given["name"])
@@ -323,8 +331,6 @@ def _vm_parameters() -> list[click.Parameter]:
 def _check_protocol(given: Mapping[str, Any]) -> None:
     """Check that all controllers use one protocol and only its options. Raises UsageError."""
     sockets, vfio_sockets = given["sockets"], given["vfio_sockets"]
-    if not sockets and not vfio_sockets:
-        raise click.UsageError("Missing option '--vhost-user' or '--vfio-user'.")
     if sockets and vfio_sockets:
         raise click.UsageError("Give either --vhost-user or --vfio-user, and not both.")
     for option in ("transitional", "vectors") if sockets else ("connect", "inband-notifications"):

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vring_serial.chardev import LogOptions, Options, options_type
+from vring_serial.config.domain_metadata import find_converted
 from vring_serial.config.domain_pci import devices, pci_address, read_pci
 from vring_serial.config.draft import (
     MAX_CONTROLLER_INDEX,
@@ -57,12 +58,13 @@ _LIBVIRTS_PATH = re.compile(
 _ADDRESS_TYPES = ("ccw", "pci", "virtio-mmio")
 
 
-def load(path: str, *, channel_directory: str = "") -> Topology:
+def load(path: str, *, channel_directory: str | None = None) -> Topology:
     """Return the topology of the domain in a file; ``-`` is standard input.
 
     Args:
         path: the file, at most MAX_XML_BYTES long.
-        channel_directory: directory for sockets of unix channels without a path.
+        channel_directory: directory for sockets of unix channels without a path; None: that of a
+            converted domain's first socket, else the current one.
 
     Raises:
         ResourceError: the file cannot be read.
@@ -71,7 +73,7 @@ def load(path: str, *, channel_directory: str = "") -> Topology:
     return parse(read_file(path), file=path, channel_directory=channel_directory)
 
 
-def parse(data: bytes, *, file: str = "domain", channel_directory: str = "") -> Topology:
+def parse(data: bytes, *, file: str = "domain", channel_directory: str | None = None) -> Topology:
     """Do as :func:`load`, for XML in memory; ``file`` is its name in messages."""
     draft = Draft()
     read(draft, data, file=file, channel_directory=channel_directory)
@@ -95,21 +97,32 @@ def read_file(path: str) -> bytes:
     return data
 
 
-def read(draft: Draft, data: bytes, *, file: str, channel_directory: str = "") -> None:
-    """Add the configuration in the domain XML ``data`` to ``draft``. Raises ConfigError."""
+def read(draft: Draft, data: bytes, *, file: str, channel_directory: str | None = None) -> None:
+    """Add the configuration in the domain XML ``data`` to ``draft``. Raises ConfigError.
+
+    Of a converted domain it is what stands in its metadata: the rest is libvirt's.
+    """
     root = Node.parse(data, file)
     if root.tag != "domain":
         root.fail("the root of a domain is <domain>")
     draft.where = file
     draft.name = _read_name(root) or draft.name
-    draft.pci = read_pci(root)
+    converted = find_converted(root)
+    if converted is None:
+        ours = root
+        draft.pci = read_pci(root)
+    else:
+        ours = converted.node
+        draft.sockets = converted.sockets
+    if channel_directory is None:
+        channel_directory = os.path.dirname(draft.sockets[0]) if draft.sockets else ""
     unserved: list[str] = []
-    _read_controllers(draft, root, unserved)
-    graphics = list(devices(root, "graphics"))
+    _read_controllers(draft, ours, unserved)
+    graphics = list(devices(ours, "graphics"))
     spice_path = _own_path(channel_directory, draft.name, "spice.sock")
     draft.read_spice = lambda: read_graphics(graphics, spice_path, draft.warnings)
     channels = _Channels(draft, channel_directory, unserved)
-    for node in devices(root, "console", "channel", "serial", "parallel"):
+    for node in devices(ours, "console", "channel", "serial", "parallel"):
         channels.read(node)
     draft.warnings.extend(f"{file}: {warning}" for warning in channels.warnings())
 
@@ -312,7 +325,7 @@ def _tcp(node: Node, source: Node) -> Options:
 
 def _stream(source: Node) -> dict[str, object]:
     """Return the options of a stream socket that say which side connects, and how often."""
-    libvirts = _LIBVIRTS_PATH.fullmatch(source.get("path") or "") is not None
+    libvirts = is_libvirts_path(source.get("path") or "")
     mode = source.word("mode", ("bind", "connect"), "bind" if libvirts else "connect")
     reconnect = source.child("reconnect")
     if mode == "bind":
@@ -325,6 +338,11 @@ def _stream(source: Node) -> dict[str, object]:
     if not timeout:
         reconnect.fail("timeout is missing" if timeout is None else "timeout cannot be 0")
     return {"reconnect": timeout}
+
+
+def is_libvirts_path(path: str) -> bool:
+    """Return whether libvirt generated this path for a channel's socket."""
+    return _LIBVIRTS_PATH.fullmatch(path) is not None
 
 
 def _read_port_address(node: Node, port: DraftPort) -> None:

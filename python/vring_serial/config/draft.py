@@ -111,6 +111,7 @@ class Draft:
         max_ports: number of ports of controllers that do not say.
         pci: the used addresses, or None if no controller gets one.
         warnings: lines for the topology.
+        sockets: where the domain says that its controllers are served.
         spice: the SPICE server of an option.
         read_spice: reads the domain's SPICE server; called if a host end needs a server and no
             option declares one.
@@ -122,6 +123,7 @@ class Draft:
         self.max_ports = max_ports or DEFAULT_MAX_PORTS
         self.pci: PciSlots | None = None
         self.warnings: list[str] = []
+        self.sockets: tuple[str, ...] = ()
         self.spice: SpiceConfig | None = None
         self.read_spice: Callable[[], SpiceConfig | None] | None = None
         self._controllers: dict[int, DraftController] = {}
@@ -199,7 +201,7 @@ class Draft:
         if self.spice is None and self.read_spice is not None and kinds & _SPICE_KINDS:
             self.spice = self.read_spice()
         self._check_spice_ports()
-        return Topology(controllers, tuple(self.warnings), self.name, self.spice)
+        return Topology(controllers, tuple(self.warnings), self.name, self.spice, self.sockets)
 
     def _check_spice_ports(self) -> None:
         """Check that spiceports have a server, and different names to tell them apart."""

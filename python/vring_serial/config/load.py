@@ -14,7 +14,7 @@ def load_topology(
     domain: str | None = None,
     options: QemuOptions | None = None,
     *,
-    channel_directory: str = "",
+    channel_directory: str | None = None,
     read: Callable[[str], bytes] = domain_xml.read_file,
 ) -> Topology:
     """Return the topology that a domain XML and options declare together.
@@ -24,7 +24,8 @@ def load_topology(
 
     Args:
         domain: a file with libvirt domain XML, ``-`` for standard input, None for none.
-        channel_directory: directory for sockets of unix channels without a path.
+        channel_directory: directory for sockets of unix channels without a path; None: see
+            :func:`.domain_xml.load`.
         read: returns what is in a file; see :class:`vring_serial.config.inputs.Inputs`.
 
     Raises:

@@ -76,6 +76,9 @@ Q35 = PciMachine(
 VIRT = PciMachine("pcie-root")
 PSERIES = PciMachine(multi_root=True)
 CONVENTIONAL = PciMachine()
+#: Slots of q35's bus 0 where libvirt puts certain devices that come without an address: USB, sound,
+#: a bridge to conventional PCI.
+_Q35_HOME = {0x1A, 0x1B, 0x1D, 0x1E, 0x1F}
 
 
 class PciSlots:
@@ -129,6 +132,22 @@ class PciSlots:
 
     def assign(self, ours: Sequence[Plug]) -> list[PciAddress | None]:
         """Return addresses for our controllers without one; None where there is no room left."""
+        return self._settle(ours)[1]
+
+    def last_free(self, avoid: Iterable[int]) -> int | None:
+        """Return the last slot of bus 0 that libvirt leaves free, and reaches last of all.
+
+        Args:
+            avoid: slots that somebody else has.
+        """
+        buses, _ = self._settle([])
+        taken = {*buses.used_of_root, *self._slots, *avoid}
+        if self.machine is Q35:
+            taken |= _Q35_HOME
+        return next((slot for slot in range(31, 0, -1) if slot not in taken), None)
+
+    def _settle(self, ours: Sequence[Plug]) -> tuple[_Buses, list[PciAddress | None]]:
+        """Return the buses when all devices have a place, and the places of ours."""
         growing = _Buses(self.machine, self._models, self._owners, grows=True)
         self._place_video(growing)
         if not self.machine.express and growing.has_room:
@@ -136,7 +155,7 @@ class PciSlots:
         self._place_all(growing, self._models, ours)
         settled = _Buses(self.machine, growing.models, self._owners, grows=False)
         self._place_video(settled)
-        return self._place_all(settled, growing.models, ours)
+        return settled, self._place_all(settled, growing.models, ours)
 
     def _place_video(self, buses: _Buses) -> None:
         slot = self.machine.video_slot
@@ -206,6 +225,11 @@ class _Buses:
     @property
     def has_room(self) -> bool:
         return any(bus.free_slot() is not None for bus in self._buses)
+
+    @property
+    def used_of_root(self) -> set[int]:
+        """Slots of bus 0 that are in use."""
+        return self._buses[0].used
 
     def take(self, slot: int) -> bool:
         """Take this slot of bus 0 unless it is in use."""

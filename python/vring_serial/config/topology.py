@@ -161,12 +161,14 @@ class Topology:
         warnings: one line each, about settings without effect.
         name: the domain's name.
         spice: the SPICE server, or None.
+        sockets: where a converted domain says that its controllers are served, over vfio-user.
     """
 
     controllers: tuple[ControllerConfig, ...]
     warnings: tuple[str, ...] = ()
     name: str = "vring"
     spice: SpiceConfig | None = None
+    sockets: tuple[str, ...] = ()
 
 
 def check_domain_name(name: str, where: str) -> None:

@@ -55,8 +55,10 @@ class Node:
 
     @property
     def where(self) -> str:
-        """Place of the element for messages: ``file:line: <tag>``."""
-        return f"{self._file}:{self.line}: <{self.tag}>"
+        """Place of the element for messages: ``file:line: <tag>``, the tag with its prefix."""
+        name = etree.QName(self._element).localname
+        prefix = f"{self._element.prefix}:" if self._element.prefix else ""
+        return f"{self._file}:{self.line}: <{prefix}{name}>"
 
     @property
     def text(self) -> str:
