@@ -182,8 +182,11 @@ async def test_what_cannot_be_is_refused_and_changes_nothing(tmp_path):
             client, "chardev-add", id="a", backend=backend("ringbuf", size=1000)
         )
         assert "is no id" in await refused(client, "chardev-add", id="1 a", backend=backend("null"))
-        assert "logfile is not served" in await refused(
-            client, "chardev-add", id="a", backend=backend("null", logfile="x")
+        assert "logtimestamp is not served" in await refused(
+            client, "chardev-add", id="a", backend=backend("null", logfile="x", logtimestamp=True)
+        )
+        assert "goes with logfile only" in await refused(
+            client, "chardev-add", id="a", backend=backend("null", logsize=9)
         )
         assert "exists" in await refused(client, "chardev-change", id="c1", backend=unix("c1"))
         assert "Maximum port limit" not in await refused(client, "device_add", driver="foo")
@@ -240,12 +243,17 @@ async def test_coming_and_going_leaves_nothing_behind(tmp_path):
             "socket,id=x,host=::1,port=5,ipv4=off,server=off,reconnect-ms=100",
         ),
         (backend("memory", size=4096), "ringbuf,id=x,size=4096"),
+        (
+            backend("null", logfile="a,b", logappend=True, logsize=9, logbackups=2),
+            "null,id=x,logfile=a,,b,logappend=on,logsize=9,logbackups=2",
+        ),
     ],
 )
 def test_qmps_words_become_those_of_options(end, option):
     assert option_of("x", end) == option
     config = parse_chardev(option)
-    assert parse_chardev(option_of("x", backend_of(config))).options == config.options
+    again = parse_chardev(option_of("x", backend_of(config)))
+    assert (again.options, again.log) == (config.options, config.log)
 
 
 @pytest.mark.parametrize(

@@ -6,15 +6,29 @@ import contextlib
 import errno
 import os
 import stat
+import threading
+import weakref
 
 from vring_serial.chardev.hangup import unread
 
 #: Most bytes of one step; a step of more would notice an order to end late.
 STEP_BYTES = 1 << 20
 
+# Those who write to one file take turns: a host end may log where the one that it replaces still
+# does. By device and inode.
+_turns: weakref.WeakValueDictionary[tuple[int, int], threading.Lock] = weakref.WeakValueDictionary()
+_making_turns = threading.Lock()
+
+
+def _turns_of(status: os.stat_result) -> threading.Lock:
+    with _making_turns:
+        return _turns.setdefault((status.st_dev, status.st_ino), threading.Lock())
+
 
 class LogFile:
-    """A regular file that grows at its end, also after it was cut off; nothing else writes to it.
+    """A regular file that grows at its end, also after it was cut off.
+
+    Nothing else writes to it but other objects of this kind, in this process.
 
     Its methods may take as long as the disk does.
 
@@ -29,6 +43,7 @@ class LogFile:
         self._most = most
         self._backups = backups
         self._fd = -1
+        self._turns = threading.Lock()
 
     def open(self, *, empty: bool = False) -> None:
         """Open the file at the path, instead of the one before, and empty it if so wanted.
@@ -39,7 +54,8 @@ class LogFile:
         flags = os.O_WRONLY | os.O_CREAT | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC
         fd = os.open(self.path, flags, 0o666)
         try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
                 raise OSError(errno.EINVAL, "it is not a regular file")
             if empty:
                 os.ftruncate(fd, 0)
@@ -48,6 +64,7 @@ class LogFile:
             raise
         self.close()
         self._fd = fd
+        self._turns = _turns_of(status)
 
     def take(self, pipe: int) -> int:
         """Move bytes from a non-blocking pipe to the end; return how many, 0 if it is empty.
@@ -57,12 +74,12 @@ class LogFile:
         """
         if not unread(pipe):
             return 0
-        position = os.lseek(self._fd, 0, os.SEEK_END)
-        if self._most and position >= self._most:
+        if self._most and os.lseek(self._fd, 0, os.SEEK_END) >= self._most:
             self._rotate()
+        with self._turns:
             position = os.lseek(self._fd, 0, os.SEEK_END)
-        room = min(self._most - position, STEP_BYTES) if self._most else STEP_BYTES
-        return os.splice(pipe, self._fd, room, offset_dst=position, flags=os.SPLICE_F_NONBLOCK)
+            room = min(max(self._most - position, 1), STEP_BYTES) if self._most else STEP_BYTES
+            return os.splice(pipe, self._fd, room, offset_dst=position, flags=os.SPLICE_F_NONBLOCK)
 
     def close(self) -> None:
         """Close the file. May be called twice."""

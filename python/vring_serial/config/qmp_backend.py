@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from vring_serial.chardev.file import FileOptions
+from vring_serial.chardev.log import LogOptions
 from vring_serial.chardev.null import NullOptions
 from vring_serial.chardev.pipe import PipeOptions
 from vring_serial.chardev.pty import PtyOptions
@@ -16,8 +18,10 @@ from vring_serial.errors import ConfigError
 
 #: Kinds that are made while the service runs; the others need code that is set up at the start.
 KINDS = ("file", "null", "pipe", "pty", "ringbuf", "socket")
-#: What every kind may have, and ours have not.
-_COMMON = ("logfile", "logappend", "logtimestamp")
+#: What every kind may have in QEMU, and ours have not.
+_NOT_SERVED = ("logtimestamp",)
+
+_NO_LOG = LogOptions()
 
 
 def option_of(id: str, backend: Mapping[str, Any]) -> str:
@@ -31,7 +35,7 @@ def option_of(id: str, backend: Mapping[str, Any]) -> str:
     data = backend.get("data", {})
     if kind not in KINDS:
         raise ConfigError(f"{kind} cannot be made while the service runs")
-    for key in _COMMON:
+    for key in _NOT_SERVED:
         if data.get(key):
             raise ConfigError(f"{key} is not served")
     words = [kind, f"id={id}"]
@@ -48,7 +52,7 @@ def option_of(id: str, backend: Mapping[str, Any]) -> str:
 
 def _pairs(kind: str, data: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for key, value in data.items():
-        if key in _COMMON:
+        if key in _NOT_SERVED:
             continue
         if kind == "file" and key == "out":
             yield "path", value
@@ -95,7 +99,12 @@ def backend_of(config: ChardevConfig) -> dict[str, Any]:
             data = _socket(options)
         case _:
             raise ConfigError(f"{config.kind} cannot be made while the service runs", config.where)
-    return {"type": config.kind, "data": data}
+    return {"type": config.kind, "data": data | _log(config.log)}
+
+
+def _log(log: LogOptions) -> dict[str, Any]:
+    """Return what is said of a log, without what goes without saying."""
+    return {key: value for key, value in asdict(log).items() if value != getattr(_NO_LOG, key)}
 
 
 def _socket(options: SocketOptions) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from vring_serial.chardev import Chardev
 from vring_serial.chardev.file import FileOptions
 from vring_serial.chardev.pty import PtyChardev
 from vring_serial.config.build import make_chardev
+from vring_serial.config.draft import log_paths
 from vring_serial.config.qemu_options import parse_chardev
 from vring_serial.config.qmp_backend import KINDS, option_of
 from vring_serial.config.topology import ChardevConfig, PortConfig, Topology
@@ -236,8 +237,7 @@ class Changes:
         if len(self._setup.state.chardevs) >= CHARDEVS_MAX:
             raise CallError(_GENERIC, f"Failed to add chardev '{id}': there are {CHARDEVS_MAX}")
         with _failing_to_add(id):
-            option = option_of(id, backend)
-            parse_chardev(option)
+            option = self._option(id, backend)
             self._remember(id, option)
             try:
                 self.spare[id] = chardev = await self._make(id)
@@ -251,8 +251,7 @@ class Changes:
         if self._configured_kind(id) not in KINDS:
             raise CallError(_GENERIC, f"Chardev '{id}' cannot be changed while it is in use")
         with _failing_to_add(id):
-            option = option_of(id, backend)
-            parse_chardev(option)
+            option = self._option(id, backend)
             self._replace(id, option)
             try:
                 chardev = await self._make(id)
@@ -374,6 +373,16 @@ class Changes:
                 return await handler(**arguments)
 
         return carry_out
+
+    def _option(self, id: str, backend: Mapping[str, Any]) -> str:
+        """Return what ``--chardev`` would say. Raises ConfigError: it cannot be, or not here."""
+        option = option_of(id, backend)
+        logs = set(log_paths(parse_chardev(option)))
+        for record in self._setup.state.chardevs:
+            if record.id != id:
+                for path in logs.intersection(log_paths(self._setup.config(record.id))):
+                    raise ConfigError(f"{path} is in use already (the log of {record.id})")
+        return option
 
     def _configured_kind(self, id: str) -> str:
         return self._setup.config(id).kind

@@ -86,7 +86,13 @@ def make_ruleset(reach: Reach, version: int) -> int:
             (READ_FILE | WRITE_FILE | MAKE_REG | REMOVE_FILE, reach.scratch),
             (READ_FILE | WRITE_FILE | attr.handled_access_fs & _IOCTL_DEV, reach.terminals),
             (
-                READ_FILE | WRITE_FILE | MAKE_REG | MAKE_SOCK | MAKE_SYM | REMOVE_FILE,
+                READ_FILE
+                | WRITE_FILE
+                | MAKE_REG
+                | MAKE_SOCK
+                | MAKE_SYM
+                | REMOVE_FILE
+                | attr.handled_access_fs & _TRUNCATE,
                 reach.changed_in,
             ),
         ):

@@ -114,6 +114,7 @@ def reach_of(
     reach.read.update(_LIBRARIES, _SETTINGS, _SYSTEM, python, ours, _loaded_from())
     reach.written.add(os.devnull)
     if reach.changed_in:
+        reach.renames = True  # logs that are rotated
         reach.terminals.update(_TERMINALS)
     for path in removes:
         reach.removes(path)

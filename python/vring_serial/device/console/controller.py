@@ -175,7 +175,7 @@ class Controller(Starting):
         port = self._known(nr)
         old = port.chardev
         port.change_chardev(chardev)
-        await old.aclose()
+        await old.aclose_with_log()
 
     async def remove_port(self, nr: int, *, keep_chardev: bool = False) -> None:
         """Take a port away from host and guest, and stop its chardev unless that is to be kept.

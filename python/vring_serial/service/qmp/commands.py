@@ -180,6 +180,8 @@ def _wrapped(name: str, *members: Member) -> Object:
         Member("logfile", STR, optional=True),
         Member("logappend", BOOL, optional=True),
         Member("logtimestamp", BOOL, optional=True),
+        Member("logsize", INT, optional=True),
+        Member("logbackups", INT, optional=True),
     )
     data = Object(f"Chardev{name}", (*common, *members))
     return Object(f"Chardev{name}Wrapper", (Member("data", data),))
