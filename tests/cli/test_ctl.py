@@ -41,6 +41,24 @@ async def ctl(*arguments, address="qmp"):
     return process.returncode, out.decode(), err.decode()
 
 
+async def completed(before, word):
+    """What the shell is told of a line that ends in ``word``."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "vring_serial"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={
+            **os.environ,
+            "_VRING_COMPLETE": "bash_complete",
+            "COMP_LINE": f"vring {before} {word}",
+            "COMP_WORD": word,
+        },
+    )
+    out, err = await process.communicate()
+    assert err == b""
+    return out.decode().split()
+
+
 @asynccontextmanager
 async def service(tmp_path, *arguments):
     async with kept(tmp_path, *socket_ports([1, 2]), *QMP, *arguments) as keeper:
@@ -178,20 +196,19 @@ async def test_names_of_files_cannot_forge_output(tmp_path):
 
 async def test_names_are_completed(tmp_path):
     async with service(tmp_path):
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            *("-m", "vring_serial"),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={
-                **os.environ,
-                "_VRING_COMPLETE": "bash_complete",
-                "COMP_WORDS": "vring ctl --qmp qmp disconnect c",
-                "COMP_CWORD": "5",
-            },
-        )
-        out, _ = await process.communicate()
-        assert out.decode().split() == ["plain,c1", "plain,c2"]
+        assert await completed("ctl --qmp qmp disconnect", "c") == ["c1", "c2"]
+        assert await completed("ctl --qmp qmp port remove", "") == ["c1", "c2"]
+        assert await completed("ctl --qmp qmp port add", "chardev=") == ["chardev=c1", "chardev=c2"]
+        assert await completed("ctl --qmp qmp chardev change", "null,id=") == [
+            "null,id=c1",
+            "null,id=c2",
+        ]
+        assert await completed("ctl --qmp qmp restart", "") == ["vring"]
+        # One without a port, which alone can be removed.
+        assert await ctl("chardev", "add", "null,id=c3") == (0, "", "")
+        assert await completed("ctl --qmp qmp chardev remove", "") == ["c1", "c2", "c3"]
+    # Nobody is there any more, and nobody wants to know.
+    assert await completed("ctl --qmp qmp chardev remove", "") == []
 
 
 async def test_ports_and_host_ends_come_and_go(tmp_path):

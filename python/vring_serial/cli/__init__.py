@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import click
+from click.shell_completion import CompletionItem
 
 from vring.errors import Error
 from vring_serial.cli import limits
@@ -23,6 +24,8 @@ from vring_serial.errors import ConfigError, VringSerialError
 #: Exit statuses: invalid input of the user, and all other errors.
 STATUS_USAGE = 2
 STATUS_ERROR = 1
+#: Set by a shell that wants to complete a line, or the function for that: click's name for us.
+COMPLETE = "_VRING_COMPLETE"
 #: The shell's status of a command ended by SIGINT.
 STATUS_INTERRUPTED = 130
 
@@ -125,6 +128,10 @@ class CommandGroup(click.Group):
         debug = "--debug" in arguments[: _command_position(arguments)]
         extra["standalone_mode"] = False
         run = super().main
+        if COMPLETE in os.environ:
+            from vring_serial.cli.completion import shells
+
+            shells.install()
         sys.exit(status_of(lambda: run(arguments, prog_name or "vring", **extra), debug=debug))
 
 
@@ -160,6 +167,14 @@ class PathName(click.ParamType[str]):
         if not value:
             self.fail("it is empty", param, ctx)
         return str(value)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Complete files, in the same way for every shell."""
+        from vring_serial.cli.completion.words import complete_path
+
+        return [CompletionItem(path) for path in complete_path(incomplete)]
 
 
 PATH = PathName()

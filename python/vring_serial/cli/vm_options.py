@@ -10,6 +10,13 @@ from typing import Any, TypeVar
 import click
 
 from vring_serial.cli import PATH, logs
+from vring_serial.cli.completion.words import (
+    complete_chardev,
+    complete_monitor,
+    complete_port,
+    complete_sandbox,
+    complete_spice,
+)
 from vring_serial.config import toml_file
 from vring_serial.config.domain_xml import read_file
 from vring_serial.config.load import load_topology
@@ -78,6 +85,7 @@ _VM_OPTIONS = (
         "chardevs",
         metavar="KIND,id=ID,KEY=VALUE,...",
         multiple=True,
+        shell_complete=complete_chardev,
         help="A host end, as QEMU's -chardev.",
     ),
     click.option(
@@ -85,6 +93,7 @@ _VM_OPTIONS = (
         "ports",
         metavar="chardev=ID,nr=N,name=NAME",
         multiple=True,
+        shell_complete=complete_port,
         help="A port; nr and name may be left out.",
     ),
     click.option(
@@ -92,6 +101,7 @@ _VM_OPTIONS = (
         "consoles",
         metavar="chardev=ID[,nr=0]",
         multiple=True,
+        shell_complete=complete_port,
         help="A console port.",
     ),
     click.option(
@@ -103,6 +113,7 @@ _VM_OPTIONS = (
     click.option(
         "--spice",
         metavar="port=N,addr=A,password-file=F,...",
+        shell_complete=complete_spice,
         help="A SPICE server for spicevmc and spiceport ends, as QEMU's -spice (libspice-server).",
     ),
     click.option(
@@ -132,6 +143,7 @@ _VM_OPTIONS = (
     click.option(
         "--sandbox",
         metavar="on|off|LAYER=on|off,...",
+        shell_complete=complete_sandbox,
         help="What the process gives up before it serves: capabilities, landlock, seccomp; "
         "memory=SIZE and descriptors=N limit it (on).",
     ),
@@ -163,6 +175,7 @@ _SERVICE_OPTIONS = (
         "--qmp",
         metavar="unix:PATH|tcp:[HOST]:PORT,server=on,wait=off",
         multiple=True,
+        shell_complete=complete_monitor,
         help="A monitor that speaks QMP there, as QEMU's -qmp (docs/management.md).",
     ),
     click.option(

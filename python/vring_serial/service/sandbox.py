@@ -23,7 +23,7 @@ from vring_serial.service.reach import Reach
 
 #: Layers that can be turned off one by one.
 CAPABILITIES, LANDLOCK, SECCOMP = LAYERS = ("capabilities", "landlock", "seccomp")
-_LIMITS = ("memory", "descriptors")
+LIMITS = ("memory", "descriptors")
 
 #: Lets a superuser write into directories that are not his.
 _CAP_DAC_OVERRIDE = 1
@@ -92,13 +92,13 @@ class Sandbox:
             try:
                 if not number and not given and key in ("on", "off"):
                     layers = set(LAYERS) if key == "on" else set()
-                elif key in _LIMITS:
+                elif key in LIMITS:
                     limits[key] = (parse_size if key == "memory" else parse_int)(value)
                 elif (layer := key.removeprefix("no-") if not given else key) in LAYERS:
                     is_on = parse_bool(value) if given else layer == key
                     (layers.add if is_on else layers.discard)(layer)
                 else:
-                    raise ValueError(suggest(key, ("on", "off", *LAYERS, *_LIMITS)))
+                    raise ValueError(suggest(key, ("on", "off", *LAYERS, *LIMITS)))
             except ValueError as error:
                 raise ConfigError(str(error), where) from None
         account = None if user is None else Account.parse(user, f"--user {user}")

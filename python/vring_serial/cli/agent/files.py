@@ -21,6 +21,7 @@ from rich.progress import (
 from vring_serial.agent.errors import AgentError
 from vring_serial.agent.host import HostAgent
 from vring_serial.cli.agent.channel import Channel
+from vring_serial.cli.completion.words import complete_files
 from vring_serial.cli.plain import escaped
 from vring_serial.errors import ConfigError, VringSerialError
 
@@ -29,7 +30,7 @@ AT_ONCE = 16
 
 
 @click.command("send")
-@click.argument("paths", metavar="FILE...", nargs=-1, required=True)
+@click.argument("paths", metavar="FILE...", nargs=-1, required=True, shell_complete=complete_files)
 @click.option("--quiet", is_flag=True, help="No progress bars.")
 @click.pass_obj
 def send_command(channel: Channel, paths: tuple[str, ...], quiet: bool) -> None:

@@ -143,16 +143,24 @@ def complete_vm(
 def _complete(
     ctx: click.Context, incomplete: str, names_of: Callable[[Session], Awaitable[dict[str, str]]]
 ) -> list[CompletionItem]:
-    # While it completes, click calls no function of a command.
-    address = ctx.parent.params.get("address") if ctx.parent is not None else None
-    if not address:
-        return []
-    try:
-        names = Connection(address, 1.0, False).run(names_of)
-    except StatusError:
-        return []
+    names = ask(ctx, names_of)
     return [
         CompletionItem(name, help=what)
-        for name, what in names.items()
+        for name, what in (names or {}).items()
         if name.startswith(incomplete)
     ]
+
+
+def ask(ctx: click.Context, work: Callable[[Session], Awaitable[T]]) -> T | None:
+    """Return what ``work`` returns, for whoever completes a line; None if there is no server."""
+    # While it completes, click calls no function of a command: the address is where it was parsed.
+    above: click.Context | None = ctx
+    while above is not None and "address" not in above.params:
+        above = above.parent
+    address = above.params["address"] if above is not None else None
+    if not address:
+        return None
+    try:
+        return Connection(address, 1.0, False).run(work)
+    except StatusError:
+        return None

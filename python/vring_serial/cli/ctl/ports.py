@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
 
-from vring_serial.cli.ctl.connection import Connection, complete_name
+from vring_serial.cli.completion.words import complete_chardev, complete_item
+from vring_serial.cli.ctl.connection import Connection, ask, complete_name
 from vring_serial.cli.ctl.look import print_json
 from vring_serial.config.qemu_options import parse_chardev, split
-from vring_serial.config.qmp_backend import backend_of
+from vring_serial.config.qmp_backend import KINDS, backend_of
 from vring_serial.config.words import parse_bool, parse_int, shorten, suggest
 from vring_serial.errors import ConfigError
 
@@ -27,7 +29,11 @@ def chardev_group() -> None:
 
 
 @chardev_group.command("add")
-@click.argument("option", metavar="KIND,id=ID,KEY=VALUE,...")
+@click.argument(
+    "option",
+    metavar="KIND,id=ID,KEY=VALUE,...",
+    shell_complete=partial(complete_chardev, known=KINDS),
+)
 @click.pass_obj
 def add_chardev_command(connection: Connection, option: str) -> None:
     """Make a host end, as `vring serve --chardev` does; `port add` gives it a port."""
@@ -37,7 +43,11 @@ def add_chardev_command(connection: Connection, option: str) -> None:
 
 
 @chardev_group.command("change")
-@click.argument("option", metavar="KIND,id=ID,KEY=VALUE,...")
+@click.argument(
+    "option",
+    metavar="KIND,id=ID,KEY=VALUE,...",
+    shell_complete=lambda c, p, i: complete_chardev(c, p, i, known=KINDS, ids=partial(_ids, c)),
+)
 @click.pass_obj
 def change_chardev_command(connection: Connection, option: str) -> None:
     """Exchange the host end ID, whose port goes on with the new one."""
@@ -47,7 +57,7 @@ def change_chardev_command(connection: Connection, option: str) -> None:
 
 
 @chardev_group.command("remove")
-@click.argument("id", shell_complete=complete_name)
+@click.argument("id", shell_complete=lambda c, _p, i: _complete_id(c, i))
 @click.pass_obj
 def remove_chardev_command(connection: Connection, id: str) -> None:
     """Remove a host end that has no port."""
@@ -60,7 +70,11 @@ def port_group() -> None:
 
 
 @port_group.command("add")
-@click.argument("option", metavar="chardev=ID,nr=N,name=NAME,id=ID,console=on")
+@click.argument(
+    "option",
+    metavar="chardev=ID,nr=N,name=NAME,id=ID,console=on",
+    shell_complete=lambda c, _p, i: _complete_properties(c, i),
+)
 @click.pass_obj
 def add_port_command(connection: Connection, option: str) -> None:
     """Plug a port; only chardev is needed."""
@@ -80,6 +94,25 @@ def _complete_port(
     ctx: click.Context, param: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
     return [item for item in complete_name(ctx, param, incomplete) if item.help == "chardev"]
+
+
+def _ids(ctx: click.Context) -> list[str]:
+    """Return the chardevs that the service has, with and without a port."""
+    found = ask(ctx, lambda session: session.execute("query-chardev"))
+    return [chardev["label"] for chardev in found or ()]
+
+
+def _complete_id(ctx: click.Context, incomplete: str) -> list[str]:
+    return [id for id in _ids(ctx) if id.startswith(incomplete)]
+
+
+def _complete_properties(ctx: click.Context, incomplete: str) -> list[str]:
+    def value(key: str, _typed: str) -> list[str]:
+        if key == "chardev":
+            return _ids(ctx)
+        return ["on", "off"] if key == "console" else []
+
+    return complete_item(incomplete, _KEYS, value)
 
 
 def _report(connection: Connection, work: Any) -> None:
