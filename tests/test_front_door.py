@@ -20,7 +20,7 @@ PortAdded PortClosed PortOpened PortReady PortRemoved QueueBroken Side
 VirtioDevice QueueDevice QueueDeviceState RunningQueue StateFormat
 Chardev ChardevUser DescriptorEnd End ProtocolEnd
 FileChardev FileOptions NullChardev NullOptions PipeChardev PipeOptions ProtocolChardev
-PtyChardev
+ConsoleChardev ConsoleOptions PtyChardev
 PtyOptions RingbufChardev RingbufOptions SocketChardev SocketOptions StdioChardev StdioOptions
 VhostUserBackend VfioUserServer
 InProcessMmio InProcessPci Window LoopHost PolledHost

@@ -57,6 +57,10 @@ if TYPE_CHECKING:
         End as End,
         ProtocolEnd as ProtocolEnd,
     )
+    from vring_serial.chardev.console import (
+        ConsoleChardev as ConsoleChardev,
+        ConsoleOptions as ConsoleOptions,
+    )
     from vring_serial.chardev.file import FileChardev as FileChardev, FileOptions as FileOptions
     from vring_serial.chardev.null import NullChardev as NullChardev, NullOptions as NullOptions
     from vring_serial.chardev.pipe import PipeChardev as PipeChardev, PipeOptions as PipeOptions
@@ -168,6 +172,7 @@ _EXPORTS = {
     "vring_serial.device.queue_device": "QueueDevice QueueDeviceState",
     "vring_serial.device.virtqueue": "RunningQueue",
     "vring_serial.chardev.base": "Chardev ChardevUser DescriptorEnd End ProtocolEnd",
+    "vring_serial.chardev.console": "ConsoleChardev ConsoleOptions",
     "vring_serial.chardev.file": "FileChardev FileOptions",
     "vring_serial.chardev.null": "NullChardev NullOptions",
     "vring_serial.chardev.pipe": "PipeChardev PipeOptions",

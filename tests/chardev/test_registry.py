@@ -20,6 +20,7 @@ EXAMPLES: dict[str, dict[str, object]] = {
     "stdio": {},
     "null": {},
     "ringbuf": {},
+    "console": {"path": "c"},
     "spicevmc": {},
     "spiceport": {"name": "org.example.0"},
 }
@@ -82,4 +83,14 @@ def test_a_kind_is_imported_when_it_is_asked_for() -> None:
     )
     loaded = set(done.stdout.split())
     assert {"base", "options", "registry"} <= loaded
-    assert not loaded & {"file", "null", "pipe", "protocol", "pty", "ringbuf", "socket", "stdio"}
+    assert not loaded & {
+        "file",
+        "null",
+        "pipe",
+        "protocol",
+        "pty",
+        "ringbuf",
+        "socket",
+        "stdio",
+        "console",
+    }

@@ -21,6 +21,7 @@ PAGES = [
     "docs/qemu.md",
     "docs/libvirt.md",
     "docs/management.md",
+    "docs/console.md",
 ]
 
 

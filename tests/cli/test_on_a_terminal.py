@@ -3,73 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import pty
 import re
-import sys
-import termios
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.processes import end
-from tests.support.waiting import DEADLINE
+from tests.support.terminals import Terminal, on_terminal
 from vring_serial.agent.guest import GuestAgent
 from vring_serial.proto.agent import Selection
 
 #: Clears the screen, sets the title, and goes to the left.
 HOSTILE = "\x1b[2J\x1b]0;owned\x07\r\u009b1m\u202e"
-
-
-class Terminal:
-    """A command with a terminal of its own, which it controls."""
-
-    def __init__(self, process: asyncio.subprocess.Process, master: int) -> None:
-        self.text = ""
-        self._process = process
-        self._master = master
-        self._more = asyncio.Event()
-        self._ended = False
-        asyncio.get_running_loop().add_reader(master, self._read)
-
-    def _read(self) -> None:
-        try:
-            data = os.read(self._master, 1 << 16)
-        except OSError:  # nobody has the other side any more
-            data = b""
-        self.text += data.decode(errors="replace")
-        self._more.set()
-        if not data:
-            self._ended = True
-            asyncio.get_running_loop().remove_reader(self._master)
-
-    async def said(self, pattern: str) -> None:
-        try:
-            async with asyncio.timeout(DEADLINE):
-                while not re.search(pattern, self.text):
-                    assert not self._ended, self.text
-                    await self._more.wait()
-                    self._more.clear()
-        except TimeoutError:
-            raise AssertionError(f"{pattern!r} was not said: {self.text!r}") from None
-
-    def interrupt(self) -> None:
-        """Type Ctrl-C."""
-        os.write(self._master, b"\x03")
-
-    async def status(self) -> int:
-        """Wait for the end of the command and of all that it says."""
-        async with asyncio.timeout(DEADLINE):
-            while not self._ended:
-                await self._more.wait()
-                self._more.clear()
-            return await self._process.wait()
-
-    async def aclose(self) -> None:
-        asyncio.get_running_loop().remove_reader(self._master)
-        os.close(self._master)
-        await end(self._process)
 
 
 class Place:
@@ -82,22 +27,8 @@ class Place:
 
     async def run(self, *arguments: str | Path) -> Terminal:
         """Run ``vring agent`` on a terminal of 80 columns."""
-        master, slave = pty.openpty()
-        termios.tcsetwinsize(slave, (24, 80))
-        command = (sys.executable, "-m", "vring_serial", "agent", "--socket", "a", *arguments)
-        try:
-            process = await asyncio.create_subprocess_exec(
-                # The shell's terminal becomes the controlling one: Ctrl-C is for the command.
-                *("setsid", "--ctty", "--wait", *command),
-                cwd=self.directory,
-                env={**os.environ, "TERM": "xterm", "COLUMNS": "80"},
-                stdin=slave,
-                stdout=slave,
-                stderr=slave,
-            )
-        finally:
-            os.close(slave)
-        self.terminals.append(Terminal(process, master))
+        command = ("agent", "--socket", "a", *arguments)
+        self.terminals.append(await on_terminal(self.directory, *command))
         return self.terminals[-1]
 
 

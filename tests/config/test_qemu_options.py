@@ -163,7 +163,7 @@ def test_spicevmc_has_its_name() -> None:
     ("chardev", "message"),
     [
         ("", "a key is missing"),
-        ("id=a", "begins with the kind; known: file, null, pipe"),
+        ("id=a", "begins with the kind; known: console, file, null"),
         ("sokcet,id=a", "no chardev 'sokcet'; did you mean socket?"),
         ("udp,id=a,port=1", "udp is not served"),
         ("vc,id=a", "vc is not served"),

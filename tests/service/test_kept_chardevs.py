@@ -16,9 +16,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.attached import Client
 from tests.support.keeper import kept
 from tests.support.waiting import DEADLINE, until, until_file_says
 from vring_serial import EmbeddedGuest
+from vring_serial.proto.attach import Hello
 
 
 @pytest.fixture(autouse=True)
@@ -282,6 +284,57 @@ async def test_ends_that_nobody_has_go_on(kind):
             await port.writer.drain()
             await keeper.kill_until_served()
     assert ("bytes on their way may be lost: c (ringbuf)" in keeper.log) == (kind == "ringbuf")
+
+
+async def follow(client, wanted, deaths):
+    """What a client of a console was shown up to a position, over as many connections as it took.
+
+    Everything that it has is in ``deaths``, in order, so that the next one knows where it was.
+    """
+    while client.position < wanted():
+        if not await client.take():
+            deaths.append(client)
+            resume = (client.welcome.stream, client.position)
+            client.close()
+            client = await Client.come("con", Hello(resume=resume))
+            assert client.position == resume[1]
+    deaths.append(client)
+
+
+@pytest.mark.parametrize("end", ["port", "console"])
+async def test_who_is_attached_to_a_console_goes_on_without_a_gap(end):
+    """Workers die at random moments under output, and no byte is lost or doubled."""
+    chance = random.Random(7)
+    arguments = ("--chardev", "console,id=c,path=con,scrollback=4M", f"--{end}", "chardev=c,nr=1")
+    async with kept(Path.cwd(), *arguments) as keeper:
+        async with EmbeddedGuest("v", memory=32 << 20) as guest:
+            port = await guest.wait_port(nr=1)
+            await port.wait_host()
+            port = Port(*await port.open())
+            sent, lives, wanted = bytearray(), [], 1 << 40
+            client = await Client.come("con")
+            following = asyncio.create_task(follow(client, lambda: wanted, lives))
+            async with keeper.dying(chance):
+                while keeper.kills < 12:
+                    first = len(sent) // 10
+                    lines = b"".join(b"%09d\n" % n for n in range(first, first + 500))
+                    port.says(lines)
+                    sent += lines
+                    await port.writer.drain()
+                    await asyncio.sleep(0.001)
+            port.says(b"end\n")
+            sent += b"end\n"
+            wanted = len(sent)
+            await following
+            assert b"".join(life.shown for life in lives) == sent
+            assert all(life.lost == [] for life in lives)
+            assert len(lives) > 4
+            lives[-1].type(b"typed")
+            await port.hears(b"typed")
+            lives[-1].close()
+            port.writer.close()
+        assert await keeper.stop() == 0
+    assert "when a worker dies" not in keeper.log
 
 
 async def test_an_agents_clients_meet_a_new_connection():

@@ -9,9 +9,11 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.support.attached import Client
 from tests.support.descriptors import read_exactly, write_all
-from tests.support.waiting import DEADLINE, until
+from tests.support.waiting import DEADLINE, turns, until
 from vring_serial.chardev.base import Chardev, DescriptorEnd, End, ProtocolEnd
+from vring_serial.chardev.console import ConsoleChardev, ConsoleOptions
 from vring_serial.chardev.file import FileChardev, FileOptions
 from vring_serial.chardev.null import NullChardev
 from vring_serial.chardev.pipe import PipeChardev, PipeOptions
@@ -394,6 +396,40 @@ class RingbufKind(Peer):
         return self.chardev.read(size)
 
 
+class ConsoleKind(Peer):
+    """The peer is a client that is attached; the end is always open."""
+
+    leaves = returns = False
+    client: Client | None = None
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.path = str(directory / "console")
+        self.chardev = ConsoleChardev("dut", ConsoleOptions(path=self.path))
+
+    async def connect(self) -> None:
+        self.client = await Client.come(self.path)
+
+    async def send(self, data: bytes) -> None:
+        assert self.client is not None
+        self.client.type(data)
+        await turns(20)
+
+    async def receive(self, size: int) -> bytes:
+        assert self.client is not None
+        while len(self.client.shown) < size:
+            assert await self.client.take()
+        data = bytes(self.client.shown[:size])
+        del self.client.shown[:size]
+        return data
+
+    async def disconnect(self) -> None:
+        if self.client is not None:
+            self.client.close()
+            self.client = None
+            await turns(5)
+
+
 class ProtocolKind(Peer):
     """The peer is a protocol in this process; it leaves by closing the end, and comes back so."""
 
@@ -451,6 +487,7 @@ KINDS: dict[str, type[Peer]] = {
     "stdio": StdioKind,
     "null": NullKind,
     "ringbuf": RingbufKind,
+    "console": ConsoleKind,
     "protocol": ProtocolKind,
 }
 

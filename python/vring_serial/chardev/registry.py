@@ -30,6 +30,7 @@ _TABLE = {
     "stdio": _Entry("stdio", "StdioChardev", "StdioOptions"),
     "null": _Entry("null", "NullChardev", "NullOptions"),
     "ringbuf": _Entry("ringbuf", "RingbufChardev", "RingbufOptions"),
+    "console": _Entry("console", "ConsoleChardev", "ConsoleOptions"),
     "spicevmc": _Entry("protocol", "ProtocolChardev", "SpicevmcOptions"),
     "spiceport": _Entry("protocol", "ProtocolChardev", "SpiceportOptions"),
 }

@@ -84,6 +84,7 @@ COMMANDS = {
     "bench": LazyCommand("bench", "bench_command", "Measure ports: throughput, latency, rings."),
     "agent": LazyCommand("agent", "agent_command", "Talk to the SPICE agent of a guest."),
     "ctl": LazyCommand("ctl", "ctl_command", "Look at a running service and change it."),
+    "attach": LazyCommand("attach", "attach_command", "Watch a console, and type to it."),
     "demo": LazyCommand("demo", "demo_command", "Show the whole agent path at work."),
 }
 

@@ -34,7 +34,7 @@ UNSERVED_KEYS = {
 #: such as an unset shell variable.
 _MAY_BE_EMPTY = {"addr", "host", "name"}
 #: Keys whose values may have a unit, such as 64K.
-SIZES = {"size", "logsize"}
+SIZES = {"size", "scrollback", "logsize"}
 #: QEMU's older names of kinds.
 _ALIASES = {"memory": "ringbuf"}
 #: QEMU's rule for ids.

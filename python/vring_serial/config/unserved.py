@@ -7,7 +7,6 @@ _OF_EMULATOR = "it is a part of the emulator itself"
 #: By QEMU's and libvirt's names.
 UNSERVED = {
     "braille": _OF_EMULATOR,
-    "console": "it is a Windows console",
     "dbus": "it needs the emulator's D-Bus display; use unix",
     "dev": "host devices are not opened; connect one to a pty or a unix socket with socat",
     "hub": "a port has one host end",

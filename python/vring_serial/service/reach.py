@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import vring
 from vring_serial import __file__ as package
+from vring_serial.chardev.console import ConsoleOptions
 from vring_serial.chardev.file import FileOptions
 from vring_serial.chardev.pty import PtyOptions
 from vring_serial.chardev.socket import SocketOptions
@@ -159,6 +160,8 @@ def _add(reach: Reach, chardev: ChardevConfig) -> None:
                 reach.abstract = reach.abstract or options.abstract
             elif options.port is not None:
                 reach.tcp.add(options.port)
+        case ConsoleOptions(path=path):
+            reach.removes(path)
         case PtyOptions(path=path) if path:
             reach.removes(path)
         case FileOptions(path=path):
