@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -261,6 +262,67 @@ async def test_a_keeper_that_stops_gives_up_an_upgrade(tmp_path, versions):
         status, text = await upgrading
         assert status == 1
         assert f"process {pid} has ended" in text or "the service stops" in text
+
+
+KEEPER = "vring_serial/service/keeper.py"
+BEGINS = "        self._reporter.begin()\n"
+HANDED = "                self._leaving[pidfd] = pid, time.monotonic() + KILL_SECONDS\n"
+
+
+def closing(at, seconds):
+    """A change after a line of the keeper: a helper process begins to close for so long."""
+    indent = at[: len(at) - len(at.lstrip())]
+    lines = (
+        "import mmap",
+        "from vring_serial.service.aside import _Helper",
+        f"helper = os.posix_spawnp('sleep', ['sleep', '{seconds}'], os.environ)",
+        "helpers = self._workers[0].store.aside._helpers",
+        "helpers.append(_Helper(helper, [], mmap.mmap(-1, 4)))",
+    )
+    return at, at + "".join(f"{indent}{line}\n" for line in lines)
+
+
+@pytest.mark.parametrize("at", [BEGINS, HANDED], ids=["before it", "at its end"])
+async def test_an_upgrade_waits_for_what_is_being_closed(tmp_path, versions, at):
+    versions.make("3", {KEEPER: closing(at, 1)})
+    versions.install("3")
+    async with kept(tmp_path, *socket_ports([1]), environment=versions.environment) as keeper:
+        versions.install("2")
+        begun = time.monotonic()
+        status, text = await upgrade(str(keeper.process.pid))
+        assert status == 0, text
+        assert "upgraded from 3 to 2" in text
+        assert time.monotonic() - begun > 1
+        assert await keeper.stop() == 0
+
+
+@pytest.mark.parametrize("at", [BEGINS, HANDED], ids=["before it", "at its end"])
+async def test_an_upgrade_does_not_wait_for_ever(tmp_path, versions, at):
+    versions.make(
+        "3",
+        {KEEPER: closing(at, 4), UPGRADE: ("CLOSE_SECONDS = 5.0", "CLOSE_SECONDS = 0.2")},
+    )
+    versions.install("3")
+    async with kept(tmp_path, *socket_ports([1]), environment=versions.environment) as keeper:
+        versions.install("2")
+        status, text = await upgrade(str(keeper.process.pid))
+        assert status == 1
+        assert "something that a worker stored cannot be closed" in text
+        assert "the version before goes on" in text
+        assert await keeper.stop() == 0
+
+
+async def test_a_keeper_that_stops_does_not_wait_for_what_is_being_closed(tmp_path, versions):
+    versions.make("3", {KEEPER: closing(BEGINS, 3)})
+    versions.install("3")
+    async with kept(tmp_path, *socket_ports([1]), environment=versions.environment) as keeper:
+        upgrading = asyncio.create_task(upgrade(str(keeper.process.pid)))
+        pid = keeper.process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children")
+        await until(lambda: len(children.read_text().split()) == 2)
+        assert await keeper.stop() == 0
+        assert (await upgrading)[0] == 1
+    assert "upgrade: the service stops; the version before goes on" in keeper.log
 
 
 async def test_a_console_keeps_what_waits_in_it(tmp_path, versions):

@@ -24,7 +24,7 @@ from vring_serial.service.descriptor_store import DescriptorStore, Notifier
 from vring_serial.service.journal import Journal, checksum
 from vring_serial.service.succession import KeeperState, Reporter, start_again
 from vring_serial.service.systemd import ServiceManager
-from vring_serial.service.upgrade import Stage, Upgrade, Upgrading
+from vring_serial.service.upgrade import Closing, Stage, Upgrade, Upgrading
 from vring_serial.service.watchdog import Watchdog
 from vring_serial.service.worker import (
     DEATHS_MAX,
@@ -34,6 +34,8 @@ from vring_serial.service.worker import (
     Worker,
     WorkerSpec,
     be,
+    fork,
+    how_ended,
 )
 from vring_serial.unix_fds import allow_descriptors, close_all
 
@@ -109,6 +111,7 @@ class Keeper:
         self._pidfd = os.pidfd_open(os.getpid())
         self._poll = select.poll()
         self._workers: list[Worker] = []
+        self._closing = Closing(self._workers)
         self._wake_reader, self._wake_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._poll.register(self._wake_reader, select.POLLIN)
         descriptors = min(descriptors, (allow_descriptors() - OWN_DESCRIPTORS) // len(specs))
@@ -168,7 +171,7 @@ class Keeper:
             times.append(self._deadline)
             if any(w.pid and not w.told_to_stop for w in self._workers):
                 times.append(self._begin_by)
-        for part in (self._upgrade, self._watchdog):
+        for part in (self._upgrade, self._watchdog, self._closing):
             if part is not None and part.deadline is not None:
                 times.append(part.deadline)
         times += [kill_at for _, kill_at in self._leaving.values()]
@@ -186,6 +189,8 @@ class Keeper:
         if self._upgrade is not None:
             self._upgrade.act(ready)
             self._look_at_upgrade(self._upgrade)
+        elif self._closing.deadline is not None:
+            self._try_upgrade()
         if self._wake_reader in ready:
             self._take_signals()
         if self._stop is _Stop.ASKED:
@@ -262,7 +267,7 @@ class Keeper:
         if len(os.listdir("/proc/self/task")) != 1:
             raise ResourceError("the keeper has more than one thread; a fork would be unsafe")
         try:
-            pid = os.fork()
+            pid = fork()
         except OSError as error:
             if not worker.restarts:
                 raise ResourceError(f"{worker.spec.name}: {error.strerror}") from None
@@ -332,7 +337,7 @@ class Keeper:
             self._done(worker, 0)
         elif not worker.ready and not worker.restarts:
             if code < 0:
-                text = f"{worker.spec.name}: its worker ended {_how(code)} before it served"
+                text = f"{worker.spec.name}: its worker ended {how_ended(code)} before it served"
                 self._say(logging.ERROR, "worker_ended", text, worker=worker.spec.name)
             self._done(worker, code)
             self._ask_to_stop()
@@ -360,7 +365,7 @@ class Keeper:
         worker.lives.append(now)
         if worker.lives_too_short(now):
             worker.start_at = now + PAUSE_SECONDS  # the processors are others' too
-        text = f"{worker.spec.name}: its worker ended {_how(code)}; another one goes on"
+        text = f"{worker.spec.name}: its worker ended {how_ended(code)}; another one goes on"
         often = ""
         if len(worker.deaths) == DEATHS_MAX and now - worker.deaths[0] < DEATHS_SECONDS:
             often = f"{DEATHS_MAX} times in {DEATHS_SECONDS:g} s"
@@ -371,8 +376,8 @@ class Keeper:
             worker.start_at = now + worker.pause
             worker.pause = min(2 * worker.pause, PAUSE_MOST)
             text = (
-                f"{worker.spec.name}: its worker ended {_how(code)}, {often}; its sessions end "
-                "here, and another one begins anew"
+                f"{worker.spec.name}: its worker ended {how_ended(code)}, {often}; its sessions "
+                "end here, and another one begins anew"
             )
         self._say(
             logging.ERROR, "worker_ended", text, worker=worker.spec.name, restarts=worker.restarts
@@ -392,15 +397,20 @@ class Keeper:
     # --- upgrades
 
     def _begin_upgrade(self) -> None:
-        if self._upgrading is None or self._upgrade is not None or self._stop is not _Stop.NOT:
+        busy = self._upgrade is not None or self._closing.deadline is not None
+        if self._upgrading is None or busy or self._stop is not _Stop.NOT:
             return
         self._reporter.begin()
         self._manager.reloading()
-        if any(worker.store.aside.overdue for worker in self._workers):
-            self._refuse_upgrade("something that a worker stored cannot be closed")
+        self._try_upgrade()
+
+    def _try_upgrade(self) -> None:
+        if self._closing.waits():
             return
-        self._say(logging.INFO, "upgrade", "upgrade: the new version is loaded, and tried")
+        assert self._upgrading is not None
         try:
+            self._closing.check()
+            self._say(logging.INFO, "upgrade", "upgrade: the new version is loaded, and tried")
             self._upgrade = Upgrade(
                 self._state(),
                 self._workers,
@@ -427,6 +437,8 @@ class Keeper:
         elif upgrade.stage is Stage.DONE and not self._leaving:
             if any(worker.start_at is not None for worker in self._workers):
                 return  # one has died, and is started by the new code
+            if self._closing.waits():
+                return
             upgrade.close()
             upgrade.end_strangers(self._known())
             self._upgrade = None
@@ -448,8 +460,7 @@ class Keeper:
 
     def _become(self, longest_pause: int) -> None:
         """Replace this code. Raises OSError, ResourceError: it could not be."""
-        if any(worker.store.aside.overdue for worker in self._workers):
-            raise ResourceError("something that a worker stored cannot be closed")
+        self._closing.check()
         state = self._state()
         state.longest_pause = longest_pause
         # Until the new code has its handlers, signals wait.
@@ -464,6 +475,7 @@ class Keeper:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _refuse_upgrade(self, why: str) -> None:
+        self._closing.forget()
         text = f"upgrade: {why}; the version before goes on"
         self._say(logging.ERROR, "upgrade_refused", text)
         self._reporter.finish(text, succeeded=False)
@@ -527,6 +539,8 @@ class Keeper:
         if self._upgrade is not None:
             self._upgrade.fail("the service stops")
             self._look_at_upgrade(self._upgrade)
+        elif self._closing.deadline is not None:
+            self._refuse_upgrade("the service stops")
         now = time.monotonic()
         self._begin_by = now + BEGIN_SECONDS
         self._deadline = now + self._stop_seconds
@@ -572,13 +586,3 @@ class Keeper:
 
     def _say(self, level: int, event: str, text: str, **fields: object) -> None:
         self._log(level, event, text, **fields)
-
-
-def _how(code: int) -> str:
-    """Say how a process ended; a negative code is a signal's number."""
-    if code >= 0:
-        return f"with status {code}"
-    try:
-        return f"by {signal.Signals(-code).name}"
-    except ValueError:  # a real-time signal
-        return f"by signal {-code}"

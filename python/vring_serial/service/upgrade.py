@@ -18,13 +18,16 @@ from pathlib import Path
 from vring_serial.errors import ResourceError
 from vring_serial.service.descriptor_store import DescriptorStore, Notifier
 from vring_serial.service.succession import KeeperState, start_again
-from vring_serial.service.worker import Worker
+from vring_serial.service.worker import Worker, fork
 from vring_serial.unix_fds import close_all
 
 #: Seconds that the new code has to load.
 LOAD_SECONDS = 30.0
 #: Seconds that a worker has to stop, and the next one to serve.
 HAND_OVER_SECONDS = 5.0
+#: Seconds that an upgrade waits until what workers stored is closed, and how often it looks.
+CLOSE_SECONDS = 5.0
+LOOK_SECONDS = 0.05
 #: Seconds that processes have to be gone which were killed.
 GONE_SECONDS = 2.0
 #: Tells a worker to stop for its successor.
@@ -60,6 +63,45 @@ class Upgrading:
     formats: str
     state: Callable[[], KeeperState]
     load_seconds: float = LOAD_SECONDS
+
+
+class Closing:
+    """What is being closed for workers; an upgrade waits for it, but not for ever.
+
+    A helper that closes it shares what is open in the keeper, and would keep that open behind the
+    back of the new code.
+    """
+
+    def __init__(self, workers: Sequence[Worker]) -> None:
+        self._workers = workers
+        self._until: float | None = None
+
+    @property
+    def deadline(self) -> float | None:
+        """Return when (monotonic) to look again; None: nothing is waited for."""
+        return None if self._until is None else time.monotonic() + LOOK_SECONDS
+
+    def waits(self) -> bool:
+        """Return whether to look again later, because something is not closed yet."""
+        now = time.monotonic()
+        if not self._is_open():
+            self._until = None
+        elif self._until is None:
+            self._until = now + CLOSE_SECONDS
+        return self._until is not None and now < self._until
+
+    def check(self) -> None:
+        """Wait no more. Raises ResourceError: something is not closed."""
+        self.forget()
+        if self._is_open():
+            raise ResourceError("something that a worker stored cannot be closed")
+
+    def forget(self) -> None:
+        """Wait no more."""
+        self._until = None
+
+    def _is_open(self) -> bool:
+        return any(worker.store.aside.overdue for worker in self._workers)
 
 
 class Upgrade:
@@ -118,7 +160,7 @@ class Upgrade:
         self._answers = DescriptorStore(0)
         _adopt_orphans(True)
         with theirs:
-            self._pid = os.fork()
+            self._pid = fork()
             if not self._pid:
                 self._be_candidate(state, theirs.fileno(), keeper, ignores_hangup)
         poll.register(self._channel, select.POLLIN)
@@ -218,6 +260,7 @@ class Upgrade:
         try:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGHUP, signal.SIG_IGN if ignores_hangup else signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
             stderr = os.dup(2)
             os.dup2(self._said, 2)
             extra = [channel, stderr, keeper, *state.shared()]

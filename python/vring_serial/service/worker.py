@@ -220,6 +220,22 @@ class Worker:
         return worker
 
 
+def fork() -> int:
+    """Do as ``os.fork``; in the child signals wait until it unblocks them.
+
+    It has the keeper's handlers at first, which tell the keeper's pipe: the keeper would take a
+    signal to its worker for one to itself.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    pid = -1
+    try:
+        pid = os.fork()
+        return pid
+    finally:
+        if pid:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def be(spec: WorkerSpec, inherit: Callable[[], Inheritance], *, ignore_hangup: bool) -> NoReturn:
     """Be the worker, in a process that was forked for it, and end the process.
 
@@ -237,6 +253,7 @@ def be(spec: WorkerSpec, inherit: Callable[[], Inheritance], *, ignore_hangup: b
         if ignore_hangup:
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
         # else nothing is done about a SIGHUP until the worker has a handler: it only begins.
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
         _raise_oom_score()
         _take_name(f"vring {spec.name}")
         inheritance = inherit()
@@ -249,6 +266,16 @@ def be(spec: WorkerSpec, inherit: Callable[[], Inheritance], *, ignore_hangup: b
     finally:
         logging.shutdown()
         os._exit(status)
+
+
+def how_ended(code: int) -> str:
+    """Say how a process ended; a negative code is a signal's number."""
+    if code >= 0:
+        return f"with status {code}"
+    try:
+        return f"by {signal.Signals(-code).name}"
+    except ValueError:  # a real-time signal
+        return f"by signal {-code}"
 
 
 def _take_name(name: str) -> None:
