@@ -1,6 +1,6 @@
 """What a keeper costs while nothing dies, and how long streams pause when a worker is killed.
 
-Two services take turns in the same run, without and with ``--keeper``: the ratios are of medians.
+Two services take turns in the same run, without and with a keeper: the ratios are of medians.
 The first of a turn is the second of the next one.
 """
 
@@ -75,8 +75,8 @@ class Pair:
     """
 
     def __init__(self, stack: contextlib.ExitStack) -> None:
-        self.plain = self._boot(stack, lambda pid: pid)
-        self.kept = self._boot(stack, self._remember, "--keeper")
+        self.plain = self._boot(stack, lambda pid: pid, "--no-keeper")
+        self.kept = self._boot(stack, self._remember)
         self._order = [("plain", self.plain), ("kept", self.kept)]
 
     def turn(self) -> list[tuple[str, Rig]]:
@@ -226,7 +226,7 @@ async def pauses(directory: Path, keeper: int) -> tuple[list[float], list[float]
 
 def test_pause(benchmark, tmp_path: Path) -> None:
     """How long a client waits for its answer when the worker is killed as it asks."""
-    with service(tmp_path, "--keeper") as keeper:
+    with service(tmp_path) as keeper:
         quiet, dying = benchmark.pedantic(lambda: asyncio.run(pauses(tmp_path, keeper)), rounds=1)
         cpu = cpu_seconds(keeper)
     benchmark.extra_info |= {

@@ -26,7 +26,7 @@ def serving(directory: Path, devices: int, ports: int) -> Iterator[int]:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     domain = directory / "domain.xml"
     domain.write_text(domain_xml(directory, devices, ports))
-    command = [sys.executable, "-m", "vring_serial", "serve", "--log-level", "error"]
+    command = [sys.executable, "-m", "vring_serial", "serve", "--no-keeper", "--log-level", "error"]
     command += ["--domain", str(domain)]
     for n in range(devices):
         command += ["--vhost-user", f"{directory}/{n}"]

@@ -53,7 +53,7 @@ async def exchange(directory: Path, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("how", "workers"),
-    [(("--keeper",), 2), (("--keeper", "--workers", "shared"), 1), (("--no-keeper",), 0)],
+    [((), 2), (("--workers", "shared"), 1), (("--no-keeper",), 0)],
     ids=["a worker for each", "one for all", "no keeper"],
 )
 async def test_two_machines_in_one_service(
@@ -76,7 +76,7 @@ async def test_two_machines_in_one_service(
 
 
 async def test_json_says_which_machine(serve: Serve, tmp_path: Path, file: str) -> None:
-    async with serve("--config", file, "--keeper", "--json-log", ready="serving;") as server:
+    async with serve("--config", file, "--json-log", ready="serving;") as server:
         await server.logged("serving;", 2)
         assert await server.stop() == 0
     lines = [json.loads(line) for line in server.lines]
@@ -87,7 +87,7 @@ async def test_json_says_which_machine(serve: Serve, tmp_path: Path, file: str) 
 async def test_one_dies_and_the_other_does_not_notice(
     serve: Serve, tmp_path: Path, file: str
 ) -> None:
-    async with serve("--config", file, "--keeper", "--pid-file", "pid") as server:
+    async with serve("--config", file, "--pid-file", "pid") as server:
         await server.logged("serving;", 2)
         line = next(line for line in server.lines if " a: serving;" in line)
         assert "SIGINT" in line
@@ -173,7 +173,7 @@ def test_a_file_on_standard_input() -> None:
         (
             (
                 *("--vhost-user", "x", "--chardev", "null,id=n", "--port", "chardev=n"),
-                *("--sandbox", "off", "--workers", "shared", "--keeper"),
+                *("--sandbox", "off", "--workers", "shared"),
             ),
             "--sandbox: differs from that of a, in one process",
         ),

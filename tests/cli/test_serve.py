@@ -200,7 +200,7 @@ async def test_json_log(serve: Serve, tmp_path: Path) -> None:
     )
     events = [record["event"] for record in records if record["event"] != "log"]
     assert events[:5] == ["port_added", "port_opened", "sandbox", "port", "controller"]
-    assert events[5] == "serving"
+    assert events[5:7] == ["restart_noticed", "serving"]
     assert [e for e in events if e in ("frontend", "features_negotiated", "driver_ready")] == [
         "frontend",
         "features_negotiated",
@@ -440,7 +440,7 @@ MISSING_SOCKET = (
     ],
 )
 def test_what_cannot_be_asked_for(arguments: tuple[str, ...], status: int, line: str) -> None:
-    result = CliRunner().invoke(vring, ["serve", *arguments])
+    result = CliRunner().invoke(vring, ["serve", "--no-keeper", *arguments])
     assert (result.exit_code, result.stderr.splitlines()[-1]) == (status, line)
     assert "Traceback" not in result.stderr
 

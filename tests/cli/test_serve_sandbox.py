@@ -53,11 +53,11 @@ async def test_without_a_sandbox_the_log_says_so(serve: Serve) -> None:
         assert await server.stop() == 0
 
 
-@pytest.mark.parametrize("keeper", [(), ("--keeper",)], ids=["alone", "kept"])
-async def test_what_serves_is_in_the_sandbox(serve: Serve, keeper: tuple[str, ...]) -> None:
-    async with serve(*NULL_PORT, *keeper) as server:
+@pytest.mark.parametrize("keeper", ["--no-keeper", "--keeper"])
+async def test_what_serves_is_in_the_sandbox(serve: Serve, keeper: str) -> None:
+    async with serve(*NULL_PORT, keeper) as server:
         pid = server.pid
-        if keeper:
+        if keeper == "--keeper":
             children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
             pid = int(children[0])
         for task in Path(f"/proc/{pid}/task").iterdir():

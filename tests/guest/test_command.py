@@ -237,7 +237,7 @@ async def test_the_agent_announces_itself(served: Path, commands: type[Command])
 
 
 async def test_the_backend_is_killed(commands: type[Command], tmp_path: Path) -> None:
-    backend = await commands.start(*serve_arguments(tmp_path))
+    backend = await commands.start(*serve_arguments(tmp_path), "--no-keeper")
     await backend.log_line("waiting for a frontend")
     guest = await commands.start("guest", "--vhost-user", f"{tmp_path}/vu", "--echo", "one")
     await guest.log_line("port 1 is called one")

@@ -434,7 +434,7 @@ async def on_a_terminal(*arguments):
     try:
         with open("log", "ab") as log:
             async with running(
-                *(sys.executable, "-m", "vring_serial", "serve", "--keeper"),
+                *(sys.executable, "-m", "vring_serial", "serve"),
                 *("--vhost-user", "v", *arguments),
                 stdin=slave,
                 stdout=slave,

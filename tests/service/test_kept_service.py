@@ -1,4 +1,4 @@
-"""`vring serve --keeper` as operators meet it: signals, files, errors, deaths in a row."""
+"""`vring serve` with its keeper as operators meet it: signals, files, errors, deaths in a row."""
 
 from __future__ import annotations
 
@@ -108,9 +108,7 @@ async def test_a_keeper_that_is_killed_leaves_its_worker_serving(tmp_path):
             back.close()
             # Else what the next one sends may go to the guest that closes.
             await keeper.logged("closed by the guest", number)
-        status, text = failing(
-            *("--keeper", "--vhost-user", path, "--log-level", "error"), *NULL_PORT
-        )
+        status, text = failing("--vhost-user", path, "--log-level", "error", *NULL_PORT)
         assert status == 1
         assert text == f"vring: {path}: exists, another process listens on it (process {worker})\n"
         os.kill(worker, signal.SIGTERM)
@@ -151,11 +149,38 @@ async def test_the_pid_file_is_the_keepers_and_outlives_workers(tmp_path):
     async with kept(tmp_path, *NULL_PORT, "--pid-file", "pid") as keeper:
         await keeper.kill_until_served()
         assert int(Path("pid").read_text()) == keeper.process.pid
-        status, text = failing("--keeper", "--vhost-user", "w", *NULL_PORT, "--pid-file", "pid")
+        status, text = failing("--vhost-user", "w", *NULL_PORT, "--pid-file", "pid")
         assert (status, text.count("\n")) == (1, 1)
         assert f"process {keeper.process.pid} is running" in text
         assert await keeper.stop() == 0
     assert not os.path.exists("pid")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_the_keeper_listens_removes_the_pid_file(number):
+    """It comes when the file is there already: whoever waits for that may stop the service."""
+    program = (
+        "import os, signal, sys\n"
+        "from vring_serial.cli import main\n"
+        "from vring_serial.service.keeper import Keeper\n"
+        "run = Keeper.run\n"
+        "def told(keeper):\n"
+        "    assert os.path.exists('pid')\n"
+        "    os.kill(os.getpid(), int(os.environ['NUMBER']))\n"
+        "    return run(keeper)\n"
+        "Keeper.run = told\n"
+        "main()\n"
+    )
+    pid_file = ("--pid-file", "pid")
+    done = subprocess.run(
+        [sys.executable, "-c", program, "serve", "--vhost-user", "v", *NULL_PORT, *pid_file],
+        env=os.environ | {"NUMBER": str(int(number))},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, os.listdir()) == (0, []), done.stderr
 
 
 async def test_a_hangup_opens_logs_and_files_anew(tmp_path):
@@ -195,15 +220,16 @@ async def test_json_has_the_deaths_too(tmp_path):
     [
         (("--chardev", "file,id=f,path=none/out", "--port", "chardev=f"), 1, "No such file"),
         (("--chardev", "spiceport,id=s,name=x", "--port", "chardev=s"), 2, "SPICE"),
+        ((*NULL_PORT, "--max-ports", "128"), 2, "258 queues, vhost-user allows 256"),
         ((*NULL_PORT, "--log-file", "none/log"), 1, "No such file"),
     ],
 )
 def test_errors_before_it_serves_are_those_without_a_keeper(arguments, status, why):
     arguments = ("--vhost-user", "v", "--log-level", "error", *arguments)
-    plain = failing(*arguments)
+    plain = failing("--no-keeper", *arguments)
     assert plain[0] == status
     assert why in plain[1]
-    assert failing("--keeper", *arguments) == plain
+    assert failing(*arguments) == plain
     assert os.listdir() == []
 
 
@@ -212,7 +238,7 @@ def test_a_socket_in_use_is_told_with_who_has_it():
     with socket.socket(socket.AF_UNIX) as taken:
         taken.bind(path)
         taken.listen()
-        status, text = failing("--keeper", "--log-level", "error", "--vhost-user", path, *NULL_PORT)
+        status, text = failing("--log-level", "error", "--vhost-user", path, *NULL_PORT)
     assert status == 1
     assert text == f"vring: {path}: exists, another process listens on it (process {os.getpid()})\n"
 
@@ -240,7 +266,7 @@ def test_a_log_that_nobody_reads_is_no_reason_not_to_begin():
     Path("domain.xml").write_text(domain)  # vectors= is warned of
     process = subprocess.Popen(
         [
-            *(sys.executable, "-m", "vring_serial", "serve", "--keeper"),
+            *(sys.executable, "-m", "vring_serial", "serve"),
             *("--vhost-user", "v", "--domain", "domain.xml"),
         ],
         stderr=writing,

@@ -439,18 +439,18 @@ def test_what_is_no_address_is_refused(text, why):
 
 
 async def test_errors_are_one_line_with_the_exit_status_of_their_kind():
-    status, said = await status_of("--keeper", "--metrics", "65536")
+    status, said = await status_of("--metrics", "65536")
     assert (status, said) == (2, "vring: --metrics 65536: port: 65536 is not from 0 to 65535\n")
-    status, said = await status_of("--metrics", "0")
+    status, said = await status_of("--no-keeper", "--metrics", "0")
     assert status == 2
-    assert "--metrics goes with --keeper" in said
+    assert "--metrics needs the keeper" in said
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        status, said = await status_of("--keeper", "--metrics", str(port))
+        status, said = await status_of("--metrics", str(port))
     assert status == 1
     assert said.count(f"--metrics tcp:127.0.0.1:{port}: Address already in use") == 1
     Path("file").touch()
-    status, said = await status_of("--keeper", "--metrics", "unix:file")
+    status, said = await status_of("--metrics", "unix:file")
     assert status == 1
     assert said.count("--metrics: file: exists and is not a socket") == 1
 
@@ -459,7 +459,7 @@ async def test_errors_are_one_line_with_the_exit_status_of_their_kind():
 async def test_a_library_that_is_missing_is_named(module):
     code = (
         f"import sys; sys.modules[{module!r}] = None; from vring_serial.__main__ import main; "
-        "sys.argv = ['vring', 'serve', '--keeper', '--vhost-user', 'v', '--chardev', 'null,id=n', "
+        "sys.argv = ['vring', 'serve', '--vhost-user', 'v', '--chardev', 'null,id=n', "
         "'--port', 'chardev=n', '--metrics', '0']; main()"
     )
     process = await asyncio.create_subprocess_exec(

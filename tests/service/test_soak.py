@@ -228,7 +228,7 @@ async def test_a_service_stays_as_it_was(tmp_path, monkeypatch, capsys):
     log = Path("log")
     with log.open("wb") as stream:
         async with running(
-            *(sys.executable, "-m", "vring_serial", "serve", "--keeper"),
+            *(sys.executable, "-m", "vring_serial", "serve"),
             *("--config", "soak.toml", "--pid-file", "pid"),
             stdin=asyncio.subprocess.DEVNULL,
             stderr=stream,

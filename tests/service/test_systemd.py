@@ -71,7 +71,7 @@ def test_what_is_meant_for_another_process_is_left_alone():
     assert environment == {}
 
 
-@pytest.mark.parametrize("keeper", [("--keeper",), ()], ids=["kept", "alone"])
+@pytest.mark.parametrize("keeper", ["--keeper", "--no-keeper"])
 async def test_a_socket_that_systemd_listens_on_is_served_and_stays(tmp_path, keeper):
     tool = shutil.which("systemd-socket-activate")
     if tool is None:
@@ -82,7 +82,7 @@ async def test_a_socket_that_systemd_listens_on_is_served_and_stays(tmp_path, ke
     with log.open("wb") as stream:
         async with running(
             *(tool, "-l", str(tmp_path / "v"), "-l", str(tmp_path / "c")),
-            *(sys.executable, "-m", "vring_serial", "serve", *keeper, "--vhost-user", "v", *ports),
+            *(sys.executable, "-m", "vring_serial", "serve", keeper, "--vhost-user", "v", *ports),
             stderr=stream,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
@@ -91,7 +91,7 @@ async def test_a_socket_that_systemd_listens_on_is_served_and_stays(tmp_path, ke
             inodes = [os.stat(name).st_ino for name in "vc"]
             async with EmbeddedGuest("v", memory=32 << 20) as guest:
                 await guest.wait_port(name="org.example.data2")
-                if keeper:
+                if keeper == "--keeper":
                     children = f"/proc/{process.pid}/task/{process.pid}/children"
                     worker = int(Path(children).read_text())
                     os.kill(worker, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""``vring serve --keeper`` as a process, whose workers a test kills."""
+"""``vring serve`` with its keeper as a process, whose workers a test kills."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ async def kept(
     preexec_fn: Callable[[], object] | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> AsyncIterator[Kept]:
-    """Run ``vring serve --keeper`` in a directory for a block.
+    """Run ``vring serve`` with its keeper in a directory for a block.
 
     Args:
         directory: has the sockets and the log.
@@ -194,7 +194,7 @@ async def kept(
     log = directory / "log"
     with log.open("ab") as stream:
         async with running(
-            *(sys.executable, "-m", "vring_serial", "serve", "--keeper", f"--{protocol}", socket),
+            *(sys.executable, "-m", "vring_serial", "serve", f"--{protocol}", socket),
             *arguments,
             cwd=directory,
             stdin=stdin,

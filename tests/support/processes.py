@@ -35,8 +35,7 @@ async def end(
         AssertionError: somebody else holds its pipes, such as a process that it started.
         Exception: what ``reading`` ended with.
     """
-    with contextlib.suppress(ProcessLookupError):
-        process.kill()
+    _kill_with_workers(process)
     if session:
         for pid in _session(process.pid):
             with contextlib.suppress(ProcessLookupError):
@@ -54,6 +53,21 @@ async def end(
     if reading is not None:
         await reading
     return status
+
+
+def _kill_with_workers(process: asyncio.subprocess.Process | subprocess.Popen[Any]) -> None:
+    """Kill a process; if it is the keeper of ``vring serve``, its workers, which would serve on."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    pids: list[int] = []
+    if process.returncode is None:
+        with contextlib.suppress(OSError):
+            pids += map(int, children.read_text().split())
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/comm").read_text().startswith("vring "):
+                os.kill(pid, signal.SIGKILL)
 
 
 def _session(leader: int) -> list[int]:
@@ -79,7 +93,7 @@ async def running(*command: Any, **options: Any) -> AsyncIterator[asyncio.subpro
 
 def end_now(process: subprocess.Popen[Any]) -> None:
     """Do what ``end`` does where no event loop runs."""
-    process.kill()
+    _kill_with_workers(process)
     process.communicate(timeout=DEADLINE)
 
 

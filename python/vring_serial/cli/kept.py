@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NoReturn
@@ -26,7 +27,7 @@ from vring_serial.errors import ResourceError
 from vring_serial.service.candidate import Candidate
 from vring_serial.service.descriptor_store import Notifier
 from vring_serial.service.formats import FORMATS, check_journal
-from vring_serial.service.keeper import Keeper
+from vring_serial.service.keeper import SIGNALS, Keeper
 from vring_serial.service.link import Links
 from vring_serial.service.monitored import Monitored
 from vring_serial.service.sandbox import Sandbox
@@ -79,10 +80,8 @@ def serve_kept(
         )
         specs = []
         for vms, of_process in zip(shares, settings, strict=True):
-            texts = [line for vm in vms for line in _noticed(vm.topology)]
-            said = [*warnings, *texts]
             label = "" if is_only else vms[0].name
-            worker = partial(_work, vms, of_process, log, said, label, links, manager.watchdog)
+            worker = partial(_work, vms, of_process, log, warnings, label, links, manager.watchdog)
             specs.append(WorkerSpec(vms[0].name if len(vms) == 1 else "all VMs", worker))
             warnings = ()
         if monitored:
@@ -100,6 +99,9 @@ def serve_kept(
             return Candidate(
                 arrival, specs, check_journal, version=__version__, formats=FORMATS
             ).run()
+        # Until the keeper has its handlers, signals wait, or one would leave the pid file there.
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        stack.callback(signal.pthread_sigmask, signal.SIG_UNBLOCK, SIGNALS)
         lock = stack.enter_context(pid_file(pid_path, -1 if before is None else before.pid_file))
         say = partial(logs.write_now, as_json=log.as_json, path=log.path)
         upgrading = Upgrading(__version__, FORMATS, partial(_state, origin, lock, links))
@@ -145,6 +147,9 @@ def _work(
             if forgotten := shelf.drop_untaken():
                 text = f"the worker before left what nobody knows: {', '.join(forgotten)}"
                 emit(logging.WARNING, "forgotten", text)
+            if not inheritance.restarts:
+                for text in (line for vm in vms for line in _noticed(vm.topology)):
+                    emit(logging.INFO, "restart_noticed", text)
             shelf.serving()
             if watchdog is not None:
                 say_well(inheritance.notifier, watchdog / ANSWERS)

@@ -39,8 +39,8 @@ def prepare_keeper() -> None:
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY and limit < NEEDED_WITH_KEEPER:
         raise ResourceError(
-            f"memory is limited to {limit >> 20} MiB (ulimit -v), and with a keeper "
-            f"{NEEDED_WITH_KEEPER >> 20} MiB are needed (or --no-keeper)"
+            f"memory is limited to {limit >> 20} MiB (ulimit -v), and "
+            f"{NEEDED_WITH_KEEPER >> 20} MiB are needed ({NEEDED >> 20} MiB with --no-keeper)"
         )
 
 

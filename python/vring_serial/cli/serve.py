@@ -30,8 +30,9 @@ DEFAULT_SANDBOX = "on"
 @service_options
 @click.option(
     "--keeper/--no-keeper",
+    default=True,
     help="Hold sockets, files and state in a process of its own, so that those that serve may die, "
-    "and others go on (docs/restart.md); without it (the default), one process serves.",
+    "and others go on (docs/restart.md). This is the default; with --no-keeper one process serves.",
 )
 @click.option(
     "--descriptor-store",
@@ -70,7 +71,7 @@ def serve_command(keeper: bool, descriptor_store: bool, **given: Any) -> None:
     for option in ("qmp", "metrics"):
         if getattr(service, option) and not keeper:
             raise click.UsageError(
-                f"--{option} goes with --keeper: a monitor is a process beside the worker."
+                f"--{option} needs the keeper, which --no-keeper and --descriptor-store leave out."
             )
     log = logs.LogSettings(service.log_level or "info", bool(service.json_log), service.log_file)
     shares, sandboxes, monitored = check(service, keeper=keeper)

@@ -1,4 +1,4 @@
-"""Stock QEMU on ``vring serve --keeper``: workers are killed all the time, and no guest notices."""
+"""Stock QEMU on ``vring serve``: workers are killed all the time, and no guest notices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""User-Mode Linux on ``vring serve --keeper``: workers are killed while it boots and works."""
+"""User-Mode Linux on ``vring serve``: workers are killed while it boots and works."""
 
 from __future__ import annotations
 
