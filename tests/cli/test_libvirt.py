@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import re
+import socket
+import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -91,3 +96,121 @@ def test_a_domain_that_names_no_socket() -> None:
     result = run("serve", "--domain", "-", data=DOMAIN)
     assert result.returncode == 2
     assert b"Missing option '--vhost-user' or '--vfio-user'. The domain was not" in result.stderr
+
+
+# --- the hook
+
+
+class Hook:
+    """libvirt's calls of the hook, for a converted domain that QEMU runs as this user."""
+
+    def __init__(self, directory: Path) -> None:
+        label = f"<seclabel model='dac'><label>+{os.getuid()}:+{os.getgid()}</label></seclabel>"
+        self.xml = converted(directory).replace(b"</domain>", f"{label}</domain>".encode())
+        self.sockets = directory / "vm"
+        self.log = directory / "log" / "vm.log"
+
+    def call(
+        self, *words: str, options: tuple[str, ...] = ()
+    ) -> subprocess.CompletedProcess[bytes]:
+        arguments = ("--log-directory", str(self.log.parent), *options, "--", "vm", *words, "-")
+        return run("libvirt", "hook", *arguments, data=self.xml)
+
+
+@pytest.fixture
+def hook(tmp_path: Path) -> Iterator[Hook]:
+    hook = Hook(tmp_path)
+    yield hook
+    hook.call("release", "end")
+
+
+def connect(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(DEADLINE)
+        client.connect(str(path))
+
+
+def runs(pid: str) -> bool:
+    """Whether a process has not ended, also if nobody asked yet how."""
+    try:
+        state = Path(f"/proc/{int(pid)}/stat").read_text().rpartition(") ")[2][0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def test_the_service_lives_as_long_as_the_domain(hook: Hook) -> None:
+    """It serves when the hook returns, starts anew if it outlived a domain, and leaves nothing."""
+    begun = hook.call("prepare", "begin")
+    assert (begun.returncode, begun.stdout, begun.stderr) == (0, b"", b""), hook.log.read_text()
+    connect(hook.sockets / "device.sock")
+    connect(hook.sockets / "vm.org.example.data")
+    assert stat.S_IMODE((hook.sockets / "device.sock").stat().st_mode) == 0o660
+    before = (hook.sockets / "device.pid").read_text()
+    assert hook.call("prepare", "begin").returncode == 0
+    after = (hook.sockets / "device.pid").read_text()
+    assert after != before
+    assert not runs(before)
+    connect(hook.sockets / "device.sock")
+    assert hook.call("release", "end").returncode == 0
+    assert not runs(after)
+    assert not hook.sockets.exists()
+    assert hook.call("release", "end").returncode == 0
+
+
+def test_what_keeps_the_service_from_starting_is_said(hook: Hook) -> None:
+    failed = hook.call("prepare", "begin", options=("--serve=--log-level=loud",))
+    assert failed.returncode == 1
+    assert failed.stderr.startswith(b"vring: vring serve did not start: vring serve: Invalid value")
+    assert len(failed.stderr.splitlines()) == 1
+    assert not (hook.sockets / "device.sock").exists()
+
+
+@pytest.mark.parametrize("operation", ["restore", "migrate"])
+def test_a_state_that_cannot_be_restored(hook: Hook, operation: str) -> None:
+    result = hook.call(operation, "begin")
+    assert result.returncode == 1
+    assert b"vm: its state cannot be restored" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "words", [("start", "begin"), ("started", "begin"), ("stopped", "end"), ("reconnect", "begin")]
+)
+def test_other_operations(hook: Hook, words: tuple[str, str]) -> None:
+    result = hook.call(*words)
+    assert (result.returncode, result.stdout, result.stderr) == (0, b"", b"")
+    assert not hook.sockets.exists()
+
+
+def test_other_domains(hook: Hook) -> None:
+    hook.xml = DOMAIN
+    result = hook.call("prepare", "begin")
+    assert (result.returncode, result.stdout, result.stderr) == (0, b"", b"")
+    assert not hook.log.exists()
+
+
+def test_a_label_that_is_none(hook: Hook) -> None:
+    hook.xml = re.sub(rb"<label>.*?</label>", b"<label>root</label>", hook.xml)
+    result = hook.call("prepare", "begin")
+    assert result.returncode == 2
+    assert b"<label>: it is no user and group" in result.stderr
+
+
+def test_the_example_calls_it_for_what_it_is_for(tmp_path: Path) -> None:
+    """Other operations cost libvirt no Python."""
+    command = tmp_path / "vring"
+    command.write_text('#!/bin/sh\necho "$@"\n')
+    command.chmod(0o755)
+    said = []
+    for words in (("prepare", "begin"), ("start", "begin"), ("release", "end"), ("stopped", "end")):
+        result = subprocess.run(
+            [EXAMPLES / "libvirt" / "qemu", "vm", *words, "-"],
+            env={"PATH": f"{tmp_path}:{os.defpath}"},
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
+        )
+        said.append(result.stdout)
+    prefix = "libvirt hook -- vm"
+    assert said == [f"{prefix} prepare begin -\n", "", f"{prefix} release end -\n", ""]

@@ -7,6 +7,7 @@ import sys
 import click
 
 from vring_serial.cli import PATH
+from vring_serial.cli.libvirt.hook import hook_command
 from vring_serial.config.domain_convert import DIRECTORY, convert
 from vring_serial.config.domain_revert import revert
 from vring_serial.config.domain_xml import read_file
@@ -56,3 +57,6 @@ def convert_command(file: str, back: bool, spice: bool, directory: str) -> None:
         click.echo(note, err=True)
     sys.stdout.buffer.write(result.data)
     sys.stdout.buffer.flush()
+
+
+libvirt_command.add_command(hook_command)
