@@ -222,6 +222,7 @@ def _context(name: str, closer: Closer) -> SessionContext:
         watch=MemoryWatch(),
         closer=closer,
         greeted=lambda: None,
+        ending=lambda: None,
         ended=lambda: None,
     )
 

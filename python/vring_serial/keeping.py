@@ -13,8 +13,9 @@ class Keeping(Protocol):
     """Descriptors and state that outlive the process.
 
     The order matters: a descriptor is kept before the state that speaks of it is written, the state
-    before anybody is told of what changed, and a descriptor is dropped last. Whoever goes on after
-    any of these steps finds at least what was promised.
+    before anybody is told of what changed, and before anything is done that cannot be taken back: a
+    ring runs only once that is written. A descriptor is dropped last. Whoever goes on after any of
+    these steps finds at least what was promised.
     """
 
     def keep(self, role: str, fd: int) -> None:

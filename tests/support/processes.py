@@ -98,10 +98,14 @@ def end_now(process: subprocess.Popen[Any]) -> None:
 
 
 def number_of(program: Path, *arguments: str) -> int:
-    """Run a program of Python's that says nothing but a number; return that."""
+    """Run a program of Python's that says nothing but a number; return that.
+
+    It may import what is in tests.
+    """
+    root = str(Path(__file__).parents[2])
     result = subprocess.run(
         [sys.executable, program, *arguments],
-        env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
+        env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": root},
         capture_output=True,
         text=True,
         check=False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -11,18 +12,22 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.echo_device import EchoDevice
 from tests.support.leaks import held
 from tests.support.shelves import ShelfKeeper
+from tests.support.vfio_client import Client, Server
 from tests.support.waiting import until
 from vring_serial.device.console.controller import Controller
 from vring_serial.device.pci import PciDevice
 from vring_serial.device.pci.state import FunctionState
+from vring_serial.device.virtqueue import RunningQueue
 from vring_serial.errors import RemoteProtocolError
 from vring_serial.keeping import Keeping
 from vring_serial.proto.vfio_user import VfioUserParser, reply
 from vring_serial.proto.vfio_user_features import MigrationState
 from vring_serial.proto.vfio_user_version import Capabilities
 from vring_serial.proto.vfio_user_wire import Command, IrqIndex
+from vring_serial.proto.virtio import Status
 from vring_serial.service.descriptor_store import Notifier
 from vring_serial.service.journal import Journal
 from vring_serial.service.shelf import Shelf
@@ -31,6 +36,7 @@ from vring_serial.transport.vfio_user.remote import IDS_EACH, RemoteMemory
 from vring_serial.transport.vfio_user.server import VfioUserServer
 from vring_serial.transport.vfio_user.state import (
     MAX_DMA_MAPS,
+    QUEUES,
     ClientState,
     DmaRegion,
     RemoteRingsState,
@@ -61,6 +67,14 @@ def keeper() -> Iterator[ShelfKeeper]:
     yield keeper
     keeper.close()
     assert held() == before
+
+
+@pytest.fixture
+def shelves() -> Iterator[ShelfKeeper]:
+    """Of a server that ends later than the test."""
+    keeper = ShelfKeeper()
+    yield keeper
+    keeper.close()
 
 
 def leave(
@@ -305,3 +319,46 @@ async def test_only_what_a_message_changed_is_written(keeper: ShelfKeeper) -> No
     writer.write(message, None)
     assert kept.written == ["registers", "handled"]
     pci.close()
+
+
+def test_that_a_ring_runs_is_written_down_before_the_device_has_it(
+    shelves: ShelfKeeper,
+    device: EchoDevice,
+    make_server: Callable[..., Server],
+    new_client: Callable[[Server], Client],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the device moved before would be moved again by a successor, which begins anew."""
+    shelf = shelves.begin()
+    written: list[tuple[int, bool]] = []
+    start_queue = device.start_queue
+
+    def start(index: int, queue: RunningQueue) -> None:
+        setups = QUEUES.unpack(shelf.read("queues.0") or b"").queues
+        written.append((index, setups[index].running))
+        start_queue(index, queue)
+
+    monkeypatch.setattr(device, "start_queue", start)
+    server = make_server(device, keeping=shelf)
+    client = new_client(server)
+    driver = client.boot(0, 1)
+    server.settle()
+    assert written == [(0, True), (1, True)]
+    assert client.echo(driver, 0, b"it moves")
+
+
+def test_a_queue_that_cannot_be_served_is_said_to_be_broken(
+    shelves: ShelfKeeper,
+    device: EchoDevice,
+    make_server: Callable[..., Server],
+    new_client: Callable[[Server], Client],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def start(index: int, queue: RunningQueue) -> None:
+        raise OSError(errno.ENOSPC, "no room")
+
+    monkeypatch.setattr(device, "start_queue", start)
+    server = make_server(device, keeping=shelves.begin())
+    driver = new_client(server).boot(0)
+    server.settle()
+    assert driver.status & Status.DEVICE_NEEDS_RESET

@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -27,6 +28,7 @@ from vring_serial.chardev.null import NullChardev
 from vring_serial.device.console.controller import Controller
 from vring_serial.device.console.port import Port
 from vring_serial.device.console.state import CONSOLE, ConsoleState
+from vring_serial.keeping import Keeping
 from vring_serial.proto import vhost_user as vu
 from vring_serial.proto.vhost_user import Request
 from vring_serial.service import shelf as shelves
@@ -108,8 +110,11 @@ CASES: dict[str, tuple[list[Said], Said]] = {
 }
 
 
-def die_at(call: int) -> None:
-    """Be killed when a traced function is entered for that time since the first message came."""
+def die_at(call: int, pause: float) -> None:
+    """Be killed when a traced function is entered for that time since the first message came.
+
+    Other threads have ``pause`` seconds before that.
+    """
     left, messages = call, 0
 
     def trace(frame: FrameType, event: str, _: Any) -> None:
@@ -119,26 +124,48 @@ def die_at(call: int) -> None:
         if messages == 1 and code.co_filename in TRACED:
             left -= 1
             if not left:
+                time.sleep(pause)
                 os.kill(os.getpid(), signal.SIGKILL)
 
     if call:
         sys.settrace(trace)
 
 
-async def serve(path: str, shelf: shelves.Shelf) -> None:
-    saved = shelf.read(CONSOLE.kind)
+def make_controller(keeping: Keeping) -> Controller:
+    saved = keeping.read(CONSOLE.kind)
     state = ConsoleState() if saved is None else CONSOLE.unpack(saved)
-    controller = Controller(max_ports=1 + 1, state=state.controller, keeping=shelf)
+    controller = Controller(max_ports=1 + 1, state=state.controller, keeping=keeping)
     controller.add_port(Port(1, "p", NullChardev("n"), state=state.ports.get(1)))
+    return controller
+
+
+async def serve(path: str, shelf: shelves.Shelf, make: Callable[[Keeping], Controller]) -> None:
+    controller = make(shelf)
     async with controller, VhostUserBackend(controller, path, packed=True, keeping=shelf):
         await asyncio.get_running_loop().create_future()
 
 
 class World:
-    """A keeper, its worker, and a frontend."""
+    """A keeper, its worker, and a frontend.
 
-    def __init__(self, directory: Path) -> None:
+    Args:
+        directory: for the socket.
+        make: makes the device, of what a predecessor left.
+        descriptors: makes those that go with a message, by what is beside it.
+        pause: seconds that a dying worker's other threads have before its end.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        make: Callable[[Keeping], Controller] = make_controller,
+        descriptors: Callable[[str], list[int]] | None = None,
+        pause: float = 0.0,
+    ) -> None:
         self._path = str(directory / "v")
+        self._make = make
+        self._descriptors = descriptors or _descriptors
+        self._pause = pause
         self._journal = Journal.create()
         self._store = DescriptorStore(1000)
         self._keeper, self._worker = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -169,7 +196,7 @@ class World:
         kind, payload, beside = said
         if die:
             self._kill()
-        fds = _descriptors(beside)
+        fds = self._descriptors(beside)
         assert self._frontend is not None
         unix_fds.send(self._frontend, vu.request(kind, payload, need_reply=True), fds)
         unix_fds.close_all(fds)
@@ -190,6 +217,11 @@ class World:
         roles = {role.rstrip("0123456789") for role in self._kept}
         self._start(0)
         return state, roles
+
+    def replace_worker(self) -> None:
+        """Have the worker die now, and another one go on."""
+        self._kill()
+        self._start(0)
 
     def _receive(self, count: int) -> bytes:
         data = b""
@@ -243,8 +275,8 @@ class World:
                 if self._frontend is not None:
                     self._frontend.close()
                 shelf = shelves.open_shelf(self._journal, Notifier(self._worker), left)
-                die_at(die)
-                asyncio.run(serve(self._path, shelf))
+                die_at(die, self._pause)
+                asyncio.run(serve(self._path, shelf, self._make))
             except BaseException:
                 sys.excepthook(*sys.exc_info())
             os._exit(1)

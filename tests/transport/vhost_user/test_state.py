@@ -53,6 +53,7 @@ async def test_a_ring_goes_on_elsewhere_from_where_it_was_noted(packed: bool) ->
             kick = os.eventfd(0, os.EFD_NONBLOCK)
             vring.set_kick(kick)
             assert vring.run(memory, features, enabled=True)
+            vring.begin()
             for _ in range(3):
                 driver.add([(BASE + 0x8000, 16)], [])
             driver.publish()

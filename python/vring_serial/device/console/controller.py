@@ -99,9 +99,8 @@ class Controller(Starting):
 
     def _take(self, state: ControllerState) -> None:
         self.state = state
-        self._control = ctl.ControlDevice(self.max_ports, state.control)
-        told = (self._control_events, self._queue_broken)
-        self._control_queues = ControlQueues(self._control, *told)
+        self._control = control = ctl.ControlDevice(self.max_ports, state.control)
+        self._control_queues = ControlQueues(control, self._control_events, self._queue_broken)
 
     # --- for those who build it
 
@@ -311,7 +310,8 @@ class Controller(Starting):
             and not (is_fresh(queue.queue) or index in self.state.stopped_at)
             and not (self.single_port or self._control.driver_ready)
         )
-        self.state.stopped_at.pop(index, None)
+        if self.state.stopped_at.pop(index, None) is not None:
+            self._record()  # else a successor takes a ring that has come round for a new driver's
         self._end_standstill()
         self._queues[index] = queue
         try:

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
 from vring import DirtyLog, RingError
+from vring.errors import VringError
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.virtqueue import RunningQueue
 from vring_serial.proto.virtio import Status
@@ -36,6 +37,9 @@ class RemoteRings:
         client: the client's memory while there is a client.
         log: gets the device's writes, of rings that start from then on; None: nothing does. What
             the client writes at our request counts as well.
+        puts_off: the device gets rings by :meth:`begin` alone: it is to be written down before that
+            they run, for what the device has moved cannot be taken back. Not those of a
+            predecessor, which are :meth:`resuming`.
         name, device_id, device_features: the device's; see VirtioDevice.
         num_queues, queue_size_max, config_size, config_generation, status: likewise.
         on_config_change, on_needs_reset: likewise; setting them sets the device's.
@@ -45,6 +49,9 @@ class RemoteRings:
         self.state = state or RemoteRingsState()
         self.client: ClientMemory | None = None
         self.log: DirtyLog | None = None
+        self.puts_off = False
+        self._waiting: dict[int, RunningQueue] = {}  # which the device is to get,
+        self._refused: dict[int, RunningQueue] = {}  # or could not serve
         self._device = device
         self._shadows: dict[int, ShadowRing] = {}
         self._resuming = False
@@ -73,6 +80,22 @@ class RemoteRings:
 
     def start_queue(self, index: int, queue: RunningQueue) -> None:
         """See VirtioDevice."""
+        if self.puts_off and not self._resuming:
+            self._waiting[index] = queue
+        else:
+            self._start(index, queue)
+
+    def begin(self) -> None:
+        """Hand the device the rings that wait for it."""
+        waiting, self._waiting = self._waiting, {}
+        for index, queue in waiting.items():
+            try:
+                self._start(index, queue)
+            except (VringError, OSError) as error:
+                self._refused[index] = queue
+                self._break(index, error)
+
+    def _start(self, index: int, queue: RunningQueue) -> None:
         client = self.client
         if client is None or not any(map(client.dma.is_remote, queue.queue.rings)):
             if client is not None:
@@ -104,6 +127,9 @@ class RemoteRings:
 
     def stop_queue(self, index: int) -> int:
         """See VirtioDevice."""
+        not_served = self._waiting.pop(index, None) or self._refused.pop(index, None)
+        if not_served is not None:
+            return int(not_served.queue.avail_index)
         position = self._device.stop_queue(index)
         shadow = self._shadows.pop(index, None)
         if shadow is not None:
@@ -135,8 +161,10 @@ class RemoteRings:
             self.log.mark(address, length)
 
     def _failed(self, index: int, error: Exception) -> None:
-        if index not in self._shadows or isinstance(error, ConnectionError):
-            return
+        if index in self._shadows and not isinstance(error, ConnectionError):
+            self._break(index, error)
+
+    def _break(self, index: int, error: Exception) -> None:
         self._device.set_status(self._device.status | Status.DEVICE_NEEDS_RESET)
         if self._device.on_needs_reset is not None:
             self._device.on_needs_reset(ClientMemoryError(f"queue {index}", str(error)))
@@ -227,4 +255,6 @@ class RemoteRings:
         """See VirtioDevice."""
         self.state.owed.clear()
         self._unsettled.clear()
+        self._waiting.clear()
+        self._refused.clear()
         self._device.reset()

@@ -134,6 +134,7 @@ class VfioUserSession(Session[Message]):
         self._pci = pci
         self._rings = rings
         self._keeping = context.keeping
+        rings.puts_off = context.keeping is not None
         self._roles: set[str] = set()  # in which descriptors are kept
         self._client_changed = False  # what it has set up, since that was written down
         self._state = left.client if isinstance(left, Left) else ClientState()
@@ -292,6 +293,7 @@ class VfioUserSession(Session[Message]):
         message = handled.message
         if message and VfioUserParser.command_of(message) != Command.VERSION:
             self._drop({TWIN_OF_CLIENT} & self._roles)
+        self._rings.begin()
 
     def _answered_fds(self, handled: Handled) -> list[int]:
         """Return the descriptors that go with what a predecessor answered, or was about to."""

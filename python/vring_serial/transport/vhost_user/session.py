@@ -184,6 +184,8 @@ class VhostUserSession(Session[Message]):
             if (fd := keeping.take(CHANNEL)) is not None:
                 self._open_channel(fd, resumed=True)
             self._run_all()
+            self._write()
+            self._begin()
         except (StateError, RemoteProtocolError, VringError, OSError) as error:
             self.send_away(f"what the process before left cannot be gone on with: {error}")
             return
@@ -213,7 +215,7 @@ class VhostUserSession(Session[Message]):
     def _record(self, handled: Handled) -> None:
         assert self._keeping is not None
         self._state.handled = handled
-        self._keeping.write(SESSION, self._packer.pack(self._state))
+        self._write()
         used = self._memory.roles | self._dirty_log.roles | self._queue_roles
         used |= self._device_states.roles | self._inflight.roles
         if self._state.beside:
@@ -223,6 +225,19 @@ class VhostUserSession(Session[Message]):
         for role in self._roles - used:
             self._keeping.drop(role)
         self._roles &= used
+        try:
+            self._begin()
+        except OSError as error:
+            self.send_away(f"a queue cannot be served: {error}")
+
+    def _write(self) -> None:
+        assert self._keeping is not None
+        self._keeping.write(SESSION, self._packer.pack(self._state))
+
+    def _begin(self) -> None:
+        """Hand the device the queues that are to run, now that this is written down."""
+        for vring in self._vrings:
+            vring.begin()
 
     # --- what a session needs -------------------------------------------------------------------
 
@@ -541,6 +556,8 @@ class VhostUserSession(Session[Message]):
             self._device.set_status(self._device.status | Status.DRIVER_OK)
         if vring.setup.polled and self._poll_timer is None:
             self._poll()
+        if self._keeping is None:
+            vring.begin()
 
     def _run_all(self) -> None:
         """Run all that are to run; one that cannot does not keep the others from it."""

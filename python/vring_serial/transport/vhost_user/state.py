@@ -59,7 +59,8 @@ class VringSetup:
         polled: the frontend does not kick.
         called: SET_VRING_CALL has come.
         reported: SET_VRING_ERR has come, with a descriptor.
-        running: the device has the ring, which says itself where it is.
+        running: the device has the ring, or gets it once this is written down; the ring says itself
+            where it is.
         resumes: it has not run in this session, and its record says how far another process was.
     """
 

@@ -31,7 +31,8 @@ class Vring:
     """A queue's configuration, its descriptors, and whether the device has it.
 
     A ring runs when it is *started* (SET_VRING_KICK, or a VRING_KICK in band), *enabled* and
-    configured; it is handed to the device at that moment, without waiting for a kick.
+    configured; it is handed to the device then, without waiting for a kick. If this process has a
+    successor, that it runs is written down before: what the device has moved cannot be taken back.
 
     Args:
         index: which queue.
@@ -60,7 +61,8 @@ class Vring:
         self.index = index
         self.setup = setup
         self._device = device
-        self._queue: VirtQueue | None = None  # while the device has it
+        self._queue: VirtQueue | None = None  # while the device has it, or is to have it next
+        self._waits = False  # the device is to have it, and has not
         self._record = record
         self._kick_fd = -1
         self._kick_ours = False
@@ -74,7 +76,7 @@ class Vring:
 
     @property
     def running(self) -> bool:
-        """Whether the device has it."""
+        """Whether the device has it, or gets it by :meth:`begin`."""
         return self._queue is not None
 
     @property
@@ -233,7 +235,7 @@ class Vring:
         *,
         enabled: bool,
     ) -> bool:
-        """Hand the ring to the device if it is to run and does not.
+        """Make the ring ready for the device, which gets it by :meth:`begin`, if it is to run.
 
         Args:
             memory: the guest's, which the queue keeps until it is stopped.
@@ -271,20 +273,36 @@ class Vring:
             log.give(queue, self.setup.address)
         if self._call_fd < 0:
             self._call_fd = make_eventfd()
-        self._device.start_queue(self.index, RunningQueue(queue, self._kick_fd, self._call_fd))
         self._queue = queue
-        self.setup.running = True
-        if not is_fresh(queue):
-            self.call()  # whoever had the ring before may have owed it
+        self._waits = self.setup.running = True
         return True
+
+    def begin(self) -> None:
+        """Hand the ring to the device if that waits for it.
+
+        Raises OSError: its kick descriptor cannot be watched; the ring does not run then.
+        """
+        if self._queue is None or not self._waits:
+            return
+        running = RunningQueue(self._queue, self._kick_fd, self._call_fd)
+        try:
+            self._device.start_queue(self.index, running)
+        except BaseException:
+            self.stop()
+            raise
+        self._waits = False
+        if not is_fresh(self._queue):
+            self.call()  # whoever had the ring before may have owed it
 
     def stop(self) -> None:
         """Take the ring back from the device; it stays as it is configured."""
-        if self._queue is not None:
-            queue, self._queue = self._queue, None
-            self.setup.running = False
-            self.setup.base = self._device.stop_queue(self.index)
-            self.setup.used = queue.used_index if self.setup.packed else None
+        if self._queue is None:
+            return
+        queue, self._queue = self._queue, None
+        waited, self._waits = self._waits, False
+        self.setup.running = False
+        self.setup.base = queue.avail_index if waited else self._device.stop_queue(self.index)
+        self.setup.used = queue.used_index if self.setup.packed else None
 
     def note_position(self) -> None:
         """Write into ``setup`` where the ring is now, if it runs.
