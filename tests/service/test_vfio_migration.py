@@ -142,15 +142,22 @@ async def test_a_guest_is_moved_under_traffic(tmp_path: Path, packed: bool, kill
 
 
 async def carries(guest: VfioGuest, server: Kept, text: bytes) -> None:
-    """Check that bytes go both ways through port 1."""
+    """Check that bytes go both ways through port 1.
+
+    The guest hears of the host's end before, and of its leaving after that: a guest that opens the
+    port with one client's leaving still to be told reads that client's end of file, not the next
+    one's bytes.
+    """
     reader, writer = await server.connect(1)
     port = await guest.wait_port(name="org.example.data1")
+    await port.wait_host()
     guest_reader, guest_writer = await port.open()
     for ours, theirs in ((writer, guest_reader), (guest_writer, reader)):
         ours.write(text + b"\n")
         assert await asyncio.wait_for(theirs.readline(), 30) == text + b"\n"
     guest_writer.close()
     writer.close()
+    await port.wait_host(connected=False)
     await server.logged("closed by the guest", server.log.count("opened by the guest"))
 
 
