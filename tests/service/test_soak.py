@@ -8,6 +8,7 @@ and workers have what they had at the start.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import random
 import re
@@ -176,10 +177,37 @@ async def boot(name, chance, figures):
     figures.counts["resets"] += 1
 
 
-async def kill_now_and_then(keeper, chance, figures, quiet):
-    while True:
+class Serving:
+    """Which VMs are served now, by the service's log, of which only what is new is read."""
+
+    def __init__(self, log):
+        self._log = log
+        self._names = set()
+        self._rest = b""
+
+    def all(self):
+        self._rest += self._log.read()
+        *lines, self._rest = self._rest.split(b"\n")
+        for line in lines:
+            for name in VMS:
+                if f" {name}: {SERVING}".encode() in line:
+                    self._names.add(name)
+                elif f" {name}: its worker ended".encode() in line:
+                    self._names.discard(name)
+        return len(self._names) == len(VMS)
+
+
+async def kill_now_and_then(keeper, chance, figures, quiet, log):
+    """Kill any worker at any moment; before each second one all serve.
+
+    Five of a VM's in a row that have not served would end its session.
+    """
+    serving = Serving(log)
+    for number in itertools.count():
         await asyncio.sleep(chance.random())
         async with quiet:
+            if number % 2:
+                await until(serving.all, "a worker serves")
             if workers := workers_of(keeper):
                 with suppress(ProcessLookupError):
                     os.kill(chance.choice(workers), chance.choice(DEATHS))
@@ -226,7 +254,7 @@ async def test_a_service_stays_as_it_was(tmp_path, monkeypatch, capsys):
     Path("soak.toml").write_text(config())
     chance, figures, quiet = random.Random(SECONDS), Figures(), asyncio.Lock()
     log = Path("log")
-    with log.open("wb") as stream:
+    with log.open("wb") as stream, log.open("rb") as said:
         async with running(
             *(sys.executable, "-m", "vring_serial", "serve"),
             *("--config", "soak.toml", "--pid-file", "pid"),
@@ -249,7 +277,7 @@ async def test_a_service_stays_as_it_was(tmp_path, monkeypatch, capsys):
 
             async with (
                 cancelled_at_the_end(
-                    kill_now_and_then(keeper, chance, figures, quiet),
+                    kill_now_and_then(keeper, chance, figures, quiet, said),
                     upgrade_now_and_then(figures, quiet),
                 ),
                 asyncio.TaskGroup() as group,

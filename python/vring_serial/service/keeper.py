@@ -372,7 +372,6 @@ class Keeper:
         elif worker.unready == DEATHS_MAX:
             often = f"{DEATHS_MAX} times before it served"
         if often:
-            self._forget(worker)
             worker.start_at = now + worker.pause
             worker.pause = min(2 * worker.pause, PAUSE_MOST)
             text = (
@@ -383,6 +382,8 @@ class Keeper:
             logging.ERROR, "worker_ended", text, worker=worker.spec.name, restarts=worker.restarts
         )
         self._manager.status(text)
+        if often:  # whoever notices finds it said already
+            self._forget(worker)
 
     def _forget(self, worker: Worker) -> None:
         """Close and drop all that the worker left."""
