@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from qemu.qmp.error import QMPError
 from qemu.qmp.qmp_client import ExecuteError
 
 from tests.support.keeper import kept, socket_ports
-from tests.support.waiting import until
+from tests.support.waiting import turns, until
 from vring_serial import EmbeddedGuest
+from vring_serial.service.qmp.monitor import Monitor
+from vring_serial.service.qmp.server import QmpServer
 
 QMP = ("--qmp", "unix:qmp,server=on,wait=off")
 CONSOLE = ("--chardev", "ringbuf,id=r0,size=4096", "--console", "chardev=r0")
@@ -112,6 +115,28 @@ async def test_a_ring_buffer_is_read_and_written(tmp_path):
         assert (await refused(client, "ringbuf-read", device="no", size=1))[1] == (
             "Device 'no' not found"
         )
+
+
+async def test_nothing_is_read_before_the_process_is_confined():
+    """Nor by one of several sockets while the next one is begun."""
+    confined = asyncio.Event()
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind("m")
+        listening.listen(1)
+        listening.setblocking(False)
+        monitor = Monitor("service", "package", [])
+        async with QmpServer(monitor, listening, "QMP", "package", confined) as server:
+            await server.start()
+            reader, writer = await asyncio.open_unix_connection("m")
+            writer.write(b'nonsense\n{"execute":"qmp_capabilities"}\n')
+            answered = asyncio.create_task(reader.readline())
+            await turns(20)
+            assert not answered.done()
+            confined.set()
+            assert b"QMP" in await answered
+            assert b"error" in await reader.readline()
+            assert b"return" in await reader.readline()
+            writer.close()
 
 
 async def test_bad_arguments_and_unknown_names_are_refused_as_qemu_does(tmp_path):

@@ -7,13 +7,15 @@ import mmap
 import os
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.processes import number_of
+from tests.support.shelves import ShelfKeeper
 from tests.support.waiting import turns, until
+from tests.transport.dying_pieces import LAYOUTS
 from vring import (
     RECORD_SIZE,
     LocalMisuseError,
@@ -23,19 +25,36 @@ from vring import (
     set_record,
 )
 from vring_serial import unix_fds
+from vring_serial.keeping import Keeping
 from vring_serial.transport.closer import Closer
+from vring_serial.transport.pieces import Pieces
 from vring_serial.transport.repeatable import AREA_SIZE, Handled, RepeatableConnection
 from vring_serial.unix_fds import Received
 
 PROGRAM = Path(__file__).with_name("dying_connection.py")
+PIECES_PROGRAM = Path(__file__).with_name("dying_pieces.py")
 #: The fields of a record (vring/_record.pxd), and its states.
 FIELDS = struct.Struct("<56xI4x5Q")
 IDLE, CALL, BOOKED = range(3)
 UNSET = 0xFFFFFFFF
 
 
+@pytest.fixture
+def keeper() -> Iterator[ShelfKeeper]:
+    keeper = ShelfKeeper()
+    yield keeper
+    keeper.close()
+
+
 def test_answers_go_once_at_whatever_line_the_process_dies() -> None:
     assert number_of(PROGRAM) > 100
+
+
+@pytest.mark.parametrize("protocol", LAYOUTS)
+def test_messages_that_come_at_once_have_their_descriptors_wherever_the_process_dies(
+    protocol: str,
+) -> None:
+    assert number_of(PIECES_PROGRAM, protocol) > 50
 
 
 @pytest.mark.parametrize(
@@ -46,18 +65,38 @@ def test_answers_go_once_at_whatever_line_the_process_dies() -> None:
         ([(b"--", 0), (b"?1", 1)], [(b"--", 0), (b"?1", 1)]),
         ([(b"?1", 1), (b"+2", 2)], [(b"?1", 1), (b"+2", 2)]),
         ([(b"+2--", 2), (b"+1", 1)], [(b"+2", 2), (b"--", 0), (b"+1", 1)]),
+        # Several messages in one piece.
+        ([(b"+1+1", 2)], [(b"+1", 1), (b"+1", 1)]),
+        ([(b"+1+2", 3), (b"+1", 1)], [(b"+1", 1), (b"+2", 2), (b"+1", 1)]),
+        ([(b"--+1", 1), (b"--", 0)], [(b"--", 0), (b"+1", 1), (b"--", 0)]),
+        ([(b"--?1--", 1)], [(b"--", 0), (b"?1", 1), (b"--", 0)]),
+        ([(b"?1+1", 2)], [(b"?1", 1), (b"+1", 1)]),
+        ([(b"?1?1", 1)], [(b"?1", 0), (b"?1", 1)]),
+        ([(b"--", 0), (b"?1", 0), (b"?1", 1)], [(b"--", 0), (b"?1", 0), (b"?1", 1)]),
+        ([(b"+1+1", 2)] * 2, [(b"+1", 1)] * 4),
+        ([(b"?1", 0), (b"+1+1", 2)], [(b"?1", 0), (b"+1", 1), (b"+1", 1)]),
+        # Too many and too few.
+        ([(b"+1--", 3)], [(b"+1", 1), (b"--", 2)]),
+        ([(b"+1+1", 1), (b"--", 0)], [(b"+1", 0), (b"+1", 1), (b"--", 0)]),
+        ([(b"----", 4)], [(b"--", 0), (b"--", 4)]),
+        # The last one not whole.
+        ([(b"+1+", 2), (b"1--", 0)], [(b"+1", 1), (b"+1", 1), (b"--", 0)]),
+        ([(b"?1+", 2), (b"2", 0), (b"+1", 1)], [(b"?1", 0), (b"+2", 2), (b"+1", 1)]),
+        ([(b"--+", 1), (b"2", 1), (b"+1", 1)], [(b"--", 0), (b"+2", 2), (b"+1", 1)]),
+        ([(b"--+", 1), (b"2+1", 2)], [(b"--", 0), (b"+2", 2), (b"+1", 1)]),
         # A message in two pieces, the descriptors beside either or both of them.
         ([(b"+", 2), (b"2", 0), (b"--", 0)], [(b"+2", 2), (b"--", 0)]),
         ([(b"+", 0), (b"1", 1), (b"+1", 1)], [(b"+1", 1), (b"+1", 1)]),
-        ([(b"+", 1), (b"2--", 1)], [(b"+2", 1), (b"--", 0)]),
+        ([(b"+", 1), (b"2--", 1)], [(b"+2", 2), (b"--", 0)]),
         ([(b"+", 1), (b"2", 1)], [(b"+2", 2)]),
         ([(b"+", 3), (b"1--", 0), (b"+1", 1)], [(b"+1", 3), (b"--", 0), (b"+1", 1)]),
     ],
 )
 async def test_descriptors_are_those_of_their_message(
-    pieces: list[tuple[bytes, int]], expected: list[tuple[bytes, int]]
+    keeper: ShelfKeeper, pieces: list[tuple[bytes, int]], expected: list[tuple[bytes, int]]
 ) -> None:
     """A look at one message brings the descriptors of the next piece as well."""
+    shelf = keeper.begin()
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     got: list[tuple[bytes, int]] = []
@@ -70,14 +109,24 @@ async def test_descriptors_are_those_of_their_message(
 
     for data, count in pieces:
         unix_fds.send(theirs, data, [theirs.fileno()] * count)
-    connection = connect(ours, closer, received, lambda error: None)
+    connection = connect(ours, closer, received, lambda error: None, shelf)
     try:
         await until(lambda: len(got) == len(expected), lambda: f"{got}")
         assert got == expected
+        await turns(2)
+        keeper.begin()
+        assert keeper.store.descriptors == {}
     finally:
         connection.close()
         theirs.close()
         await until(lambda: not closer.waiting)
+
+
+def fds_of(message: bytes) -> range:
+    if message == b"--":
+        return range(1)
+    most = int(message[1:])
+    return range(most if message.startswith(b"+") else 0, most + 1)
 
 
 def connect(
@@ -85,13 +134,15 @@ def connect(
     closer: Closer,
     received: Callable[[Received], bool],
     lost: Callable[[OSError | None], None],
+    keeping: Keeping,
 ) -> RepeatableConnection:
-    """Messages have two bytes; ``+`` begins one with descriptors."""
+    """Messages have two bytes; ``+N`` has N descriptors, and ``?N`` as many at most."""
     return RepeatableConnection(
         sock,
         size_of=lambda _: 2,
         header_size=1,
-        needs_fds=lambda data: data.startswith(b"+"),
+        fds_of=fds_of,
+        pieces=Pieces(keeping, closer, 0),
         record=lambda _: None,
         handled=Handled(),
         area=memoryview(mmap.mmap(-1, AREA_SIZE)),
@@ -105,12 +156,12 @@ def connect(
 
 
 @pytest.mark.parametrize("count", [0, 1])
-async def test_a_peer_that_leaves_within_a_message_is_gone(count: int) -> None:
+async def test_a_peer_that_leaves_within_a_message_is_gone(keeper: ShelfKeeper, count: int) -> None:
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     left: list[OSError | None] = []
     closer = Closer()
-    connect(ours, closer, lambda _: False, left.append)
+    connect(ours, closer, lambda _: False, left.append, keeper.begin())
     beside = unix_fds.make_eventfd()
     unix_fds.send(theirs, b"+", [beside] * count)
     await turns(4)
@@ -137,7 +188,8 @@ async def test_a_peer_that_reads_nothing_is_listened_to_while_it_is_asked() -> N
         ours,
         size_of=lambda _: 2,
         header_size=1,
-        needs_fds=lambda _: False,
+        fds_of=lambda _: range(1),
+        pieces=None,
         record=lambda handled: recorded_answers.append(handled.answer),
         handled=Handled(),
         area=memoryview(mmap.mmap(-1, AREA_SIZE)),

@@ -93,22 +93,21 @@ async def _serve(
         vms = []
         for name, end in ends.items():
             vms.append(stack.enter_context(Vm(name, end, partial(tell_all, servers))))
+        confined = asyncio.Event()  # clients that come earlier are not served before
         for number, options in enumerate(settings.monitored.qmp):
             sockets = await _listen("--qmp", options, keeping.scoped(f"qmp-{number}"), stack)
             monitor = Monitor(settings.name, package, vms)
             for sock in sockets:
-                server = QmpServer(monitor, sock, f"QMP at {options.address}", package)
+                server = QmpServer(monitor, sock, f"QMP at {options.address}", package, confined)
                 stack.push_async_callback(server.aclose)
                 await server.start()
                 servers.append(server)
             emit(logging.INFO, "monitor", f"QMP at {options.address}")
-        confined = asyncio.Event()
         if addresses := settings.monitored.metrics:
             await _serve_metrics(addresses, vms, confined, keeping, stack)
         listening = (*settings.monitored.qmp, *settings.monitored.metrics)
         made = [options.path for options in listening if options.path and not options.abstract]
         log = settings.log.path
-        # Clients that are there already are not served before this awaits.
         confine(settings.sandbox, reach_of([], removes=made, appends_to=[log] if log else []))
         confined.set()
         on_serving()

@@ -11,7 +11,7 @@ import abc
 import enum
 import struct
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, Self, TypeVar
 
@@ -94,6 +94,72 @@ def kind_name(kind: int, noun: str) -> str:
     return kind.name if isinstance(kind, enum.IntEnum) else f"{noun} {kind}"
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A message's part in a piece of the stream.
+
+    Attributes:
+        size: its bytes there.
+        whole: these are all of its bytes.
+        fds: how many of the piece's descriptors are its.
+    """
+
+    size: int
+    whole: bool
+    fds: int
+
+
+def share_fds(
+    piece: bytes,
+    count: int,
+    *,
+    header_size: int,
+    size_of: Callable[[bytes], int],
+    fds_of: Callable[[bytes], range],
+    had: int = 0,
+) -> list[Share]:
+    """Return whose the descriptors are that came with the last bytes of a piece of the stream.
+
+    The kernel does not say beside which of these bytes. Peers send one message at once, with its
+    descriptors, and then they are those of the last message. One that sends several messages at
+    once has all their descriptors beside the first byte. So the last message gets as many as it can
+    take, then the one before it, and so on; what none can take is the last one's, which will be
+    refused for it. Of a last message that is not whole, nobody knows how many it takes: it gets
+    what the others do not need.
+
+    Args:
+        piece: 1 byte or more; begins with a message.
+        count: of the descriptors, which are in the order of the messages.
+        header_size: bytes of a header.
+        size_of: returns the size in bytes of the message with this header.
+        fds_of: returns how many descriptors this whole message may have.
+        had: descriptors that the first message has already.
+    """
+    found: list[tuple[int, int]] = []  # where a message begins, and ends if it is whole
+    end = 0
+    while end < len(piece):
+        start, head = end, piece[end : end + header_size]
+        end += size_of(head) if len(head) == header_size else header_size
+        found.append((start, end))
+    whole = end == len(piece)
+    shares = [0] * len(found)
+    left = count
+    for i in range(len(found) - 1, -1, -1):
+        if not left:
+            break
+        start, end = found[i]
+        if end <= len(piece):
+            allowed = fds_of(piece[start:end])
+            wanted = (allowed[-1] if whole else allowed[0]) - (0 if i else had)
+            shares[i] = min(left, max(0, wanted))
+            left -= shares[i]
+    shares[-1] += left
+    return [
+        Share(min(end, len(piece)) - start, end <= len(piece), fds)
+        for (start, end), fds in zip(found, shares, strict=True)
+    ]
+
+
 HeaderT = TypeVar("HeaderT", bound=Header)
 MessageT = TypeVar("MessageT")
 
@@ -102,8 +168,8 @@ class MessageParser(abc.ABC, Generic[HeaderT, MessageT]):
     """Splits a stream into messages; holds at most one incomplete message beside one read.
 
     A read on a unix socket ends with the first piece of the stream that has descriptors, so they
-    belong to the message of the last byte that was read. They are held until their message is
-    handed out.
+    belong to the message of the last byte that was read, unless the peer sent several at once: see
+    share_fds. They are held until their message is handed out.
 
     Args:
         header_size: bytes of a header.
@@ -134,9 +200,12 @@ class MessageParser(abc.ABC, Generic[HeaderT, MessageT]):
             return self._header_size
         return header.message_size
 
-    def needs_fds(self, data: bytes) -> bool:
-        """Return whether the message, all of ``data``, is nothing without descriptors beside it."""
-        return False
+    def fds_of(self, data: bytes) -> range:
+        """Return how many descriptors may be beside the message, all of ``data``.
+
+        None here; and with one that will be refused.
+        """
+        return range(1)
 
     @property
     def wanted(self) -> int:
@@ -154,9 +223,10 @@ class MessageParser(abc.ABC, Generic[HeaderT, MessageT]):
         """
         if fds and not data:
             raise LocalProtocolError("descriptors without a byte of a message")
+        before = len(self._buffer)
         self._buffer += data
         if fds:
-            self._fds.append((self._consumed + len(self._buffer) - 1, tuple(fds)))
+            self._give(before, fds)
 
     def next_message(self) -> MessageT | None:
         """Return the next whole message, or None if more bytes are needed.
@@ -216,6 +286,29 @@ class MessageParser(abc.ABC, Generic[HeaderT, MessageT]):
         while self._fds and self._fds[0][0] < self._consumed:
             self._fds.popleft()
         return self._message(header, payload, fds)
+
+    def _give(self, before: int, fds: Sequence[int]) -> None:
+        """Note whose these descriptors are: of messages that do not end in ``before`` bytes."""
+        start = 0
+        while len(head := self._buffer[start : start + self._header_size]) == self._header_size:
+            if (end := start + self.size_of(bytes(head))) > before:
+                break
+            start = end
+        first = self._consumed + start
+        shares = share_fds(
+            bytes(self._buffer[start:]),
+            len(fds),
+            header_size=self._header_size,
+            size_of=self.size_of,
+            fds_of=self.fds_of,
+            had=sum(len(held) for at, held in self._fds if at >= first),
+        )
+        end, given = first, 0
+        for share in shares:
+            end += share.size
+            if share.fds:
+                self._fds.append((end - 1, tuple(fds[given : given + share.fds])))
+                given += share.fds
 
     def _fds_within(self, length: int) -> tuple[int, ...]:
         """Return the descriptors that came with the next ``length`` bytes."""

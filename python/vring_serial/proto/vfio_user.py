@@ -49,6 +49,7 @@ from vring_serial.proto.vfio_user_wire import (
     HeaderFlag,
     IrqInfo,
     IrqSet,
+    IrqSetFlag,
 )
 
 #: Largest payload that a parser buffers: data of the largest access, and where it goes.
@@ -224,6 +225,20 @@ class VfioUserParser(MessageParser[Header, Message]):
     def __init__(self, max_payload: int = MAX_PAYLOAD) -> None:
         super().__init__(Header.SIZE)
         self._max_payload = max_payload
+
+    def fds_of(self, data: bytes) -> range:
+        """See MessageParser."""
+        message = self._message(self._unpack_header(data[: Header.SIZE]), data[Header.SIZE :], ())
+        if message.shape is None or message.is_reply:
+            return range(1)
+        try:
+            payload = message.shape.payload.unpack(message.payload)
+        except RemoteProtocolError:
+            return range(1)
+        if isinstance(payload, IrqSet):  # without any it takes away what is there
+            eventfds = payload.flags & IrqSetFlag.DATA_EVENTFD
+            return range(payload.count + 1 if eventfds else 1)
+        return message.shape.fds
 
     @staticmethod
     def command_of(message: bytes) -> int:

@@ -270,18 +270,16 @@ class VhostUserParser(MessageParser[Header, Message]):
         self._kinds = kinds
         self._replies = replies
 
-    def needs_fds(self, data: bytes) -> bool:
+    def fds_of(self, data: bytes) -> range:
         """See MessageParser."""
         try:
             header = self._unpack_header(data[: self.header_size])
             message = self._message(header, data[self.header_size :], ())
-            if message.shape is None:
-                return False
-            return 0 not in _allowed_fds(
-                message.shape, message.shape.payload.unpack(message.payload)
-            )
+            if message.shape is None or self._replies:
+                return range(1)
+            return _allowed_fds(message.shape, message.shape.payload.unpack(message.payload))
         except RemoteProtocolError:
-            return False
+            return range(1)
 
     def _unpack_header(self, data: bytes) -> Header:
         return Header.unpack(data)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from vring import RECORD_SIZE, receive_recorded, recorded, send_recorded, set_record
 from vring_serial import unix_fds
+from vring_serial.proto.framing import share_fds
 from vring_serial.transport.connection import Connection
+from vring_serial.transport.pieces import Pieces
 from vring_serial.unix_fds import Received
 
 #: Seconds until a message of which only a part is there is looked at again.
@@ -23,6 +25,8 @@ AREA_SIZE = 2 * RECORD_SIZE
 #: Bytes of a message that a unix stream socket takes whole or not at all. Linux makes one buffer of
 #: up to 48 KiB, as long as that is less than half of what the socket may hold (212992 by default).
 ATOMIC_SIZE = 40 << 10
+#: Bytes within which messages that a peer sent at once are told apart.
+PIECE_SIZE = 64 << 10
 
 
 @dataclass(slots=True)
@@ -59,7 +63,8 @@ class RepeatableConnection(Connection):
         size_of: returns the size in bytes of the message that begins with these; of what is no
             beginning, as many as there are.
         header_size: bytes from which on ``size_of`` knows.
-        needs_fds: returns whether this message is nothing without descriptors beside it.
+        fds_of: returns how many descriptors may be beside this message.
+        pieces: has the descriptors of messages that came at once; None: the peer can send none.
         record: writes down what was handled, with all that it led to.
         handled: what a predecessor wrote down.
         area: AREA_SIZE bytes of memory that outlives the process.
@@ -75,7 +80,8 @@ class RepeatableConnection(Connection):
         *,
         size_of: Callable[[bytes], int],
         header_size: int,
-        needs_fds: Callable[[bytes], bool],
+        fds_of: Callable[[bytes], range],
+        pieces: Pieces | None,
         record: Callable[[Handled], None],
         handled: Handled,
         area: memoryview,
@@ -84,7 +90,8 @@ class RepeatableConnection(Connection):
     ) -> None:
         self._size_of = size_of
         self._header_size = header_size
-        self._needs_fds = needs_fds
+        self._fds_of = fds_of
+        self._pieces = pieces
         self._record = record
         self._number = handled.number
         self._sending, self._taking = area[:RECORD_SIZE], area[RECORD_SIZE:AREA_SIZE]
@@ -113,6 +120,8 @@ class RepeatableConnection(Connection):
         self._message = b""
         self._asked.clear()
         self._forget_fds()
+        if self._pieces is not None:
+            self._pieces.close()
         super().close()
 
     def _gone(self, record: memoryview) -> int:
@@ -145,7 +154,12 @@ class RepeatableConnection(Connection):
             self._fail(None)
         else:
             self._message = received.data
-            self._handle(partial(self._received, received))
+            self._handle(partial(self._receive_one, received))
+
+    def _receive_one(self, received: Received) -> bool:
+        """Have a message handled; it was the only one, and another turn would count as one more."""
+        self._received(received)
+        return False
 
     def _look(self) -> Received | None:
         """Look at the next message, with its descriptors.
@@ -157,22 +171,20 @@ class RepeatableConnection(Connection):
         if not head:
             return Received(b"")
         size = self._message_size(head)
-        seen = self._peek(size, Received(b""))
+        seen = Received(self._look_into_piece(size))
         while len(seen.data) < size:
+            before = len(seen.data)
             try:
-                self._look_from(len(seen.data))
-                before = len(seen.data)
                 seen = self._peek(size, seen)
             except BlockingIOError:
                 self._closer.close(seen.fds)
                 return None
-            finally:
-                self._look_from(-1)
             if len(seen.data) == before:
                 self._closer.close(seen.fds)
                 return Received(b"")
             size = self._message_size(seen.data)
-        return seen
+        fds = self._take_from_piece() + seen.fds
+        return Received(seen.data, fds, seen.truncated or len(fds) > self._max_fds)
 
     def _message_size(self, data: bytes) -> int:
         """Return the size of the message that begins with these bytes, as far as they tell."""
@@ -188,17 +200,80 @@ class RepeatableConnection(Connection):
 
         A look goes on into the next piece of the stream, even when it has room for no byte of it,
         and brings that one's descriptors. It ends behind the first piece that has some: so there is
-        a byte more if they are another message's, or the peer has sent two in one piece.
+        a byte more if they are another message's, or the peer has sent several in one piece.
         """
-        room = size - len(seen.data) + 1
-        received = unix_fds.receive(self._sock, room, self._max_fds, peek=True)
+        at = len(seen.data)
+        room = size - at + 1
+        received = self._peek_at(at, room)
         data = (seen.data + received.data)[:size]
-        if len(received.data) < room or (not seen.fds and self._needs_fds(data)):
-            fds = seen.fds + received.fds
-            truncated = received.truncated or len(fds) > self._max_fds
-            return Received(data, fds, seen.truncated or truncated)
-        self._closer.close(received.fds)
-        return Received(data, seen.fds, seen.truncated)
+        if len(received.data) == room and received.fds and not received.truncated:
+            self._closer.close(received.fds)
+            return self._begin_piece(data, seen)
+        return Received(data, seen.fds + received.fds, seen.truncated or received.truncated)
+
+    def _peek_at(self, offset: int, size: int) -> Received:
+        """Look at so many bytes, of which ``offset`` others are to be taken off before."""
+        if not offset:
+            return unix_fds.receive(self._sock, size, self._max_fds, peek=True)
+        self._look_from(offset)
+        try:
+            return unix_fds.receive(self._sock, size, self._max_fds, peek=True)
+        finally:
+            self._look_from(-1)
+
+    def _begin_piece(self, message: bytes, seen: Received) -> Received:
+        """Look at all messages up to the end of a piece with descriptors, and share these out.
+
+        Args:
+            message: the first of them.
+            seen: what of that was in pieces before, with its descriptors.
+
+        Returns:
+            The message, with the descriptors that it has if it is in no piece with others.
+        """
+        at = len(seen.data)
+        ahead = self._peek_at(at, PIECE_SIZE)
+        if self._pieces is None or ahead.truncated or len(ahead.data) == PIECE_SIZE:
+            if seen.fds or 0 in self._fds_of(message):
+                self._closer.close(ahead.fds)
+                return Received(message, seen.fds, seen.truncated or ahead.truncated)
+            return Received(message, ahead.fds, seen.truncated or ahead.truncated)
+        had = self._take_from_piece() + seen.fds
+        shares = share_fds(
+            seen.data + ahead.data,
+            len(ahead.fds),
+            header_size=self._header_size,
+            size_of=self._size_of,
+            fds_of=self._fds_of,
+            had=len(had),
+        )
+        shares[0] = replace(shares[0], fds=len(had) + shares[0].fds)
+        self._pieces.begin(self._number + 1, shares, had + ahead.fds)
+        return Received(message, truncated=seen.truncated)
+
+    def _look_into_piece(self, size: int) -> bytes:
+        """Return the bytes of the next message that are in a piece with others.
+
+        Descriptors that are still beside them are the same as those that are kept.
+        """
+        number = self._number + 1
+        data = b""
+        if self._pieces is None or not self._pieces.covers(number):
+            return data
+        end = min(self._pieces.within(number) or size, size)
+        try:
+            while len(data) < end:
+                self._look_from(len(data))
+                how = socket.MSG_PEEK | socket.MSG_DONTWAIT
+                if not (more := self._sock.recv(end - len(data), how)):
+                    break
+                data += more
+        finally:
+            self._look_from(-1)
+        return data
+
+    def _take_from_piece(self) -> tuple[int, ...]:
+        return () if self._pieces is None else self._pieces.take(self._number + 1)
 
     def _forget_fds(self) -> None:
         unix_fds.close_all(self._handled_fds)
@@ -215,6 +290,8 @@ class RepeatableConnection(Connection):
         answer = b"".join(bytes(data) for data, _ in self._unsent)
         self._record(Handled(self._number, self._message, answer))
         self._begin()
+        if self._pieces is not None:
+            self._pieces.handled(self._number)
 
     def _send_unsent(self) -> None:
         super()._send_unsent()

@@ -23,6 +23,7 @@ from vring_serial.transport.door import (
     Door,
 )
 from vring_serial.transport.lost_memory import make_watch
+from vring_serial.transport.pieces import forget_pieces
 from vring_serial.transport.session import ENDED, SESSION, Session, SessionContext
 from vring_serial.unix_fds import stream_socket
 
@@ -185,6 +186,7 @@ class Server(Starting, abc.ABC, Generic[SessionT]):
 
     def _forget_session(self, keeping: Keeping) -> None:
         """Drop what a predecessor had not dropped yet when it died at the end of a session."""
+        forget_pieces(keeping, self._door.closer)
         for role in keeping.roles():
             if role == _PEER or self._session_roles.fullmatch(role):
                 fd = keeping.take(role)
@@ -198,6 +200,7 @@ class Server(Starting, abc.ABC, Generic[SessionT]):
         resumed, self._resumes = self._resumes, False
         if self._keeping is not None and not resumed:
             self._keeping.write(SESSION, b"")  # what there is, is of the one before
+            forget_pieces(self._keeping, self._door.closer)
             self._keeping.keep(_PEER, sock.fileno())
         context = SessionContext(
             name=self._name,

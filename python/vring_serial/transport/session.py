@@ -18,6 +18,7 @@ from vring_serial.proto.framing import MAX_FDS, BadMessageError, MessageParser, 
 from vring_serial.ratelimit import RateLimitedLog
 from vring_serial.transport.closer import Closer
 from vring_serial.transport.connection import MAX_UNREAD, Connection
+from vring_serial.transport.pieces import Pieces
 from vring_serial.transport.repeatable import AREA_SIZE, Handled, RepeatableConnection
 from vring_serial.turns import Turn
 from vring_serial.unix_fds import Received
@@ -130,17 +131,22 @@ class Session(abc.ABC, Generic[MessageT]):
         if context.keeping is None:
             self._connection = Connection(sock, **arguments)
         else:
+            handled = handled or Handled()
+            pieces = Pieces(context.keeping, self._closer, handled.number)
             self._connection = RepeatableConnection(
                 sock,
                 size_of=parser.size_of,
                 header_size=parser.header_size,
-                needs_fds=parser.needs_fds,
+                fds_of=parser.fds_of,
+                pieces=pieces,
                 record=self._record,
-                handled=handled or Handled(),
+                handled=handled,
                 area=context.keeping.area("connection", AREA_SIZE),
                 handled_fds=handled_fds,
                 **arguments,
             )
+            if pieces.damage is not None:  # in the loop's next turn: the server knows it then
+                self._loop.call_soon(self._send_away_damaged, pieces.damage)
 
     def close(self) -> None:
         """Stop all queues, unmap the guest's memory, close every descriptor. Safe to call twice."""
@@ -159,6 +165,10 @@ class Session(abc.ABC, Generic[MessageT]):
         """End the session, for the reason given."""
         self._log.warning("%s: %s; connection closed", self._name, why)
         self._end()
+
+    def _send_away_damaged(self, why: str) -> None:
+        if not self._closed:
+            self.send_away(f"what the process before left cannot be gone on with: {why}")
 
     # --- what a protocol adds
 

@@ -129,11 +129,11 @@ class Bench:
 
     def say(self, *messages: Said) -> None:
         for said in messages:
-            self.world.say(said)
+            self.world.say([said])
 
     def stop(self, die: int = 0) -> None:
         """Stop the ring, and say where it is to go on."""
-        answer = self.world.say(STOP, die)
+        answer = self.world.say([STOP], die)
         base = vu.VringState.unpack(answer[12:]).num
         self.say((Request.SET_VRING_BASE, vu.VringState(QUEUE, base), ""))
 
@@ -171,7 +171,7 @@ def die_at(bench: Bench, name: str, die: int) -> int:
     if said is STOP:
         bench.stop(die)
     else:
-        bench.world.say(said, die)
+        bench.world.say([said], die)
     if said in (STOP, DISABLE):
         bench.say(CALL, KICK, ENABLE)
     bench.all_arrives()

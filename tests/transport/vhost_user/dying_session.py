@@ -18,7 +18,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -34,12 +34,12 @@ from vring_serial.proto.vhost_user import Request
 from vring_serial.service import shelf as shelves
 from vring_serial.service.descriptor_store import DescriptorStore, Notifier
 from vring_serial.service.journal import Journal
-from vring_serial.transport import repeatable
+from vring_serial.transport import pieces, repeatable
 from vring_serial.transport import session as sessions
 from vring_serial.transport.vhost_user.backend import PROTOCOL_FEATURES, VhostUserBackend
 from vring_serial.transport.vhost_user.state import FRONTEND, FrontendState
 
-TRACED = {repeatable.__file__, shelves.__file__}
+TRACED = {repeatable.__file__, pieces.__file__, shelves.__file__}
 SIZE = 1 << 20
 USER = 0x7F00_0000_0000
 FEATURES = 1 << 32 | 1 << 30 | 1 << 29 | 1 << 28 | 1 << 1
@@ -66,54 +66,61 @@ RING: list[Said] = [
 ]
 RUNNING = NEGOTIATED + RING
 STOPPED: list[Said] = [*RUNNING, (Request.GET_VRING_BASE, vu.VringState(3), "")]
+AT_ONCE = "SET_VRING_CALL, NUM, KICK and ENABLE at once"
 SAVE = vu.DeviceStateTransfer(vu.DeviceStateTransfer.SAVE)
 LOAD = vu.DeviceStateTransfer(vu.DeviceStateTransfer.LOAD)
 
 
-def _up_to(kind: Request) -> tuple[list[Said], Said]:
+def _up_to(kind: Request) -> tuple[list[Said], list[Said]]:
     """A message of the usual sequence, and all before it."""
     kinds = [said[0] for said in STOPPED]
     at = kinds.index(kind)
-    return STOPPED[:at], STOPPED[at]
+    return STOPPED[:at], [STOPPED[at]]
 
 
-#: By name: what was said before, and the message.
-CASES: dict[str, tuple[list[Said], Said]] = {
+#: By name: what was said before, and the messages that are sent at once.
+CASES: dict[str, tuple[list[Said], list[Said]]] = {
     **{said[0].name: _up_to(said[0]) for said in STOPPED},
-    "GET_FEATURES": (RUNNING, (Request.GET_FEATURES, None, "")),
-    "GET_CONFIG": (RUNNING, (Request.GET_CONFIG, vu.ConfigAccess(0, bytes(12)), "")),
-    "SET_CONFIG": (RUNNING, (Request.SET_CONFIG, vu.ConfigAccess(8, b"a\0\0\0"), "")),
-    "SET_STATUS": (RUNNING, (Request.SET_STATUS, vu.U64(15), "")),
-    "SET_STATUS 0": (RUNNING, (Request.SET_STATUS, vu.U64(0), "")),
-    "RESET_DEVICE": (RUNNING, (Request.RESET_DEVICE, None, "")),
-    "SET_BACKEND_REQ_FD": (RUNNING, (Request.SET_BACKEND_REQ_FD, None, "socket")),
-    "ADD_MEM_REG": (RUNNING, (Request.ADD_MEM_REG, vu.SingleRegion(ADDED), "memory")),
+    AT_ONCE: ([*NEGOTIATED, *RING[:3]], [RING[3], RING[0], *RING[5:]]),
+    "SET_MEM_TABLE and SET_BACKEND_REQ_FD at once": (
+        NEGOTIATED[:3],
+        [NEGOTIATED[3], (Request.SET_BACKEND_REQ_FD, None, "socket")],
+    ),
+    "GET_FEATURES": (RUNNING, [(Request.GET_FEATURES, None, "")]),
+    "GET_CONFIG": (RUNNING, [(Request.GET_CONFIG, vu.ConfigAccess(0, bytes(12)), "")]),
+    "SET_CONFIG": (RUNNING, [(Request.SET_CONFIG, vu.ConfigAccess(8, b"a\0\0\0"), "")]),
+    "SET_STATUS": (RUNNING, [(Request.SET_STATUS, vu.U64(15), "")]),
+    "SET_STATUS 0": (RUNNING, [(Request.SET_STATUS, vu.U64(0), "")]),
+    "RESET_DEVICE": (RUNNING, [(Request.RESET_DEVICE, None, "")]),
+    "SET_BACKEND_REQ_FD": (RUNNING, [(Request.SET_BACKEND_REQ_FD, None, "socket")]),
+    "ADD_MEM_REG": (RUNNING, [(Request.ADD_MEM_REG, vu.SingleRegion(ADDED), "memory")]),
     "REM_MEM_REG": (
         [*RUNNING, (Request.ADD_MEM_REG, vu.SingleRegion(ADDED), "memory")],
-        (Request.REM_MEM_REG, vu.SingleRegion(ADDED), ""),
+        [(Request.REM_MEM_REG, vu.SingleRegion(ADDED), "")],
     ),
-    "SET_LOG_BASE": (RUNNING, (Request.SET_LOG_BASE, vu.LogArea(64), "memory")),
+    "SET_LOG_BASE": (RUNNING, [(Request.SET_LOG_BASE, vu.LogArea(64), "memory")]),
     "SET_FEATURES with F_LOG_ALL": (
         [*RUNNING, (Request.SET_LOG_BASE, vu.LogArea(64), "memory")],
-        (Request.SET_FEATURES, vu.U64(FEATURES | 1 << vu.F_LOG_ALL), ""),
+        [(Request.SET_FEATURES, vu.U64(FEATURES | 1 << vu.F_LOG_ALL), "")],
     ),
-    "SET_VRING_ENABLE 0": (RUNNING, (Request.SET_VRING_ENABLE, vu.VringState(3, 0), "")),
-    "SET_VRING_KICK again": (RUNNING, (Request.SET_VRING_KICK, vu.VringDescriptor(3), "event")),
-    "SET_VRING_CALL again": (RUNNING, (Request.SET_VRING_CALL, vu.VringDescriptor(3), "event")),
-    "GET_INFLIGHT_FD": (NEGOTIATED, (Request.GET_INFLIGHT_FD, vu.Inflight(0, 0, 4, 64), "")),
-    "SET_DEVICE_STATE_FD save": (STOPPED, (Request.SET_DEVICE_STATE_FD, SAVE, "event")),
-    "SET_DEVICE_STATE_FD load": (STOPPED, (Request.SET_DEVICE_STATE_FD, LOAD, "event")),
+    "SET_VRING_ENABLE 0": (RUNNING, [(Request.SET_VRING_ENABLE, vu.VringState(3, 0), "")]),
+    "SET_VRING_KICK again": (RUNNING, [(Request.SET_VRING_KICK, vu.VringDescriptor(3), "event")]),
+    "SET_VRING_CALL again": (RUNNING, [(Request.SET_VRING_CALL, vu.VringDescriptor(3), "event")]),
+    "GET_INFLIGHT_FD": (NEGOTIATED, [(Request.GET_INFLIGHT_FD, vu.Inflight(0, 0, 4, 64), "")]),
+    "SET_DEVICE_STATE_FD save": (STOPPED, [(Request.SET_DEVICE_STATE_FD, SAVE, "event")]),
+    "SET_DEVICE_STATE_FD load": (STOPPED, [(Request.SET_DEVICE_STATE_FD, LOAD, "event")]),
     "CHECK_DEVICE_STATE": (
         [*STOPPED, (Request.SET_DEVICE_STATE_FD, SAVE, "event")],
-        (Request.CHECK_DEVICE_STATE, None, ""),
+        [(Request.CHECK_DEVICE_STATE, None, "")],
     ),
 }
 
 
-def die_at(call: int, pause: float) -> None:
+def die_at(call: int, count: int, pause: float) -> None:
     """Be killed when a traced function is entered for that time since the first message came.
 
-    Other threads have ``pause`` seconds before that.
+    Not once more than ``count`` messages have come. Other threads have ``pause`` seconds before
+    that.
     """
     left, messages = call, 0
 
@@ -121,7 +128,7 @@ def die_at(call: int, pause: float) -> None:
         nonlocal left, messages
         code = frame.f_code
         messages += code.co_filename == sessions.__file__ and code.co_name == "_handle"
-        if messages == 1 and code.co_filename in TRACED:
+        if 1 <= messages <= count and code.co_filename in TRACED:
             left -= 1
             if not left:
                 time.sleep(pause)
@@ -176,7 +183,7 @@ class World:
         self._wait(lambda: "listener" in self._kept)
         self._frontend = socket.socket(socket.AF_UNIX)
         self._frontend.connect(self._path)
-        self.say((Request.GET_FEATURES, None, ""))  # its connection is kept by now
+        self.say([(Request.GET_FEATURES, None, "")])  # its connection is kept by now
 
     def close(self) -> None:
         self._kill()
@@ -191,24 +198,27 @@ class World:
     def _kept(self) -> set[str]:
         return {name.partition("#")[0] for name in self._store.descriptors}
 
-    def say(self, said: Said, die: int = 0) -> bytes:
-        """Send a message, and return the answer's bytes; ``die`` in the worker that gets it."""
-        kind, payload, beside = said
+    def say(self, said: Sequence[Said], die: int = 0) -> bytes:
+        """Send messages at once, and return the answers; ``die`` in the worker that gets them."""
         if die:
             self._kill()
-        fds = self._descriptors(beside)
+        data = b"".join(vu.request(kind, payload, need_reply=True) for kind, payload, _ in said)
+        fds = [fd for _, _, beside in said for fd in self._descriptors(beside)]
         assert self._frontend is not None
-        unix_fds.send(self._frontend, vu.request(kind, payload, need_reply=True), fds)
+        unix_fds.send(self._frontend, data, fds)
         unix_fds.close_all(fds)
         if die:
-            self._start(die)
-        answer = self._receive(12)
-        return answer + self._receive(int.from_bytes(answer[8:12], sys.byteorder))
+            self._start(die, len(said))
+        answers = b""
+        for _ in said:
+            answer = self._receive(12)
+            answers += answer + self._receive(int.from_bytes(answer[8:12], sys.byteorder))
+        return answers
 
     def left(self) -> tuple[object, set[str]]:
         """What is written down, and the roles of what is kept."""
         for _ in range(2):  # what was before is taken off, and what that left over is dropped
-            self.say((Request.GET_FEATURES, None, ""))
+            self.say([(Request.GET_FEATURES, None, "")])
         self._kill()
         with Journal(os.dup(self._journal)) as journal:
             state = FRONTEND.unpack(journal.read("session") or b"")
@@ -264,7 +274,7 @@ class World:
         os.kill(self._pid, signal.SIGKILL)
         self._reap()
 
-    def _start(self, die: int) -> None:
+    def _start(self, die: int, count: int = 1) -> None:
         fds = self._store.descriptors
         left = {name: [os.dup(fd) for fd in kept] for name, kept in fds.items()}
         self._pid = os.fork()
@@ -275,7 +285,7 @@ class World:
                 if self._frontend is not None:
                     self._frontend.close()
                 shelf = shelves.open_shelf(self._journal, Notifier(self._worker), left)
-                die_at(die, self._pause)
+                die_at(die, count, self._pause)
                 asyncio.run(serve(self._path, shelf, self._make))
             except BaseException:
                 sys.excepthook(*sys.exc_info())
@@ -305,7 +315,7 @@ def run(directory: Path, name: str, die: int) -> tuple[bytes, object, set[str], 
     world = World(directory)
     try:
         for each in before:
-            world.say(each)
+            world.say([each])
         answer = world.say(said, die)
         return answer, *world.left(), world.deaths
     finally:

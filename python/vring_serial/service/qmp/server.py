@@ -44,10 +44,20 @@ class QmpServer(Ending):
         sock: listening; not closed here.
         name: for log lines.
         package: our name and version, for the greeting.
+        confined: set when the process has given up what it does not need; no client is greeted, and
+            nothing of what it sent is looked at, before.
     """
 
-    def __init__(self, monitor: Monitor, sock: socket.socket, name: str, package: str) -> None:
+    def __init__(
+        self,
+        monitor: Monitor,
+        sock: socket.socket,
+        name: str,
+        package: str,
+        confined: asyncio.Event,
+    ) -> None:
         self.monitor = monitor
+        self._confined = confined
         self._sock = sock
         self._name = name
         self._greeting = greeting(package)
@@ -88,11 +98,12 @@ class QmpServer(Ending):
             return
         self._clients.add(client)
         try:
+            await self._confined.wait()
             await client.serve(self._greeting)
         except TimeoutError:
             self._log.warning("%s: a client was sent away: it does not read", self._name)
         except (ConnectionError, asyncio.CancelledError):
-            pass
+            await self._confined.wait()
         finally:
             self._clients.discard(client)
             writer.transport.abort() if client.abandoned else writer.close()

@@ -478,7 +478,8 @@ class VfioUserSession(Session[Message]):
             ours,
             size_of=self._twin_parser.size_of,
             header_size=self._twin_parser.header_size,
-            needs_fds=self._twin_parser.needs_fds,
+            fds_of=self._twin_parser.fds_of,
+            pieces=None,
             record=lambda _: None,  # a reply changes nothing that is written down
             handled=Handled(),
             area=self._keeping.area(TWIN, AREA_SIZE),
