@@ -144,6 +144,7 @@ async def test_a_killed_worker_cuts_off_nobody(tmp_path):
         assert terminal.data[begin:] == sent
         await place.keeper.logged("a client attached", 4)
         assert await place.keeper.stop() == 0
+        assert not (tmp_path / "c").exists()
         assert await terminal.status() == 3
         assert "the console was closed" in terminal.text
         assert terminal.left == terminal.found

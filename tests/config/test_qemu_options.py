@@ -184,6 +184,9 @@ def test_spicevmc_has_its_name() -> None:
         ("socket,id=a,path=/x,wait=on", "wait: goes with server=on only"),
         ("socket,id=a,server,path=/" + "x" * 107, "has 108 bytes; a unix socket's has 1 to 107"),
         ("file,id=a", "path: a path is needed"),
+        (f"console,id=a,path=/{'x' * 107}", "has 108 bytes; a unix socket's has 1 to 107"),
+        ("console,id=a,path=c,scrollback=1G", "scrollback: 1073741824 is not between 0 and"),
+        ("console,id=a", "path: a path is needed"),
         ("ringbuf,id=a,size=3", "size: 3 is not a power of two"),
         ("spicevmc,id=a,name=usbredir", "name: 'usbredir' is not served"),
     ],
@@ -254,6 +257,8 @@ def test_what_only_one_host_end_can_have() -> None:
     assert "/x is in use already (--chardev socket,id=a,path=/x,server" in fails(
         chardevs=["socket,id=a,path=/x,server", "socket,id=b,path=/./x,server"], ports=ports
     )
+    consoles = ["console,id=a,path=/x", "console,id=b,path=/x"]
+    assert "/x is in use already" in fails(chardevs=consoles, ports=ports)
     assert "stdio is in use already" in fails(chardevs=["stdio,id=a", "stdio,id=b"], ports=ports)
     one_name = [f"socket,id={id},path=x,abstract,server" for id in "ab"]
     assert "abstract x is in use already" in fails(chardevs=one_name, ports=ports)

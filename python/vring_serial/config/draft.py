@@ -372,7 +372,7 @@ def _check_host_ends(chardevs: Iterable[ChardevConfig]) -> None:
     logged = {path: chardev for chardev in chardevs for path in log_paths(chardev)}
     for chardev in chardevs:
         path = getattr(chardev.options, "path", "")
-        if chardev.kind == "socket" and path:
+        if chardev.kind in ("socket", "console") and path:
             check_unix_path(path, chardev.where)
         if chardev.kind == "file" and os.path.abspath(path) in logged:
             where = logged[os.path.abspath(path)].where
@@ -403,5 +403,5 @@ def path_made(chardev: ChardevConfig) -> str:
         path = f"abstract {path}"
     elif path:
         path = os.path.abspath(path)
-    makes_path = chardev.kind == "pty" or getattr(options, "server", False)
+    makes_path = chardev.kind in ("pty", "console") or getattr(options, "server", False)
     return path if makes_path else ""
