@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 
@@ -159,6 +160,42 @@ async def test_a_worker_is_replaced(tmp_path):
         assert b" X_VRING_WORKER vm=vring restarts=" in told.result()
         process.send_signal(signal.SIGINT)
         await process.communicate()
+
+
+LATE = """
+[vm.late]
+vhost-user = "w"
+[vm.late.chardev.c]
+backend = "null"
+[[vm.late.port]]
+chardev = "c"
+name = "org.example.late"
+"""
+
+
+async def test_vms_come_and_go(tmp_path):
+    Path("late.toml").write_text(LATE)
+    Path("two.toml").write_text(LATE + LATE.replace("late", "later").replace('"w"', '"w2"'))
+    Path("bad.toml").write_text(LATE + "shoes = 1\n")
+    async with service(tmp_path):
+        assert await ctl("vm", "add", "late.toml") == (0, "", "")
+        assert await ctl("vm", "add", "two.toml", "later") == (0, "", "")
+        _, out, _ = await ctl("--json", "status")
+        assert [vm["name"] for vm in json.loads(out)] == ["vring", "late", "later"]
+        status, out, _ = await ctl("ports")
+        assert (status, "org.example.later" in out) == (0, True)
+        assert (await ctl("vm", "add", "late.toml"))[0] == 5
+        assert (await ctl("vm", "add", "two.toml"))[2] == (
+            "vring: two.toml: give the name of one: late, later\n"
+        )
+        status, _, err = await ctl("vm", "add", "two.toml", "latest")
+        assert (status, "there is no VM latest" in err) == (2, True)
+        status, _, err = await ctl("vm", "add", "bad.toml")
+        assert (status, "bad.toml:9: vm.late.port[1].shoes" in err) == (2, True)
+        for name in ("late", "later"):
+            assert await ctl("vm", "remove", name) == (0, "", "")
+        assert await ctl("vm", "remove", "late") == (4, "", "vring: VM 'late' not found\n")
+        assert not {"w", "w2"} & set(os.listdir())
 
 
 async def test_exit_statuses_tell_failures_apart(tmp_path):

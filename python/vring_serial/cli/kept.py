@@ -19,17 +19,20 @@ from vring_serial.cli.logs import LogSettings, emit
 from vring_serial.cli.monitor import MonitorSettings
 from vring_serial.cli.origin import Origin
 from vring_serial.cli.pidfile import pid_file
+from vring_serial.cli.sandboxes import sandbox_of
 from vring_serial.cli.server import Kept, Settings, serve
 from vring_serial.cli.signals import run
+from vring_serial.config.toml_file import vm_from_text
 from vring_serial.config.topology import ChardevConfig, Topology
 from vring_serial.config.vms import VmConfig
-from vring_serial.errors import ResourceError
+from vring_serial.errors import ResourceError, VringSerialError
 from vring_serial.service.candidate import Candidate
 from vring_serial.service.descriptor_store import Notifier
 from vring_serial.service.formats import FORMATS, check_journal
 from vring_serial.service.keeper import SIGNALS, Keeper
 from vring_serial.service.link import Links
 from vring_serial.service.monitored import Monitored
+from vring_serial.service.roster import REASON_MAX, Changed, Roster
 from vring_serial.service.sandbox import Sandbox
 from vring_serial.service.shelf import open_shelf
 from vring_serial.service.succession import KeeperState
@@ -69,11 +72,14 @@ def serve_kept(
     """
     if not logs.end():
         raise ResourceError("the log is not read, and a keeper cannot begin with a thread")
-    is_only = len(shares) == 1
-    names = [vm.name for vms in shares for vm in vms]
+    configured = [vm for vms in shares for vm in vms]
+    is_only = len(configured) == 1
     manager = ServiceManager.from_environment(os.environ)
     arrival = origin.arrival
     before = None if arrival is None else arrival.state
+    changed = Changed() if before is None else Changed(before.added, before.removed)
+    names = [vm.name for vm in configured if vm.name not in changed.removed]
+    names += changed.added
     with contextlib.ExitStack() as stack:
         links = stack.enter_context(
             Links(names if monitored else [], None if before is None else before.links)
@@ -81,15 +87,24 @@ def serve_kept(
         specs = []
         for vms, of_process in zip(shares, settings, strict=True):
             label = "" if is_only else vms[0].name
-            worker = partial(_work, vms, of_process, log, warnings, label, links, manager.watchdog)
+            said, warnings = warnings, ()
+            if len(vms) == 1 and vms[0].name in changed.removed:
+                continue
+            worker = partial(_work, vms, of_process, log, said, label, links, manager.watchdog)
             specs.append(WorkerSpec(vms[0].name if len(vms) == 1 else "all VMs", worker))
-            warnings = ()
         if monitored:
             layers = frozenset[str]().union(*(each.sandbox.layers for each in settings))
-            served = MonitorSettings(names[0], monitored, log, Sandbox(layers))
+            served = MonitorSettings(
+                configured[0].name, tuple(configured), changed, monitored, log, Sandbox(layers)
+            )
             work = partial(monitor.work, served, links)
             specs.append(WorkerSpec(monitor.NAME, work, serves=False))
-        chardevs = [chardev for vms in shares for vm in vms for chardev in _chardevs(vm)]
+        add = partial(_added, log, links, manager.watchdog)
+        specs += [add(name, text) for name, text in changed.added.items()]
+        if before is not None:
+            order = [worker.name for worker in before.workers]
+            specs.sort(key=lambda spec: order.index(spec.name) if spec.name in order else -1)
+        chardevs = [chardev for vm in configured for chardev in _chardevs(vm)]
         if any(chardev.kind == "stdio" for chardev in chardevs):
             put_back = stdio.remember(None if before is None else before.streams)
             if arrival is None or not arrival.is_candidate:
@@ -104,21 +119,49 @@ def serve_kept(
         stack.callback(signal.pthread_sigmask, signal.SIG_UNBLOCK, SIGNALS)
         lock = stack.enter_context(pid_file(pid_path, -1 if before is None else before.pid_file))
         say = partial(logs.write_now, as_json=log.as_json, path=log.path)
-        upgrading = Upgrading(__version__, FORMATS, partial(_state, origin, lock, links))
+        upgrading = Upgrading(__version__, FORMATS, partial(_state, origin, lock, links, changed))
         stack.callback(manager.close)
-        return Keeper(specs, say, upgrading=upgrading, manager=manager, before=before).run()
+        return Keeper(
+            specs,
+            say,
+            upgrading=upgrading,
+            manager=manager,
+            before=before,
+            roster=Roster(changed, add, links) if monitored else None,
+        ).run()
 
 
-def _state(origin: Origin, pid_file: int, links: Links) -> KeeperState:
+def _state(origin: Origin, pid_file: int, links: Links, changed: Changed) -> KeeperState:
     """Return what the code that follows the keeper's must know, but for its workers."""
     return KeeperState(
         __version__,
         inputs=origin.inputs.known,
+        added=changed.added,
+        removed=changed.removed,
         pid_file=pid_file,
         streams=stdio.remembered(),
         links=links.descriptors,
         sockets=activation.descriptors(),
     )
+
+
+def _added(
+    log: LogSettings, links: Links, watchdog: float | None, name: str, text: str
+) -> WorkerSpec:
+    """Return the worker of a VM that is added while the service runs."""
+
+    def work(inheritance: Inheritance) -> int:
+        found: list[int] = []
+
+        def serve_it() -> None:
+            with _telling(inheritance):
+                vm = vm_from_text(text)
+                settings = Settings(None, log.path, sandbox_of((vm,)))
+            found.append(_work((vm,), settings, log, (), name, links, watchdog, inheritance))
+
+        return status_of(serve_it) or found[0]
+
+    return WorkerSpec(name, work)
 
 
 def _work(
@@ -171,9 +214,23 @@ def _work(
             )
             for warning in () if inheritance.restarts else warnings:
                 emit(logging.WARNING, "configuration", warning)
-            run(serve(vms, settings, kept))
+            with _telling(inheritance):
+                run(serve(vms, settings, kept))
 
     return status_of(work)
+
+
+@contextlib.contextmanager
+def _telling(inheritance: Inheritance) -> Iterator[None]:
+    """Tell the keeper why the first worker of a VM cannot begin."""
+    try:
+        yield
+    except VringSerialError as error:
+        if not inheritance.restarts:
+            with contextlib.suppress(ResourceError):
+                why = " ".join(str(error).split())[:REASON_MAX]
+                inheritance.notifier.notify(f"FAILED={why}")
+        raise
 
 
 def say_well(notifier: Notifier, seconds: float) -> None:

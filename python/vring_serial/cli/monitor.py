@@ -21,6 +21,7 @@ from vring_serial.cli import logs, status_of
 from vring_serial.cli.confine import confine
 from vring_serial.cli.logs import LogSettings, emit
 from vring_serial.cli.signals import run, stop_on_signals
+from vring_serial.config.vms import VmConfig
 from vring_serial.errors import ResourceError
 from vring_serial.keeping import Keeping
 from vring_serial.service.link import Links
@@ -29,8 +30,10 @@ from vring_serial.service.qmp.monitor import Monitor
 from vring_serial.service.qmp.server import QmpServer, tell_all
 from vring_serial.service.qmp.vm import Vm
 from vring_serial.service.reach import reach_of
+from vring_serial.service.roster import Changed
 from vring_serial.service.sandbox import Sandbox
 from vring_serial.service.shelf import open_shelf
+from vring_serial.service.vms import Vms
 from vring_serial.service.worker import Inheritance
 from vring_serial.unix_socket import SocketPathError
 
@@ -43,12 +46,16 @@ class MonitorSettings:
 
     Attributes:
         name: of the service; QMP's ``query-name`` answers it.
+        vms: the VMs of the configuration.
+        changed: how those differ that there are now.
         monitored: where it listens.
         log: how it logs.
         sandbox: what the process gives up before it serves.
     """
 
     name: str
+    vms: tuple[VmConfig, ...]
+    changed: Changed
     monitored: Monitored
     log: LogSettings
     sandbox: Sandbox
@@ -70,7 +77,7 @@ def work(settings: MonitorSettings, links: Links, inheritance: Inheritance) -> i
                 os._exit(0)
 
             keeping = shelf.scoped(NAME)
-            run(_serve(settings, ends, keeping, inheritance.keeper, shelf.serving, hand_over))
+            run(_serve(settings, ends, keeping, inheritance, shelf.serving, hand_over))
 
     return status_of(serve)
 
@@ -79,24 +86,25 @@ async def _serve(
     settings: MonitorSettings,
     ends: dict[str, socket.socket],
     keeping: Keeping,
-    keeper: int,
+    inheritance: Inheritance,
     on_serving: Any,
     hand_over: Callable[[], NoReturn],
 ) -> None:
     stop = stop_on_signals(logs.reopen, interrupt=False)
     # Without the keeper there is nobody who would start workers again, or this.
-    asyncio.get_running_loop().add_reader(keeper, stop.set)
+    asyncio.get_running_loop().add_reader(inheritance.keeper, stop.set)
     asyncio.get_running_loop().add_signal_handler(signal.SIGUSR2, hand_over)
     servers: list[QmpServer] = []
     package = f"vring {vring.__version__}"
     async with contextlib.AsyncExitStack() as stack:
-        vms = []
-        for name, end in ends.items():
-            vms.append(stack.enter_context(Vm(name, end, partial(tell_all, servers))))
+        make = partial(Vm, tell=partial(tell_all, servers))
+        vms = stack.enter_context(Vms(settings.vms, settings.changed, inheritance.notifier, make))
+        vms.known += [make(name, end) for name, end in ends.items()]
+        only = settings.vms[0].name if len(settings.vms) == 1 else ""
         confined = asyncio.Event()  # clients that come earlier are not served before
         for number, options in enumerate(settings.monitored.qmp):
             sockets = await _listen("--qmp", options, keeping.scoped(f"qmp-{number}"), stack)
-            monitor = Monitor(settings.name, package, vms)
+            monitor = Monitor(settings.name, package, vms, only)
             for sock in sockets:
                 server = QmpServer(monitor, sock, f"QMP at {options.address}", package, confined)
                 stack.push_async_callback(server.aclose)
@@ -104,7 +112,7 @@ async def _serve(
                 servers.append(server)
             emit(logging.INFO, "monitor", f"QMP at {options.address}")
         if addresses := settings.monitored.metrics:
-            await _serve_metrics(addresses, vms, confined, keeping, stack)
+            await _serve_metrics(addresses, vms.known, confined, keeping, stack)
         listening = (*settings.monitored.qmp, *settings.monitored.metrics)
         made = [options.path for options in listening if options.path and not options.abstract]
         log = settings.log.path

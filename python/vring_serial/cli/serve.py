@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -12,18 +10,15 @@ from click.core import ParameterSource
 
 from vring_serial.cli import interrupts_end_at_once, limits, logs
 from vring_serial.cli.access import parse_access
+from vring_serial.cli.sandboxes import sandbox_of
 from vring_serial.cli.signals import run
 from vring_serial.cli.vm_options import service_of, service_options
 from vring_serial.config.vms import ServiceConfig, VmConfig
-from vring_serial.errors import ConfigError
 from vring_serial.service.metrics.option import check_libraries, parse_metrics
 from vring_serial.service.monitored import Monitored
 from vring_serial.service.qmp.option import parse_qmp
 from vring_serial.service.sandbox import Sandbox
 from vring_serial.unix_socket import set_access
-
-#: What the process of a VM gives up if nothing is said.
-DEFAULT_SANDBOX = "on"
 
 
 @click.command("serve")
@@ -116,24 +111,4 @@ def check(
         tuple(parse_qmp(text) for text in service.qmp),
         tuple(parse_metrics(text) for text in service.metrics),
     )
-    return shares, [_sandbox(vms) for vms in shares], monitored
-
-
-def _sandbox(vms: Sequence[VmConfig]) -> Sandbox:
-    """Return the sandbox of a process that serves these. Raises ConfigError if theirs differ."""
-    found = [(vm, _sandbox_of(vm)) for vm in vms]
-    first, sandbox = found[0]
-    for vm, other in found:
-        if other != sandbox:
-            key = "user" if other.account != sandbox.account else "sandbox"
-            raise ConfigError(f"differs from that of {first.name}, in one process", vm.where(key))
-    return sandbox
-
-
-def _sandbox_of(vm: VmConfig) -> Sandbox:
-    try:
-        text = vm.sandbox or os.environ.get("VRING_SANDBOX") or DEFAULT_SANDBOX
-        return Sandbox.parse(text, vm.user)
-    except ConfigError as error:
-        key = "user" if error.where.startswith("--user") else "sandbox"
-        raise ConfigError(error.why, vm.places.get(key, error.where)) from None
+    return shares, [sandbox_of(vms) for vms in shares], monitored

@@ -18,6 +18,7 @@ those of ``spice`` are those of ``--spice``; values have TOML's types.
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import tomllib
 import typing
@@ -84,6 +85,24 @@ def parse(data: bytes, *, file: str = "config", read: Read = domain_xml.read_fil
     except RecursionError:
         raise ConfigError("not TOML: nested too deeply", file) from None
     return _read_service(_Table(content, (), file, toml_lines.find_lines(text)), read)
+
+
+def vm_text(name: str, table: dict[str, Any]) -> str:
+    """Return a VM's table, as JSON has it, on one line of ASCII. Raises ConfigError."""
+    try:
+        return json.dumps({name: table}, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"no description of a VM: {error}", f"vm.{shorten(name)[1:-1]}") from None
+
+
+def vm_from_text(text: str) -> VmConfig:
+    """Return the VM of :func:`vm_text`; nothing is read from a file. Raises ConfigError."""
+
+    def read(path: str) -> bytes:
+        raise ConfigError("no file is read while the service runs; give ports and chardevs", path)
+
+    (vm,) = _read_service(_Table({"vm": json.loads(text)}, (), "vm-add", {}), read).vms
+    return vm
 
 
 class _Table:

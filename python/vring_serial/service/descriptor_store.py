@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from vring_serial.errors import ResourceError
 from vring_serial.service.aside import Aside, may_be_kept
-from vring_serial.unix_fds import close_all
+from vring_serial.unix_fds import close_all, receive
 
 #: Longest datagram; systemd's.
 DATAGRAM_MAX = 4096
@@ -158,6 +158,7 @@ class Notifier:
     def __init__(self, sock: socket.socket, *, patience: float = HEAR_SECONDS) -> None:
         self.gone = False
         self._sock = sock
+        self._patience = patience
         sock.settimeout(patience)
 
     @staticmethod
@@ -183,6 +184,22 @@ class Notifier:
         except OSError as error:
             self.gone = error.errno in _GONE
             raise ResourceError(f"the keeper does not hear: {error.strerror}") from None
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor."""
+        return self._sock.fileno()
+
+    def hear(self) -> tuple[dict[str, str], list[int]]:
+        """Return what the keeper says to this process, and descriptors, the caller's.
+
+        Raises BlockingIOError: it says nothing; OSError.
+        """
+        self._sock.setblocking(False)
+        try:
+            found = receive(self._sock, DATAGRAM_MAX, FDS_MAX)
+        finally:
+            self._sock.settimeout(self._patience)
+        return _fields(found.data), list(found.fds)
 
     def store(self, name: str, fd: int) -> None:
         """Have a duplicate of ``fd`` kept under ``name``, beside others of that name."""

@@ -14,14 +14,15 @@ import logging
 import os
 import select
 import signal
-import socket
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from vring_serial.errors import ResourceError
 from vring_serial.service.aside import MOST as OVERDUE_MOST
-from vring_serial.service.descriptor_store import DescriptorStore, Notifier
+from vring_serial.service.descriptor_store import Notifier
 from vring_serial.service.journal import Journal, checksum
+from vring_serial.service.leaving import KILL_SECONDS, Leaving
+from vring_serial.service.roster import Roster
 from vring_serial.service.succession import KeeperState, Reporter, start_again
 from vring_serial.service.systemd import ServiceManager
 from vring_serial.service.upgrade import Closing, Stage, Upgrade, Upgrading
@@ -37,14 +38,13 @@ from vring_serial.service.worker import (
     fork,
     how_ended,
 )
-from vring_serial.unix_fds import allow_descriptors, close_all
+from vring_serial.unix_fds import allow_descriptors
 
 #: Seconds that a worker which goes on has to begin, before it is told to stop: only then it removes
 #: what its predecessors made.
 BEGIN_SECONDS = 2.0
-#: Seconds that workers have to stop, until they are killed, and then to be gone.
+#: Seconds that workers have to stop, until they are killed.
 STOP_SECONDS = 5.0
-KILL_SECONDS = 2.0
 #: Most seconds before a worker that died without any state is started again.
 PAUSE_MOST = 10.0
 #: Descriptors that the keeper needs for itself.
@@ -79,6 +79,7 @@ class Keeper:
         upgrading: what an upgrade needs to know; None: there is none.
         manager: the service manager, which hears how the service is.
         before: what the code left that was the keeper before an upgrade; None: this is the first.
+        roster: takes orders to add and remove VMs; None: nobody gives any.
     """
 
     def __init__(
@@ -91,14 +92,15 @@ class Keeper:
         upgrading: Upgrading | None = None,
         manager: ServiceManager | None = None,
         before: KeeperState | None = None,
+        roster: Roster | None = None,
     ) -> None:
-        self._log = log
+        self._roster = roster
+        self._say = log
         self._upgrading = upgrading
         self._manager = manager or ServiceManager(None)
         self._watchdog = Watchdog(self._manager, self._tell_hung)
         self._told_ready = False
         self._upgrade: Upgrade | None = None
-        self._leaving: dict[int, tuple[int, float]] = {}  # pidfd: process id, and when it is killed
         self._before = before
         version = "" if upgrading is None else upgrading.version
         self._reporter = Reporter(version, -1 if before is None else before.report)
@@ -110,31 +112,23 @@ class Keeper:
         self._ignores_hangup = False
         self._pidfd = os.pidfd_open(os.getpid())
         self._poll = select.poll()
+        self._leaving = Leaving(self._poll)
         self._workers: list[Worker] = []
         self._closing = Closing(self._workers)
         self._wake_reader, self._wake_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._poll.register(self._wake_reader, select.POLLIN)
-        descriptors = min(descriptors, (allow_descriptors() - OWN_DESCRIPTORS) // len(specs))
+        share = (allow_descriptors() - OWN_DESCRIPTORS) // len(specs)
+        self._descriptors = max(min(descriptors, share), 0)
         if before is not None:
             self._status = before.status
-            self._go_on(specs, before, descriptors)
+            self._go_on(specs, before)
         for spec in specs if before is None else ():
-            # Not of datagrams, which a worker could send to any address.
-            keeper_end, worker_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            keeper_end.setblocking(False)
-            self._poll.register(keeper_end, select.POLLIN)
-            store = DescriptorStore(max(descriptors, 0))
-            self._workers.append(Worker(spec, Journal.create(), store, keeper_end, worker_end))
+            self._workers.append(Worker.make(spec, self._descriptors, self._poll))
 
-    def _go_on(self, specs: Sequence[WorkerSpec], before: KeeperState, descriptors: int) -> None:
+    def _go_on(self, specs: Sequence[WorkerSpec], before: KeeperState) -> None:
         """Take over the workers of the code that was the keeper before."""
         for state, spec in zip(before.workers, specs, strict=True):
-            worker = Worker.from_state(state, spec, max(descriptors, 0))
-            if not worker.cast_out:
-                self._poll.register(worker.keeper_end, select.POLLIN)
-            if state.pid:
-                worker.watch(state.pid, self._poll)
-            self._workers.append(worker)
+            self._workers.append(Worker.from_state(state, spec, self._descriptors, self._poll))
 
     def run(self) -> int:
         """Serve until the service ends; return its exit status."""
@@ -171,21 +165,23 @@ class Keeper:
             times.append(self._deadline)
             if any(w.pid and not w.told_to_stop for w in self._workers):
                 times.append(self._begin_by)
-        for part in (self._upgrade, self._watchdog, self._closing):
+        for part in (self._upgrade, self._watchdog, self._closing, self._roster):
             if part is not None and part.deadline is not None:
                 times.append(part.deadline)
-        times += [kill_at for _, kill_at in self._leaving.values()]
+        times += self._leaving.deadlines
         timeout = None
         if times:
             timeout = max(0.0, min(times) - time.monotonic()) * 1000 + 1
         ready = {fd for fd, _ in self._poll.poll(timeout)}
-        for worker in self._workers:
+        for worker in list(self._workers):
             if worker.keeper_end.fileno() in ready:
                 self._take_messages(worker)
             if worker.pidfd >= 0 and worker.pidfd in ready:
                 self._reap(worker)
         self._watchdog.look(self._workers)
-        self._see_off(ready)
+        self._leaving.see_off(ready)
+        for worker in () if self._roster is None else self._roster.act(self._workers):
+            self._drop(worker)
         if self._upgrade is not None:
             self._upgrade.act(ready)
             self._look_at_upgrade(self._upgrade)
@@ -221,13 +217,12 @@ class Keeper:
                 self._tell_ready()
             if fields.get("WATCHDOG") == "1":
                 worker.seen = time.monotonic()
+            if self._roster is not None:
+                self._call_the_roster(self._roster, worker, fields)
             if fields.get("RESTART") == "1":
                 worker.ask_for_successor()
             if fields.get("STOPPED") == "1" and worker.hands_over and worker.pid:
-                self._poll.unregister(worker.pidfd)
-                pid, pidfd = worker.pid, worker.leave()
-                self._poll.register(pidfd, select.POLLIN)
-                self._leaving[pidfd] = pid, time.monotonic() + KILL_SECONDS
+                self._leaving.add(worker)
 
     def _tell_ready(self) -> None:
         """Tell the service manager, once, when all workers that serve do so."""
@@ -244,8 +239,7 @@ class Keeper:
         """End a worker for good, and hear nothing of it any more."""
         if worker.cast_out:
             return
-        worker.cast_out = True
-        worker.start_at = None
+        worker.cast_out, worker.start_at = True, None
         self._poll.unregister(worker.keeper_end)
         if worker.pid:
             signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
@@ -254,8 +248,27 @@ class Keeper:
 
     # --- workers
 
+    def _call_the_roster(self, roster: Roster, worker: Worker, fields: dict[str, str]) -> None:
+        if worker.spec.serves:
+            roster.hear(worker, fields, self._workers)
+            return
+        may = self._stop is _Stop.NOT and self._upgrade is None
+        if (spec := roster.take(fields, self._workers, may=may)) is not None:
+            try:
+                self._workers.append(Worker.make(spec, self._descriptors, self._poll))
+            except (OSError, ResourceError) as error:
+                roster.dropped(spec.name, self._workers, str(error))
+
+    def _drop(self, worker: Worker, why: str = "") -> None:
+        assert self._roster is not None
+        if not worker.cast_out:
+            self._poll.unregister(worker.keeper_end)
+        worker.release()
+        self._workers.remove(worker)
+        self._roster.dropped(worker.spec.name, self._workers, why)
+
     def _start_due(self) -> None:
-        for worker in self._workers:
+        for worker in list(self._workers):
             if worker.start_at is not None and worker.start_at <= time.monotonic():
                 if self._upgrade is not None and self._upgrade.starts(worker):
                     self._upgrade.start(worker)
@@ -269,6 +282,9 @@ class Keeper:
         try:
             pid = fork()
         except OSError as error:
+            if self._roster is not None and self._roster.expects(worker):
+                self._drop(worker, f"no process for its worker: {error.strerror}")
+                return
             if not worker.restarts:
                 raise ResourceError(f"{worker.spec.name}: {error.strerror}") from None
             self._postpone(worker, f"no process for its worker: {error.strerror}")
@@ -292,7 +308,7 @@ class Keeper:
         self._manager.close()
         if self._upgrade is not None:
             self._upgrade.leave()
-        close_all(self._leaving)
+        self._leaving.close()
         for other in self._workers:
             other.keeper_end.close()
             if other is not worker:
@@ -318,11 +334,15 @@ class Keeper:
         code = os.waitstatus_to_exitcode(status)
         if self._upgrade is not None:
             self._upgrade.ended(worker)
+        self._take_messages(worker, 0 if worker.cast_out else UNREAD_MOST)  # sent just before
+        fate = None if self._roster is None else self._roster.ended(worker, code)
+        if fate is not None and self._stop is _Stop.NOT:
+            self._drop(worker) if fate else self._start_again(worker, code)
+            return
         if worker.cast_out:
             self._forget(worker)
             self._done(worker, 1)
             return
-        self._take_messages(worker, UNREAD_MOST)  # what it sent just before
         if self._stop is not _Stop.NOT:
             if self._stop is _Stop.ASKED and code < 0 and len(worker.store) and not worker.clears:
                 # Somebody has to remove what it had made.
@@ -408,6 +428,9 @@ class Keeper:
     def _try_upgrade(self) -> None:
         if self._closing.waits():
             return
+        if self._roster is not None and self._roster.busy:
+            self._refuse_upgrade("a VM is being added or removed")
+            return
         assert self._upgrading is not None
         try:
             self._closing.check()
@@ -449,7 +472,7 @@ class Keeper:
                 self._refuse_upgrade(f"the keeper stays what it is: {error}")
 
     def _known(self) -> set[int]:
-        known = {w.pid for w in self._workers} | {pid for pid, _ in self._leaving.values()}
+        known = {w.pid for w in self._workers} | self._leaving.pids
         return known.union(*(worker.store.aside.pids for worker in self._workers))
 
     def _state(self) -> KeeperState:
@@ -492,18 +515,6 @@ class Keeper:
         self._say(logging.INFO, "upgraded", text, pause_ms=pause)
         self._reporter.finish(text, succeeded=True)
         self._manager.ready(text)
-
-    def _see_off(self, ready: Collection[int]) -> None:
-        """Reap processes that have stopped for their successors."""
-        for pidfd, (pid, kill_at) in list(self._leaving.items()):
-            if pidfd in ready:
-                self._poll.unregister(pidfd)
-                os.waitpid(pid, 0)
-                os.close(pidfd)
-                del self._leaving[pidfd]
-            elif time.monotonic() > kill_at:
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-                self._leaving[pidfd] = pid, kill_at + KILL_SECONDS
 
     # --- signals and the end
 
@@ -574,16 +585,10 @@ class Keeper:
                 worker.signal(number)
 
     def _release(self) -> None:
-        close_all(self._leaving)
+        self._leaving.close()
         for worker in self._workers:
-            worker.store.close()
-            worker.keeper_end.close()
-            worker.worker_end.close()
-            os.close(worker.journal)
+            worker.release()
         os.close(self._wake_reader)
         os.close(self._wake_writer)
         os.close(self._pidfd)
         os.close(self._reporter.fd)
-
-    def _say(self, level: int, event: str, text: str, **fields: object) -> None:
-        self._log(level, event, text, **fields)

@@ -305,6 +305,19 @@ class Links(Closing):
         given = made or {}
         self._ends = {name: _go_on(given[name]) if name in given else make_link() for name in names}
 
+    def add(self, name: str) -> None:
+        """Make the link of one VM more. Raises OSError."""
+        self._ends[name] = make_link()
+
+    def remove(self, name: str) -> None:
+        """Close the link of a VM that has gone, if there is one."""
+        for end in self._ends.pop(name, ()):
+            end.close()
+
+    def monitor_end(self, name: str) -> int:
+        """Return the descriptor of the monitor's end, which stays this object's."""
+        return self._ends[name][0].fileno()
+
     @property
     def descriptors(self) -> dict[str, tuple[int, int]]:
         """The ends by the workers' names: the monitor's and the worker's."""

@@ -75,6 +75,8 @@ class KeeperState:
         sockets: descriptors that the service manager passed.
         links: both ends of each link, by the worker's name.
         inputs: files that the configuration was read from, by path.
+        added: texts of VMs that were added since, by name.
+        removed: names of those that were removed.
         longest_pause: of a worker during the upgrade, in microseconds.
     """
 
@@ -87,6 +89,8 @@ class KeeperState:
     sockets: list[int] = field(default_factory=list)
     links: dict[str, tuple[int, int]] = field(default_factory=dict)
     inputs: dict[str, bytes] = field(default_factory=dict)
+    added: dict[str, str] = field(default_factory=dict)
+    removed: list[str] = field(default_factory=list)
     longest_pause: int = 0
 
     def descriptors(self) -> Iterator[int]:
@@ -111,7 +115,9 @@ class KeeperState:
             yield from ends
 
 
-KEEPER = StateFormat("keeper", 1, KeeperState)
+KEEPER = StateFormat(
+    "keeper", 2, KeeperState, {1: lambda fields: fields | {"added": {}, "removed": []}}
+)
 
 
 @dataclass(slots=True)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from vring_serial.service.descriptor_store import DescriptorStore, Notifier
+from vring_serial.service.journal import Journal
 from vring_serial.service.succession import WorkerState
 
 #: A worker that dies so often, and each time leaves the same state, is not started with that again.
@@ -121,6 +122,28 @@ class Worker:
     start_at: float | None = 0.0
     pause: float = PAUSE_SECONDS
 
+    @classmethod
+    def make(cls, spec: WorkerSpec, descriptors: int, poll: select.poll) -> Worker:
+        """Return a worker that is to begin, whose messages are waited for.
+
+        Args:
+            spec: what it does.
+            descriptors: how many it may store.
+            poll: gets what is to be waited for.
+
+        Raises OSError, ResourceError.
+        """
+        journal = Journal.create()
+        try:
+            # Not of datagrams, which a worker could send to any address.
+            keeper_end, worker_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError:
+            os.close(journal)
+            raise
+        keeper_end.setblocking(False)
+        poll.register(keeper_end, select.POLLIN)
+        return cls(spec, journal, DescriptorStore(descriptors), keeper_end, worker_end)
+
     def live(self, pid: int, poll: select.poll) -> None:
         """Note the process that begins to be the worker now, and have its end watched."""
         self.ready = self.told_to_stop = self.hands_over = False
@@ -170,6 +193,13 @@ class Worker:
         self.restarts += 1
         self.start_at = time.monotonic()
 
+    def release(self) -> None:
+        """Close all that it has, at its end."""
+        self.store.close()
+        self.keeper_end.close()
+        self.worker_end.close()
+        os.close(self.journal)
+
     def state(self) -> WorkerState:
         """Return what the keeper's new code must know of it."""
         return WorkerState(
@@ -191,13 +221,16 @@ class Worker:
         )
 
     @classmethod
-    def from_state(cls, state: WorkerState, spec: WorkerSpec, descriptors: int) -> Worker:
+    def from_state(
+        cls, state: WorkerState, spec: WorkerSpec, descriptors: int, poll: select.poll
+    ) -> Worker:
         """Return the worker that the keeper's code before knew, of which everything is taken over.
 
         Args:
             state: of it.
             spec: what it does now.
             descriptors: how many it may store.
+            poll: gets what is to be waited for.
         """
         worker = cls(
             spec,
@@ -217,6 +250,10 @@ class Worker:
         )
         worker.deaths.extend(at / 1e9 for at in state.deaths)
         worker.keeper_end.setblocking(False)
+        if not worker.cast_out:
+            poll.register(worker.keeper_end, select.POLLIN)
+        if state.pid:
+            worker.watch(state.pid, poll)
         return worker
 
 

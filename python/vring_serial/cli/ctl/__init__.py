@@ -10,6 +10,7 @@ from vring_serial.cli.ctl.connection import Connection
 from vring_serial.cli.ctl.look import events_command, ports_command, status_command
 from vring_serial.cli.ctl.ports import chardev_group, port_group
 from vring_serial.cli.ctl.top import top_command
+from vring_serial.cli.ctl.vms import vm_group
 
 
 @click.group("ctl", context_settings={"help_option_names": ["-h", "--help"]})
@@ -56,5 +57,6 @@ for command in (
     chardev_group,
     log_level_command,
     restart_command,
+    vm_group,
 ):
     ctl_command.add_command(command)

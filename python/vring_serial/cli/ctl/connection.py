@@ -112,7 +112,7 @@ class Session:
         """Return names that other commands take, each with what it is: chardev or controller."""
         vms = await self.status()
         return {
-            (name if len(vms) == 1 else f"{vm['name']}/{name}"): kind
+            vm["prefix"] + name: kind
             for vm in vms
             for controller in vm["controllers"]
             for name, kind in [

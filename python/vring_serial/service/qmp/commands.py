@@ -158,6 +158,7 @@ _VM = Object(
     (
         Member("name", STR),
         Member("answers", BOOL),
+        Member("prefix", STR),
         Member("restarts", INT),
         Member("controllers", Array(_CONTROLLER)),
         Member(
@@ -350,6 +351,19 @@ COMMANDS = {
         Command(
             "x-vring-restart",
             Object("VringRestart", (Member("vm", STR, optional=True),)),
+            unstable=True,
+        ),
+        Command(
+            "x-vring-vm-add",
+            Object(
+                "VringVmAdd",
+                (Member("name", STR), Member("config", Object("VringVmConfig", open=True))),
+            ),
+            unstable=True,
+        ),
+        Command(
+            "x-vring-vm-remove",
+            Object("VringVmRemove", (Member("name", STR),)),
             unstable=True,
         ),
     )

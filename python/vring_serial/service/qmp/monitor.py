@@ -14,6 +14,7 @@ from vring_serial.service.link import CallError, CallTimeoutError
 from vring_serial.service.qmp.commands import COMMANDS, EVENTS
 from vring_serial.service.qmp.schema import check_arguments, introspect, not_found
 from vring_serial.service.qmp.vm import ANSWER_SECONDS, Vm
+from vring_serial.service.vms import Vms
 
 _CLASSES = {error_class.value: error_class for error_class in ErrorClass}
 _PATH = "/machine/peripheral/{}/virtio-backend"
@@ -24,19 +25,22 @@ _RING_FEATURES = Feature.INDIRECT_DESC | Feature.EVENT_IDX
 class Monitor:
     """Carries out the commands of one monitor.
 
-    With one VM, its chardevs and controllers have their own names; with several, these are preceded
-    by the VM's name and a slash.
+    If the service began with one VM, the chardevs and controllers of that have their own names;
+    those of others are preceded by the VM's name and a slash.
 
     Args:
         name: what ``query-name`` answers.
         package: our name and version.
-        vms: the VMs that this monitor is for.
+        vms: the VMs.
+        only: name of the VM that the service began with; "" if there were several.
     """
 
-    def __init__(self, name: str, package: str, vms: Sequence[Vm]) -> None:
+    def __init__(self, name: str, package: str, vms: Vms, only: str) -> None:
         self._name = name
         self._package = package
-        self._vms = vms
+        self._all = vms
+        self._vms: Sequence[Vm] = vms.known
+        self._only = only
         self._handlers: dict[str, Callable[..., Awaitable[Any]]] = {
             "query-version": self._query_version,
             "query-commands": self._query_commands,
@@ -61,6 +65,8 @@ class Monitor:
             "x-vring-disconnect": self._vring_disconnect,
             "x-vring-log-level": self._vring_log_level,
             "x-vring-restart": self._vring_restart,
+            "x-vring-vm-add": self._vring_vm_add,
+            "x-vring-vm-remove": self._vring_vm_remove,
         }
 
     async def execute(self, command: str, arguments: Mapping[str, Any]) -> Any:
@@ -84,7 +90,7 @@ class Monitor:
 
     def public_name(self, vm: str, name: str) -> str:
         """Return what clients of this monitor call a chardev or controller of a VM."""
-        return name if len(self._vms) == 1 else f"{vm}/{name}"
+        return self._prefix(vm) + name
 
     # --- about QMP
 
@@ -157,10 +163,14 @@ class Monitor:
         if driver not in _PORTS:
             raise QmpError(f"'{driver}' is not a valid device model name")
         given = _port_properties(driver, properties)
-        vm = self._vms[0]
+        found: dict[str, Vm] = {}
         for key in ("bus", "chardev", "id"):
-            if len(self._vms) > 1 and key in given:
+            if key in given:
                 vm, given[key] = self._split(given[key], _no_vm)
+                found[vm.name] = vm
+        if len(found) > 1:
+            raise QmpError(f"They are not of one VM, but of {' and '.join(found)}")
+        vm = next(iter(found.values()), self._vms[0])
         await vm.caller.call("device-add", driver=driver, **given)
         return {}
 
@@ -257,6 +267,7 @@ class Monitor:
         return [
             {"name": vm.name, "answers": found is not None, "restarts": 0, "controllers": []}
             | (found or {})
+            | {"prefix": self._prefix(vm.name)}
             for vm, found in await self._describe()
         ]
 
@@ -284,10 +295,22 @@ class Monitor:
         await asyncio.gather(*(known.restart() for known in chosen))
         return {}
 
+    async def _vring_vm_add(self, name: str, config: dict[str, Any]) -> dict[str, Any]:
+        await self._all.add(name, config)
+        return {}
+
+    async def _vring_vm_remove(self, name: str) -> dict[str, Any]:
+        await self._all.remove(name)
+        return {}
+
     # --- internals
+
+    def _prefix(self, vm: str) -> str:
+        return "" if vm == self._only else f"{vm}/"
 
     async def _describe(self) -> list[tuple[Vm, dict[str, Any] | None]]:
         """Return what every worker says of itself; None for one that does not answer."""
+        vms = tuple(self._vms)  # others may come meanwhile
 
         async def ask(vm: Vm) -> dict[str, Any] | None:
             try:
@@ -296,18 +319,17 @@ class Monitor:
                 return None
             return found if isinstance(found, dict) else None
 
-        return list(
-            zip(self._vms, await asyncio.gather(*(ask(vm) for vm in self._vms)), strict=True)
-        )
+        return list(zip(vms, await asyncio.gather(*(ask(vm) for vm in vms)), strict=True))
 
     def _split(self, name: str, error: Callable[[str], QmpError]) -> tuple[Vm, str]:
         """Return the VM of a public name, and the name within it."""
-        if len(self._vms) == 1:
-            return self._vms[0], name
         wanted, slash, rest = name.partition("/")
         for vm in self._vms:
-            if slash and vm.name == wanted:
+            if slash and vm.name == wanted and wanted != self._only:
                 return vm, rest
+        for vm in self._vms:
+            if vm.name == self._only:
+                return vm, name
         raise error(name)
 
     async def _controller_at(self, path: str) -> tuple[Vm, dict[str, Any]]:
