@@ -3,97 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import resource
-import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.support.agent_session import VRING, Session
 from tests.support.processes import end, end_now, running
 from tests.support.waiting import DEADLINE, wait_until
 from vring_serial import AgentRouter, Controller, EmbeddedGuest, VhostUserBackend
 from vring_serial.agent.guest import GuestAgent
 
-VRING = (sys.executable, "-m", "vring_serial")
-DOMAIN = """\
-<domain><devices>
-  <channel type='spicevmc'><target type='virtio' name='com.redhat.spice.0'/></channel>
-</devices></domain>
-"""
 TEXT = "naïve café, 日本語, 🖥\nsecond line"
-
-
-class Session:
-    """A server, a guest with an agent that takes files, and the command under test."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.downloads = directory / "downloads"
-        self.downloads.mkdir()
-        self.socket = directory / "agent.sock"
-        domain = directory / "domain.xml"
-        domain.write_text(DOMAIN)
-        vhost = str(directory / "vring.sock")
-        self.processes = [
-            self.start("serve", "--vhost-user", vhost, "--domain", domain, *self.agent_socket)
-        ]
-        wait_until(Path(vhost).exists, "vring serve listens")
-        self.processes.append(
-            self.start("guest", "--vhost-user", vhost, "--agent", "--downloads", self.downloads)
-        )
-
-    @property
-    def agent_socket(self) -> tuple[str, Path]:
-        return "--agent-socket", self.socket
-
-    def start(self, *arguments: object, **options: Any) -> subprocess.Popen[str]:
-        command = [*VRING, *map(str, arguments)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(command, **{**pipes, "stdin": subprocess.DEVNULL, **options})
-
-    @contextlib.contextmanager
-    def agent(self, *arguments: object) -> Iterator[subprocess.Popen[str]]:
-        """The command for a block; it is interrupted behind it, unless the test has done that."""
-        process = self.start("agent", "--socket", self.socket, *arguments)
-        try:
-            yield process
-            if process.returncode is None:
-                self.interrupt(process)
-        finally:
-            end_now(process)
-
-    @staticmethod
-    def interrupt(process: subprocess.Popen[str]) -> tuple[str, str]:
-        """What it has said on both streams and not yet told, when it has ended."""
-        process.send_signal(signal.SIGINT)
-        output = process.communicate(timeout=DEADLINE)
-        assert process.returncode == 130
-        return output
-
-    def run(
-        self, *arguments: object, address: str = "", **options: Any
-    ) -> subprocess.CompletedProcess[str]:
-        socket_path = address or str(self.socket)
-        command = [*VRING, "agent", "--socket", socket_path, *map(str, arguments)]
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=30, check=False, **options
-        )
-
-    def close(self) -> None:
-        for process in reversed(self.processes):
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.communicate(timeout=DEADLINE)
-            finally:
-                end_now(process)
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +76,7 @@ def test_in_the_background_the_guest_knows_of_it_when_the_command_returns(sessio
 
 def test_what_cannot_begin_in_the_background_fails_in_front(session):
     result = session.run("--timeout", "0.5", "clipboard", "set", "--background", "x", address="no")
-    assert (result.returncode, result.stdout) == (1, "")
+    assert (result.returncode, result.stdout) == (3, "")
     assert result.stderr == "vring: --socket no: No such file or directory\n"
 
 
@@ -165,7 +90,7 @@ def test_watch_tells_changes(session):
 
 def test_an_empty_clipboard_is_said(session):
     result = session.run("--timeout", "2", "clipboard", "get", "--selection", "secondary")
-    assert result.returncode == 1
+    assert result.returncode == 4
     assert result.stderr.count("\n") == 1
     assert "Traceback" not in result.stderr
 
@@ -175,7 +100,7 @@ def test_a_type_that_the_clipboard_does_not_hold_is_named(session):
     result = session.run(
         *("clipboard", "get", "--selection", "primary", "--type", "png", "--output", "/dev/null")
     )
-    assert result.returncode == 1
+    assert result.returncode == 4
     assert result.stderr == "vring: the primary clipboard holds no png, only text\n"
 
 
@@ -197,7 +122,7 @@ def test_one_refusal_does_not_stop_the_others(session, tmp_path):
     fine = tmp_path / "fine"
     fine.write_text("fine")
     result = session.run("send", "--quiet", sparse, fine)
-    assert result.returncode == 1
+    assert result.returncode == 5
     assert "not enough space" in result.stderr
     assert (session.downloads / "fine").exists(), result.stderr
     assert (session.downloads / "fine").read_text() == "fine"
@@ -288,10 +213,10 @@ def test_usage_errors_are_one_line_and_status_2(session, arguments, why):
 @pytest.mark.parametrize(
     ("address", "status", "why"),
     [
-        ("/no/such.sock", 1, "No such file"),
+        ("/no/such.sock", 3, "No such file"),
         ("localhost:port", 2, "'port' is no TCP port"),
         ("localhost:99999999999", 2, "is no TCP port"),
-        ("127.0.0.1:1", 1, "127.0.0.1:1"),
+        ("127.0.0.1:1", 3, "127.0.0.1:1"),
     ],
 )
 def test_addresses_that_lead_nowhere(address, status, why):
@@ -309,7 +234,7 @@ def test_a_channel_that_stays_silent(tmp_path):
         listener.listen()
         command = [*VRING, "agent", "--socket", str(path), "--timeout", "0.5", "caps"]
         result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    assert result.returncode == 1
+    assert result.returncode == 6
     assert f"--socket {path}: no SPICE agent within 0.5 s: it is open but silent" in result.stderr
     assert "or another client has the channel" in result.stderr
 
@@ -326,7 +251,7 @@ async def test_a_channel_that_closes_before_the_agent_answers_ends_the_command_a
         result = await asyncio.to_thread(
             subprocess.run, command, capture_output=True, text=True, timeout=30, check=False
         )
-    assert result.returncode == 1
+    assert result.returncode == 3
     assert f"--socket {path}: the connection was closed before an agent answered" in result.stderr
     assert "another client" not in result.stderr
     assert result.stderr.count("\n") == 1

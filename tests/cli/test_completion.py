@@ -188,6 +188,9 @@ def test_bash_offers_all_that_there_is_to_choose(bash: Shell) -> None:
 def test_bash_quotes_what_names_of_files_hold(bash: Shell) -> None:
     """A comma is doubled for the option; what the shell would act on stays text."""
     assert bash.line("vring config check a") == r"vring config check a,\ \$b/"
+    # Directories alone.
+    assert bash.line("vring guest --downloads a") == r"vring guest --downloads a,\ \$b/"
+    assert bash.line("vring guest --downloads o") == "vring guest --downloads o"
     typed = "vring serve --chardev file,id=x,path="
     first = bash.line(f"{typed}a")
     assert first == rf"{typed}a,,\ \$b/"

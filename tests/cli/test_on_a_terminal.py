@@ -95,3 +95,33 @@ async def test_data_that_are_no_text_are_not_for_a_terminal(place: Place) -> Non
     terminal = await place.run("clipboard", "get", "--type", "png")
     assert await terminal.status() == 2
     assert terminal.text == "vring: --output: png data are not for a terminal: name a file\r\n"
+
+
+async def test_a_shell_asks_and_remembers_and_outlives_interrupts_and_errors(place: Place) -> None:
+    terminal = await place.run("shell")
+    await terminal.said("vring agent> ")
+    terminal.press(b"resize 800x600\r")
+    await terminal.said(r"the guest took 800x600\+0\+0\r\n[^\n]*vring agent> $")
+    terminal.press(b"nonsense\r")
+    await terminal.said(r"vring: No such command 'nonsense'.*\r\n[^\n]*vring agent> $")
+    terminal.press(b"clipboard watch --selection secondary\r")
+    place.agent.set_clipboard("seen", Selection.SECONDARY)
+    await terminal.said("secondary: text: 'seen'")
+    terminal.interrupt()
+    await terminal.said(r"\^C.*\r\n[^\n]*vring agent> $")
+    # An interrupt of the prompt drops the line; three keys back is the first command.
+    terminal.press(b"half")
+    await terminal.said("half$")
+    terminal.interrupt()
+    await terminal.said(r"half.*\r\n[^\n]*vring agent> $")
+    terminal.press(b"\x10\x10\x10\r")
+    await terminal.said(r"(?s)(the guest took 800x600.*){2}vring agent> $")
+    terminal.press(b"exit\r")
+    assert await terminal.status() == 0
+
+
+async def test_ctrl_d_ends_a_shell(place: Place) -> None:
+    terminal = await place.run("shell")
+    await terminal.said("vring agent> ")
+    terminal.press(b"\x04")
+    assert await terminal.status() == 0

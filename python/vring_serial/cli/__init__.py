@@ -24,6 +24,12 @@ from vring_serial.errors import ConfigError, VringSerialError
 #: Exit statuses: invalid input of the user, and all other errors.
 STATUS_USAGE = 2
 STATUS_ERROR = 1
+#: Of `vring ctl`, `attach` and `agent`: nobody is there or goes on, there is no such thing, the
+#: other side refused, it did not answer in time.
+STATUS_NO_SERVER = 3
+STATUS_NOT_FOUND = 4
+STATUS_REFUSED = 5
+STATUS_TIMED_OUT = 6
 #: Set by a shell that wants to complete a line, or the function for that: click's name for us.
 COMPLETE = "_VRING_COMPLETE"
 #: The shell's status of a command ended by SIGINT.
@@ -136,26 +142,27 @@ class CommandGroup(click.Group):
         sys.exit(status_of(lambda: run(arguments, prog_name or "vring", **extra), debug=debug))
 
 
-def status_of(work: Callable[[], object], *, debug: bool = False) -> int:
+def status_of(work: Callable[[], object], *, debug: bool = False, where: str = "") -> int:
     """Do ``work``; print an error to standard error; return the exit status.
 
     Args:
         work: returns the status, or anything else for 0.
         debug: also print the traceback of an error.
+        where: what an error begins with, instead of the command's name.
     """
     try:
         status = work()
     except click.exceptions.Exit as exit_:
         status = exit_.exit_code
     except click.ClickException as error:
-        _show(error)
+        _show(error, where)
         status = error.exit_code
     except (click.Abort, KeyboardInterrupt):
         status = STATUS_INTERRUPTED
     except Exception as error:
         if debug:
             _say(traceback.format_exc().rstrip())
-        status = _report(error)
+        status = _report(error, where or "vring")
     return status if isinstance(status, int) else 0
 
 
@@ -201,9 +208,14 @@ def _command_position(arguments: Sequence[str]) -> int:
     return next((i for i, word in enumerate(arguments) if not word.startswith("-")), len(arguments))
 
 
-def _show(error: click.ClickException) -> None:
+def _show(error: click.ClickException, where: str) -> None:
     """Print a usage error as one line; for a group without a command, print its help."""
     context = error.ctx if isinstance(error, click.UsageError) else None
+    if where:
+        helpless = isinstance(error, click.exceptions.NoArgsIsHelpError)
+        text = "Missing command." if helpless else " ".join(error.format_message().split())
+        _say(f"{where}: {escaped(text)}")
+        return
     if context is None or isinstance(error, click.exceptions.NoArgsIsHelpError):
         error.show()
         return
@@ -211,7 +223,7 @@ def _show(error: click.ClickException) -> None:
     _say(f"{context.command_path}: {text} (see {context.command_path} --help)")
 
 
-def _report(error: Exception) -> int:
+def _report(error: Exception, where: str) -> int:
     """Print one line about ``error`` to standard error; return the exit status."""
     if isinstance(error, BrokenPipeError):  # whoever read our output has gone: nobody to tell
         return STATUS_ERROR
@@ -221,7 +233,7 @@ def _report(error: Exception) -> int:
         text = exhausted
     elif not expected:
         text = f"internal error: {type(error).__name__}: {text} (vring --debug shows where)"
-    _say(f"vring: {text}")
+    _say(f"{where}: {text}")
     if isinstance(error, StatusError):
         return error.status
     return STATUS_USAGE if isinstance(error, ConfigError) else STATUS_ERROR

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
-import json
 import os
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,7 +19,7 @@ from vring_serial.agent.events import AgentGone, ClipboardGrabbed, ClipboardRele
 from vring_serial.agent.host import HostAgent
 from vring_serial.agent.host_capabilities import HOST_CAPABILITIES
 from vring_serial.cli import PATH
-from vring_serial.cli.agent.channel import Channel
+from vring_serial.cli.agent.channel import Channel, json_option, print_json
 from vring_serial.cli.background import in_background
 from vring_serial.cli.plain import escaped
 from vring_serial.errors import ConfigError, ResourceError
@@ -83,20 +83,35 @@ def clipboard_group() -> None:
 @click.option(
     "-0", "--null", "raw", is_flag=True, help="For files: end each with a NUL, unescaped."
 )
+@json_option
 @click.pass_obj
-def get_command(channel: Channel, selection: str, kind: str, output: str | None, raw: bool) -> None:
+def get_command(
+    channel: Channel, selection: str, kind: str, output: str | None, raw: bool, as_json: bool
+) -> None:
     """Print the contents of a clipboard of the guest, or write them to a file.
 
     For files, print their paths in the guest, or with --output copy them (agents that announce
     FILES_FROM_GUEST, such as the embedded guest's). Characters that break lines or control a
-    terminal are escaped in paths, and in text on a terminal.
+    terminal are escaped in paths, and in text on a terminal. With --json, data other than text
+    are in base64.
     """
+    as_json = as_json or channel.as_json
+    if as_json and raw:
+        raise click.UsageError("give either --json or --null")
 
-    def tell(path: object) -> None:
-        click.echo(f"{path}\0" if raw else escaped(str(path)), nl=not raw)
+    def tell(paths: Iterable[object]) -> None:
+        if as_json:
+            tell_json(paths=[str(path) for path in paths])
+            return
+        for path in paths:
+            click.echo(f"{path}\0" if raw else escaped(str(path)), nl=not raw)
+
+    def tell_json(**what: object) -> None:
+        print_json({"selection": selection, "type": kind, **what})
 
     which = Selection[selection.upper()]
-    if kind not in ("text", "files") and output is None and sys.stdout.isatty():
+    on_terminal = sys.stdout.isatty() and not as_json
+    if kind not in ("text", "files") and output is None and on_terminal:
         raise ConfigError(f"{kind} data are not for a terminal: name a file", "--output")
 
     async def work(agent: HostAgent) -> None:
@@ -108,23 +123,29 @@ def get_command(channel: Channel, selection: str, kind: str, output: str | None,
             )
         if kind == "text" and output is None:
             text = await agent.get_clipboard(which)
-            if sys.stdout.isatty():
+            if as_json:
+                tell_json(text=text)
+            elif on_terminal:
                 click.echo(escaped(text, keep="\n\t"), nl=False)
             else:
                 click.echo(text.encode(), nl=False)
         elif kind == "files" and output is not None:
-            for path in await agent.get_files(Path(output), which):
-                tell(path)
+            tell(await agent.get_files(Path(output), which))
         elif kind == "files":
             data = await agent.get_clipboard_data(ClipboardType.FILE_LIST, which)
-            for there in FileList.unpack(data).paths:
-                tell(there)
+            tell(FileList.unpack(data).paths)
+        elif as_json and output is None:
+            data = await agent.get_clipboard_data(TYPES[kind], which)
+            tell_json(data=base64.b64encode(data).decode())
         else:
+            size = 0
             stream = agent.stream_clipboard(TYPES[kind], which)
             async with contextlib.aclosing(stream):
                 with _output(output) as file:
                     async for piece in stream:
-                        file.write(piece)
+                        size += file.write(piece)
+            if as_json:
+                tell_json(output=output, bytes=size)
 
     copied = kind == "files" and output is not None
     channel.run(
@@ -170,6 +191,7 @@ def _output(path: str | None) -> Iterator[BinaryIO]:
 @click.option(
     "--background", is_flag=True, help="Return when the guest knows of it, and go on behind."
 )
+@json_option
 @click.pass_obj
 def set_command(
     channel: Channel,
@@ -179,25 +201,37 @@ def set_command(
     path: str | None,
     paste_once: bool,
     background: bool,
+    as_json: bool,
 ) -> None:
     """Put TEXT, or a file's contents, on a clipboard of the guest.
 
     The guest fetches the data when a user pastes, so the command runs until a program in the guest
-    takes the clipboard, or until it is interrupted.
+    takes the clipboard, or until it is interrupted. In a shell, --background goes on until the
+    shell ends.
     """
     if (text is None) == (path is None):
         raise click.UsageError("give either TEXT or --file")
     if kind == "files":
         raise click.UsageError("files go to the guest with `vring agent send`")
+    if path == "-" and channel.shared is not None:
+        raise click.UsageError("--file -: the shell itself reads standard input")
     which = Selection[selection.upper()]
+    as_json = as_json or channel.as_json
     pasted = asyncio.Event()
     source = _source(text, path, pasted)
     channel.check()
-    left = in_background() if background else None
+    left = in_background() if background and channel.shared is None else None
+
+    def tell(what: str) -> None:
+        if as_json:
+            print_json({"event": what, "selection": selection, "type": kind, "bytes": source.size})
 
     async def work(agent: HostAgent) -> None:
         with agent.events() as events:
             await agent.set_clipboard({TYPES[kind]: source}, which)
+            tell("offered")
+            if background and left is None:
+                return
             if left is not None:
                 left()
             elif sys.stderr.isatty():
@@ -212,10 +246,14 @@ def set_command(
                 done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     task.result()
+                tell("taken" if taken in done else "pasted")
             finally:
                 for task in waiting:
                     task.cancel()
                 await asyncio.gather(*waiting, return_exceptions=True)
+                if channel.shared is not None:  # where it does not end with the connection
+                    with contextlib.suppress(AgentError):
+                        await agent.clear_clipboard(which)
 
     channel.run(work)
 
@@ -267,11 +305,12 @@ async def _sent(pasted: asyncio.Event) -> None:
 
 @clipboard_group.command("watch")
 @selection_option
-@click.option("--json", "as_json", is_flag=True, help="One JSON object per change.")
+@json_option
 @click.pass_obj
 def watch_command(channel: Channel, selection: str, as_json: bool) -> None:
     """Print each change of a clipboard of the guest, until interrupted."""
     which = Selection[selection.upper()]
+    as_json = as_json or channel.as_json
 
     async def work(agent: HostAgent) -> None:
         with agent.events() as events:
@@ -305,8 +344,7 @@ async def _tell(
         with contextlib.suppress(AgentError):
             text = await agent.get_clipboard(selection)
     if as_json:
-        change = {"selection": selection.name.lower(), "types": names, "text": text}
-        click.echo(json.dumps(change))
+        print_json({"selection": selection.name.lower(), "types": names, "text": text})
         return
     shown = "" if text is None else f": {text[:PREVIEW]!r}{'…' * (len(text) > PREVIEW)}"
     click.echo(f"{selection.name.lower()}: {', '.join(names) or 'nothing'}{shown}")

@@ -20,10 +20,11 @@ from rich.progress import (
 
 from vring_serial.agent.errors import AgentError
 from vring_serial.agent.host import HostAgent
-from vring_serial.cli.agent.channel import Channel
+from vring_serial.cli import STATUS_ERROR, StatusError
+from vring_serial.cli.agent.channel import Channel, json_option, print_json, status_for
 from vring_serial.cli.completion.words import complete_files
 from vring_serial.cli.plain import escaped
-from vring_serial.errors import ConfigError, VringSerialError
+from vring_serial.errors import ConfigError
 
 #: Maximum number of concurrent transfers; the Linux agent accepts 128.
 AT_ONCE = 16
@@ -32,14 +33,16 @@ AT_ONCE = 16
 @click.command("send")
 @click.argument("paths", metavar="FILE...", nargs=-1, required=True, shell_complete=complete_files)
 @click.option("--quiet", is_flag=True, help="No progress bars.")
+@json_option
 @click.pass_obj
-def send_command(channel: Channel, paths: tuple[str, ...], quiet: bool) -> None:
+def send_command(channel: Channel, paths: tuple[str, ...], quiet: bool, as_json: bool) -> None:
     """Put files into the guest's download directory.
 
     Several files are sent at once. Interrupting the command cancels unfinished files in the guest.
     """
     files = [_checked(path) for path in paths]
-    failed: list[str] = []
+    as_json = as_json or channel.as_json
+    failed: list[StatusError] = []
     cancelled: list[bool] = []
 
     async def work(agent: HostAgent) -> None:
@@ -50,12 +53,12 @@ def send_command(channel: Channel, paths: tuple[str, ...], quiet: bool) -> None:
             TransferSpeedColumn(),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=Console(stderr=True), disable=quiet) as progress:
+        with Progress(*columns, console=Console(stderr=True), disable=quiet or as_json) as progress:
             slots = asyncio.Semaphore(AT_ONCE)
             try:
                 async with asyncio.TaskGroup() as group:
                     for file in files:
-                        group.create_task(_send(agent, file, progress, slots, failed))
+                        group.create_task(_send(agent, file, progress, slots, failed, as_json))
             except asyncio.CancelledError:
                 progress.live.transient = True  # no bars once more
                 cancelled.append(True)
@@ -67,7 +70,10 @@ def send_command(channel: Channel, paths: tuple[str, ...], quiet: bool) -> None:
         if cancelled:
             click.echo("cancelled", err=True)
     if failed:
-        raise VringSerialError("; ".join(failed))
+        statuses = {error.status for error in failed}
+        raise StatusError(
+            "; ".join(map(str, failed)), statuses.pop() if len(statuses) == 1 else STATUS_ERROR
+        )
 
 
 def _checked(path: str) -> Path:
@@ -90,7 +96,8 @@ async def _send(
     file: Path,
     progress: Progress,
     slots: asyncio.Semaphore,
-    failed: list[str],
+    failed: list[StatusError],
+    as_json: bool,
 ) -> None:
     """Send one file; its failure does not stop the others."""
     name = escape(escaped(file.name))
@@ -104,4 +111,12 @@ async def _send(
     except AgentError as error:
         progress.update(task, description=f"[red]{name}[/]")
         text = str(error)
-        failed.append(text if text.startswith(f"{file}:") else f"{file}: {text}")
+        status = status_for(error)
+        failed.append(
+            StatusError(text if text.startswith(f"{file}:") else f"{file}: {text}", status)
+        )
+        if as_json:
+            print_json({"file": str(file), "sent": False, "status": status, "error": text})
+    else:
+        if as_json:
+            print_json({"file": str(file), "sent": True})

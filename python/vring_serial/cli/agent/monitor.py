@@ -13,11 +13,11 @@ import socket
 import click
 
 from vring_serial.accept import Acceptor
-from vring_serial.cli import PATH
-from vring_serial.cli.agent.channel import Channel
+from vring_serial.cli import PATH, STATUS_NO_SERVER, StatusError
+from vring_serial.cli.agent.channel import Channel, json_option, print_json
 from vring_serial.cli.plain import escaped
 from vring_serial.cli.signals import run_until_signal
-from vring_serial.errors import ConfigError, ResourceError
+from vring_serial.errors import ConfigError
 from vring_serial.proto.agent import (
     AgentConnection,
     AgentProtocolError,
@@ -60,10 +60,12 @@ class Decoder:
     Args:
         name: the sender's name, in front of each line.
         side: the receiving side.
+        as_json: print JSON.
     """
 
-    def __init__(self, name: str, side: Side) -> None:
+    def __init__(self, name: str, side: Side, *, as_json: bool = False) -> None:
         self._name = name
+        self._as_json = as_json
         self._connection = AgentConnection(side)
         self._broken = False
         # The capabilities that were last announced in this direction.
@@ -110,6 +112,9 @@ class Decoder:
     def _show(self, text: str) -> None:
         time = datetime.datetime.now().isoformat(" ", "milliseconds")
         line = text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+        if self._as_json:
+            print_json({"time": time, "from": self._name, "message": line})
+            return
         click.echo(escaped(f"{time} {self._name}: {line}"))
 
 
@@ -158,8 +163,9 @@ def _constant(kind: type[enum.IntEnum], value: int) -> str:
     metavar="PATH",
     help="Stand between the channel and a client that connects here, and show both directions.",
 )
+@json_option
 @click.pass_obj
-def monitor_command(channel: Channel, listen: str | None) -> None:
+def monitor_command(channel: Channel, listen: str | None, as_json: bool) -> None:
     """Show the messages of the channel, decoded, until interrupted.
 
     Without --listen it connects as a client and shows what the agent sends. With --listen it
@@ -168,6 +174,7 @@ def monitor_command(channel: Channel, listen: str | None) -> None:
     channel.check()
     if listen is not None and os.path.abspath(listen) == os.path.abspath(channel.address):
         raise ConfigError("is the channel's own socket", f"--listen {listen}")
+    channel = dataclasses.replace(channel, as_json=as_json or channel.as_json)
     run_until_signal(lambda: _watch(channel) if listen is None else _between(channel, listen))
 
 
@@ -182,7 +189,7 @@ async def _streams(channel: Channel) -> Streams:
 async def _watch(channel: Channel) -> None:
     """Show what the agent sends to a client that only asked for its capabilities."""
     reader, writer = await _streams(channel)
-    decoder = Decoder("guest", Side.HOST)
+    decoder = Decoder("guest", Side.HOST, as_json=channel.as_json)
     announcement = AnnounceCapabilities(True, Capabilities.of())
     writer.write(AgentConnection(Side.HOST).send(announcement))
     try:
@@ -190,7 +197,7 @@ async def _watch(channel: Channel) -> None:
             decoder.feed(data)
     finally:
         writer.close()
-    raise ResourceError("the channel was closed at its other end")
+    raise StatusError("the channel was closed at its other end", STATUS_NO_SERVER)
 
 
 async def _between(channel: Channel, path: str) -> None:
@@ -208,18 +215,20 @@ async def _between(channel: Channel, path: str) -> None:
             except BaseException:
                 client[1].close()
                 raise
-            await _relay(client, agent)
+            await _relay(client, agent, as_json=channel.as_json)
             acceptor.resume()
     finally:
         acceptor.close()
         listener.close()
 
 
-async def _relay(client: Streams, agent: Streams) -> None:
+async def _relay(client: Streams, agent: Streams, *, as_json: bool) -> None:
     """Relay bytes in both directions until one side closes."""
+    there = Decoder("client", Side.GUEST, as_json=as_json)
+    back = Decoder("guest", Side.HOST, as_json=as_json)
     ways = (
-        asyncio.ensure_future(_pass(client[0], agent[1], Decoder("client", Side.GUEST))),
-        asyncio.ensure_future(_pass(agent[0], client[1], Decoder("guest", Side.HOST))),
+        asyncio.ensure_future(_pass(client[0], agent[1], there)),
+        asyncio.ensure_future(_pass(agent[0], client[1], back)),
     )
     try:
         await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)

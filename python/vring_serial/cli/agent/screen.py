@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 import click
 
 from vring_serial.agent.host import HostAgent
-from vring_serial.cli.agent.channel import Channel
+from vring_serial.cli.agent.channel import Channel, json_option, print_json
 from vring_serial.proto.agent import Monitor
 
 #: Maximum size in pixels in X11 and Windows.
@@ -34,7 +33,7 @@ class MonitorType(click.ParamType[Monitor]):
 
 
 @click.command("caps")
-@click.option("--json", "as_json", is_flag=True, help="A JSON array of names.")
+@json_option
 @click.pass_obj
 def caps_command(channel: Channel, as_json: bool) -> None:
     """List the capabilities of the guest's agent."""
@@ -42,15 +41,19 @@ def caps_command(channel: Channel, as_json: bool) -> None:
     async def work(agent: HostAgent) -> None:
         assert agent.capabilities is not None
         names = agent.capabilities.names()
-        click.echo(json.dumps(names) if as_json else "\n".join(names))
+        if as_json or channel.as_json:
+            print_json(names)
+        else:
+            click.echo("\n".join(names))
 
     channel.run(work)
 
 
 @click.command("resize")
 @click.argument("monitors", type=MonitorType(), nargs=-1, required=True)
+@json_option
 @click.pass_obj
-def resize_command(channel: Channel, monitors: tuple[Monitor, ...]) -> None:
+def resize_command(channel: Channel, monitors: tuple[Monitor, ...], as_json: bool) -> None:
     """Set the guest's monitors; the first is the primary one.
 
     Several monitors need positions: `resize 1920x1080+0+0 1280x1024+1920+0`.
@@ -60,6 +63,10 @@ def resize_command(channel: Channel, monitors: tuple[Monitor, ...]) -> None:
 
     async def work(agent: HostAgent) -> None:
         await agent.set_monitors(monitors)
+        if as_json or channel.as_json:
+            keys = ("width", "height", "x", "y")
+            print_json({"monitors": [{key: getattr(m, key) for key in keys} for m in monitors]})
+            return
         sizes = " ".join(f"{m.width}x{m.height}{m.x:+}{m.y:+}" for m in monitors)
         click.echo(f"the guest took {sizes}")
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import click
-from click.shell_completion import CompletionItem
 
-from vring_serial.cli import PATH, StatusError
+from vring_serial.cli import PATH, STATUS_NOT_FOUND, STATUS_REFUSED, StatusError
 from vring_serial.cli.attach.keys import Escape, EscapeKey
 from vring_serial.cli.attach.session import Session
 from vring_serial.cli.attach.terminal import Terminal
-from vring_serial.cli.ctl.connection import STATUS_NOT_FOUND, STATUS_REFUSED, Connection
+from vring_serial.cli.completion.words import complete_path
+from vring_serial.cli.ctl.connection import Connection, ask
 from vring_serial.cli.ctl.connection import Session as Monitor
 from vring_serial.cli.ctl.look import ports_of
 from vring_serial.cli.signals import run
@@ -20,19 +20,11 @@ from vring_serial.config.words import suggest
 _KIND = "console:"
 
 
-def _complete(
-    ctx: click.Context, _param: click.Parameter, incomplete: str
-) -> list[CompletionItem | str]:
+def _complete(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
     """Complete the path of a socket, or the name of a console if a server says which there are."""
-    found: list[CompletionItem | str] = []
-    address = ctx.params.get("address")
-    if address and "/" not in incomplete:
-        try:
-            consoles = Connection(address, 1.0, False).run(_consoles)
-        except StatusError:
-            consoles = {}
-        found += [name for name in consoles if name.startswith(incomplete)]
-    return found or [CompletionItem(incomplete, type="file")]
+    consoles = () if "/" in incomplete else ask(ctx, _consoles) or ()
+    found = [name for name in consoles if name.startswith(incomplete)]
+    return found or complete_path(incomplete)
 
 
 @click.command("attach", context_settings={"help_option_names": ["-h", "--help"]})

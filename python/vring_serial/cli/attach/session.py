@@ -6,11 +6,17 @@ import asyncio
 import contextlib
 import signal
 
-from vring_serial.cli import STATUS_ERROR, STATUS_INTERRUPTED, StatusError
+from vring_serial.cli import (
+    STATUS_ERROR,
+    STATUS_INTERRUPTED,
+    STATUS_NO_SERVER,
+    STATUS_REFUSED,
+    STATUS_TIMED_OUT,
+    StatusError,
+)
 from vring_serial.cli.attach.keys import Command, Escape, Keys
 from vring_serial.cli.attach.screen import CUT, Screen
 from vring_serial.cli.attach.terminal import Terminal
-from vring_serial.cli.ctl.connection import STATUS_NO_SERVER, STATUS_REFUSED, STATUS_TIMED_OUT
 from vring_serial.cli.plain import escaped
 from vring_serial.cli.signals import stop_on_signals
 from vring_serial.errors import RemoteProtocolError

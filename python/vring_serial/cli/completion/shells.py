@@ -21,6 +21,8 @@ from click.shell_completion import (
     split_arg_string,
 )
 
+from vring_serial.cli.completion.words import complete_path
+
 _BASH = """\
 %(complete_func)s() {
     local reply
@@ -87,7 +89,14 @@ class _WholeWords(ShellComplete):
 
     def get_completions(self, args: list[str], incomplete: str) -> list[CompletionItem[str]]:
         """Return whole words: click takes ``--option=`` off, and does not put it back."""
-        items = super().get_completions(args, incomplete)
+        items: list[CompletionItem[str]] = []
+        for item in super().get_completions(args, incomplete):
+            if item.type == "plain":
+                items.append(item)
+            else:  # click's own paths: "file" or "dir", for a shell to complete
+                paths = complete_path(item.value)
+                only = (path for path in paths if item.type == "file" or path.endswith("/"))
+                items += map(CompletionItem, only)
         option, equals, _ = incomplete.partition("=")
         if not (equals and option.startswith("-")):
             return items

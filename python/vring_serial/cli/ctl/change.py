@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import click
 
-from vring_serial.cli import StatusError
+from vring_serial.cli import STATUS_NOT_FOUND, StatusError
 from vring_serial.cli.ctl.connection import (
-    STATUS_NOT_FOUND,
     Connection,
     Session,
     complete_name,

@@ -14,16 +14,16 @@ from qemu.qmp.error import QMPError
 from qemu.qmp.protocol import ConnectError
 from qemu.qmp.qmp_client import ExecuteError
 
-from vring_serial.cli import StatusError
+from vring_serial.cli import (
+    STATUS_NO_SERVER,
+    STATUS_NOT_FOUND,
+    STATUS_REFUSED,
+    STATUS_TIMED_OUT,
+    StatusError,
+)
 from vring_serial.cli.signals import run
 
 T = TypeVar("T")
-
-#: Exit statuses that scripts can tell apart.
-STATUS_NO_SERVER = 3
-STATUS_NOT_FOUND = 4
-STATUS_REFUSED = 5
-STATUS_TIMED_OUT = 6
 
 _NOT_FOUND = ("CommandNotFound", "DeviceNotFound", "DeviceNotActive")
 
