@@ -166,6 +166,14 @@ def test_what_keeps_the_service_from_starting_is_said(hook: Hook) -> None:
     assert not (hook.sockets / "device.sock").exists()
 
 
+@pytest.mark.parametrize("option", ["--no-keeper", "--descriptor-store"])
+def test_the_service_has_a_keeper(hook: Hook, option: str) -> None:
+    """What serves without one does not say when it serves."""
+    result = hook.call("prepare", "begin", options=(f"--serve={option}",))
+    assert result.returncode == 2
+    assert f"{option}: the service that the hook starts has a keeper.".encode() in result.stderr
+
+
 @pytest.mark.parametrize("operation", ["restore", "migrate"])
 def test_a_state_that_cannot_be_restored(hook: Hook, operation: str) -> None:
     result = hook.call(operation, "begin")

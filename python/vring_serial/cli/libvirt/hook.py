@@ -68,6 +68,9 @@ def hook_command(
     \b
       vring libvirt hook -- "$@"
     """
+    for option in ("--no-keeper", "--descriptor-store"):
+        if option in options:
+            raise click.UsageError(f"{option}: the service that the hook starts has a keeper.")
     data = read_file("-")
     done = (operation, suboperation)
     if done not in _OPERATIONS:
