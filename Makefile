@@ -66,6 +66,7 @@ check: build $(VENV)/check-tools check-coverage ## linters, docstrings, types, i
 	$(BIN)/python scripts/check-lengths
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/cython-lint vring
 	$(BIN)/mypy
+	$(BIN)/mypy --config-file tests/mypy.ini
 	$(BIN)/lint-imports
 	$(BIN)/python -m mypy.stubtest vring --concise
 

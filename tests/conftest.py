@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.support.call_end import CallEnd
 from tests.support.hostile_files import HostileFiles
@@ -34,6 +35,11 @@ PEER_FILES = {
 }
 #: Who brings those that `make peers` does not.
 MAKE_TARGETS = {"qemu-root": "make peers-qemu", "vdagent-root": "make peers-vdagent"}
+
+
+# A busy machine takes longer for everything: that says nothing about what is tested.
+settings.register_profile("vring", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("vring")
 
 
 def is_installed(name: str) -> bool:

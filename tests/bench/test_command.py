@@ -20,13 +20,13 @@ WITH_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 FEW = ["--sizes", "64,5000", "--ports", "1,3", "--rounds", "1", "--messages", "2000"]
 
 
-def bench(*arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "vring_serial", "bench", *arguments]
     return subprocess.run(
         command,
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=60,
         env={**os.environ, "COLUMNS": "200"},
         check=False,
     )
@@ -87,7 +87,7 @@ def test_plot(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.skipif(WITH_MATPLOTLIB, reason="matplotlib is installed")
 def test_plot_without_matplotlib_is_one_line_before_anything_is_measured(tmp_path: Path) -> None:
-    done = bench("--plot", str(tmp_path / "a.png"), timeout=10)
+    done = bench("--plot", str(tmp_path / "a.png"))
     assert done.returncode == 1
     assert done.stderr == (
         "vring: --plot needs matplotlib, which is not installed: pip install 'vring[plot]'\n"
@@ -108,7 +108,7 @@ def test_plot_without_matplotlib_is_one_line_before_anything_is_measured(tmp_pat
     ],
 )
 def test_usage_errors(arguments: list[str], word: str) -> None:
-    done = bench(*arguments, timeout=10)
+    done = bench(*arguments)
     assert done.returncode == 2
     assert word in done.stderr
     assert len(done.stderr.splitlines()) == 1

@@ -113,7 +113,7 @@ STEPS = st.lists(
 
 
 @given(steps=STEPS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_byte_of_every_client_in_their_order(steps: list[tuple[str, int]]) -> None:
     """Up to five clients come, send and go while the guest reads at moments of its own."""
 

@@ -85,9 +85,9 @@ def test_what_runs_out_later(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert _report(error) == 1
+    assert _report(error, "vring") == 1
     assert line in (first := capsys.readouterr().err)
     assert first.count("\n") == 1
     monkeypatch.setattr(resource, "getrlimit", lambda which: (1 << 30, resource.RLIM_INFINITY))
-    _report(error)
+    _report(error, "vring")
     assert "memory is limited to 1024 MiB (ulimit -d)" in capsys.readouterr().err

@@ -264,7 +264,7 @@ def machines(draw: st.DrawFn, number: int) -> VmConfig:
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.data(), st.integers(1, 3), st.none() | st.sampled_from(["vm", "shared"]), st.none() | TEXTS
 )

@@ -119,7 +119,7 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(steps=steps, event_idx=st.booleans())
 def test_no_byte_is_lost_or_moved(steps: list[tuple[str, int]], event_idx: bool) -> None:
     asyncio.run(play(steps, event_idx))

@@ -241,7 +241,7 @@ def test_sizes_that_nobody_saw_are_not_sent():
     assert drain(device.outbox) == [ControlMessage(0, E.RESIZE, 0, Size(199, 50).pack())]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.binary(min_size=0, max_size=12), max_size=30))
 def test_no_bytes_make_the_device_fail(messages):
     device = device_with(0, 1, 2, console=True)
@@ -358,7 +358,7 @@ def test_a_close_that_waited_when_the_driver_repeated_itself_is_not_lost():
     assert drain(device.outbox)[-1] == ControlMessage(1, E.PORT_OPEN, 0)
 
 
-DeviceMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+DeviceMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40)
 test_whatever_happens_the_driver_can_know_all_and_little_waits = DeviceMachine.TestCase
 
 
@@ -529,7 +529,7 @@ def test_every_state_of_a_driver_can_be_left():
         )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(
         st.builds(

@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import socket
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
 
 import pytest
@@ -18,8 +18,11 @@ from qemu.qmp.qmp_client import ExecuteError
 from tests.support.keeper import kept, socket_ports
 from tests.support.waiting import turns, until
 from vring_serial import EmbeddedGuest
+from vring_serial.service.descriptor_store import Notifier
 from vring_serial.service.qmp.monitor import Monitor
 from vring_serial.service.qmp.server import QmpServer
+from vring_serial.service.roster import Changed
+from vring_serial.service.vms import Vms
 
 QMP = ("--qmp", "unix:qmp,server=on,wait=off")
 CONSOLE = ("--chardev", "ringbuf,id=r0,size=4096", "--console", "chardev=r0")
@@ -117,14 +120,24 @@ async def test_a_ring_buffer_is_read_and_written(tmp_path):
         )
 
 
+def no_vm(name, link):
+    raise AssertionError(name)
+
+
 async def test_nothing_is_read_before_the_process_is_confined():
     """Nor by one of several sockets while the next one is begun."""
     confined = asyncio.Event()
-    with socket.socket(socket.AF_UNIX) as listening:
+    ours, keeper_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with (
+        keeper_end,
+        closing(Notifier(ours)) as notifier,
+        Vms((), Changed(), notifier, no_vm) as vms,
+        socket.socket(socket.AF_UNIX) as listening,
+    ):
         listening.bind("m")
         listening.listen(1)
         listening.setblocking(False)
-        monitor = Monitor("service", "package", [])
+        monitor = Monitor("service", "package", vms, "")
         async with QmpServer(monitor, listening, "QMP", "package", confined) as server:
             await server.start()
             reader, writer = await asyncio.open_unix_connection("m")

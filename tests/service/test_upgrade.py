@@ -266,7 +266,7 @@ async def test_a_keeper_that_stops_gives_up_an_upgrade(tmp_path, versions):
 
 KEEPER = "vring_serial/service/keeper.py"
 BEGINS = "        self._reporter.begin()\n"
-HANDED = "                self._leaving[pidfd] = pid, time.monotonic() + KILL_SECONDS\n"
+HANDED = "                self._leaving.add(worker)\n"
 
 
 def closing(at, seconds):

@@ -188,7 +188,7 @@ def _used_slot(start: int, slot: int) -> bytes:
 OPERATIONS = ("add", "add", "publish", "pop", "push", "push", "unpop", "take", "device", "driver")
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=120, suppress_health_check=list(HealthCheck))
 @given(
     data=st.data(),
     shift=st.integers(0, 4),
@@ -227,7 +227,7 @@ def test_driver_device_and_oracle_agree(
         bench.check()
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=400, suppress_health_check=list(HealthCheck))
 @given(data=st.data(), seed=st.integers(0, 2**32 - 1), indirect=st.booleans())
 @pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
 def test_malformed_rings_are_judged_as_the_oracle_does(

@@ -198,7 +198,7 @@ def test_slow_reader_stops_its_own_queue_only(
     assert flow.counters.throttled_ns >= 100_000_000
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_any_chunking_keeps_the_stream(data: st.DataObject) -> None:
     """Random chain shapes into a small socket, read in random pieces; and the same way back."""

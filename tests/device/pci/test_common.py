@@ -206,7 +206,7 @@ def test_a_write_reaches_whole_fields_only(driver):
 
 
 @given(st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_access_has_an_answer(data):
     pci = PciDevice(Controller(max_ports=1), transitional=True)
     offsets = st.one_of(st.integers(0, 300), st.sampled_from([0x1000, 0x2000, 0x3000, 0x3FFF]))

@@ -48,7 +48,7 @@ OWNED = [at + 1 if at < 16 or at in (20, 21, 26, 27) or 32 <= at < 44 else 0 for
 
 
 @given(st.integers(0, 60), st.integers(1, 64))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_reading_gives_the_bytes_that_are_there(offset, size):
     bank, _, _ = make()
     expected = bytes(OWNED[at] if at < 48 else 0 for at in range(offset, offset + size))
@@ -56,7 +56,7 @@ def test_reading_gives_the_bytes_that_are_there(offset, size):
 
 
 @given(st.integers(0, 60), st.integers(1, 64), st.integers(0, 2**600))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_writing_reaches_what_it_covers_whole(offset, size, value):
     bank, registers, memory = make()
     bank.write(offset, value, size)

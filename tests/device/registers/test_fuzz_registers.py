@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 
 @given(st.binary(max_size=800))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_guest_gets_answers(data):
     logging.disable(logging.WARNING)
     try:

@@ -185,7 +185,7 @@ def test_the_configuration_is_read_in_any_width(machine):
 
 @pytest.mark.parametrize("version", [1, 2])
 @given(data=st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_any_access_has_an_answer(version, data):
     mmio = MmioDevice(Controller(max_ports=1), version=version)
     for _ in range(data.draw(st.integers(1, 20))):

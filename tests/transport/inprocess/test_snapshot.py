@@ -319,7 +319,7 @@ def patch(data: bytes) -> Callable[[list[tuple[int, int]]], str]:
 
 
 @pytest.mark.parametrize(("kind", "packed_ring"), WAYS)
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_a_forged_state_is_a_state_error_or_harmless(
     kind: str, packed_ring: bool, data: st.DataObject
@@ -355,7 +355,6 @@ def test_vectors_that_a_function_lacks_are_named(register: str) -> None:
     Machine("pci", False, bytearray(ram), forged.pack()).close()
 
 
-@settings(deadline=None)
 @given(data=st.data())
 def test_a_torn_state_is_a_state_error(data: st.DataObject) -> None:
     saved, ram = once_saved("mmio")

@@ -23,7 +23,6 @@ def quiet() -> Iterator[None]:
 
 @settings(
     max_examples=60,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(st.binary(min_size=20, max_size=1500))

@@ -170,7 +170,8 @@ def in_a_loop(device: Any, play: Callable[[Any], Awaitable[None]]) -> None:
 
 
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(steps=STEPS)
 def test_any_order_of_messages(steps: list[tuple[str, int]], device: Any) -> None:
