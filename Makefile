@@ -149,7 +149,7 @@ wheel-check: ## an sdist, from it a wheel for each of PYTHONS, past auditwheel a
 peers: ## Debian packages of the real peers: User-Mode Linux, the SPICE agent, an X server
 	$(if $(filter 0,$(shell id -u)),,sudo) apt-get update
 	$(if $(filter 0,$(shell id -u)),,sudo) env DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
-		user-mode-linux busybox-static qemu-guest-agent spice-vdagent xvfb xclip x11-xserver-utils socat zsh fish \
+		user-mode-linux busybox-static qemu-guest-agent spice-vdagent xvfb xclip x11-xserver-utils socat curl zsh fish \
 		libspice-server1 libseccomp2 gir1.2-spiceclientglib-2.0 python3-gi openssl gcc-riscv64-linux-gnu
 
 peers-qemu: ## a Debian testing root with QEMU and its kernel, cached (needs root, 2 to 3 minutes)

@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 
+from tests.support.commands import run_vring
 from tests.support.keeper import kept
 from tests.support.processes import running
 from tests.support.terminals import on_terminal
@@ -89,6 +90,41 @@ async def test_people_watch_and_type_together_with_history(tmp_path):
         ends[0] = await place.attach()
         ends[0].press(b"y")
         await place.hears(b"y")  # and nothing before it
+
+
+LATE = """
+[vm.late]
+vhost-user = "w"
+[vm.late.chardev.con]
+backend = "console"
+path = "late-c"
+[[vm.late.console]]
+chardev = "con"
+"""
+
+
+async def test_of_several_vms_the_name_says_whose_console_it_is(tmp_path):
+    """As `vring ctl` has it: the VM that the service began with keeps its names."""
+    (tmp_path / "late.toml").write_text(LATE)
+    async with place_of(tmp_path, *QMP) as place:
+        await place.keeper.logged("QMP at")
+        added = await run_vring("ctl", "--qmp", "qmp", "vm", "add", "late.toml")
+        assert added == (0, "", "")
+        for name, path in (("con", "c"), ("late/con", "late-c")):
+            terminal = await place.attach("--qmp", "qmp", name)
+            await terminal.said(f"attached to .*/{path}[\r;]")
+            terminal.press(LEAVE)
+            assert await terminal.status() == 0
+        assert await attach("--qmp", "qmp", "late/c") == (
+            4,
+            "vring: there is no port 'late/c'; did you mean late/con? known: con, late/con; "
+            "a path begins with / or ., as in ./late/c\n",
+        )
+        # Nobody is there who knows names: it is a path.
+        assert await attach("late/c") == (
+            3,
+            "vring: there is no server at late/c: No such file or directory\n",
+        )
 
 
 async def test_the_guest_has_the_size_of_the_terminal(tmp_path):

@@ -28,6 +28,7 @@ ALL = "\x1b*"
 BASH = """\
 PS1=; bind 'set bell-style none'; bind 'set enable-bracketed-paste off'
 eval "$(_VRING_COMPLETE=bash_source vring)"
+eval "$(_VRING_VHOST_USER_COMPLETE=bash_source vring-vhost-user)"
 tell() { printf '%s\\n' "$READLINE_LINE" > told; }
 bind -x '"\\C-t": tell'
 echo re""ady
@@ -35,6 +36,7 @@ echo re""ady
 ZSH = """\
 PS1=; unsetopt beep zle_bracketed_paste; autoload -Uz compinit; compinit -u -D
 eval "$(_VRING_COMPLETE=zsh_source vring)"
+eval "$(_VRING_VHOST_USER_COMPLETE=zsh_source vring-vhost-user)"
 tell() { print -r -- $BUFFER > told }
 zle -N tell; bindkey '^T' tell
 echo re""ady
@@ -95,12 +97,13 @@ class Shell:
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A search path on which ``vring`` is the one under test."""
+    """A search path on which our programs are those under test."""
     programs = tmp_path_factory.mktemp("bin")
-    (programs / "vring").write_text(
-        f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m vring_serial "$@"\n'
-    )
-    (programs / "vring").chmod(0o755)
+    python = shlex.quote(sys.executable)
+    back_end = "from vring_serial.cli.vhost_user import main; main()"
+    for name, run in (("vring", "-m vring_serial"), ("vring-vhost-user", f"-c '{back_end}'")):
+        (programs / name).write_text(f'#!/bin/sh\nexec {python} {run} "$@"\n')
+        (programs / name).chmod(0o755)
     return {
         "PATH": f"{programs}:{os.environ['PATH']}",
         "HOME": str(programs),
@@ -161,9 +164,18 @@ LINES = [
     ("vring serve --qmp unix:one", "vring serve --qmp unix:one.toml "),
     ("vring serve --chardev nosuch,pa", "vring serve --chardev nosuch,pa"),
 ]
+#: The same of the program that management layers start.
+BACK_END_LINES = [
+    ("vring-vhost-user --socket-p", "vring-vhost-user --socket-path "),
+    ("vring-vhost-user --socket-path one", "vring-vhost-user --socket-path one.toml "),
+    ("vring-vhost-user --print-c", "vring-vhost-user --print-capabilities "),
+    ("vring-vhost-user --chardev so", "vring-vhost-user --chardev socket,"),
+    ("vring-vhost-user --chardev socket,pa", "vring-vhost-user --chardev socket,path="),
+    (f"vring-vhost-user {DATA} --port ch", f"vring-vhost-user {DATA} --port chardev="),
+]
 
 
-@pytest.mark.parametrize(("typed", "completed"), LINES)
+@pytest.mark.parametrize(("typed", "completed"), [*LINES, *BACK_END_LINES])
 def test_bash(bash: Shell, typed: str, completed: str) -> None:
     assert bash.line(typed) == completed
 
@@ -204,7 +216,7 @@ def test_bash_completes_in_quotes_and_within_a_longer_line(bash: Shell) -> None:
     assert bash.line(typed) == f"{typed}th="
 
 
-@pytest.mark.parametrize(("typed", "completed"), LINES[1::3])
+@pytest.mark.parametrize(("typed", "completed"), [*LINES[1::3], *BACK_END_LINES[::2]])
 def test_zsh(zsh: Shell, typed: str, completed: str) -> None:
     assert zsh.line(typed) == completed
 
@@ -213,12 +225,16 @@ def test_fish(tmp_path: Path, environment: dict[str, str]) -> None:
     if shutil.which("fish") is None:
         pytest.skip("fish is not installed")
     (tmp_path / "one.toml").touch()
-    lines = LINES[::4]
+    lines = [*LINES[::4], *BACK_END_LINES[1::2]]
+    sources = (
+        "_VRING_COMPLETE=fish_source vring | source; "
+        "_VRING_VHOST_USER_COMPLETE=fish_source vring-vhost-user | source"
+    )
     asked = "; ".join(
         f"echo {shlex.quote(typed)}; complete -C {shlex.quote(typed)}" for typed, _ in lines
     )
     result = subprocess.run(
-        ["fish", "--no-config", "-c", f"_VRING_COMPLETE=fish_source vring | source; {asked}"],
+        ["fish", "--no-config", "-c", f"{sources}; {asked}"],
         cwd=tmp_path,
         env=environment,
         capture_output=True,

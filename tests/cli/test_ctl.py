@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.commands import run_vring
 from tests.support.keeper import kept, socket_ports
 from vring_serial import EmbeddedGuest
 
@@ -37,9 +38,7 @@ async def start(*arguments, address="qmp", **options):
 
 async def ctl(*arguments, address="qmp"):
     """Status, output and errors of one command."""
-    process = await start(*arguments, address=address)
-    out, err = await process.communicate()
-    return process.returncode, out.decode(), err.decode()
+    return await run_vring("ctl", "--qmp", address, *arguments)
 
 
 async def completed(before, word):
@@ -196,6 +195,24 @@ async def test_vms_come_and_go(tmp_path):
             assert await ctl("vm", "remove", name) == (0, "", "")
         assert await ctl("vm", "remove", "late") == (4, "", "vring: VM 'late' not found\n")
         assert not {"w", "w2"} & set(os.listdir())
+
+
+async def test_of_several_vms_the_name_says_whose_a_port_is(tmp_path):
+    Path("late.toml").write_text(LATE)
+    async with service(tmp_path):
+        assert await ctl("vm", "add", "late.toml") == (0, "", "")
+        assert await ctl("chardev", "add", "null,id=late/n") == (0, "", "")
+        assert await ctl("chardev", "change", "ringbuf,id=late/n") == (0, "", "")
+        assert await ctl("port", "add", "chardev=late/n,nr=5,name=org.example.n") == (0, "", "")
+        _, out, _ = await ctl("--json", "ports")
+        found = {(port["vm"], port["nr"]): port["filename"] for port in json.loads(out)}
+        assert found["late", 5] == "ringbuf"
+        assert ("vring", 5) not in found
+        assert await ctl("port", "remove", "late/n") == (0, "", "")
+        assert await ctl("chardev", "remove", "late/n") == (0, "", "")
+        for id in ("late/", "late/n m", "late/n/"):
+            status, _, err = await ctl("chardev", "add", f"null,id={id}")
+            assert (status, "is no id" in err) == (2, True)
 
 
 async def test_exit_statuses_tell_failures_apart(tmp_path):

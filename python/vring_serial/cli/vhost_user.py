@@ -27,6 +27,8 @@ from vring_serial.unix_socket import set_access
 
 #: The program that management layers start; pyproject.toml makes it.
 PROGRAM = "vring-vhost-user"
+#: Set by a shell that wants to complete a line of it, or the function for that; as click names it.
+COMPLETE = "_VRING_VHOST_USER_COMPLETE"
 #: Our place in VHostUserBackendType: virtio device type 3. Consoles have no features there.
 CAPABILITIES = {"type": "console"}
 #: What is served if nothing is said.
@@ -118,6 +120,11 @@ def vhost_user_command(
 
 def main() -> NoReturn:
     """Run the program of its own: ``vring vhost-user`` under another name."""
+    if COMPLETE in os.environ:
+        from vring_serial.cli.completion import shells
+
+        shells.install()
+        vhost_user_command.main(prog_name=PROGRAM)
     from vring_serial.__main__ import main as run_vring
 
     sys.argv.insert(1, "vhost-user")

@@ -142,8 +142,13 @@ def _split_option(flag: str, text: str) -> tuple[list[tuple[str, str | None]], s
         raise ConfigError(error.why, where) from None
 
 
-def parse_chardev(text: str) -> ChardevConfig:
-    """Return the host end of one ``--chardev``. Raises ConfigError with option, key and cause."""
+def parse_chardev(text: str, *, of_any_vm: bool = False) -> ChardevConfig:
+    """Return the host end of one ``--chardev``. Raises ConfigError with option, key and cause.
+
+    Args:
+        text: the option's value.
+        of_any_vm: the name of a VM and a slash may precede the id.
+    """
     pairs, where = _split_option("--chardev", text)
     kind = _take_kind(pairs, where)
     id = ""
@@ -153,7 +158,7 @@ def parse_chardev(text: str) -> ChardevConfig:
             id = value or ""
         else:
             values.append((key, value))
-    if not _ID.fullmatch(id):
+    if not _ID.fullmatch(id.rpartition("/")[2] if of_any_vm else id):
         raise ConfigError(
             f"{shorten(id)} is no id: a letter, then letters, digits, '-', '.' or '_'"
             if id

@@ -22,7 +22,7 @@ _KIND = "console:"
 
 def _complete(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
     """Complete the path of a socket, or the name of a console if a server says which there are."""
-    consoles = () if "/" in incomplete else ask(ctx, _consoles) or ()
+    consoles = () if _is_path(incomplete) else ask(ctx, _consoles) or ()
     found = [name for name in consoles if name.startswith(incomplete)]
     return found or complete_path(incomplete)
 
@@ -58,9 +58,10 @@ def attach_command(
 ) -> int:
     """Watch a console of `vring serve`, and type to it, together with others.
 
-    PORT is the name of a port, or of its chardev, of the kind `console`; PATH, which has a slash,
-    is that chardev's socket. First comes the scrollback, then what the guest writes. The terminal
-    is left as it was found, whatever the guest did to it.
+    PORT is the name of a port, or of its chardev, of the kind `console`; with several VMs VM/NAME.
+    PATH, which begins with `/` or `.`, is that chardev's socket; without --qmp, anything with a
+    slash is a path. First comes the scrollback, then what the guest writes. The terminal is left as
+    it was found, whatever the guest did to it.
 
     Exit statuses: 0 left by the escape key, 2 usage, 3 no server, or it ended, 4 no such port, 5
     not a console, or refused, 6 no answer in time, 1 anything else.
@@ -69,22 +70,29 @@ def attach_command(
       vring attach /run/vring/con.sock
       vring attach --qmp /run/vring-qmp.sock --read-only con
     """
-    path = port if "/" in port else _find(port, address, timeout)
+    named = address is not None and not _is_path(port)
+    path = port if "/" in port and not named else _find(port, address, timeout)
     with Terminal() as terminal:
         if escape is None:
             escape = Escape(b"\x1d") if terminal.is_interactive else Escape(b"")
         return run(Session(path, terminal, escape, read_only=read_only, timeout=timeout).run())
 
 
+def _is_path(word: str) -> bool:
+    """Return whether a word is a path also where it could be the name of a VM's port."""
+    return word.startswith(("/", "./", "../"))
+
+
 async def _consoles(monitor: Monitor) -> dict[str, str]:
     """Return every name of every port, with QEMU's name of its host end."""
     vms = await monitor.status()
-    names: dict[str, str] = {}
-    for vm, _, port in ports_of(vms):
-        for name in filter(None, (port["chardev"], port["name"])):
-            whole = name if len(vms) == 1 else f"{vm}/{name}"
-            names[whole] = port["filename"]
-    return names
+    prefixes = {vm["name"]: vm["prefix"] for vm in vms}
+    return {
+        prefixes[vm] + name: port["filename"]
+        for vm, _, port in ports_of(vms)
+        for name in (port["chardev"], port["name"])
+        if name
+    }
 
 
 def _find(port: str, address: str | None, timeout: float) -> str:
@@ -95,7 +103,10 @@ def _find(port: str, address: str | None, timeout: float) -> str:
     found: dict[str, Any] = Connection(address, timeout, False).run(_consoles)
     if port not in found:
         consoles = [name for name, filename in found.items() if filename.startswith(_KIND)]
-        raise StatusError(f"there is no port {port!r}; {suggest(port, consoles)}", STATUS_NOT_FOUND)
+        text = f"there is no port {port!r}; {suggest(port, consoles)}"
+        if "/" in port:
+            text += f"; a path begins with / or ., as in ./{port}"
+        raise StatusError(text, STATUS_NOT_FOUND)
     filename = found[port]
     if not filename.startswith(_KIND):
         text = f"port {port!r} has no chardev of the kind console, but {filename}"

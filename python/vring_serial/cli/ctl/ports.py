@@ -36,8 +36,11 @@ def chardev_group() -> None:
 )
 @click.pass_obj
 def add_chardev_command(connection: Connection, option: str) -> None:
-    """Make a host end, as `vring serve --chardev` does; `port add` gives it a port."""
-    config = parse_chardev(option)
+    """Make a host end, as `vring serve --chardev` does; `port add` gives it a port.
+
+    Of several VMs, ID says which one has it: VM/ID.
+    """
+    config = parse_chardev(option, of_any_vm=True)
     backend = backend_of(config)
     _report(connection, lambda s: s.execute("chardev-add", id=config.id, backend=backend))
 
@@ -51,7 +54,7 @@ def add_chardev_command(connection: Connection, option: str) -> None:
 @click.pass_obj
 def change_chardev_command(connection: Connection, option: str) -> None:
     """Exchange the host end ID, whose port goes on with the new one."""
-    config = parse_chardev(option)
+    config = parse_chardev(option, of_any_vm=True)
     backend = backend_of(config)
     _report(connection, lambda s: s.execute("chardev-change", id=config.id, backend=backend))
 
