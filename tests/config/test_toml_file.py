@@ -104,7 +104,16 @@ PORT = 'chardev.n.backend = "null"\nport = [{chardev = "n"}]\n'
         ("workers = 'one'", "f:1: workers: there is no 'one'; "),
         ("log-level = 3", "f:1: log-level: is a string, not a number"),
         ("json-log = 'on'", "f:1: json-log: is true or false, not a string"),
-        ("metrics = 9500", "f:1: metrics: is a list, not a number"),
+        ("metrics = true", "f:1: metrics: is a number or a string, or a list of them, not true"),
+        (
+            "metrics = [1, 2.5]",
+            "f:1: metrics[2]: is a number or a string, not a date or a fraction",
+        ),
+        ("qmp = 4444", "f:1: qmp: is a string, or a list of them, not a number"),
+        ("qmp = ''", "f:1: qmp: is empty"),
+        ("socket-mode = 660", 'f:1: socket-mode: is a string such as "0660", not a number'),
+        ("socket-mode = 0o660", 'f:1: socket-mode: is a string such as "0660", not a number'),
+        ("[vm.a]\nvhost-user = 5", "f:2: vm.a.vhost-user: is a string, or a list of them, not a n"),
         ("qmp = ['a',\n3]", "f:2: qmp[2]: is a string, not a number"),
         ("vm = 3", "f:1: vm: is a table, not a number"),
         ("[vm]\na = 3", "f:2: vm.a: is a table, not a number"),
@@ -260,6 +269,7 @@ def machines(draw: st.DrawFn, number: int) -> VmConfig:
         agent_socket=draw(st.none() | PATHS),
         packed=draw(st.booleans()),
         sandbox=draw(st.sampled_from(["on", "off", "on,seccomp=off"])),
+        qmp=draw(st.sampled_from([(), ("unix:q",), ("unix:q", "unix:r")])),
         user=draw(st.none() | TEXTS),
     )
 
@@ -283,6 +293,16 @@ def test_what_is_shown_is_read_as_what_it_was(
         json_log=True,
     )
     assert parse(as_toml(service).encode()) == service
+
+
+def test_what_users_think_of_as_a_number_may_be_one() -> None:
+    text = "metrics = 9500\nsocket-owner = 0\nsocket-group = 4\n"
+    vm = "[vm.a]\nvhost-user = 'v'\nuser = 65534\n" + PORT
+    service = parse((text + vm).encode())
+    assert service.metrics == ("9500",)
+    assert (service.socket_owner, service.socket_group) == ("0", "4")
+    assert service.vms[0].user == "65534"
+    assert parse(b"metrics = [9500, 'unix:m']\n" + vm.encode()).metrics == ("9500", "unix:m")
 
 
 def test_a_path_that_is_no_text_cannot_be_shown() -> None:

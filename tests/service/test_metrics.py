@@ -413,7 +413,7 @@ async def test_a_worker_that_does_not_answer_is_down(monkeypatch):
     ],
 )
 def test_addresses(text, host, port, path):
-    options = parse_metrics(text)
+    options = parse_metrics(text, "--metrics")
     assert (options.host, options.port, options.path or None) == (host, port, path)
 
 
@@ -433,7 +433,7 @@ def test_addresses(text, host, port, path):
 )
 def test_what_is_no_address_is_refused(text, why):
     with pytest.raises(ConfigError) as caught:
-        parse_metrics(text)
+        parse_metrics(text, "--metrics")
     assert caught.value.where.startswith("--metrics")
     assert why in caught.value.why
 

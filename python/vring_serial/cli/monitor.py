@@ -14,20 +14,17 @@ from functools import partial
 from typing import Any, NoReturn
 
 import vring
-from vring_serial.chardev.endpoint import Listener
-from vring_serial.chardev.kept import KeptSockets
 from vring_serial.chardev.socket import SocketOptions
 from vring_serial.cli import logs, status_of
 from vring_serial.cli.confine import confine
 from vring_serial.cli.logs import LogSettings, emit
 from vring_serial.cli.signals import run, stop_on_signals
 from vring_serial.config.vms import VmConfig
-from vring_serial.errors import ResourceError
 from vring_serial.keeping import Keeping
 from vring_serial.service.link import Links
-from vring_serial.service.monitored import Monitored
+from vring_serial.service.monitored import Monitored, listen
 from vring_serial.service.qmp.monitor import Monitor
-from vring_serial.service.qmp.server import QmpServer, tell_all
+from vring_serial.service.qmp.monitors import Monitors
 from vring_serial.service.qmp.vm import Vm
 from vring_serial.service.reach import reach_of
 from vring_serial.service.roster import Changed
@@ -35,7 +32,6 @@ from vring_serial.service.sandbox import Sandbox
 from vring_serial.service.shelf import open_shelf
 from vring_serial.service.vms import Vms
 from vring_serial.service.worker import Inheritance
-from vring_serial.unix_socket import SocketPathError
 
 NAME = "monitor"
 
@@ -94,34 +90,35 @@ async def _serve(
     # Without the keeper there is nobody who would start workers again, or this.
     asyncio.get_running_loop().add_reader(inheritance.keeper, stop.set)
     asyncio.get_running_loop().add_signal_handler(signal.SIGUSR2, hand_over)
-    servers: list[QmpServer] = []
     package = f"vring {vring.__version__}"
+    confined = asyncio.Event()  # clients that come earlier are not served before
     async with contextlib.AsyncExitStack() as stack:
-        make = partial(Vm, tell=partial(tell_all, servers))
+        tell = partial(emit, logging.INFO, "monitor")
+        monitors = await stack.enter_async_context(Monitors(package, confined, keeping, tell))
+        make = partial(Vm, tell=monitors.tell_of)
         vms = stack.enter_context(Vms(settings.vms, settings.changed, inheritance.notifier, make))
         vms.known += [make(name, end) for name, end in ends.items()]
+        vms.on_change = monitors.vm_changed
         only = settings.vms[0].name if len(settings.vms) == 1 else ""
-        confined = asyncio.Event()  # clients that come earlier are not served before
         for number, options in enumerate(settings.monitored.qmp):
-            sockets = await _listen("--qmp", options, keeping.scoped(f"qmp-{number}"), stack)
             monitor = Monitor(settings.name, package, vms, only)
-            for sock in sockets:
-                server = QmpServer(monitor, sock, f"QMP at {options.address}", package, confined)
-                stack.push_async_callback(server.aclose)
-                await server.start()
-                servers.append(server)
-            emit(logging.INFO, "monitor", f"QMP at {options.address}")
+            await monitors.serve(monitor, options, f"qmp-{number}")
+        for place, vm in enumerate(settings.vms):
+            if vm.name in settings.changed.removed:
+                continue
+            for number, options in enumerate(settings.monitored.vms.get(vm.name, ())):
+                monitor = Monitor(vm.name, package, vms, only, vm.name)
+                await monitors.serve(monitor, options, f"vm-{place}-qmp-{number}")
         if addresses := settings.monitored.metrics:
             await _serve_metrics(addresses, vms.known, confined, keeping, stack)
-        listening = (*settings.monitored.qmp, *settings.monitored.metrics)
+        listening = settings.monitored.all
         made = [options.path for options in listening if options.path and not options.abstract]
         log = settings.log.path
         confine(settings.sandbox, reach_of([], removes=made, appends_to=[log] if log else []))
         confined.set()
         on_serving()
         await stop.wait()
-        for server in servers:
-            server.tell("SHUTDOWN", {"guest": False, "reason": "host-signal"})
+        await monitors.aclose()  # while the VMs are there that clients ask for
 
 
 async def _serve_metrics(
@@ -140,8 +137,9 @@ async def _serve_metrics(
     readings = Readings(vms, vring.__version__)
     stack.push_async_callback(readings.aclose)
     for number, options in enumerate(addresses):
-        sockets = await _listen("--metrics", options, keeping.scoped(f"metrics-{number}"), stack)
-        for sock in sockets:
+        listener = await listen("--metrics", options, keeping.scoped(f"metrics-{number}"))
+        stack.callback(listener.close)
+        for sock in listener.sockets:
             url = f"unix:{options.path}"
             if not options.path:
                 host, port = sock.getsockname()[:2]
@@ -150,23 +148,3 @@ async def _serve_metrics(
             stack.push_async_callback(server.aclose)
             await server.start()
             emit(logging.INFO, "monitor", f"metrics at {url}")
-
-
-async def _listen(
-    option: str, options: SocketOptions, keeping: Keeping, stack: contextlib.AsyncExitStack
-) -> list[socket.socket]:
-    """Return listening sockets: a predecessor's, or new ones, which are removed at the end."""
-    kept = KeptSockets(keeping, f"{option} {options.address}")
-    listener = Listener()
-    try:
-        if sockets := kept.take_listeners():
-            listener.adopt(options.address, sockets)
-        else:
-            await listener.listen(options.address)
-            kept.keep_listeners(listener.sockets)
-    except SocketPathError as error:
-        raise ResourceError(f"{option}: {error}") from None
-    except OSError as error:
-        raise ResourceError(f"{option} {options.address}: {error.strerror}") from None
-    stack.callback(listener.close)
-    return list(listener.sockets)

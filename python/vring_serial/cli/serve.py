@@ -64,7 +64,8 @@ def serve_command(keeper: bool, descriptor_store: bool, **given: Any) -> None:
     origin = find_origin()
     service = service_of(given, origin.inputs.read)
     for option in ("qmp", "metrics"):
-        if getattr(service, option) and not keeper:
+        of_vms = option == "qmp" and any(vm.qmp for vm in service.vms)
+        if (getattr(service, option) or of_vms) and not keeper:
             raise click.UsageError(
                 f"--{option} needs the keeper, which --no-keeper and --descriptor-store leave out."
             )
@@ -108,7 +109,15 @@ def check(
     if keeper and service.workers != "shared":
         shares = [(vm,) for vm in service.vms]
     monitored = Monitored(
-        tuple(parse_qmp(text) for text in service.qmp),
-        tuple(parse_metrics(text) for text in service.metrics),
+        tuple(parse_qmp(text, service.where("qmp", i)) for i, text in enumerate(service.qmp)),
+        tuple(
+            parse_metrics(text, service.where("metrics", i))
+            for i, text in enumerate(service.metrics)
+        ),
+        {
+            vm.name: tuple(parse_qmp(text, vm.where("qmp", text)) for text in vm.qmp)
+            for vm in service.vms
+            if vm.qmp
+        },
     )
     return shares, [sandbox_of(vms) for vms in shares], monitored

@@ -281,6 +281,7 @@ def service_of(given: Mapping[str, Any], read: Callable[[str], bytes] = read_fil
         log_level=given["log_level"] or service.log_level,
         log_file=given["log_file"] or service.log_file,
         json_log=given["json_log"] or service.json_log,
+        places=service.places,
     )
 
 

@@ -135,6 +135,10 @@ class _Table:
     def fail(self, why: str, *keys: str | int) -> NoReturn:
         raise ConfigError(why, self.where(*keys))
 
+    def value(self, key: str) -> Any:
+        """Return what a key has, of whatever type, and leave it there."""
+        return self._content.get(key)
+
     def take(self, key: str, type_: type[T], default: T | None = None) -> T | None:
         """Return the value of a key, or the default. Raises ConfigError for another type."""
         self._known.append(key)
@@ -145,9 +149,11 @@ class _Table:
             self.fail(f"is {_TYPES[type_]}, not {_shown(value)}", key)
         return value
 
-    def text(self, key: str, default: str | None = None) -> str | None:
-        """Return a string that is not empty."""
-        value = self.take(key, str, default)
+    def text(self, key: str, *, numbers: bool = False) -> str | None:
+        """Return a string that is not empty; ``numbers`` may stand for strings."""
+        if numbers and type(number := self.value(key)) is int:
+            self._content[key] = str(number)
+        value = self.take(key, str)
         if value == "":
             self.fail("is empty", key)
         return value
@@ -164,15 +170,30 @@ class _Table:
             self.fail(f"{value} is not from {least} to {most}", key)
         return value
 
-    def texts(self, key: str) -> tuple[str, ...]:
-        """Return strings: a list of them, or one alone."""
-        if isinstance(self._content.get(key), str):
-            return (self.text(key) or "",)
-        found = self.take(key, list) or []
-        for i, value in enumerate(found):
-            if not isinstance(value, str) or not value:
-                self.fail(f"is a string, not {_shown(value)}", key, i)
-        return tuple(found)
+    def texts(self, key: str, *, numbers: bool = False) -> tuple[str, ...]:
+        """Return strings: a list of them, or one alone; ``numbers`` may stand for strings."""
+        found = self._content.get(key, [])
+        is_list = isinstance(found, list)
+        self._known.append(key)
+        self._content.pop(key, None)
+        for i, value in enumerate(found if is_list else [found]):
+            place = (key, i) if is_list else (key,)
+            if value == "":
+                self.fail("is empty", *place)
+            if not isinstance(value, str) and not (numbers and type(value) is int):
+                what = f"{'a number or ' if numbers else ''}a string"
+                either = "" if is_list else ", or a list of them"
+                self.fail(f"is {what}{either}, not {_shown(value)}", *place)
+        return tuple(str(value) for value in (found if is_list else [found]))
+
+    def wheres(self, key: str, values: tuple[str, ...]) -> dict[tuple[str, int], str]:
+        """Return the places of the values of :meth:`texts`."""
+        return {
+            (key, i): self.where(key, i)
+            if (*self._path, key, i) in self._lines
+            else self.where(key)
+            for i in range(len(values))
+        }
 
     def table(self, key: str) -> _Table | None:
         content = self.take(key, dict)
@@ -216,14 +237,16 @@ def _shown(value: object) -> str:
 
 def _read_service(table: _Table, read: Read) -> ServiceConfig:
     vms = tuple(_read_vm(name, vm, read) for name, vm in table.tables("vm").items())
+    qmp, metrics = table.texts("qmp"), table.texts("metrics", numbers=True)
     service = ServiceConfig(
         vms,
-        qmp=table.texts("qmp"),
-        metrics=table.texts("metrics"),
+        qmp=qmp,
+        metrics=metrics,
+        places=table.wheres("qmp", qmp) | table.wheres("metrics", metrics),
         workers=table.word("workers", WORKERS),
-        socket_mode=table.text("socket-mode"),
-        socket_owner=table.text("socket-owner"),
-        socket_group=table.text("socket-group"),
+        socket_mode=_socket_mode(table),
+        socket_owner=table.text("socket-owner", numbers=True),
+        socket_group=table.text("socket-group", numbers=True),
         pid_file=table.text("pid-file"),
         log_level=table.word("log-level", LOG_LEVELS),
         log_file=table.text("log-file"),
@@ -231,6 +254,13 @@ def _read_service(table: _Table, read: Read) -> ServiceConfig:
     )
     table.end()
     return service
+
+
+def _socket_mode(table: _Table) -> str | None:
+    """Return the mode, as text: TOML's 660 is no octal number, and its 0o660 is 432."""
+    if isinstance(table.value("socket-mode"), int):
+        table.fail('is a string such as "0660", not a number', "socket-mode")
+    return table.text("socket-mode")
 
 
 def _read_vm(name: str, table: _Table, read: Read) -> VmConfig:
@@ -249,10 +279,14 @@ def _read_vm(name: str, table: _Table, read: Read) -> VmConfig:
         "vectors": table.number("vectors"),
         "agent_socket": table.text("agent-socket"),
         "sandbox": table.text("sandbox"),
-        "user": table.text("user"),
+        "user": table.text("user", numbers=True),
         "reach": table.texts("reach"),
+        "qmp": table.texts("qmp"),
     }
-    keys = ("vhost-user", "vfio-user", "agent-socket", "sandbox", "user", "connect", "vectors")
+    keys = (
+        *("vhost-user", "vfio-user", "agent-socket", "sandbox", "user", "connect", "vectors"),
+        "qmp",
+    )
     places = {key: table.where(key) for key in (*keys, "inband-notifications", "transitional")}
     topology = _read_topology(name, table, (vhost or vfio)[0], read)
     table.end()

@@ -19,7 +19,7 @@ _SERVICE = (
 )
 _SETTINGS = (
     *("connect", "inband_notifications", "busy_poll", "agent_socket"),
-    *("transitional", "packed", "vectors", "sandbox", "user", "reach"),
+    *("transitional", "packed", "vectors", "sandbox", "user", "reach", "qmp"),
 )
 
 

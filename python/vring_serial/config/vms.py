@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from vring_serial.config.draft import check_unix_path, log_paths, path_made
 from vring_serial.config.topology import ChardevConfig, Topology
+from vring_serial.config.words import shorten
 from vring_serial.errors import ConfigError
 
 WORKERS = ("vm", "shared")
@@ -37,6 +38,7 @@ class VmConfig:
             default.
         user: the user that it becomes, as ``--user`` has it; None: it stays who it is.
         reach: directories in which its sandbox lets host ends be made while it runs.
+        qmp: addresses of monitors that see it alone, as ``--qmp`` has them.
         places: where settings stand, by their options' names, for errors; others are options.
     """
 
@@ -53,6 +55,7 @@ class VmConfig:
     sandbox: str | None = None
     user: str | None = None
     reach: tuple[str, ...] = ()
+    qmp: tuple[str, ...] = ()
     places: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
@@ -86,6 +89,8 @@ class ServiceConfig:
         log_level: the least that is logged.
         log_file: the log, instead of standard error.
         json_log: log one JSON object per line.
+        places: where the addresses of ``qmp`` and ``metrics`` stand, by option and number, for
+            errors; others are options.
     """
 
     vms: tuple[VmConfig, ...]
@@ -99,6 +104,12 @@ class ServiceConfig:
     log_level: str | None = None
     log_file: str | None = None
     json_log: bool | None = None
+    places: Mapping[tuple[str, int], str] = field(default_factory=dict, compare=False)
+
+    def where(self, option: str, number: int) -> str:
+        """Return the place of an address, for errors."""
+        text = shorten(getattr(self, option)[number])[1:-1]
+        return self.places.get((option, number), f"--{option} {text}")
 
     @property
     def warnings(self) -> list[str]:

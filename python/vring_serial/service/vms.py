@@ -34,6 +34,7 @@ class Vms(Closing):
 
     Attributes:
         known: the VMs; lists of others may be this one.
+        on_change: told the name of a VM, and what became of it: ``added`` or ``removed``.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Vms(Closing):
         make: Callable[[str, LinkEnd], Vm],
     ) -> None:
         self.known: list[Vm] = []
+        self.on_change: Callable[[str, str], None] = lambda vm, state: None
         self._configs = {vm.name: vm for vm in configured if vm.name not in changed.removed}
         self._configs |= {name: vm_from_text(text) for name, text in changed.added.items()}
         self._notifier = notifier
@@ -87,6 +89,9 @@ class Vms(Closing):
             raise ConfigError(f"there is a VM {name} already")
         if length > TEXT_MAX:
             raise ConfigError(f"its description has {length} characters; {TEXT_MAX} are allowed")
+        if config.qmp:
+            why = "only VMs of the configuration have monitors of their own"
+            raise ConfigError(why, config.where("qmp"))
         for controller in config.topology.controllers:
             for port in controller.ports:
                 if port.chardev.kind in ("stdio", "fd"):
@@ -139,9 +144,11 @@ class Vms(Closing):
             end = LinkEnd(fileno=fds.pop())
             end.setblocking(False)
             self.known.append(self._make(name, end))
+            self.on_change(name, "added")
         elif done == "remove" and there is not None:
             self.known.remove(there)
             there.close()
+            self.on_change(name, "removed")
         for fd in fds:
             os.close(fd)
         future = self._orders.get(name)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from vring_serial.chardev.socket import SocketOptions
-from vring_serial.config.words import parse_int, shorten
+from vring_serial.config.words import parse_int
 from vring_serial.errors import ConfigError, DependencyError
 
 _SYNTAX = "is [ADDR:]PORT or unix:PATH"
 _LOOPBACK = "127.0.0.1"
 
 
-def parse_metrics(text: str) -> SocketOptions:
-    """Parse ``PORT``, ``ADDR:PORT``, ``[IPV6]:PORT`` or ``unix:PATH``. Raises ConfigError.
+def parse_metrics(text: str, where: str) -> SocketOptions:
+    """Parse ``PORT``, ``ADDR:PORT``, ``[IPV6]:PORT`` or ``unix:PATH``.
 
     A port alone is one of 127.0.0.1. Port 0 lets the system choose.
+
+    Raises ConfigError, which names ``where`` the option is.
     """
-    where = f"--metrics {shorten(text)[1:-1]}"
     try:
         if text.startswith("unix:"):
             if not (path := text.removeprefix("unix:")):

@@ -369,6 +369,9 @@ COMMANDS = {
     )
 }
 
+#: Those of them that a monitor of one VM alone has not.
+OF_SERVICE = frozenset({"x-vring-vm-add", "x-vring-vm-remove"})
+
 #: Everything that a client is told of.
 EVENTS = (
     Event("VSERPORT_CHANGE", Object("VserportChange", (Member("id", STR), Member("open", BOOL)))),
@@ -412,6 +415,16 @@ EVENTS = (
         ),
         unstable=True,
     ),
+    Event(
+        "X_VRING_VM",
+        Object(
+            "VringVmChange",
+            (Member("vm", STR), Member("state", Enum("VringVmState", ("added", "removed")))),
+        ),
+        unstable=True,
+    ),
 )
+#: Those of them that a monitor of one VM alone does not tell of.
+EVENTS_OF_SERVICE = frozenset({"X_VRING_VM"})
 
-__all__ = ["COMMANDS", "EMPTY", "EVENTS"]
+__all__ = ["COMMANDS", "EMPTY", "EVENTS", "EVENTS_OF_SERVICE", "OF_SERVICE"]

@@ -11,7 +11,7 @@ from vring_serial.proto.console import DEVICE_ID, ConsoleFeature
 from vring_serial.proto.qmp import QEMU_VERSION, ErrorClass, QmpError
 from vring_serial.proto.virtio import Feature, Status, feature_names
 from vring_serial.service.link import CallError, CallTimeoutError
-from vring_serial.service.qmp.commands import COMMANDS, EVENTS
+from vring_serial.service.qmp.commands import COMMANDS, EVENTS, EVENTS_OF_SERVICE, OF_SERVICE
 from vring_serial.service.qmp.schema import check_arguments, introspect, not_found
 from vring_serial.service.qmp.vm import ANSWER_SECONDS, Vm
 from vring_serial.service.vms import Vms
@@ -26,21 +26,29 @@ class Monitor:
     """Carries out the commands of one monitor.
 
     If the service began with one VM, the chardevs and controllers of that have their own names;
-    those of others are preceded by the VM's name and a slash.
+    those of others are preceded by the VM's name and a slash. A monitor of one VM alone knows no
+    others, and no prefix.
 
     Args:
         name: what ``query-name`` answers.
         package: our name and version.
         vms: the VMs.
         only: name of the VM that the service began with; "" if there were several.
+        vm: name of the only VM that it sees; "" for all.
+
+    Attributes:
+        vm: see above.
+        commands: what its clients may execute, by name.
     """
 
-    def __init__(self, name: str, package: str, vms: Vms, only: str) -> None:
+    def __init__(self, name: str, package: str, vms: Vms, only: str, vm: str = "") -> None:
+        self.vm = vm
+        left_out = OF_SERVICE if vm else frozenset()
+        self.commands = {name: found for name, found in COMMANDS.items() if name not in left_out}
         self._name = name
         self._package = package
         self._all = vms
-        self._vms: Sequence[Vm] = vms.known
-        self._only = only
+        self._only = vm or only
         self._handlers: dict[str, Callable[..., Awaitable[Any]]] = {
             "query-version": self._query_version,
             "query-commands": self._query_commands,
@@ -71,7 +79,7 @@ class Monitor:
 
     async def execute(self, command: str, arguments: Mapping[str, Any]) -> Any:
         """Return what a known command answers. Raises QmpError."""
-        check_arguments(COMMANDS[command], arguments)
+        check_arguments(self.commands[command], arguments)
         if command == "qmp_capabilities":
             return _negotiate(arguments)
         names = {name.replace("-", "_"): value for name, value in arguments.items()}
@@ -102,10 +110,12 @@ class Monitor:
         }
 
     async def _query_commands(self) -> list[dict[str, str]]:
-        return [{"name": name} for name in COMMANDS]
+        return [{"name": name} for name in self.commands]
 
     async def _query_qmp_schema(self) -> list[dict[str, Any]]:
-        return introspect([*COMMANDS.values(), *EVENTS])
+        left_out = EVENTS_OF_SERVICE if self.vm else frozenset()
+        events = [event for event in EVENTS if event.name not in left_out]
+        return introspect([*self.commands.values(), *events])
 
     # --- about the service
 
@@ -170,7 +180,7 @@ class Monitor:
                 found[vm.name] = vm
         if len(found) > 1:
             raise QmpError(f"They are not of one VM, but of {' and '.join(found)}")
-        vm = next(iter(found.values()), self._vms[0])
+        vm = next(iter(found.values()), self._first())
         await vm.caller.call("device-add", driver=driver, **given)
         return {}
 
@@ -304,6 +314,18 @@ class Monitor:
         return {}
 
     # --- internals
+
+    @property
+    def _vms(self) -> Sequence[Vm]:
+        """The VMs that it sees: one, or all, or none if its own was removed."""
+        if not self.vm:
+            return self._all.known
+        return [vm for vm in self._all.known if vm.name == self.vm]
+
+    def _first(self) -> Vm:
+        if not (vms := self._vms):
+            raise not_found("VM", self.vm)
+        return vms[0]
 
     def _prefix(self, vm: str) -> str:
         return "" if vm == self._only else f"{vm}/"

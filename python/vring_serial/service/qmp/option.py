@@ -12,13 +12,14 @@ from vring_serial.errors import ConfigError
 _KEYS = ("server", "wait")
 
 
-def parse_qmp(text: str) -> SocketOptions:
-    """Parse ``unix:PATH,server=on,wait=off`` or ``tcp:[HOST]:PORT,…``. Raises ConfigError.
+def parse_qmp(text: str, where: str) -> SocketOptions:
+    """Parse ``unix:PATH,server=on,wait=off`` or ``tcp:[HOST]:PORT,…``.
 
     A monitor listens, waits for nobody, and over TCP is for this machine alone: QMP knows no
     passwords.
+
+    Raises ConfigError, which names ``where`` the option is.
     """
-    where = f"--qmp {shorten(text)[1:-1]}"
     try:
         (address, none), *pairs = split(text)
         if none is not None:

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from vring_serial.lifetime import Ending
@@ -22,7 +22,6 @@ from vring_serial.proto.qmp import (
     reply,
 )
 from vring_serial.ratelimit import RateLimitedLog
-from vring_serial.service.qmp.commands import COMMANDS
 from vring_serial.service.qmp.monitor import Monitor
 
 log = logging.getLogger(__name__)
@@ -88,6 +87,26 @@ class QmpServer(Ending):
         for client in self._clients:
             client.tell(line)
 
+    def tell_of(self, vm: str, name: str, data: Mapping[str, Any]) -> None:
+        """Tell all clients, in QMP's words, what a VM's worker tells, if the monitor has the VM."""
+        monitor = self.monitor
+        if not monitor.has(vm):
+            return
+        with contextlib.suppress(KeyError):
+            if name == "port":
+                id = monitor.public_name(vm, data["device"])
+                self.tell("VSERPORT_CHANGE", {"id": id, "open": data["open"]})
+            elif name == "deleted":
+                id = monitor.public_name(vm, data["device"])
+                path = f"/machine/peripheral/{id}"
+                self.tell("DEVICE_DELETED", {"device": id, "path": path})
+            elif name == "frontend":
+                id = monitor.public_name(vm, data["controller"])
+                self.tell("X_VRING_FRONTEND", {"controller": id, "state": data["state"]})
+            elif name == "worker":
+                told = {"vm": vm, "restarts": data["restarts"], "reason": data["reason"]}
+                self.tell("X_VRING_WORKER", told)
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
@@ -150,7 +169,7 @@ class _Client:
 
     async def _answer(self, request: Request) -> bytes:
         try:
-            self._negotiation.check(request, COMMANDS)
+            self._negotiation.check(request, self._monitor.commands)
             value = await self._monitor.execute(request.command, request.arguments)
         except QmpError as error:
             return error_reply(request, error)
@@ -160,25 +179,3 @@ class _Client:
         if request.command == "qmp_capabilities":
             self._negotiation.done = True
         return reply(request, value)
-
-
-def tell_all(servers: Sequence[QmpServer], vm: str, name: str, data: Mapping[str, Any]) -> None:
-    """Put what a worker tells into QMP's words, for all monitors that have its VM."""
-    for server in servers:
-        monitor = server.monitor
-        if not monitor.has(vm):
-            continue
-        with contextlib.suppress(KeyError):
-            if name == "port":
-                id = monitor.public_name(vm, data["device"])
-                server.tell("VSERPORT_CHANGE", {"id": id, "open": data["open"]})
-            elif name == "deleted":
-                id = monitor.public_name(vm, data["device"])
-                path = f"/machine/peripheral/{id}"
-                server.tell("DEVICE_DELETED", {"device": id, "path": path})
-            elif name == "frontend":
-                id = monitor.public_name(vm, data["controller"])
-                server.tell("X_VRING_FRONTEND", {"controller": id, "state": data["state"]})
-            elif name == "worker":
-                told = {"vm": vm, "restarts": data["restarts"], "reason": data["reason"]}
-                server.tell("X_VRING_WORKER", told)
