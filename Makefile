@@ -9,7 +9,7 @@ TEST_JOBS ?= 2
 MUTANT_SECONDS ?= 600
 MUTANT_SEED ?= 1
 MUTANT_PATHS ?=
-# Where `make peers-qemu` keeps its Debian root; tests/peers/qemu looks there.
+# Where `make peers-qemu` keeps its Debian root; tests/peers/qemu and tests/peers/libvirt look there.
 export QEMU_ROOT ?= /var/cache/vring/qemu-root
 # Where `make peers-vdagent` keeps a newer SPICE agent.
 export VDAGENT_ROOT ?= /var/cache/vring/vdagent-root
@@ -152,7 +152,7 @@ peers: ## Debian packages of the real peers: User-Mode Linux, the SPICE agent, a
 		user-mode-linux busybox-static qemu-guest-agent spice-vdagent xvfb xclip x11-xserver-utils socat curl zsh fish \
 		libspice-server1 libseccomp2 gir1.2-spiceclientglib-2.0 python3-gi openssl gcc-riscv64-linux-gnu
 
-peers-qemu: ## a Debian testing root with QEMU and its kernel, cached (needs root, 2 to 3 minutes)
+peers-qemu: ## a Debian testing root with QEMU, libvirt and a kernel, cached (needs root, 2 to 4 minutes)
 	$(if $(filter 0,$(shell id -u)),,sudo) env DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends debootstrap
 	$(if $(filter 0,$(shell id -u)),,sudo) tests/peers/qemu/make-root $(QEMU_ROOT)
 

@@ -21,20 +21,24 @@ from tests.support.call_end import CallEnd
 from tests.support.hostile_files import HostileFiles
 from tests.support.waiting import LoopClock
 
+_QEMU_ROOT = os.environ.get("QEMU_ROOT", "/var/cache/vring/qemu-root")
 #: Peers that are not a program on PATH, and the file that shows they are there.
 PEER_FILES = {
     "virtio_console.ko": "/usr/lib/uml/modules/*/kernel/drivers/char/virtio_console.ko",
     "libspice-server.so.1": "/usr/lib/*/libspice-server.so.1",
     "SpiceClientGLib-2.0.typelib": "/usr/lib/*/girepository-1.0/SpiceClientGLib-2.0.typelib",
-    "qemu-root": os.path.join(
-        os.environ.get("QEMU_ROOT", "/var/cache/vring/qemu-root"), ".vring-root"
-    ),
+    "qemu-root": os.path.join(_QEMU_ROOT, ".vring-root"),
+    "libvirtd": os.path.join(_QEMU_ROOT, "usr/sbin/libvirtd"),  # roots of before lack it
     "vdagent-root": os.path.join(
         os.environ.get("VDAGENT_ROOT", "/var/cache/vring/vdagent-root"), ".vring-root"
     ),
 }
 #: Who brings those that `make peers` does not.
-MAKE_TARGETS = {"qemu-root": "make peers-qemu", "vdagent-root": "make peers-vdagent"}
+MAKE_TARGETS = {
+    "qemu-root": "make peers-qemu",
+    "libvirtd": "make peers-qemu",
+    "vdagent-root": "make peers-vdagent",
+}
 
 
 # A busy machine takes longer for everything: that says nothing about what is tested.

@@ -198,6 +198,15 @@ def check_can_listen(path: str) -> None:
         raise SocketPathError(path, error.strerror or str(error)) from None
 
 
+def remove_stale(path: str) -> None:
+    """Remove a socket that nobody has open any more; leave anything else at the path alone.
+
+    For those of a process that could not do so itself when it ended, in a sandbox.
+    """
+    with suppress(SocketPathError, OSError):
+        _remove_stale(path, encode_path(path))
+
+
 def _no_directory(path: str) -> SocketPathError:
     return SocketPathError(path, f"there is no directory {os.path.dirname(path)}")
 

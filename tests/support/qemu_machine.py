@@ -8,17 +8,16 @@ file; on the second one is a shell that takes one script at a time.
 from __future__ import annotations
 
 import asyncio
-import base64
 import os
 import stat
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from qemu.qmp import QMPClient
 
+from tests.support.guest_shell import LOOP, GuestShell
 from tests.support.processes import end
 
 ROOT = Path(os.environ.get("QEMU_ROOT", "/var/cache/vring/qemu-root"))
@@ -43,13 +42,6 @@ mount -t sysfs sysfs /sys
 mount -t devtmpfs dev /dev
 mount -t tmpfs tmp /tmp
 exec </dev/ttyS1 >/dev/ttyS1 2>&1
-stty raw -echo
-echo @ready
-while read -r number script; do
-    echo "$script" | base64 -d >/tmp/script
-    sh /tmp/script </dev/null
-    printf '\\n@done %s %s\\n' "$number" $?
-done
 """
 
 
@@ -66,12 +58,18 @@ def modules() -> Path:
 def initramfs(files: Mapping[str, bytes] | None = None) -> bytes:
     """An archive (cpio, "newc") with busybox, the init script and ``files``."""
     entries: list[tuple[str, int, bytes]] = [
-        *((name, stat.S_IFDIR | 0o755, b"") for name in ("bin", "dev", "proc", "sys", "tmp")),
+        *((name, stat.S_IFDIR | 0o755, b"") for name in _directories(files or {})),
         ("bin/busybox", stat.S_IFREG | 0o755, (ROOT / "bin/busybox").read_bytes()),
-        ("init", stat.S_IFREG | 0o755, _INIT.encode()),
+        ("init", stat.S_IFREG | 0o755, f"{_INIT}{LOOP}".encode()),
         *((name, stat.S_IFREG | 0o755, data) for name, data in (files or {}).items()),
     ]
     return b"".join(_cpio(entries))
+
+
+def _directories(files: Iterable[str]) -> list[str]:
+    """Directories of the root, each before what is in it."""
+    parents = {str(parent) for file in files for parent in PurePosixPath(file).parents}
+    return sorted({"bin", "dev", "proc", "sys", "tmp"} | parents - {"."})
 
 
 def _cpio(entries: Iterable[tuple[str, int, bytes]]) -> Iterable[bytes]:
@@ -80,10 +78,6 @@ def _cpio(entries: Iterable[tuple[str, int, bytes]]) -> Iterable[bytes]:
         fields = (number, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(path), 0)
         head = b"070701" + b"".join(b"%08x" % field for field in fields) + path
         yield head + bytes(-len(head) % 4) + data + bytes(-len(data) % 4)
-
-
-class CommandError(AssertionError):
-    """A command in the guest ended with another status than 0, or the guest died of it."""
 
 
 class QemuMachine:
@@ -119,9 +113,7 @@ class QemuMachine:
         self._append = append
         self._process: asyncio.subprocess.Process | None = None
         self._qmp: QMPClient | None = None
-        self._count = 0
-        self._lines: deque[bytes] = deque(maxlen=20)  # the last ones of the guest's and QEMU's
-        self._lock = asyncio.Lock()
+        self._shell: GuestShell | None = None
 
     async def start(self, timeout: float = 60) -> None:
         """Boot, and return when the guest takes commands."""
@@ -134,7 +126,10 @@ class QemuMachine:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
         )
-        await self._wait_ready(timeout)
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._shell = GuestShell(self._process.stdout, self._process.stdin, self._last_words)
+        await self._shell.ready(timeout)
 
     def command_line(self, initrd: Path) -> list[str]:
         """QEMU and its options."""
@@ -168,25 +163,23 @@ class QemuMachine:
         assert self._process is not None
         return self._process.pid
 
+    @property
+    def shell(self) -> GuestShell:
+        """The guest's shell, once the machine was started."""
+        assert self._shell is not None
+        return self._shell
+
     async def run(self, script: str, timeout: float = 30) -> str:
         """Run a shell script in the guest; what it printed. Raises CommandError."""
-        async with self._lock, asyncio.timeout(timeout):
-            output, words = await self._exchange(script)
-        if words[1] != "0":
-            raise CommandError(f"{script}: status {words[1]}\n{output}")
-        return output
+        return await self.shell.run(script, timeout)
 
     async def reboot(self, timeout: float = 60) -> None:
         """Let the guest reboot itself, and return when it takes commands again."""
-        async with self._lock:
-            self._send("reboot -f")
-            await self._wait_ready(timeout)
+        await self.shell.reboot(timeout)
 
     async def reset(self, timeout: float = 60) -> None:
         """Push the reset button, and return when the guest takes commands again."""
-        async with self._lock:
-            await self.qmp("system_reset")
-            await self._wait_ready(timeout)
+        await self.shell.ready(timeout, after=lambda: self.qmp("system_reset"))
 
     async def qmp(self, command: str, **arguments: Any) -> Any:
         """A command of QEMU's control protocol; its answer."""
@@ -205,43 +198,6 @@ class QemuMachine:
         process, self._process = self._process, None
         if process is not None:
             await end(process)
-
-    def _send(self, script: str) -> int:
-        assert self._process is not None
-        assert self._process.stdin is not None
-        self._count += 1
-        encoded = base64.b64encode(script.encode()).decode()
-        self._process.stdin.write(f"{self._count} {encoded}\n".encode())
-        return self._count
-
-    async def _exchange(self, script: str) -> tuple[str, list[str]]:
-        number = self._send(script)
-        output = bytearray()
-        while True:
-            line = await self._line()
-            if line.startswith(b"@done %d " % number):
-                return output.decode(errors="replace").removesuffix("\n"), line.decode().split()[1:]
-            if line == b"@ready\n":
-                raise CommandError(f"{script}: the guest rebooted\n{self._last_words()}")
-            output += line
-
-    async def _wait_ready(self, timeout: float) -> None:
-        try:
-            async with asyncio.timeout(timeout):
-                while await self._line() != b"@ready\n":
-                    pass
-        except TimeoutError:
-            raise CommandError(f"no boot in {timeout:g} s\n{self._last_words()}") from None
-
-    async def _line(self) -> bytes:
-        assert self._process is not None
-        assert self._process.stdout is not None
-        line = await self._process.stdout.readline()
-        self._lines.append(line)
-        if not line.endswith(b"\n"):
-            said = b"".join(self._lines).decode(errors="replace")
-            raise CommandError(f"QEMU ended\n{self._last_words()}\n{said}")
-        return line
 
     def _last_words(self) -> str:
         with suppress(OSError):

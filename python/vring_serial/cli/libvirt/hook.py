@@ -11,13 +11,15 @@ from pathlib import Path
 
 import click
 
+from vring_serial.chardev.socket import SocketOptions
 from vring_serial.cli import PATH
 from vring_serial.cli.libvirt.background_service import start_service, stop_service
+from vring_serial.config import domain_xml
 from vring_serial.config.domain_metadata import Converted, find_converted
-from vring_serial.config.domain_xml import read_file
 from vring_serial.config.topology import check_domain_name
 from vring_serial.config.xml_node import Node
-from vring_serial.errors import ResourceError
+from vring_serial.errors import ConfigError, ResourceError
+from vring_serial.unix_socket import remove_stale
 
 #: Where logs are, each domain's in a file with its name.
 LOG_DIRECTORY = "/var/log/vring"
@@ -71,7 +73,7 @@ def hook_command(
     for option in ("--no-keeper", "--descriptor-store"):
         if option in options:
             raise click.UsageError(f"{option}: the service that the hook starts has a keeper.")
-    data = read_file("-")
+    data = domain_xml.read_file("-")
     done = (operation, suboperation)
     if done not in _OPERATIONS:
         return
@@ -81,9 +83,10 @@ def hook_command(
         return
     check_domain_name(name, "NAME")
     if done == ("prepare", "begin"):
+        _stop(converted, data, name)  # one that outlived its domain
         _start(root, converted, data, os.path.join(log_directory, f"{name}.log"), options)
     elif done == ("release", "end"):
-        _stop(converted)
+        _stop(converted, data, name)
     else:
         raise ResourceError(f"{name}: {_SAVED}")
 
@@ -92,7 +95,6 @@ _OPERATIONS = {("prepare", "begin"), ("release", "end"), ("restore", "begin"), (
 
 
 def _start(root: Node, converted: Converted, data: bytes, log: str, options: Sequence[str]) -> None:
-    _stop(converted)  # one that outlived its domain
     for path in (converted.sockets[0], log):
         try:
             os.makedirs(os.path.dirname(path) or ".", mode=0o755, exist_ok=True)
@@ -106,10 +108,28 @@ def _start(root: Node, converted: Converted, data: bytes, log: str, options: Seq
     start_service([*arguments, *options], data, log)
 
 
-def _stop(converted: Converted) -> None:
+def _stop(converted: Converted, data: bytes, name: str) -> None:
+    """End the service, and remove what it could not remove itself as another user."""
     stop_service(_pid_path(converted))
+    for path in _sockets(converted, data, name):
+        remove_stale(path)
     with contextlib.suppress(OSError):  # somebody else's files are in it, or there is none
         os.rmdir(os.path.dirname(converted.sockets[0]))
+
+
+def _sockets(converted: Converted, data: bytes, name: str) -> list[str]:
+    """Return where the service of a domain may have left sockets."""
+    found = list(converted.sockets)
+    directory = os.path.dirname(found[0])
+    if os.path.basename(directory) == name:  # the domain's own: those of more options are in it too
+        with contextlib.suppress(OSError):
+            found += [os.path.join(directory, entry) for entry in os.listdir(directory)]
+    with contextlib.suppress(ConfigError):  # then nothing was served
+        for controller in domain_xml.parse(data).controllers:
+            for options in (port.chardev.options for port in controller.ports):
+                if isinstance(options, SocketOptions) and options.server and not options.abstract:
+                    found.append(options.path)
+    return [path for path in found if path]
 
 
 def _pid_path(converted: Converted) -> str:
