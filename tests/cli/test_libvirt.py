@@ -158,6 +158,38 @@ def test_the_service_lives_as_long_as_the_domain(hook: Hook) -> None:
     assert hook.call("release", "end").returncode == 0
 
 
+def test_a_copy_of_the_domain_leaves_the_service_alone(hook: Hook) -> None:
+    """It names the same sockets, and its start is refused; libvirt releases it then."""
+    original = hook.xml
+    assert hook.call("prepare", "begin").returncode == 0
+    pid = (hook.sockets / "device.pid").read_text()
+    hook.xml = original.replace(
+        b"<name>", b"<uuid>2f1d1d4e-0000-4000-8000-000000000001</uuid><name>"
+    )
+    result = hook.call("prepare", "begin")
+    assert result.returncode == 1
+    assert b"device.sock serves the domain vm: a copy of a domain needs" in result.stderr
+    assert hook.call("release", "end").returncode == 0
+    assert runs(pid)
+    connect(hook.sockets / "device.sock")
+    hook.xml = original
+    assert hook.call("release", "end").returncode == 0
+    assert not hook.sockets.exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only a superuser can become another user")
+def test_a_service_that_became_another_user_leaves_nothing(hook: Hook) -> None:
+    """It cannot remove its sockets then: the hook does."""
+    hook.xml = re.sub(rb"<label>.*?</label>", b"<label>nobody:nogroup</label>", hook.xml)
+    monitor = hook.sockets / "qmp"
+    more = f"--serve=--qmp=unix:{monitor},server=on,wait=off"
+    begun = hook.call("prepare", "begin", options=(more,))
+    assert begun.returncode == 0, begun.stderr
+    assert monitor.is_socket()
+    assert hook.call("release", "end").returncode == 0
+    assert not hook.sockets.exists()
+
+
 def test_what_keeps_the_service_from_starting_is_said(hook: Hook) -> None:
     failed = hook.call("prepare", "begin", options=("--serve=--log-level=loud",))
     assert failed.returncode == 1

@@ -31,6 +31,13 @@ from tests.support.waiting import until
 NAME = "vm"
 AGENT = "org.qemu.guest_agent.0"
 DATA = "org.example.data"
+#: Where vring's sockets are.
+SOCKETS = f"/run/vring/{NAME}"
+#: As docs/libvirt.md has them.
+CONVERT = "virsh dumpxml --inactive vm | vring libvirt convert > new.xml && virsh define new.xml"
+REVERT = (
+    "virsh dumpxml --inactive vm | vring libvirt convert --revert > old.xml && virsh define old.xml"
+)
 
 #: Makes the system of its arguments, the root and a directory for it; says its number here, and
 #: lives until nobody holds its input. Its last program is what orphans of the system end in: bash
@@ -231,23 +238,28 @@ class LibvirtHost:
         """Start libvirtd; it says that it serves by going to the background."""
         await self.run("libvirtd", "--daemon")
 
-    async def restart_daemon(self) -> None:
-        """Do as an update of libvirt does."""
-        end_it = "pid=$(cat /run/libvirtd.pid); kill $pid; while kill -0 $pid; do sleep 0.05; done"
-        await self.run("bash", "-c", f"{{ {end_it}; }} 2>/dev/null")
-        await self.start_daemon()
+    async def end_daemon(self) -> None:
+        """End libvirtd, and nothing that it has started."""
+        await self.kill("libvirtd", "TERM")
 
     def processes(self, word: str) -> list[int]:
-        """Return the processes of the system that have a word in their command lines.
-
-        Their numbers are those in :meth:`path` of /proc.
-        """
+        """Return the system's processes with a word in their command lines, as it numbers them."""
         found = []
         for directory in self.path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 if word.encode() in (directory / "cmdline").read_bytes():
                     found.append(int(directory.name))
-        return found
+        return sorted(found)
+
+    async def kill(self, word: str, signal: str = "KILL") -> None:
+        """Send a signal to these processes, and return when they have ended."""
+        pids = self.processes(word)
+        await self.run("bash", "-c", f"kill -{signal} {' '.join(map(str, pids))}")
+        await until(lambda: not any(self.path(f"/proc/{pid}").exists() for pid in pids))
+
+    def service_is_gone(self) -> bool:
+        """Return whether nothing is left of vring's."""
+        return not self.path(SOCKETS).exists() and not self.processes("vring_serial")
 
     async def run(self, *command: str, data: str = "") -> str:
         """Run a command of the system's; its output. Raises CommandFailedError."""

@@ -60,6 +60,11 @@ def start_service(arguments: Sequence[str], data: bytes, log: str) -> None:
             raise ResourceError(f"vring serve did not start: {_last_line(errors, begin)} ({log})")
 
 
+def is_running(pid_path: str) -> bool:
+    """Return whether a service holds a pid file."""
+    return _holder(pid_path) is not None
+
+
 def stop_service(pid_path: str) -> None:
     """End the service that holds a pid file, and return when it has ended; none is fine."""
     pid = _holder(pid_path)

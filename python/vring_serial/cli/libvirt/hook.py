@@ -13,7 +13,7 @@ import click
 
 from vring_serial.chardev.socket import SocketOptions
 from vring_serial.cli import PATH
-from vring_serial.cli.libvirt.background_service import start_service, stop_service
+from vring_serial.cli.libvirt.background_service import is_running, start_service, stop_service
 from vring_serial.config import domain_xml
 from vring_serial.config.domain_metadata import Converted, find_converted
 from vring_serial.config.topology import check_domain_name
@@ -30,6 +30,7 @@ _LABEL = re.compile(r"\+?([A-Za-z0-9_.-]+):\+?([A-Za-z0-9_.-]+)")
 _QEMU_CONF = "/etc/libvirt/qemu.conf"
 _CONFIGURED = re.compile(r"""^\s*user\s*=\s*["']\+?([A-Za-z0-9_.-]+)["']""", re.MULTILINE)
 _USUAL = ("libvirt-qemu", "qemu")
+_COPY = "a copy of a domain needs sockets of its own (convert --revert, then convert)"
 _SAVED = "its state cannot be restored: the device is new, and the guest would hang (docs/qemu.md)"
 
 
@@ -82,13 +83,21 @@ def hook_command(
     if converted is None:
         return
     check_domain_name(name, "NAME")
+    if done not in (("prepare", "begin"), ("release", "end")):
+        raise ResourceError(f"{name}: {_SAVED}")
+    uuid = root.child("uuid")
+    owner = f"{name if uuid is None else uuid.text} {name}"
+    other = _other_owner(converted, owner)
     if done == ("prepare", "begin"):
+        if other is not None:
+            raise ResourceError(
+                f"{name}: {converted.sockets[0]} serves the domain {other}: {_COPY}"
+            )
         _stop(converted, data, name)  # one that outlived its domain
         _start(root, converted, data, os.path.join(log_directory, f"{name}.log"), options)
-    elif done == ("release", "end"):
+        _note_owner(converted, owner)
+    elif other is None:
         _stop(converted, data, name)
-    else:
-        raise ResourceError(f"{name}: {_SAVED}")
 
 
 _OPERATIONS = {("prepare", "begin"), ("release", "end"), ("restore", "begin"), ("migrate", "begin")}
@@ -109,12 +118,36 @@ def _start(root: Node, converted: Converted, data: bytes, log: str, options: Seq
 
 
 def _stop(converted: Converted, data: bytes, name: str) -> None:
-    """End the service, and remove what it could not remove itself as another user."""
+    """End the service, and remove what it could not: as another user, or since it was killed."""
     stop_service(_pid_path(converted))
     for path in _sockets(converted, data, name):
         remove_stale(path)
+    for path in (_pid_path(converted), _owner_path(converted)):
+        with contextlib.suppress(OSError):
+            os.unlink(path)
     with contextlib.suppress(OSError):  # somebody else's files are in it, or there is none
         os.rmdir(os.path.dirname(converted.sockets[0]))
+
+
+def _other_owner(converted: Converted, owner: str) -> str | None:
+    """Return the name of the domain that is served at a domain's sockets, if it is another one."""
+    if not is_running(_pid_path(converted)):
+        return None
+    try:
+        noted = Path(_owner_path(converted)).read_text(errors="replace")
+    except OSError:
+        return None
+    key, _, name = noted.rstrip("\n").partition(" ")
+    return None if key == owner.partition(" ")[0] else name
+
+
+def _note_owner(converted: Converted, owner: str) -> None:
+    """Write down whose service it is: a copy of the domain names the same sockets."""
+    path = _owner_path(converted)
+    try:
+        Path(path).write_text(f"{owner}\n")
+    except OSError as error:
+        raise ResourceError(f"{path}: {error.strerror}") from None
 
 
 def _sockets(converted: Converted, data: bytes, name: str) -> list[str]:
@@ -134,6 +167,10 @@ def _sockets(converted: Converted, data: bytes, name: str) -> list[str]:
 
 def _pid_path(converted: Converted) -> str:
     return f"{converted.sockets[0].removesuffix('.sock')}.pid"
+
+
+def _owner_path(converted: Converted) -> str:
+    return f"{converted.sockets[0].removesuffix('.sock')}.domain"
 
 
 def _user(root: Node) -> str | None:
