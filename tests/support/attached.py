@@ -50,11 +50,13 @@ class Client:
 
     @classmethod
     async def come(cls, path: str | Path, hello: Hello | None = None) -> Self:
-        """Connect and wait for WELCOME."""
+        """Connect and wait for WELCOME. Raises ConnectionResetError: the server was gone before."""
         client = await cls.connect(path)
         client.send(Kind.HELLO, (hello or Hello()).pack())
         frame = await client.next()
-        assert frame is not None
+        if frame is None:
+            client.close()
+            raise ConnectionResetError("no WELCOME")
         assert frame.kind is Kind.WELCOME, frame
         client.welcome = Welcome.unpack(frame.payload)
         client.position = client.welcome.position

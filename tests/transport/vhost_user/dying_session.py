@@ -280,7 +280,7 @@ class World:
         self._pid = os.fork()
         if not self._pid:
             try:
-                self._store.close()
+                self._store.forsake()  # no helper: it would share, and keep, what this process has
                 self._keeper.close()
                 if self._frontend is not None:
                     self._frontend.close()
