@@ -158,6 +158,16 @@ def test_the_service_lives_as_long_as_the_domain(hook: Hook) -> None:
     assert hook.call("release", "end").returncode == 0
 
 
+def test_the_service_is_upgraded(hook: Hook) -> None:
+    """The hook that waited for READY=1 is gone by then, and its socket too."""
+    assert hook.call("prepare", "begin").returncode == 0
+    upgraded = run("upgrade", "--pid-file", str(hook.sockets / "device.pid"))
+    assert upgraded.returncode == 0, upgraded.stderr
+    connect(hook.sockets / "device.sock")
+    assert hook.call("release", "end").returncode == 0
+    assert not hook.sockets.exists()
+
+
 def test_a_copy_of_the_domain_leaves_the_service_alone(hook: Hook) -> None:
     """It names the same sockets, and its start is refused; libvirt releases it then."""
     original = hook.xml

@@ -74,8 +74,8 @@ def serve_kept(
         raise ResourceError("the log is not read, and a keeper cannot begin with a thread")
     configured = [vm for vms in shares for vm in vms]
     is_only = len(configured) == 1
-    manager = ServiceManager.from_environment(os.environ)
     arrival = origin.arrival
+    manager = ServiceManager.from_environment(os.environ, may_be_gone=arrival is not None)
     before = None if arrival is None else arrival.state
     changed = Changed() if before is None else Changed(before.added, before.removed)
     names = [vm.name for vm in configured if vm.name not in changed.removed]

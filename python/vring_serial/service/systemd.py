@@ -75,13 +75,26 @@ class ServiceManager:
         self.watchdog = watchdog if notifier is not None else None
 
     @classmethod
-    def from_environment(cls, environment: Environment) -> ServiceManager:
+    def from_environment(
+        cls, environment: Environment, *, may_be_gone: bool = False
+    ) -> ServiceManager:
         """Return the one of this environment, which stays as it is.
+
+        Args:
+            environment: the process's.
+            may_be_gone: it was reached before, by the code that this process goes on for: one that
+                waited for READY=1 alone hears nothing any more.
 
         Raises ConfigError, ResourceError: it cannot be reached.
         """
         copy = dict(environment)
-        return cls(Notifier.from_environment(copy), watchdog_seconds(copy))
+        try:
+            notifier = Notifier.from_environment(copy)
+        except ResourceError:
+            if not may_be_gone:
+                raise
+            notifier = None
+        return cls(notifier, watchdog_seconds(copy))
 
     def ready(self, status: str) -> None:
         """Say that the service serves, as this process."""

@@ -62,6 +62,9 @@ async def test_a_day_in_its_life(libvirt: LibvirtHost) -> None:
     await libvirt.boot("start", NAME)
     await works(libvirt, data)
 
+    await libvirt.run("vring", "upgrade", "--pid-file", f"{SOCKETS}/device.pid")
+    await works(libvirt, data)
+
     await libvirt.virsh("suspend", NAME)
     async with Echo(data) as coming:
         assert await libvirt.virsh("domstate", NAME) == "paused"
