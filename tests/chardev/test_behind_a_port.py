@@ -101,7 +101,7 @@ async def test_the_guests_output_arrives(peer: Peer, guest_port: GuestPort) -> N
 
 @pytest.mark.parametrize("peer", KINDS, indirect=True)
 async def test_the_guests_output_is_logged(peer: Peer, served: Serve, tmp_path: Path) -> None:
-    peer.chardev.log = OutputLog("c", LogOptions(logfile=str(tmp_path / "output")))
+    peer.log_to(OutputLog("c", LogOptions(logfile=str(tmp_path / "output"))))
     async with served(Port(1, "test", peer.chardev)) as guest:
         guest_port = await guest.wait_port(nr=1, timeout=5)
         await peer.connect()

@@ -156,6 +156,12 @@ LINES = [
     ("vring serve --chardev pty,path=on", "vring serve --chardev pty,path=one.toml "),
     (f"vring serve {DATA} --port ch", f"vring serve {DATA} --port chardev="),
     (f"vring serve {DATA} --port chardev=", f"vring serve {DATA} --port chardev=data "),
+    ("vring serve --chardev=pty,id=a,mu", "vring serve --chardev=pty,id=a,mux="),
+    ("vring serve --chardev=pty,id=a,mux=of", "vring serve --chardev=pty,id=a,mux=off "),
+    (
+        "vring serve --chardev pty,id=a,mux=on --port chardev=a --port chardev=",
+        "vring serve --chardev pty,id=a,mux=on --port chardev=a --port chardev=a ",
+    ),
     (f"vring serve {DATA} --console chardev=d", f"vring serve {DATA} --console chardev=data "),
     ("vring serve --sandbox on,la", "vring serve --sandbox on,landlock="),
     ("vring serve --sandbox landlock=of", "vring serve --sandbox landlock=off "),

@@ -232,6 +232,21 @@ def test_chardev_defined_twice_used_twice_or_not_at_all() -> None:
     )
 
 
+def test_ports_that_share_an_end() -> None:
+    chardevs = ["stdio,id=a,signal=off,mux=on"]
+    topology = parse(chardevs, ["chardev=a,name=x", "chardev=a,controller=1"], ["chardev=a"])
+    ports = ports_of(topology)
+    assert [port.chardev for port in ports] == [ports[0].chardev] * 3
+    assert ports[0].chardev.mux
+    for text in ("mux=off", "nomux"):
+        (port,) = ports_of(parse([f"pty,id=a,{text}"], ["chardev=a"]))
+        assert not port.chardev.mux
+    assert "4 ports share chardev a already" in fails(chardevs=chardevs, ports=["chardev=a"] * 5)
+    assert "ports cannot share spicevmc" in fails(chardevs=["spicevmc,id=a,mux"])
+    assert "mux: 'x' is neither on nor off" in fails(chardevs=["pty,id=a,mux=x"])
+    assert "chardev id 'a-base' is taken already" in fails(chardevs=[*chardevs, "null,id=a-base"])
+
+
 def test_number_or_name_twice() -> None:
     chardevs = ["null,id=a", "null,id=b"]
     assert fails(chardevs=chardevs, ports=["chardev=a,nr=3", "chardev=b,nr=3"]) == (

@@ -140,8 +140,16 @@ PORT = 'chardev.n.backend = "null"\nport = [{chardev = "n"}]\n'
             "f:5: vm.a.chardev.n.path: is a string, not a number",
         ),
         (
-            HEAD + "[vm.a.chardev.n]\nbackend = 'file'\npath = 'x'\nmux = true",
-            "f:6: vm.a.chardev.n.mux: QEMU's mux is not served",
+            HEAD + "[vm.a.chardev.n]\nbackend = 'file'\npath = 'x'\ndelay = true",
+            "f:6: vm.a.chardev.n.delay: QEMU's delay is not served",
+        ),
+        (
+            HEAD + "[vm.a.chardev.n]\nbackend = 'spicevmc'\nmux = true",
+            "f:5: vm.a.chardev.n.mux: ports cannot share spicevmc",
+        ),
+        (
+            HEAD + "[vm.a.chardev.n]\nbackend = 'pty'\nmux = 'on'",
+            "f:5: vm.a.chardev.n.mux: is true or false, not a string",
         ),
         (
             HEAD + "[vm.a.chardev.n]\nbackend = 'pty'\nlogfile = 'y'\nlogsize = '2X'",
@@ -309,3 +317,21 @@ def test_a_path_that_is_no_text_cannot_be_shown() -> None:
     topology = load_topology(None, QemuOptions(["pipe,id=p,path=\udcff"], ["chardev=p"]))
     with pytest.raises(ConfigError, match="is not UTF-8"):
         as_toml(ServiceConfig((VmConfig(topology, ("v",)),)))
+
+
+def test_ports_that_share_an_end_are_read_and_written() -> None:
+    text = (
+        HEAD + "[vm.a.chardev.m]\nbackend = 'pty'\nmux = true\n"
+        "[[vm.a.console]]\nchardev = 'm'\n[[vm.a.port]]\nchardev = 'm'\n"
+    )
+    service = parse(text.encode())
+    ports = service.vms[0].topology.controllers[0].ports
+    assert [(port.nr, port.chardev.id, port.chardev.mux) for port in ports] == [
+        (0, "m", True),
+        (1, "m", True),
+    ]
+    check_vms(service.vms)
+    written = as_toml(service)
+    assert written.count("[vm.a.chardev.m]") == 1
+    assert "mux = true" in written
+    assert parse(written.encode()) == service

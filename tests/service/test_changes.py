@@ -12,7 +12,8 @@ from qemu.qmp.error import QMPError
 from qemu.qmp.qmp_client import ExecuteError
 
 from tests.support.keeper import kept, socket_ports
-from vring_serial import EmbeddedGuest, PortRemovedError
+from vring import Backlog
+from vring_serial import Controller, EmbeddedGuest, NullChardev, Port, PortRemovedError
 from vring_serial.config.qemu_options import parse_chardev
 from vring_serial.config.qmp_backend import backend_of, option_of
 from vring_serial.errors import ConfigError
@@ -271,3 +272,61 @@ def test_qmps_words_become_those_of_options(end, option):
 def test_what_is_not_served_is_said(end, why):
     with pytest.raises(ConfigError, match=why):
         option_of("x", end)
+
+
+async def test_ports_of_a_shared_end_come_and_go(tmp_path):
+    """Also the last of them, and through the death of a worker."""
+    shared = (
+        "--chardev",
+        "socket,id=m,path=m,server=on,wait=off,mux=on",
+        "--port",
+        "chardev=m,nr=2",
+    )
+
+    def add(nr):
+        return {"driver": "virtserialport", "chardev": "m", "id": f"m{nr}", "nr": nr}
+
+    async with service(tmp_path, *shared) as (keeper, client):
+        async with EmbeddedGuest("v", memory=32 << 20) as guest:
+            reader, writer = await asyncio.open_unix_connection("m")
+
+            async def has_the_focus(nr):
+                port = await guest.wait_port(nr=nr)
+                await port.wait_host()
+                inside = await port.open()
+                await echo((reader, writer), inside)
+                return inside
+
+            first = await has_the_focus(2)
+            for nr in (3, 4, 5):
+                await client.execute("device_add", add(nr))
+            inside = await has_the_focus(5)
+            why = await refused(client, "device_add", **add(6))
+            assert "too many uses of multiplexed chardev 'm' (maximum is 4)" in why
+            await client.execute("device_del", {"id": "m5"})
+            await echo((reader, writer), first)  # the next one in the circle
+            for id in ("m3", "m4", "m"):
+                await client.execute("device_del", {"id": id})
+            labels = {c["label"]: c["filename"] for c in await client.execute("query-chardev")}
+            assert labels["m"] == "mux"
+            assert labels["m-base"].startswith("unix:")
+            await keeper.kill_until_served()
+            await client.execute("device_add", add(7))
+            last = await has_the_focus(7)
+            await client.execute("device_del", {"id": "m7"})
+            await client.execute("chardev-remove", {"id": "m"})
+            assert await reader.read() == b""
+            writer.close()
+            close(first, inside, last)
+        await client.execute("device_add", {**add(8), "chardev": ""})
+
+
+async def test_what_waits_for_an_unplugged_console_is_nobody_elses():
+    """A successor that finds the memory of the host end finds nothing in it."""
+    backlog = Backlog(memoryview(bytearray(4096)))
+    port = Port(0, "", NullChardev("c"), console=True, backlog=backlog)
+    controller = Controller(max_ports=2)
+    controller.add_port(port)
+    assert backlog.replace(b"of old")
+    await controller.remove_port(0)
+    assert backlog.data == b""

@@ -396,3 +396,137 @@ async def test_what_waits_for_a_consoles_reader_goes_on_waiting():
         assert heard == data + b"the end"
         assert await keeper.stop() == 0
     assert "when a worker dies" not in keeper.log
+
+
+SHARED = ("--port", "chardev=m,nr=1,name=a", "--port", "chardev=m,nr=2,name=b")
+
+
+@asynccontextmanager
+async def shared_ports(guest, *numbers):
+    """Ports that share a host end, open for the block."""
+    ports = []
+    for nr in numbers:
+        port = await guest.wait_port(nr=nr)
+        await port.wait_host()
+        ports.append(Port(*await port.open()))
+    try:
+        yield ports
+    finally:
+        for port in ports:
+            port.writer.close()
+
+
+async def test_ports_that_share_an_end_keep_their_focus_and_every_byte():
+    """Workers die at random moments while both ports write and one, now and then, is typed to."""
+    chance = random.Random(11)
+    end = ("--chardev", "socket,id=m,path=m,server=on,wait=off,mux=on")
+    async with kept(Path.cwd(), *end, *SHARED) as keeper:
+        reader, writer = await asyncio.open_unix_connection("m")
+        async with (
+            EmbeddedGuest("v", memory=32 << 20) as guest,
+            shared_ports(guest, 1, 2) as ports,
+        ):
+            said = [bytearray(), bytearray()]
+            typed = [bytearray(), bytearray()]
+            shown, focus = bytearray(), 1
+
+            async def show():
+                while piece := await reader.read(65536):
+                    shown.extend(piece)
+
+            showing = asyncio.create_task(show())
+            async with keeper.dying(chance):
+                count = 0
+                while keeper.kills < 12:
+                    for letter, port, bytes_said in zip("ab", ports, said, strict=True):
+                        text = f"{letter}{count:08d}\n".encode() * 50
+                        port.says(text)
+                        bytes_said += text
+                        await port.writer.drain()
+                    text = f"{count:09d}".encode()
+                    typed[focus] += text + b"\x01"
+                    writer.write(text + b"\x01\x01" + b"\x01c")
+                    await writer.drain()
+                    focus = 1 - focus
+                    count += 1
+                    await asyncio.sleep(0.001)
+            for port, wanted in zip(ports, typed, strict=True):
+                await port.hears(wanted)
+            writer.write(b"still")
+            await ports[focus].hears(b"still")
+            size = sum(map(len, said))
+            await until(lambda: len(shown) >= size)
+            assert sorted(shown) == sorted(said[0] + said[1])
+            writer.close()
+            await showing
+        assert await keeper.stop() == 0
+    assert "when a worker dies" not in keeper.log
+
+
+async def test_ports_on_one_terminal_keep_their_focus_and_its_key_ends_the_service():
+    master, slave = pty.openpty()
+    os.set_blocking(master, False)
+    try:
+        end = ("--chardev", "stdio,id=m,mux=on,signal=off")
+        async with (
+            kept(Path.cwd(), *end, *SHARED, stdin=slave, stdout=slave) as keeper,
+            EmbeddedGuest("v", memory=32 << 20) as guest,
+            shared_ports(guest, 1, 2) as (a, b),
+        ):
+            os.write(master, b"to b\x01cto a")
+            await b.hears(b"to b")
+            await a.hears(b"to a")
+            os.write(master, b"\x01")
+            await keeper.kill_until_served()
+            os.write(master, b"cto b")
+            await b.hears(b"to b")
+            await keeper.kill_until_served()
+            for port, text in ((a, b"a says"), (b, b"b says")):
+                port.says(text)
+                await until(lambda text=text: _read(master) == text)
+            os.write(master, b"\x01x")
+            await until(lambda: b"terminated" in _read(master))
+            assert await keeper.process.wait() == 0
+    finally:
+        os.close(master)
+        os.close(slave)
+    assert "when a worker dies" not in keeper.log
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_what_is_typed_on_a_pipe_is_neither_lost_nor_doubled(seed):
+    """Few deaths each: input alone changes nothing of what the keeper compares."""
+    chance = random.Random(seed)
+    os.mkfifo("p.in")
+    os.mkfifo("p.out")
+    end = ("--chardev", "pipe,id=m,path=p,mux=on")
+    async with kept(Path.cwd(), *end, *SHARED) as keeper:
+        fd = os.open("p.in", os.O_WRONLY | os.O_NONBLOCK)
+        async with (
+            EmbeddedGuest("v", memory=32 << 20) as guest,
+            shared_ports(guest, 1, 2) as ports,
+        ):
+            typed, heard = [bytearray(), bytearray()], [bytearray(), bytearray()]
+
+            async def hear(port, heard):
+                while piece := await port.reader.read(65536):
+                    heard += piece
+
+            count = 0
+            # Both at once: who reads nothing holds up what is typed to the other.
+            hearing = [asyncio.create_task(hear(*each)) for each in zip(ports, heard, strict=True)]
+            async with keeper.dying(chance):
+                while keeper.kills < 4:
+                    text = f"{count:09d}".encode()
+                    with suppress(BlockingIOError):
+                        os.write(fd, text + b"\x01c")
+                        typed[1 - count % 2] += text
+                        count += 1
+                    await asyncio.sleep(0)
+            await until(lambda: sum(map(len, heard)) >= sum(map(len, typed)))
+            assert heard == typed
+            for task in hearing:
+                task.cancel()
+        os.close(fd)
+        assert await keeper.stop() == 0
+    assert "when a worker dies" not in keeper.log

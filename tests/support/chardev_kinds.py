@@ -15,6 +15,8 @@ from tests.support.waiting import DEADLINE, turns, until
 from vring_serial.chardev.base import Chardev, DescriptorEnd, End, ProtocolEnd
 from vring_serial.chardev.console import ConsoleChardev, ConsoleOptions
 from vring_serial.chardev.file import FileChardev, FileOptions
+from vring_serial.chardev.log import OutputLog
+from vring_serial.chardev.mux import Mux
 from vring_serial.chardev.null import NullChardev
 from vring_serial.chardev.pipe import PipeChardev, PipeOptions
 from vring_serial.chardev.protocol import ProtocolChardev
@@ -128,10 +130,15 @@ class Peer(abc.ABC):
     leaves = True  # the end closes when the peer goes
     returns = True  # and opens when the next comes
     in_memory = False  # the end is Python code, so nothing waits in a descriptor
+    reads_ahead = False  # what waits for the guest is not in the peer's descriptor
     chardev: Chardev
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+
+    def log_to(self, log: OutputLog) -> None:
+        """Have the guest's output logged."""
+        self.chardev.log = log
 
     async def connect(self) -> None:  # noqa: B027 - some are always there
         """Come; the end opens then, if it was not open."""
@@ -225,6 +232,25 @@ class UnixClientKind(SocketPeer):
     async def aclose(self) -> None:
         await super().aclose()
         self.server.close()
+
+
+class MuxKind(UnixServerKind):
+    """A port's part of a server that ports share; what its peer sent is read ahead."""
+
+    reads_ahead = True
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.mux = Mux(self.chardev)
+        self.mux.front("other")
+        self.chardev = self.mux.front("this")
+
+    def log_to(self, log: OutputLog) -> None:
+        super().log_to(log)
+        self.mux.base.log = log
+
+    async def send(self, data: bytes) -> None:
+        await super().send(data.replace(b"\1", b"\1\1"))
 
 
 class TcpClientKind(UnixClientKind):
@@ -480,6 +506,7 @@ KINDS: dict[str, type[Peer]] = {
     "tcp-server": TcpServerKind,
     "unix-client": UnixClientKind,
     "tcp-client": TcpClientKind,
+    "mux": MuxKind,
     "pty": PtyKind,
     "file": FileKind,
     "file-with-input": FileWithInputKind,
@@ -497,4 +524,8 @@ LEAVING = [name for name, kind in KINDS.items() if kind.leaves]
 COMING_BACK = [name for name in LEAVING if KINDS[name].returns]
 SOCKETS = [name for name, kind in KINDS.items() if issubclass(kind, SocketPeer)]
 #: A peer may have left while its bytes still wait.
-WITH_LAST_WORDS = [n for n in LEAVING if KINDS[n].sends and not KINDS[n].in_memory]
+WITH_LAST_WORDS = [
+    name
+    for name in LEAVING
+    if KINDS[name].sends and not KINDS[name].in_memory and not KINDS[name].reads_ahead
+]

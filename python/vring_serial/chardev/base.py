@@ -98,10 +98,13 @@ class Chardev(Starting):
             can continue in one; set before ``start``. None: there is no successor.
         log: what the user writes the guest's output to as well; set before there is a user. None:
             nothing.
+        taken: return how many bytes the user has read from the end that are not the guest's yet; it
+            is set by a user that reads ahead. While there are some, a peer is not gone.
     """
 
     def __init__(self, id: str) -> None:
         self.id = id
+        self.taken: Callable[[], int] = lambda: 0
         self.end: End | None = None
         self.keeping: Keeping | None = None
         self.log: OutputLog | None = None

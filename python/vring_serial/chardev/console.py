@@ -19,7 +19,6 @@ from vring_serial.chardev.scrollback import Scrollback
 from vring_serial.chardev.viewer import Viewer
 from vring_serial.errors import ResourceError
 from vring_serial.ratelimit import RateLimitedLog
-from vring_serial.unix_fds import stream_socket
 from vring_serial.unix_socket import SocketPathError
 
 log = logging.getLogger(__name__)
@@ -31,8 +30,6 @@ MOST_VIEWERS = 32
 
 #: Bytes that a client may be behind, however little scrollback there is.
 _LAG = 1 << 20
-#: Roles of the two ends of the pair between the port and this (see Keeping).
-_GUEST_END, _OUR_END = "guest-end", "our-end"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +98,7 @@ class ConsoleChardev(Chardev):
         try:
             self.scrollback = Scrollback(self._memory())
             self._watch = HangupWatch(self._hung_up, lambda fd, all: hangup.LAST_WORDS_SECONDS)
-            self._make_pair()
+            self._guest, self._ours = self._kept.pair()
             if listening := self._kept.take_listeners():
                 self._listener.adopt(self._address, listening)
             else:
@@ -178,21 +175,6 @@ class ConsoleChardev(Chardev):
                 log.warning("chardev %s: it does not outlive a worker: %s", self.id, error)
         return memoryview(bytearray(size))
 
-    def _make_pair(self) -> None:
-        """Take a predecessor's pair with what is in it, or make one."""
-        found = [self._kept.take(role) for role in (_GUEST_END, _OUR_END)]
-        left = [None if fd < 0 else stream_socket(fd, listening=False) for fd in found]
-        self._guest, self._ours = left
-        if self._guest is None or self._ours is None:
-            for sock in left:
-                if sock is not None:
-                    sock.close()
-            self._guest, self._ours = socket.socketpair()
-            self._kept.keep(_GUEST_END, self._guest.fileno())
-            self._kept.keep(_OUR_END, self._ours.fileno())
-        for sock in (self._guest, self._ours):
-            sock.setblocking(False)
-
     def _release(self) -> None:
         if self._acceptor is not None:
             self._acceptor.close()
@@ -202,10 +184,7 @@ class ConsoleChardev(Chardev):
             loop = asyncio.get_running_loop()
             loop.remove_reader(self._ours.fileno())
             loop.remove_writer(self._ours.fileno())
-        for role, sock in ((_GUEST_END, self._guest), (_OUR_END, self._ours)):
-            if sock is not None:
-                self._kept.keep(role, -1)
-                sock.close()
+        self._kept.end_pair((self._guest, self._ours))
         self._guest = self._ours = None
         if self._watch is not None:
             self._watch.close()

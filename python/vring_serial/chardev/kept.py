@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from vring_serial.chardev.relay import Relay
 from vring_serial.keeping import Keeping
@@ -17,6 +17,8 @@ from vring_serial.unix_fds import stream_socket
 _log = logging.getLogger(__name__)
 
 _LISTENER, _CLIENT = "listener.", "client."
+#: Roles of the two ends of a pair between the port and the chardev.
+_PAIR = ("guest-end", "our-end")
 #: Roles of a relay's two ends, after that of the descriptor.
 _RELAY = (".relay-out", ".relay-in")
 #: Bytes that a relay should hold: as many as the pump moves at once.
@@ -137,6 +139,35 @@ class KeptSockets(Kept):
             role = self._roles[sock.fileno()] = f"{_CLIENT}{self._next}"
             self._next += 1
             self._keeping.keep(role, sock.fileno())
+
+    def pair(self) -> tuple[socket.socket, socket.socket]:
+        """Return two sockets, non-blocking: a predecessor's with what is in them, or a new pair.
+
+        The first is for the port. The caller ends them with :meth:`end_pair`. Raises OSError
+        without descriptors.
+        """
+        left = []
+        for role in _PAIR:
+            fd = self.take(role)
+            left.append(None if fd < 0 else stream_socket(fd, listening=False))
+        guest, ours = left
+        if guest is None or ours is None:
+            for sock in left:
+                if sock is not None:
+                    sock.close()
+            guest, ours = socket.socketpair()
+            for role, sock in zip(_PAIR, (guest, ours), strict=True):
+                self.keep(role, sock.fileno())
+        for sock in (guest, ours):
+            sock.setblocking(False)
+        return guest, ours
+
+    def end_pair(self, pair: Iterable[socket.socket | None]) -> None:
+        """Close the two sockets, if they are there, and keep them no longer."""
+        for role, sock in zip(_PAIR, pair, strict=True):
+            if sock is not None:
+                self.keep(role, -1)
+                sock.close()
 
     def drop_client(self, sock: socket.socket) -> None:
         """Stop keeping a client; called before it is closed."""

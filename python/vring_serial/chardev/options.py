@@ -12,6 +12,11 @@ import os
 
 from vring_serial.errors import ConfigError
 
+#: Ports that may share a host end (``mux=on``), as in QEMU.
+FRONTS_MAX = 4
+#: Kinds that ports cannot share (``mux=on``): their code is of one port.
+UNSHARED = ("spicevmc", "spiceport")
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
@@ -21,6 +26,11 @@ class Options:
     def keys(cls) -> dict[str, dataclasses.Field[object]]:
         """Return the field of each key, by the key in QEMU's spelling (``reconnect-ms``)."""
         return {field.name.replace("_", "-"): field for field in dataclasses.fields(cls)}
+
+
+def base_id(id: str) -> str:
+    """Return QEMU's name for what is behind a host end that ports share."""
+    return f"{id}-base"
 
 
 def check_path(key: str, path: str) -> None:

@@ -188,7 +188,8 @@ class PtyChardev(Chardev):
         poller = select.poll()
         poller.register(self._master, select.POLLIN)
         mask = sum(mask for _, mask in poller.poll(0))
-        left = self._input_relay is not None and unread(self._input_relay.read_fd)
+        relay = self._input_relay
+        left = self.taken() or (relay is not None and unread(relay.read_fd))
         return bool(mask & select.POLLIN or left), bool(mask & select.POLLHUP)
 
     def _tell_size(self) -> None:

@@ -271,7 +271,7 @@ class SocketChardev(Chardev):
 
     def _make_watch(self) -> HangupWatch:
         try:
-            return HangupWatch(self._hung_up, self._patience)
+            return HangupWatch(self._hung_up, self._patience, self._unread)
         except OSError as error:
             raise self._error(self._doing, error) from error
 
@@ -346,6 +346,10 @@ class SocketChardev(Chardev):
 
     # --- peers that leave
 
+    def _unread(self, fd: int) -> int:
+        served = self._peer is not None and self._peer.fileno() == fd
+        return unread(fd) + (self.taken() if served else 0)
+
     def _patience(self, fd: int, entirely: bool) -> float:
         """Return for how many seconds unread bytes keep a peer, served or waiting."""
         if not entirely:
@@ -368,7 +372,7 @@ class SocketChardev(Chardev):
         """Close the end of a peer that left, and serve the next."""
         assert self._peer is not None
         why = f": {self._why_gone.strerror}" if self._why_gone else ""
-        cut_off = _cut_off(self._peer)
+        cut_off = _cut_off(self._unread(self._peer.fileno()))
         self._log.log(logging.INFO, "chardev %s: peer left%s%s", self.id, why, cut_off)
         self._disconnect()
         if not self._started:
@@ -387,7 +391,7 @@ class SocketChardev(Chardev):
     def _dismiss(self, fd: int) -> None:
         """Close the connection of a waiting peer."""
         sock = self._take_waiting(fd)
-        if cut_off := _cut_off(sock):
+        if cut_off := _cut_off(unread(sock.fileno())):
             text = "chardev %s: a peer left before its turn%s"
             self._log.log(logging.INFO, text, self.id, cut_off)
         self._close(sock)
@@ -416,9 +420,8 @@ class SocketChardev(Chardev):
         accept.descriptor_freed()
 
 
-def _cut_off(sock: socket.socket) -> str:
+def _cut_off(count: int) -> str:
     """Return a log text about unread bytes; empty if there are none."""
-    count = unread(sock.fileno())
     return f"; {count} bytes that it had sent were not read" if count else ""
 
 

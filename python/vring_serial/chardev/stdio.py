@@ -107,7 +107,7 @@ class StdioChardev(FdChardev):
 
     def _unread(self, fd: int) -> int:
         relay = self._input_relay
-        return unread(fd) or (0 if relay is None else unread(relay.read_fd))
+        return unread(fd) or (0 if relay is None else unread(relay.read_fd)) or self.taken()
 
     def _own(self, fd: int, access: int) -> int:
         """Return a non-blocking descriptor for the file that ``fd`` is open on.

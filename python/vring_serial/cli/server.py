@@ -23,7 +23,7 @@ from vring_serial.cli.logs import emit
 from vring_serial.cli.pidfile import pid_file
 from vring_serial.cli.signals import finished_before, stop_on_signals
 from vring_serial.cli.spice_end import SpiceEnds
-from vring_serial.config.build import make_controller
+from vring_serial.config.build import Muxes, make_controller
 from vring_serial.config.topology import ControllerConfig, Topology
 from vring_serial.config.vms import VmConfig
 from vring_serial.device.console.controller import Controller
@@ -150,11 +150,12 @@ async def _start(
     served: list[_Machine],
     stack: contextlib.AsyncExitStack,
     kept: Kept | None,
-    on_gone: Callable[[], None],
+    stop: Callable[[], None],
 ) -> None:
     """Start everything, host ends first; ``stack`` stops it in reverse order.
 
-    All machines are appended to ``served``. The end of the only frontend calls ``on_gone``.
+    All machines are appended to ``served``. The end of the only frontend calls ``stop``, and so
+    does who asks for it on a host end that is the standard input.
     """
     if settings.frontend is None and (kept is None or not kept.restarts):
         for vm in vms:
@@ -169,7 +170,7 @@ async def _start(
         one = _Machine(vm, setup, keeping, vm.name if len(vms) > 1 else "")
         stack.push_async_callback(one.aclose)
         served.append(one)
-        await one.open_host_ends(kept, settings.frontend, on_gone)
+        await one.open_host_ends(kept, settings.frontend, stop)
     for one in served:
         await one.listen()
     # Peers that are there already are not served before this returns to the event loop.
@@ -215,7 +216,7 @@ class _Machine:
         self,
         kept: Kept | None,
         frontend: sockets.socket | None,
-        on_gone: Callable[[], None],
+        stop: Callable[[], None],
     ) -> None:
         """Make all, answer the monitor, and start the controllers with the ends of their ports."""
         with self._about():
@@ -226,6 +227,7 @@ class _Machine:
             spice = SpiceEnds(topology, agent_shared=self._vm.agent_socket is not None)
             stack.push_async_callback(spice.aclose)
             await spice.start()
+            muxes = Muxes(stop)
             self.controllers += [
                 make_controller(
                     config,
@@ -234,6 +236,7 @@ class _Machine:
                     spice.makers,
                     self._kept(f"controller-{number}"),
                     self.setup.keeping,
+                    muxes,
                 )
                 for number, config in enumerate(topology.controllers)
             ]
@@ -246,8 +249,8 @@ class _Machine:
                 )
             ]
             if frontend is not None:
-                self._backends[0].on_peer = lambda what: on_gone() if what == "gone" else None
-            self._changes = Changes(self.setup, self.controllers)
+                self._backends[0].on_peer = lambda what: stop() if what == "gone" else None
+            self._changes = Changes(self.setup, self.controllers, muxes)
             stack.push_async_callback(self._changes.aclose)
             await self._changes.start()
             if kept is not None and (link := kept.links.get(self._vm.name)) is not None:

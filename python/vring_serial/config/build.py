@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from vring import Backlog, Pump
 from vring_serial import chardev
 from vring_serial.chardev import Chardev, OutputLog
+from vring_serial.chardev.mux import Mux, MuxFront
 from vring_serial.config.topology import ChardevConfig, ControllerConfig, PortConfig
 from vring_serial.device.console.controller import Controller
 from vring_serial.device.console.port import Port
@@ -42,6 +43,41 @@ def make_chardev(config: ChardevConfig, factory: ProtocolFactory | None = None) 
         raise ConfigError(str(error), config.where) from None
 
 
+class Muxes:
+    """The host ends of one VM that ports share.
+
+    Args:
+        on_exit: ends the service; who has its standard input may ask for that.
+    """
+
+    def __init__(self, on_exit: Callable[[], None] | None = None) -> None:
+        self._on_exit = on_exit
+        self._by_id: dict[str, Mux] = {}
+
+    def front(
+        self, config: ChardevConfig, keeping: Keeping | None, controller: str, nr: int, name: str
+    ) -> MuxFront:
+        """Return a port's part of a host end, not started.
+
+        Args:
+            config: of the host end.
+            keeping: of it.
+            controller: name of the port's controller.
+            nr: the port's number; -1: of none yet.
+            name: what the guest calls the port.
+
+        Raises ConfigError: the host end is invalid, or has too many parts.
+        """
+        mux = self._by_id.get(config.id)
+        if mux is None:
+            on_exit = self._on_exit if config.kind == "stdio" else None
+            mux = self._by_id[config.id] = Mux(make_chardev(config), keeping, on_exit)
+        key = f"{controller}-{nr}" if nr >= 0 else "spare"
+        scope = None if keeping is None else keeping.scoped(f"front-{key}")
+        label = f"port {nr} of {controller}{f' ({name})' if name else ''}" if nr >= 0 else "no port"
+        return mux.front(key, scope, label)
+
+
 def make_controller(
     config: ControllerConfig,
     pump: Pump | None = None,
@@ -49,6 +85,7 @@ def make_controller(
     chardev_makers: ChardevMakers | None = None,
     keeping: Keeping | None = None,
     chardev_keeping: Callable[[str], Keeping | None] = lambda id: None,
+    muxes: Muxes | None = None,
 ) -> Controller:
     """Return a controller with its ports, not started.
 
@@ -61,7 +98,9 @@ def make_controller(
         chardev_makers: see :data:`ChardevMakers`; they take precedence over the factories.
         keeping: see Controller; the state that a predecessor process left there is continued.
         chardev_keeping: the same for each host end, by its id.
+        muxes: host ends that ports share, also those of other controllers; None: new ones.
     """
+    muxes = muxes or Muxes()
     factories = protocol_factories or {}
     makers = chardev_makers or {}
     saved = None if keeping is None else keeping.read(CONSOLE.kind)
@@ -86,10 +125,14 @@ def make_controller(
             end = maker(port)
             if port.chardev.log.logfile:
                 end.log = OutputLog(port.chardev.id, port.chardev.log)
+            end.keeping = chardev_keeping(port.chardev.id)
+        elif port.chardev.mux:
+            kept = chardev_keeping(port.chardev.id)
+            end = muxes.front(port.chardev, kept, config.name, port.nr, port.name)
         else:
             choose = factories.get(port.chardev.kind)
             end = make_chardev(port.chardev, choose(port) if choose is not None else None)
-        end.keeping = chardev_keeping(port.chardev.id)
+            end.keeping = chardev_keeping(port.chardev.id)
         controller.add_port(
             Port(
                 port.nr,

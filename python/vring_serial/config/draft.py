@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from vring_serial.chardev.options import FRONTS_MAX, base_id
 from vring_serial.chardev.protocol import SpiceportOptions
 from vring_serial.config.pci import PciSlots, Plug
 from vring_serial.config.topology import (
@@ -152,8 +153,21 @@ class Draft:
             )
         self._chardev_ids[id] = where
 
+    def claim_chardev(self, chardev: ChardevConfig) -> None:
+        """Reserve what a host end is called; raise ConfigError as :meth:`claim_chardev_id`."""
+        self.claim_chardev_id(chardev.id, chardev.where)
+        if chardev.mux:
+            self.claim_chardev_id(base_id(chardev.id), chardev.where)
+
     def add_port(self, port: DraftPort) -> None:
-        """Add a port; raise ConfigError if its name is invalid, or wrong for a spicevmc end."""
+        """Add a port.
+
+        Raises ConfigError: its name is invalid, or wrong for a spicevmc end, or too many ports
+        share its end.
+        """
+        if sum(other.chardev is port.chardev for other in self._ports) >= FRONTS_MAX:
+            id = port.chardev.id
+            raise ConfigError(f"{FRONTS_MAX} ports share chardev {id} already", port.where)
         if port.chardev.kind == "spicevmc":
             if port.console:
                 raise ConfigError("a console cannot be spicevmc", port.where)

@@ -16,7 +16,7 @@ from typing import Any
 
 from vring_serial.chardev import LogOptions, Options, kinds, options_type
 from vring_serial.config.draft import Draft, DraftPort, check_max_ports
-from vring_serial.config.topology import ChardevConfig, SpiceConfig, Topology
+from vring_serial.config.topology import ChardevConfig, SpiceConfig, Topology, check_mux
 from vring_serial.config.unserved import UNSERVED
 from vring_serial.config.words import parse_bool, parse_int, parse_size, shorten, suggest
 from vring_serial.errors import ConfigError
@@ -27,9 +27,11 @@ PORT_KEYS = ("chardev", "controller", "name", "nr")
 
 #: Keys of QEMU's ``-chardev`` that are known but not supported.
 UNSERVED_KEYS = {
-    *("delay", "fd", "mux"),
+    *("delay", "fd"),
     *("telnet", "tls-authz", "tls-creds", "tn3270", "websocket"),
 }
+#: Keys of every kind, beside those of its log.
+COMMON_KEYS = ("id", "mux")
 #: Keys for which an empty value is valid: every address, no name. For all others it is an error,
 #: such as an unset shell variable.
 _MAY_BE_EMPTY = {"addr", "host", "name"}
@@ -84,14 +86,15 @@ def read(draft: Draft, options: QemuOptions) -> None:
         draft.spice = _parse_spice(options.spice)
     chardevs = [parse_chardev(text) for text in options.chardevs]
     for chardev in chardevs:
-        draft.claim_chardev_id(chardev.id, chardev.where)
-    unused = {chardev.id: chardev for chardev in chardevs}
+        draft.claim_chardev(chardev)
+    known = {chardev.id: chardev for chardev in chardevs}
     used: dict[str, str] = {}
     for flag, texts in (("--console", options.consoles), ("--port", options.ports)):
         for text in texts:
-            draft.add_port(_parse_port(flag, text, unused, used))
-    for chardev in unused.values():
-        raise ConfigError(f"no --port or --console uses chardev {chardev.id}", chardev.where)
+            draft.add_port(_parse_port(flag, text, known, used))
+    for chardev in chardevs:
+        if chardev.id not in used:
+            raise ConfigError(f"no --port or --console uses chardev {chardev.id}", chardev.where)
 
 
 def split(text: str, *, repeated: Collection[str] = ()) -> list[tuple[str, str | None]]:
@@ -168,12 +171,25 @@ def parse_chardev(text: str, *, of_any_vm: bool = False) -> ChardevConfig:
     for key, _ in values:
         if key in UNSERVED_KEYS:
             raise ConfigError(f"QEMU's {key} is not served", where)
+    mux = _take_mux(values, where)
+    if mux:
+        check_mux(kind, where)
     log_keys = LogOptions.keys()
     of_log = [(key, value) for key, value in values if key.removeprefix("no") in log_keys]
     others = [pair for pair in values if pair not in of_log]
-    options = _make_options(kind, options_type(kind), others, where, ("id", *log_keys))
+    options = _make_options(kind, options_type(kind), others, where, (*COMMON_KEYS, *log_keys))
     log = _make_options(kind, LogOptions, of_log, where)
-    return ChardevConfig(kind, id, options, where, log)
+    return ChardevConfig(kind, id, options, where, log, mux)
+
+
+def _take_mux(values: list[tuple[str, str | None]], where: str) -> bool:
+    """Remove ``mux`` from ``values``; return whether it is on."""
+    mux = False
+    for pair in [pair for pair in values if pair[0] in ("mux", "nomux")]:
+        values.remove(pair)
+        given = pair[1] or ("on" if pair[0] == "mux" else "off")
+        mux = bool(_read_value(parse_bool, "mux", given, where))
+    return mux
 
 
 def _take_kind(pairs: list[tuple[str, str | None]], where: str) -> str:
@@ -281,9 +297,9 @@ def _read_value(
 
 
 def _parse_port(
-    flag: str, text: str, unused: dict[str, ChardevConfig], used: dict[str, str]
+    flag: str, text: str, known: Mapping[str, ChardevConfig], used: dict[str, str]
 ) -> DraftPort:
-    """Return a port of ``--port`` or ``--console``; move its chardev to ``used``."""
+    """Return a port of ``--port`` or ``--console``; note in ``used`` where its chardev is used."""
     pairs, where = _split_option(flag, text)
     values: dict[str, str] = {}
     for key, value in pairs:
@@ -294,7 +310,7 @@ def _parse_port(
         values[key] = value
     return DraftPort(
         where=where,
-        chardev=_take_chardev(values.get("chardev", ""), unused, used, where),
+        chardev=_take_chardev(values.get("chardev", ""), known, used, where),
         console=flag == "--console",
         name=values.get("name", ""),
         controller=_number(values, "controller", where),
@@ -311,14 +327,15 @@ def _number(values: Mapping[str, str], key: str, where: str) -> int | None:
 
 
 def _take_chardev(
-    id: str, unused: dict[str, ChardevConfig], used: dict[str, str], where: str
+    id: str, known: Mapping[str, ChardevConfig], used: dict[str, str], where: str
 ) -> ChardevConfig:
     if not id:
         raise ConfigError("needs chardev=ID", where)
-    if id in used:
+    if id in used and not known[id].mux:
         raise ConfigError(f"chardev {id} is in use already ({used[id]})", where)
-    if id not in unused:
+    if id not in known:
+        unused = [other for other in known if other not in used or known[other].mux]
         others = f"; {suggest(id, unused)}" if unused else ""
         raise ConfigError(f"no --chardev has id={shorten(id)[1:-1]}{others}", where)
-    used[id] = where
-    return unused.pop(id)
+    used.setdefault(id, where)
+    return known[id]

@@ -36,6 +36,7 @@ from vring_serial.config.topology import (
     SpiceConfig,
     Topology,
     check_domain_name,
+    check_mux,
 )
 from vring_serial.config.unserved import UNSERVED
 from vring_serial.config.vms import WORKERS, ServiceConfig, VmConfig
@@ -354,8 +355,8 @@ def _read_ports(draft: Draft, table: _Table) -> None:
     for id, chardev in table.tables("chardev").items():
         if not id or not id.isprintable():
             chardev.fail(f"{shorten(id)} is no id of a chardev")
-        draft.claim_chardev_id(id, chardev.where())
         chardevs[id] = _read_chardev(id, chardev)
+        draft.claim_chardev(chardevs[id])
     unused = dict(chardevs)
     for kind in ("console", "port"):
         for port in table.each(kind):
@@ -365,7 +366,7 @@ def _read_ports(draft: Draft, table: _Table) -> None:
             if wanted not in chardevs:
                 why = f"there is no chardev {shorten(wanted)}; {suggest(wanted, chardevs)}"
                 port.fail(why, "chardev")
-            if unused.pop(wanted, None) is None:
+            if unused.pop(wanted, None) is None and not chardevs[wanted].mux:
                 port.fail(f"chardev {wanted} is in use already", "chardev")
             draft.add_port(
                 DraftPort(
@@ -392,9 +393,12 @@ def _read_chardev(id: str, table: _Table) -> ChardevConfig:
         table.fail(f"there is no chardev {shorten(kind)}; {suggest(kind, kinds())}", "backend")
     unserved = dict.fromkeys(UNSERVED_KEYS, "")
     log_keys = LogOptions.keys()
+    others = ("backend", "mux", *log_keys)
+    if mux := bool(table.take("mux", bool, False)):
+        check_mux(kind, table.where("mux"))
     log = _make_options(table, kind, LogOptions, {}, keys=log_keys)
-    options = _make_options(table, kind, options_type(kind), unserved, ("backend", *log_keys))
-    return ChardevConfig(kind, id, options, table.where(), log)
+    options = _make_options(table, kind, options_type(kind), unserved, others)
+    return ChardevConfig(kind, id, options, table.where(), log, mux)
 
 
 def _read_spice(table: _Table) -> SpiceConfig:

@@ -42,6 +42,7 @@ def _vm(vm: VmConfig) -> list[str]:
         if (value := getattr(vm, key)) != defaults[key]:
             settings[key] = value
     parts = [_table(head, settings)]
+    written: set[str] = set()  # chardevs that several ports may share
     if (spice := vm.topology.spice) is not None:
         required = {} if spice.explicit else {"required": False}
         parts.append(_table(f"{head}.spice", required | _given(spice.options)))
@@ -56,9 +57,12 @@ def _vm(vm: VmConfig) -> list[str]:
         }
         parts.append(_table(f"[{head}.controller]", values))
         for port in controller.ports:
-            chardev = {"backend": port.chardev.kind} | _given(port.chardev.options)
-            chardev |= _given(port.chardev.log)
-            parts.append(_table(f"{head}.chardev.{_key(port.chardev.id)}", chardev))
+            if port.chardev.id not in written:
+                written.add(port.chardev.id)
+                chardev = {"backend": port.chardev.kind} | _given(port.chardev.options)
+                chardev |= {"mux": True} if port.chardev.mux else {}
+                chardev |= _given(port.chardev.log)
+                parts.append(_table(f"{head}.chardev.{_key(port.chardev.id)}", chardev))
             values = {"chardev": port.chardev.id, "nr": port.nr, "controller": controller.index}
             values |= {"name": port.name} if port.name else {}
             kind = "console" if port.console else "port"

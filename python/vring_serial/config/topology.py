@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass, field
 
 from vring_serial.chardev import LogOptions, Options
+from vring_serial.chardev.options import UNSHARED
 from vring_serial.config.words import shorten
 from vring_serial.errors import ConfigError
 from vring_serial.spice.options import SpiceOptions
@@ -77,6 +78,7 @@ class ChardevConfig:
         options: an instance of ``vring_serial.chardev.options_type(kind)``.
         where: its place in the configuration, for errors: ``guest.xml:12: <channel>``.
         log: where what the guest writes is logged; without a ``logfile``, nowhere.
+        mux: whether several ports may share it.
     """
 
     kind: str
@@ -84,6 +86,7 @@ class ChardevConfig:
     options: Options
     where: str = field(default="", compare=False)
     log: LogOptions = field(default_factory=LogOptions)
+    mux: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +153,12 @@ class SpiceConfig:
     options: SpiceOptions
     where: str = field(default="", compare=False)
     explicit: bool = False
+
+
+def check_mux(kind: str, where: str) -> None:
+    """Raise ConfigError if ports cannot share a host end of this kind."""
+    if kind in UNSHARED:
+        raise ConfigError(f"ports cannot share {kind}: its code is of one port", where)
 
 
 @dataclass(frozen=True, slots=True)

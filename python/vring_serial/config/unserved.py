@@ -11,7 +11,7 @@ UNSERVED = {
     "dev": "host devices are not opened; connect one to a pty or a unix socket with socat",
     "hub": "a port has one host end",
     "msmouse": _OF_EMULATOR,
-    "mux": "a port has one host end",
+    "mux": "ports share a host end that has mux=on",
     "nmdm": "null-modem devices are BSD's; use pty or unix",
     "parallel": "host devices are not opened; connect one to a pty or a unix socket with socat",
     "parport": "host devices are not opened; connect one to a pty or a unix socket with socat",

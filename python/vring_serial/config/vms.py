@@ -172,7 +172,8 @@ def check_vms(vms: Sequence[VmConfig]) -> None:
 
 
 def _chardevs(vm: VmConfig) -> Iterable[ChardevConfig]:
-    return (port.chardev for controller in vm.topology.controllers for port in controller.ports)
+    ports = [port for controller in vm.topology.controllers for port in controller.ports]
+    return {port.chardev.id: port.chardev for port in ports}.values()  # ports may share one
 
 
 def _claim(taken: dict[str, str], path: str, where: str, what: str = "") -> None:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vring_serial.chardev import Chardev, DescriptorEnd
+from vring_serial.chardev.mux import MuxFront
+from vring_serial.chardev.options import base_id
 from vring_serial.chardev.ringbuf import RingbufChardev
 from vring_serial.device.console.controller import Controller
 from vring_serial.device.console.events import DeviceEvent, PortClosed, PortOpened, Side
@@ -107,7 +109,12 @@ class Answers:
         """Return how often the process was followed by another, and every controller."""
         controllers = [self._describe(served) for served in self._served]
         spare = [
-            {"chardev": id, "description": chardev.description, "filename": chardev.filename}
+            {
+                "chardev": id,
+                "description": chardev.description,
+                "filename": chardev.filename,
+                "behind": _behind(chardev),
+            }
             for id, chardev in self._changes.spare.items()
         ]
         return {"restarts": self._restarts, "controllers": controllers, "spare": spare}
@@ -176,12 +183,12 @@ class Answers:
         raise CallError(_NOT_FOUND, f"Device '{controller}' not found")
 
     def _chardev(self, id: str) -> Chardev:
-        if (spare := self._changes.spare.get(id)) is not None:
-            return spare
-        for served in self._served:
-            for port in served.controller.ports.values():
-                if port.chardev.id == id:
-                    return port.chardev
+        ends = [port.chardev for s in self._served for port in s.controller.ports.values()]
+        for end in (*self._changes.spare.values(), *ends):
+            if end.id == id:
+                return end
+            if isinstance(end, MuxFront) and base_id(end.id) == id:
+                return end.mux.base
         raise CallError(_GENERIC, f"Chardev '{id}' not found")
 
     def _ringbuf(self, device: str) -> RingbufChardev:
@@ -233,6 +240,11 @@ def _listener(
     return lambda event: function(controller, event)
 
 
+def _behind(chardev: Chardev) -> str:
+    """Return the file name of what is behind a host end that ports share; "" if it is not one."""
+    return chardev.mux.base.filename if isinstance(chardev, MuxFront) else ""
+
+
 def _describe_port(port: Port) -> dict[str, Any]:
     out, back = port.traffic
     chardev = port.chardev
@@ -243,6 +255,8 @@ def _describe_port(port: Port) -> dict[str, Any]:
         "chardev": chardev.id,
         "description": chardev.description,
         "filename": chardev.filename,
+        "behind": _behind(chardev),
+        "focus": not isinstance(chardev, MuxFront) or chardev.has_focus,
         "guest_open": port.guest_open,
         "guest_ready": port.guest_ready,
         "host_open": port.host_open,

@@ -15,8 +15,10 @@ from typing import Any
 
 from vring_serial.chardev import Chardev
 from vring_serial.chardev.file import FileOptions
+from vring_serial.chardev.mux import MuxFront
+from vring_serial.chardev.options import base_id
 from vring_serial.chardev.pty import PtyChardev
-from vring_serial.config.build import make_chardev
+from vring_serial.config.build import Muxes, make_chardev
 from vring_serial.config.draft import log_paths
 from vring_serial.config.qemu_options import parse_chardev
 from vring_serial.config.qmp_backend import KINDS, option_of
@@ -113,8 +115,8 @@ class Setup:
         self.state = ChangesState(
             tuple(ChardevRecord(id, "", number) for number, id in enumerate(self._base)),
             tuple(
-                PortRecord(p.chardev.id, name, p.nr, p.name, p.console, p.chardev.id)
-                for name, p in ports
+                PortRecord(id, name, p.nr, p.name, p.console, p.chardev.id)
+                for id, (name, p) in zip(_device_ids(ports), ports, strict=True)
             ),
             len(self._base),
         )
@@ -187,14 +189,18 @@ class Changes:
     Args:
         setup: what is served.
         controllers: the devices.
+        muxes: host ends that their ports share.
 
     Attributes:
         spare: host ends that are no port's, by id; started.
         on_deleted: told the id of each device that was removed.
     """
 
-    def __init__(self, setup: Setup, controllers: Sequence[Controller]) -> None:
+    def __init__(
+        self, setup: Setup, controllers: Sequence[Controller], muxes: Muxes | None = None
+    ) -> None:
         self._setup = setup
+        self._muxes = muxes or Muxes()
         self._controllers = {controller.name: controller for controller in controllers}
         self._lock = asyncio.Lock()
         self.spare: dict[str, Chardev] = {}
@@ -232,7 +238,7 @@ class Changes:
     # --- chardevs
 
     async def _chardev_add(self, id: str, backend: Mapping[str, Any]) -> dict[str, str]:
-        if any(record.id == id for record in self._setup.state.chardevs):
+        if id in self._names():
             raise CallError(_GENERIC, f"Chardev with id '{id}' already exists")
         if len(self._setup.state.chardevs) >= CHARDEVS_MAX:
             raise CallError(_GENERIC, f"Failed to add chardev '{id}': there are {CHARDEVS_MAX}")
@@ -247,7 +253,11 @@ class Changes:
         return {"pty": chardev.path} if isinstance(chardev, PtyChardev) else {}
 
     async def _chardev_change(self, id: str, backend: Mapping[str, Any]) -> dict[str, str]:
+        self._check_no_base(id, "Chardev user does not support chardev hotswap")
         before = self._record(id, "Chardev '{}' does not exist")
+        if self._setup.config(id).mux:
+            text = "For mux or hub device hotswap is not supported yet"
+            raise CallError(_GENERIC, text)
         if self._configured_kind(id) not in KINDS:
             raise CallError(_GENERIC, f"Chardev '{id}' cannot be changed while it is in use")
         with _failing_to_add(id):
@@ -269,6 +279,7 @@ class Changes:
         return {"pty": chardev.path} if isinstance(chardev, PtyChardev) else {}
 
     async def _chardev_remove(self, id: str) -> None:
+        self._check_no_base(id, f"Chardev '{id}' is busy")
         self._record(id, "Chardev '{}' not found")
         if id not in self.spare:
             raise CallError(_GENERIC, f"Chardev '{id}' is busy")
@@ -301,22 +312,44 @@ class Changes:
             self.spare[chardev] = await self._make(chardev)
         elif not any(record.id == chardev for record in self._setup.state.chardevs):
             raise CallError(_GENERIC, f"{what} can't find value '{chardev}'")
-        elif chardev not in self.spare:
+        elif chardev not in self.spare and not self._setup.config(chardev).mux:
             raise CallError(
                 _GENERIC,
                 f"{what} can't take value '{chardev}': chardev '{chardev}' is already in use",
             )
+        end = await self._end_for(chardev, controller, nr, name, what)
         state = self._setup.state
-        record = PortRecord(id or chardev, controller.name, nr, name, console, chardev)
+        id = id or _free_id(chardev, controller.name, nr, [port.id for port in self._ports])
+        record = PortRecord(id, controller.name, nr, name, console, chardev)
         self._setup.write(dataclasses.replace(state, ports=(*state.ports, record)))
         try:
-            controller.add_port(Port(nr, name, self.spare[chardev], console=console))
+            controller.add_port(Port(nr, name, end, console=console))
         except LocalProtocolError as error:
             self._setup.write(state)
             if made:
                 await self._chardev_remove(made)
+            if isinstance(end, MuxFront):
+                await end.aclose()
             raise CallError(_GENERIC, str(error)) from None
-        del self.spare[chardev]
+        spare = self.spare.pop(chardev, end)
+        if spare is not end:  # of a host end that ports share
+            await spare.aclose()
+
+    async def _end_for(
+        self, chardev: str, controller: Controller, nr: int, name: str, what: str
+    ) -> Chardev:
+        """Return the host end for a new port, started."""
+        config = self._setup.config(chardev)
+        if not config.mux:
+            return self.spare[chardev]
+        keeping = self._setup.keeping(chardev)
+        try:
+            front = self._muxes.front(config, keeping, controller.name, nr, name)
+            await front.start()
+        except (ConfigError, ResourceError) as error:
+            text = error.why if isinstance(error, ConfigError) else str(error)
+            raise CallError(_GENERIC, f"{what} can't take value '{chardev}': {text}") from None
+        return front
 
     async def _device_del(self, id: str) -> None:
         port = next((port for port in self._ports if port.id == id), None)
@@ -327,8 +360,13 @@ class Changes:
         self._setup.write(dataclasses.replace(state, ports=left))
         controller = self._controllers[port.controller]
         chardev = controller.ports[port.nr].chardev
-        await controller.remove_port(port.nr, keep_chardev=True)
-        self.spare[port.chardev] = chardev
+        if not isinstance(chardev, MuxFront):
+            await controller.remove_port(port.nr, keep_chardev=True)
+            self.spare[port.chardev] = chardev
+        else:
+            if all(other.chardev != port.chardev for other in left):
+                await self._keep_shared(port.chardev)
+            await controller.remove_port(port.nr)
         # The answer goes first, as QEMU's.
         asyncio.get_running_loop().call_soon(self.on_deleted, id)
 
@@ -362,6 +400,22 @@ class Changes:
         return nr
 
     # --- internals
+
+    async def _keep_shared(self, id: str) -> None:
+        """Have a host end that ports share go on without a port."""
+        spare = self._muxes.front(self._setup.config(id), self._setup.keeping(id), "", -1, "")
+        await spare.start()
+        self.spare[id] = spare
+
+    def _names(self) -> set[str]:
+        """Return what chardevs are called, those behind shared ones too."""
+        ids = [record.id for record in self._setup.state.chardevs]
+        return {*ids, *(base_id(id) for id in ids if self._setup.config(id).mux)}
+
+    def _check_no_base(self, id: str, text: str) -> None:
+        """Raise CallError if it is the name of what is behind a shared host end."""
+        if id in self._names() and all(r.id != id for r in self._setup.state.chardevs):
+            raise CallError(_GENERIC, text)
 
     @property
     def _ports(self) -> tuple[PortRecord, ...]:
@@ -432,11 +486,28 @@ class Changes:
         Raises ConfigError, ResourceError; TimeoutError if its peer does not answer.
         """
         config = self._setup.config(id)
-        chardev = make_chardev(config)
-        chardev.keeping = self._setup.keeping(id)
+        chardev: Chardev
+        if config.mux:
+            chardev = self._muxes.front(config, self._setup.keeping(id), "", -1, "")
+        else:
+            chardev = make_chardev(config)
+            chardev.keeping = self._setup.keeping(id)
         async with asyncio.timeout(START_SECONDS):
             await chardev.start_with_log()
         return chardev
+
+
+def _device_ids(ports: Sequence[tuple[str, PortConfig]]) -> list[str]:
+    """Return names for the devices of ports, each with the name of its controller."""
+    ids: list[str] = []
+    for controller, port in ports:
+        ids.append(_free_id(port.chardev.id, controller, port.nr, ids))
+    return ids
+
+
+def _free_id(chardev: str, controller: str, nr: int, taken: Sequence[str]) -> str:
+    """Return what a port's device is called that has no name: as its chardev, if none is yet."""
+    return chardev if chardev not in taken else f"{chardev}-{controller}-{nr}"
 
 
 @contextlib.contextmanager

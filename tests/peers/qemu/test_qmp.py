@@ -18,6 +18,12 @@ def add(kind, id, **data):
     return json.dumps({"execute": "chardev-add", "arguments": arguments})
 
 
+def change(id):
+    """A request for another end of a chardev."""
+    arguments = {"id": id, "backend": {"type": "null", "data": {}}}
+    return json.dumps({"execute": "chardev-change", "arguments": arguments})
+
+
 def device(driver="virtserialport", **properties):
     """A request for a new port."""
     return json.dumps({"execute": "device_add", "arguments": {"driver": driver, **properties}})
@@ -78,6 +84,22 @@ SAME = [
     '{"execute":"device_del","arguments":{"id":"p0"}}',
     '{"execute":"device_del","arguments":{"id":"p0"}}',
     '{"execute":"chardev-remove","arguments":{"id":"z"}}',
+    '{"execute":"query-chardev"}',
+    add("null", "m"),
+    add("null", "m-base"),
+    '{"execute":"chardev-send-break","arguments":{"id":"m"}}',
+    '{"execute":"chardev-send-break","arguments":{"id":"m-base"}}',
+    '{"execute":"chardev-remove","arguments":{"id":"m"}}',
+    '{"execute":"chardev-remove","arguments":{"id":"m-base"}}',
+    change("m"),
+    change("m-base"),
+    device(bus="virtio-serial0.0", chardev="m", id="m4", nr=14),
+    device(bus="virtio-serial0.0", chardev="m", id="m5", nr=15),
+    device(bus="virtio-serial0.0", chardev="m", id="m6", nr=16),
+    '{"execute":"device_del","arguments":{"id":"m4"}}',
+    device(bus="virtio-serial0.0", chardev="m", id="m6", nr=16),
+    '{"execute":"device_del","arguments":{"id":"m6"}}',
+    '{"execute":"device_del","arguments":{"id":"m5"}}',
     '{"execute":"query-chardev"}',
     '{"execute":"device-list-properties","arguments":{"typename":"virtserialport"}}',
     '{"execute":"device-list-properties","arguments":{"typename":"nope"}}',
@@ -145,14 +167,20 @@ async def both(tmp_path):
         *("-device", "virtserialport,bus=virtio-serial0.0,chardev=c1,name=org.example.data1,nr=1"),
         *("-chardev", "ringbuf,id=r0,size=4096"),
         *("-device", "virtconsole,bus=virtio-serial0.0,chardev=r0,nr=0"),
+        *("-chardev", "socket,id=m,path=m,server=on,wait=off,mux=on"),
+        *("-device", "virtserialport,bus=virtio-serial0.0,chardev=m,nr=12"),
+        *("-device", "virtserialport,bus=virtio-serial0.0,chardev=m,nr=13"),
     ]
     monitor = "unix:qmp,server=on,wait=off"
     console = ("--chardev", "ringbuf,id=r0,size=4096", "--console", "chardev=r0")
+    shared = ("--chardev", "socket,id=m,path=m,server=on,wait=off,mux=on")
+    shared += ("--port", "chardev=m,nr=12", "--port", "chardev=m,nr=13")
+    ports = (*socket_ports([1]), *console, *shared)
     async with (
         running(
             *QEMU, "-machine", "q35", "-S", "-name", "vring", *devices, "-qmp", monitor, cwd=theirs
         ),
-        kept(ours, *socket_ports([1]), *console, "--qmp", monitor, "--reach", str(ours)) as keeper,
+        kept(ours, *ports, "--qmp", monitor, "--reach", str(ours)) as keeper,
     ):
         await keeper.logged("QMP at")
         await until(lambda: (theirs / "qmp").exists())

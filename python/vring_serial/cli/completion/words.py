@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 import click
 
 from vring_serial.chardev import LogOptions, Options, kinds, options_type
-from vring_serial.config.qemu_options import PORT_KEYS, split
+from vring_serial.config.qemu_options import COMMON_KEYS, PORT_KEYS, split
 from vring_serial.errors import ConfigError
 from vring_serial.spice.options import SpiceOptions
 
@@ -74,19 +74,23 @@ def complete_chardev(
     values = _values_of(own, LogOptions)
 
     def value(key: str, typed: str) -> Iterable[str]:
+        if key == "mux":
+            return _SWITCH
         return ids() if key == "id" else values(key, typed)
 
-    return complete_item(incomplete, ("id", *own.keys(), *LogOptions.keys()), value)
+    return complete_item(incomplete, (*COMMON_KEYS, *own.keys(), *LogOptions.keys()), value)
 
 
 def complete_port(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
-    """Complete ``chardev=ID,KEY=VALUE``, with the chardevs of this line that have no port yet."""
+    """Complete ``chardev=ID,KEY=VALUE``, with the chardevs of this line that can have a port."""
 
     def value(key: str, _typed: str) -> Iterable[str]:
         if key != "chardev":
             return ()
         used = _values_in((*_given(ctx, "ports"), *_given(ctx, "consoles")), "chardev")
-        return [id for id in _values_in(_given(ctx, "chardevs"), "id") if id not in used]
+        given = [dict(_pairs(text)) for text in _given(ctx, "chardevs")]
+        free = [one for one in given if one.get("id") not in used or one.get("mux", "off") != "off"]
+        return [id for one in free if (id := one.get("id"))]
 
     return complete_item(incomplete, PORT_KEYS, value)
 

@@ -220,6 +220,8 @@ class Port:
             self._sides.session.disconnect()
         self._update()
         self.report_residue()
+        if self._backlog is not None:  # whoever has the host end next owes it nothing
+            self._backlog.replace(b"")
         self._owner = None
 
     def report_residue(self) -> None:

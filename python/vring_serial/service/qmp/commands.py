@@ -126,6 +126,8 @@ _PORT = Object(
         Member("chardev", STR),
         Member("description", STR),
         Member("filename", STR),
+        Member("behind", STR),
+        Member("focus", BOOL),
         Member("guest_open", BOOL),
         Member("guest_ready", BOOL),
         Member("host_open", BOOL),
@@ -166,7 +168,12 @@ _VM = Object(
             Array(
                 Object(
                     "VringSpare",
-                    (Member("chardev", STR), Member("description", STR), Member("filename", STR)),
+                    (
+                        Member("chardev", STR),
+                        Member("description", STR),
+                        Member("filename", STR),
+                        Member("behind", STR),
+                    ),
                 )
             ),
             optional=True,

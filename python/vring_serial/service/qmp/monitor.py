@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from vring_serial.chardev import kinds
+from vring_serial.chardev.options import base_id
 from vring_serial.proto.console import DEVICE_ID, ConsoleFeature
 from vring_serial.proto.qmp import QEMU_VERSION, ErrorClass, QmpError
 from vring_serial.proto.virtio import Feature, Status, feature_names
@@ -130,19 +131,25 @@ class Monitor:
     async def _query_chardev(self) -> list[dict[str, Any]]:
         described = await self._describe()
         ends = [
-            (vm, port["chardev"], port["filename"], port["guest_open"])
+            (vm, port, port["guest_open"] and port["focus"])
             for vm, controller in _controllers(described)
             for port in controller["ports"]
         ]
         ends += [
-            (vm.name, end["chardev"], end["filename"], False)
+            (vm.name, end, False)
             for vm, found in described
             for end in (found or {}).get("spare", [])
         ]
-        return [
-            {"label": self.public_name(vm, id), "filename": filename, "frontend-open": is_open}
-            for vm, id, filename, is_open in ends
-        ]
+        infos: dict[str, dict[str, Any]] = {}
+        for vm, end, is_open in ends:
+            label = self.public_name(vm, end["chardev"])
+            info = {"label": label, "filename": end["filename"], "frontend-open": is_open}
+            if infos.setdefault(label, info)["frontend-open"] is not is_open:
+                infos[label]["frontend-open"] = True  # the port that has the focus counts
+            if end["behind"]:
+                base = {"label": base_id(label), "filename": end["behind"], "frontend-open": True}
+                infos[base_id(label)] = base
+        return list(infos.values())
 
     async def _query_chardev_backends(self) -> list[dict[str, str]]:
         return [{"name": kind} for kind in kinds()]
@@ -152,7 +159,9 @@ class Monitor:
         vm, name = self._split(id, _no_chardev)
         described = await vm.caller.call("describe", seconds=ANSWER_SECONDS)
         ends = [*described["spare"], *(p for c in described["controllers"] for p in c["ports"])]
-        if not any(end["chardev"] == name for end in ends):
+        ids = {end["chardev"] for end in ends}
+        ids |= {base_id(end["chardev"]) for end in ends if end["behind"]}
+        if name not in ids:
             raise _no_chardev(id)
         return {}
 
