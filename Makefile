@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 SOURCES := $(wildcard vring/*.pyx vring/*.pxd)
 
-.PHONY: help build run test check check-coverage coverage chaos soak bench fuzz sanitize tsan mutants format man wheel wheel-check peers \
+.PHONY: help build run test check check-coverage coverage chaos soak bench fuzz sanitize tsan mutants format picture-top man wheel wheel-check peers \
 	peers-qemu peers-vdagent clean
 .DEFAULT_GOAL := help
 
@@ -134,6 +134,9 @@ tsan: build ## the pump's tests and a hostile driver under ThreadSanitizer (in b
 	for layout in split packed; do \
 		$(THREAD_SANITIZER) $(BIN)/python fuzz/hostile.py --layout $$layout --seconds $(FUZZ_SECONDS) || exit 1; \
 	done
+
+picture-top: build ## docs/ctl-top.svg: what `vring ctl top` prints of a service at work
+	$(BIN)/python scripts/picture-top docs/ctl-top.svg
 
 man: build ## man/: the page of every command, from its help
 	$(BIN)/python scripts/make-man man

@@ -8,6 +8,7 @@ import pty
 import re
 import sys
 import termios
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,16 +111,21 @@ class Terminal:
         os.close(self._master)
 
 
-async def on_terminal(directory: Path, *arguments: str | Path) -> Terminal:
-    """Run ``vring`` on a terminal of 80 columns and 24 rows."""
+async def on_terminal(
+    directory: Path,
+    *arguments: str | Path,
+    program: Sequence[str | Path] = (sys.executable, "-m", "vring_serial"),
+    environment: Mapping[str, str] | None = None,
+) -> Terminal:
+    """Run ``vring``, or another program, on a terminal of 80 columns and 24 rows."""
     master, slave = pty.openpty()
     termios.tcsetwinsize(slave, (24, 80))
     found = termios.tcgetattr(slave)
     process = await asyncio.create_subprocess_exec(
         # The shell's terminal becomes the controlling one: Ctrl-C is for the command.
-        *("setsid", "--ctty", "--wait", sys.executable, "-m", "vring_serial", *arguments),
+        *("setsid", "--ctty", "--wait", *program, *arguments),
         cwd=directory,
-        env={**os.environ, "TERM": "xterm", "COLUMNS": "80"},
+        env={**(environment or os.environ), "TERM": "xterm", "COLUMNS": "80"},
         stdin=slave,
         stdout=slave,
         stderr=slave,

@@ -114,7 +114,9 @@ def _table(vms: list[dict[str, Any]], rates: Mapping[_Key, float], height: int) 
         rows.append((rate["out", "bytes"] + rate["in", "bytes"], vm, port, rate))
     rows.sort(key=lambda row: -row[0])
     several = len(vms) > 1
-    table = Table(*(["VM"] if several else []), "port", "open", box=None)
+    table = Table(box=None, pad_edge=False)
+    for name in (*(["VM"] if several else []), "port", "open"):
+        table.add_column(name, no_wrap=True)  # what is too long is cut: a row is a line
     for name in ("out B/s", "in B/s", "chains/s", "kicks/s", "waits"):
         table.add_column(name, justify="right", no_wrap=True)
     for _, vm, port, rate in rows[: max(height - 4, 1)]:

@@ -23,6 +23,9 @@ class ResidueWriter:
             that prevents it. Call :meth:`stop` then too.
         backlog: has the residue too, and a successor finds it there, whatever was written: neither
             ``record`` nor ``on_written`` are used then. None: there is none.
+
+    Attributes:
+        taken: bytes that the descriptor has taken.
     """
 
     def __init__(
@@ -34,6 +37,7 @@ class ResidueWriter:
         on_done: Callable[[OSError | None], None],
         backlog: Backlog | None = None,
     ) -> None:
+        self.taken = 0
         self._end = end
         self._fd = end.write_fd
         self._backlog = backlog
@@ -66,6 +70,7 @@ class ResidueWriter:
         except OSError as error:
             self._on_done(error)
             return
+        self.taken += written
         if self._backlog is None:
             self._chain.residue = self._chain.residue[written:]
             self._chain.gone += written

@@ -11,6 +11,7 @@ from vring_serial.chardev.base import DescriptorEnd
 from vring_serial.device.console.direction import Direction, DirectionUser, Mode, Sides
 from vring_serial.device.console.residue import ResidueWriter
 from vring_serial.device.console.state import BACKLOG_MAX
+from vring_serial.device.console.traffic import Traffic
 from vring_serial.device.served import Discarder
 from vring_serial.device.virtqueue import RunningQueue
 from vring_serial.proto.control import PortState
@@ -44,6 +45,12 @@ class Transmit(Direction):
         self._served: RunningQueue | None = None  # by the flow
         self._residue_writer: ResidueWriter | None = None
         self._record: memoryview | None = None  # of the residue, for a successor of this process
+
+    @property
+    def traffic(self) -> Traffic:
+        """Return what has moved so far, without what was discarded."""
+        writer = self._residue_writer
+        return super().traffic + Traffic(bytes=0 if writer is None else writer.taken)
 
     def keep_with(self, record: memoryview | None) -> None:
         """Record what a socket takes of a residue, and leave out what it took by the record."""
@@ -121,6 +128,7 @@ class Transmit(Direction):
         """Write no more of the residue to the end's descriptor, until the next :meth:`update`."""
         if self._residue_writer is not None:
             self._residue_writer.stop()
+            self._before += Traffic(bytes=self._residue_writer.taken)
             self._residue_writer = None
 
     def _wanted(self, sides: Sides) -> Mode:
