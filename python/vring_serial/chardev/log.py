@@ -220,6 +220,7 @@ class _Drain(threading.Thread):
     def run(self) -> None:
         try:
             ending = False
+            self._work()  # a predecessor may have left bytes that nobody would tell of
             while not ending:
                 if self._delay:
                     self._orders.poll(1000 * self._delay)

@@ -87,11 +87,19 @@ class LogFile:
             fd, self._fd = self._fd, -1
             os.close(fd)
 
+    def _is_at_path(self) -> bool:
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self._fd))
+        except OSError:
+            return False
+
     def _rotate(self) -> None:
         if not self._backups:
             os.ftruncate(self._fd, 0)
             return
-        for number in reversed(range(self._backups)):
+        # An attempt that could not make the next file has renamed them already.
+        numbers = range(self._backups) if self._is_at_path() else ()
+        for number in reversed(numbers):
             before = f"{self.path}.{number - 1}" if number else self.path
             with contextlib.suppress(FileNotFoundError):
                 os.rename(before, f"{self.path}.{number}")
