@@ -21,7 +21,8 @@ VirtioDevice QueueDevice QueueDeviceState RunningQueue StateFormat
 Chardev ChardevUser DescriptorEnd End ProtocolEnd
 FileChardev FileOptions NullChardev NullOptions PipeChardev PipeOptions ProtocolChardev
 ConsoleChardev ConsoleOptions PtyChardev
-PtyOptions RingbufChardev RingbufOptions SocketChardev SocketOptions StdioChardev StdioOptions
+PtyOptions RingbufChardev RingbufOptions SerialChardev SerialOptions SocketChardev SocketOptions
+StdioChardev StdioOptions
 VhostUserBackend VfioUserServer
 InProcessMmio InProcessPci Window LoopHost PolledHost
 Bar InterruptSink MmioDevice PciDevice

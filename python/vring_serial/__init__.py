@@ -70,6 +70,8 @@ if TYPE_CHECKING:
         RingbufChardev as RingbufChardev,
         RingbufOptions as RingbufOptions,
     )
+    from vring_serial.chardev.serial import SerialChardev as SerialChardev
+    from vring_serial.chardev.serial import SerialOptions as SerialOptions
     from vring_serial.chardev.socket import (
         SocketChardev as SocketChardev,
         SocketOptions as SocketOptions,
@@ -179,6 +181,7 @@ _EXPORTS = {
     "vring_serial.chardev.protocol": "ProtocolChardev",
     "vring_serial.chardev.pty": "PtyChardev PtyOptions",
     "vring_serial.chardev.ringbuf": "RingbufChardev RingbufOptions",
+    "vring_serial.chardev.serial": "SerialChardev SerialOptions",
     "vring_serial.chardev.socket": "SocketChardev SocketOptions",
     "vring_serial.chardev.stdio": "StdioChardev StdioOptions",
     "vring_serial.transport.vhost_user.backend": "VhostUserBackend",

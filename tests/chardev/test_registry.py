@@ -17,6 +17,7 @@ EXAMPLES: dict[str, dict[str, object]] = {
     "pty": {},
     "file": {"path": "out"},
     "pipe": {"path": "p"},
+    "serial": {"path": "/dev/ttyS0"},
     "stdio": {},
     "null": {},
     "ringbuf": {},

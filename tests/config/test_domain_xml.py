@@ -13,6 +13,7 @@ from tests.support.examples import EXAMPLES
 from vring_serial.chardev import LogOptions
 from vring_serial.chardev.file import FileOptions
 from vring_serial.chardev.pipe import PipeOptions
+from vring_serial.chardev.serial import SerialOptions
 from vring_serial.chardev.socket import SocketOptions
 from vring_serial.config import domain_xml
 from vring_serial.config.domain_xml import load, parse
@@ -379,6 +380,7 @@ def source(type_: str, inside: str, tag: str = "channel") -> str:
             FileOptions(path="/f", append=True),
         ),
         (source("pipe", "<source path='/p'/>"), "pipe", PipeOptions(path="/p")),
+        (source("dev", "<source path='/dev/t'/>"), "serial", SerialOptions(path="/dev/t")),
         (
             source("unix", "<source mode='bind' path='/u'/>"),
             "socket",
@@ -431,7 +433,7 @@ def test_a_source_without_type_is_a_pty() -> None:
     assert topology.controllers[0].ports[0].chardev.kind == "pty"
 
 
-@pytest.mark.parametrize("type_", ["vc", "dev", "udp", "nmdm", "qemu-vdagent", "dbus"])
+@pytest.mark.parametrize("type_", ["vc", "udp", "nmdm", "qemu-vdagent", "dbus"])
 def test_known_source_that_is_not_served(type_: str) -> None:
     message = fails(source(type_, "<source path='/x'/>"))
     assert message.startswith(f"domain:2: <channel>: a source of type {type_} is not served: ")

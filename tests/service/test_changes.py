@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pty
 from contextlib import asynccontextmanager, suppress
 
 import pytest
@@ -211,19 +212,24 @@ async def test_ports_without_a_host_end_and_numbers_of_their_own(tmp_path):
 
 
 async def test_coming_and_going_leaves_nothing_behind(tmp_path):
+    line = pty.openpty()
+    serial = backend("serial", device=os.ttyname(line[1]))
+    kinds = (unix("n"), backend("pty"), backend("ringbuf"), backend("file", out="f"), serial)
     async with service(tmp_path) as (keeper, client):
-        for kind in (unix("n"), backend("pty"), backend("ringbuf"), backend("file", out="f")):
+        for kind in kinds:
             await plug(client, "new", 5, kind)
             await client.execute("device_del", {"id": "p5"})
             await client.execute("chardev-remove", {"id": "new"})
         await keeper.kill_until_served()
         before = keeper.held
-        for kind in (unix("n"), backend("pty"), backend("ringbuf"), backend("file", out="f")):
+        for kind in kinds:
             await plug(client, "new", 5, kind)
             await client.execute("device_del", {"id": "p5"})
             await client.execute("chardev-remove", {"id": "new"})
         await keeper.kill_until_served()
         assert keeper.held == before
+    for fd in line:
+        os.close(fd)
 
 
 @pytest.mark.parametrize(
@@ -233,6 +239,7 @@ async def test_coming_and_going_leaves_nothing_behind(tmp_path):
         (backend("file", out="a,b", append=True), "file,id=x,path=a,,b,append=on"),
         (backend("file", out="a", **{"in": "b"}), "file,id=x,path=a,input-path=b"),
         (backend("pipe", device="p"), "pipe,id=x,path=p"),
+        (backend("serial", device="/dev/ttyS0"), "serial,id=x,path=/dev/ttyS0"),
         (unix("s"), "socket,id=x,path=s,server=on,wait=off"),
         (
             backend(

@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
+from qemu.qmp import QMPClient
 
 from tests.support.attached import Client
 from tests.support.keeper import kept
@@ -226,6 +227,35 @@ def _read(fd):
         return os.read(fd, 99)
     except BlockingIOError:
         return b""
+
+
+async def test_a_serial_line_stays_open_and_takes_a_break():
+    """Also while it is unplugged when the worker dies."""
+    master, slave = pty.openpty()
+    os.set_blocking(master, False)
+    os.symlink(os.ttyname(slave), "line")
+    arguments = ("--chardev", "serial,id=c,path=line", "--port", "chardev=c,nr=1")
+    qmp = ("--qmp", "unix:qmp,server=on,wait=off")
+    async with kept(Path.cwd(), *arguments, *qmp) as keeper:
+        client = QMPClient("test")
+        await client.connect("qmp")
+        async with EmbeddedGuest("v", memory=32 << 20) as guest:
+            async with port_of(guest, keeper) as port:
+                for text in (b"one", b"two"):
+                    os.write(master, text)
+                    await port.hears(text)
+                    port.says(text)
+                    await until(lambda text=text: _read(master) == text)
+                    assert await client.execute("chardev-send-break", {"id": "c"}) == {}
+                    await keeper.kill_until_served()
+            os.close(slave)
+            os.close(master)
+            await keeper.logged("Input/output error")
+            await keeper.kill_until_served()
+        await client.disconnect()
+        assert await keeper.stop() == 0
+    assert "when a worker dies" not in keeper.log
+    assert "is not allowed" not in keeper.log
 
 
 @pytest.mark.parametrize("end", ["stop", "keeper dies", "kill"])

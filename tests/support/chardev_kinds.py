@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import asyncio
 import os
+import pty
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +23,10 @@ from vring_serial.chardev.pipe import PipeChardev, PipeOptions
 from vring_serial.chardev.protocol import ProtocolChardev
 from vring_serial.chardev.pty import PtyChardev
 from vring_serial.chardev.ringbuf import RingbufChardev, RingbufOptions
+from vring_serial.chardev.serial import SerialChardev, SerialOptions
 from vring_serial.chardev.socket import SocketChardev, SocketOptions
 from vring_serial.chardev.stdio import StdioChardev
+from vring_serial.chardev.terminal import set_raw
 
 
 class GuestTransport(asyncio.Transport):
@@ -130,7 +133,7 @@ class Peer(abc.ABC):
     leaves = True  # the end closes when the peer goes
     returns = True  # and opens when the next comes
     in_memory = False  # the end is Python code, so nothing waits in a descriptor
-    reads_ahead = False  # what waits for the guest is not in the peer's descriptor
+    last_words = True  # what a peer sent before it left waits in the end's descriptor
     chardev: Chardev
 
     def __init__(self, directory: Path) -> None:
@@ -237,7 +240,7 @@ class UnixClientKind(SocketPeer):
 class MuxKind(UnixServerKind):
     """A port's part of a server that ports share; what its peer sent is read ahead."""
 
-    reads_ahead = True
+    last_words = False
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
@@ -287,6 +290,46 @@ class PtyKind(Peer):
         if self.slave >= 0:
             os.close(self.slave)
             self.slave = -1
+
+
+class SerialKind(Peer):
+    """The peer is at the other end of the line: the master of a terminal that has a path."""
+
+    last_words = False  # the system drops them when the line hangs up
+    master = -1
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.path = directory / "line"
+
+        class Quick(SerialChardev):
+            retry_seconds = 0.02
+
+        self.chardev = Quick("dut", SerialOptions(path=str(self.path)))
+        self.plug()
+
+    def plug(self) -> None:
+        self.master, slave = pty.openpty()
+        os.set_blocking(self.master, False)
+        set_raw(slave)
+        self.path.unlink(missing_ok=True)
+        self.path.symlink_to(os.ttyname(slave))
+        os.close(slave)
+
+    async def connect(self) -> None:
+        if self.master < 0:
+            self.plug()
+
+    async def send(self, data: bytes) -> None:
+        await write_all(self.master, data)
+
+    async def receive(self, size: int) -> bytes:
+        return await read_exactly(self.master, size)
+
+    async def disconnect(self) -> None:
+        if self.master >= 0:
+            os.close(self.master)
+            self.master = -1
 
 
 class FileKind(Peer):
@@ -508,6 +551,7 @@ KINDS: dict[str, type[Peer]] = {
     "tcp-client": TcpClientKind,
     "mux": MuxKind,
     "pty": PtyKind,
+    "serial": SerialKind,
     "file": FileKind,
     "file-with-input": FileWithInputKind,
     "pipe": PipeKind,
@@ -527,5 +571,5 @@ SOCKETS = [name for name, kind in KINDS.items() if issubclass(kind, SocketPeer)]
 WITH_LAST_WORDS = [
     name
     for name in LEAVING
-    if KINDS[name].sends and not KINDS[name].in_memory and not KINDS[name].reads_ahead
+    if KINDS[name].sends and not KINDS[name].in_memory and KINDS[name].last_words
 ]

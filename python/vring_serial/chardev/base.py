@@ -191,6 +191,12 @@ class Chardev(Starting):
         """
         return False
 
+    def send_break(self) -> None:
+        """Send a break on the line. The default is for chardevs that have none.
+
+        Raises ResourceError.
+        """
+
     @property
     def filename(self) -> str:
         """Return what QEMU's ``query-chardev`` calls such a host end."""

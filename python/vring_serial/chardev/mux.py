@@ -419,6 +419,9 @@ class MuxFront(Chardev):
     def send_away(self) -> bool:
         return self.mux.base.send_away()
 
+    def send_break(self) -> None:
+        self.mux.base.send_break()
+
     # --- for the Mux
 
     def open(self, end: DescriptorEnd | ProtocolEnd) -> None:

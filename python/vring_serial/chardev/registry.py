@@ -27,6 +27,7 @@ _TABLE = {
     "pty": _Entry("pty", "PtyChardev", "PtyOptions"),
     "file": _Entry("file", "FileChardev", "FileOptions"),
     "pipe": _Entry("pipe", "PipeChardev", "PipeOptions"),
+    "serial": _Entry("serial", "SerialChardev", "SerialOptions"),
     "stdio": _Entry("stdio", "StdioChardev", "StdioOptions"),
     "null": _Entry("null", "NullChardev", "NullOptions"),
     "ringbuf": _Entry("ringbuf", "RingbufChardev", "RingbufOptions"),

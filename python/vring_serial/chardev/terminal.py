@@ -46,3 +46,16 @@ def set_raw(fd: int, *, keep_output: bool = False, keep_signals: bool = False) -
     cc[termios.VMIN] = 1
     cc[termios.VTIME] = 0
     termios.tcsetattr(fd, termios.TCSANOW, [iflag, oflag, cflag, lflag, ispeed, ospeed, cc])
+
+
+def set_line(fd: int) -> None:
+    """Set raw mode, 115200 baud, 8 bits, no parity, 1 stop bit and no flow control.
+
+    Raises termios.error: not a terminal.
+    """
+    set_raw(fd)
+    iflag, oflag, cflag, lflag, _, _, cc = termios.tcgetattr(fd)
+    cflag &= ~(termios.CSTOPB | termios.PARODD | termios.CRTSCTS)
+    cflag |= termios.CREAD
+    speed = termios.B115200
+    termios.tcsetattr(fd, termios.TCSANOW, [iflag, oflag, cflag, lflag, speed, speed, cc])

@@ -34,6 +34,7 @@ from vring_serial.unix_socket import MAX_PATH
 MAX_XML_BYTES = 4 << 20
 #: libvirt's name of a source → QEMU's name of the chardev.
 _KINDS = {
+    "dev": "serial",
     "file": "file",
     "null": "null",
     "pipe": "pipe",
@@ -44,7 +45,7 @@ _KINDS = {
     "tcp": "socket",
     "unix": "socket",
 }
-_UNSERVED_TYPES = ("dbus", "dev", "nmdm", "qemu-vdagent", "udp", "vc")
+_UNSERVED_TYPES = ("dbus", "nmdm", "qemu-vdagent", "udp", "vc")
 _CHANNEL_TARGETS = ("guestfwd", "virtio", "xen")
 _CONSOLE_TARGETS = ("lxc", "openvz", "sclp", "sclplm", "serial", "uml", "virtio", "xen")
 #: Maximum number of characters of a domain's name in libvirt's file names.
@@ -252,9 +253,9 @@ class _Channels:
             options = _make(
                 source, "file", path=source.text_of("path"), append=source.flag("append")
             )
-        elif type_ == "pipe":
+        elif type_ in ("pipe", "dev"):
             source = _needed(node, source)
-            options = _make(source, "pipe", path=source.text_of("path"))
+            options = _make(source, _KINDS[type_], path=source.text_of("path"))
         elif type_ == "spiceport":
             source = _needed(node, source)
             options = _make(source, "spiceport", name=source.text_of("channel"))

@@ -38,7 +38,7 @@ _MAY_BE_EMPTY = {"addr", "host", "name"}
 #: Keys whose values may have a unit, such as 64K.
 SIZES = {"size", "scrollback", "logsize"}
 #: QEMU's older names of kinds.
-_ALIASES = {"memory": "ringbuf"}
+_ALIASES = {"memory": "ringbuf", "tty": "serial"}
 #: QEMU's rule for ids.
 _ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,127}")
 #: No option of a sane command line is longer.

@@ -12,12 +12,13 @@ from vring_serial.chardev.null import NullOptions
 from vring_serial.chardev.pipe import PipeOptions
 from vring_serial.chardev.pty import PtyOptions
 from vring_serial.chardev.ringbuf import RingbufOptions
+from vring_serial.chardev.serial import SerialOptions
 from vring_serial.chardev.socket import SocketOptions
 from vring_serial.config.topology import ChardevConfig
 from vring_serial.errors import ConfigError
 
 #: Kinds that are made while the service runs; the others need code that is set up at the start.
-KINDS = ("file", "null", "pipe", "pty", "ringbuf", "socket")
+KINDS = ("file", "null", "pipe", "pty", "ringbuf", "serial", "socket")
 #: What every kind may have in QEMU, and ours have not.
 _NOT_SERVED = ("logtimestamp",)
 
@@ -58,7 +59,7 @@ def _pairs(kind: str, data: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield "path", value
         elif kind == "file" and key == "in":
             yield "input-path", value
-        elif kind == "pipe" and key == "device":
+        elif kind in ("pipe", "serial") and key == "device":
             yield "path", value
         elif kind == "socket" and key == "addr":
             yield from _address(value)
@@ -87,7 +88,7 @@ def backend_of(config: ChardevConfig) -> dict[str, Any]:
         case FileOptions(path=path, append=append, input_path=input_path):
             data: dict[str, Any] = {"out": path, "append": append}
             data |= {"in": input_path} if input_path else {}
-        case PipeOptions(path=path):
+        case PipeOptions(path=path) | SerialOptions(path=path):
             data = {"device": path}
         case PtyOptions(path=path):
             data = {"path": path} if path else {}

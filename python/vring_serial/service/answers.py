@@ -15,6 +15,7 @@ from vring_serial.chardev.ringbuf import RingbufChardev
 from vring_serial.device.console.controller import Controller
 from vring_serial.device.console.events import DeviceEvent, PortClosed, PortOpened, Side
 from vring_serial.device.console.port import Port
+from vring_serial.errors import ResourceError
 from vring_serial.proto.virtio import Status
 from vring_serial.service.changes import Changes
 from vring_serial.service.link import CallError, Handler
@@ -80,6 +81,7 @@ class Answers:
             "disconnect-chardev": self.disconnect_chardev,
             "disconnect-frontend": self.disconnect_frontend,
             "log-level": self.log_level,
+            "send-break": self.send_break,
             "queues": self.queues,
             "restart": self.restart,
         }
@@ -139,6 +141,13 @@ class Answers:
     def disconnect_chardev(self, chardev: str) -> bool:
         """Send the peer of a host end away; return whether there was one."""
         return self._chardev(chardev).send_away()
+
+    def send_break(self, chardev: str) -> None:
+        """Send a break on a host end's line, if it has one."""
+        try:
+            self._chardev(chardev).send_break()
+        except ResourceError as error:
+            raise CallError(_GENERIC, str(error)) from None
 
     def disconnect_frontend(self, controller: str) -> bool:
         """End the session of a controller's frontend; return whether there was one."""

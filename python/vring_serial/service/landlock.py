@@ -92,7 +92,7 @@ def make_ruleset(reach: Reach, version: int) -> int:
                 | MAKE_SOCK
                 | MAKE_SYM
                 | REMOVE_FILE
-                | attr.handled_access_fs & _TRUNCATE,
+                | attr.handled_access_fs & (_TRUNCATE | _IOCTL_DEV),
                 reach.changed_in,
             ),
         ):

@@ -18,6 +18,7 @@ from vring_serial import __file__ as package
 from vring_serial.chardev.console import ConsoleOptions
 from vring_serial.chardev.file import FileOptions
 from vring_serial.chardev.pty import PtyOptions
+from vring_serial.chardev.serial import SerialOptions
 from vring_serial.chardev.socket import SocketOptions
 from vring_serial.config.topology import ChardevConfig, Topology
 
@@ -164,6 +165,8 @@ def _add(reach: Reach, chardev: ChardevConfig) -> None:
             reach.removes(path)
         case PtyOptions(path=path) if path:
             reach.removes(path)
+        case SerialOptions(path=path):
+            reach.terminals.add(path)
         case FileOptions(path=path):
             reach.appends_to(path)
         case _ if chardev.kind == "spicevmc":

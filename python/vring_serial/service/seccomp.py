@@ -90,12 +90,13 @@ _ATTACKS = """
 """
 
 #: What the device and the terminals of host ends need. The four are TCGETS2 and TCSETS2 to
-#: TCSETSF2, which newer C libraries prefer; the last is TIOCGPTN.
+#: TCSETSF2, which newer C libraries prefer; the last are TIOCGPTN,
+#: TIOCSBRK and TIOCCBRK.
 _IOCTLS = (
     *(termios.FIONBIO, termios.FIOCLEX, termios.FIONCLEX, termios.FIONREAD, termios.TIOCOUTQ),
     *(termios.TCGETS, termios.TCSETS, termios.TCSETSW, termios.TCSETSF, termios.TCFLSH),
     *(0x802C542A, 0x402C542B, 0x402C542C, 0x402C542D),
-    *(termios.TIOCGWINSZ, termios.TIOCGPGRP, 0x80045430),
+    *(termios.TIOCGWINSZ, termios.TIOCGPGRP, 0x80045430, 0x5427, 0x5428),
 )
 #: Unlocks a new terminal.
 _TIOCSPTLCK = 0x40045431

@@ -243,6 +243,7 @@ _BACKENDS = {
         Member("append", BOOL, optional=True),
     ),
     "pipe": _wrapped("Hostdev", Member("device", STR)),
+    "serial": _wrapped("Hostdev", Member("device", STR)),
     "socket": _wrapped(
         "Socket",
         Member("addr", _SOCKET_ADDRESS),
