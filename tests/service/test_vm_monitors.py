@@ -74,6 +74,14 @@ async def refused(client, command, **arguments):
     return caught.value.error_class, str(caught.value)
 
 
+def process_of(keeper, name):
+    """The worker of a VM."""
+    (pid,) = [
+        p for p in keeper.children if Path(f"/proc/{p}/comm").read_text() == f"vring {name}\n"
+    ]
+    return pid
+
+
 async def told(client, name):
     """The data of the next event of this name."""
     while (event := await client.events.get())["event"] != name:
@@ -139,10 +147,6 @@ async def test_vms_are_the_services_monitors_business(tmp_path):
             for client in (every, a)
         ]
         assert of_all - of_one == {"x-vring-vm-add", "x-vring-vm-remove", "X_VRING_VM"}
-        own_monitor = LATE | {"qmp": "unix:late-qmp,server=on,wait=off"}
-        assert (await refused(every, "x-vring-vm-add", name="late", config=own_monitor))[1] == (
-            "vm-add: vm.late.qmp: only VMs of the configuration have monitors of their own"
-        )
 
 
 async def test_all_are_told_of_vms_that_come_and_go(tmp_path):
@@ -167,6 +171,52 @@ async def test_all_are_told_of_vms_that_come_and_go(tmp_path):
         async with asyncio.timeout(30), connected("b-qmp") as b:
             assert [vm["name"] for vm in await b.execute("x-vring-status")] == ["b"]
         assert "a-qmp" not in os.listdir()
+        assert await keeper.stop() == 0
+    assert sorted(os.listdir()) == ["log", "two.toml"]
+
+
+async def test_vms_that_are_added_have_monitors_of_their_own(tmp_path):
+    own = LATE | {"qmp": "unix:late-qmp,server=on,wait=off"}
+    async with service(tmp_path) as keeper, connected("qmp") as every:
+        for turn in range(2):
+            await every.execute("x-vring-vm-add", {"name": "late", "config": own})
+            async with connected("late-qmp") as late:
+                assert await late.execute("query-name") == {"name": "late"}
+                (vm,) = await late.execute("x-vring-status")
+                assert (vm["name"], vm["prefix"]) == ("late", "")
+                # The VM's worker dies, and then the monitor's process: others go on.
+                served = keeper.log.count(SERVING)
+                os.kill(process_of(keeper, "late"), signal.SIGKILL)
+                await keeper.logged(SERVING, served + 1)
+                assert (await told(late, "X_VRING_WORKER"))["reason"] == "died"
+            if turn:
+                victim = keeper.monitor
+                os.kill(victim, signal.SIGKILL)
+                await until(lambda victim=victim: victim not in keeper.children)
+                await until(lambda: len(keeper.children) == 4)
+            async with (
+                asyncio.timeout(30),
+                connected("late-qmp") as late,
+                connected("qmp") as again,
+            ):
+                assert await late.execute("query-name") == {"name": "late"}
+                await again.execute("x-vring-vm-remove", {"name": "late"})
+                assert await told(late, "SHUTDOWN") == {"guest": False, "reason": "host-qmp-quit"}
+            await until(lambda: not {"late", "late-qmp"} & set(os.listdir()))
+        async with connected("qmp") as again:
+            for address, why in (
+                ("unix:late-qmp", "vm.late.qmp unix:late-qmp: needs server=on"),
+                (
+                    "unix:b-qmp,server=on",
+                    "vm-add: vm.late.qmp: b-qmp: exists, another process listens on it",
+                ),
+            ):
+                config = LATE | {"qmp": address}
+                text = (await refused(again, "x-vring-vm-add", name="late", config=config))[1]
+                assert why in text, text
+            assert "late" not in [vm["name"] for vm in await again.execute("x-vring-status")]
+        async with connected("b-qmp") as b:
+            assert await b.execute("query-name") == {"name": "b"}
         assert await keeper.stop() == 0
     assert sorted(os.listdir()) == ["log", "two.toml"]
 

@@ -156,7 +156,7 @@ def _added(
         def serve_it() -> None:
             with _telling(inheritance):
                 vm = vm_from_text(text)
-                settings = Settings(None, log.path, sandbox_of((vm,)))
+                settings = Settings(None, log.path, sandbox_of((vm,)), monitors=True)
             found.append(_work((vm,), settings, log, (), name, links, watchdog, inheritance))
 
         return status_of(serve_it) or found[0]

@@ -109,12 +109,24 @@ async def _serve(
             for number, options in enumerate(settings.monitored.vms.get(vm.name, ())):
                 monitor = Monitor(vm.name, package, vms, only, vm.name)
                 await monitors.serve(monitor, options, f"vm-{place}-qmp-{number}")
+
+        async def serve_added(name: str, sockets: list[socket.socket]) -> None:
+            monitor = Monitor(name, package, vms, only, name)
+            addresses = ", ".join(vms.configs[name].qmp)
+            await monitors.serve_on(monitor, sockets, addresses, f"added-{name}-qmp")
+
+        vms.on_sockets = serve_added
+        for name in settings.changed.added:
+            if vms.configs[name].qmp:
+                await serve_added(name, [])
         if addresses := settings.monitored.metrics:
             await _serve_metrics(addresses, vms.known, confined, keeping, stack)
         listening = settings.monitored.all
         made = [options.path for options in listening if options.path and not options.abstract]
         log = settings.log.path
-        confine(settings.sandbox, reach_of([], removes=made, appends_to=[log] if log else []))
+        reach = reach_of([], removes=made, appends_to=[log] if log else [])
+        reach.listens = True  # on those that workers of VMs make that are added
+        confine(settings.sandbox, reach)
         confined.set()
         on_serving()
         await stop.wait()

@@ -33,7 +33,10 @@ from vring_serial.keeping import Keeping
 from vring_serial.service.answers import Answers, Served
 from vring_serial.service.changes import Changes, Setup
 from vring_serial.service.link import Answerer, LinkEnd
+from vring_serial.service.monitored import listen
+from vring_serial.service.qmp.option import parse_qmp
 from vring_serial.service.reach import Reach, reach_of
+from vring_serial.service.roster import MONITOR_ROLE
 from vring_serial.service.sandbox import NO_SANDBOX, Sandbox
 from vring_serial.transport.vfio_user.server import VfioUserServer
 from vring_serial.transport.vhost_user.backend import VhostUserBackend
@@ -51,12 +54,15 @@ class Settings:
         sandbox: what the process gives up before it serves.
         frontend: the connection of the only frontend, taken over; serving ends when it has gone.
             None: frontends come through the sockets of the VMs.
+        monitors: make the sockets of the monitors of single VMs, which the keeper hands to the
+            monitor's process.
     """
 
     pid_file: str | None = None
     log_file: str | None = None
     sandbox: Sandbox = NO_SANDBOX
     frontend: sockets.socket | None = None
+    monitors: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +179,8 @@ async def _start(
         await one.open_host_ends(kept, settings.frontend, stop)
     for one in served:
         await one.listen()
+        if settings.monitors:
+            await one.listen_for_monitors()
     # Peers that are there already are not served before this returns to the event loop.
     topologies = [one.setup.topology for one in served]
     confine(settings.sandbox, _reach(vms, topologies, settings))
@@ -269,6 +277,16 @@ class _Machine:
                 self._stack.push_async_callback(backend.aclose)
                 await backend.start()
 
+    async def listen_for_monitors(self) -> None:
+        """Make the sockets of its monitors; somebody else accepts on them."""
+        with self._about():
+            for number, text in enumerate(self._vm.qmp):
+                options = parse_qmp(text, self._vm.where("qmp", text))
+                keeping = self._kept(f"{MONITOR_ROLE}{number}")
+                assert keeping is not None  # there is a keeper
+                listener = await listen(self._vm.where("qmp"), options, keeping)
+                self._stack.callback(listener.close)
+
     def serving(self, kept: Kept) -> None:
         """Tell the monitor that everything of the whole process has started."""
         if self._answers is not None:
@@ -332,6 +350,9 @@ def _reach(vms: Sequence[VmConfig], topologies: Sequence[Topology], settings: Se
         if not activation.is_provided(socket)  # never removed
     ]
     made += [path for path in (settings.pid_file, *(vm.agent_socket for vm in vms)) if path]
+    if settings.monitors:
+        monitors = [parse_qmp(text, "") for vm in vms for text in vm.qmp]
+        made += [options.path for options in monitors if options.path]
     return reach_of(
         topologies,
         removes=made,

@@ -59,6 +59,7 @@ class Reach:
         unix: unix sockets are connected to.
         abstract: so are abstract ones.
         tcp: ports that are connected to, by name or address.
+        listens: sockets that others have made are listened on.
     """
 
     read: set[str] = field(default_factory=set)
@@ -72,6 +73,7 @@ class Reach:
     unix: bool = False
     abstract: bool = False
     tcp: set[int] = field(default_factory=set)
+    listens: bool = False
 
     @property
     def directories(self) -> set[str]:

@@ -3,8 +3,9 @@
 The monitor checks what its clients describe, and hands the text of it to the keeper, which does not
 look into it: it starts a worker with it. Messages are those of the descriptor store protocol. From
 the monitor: ``VM=`` a name, ``TEXT=`` each piece of the text, ``DO=add`` or ``DO=remove``. To it:
-``VM=``, and ``DONE=`` what was done, with the monitor's end of the link to a worker that was added,
-or ``FAILED=`` why not. From a worker that cannot begin: ``FAILED=``.
+``VM=``, and ``DONE=`` what was done, with the monitor's end of the link to a worker that was added
+and the sockets that it has made for its VM's own monitors, or ``FAILED=`` why not. From a worker
+that cannot begin: ``FAILED=``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from vring_serial.service.link import Links
@@ -30,6 +31,10 @@ REASON_MAX = 500
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 #: VMs that a service may have.
 VMS_MAX = 1024
+#: What the names of the sockets begin with that a worker keeps for its VM's monitors, and how many
+#: of them are handed on.
+MONITOR_ROLE = "monitor-"
+MONITORS_MAX = 16
 #: Seconds that a VM's worker has to stop.
 LEAVE_SECONDS = 5.0
 
@@ -133,7 +138,10 @@ class Roster:
             self._coming[name] = fields["FAILED"][:REASON_MAX]
         if worker.ready:
             del self._coming[name]
-            tell_monitor(workers, name, done="add", fd=self._links.monitor_end(name))
+            kept = worker.store.descriptors
+            sockets = [fd for role in kept if role.startswith(MONITOR_ROLE) for fd in kept[role]]
+            fds = [self._links.monitor_end(name), *sockets[:MONITORS_MAX]]
+            tell_monitor(workers, name, done="add", fds=fds)
 
     def expects(self, worker: Worker) -> bool:
         """Return whether a worker is that of a VM which does not serve yet."""
@@ -195,11 +203,16 @@ class Roster:
 
 
 def tell_monitor(
-    workers: list[Worker], name: str, *, done: str = "", failed: str = "", fd: int = -1
+    workers: list[Worker],
+    name: str,
+    *,
+    done: str = "",
+    failed: str = "",
+    fds: Sequence[int] = (),
 ) -> None:
     """Answer the monitor; one that does not read is ended, and the next one knows."""
     line = f"DONE={done}" if done else f"FAILED={failed}"
-    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))] if fd >= 0 else []
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
     for worker in workers:
         if worker.spec.serves or not worker.pid:
             continue

@@ -193,6 +193,8 @@ def rules_for(reach: Reach) -> list[Rule]:
         rules.append(Rule("socket", action=_ERRNO | errno.EACCES))
     if reach.renames:
         rules += [Rule(call) for call in ("rename", "renameat", "renameat2")]
+    if reach.listens and not reach.changed_in:
+        rules.append(Rule("listen"))
     if reach.changed_in:
         rules += [Rule(call) for call in _MAKING]
         rules.append(Rule("ioctl", ((1, _MASKED_EQ, _INT, _TIOCSPTLCK),)))

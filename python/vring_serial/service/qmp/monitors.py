@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+import socket
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from vring_serial.chardev.kept import KeptSockets
 from vring_serial.chardev.socket import SocketOptions
 from vring_serial.keeping import Keeping
 from vring_serial.lifetime import Ending
@@ -61,16 +63,54 @@ class Monitors(Ending):
         """
         keeping = self._keeping.scoped(role)
         listener = await listen("--qmp", options, keeping)
+        stack = self._stack(monitor, keeping)
+        stack.callback(listener.close)
+        await self._serve(stack, monitor, listener.sockets, str(options.address))
+
+    async def serve_on(
+        self, monitor: Monitor, sockets: Sequence[socket.socket], addresses: str, role: str
+    ) -> None:
+        """Serve a monitor on sockets that the VM's worker has made, or a predecessor was given.
+
+        Args:
+            monitor: carries out the commands.
+            sockets: they listen; taken over. A predecessor's are taken instead, if there are any.
+            addresses: for the log.
+            role: see :meth:`serve`.
+        """
+        keeping = self._keeping.scoped(role)
+        kept = KeptSockets(keeping, f"--qmp {addresses}")
+        if left := kept.take_listeners():
+            sockets = left
+        else:
+            kept.keep_listeners(sockets)
+        stack = self._stack(monitor, keeping)
+        for sock in sockets:
+            sock.setblocking(False)
+            stack.callback(sock.close)
+        await self._serve(stack, monitor, sockets, addresses)
+
+    def _stack(self, monitor: Monitor, keeping: Keeping) -> contextlib.AsyncExitStack:
         stack = self._ends.setdefault(monitor.vm, contextlib.AsyncExitStack())
         stack.callback(keeping.clear)
-        stack.callback(listener.close)
-        name = f"QMP{f' of {monitor.vm}' if monitor.vm else ''} at {options.address}"
-        for sock in listener.sockets:
+        return stack
+
+    async def _serve(
+        self,
+        stack: contextlib.AsyncExitStack,
+        monitor: Monitor,
+        sockets: Sequence[socket.socket],
+        address: str,
+    ) -> None:
+        name = f"QMP{f' of {monitor.vm}' if monitor.vm else ''} at {address}"
+        for sock in sockets:
             server = QmpServer(monitor, sock, name, self._package, self._confined)
             stack.push_async_callback(server.aclose)
             await server.start()
             self._servers.setdefault(monitor.vm, []).append(server)
-        self._on_listening(name)
+        # A monitor's process may die between what it was handed and its keeping of that.
+        lost = "" if sockets else ": its socket is lost, until the VM is removed and added again"
+        self._on_listening(name + lost)
 
     def tell_of(self, vm: str, name: str, data: Mapping[str, Any]) -> None:
         """Tell the clients of all monitors that have the VM what its worker tells."""
