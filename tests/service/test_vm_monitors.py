@@ -50,7 +50,7 @@ def short_paths(tmp_path, monkeypatch):
 @asynccontextmanager
 async def service(tmp_path, *, of_all=OF_ALL):
     Path("two.toml").write_text(of_all + VM.format(name="a") + VM.format(name="b"))
-    async with kept(tmp_path, "--config", "two.toml", protocol=None) as keeper:
+    async with kept(tmp_path, protocol="config", socket="two.toml") as keeper:
         await keeper.logged(SERVING, 2)
         await keeper.logged("QMP of b at unix:b-qmp")
         yield keeper

@@ -212,7 +212,7 @@ async def test_a_configured_vm_goes_and_upgrades_know_of_all(tmp_path, versions)
         await keeper.logged(SERVING, 2)
         await keeper.logged("QMP at unix:qmp")
         async with connected() as client:
-            await add(client, "late", vm(2))
+            await add(client, "late", vm(2, qmp="unix:own,server=on,wait=off"))
             await remove(client, "a")
             assert await names(client) == ["b", "late"]
             assert not os.path.exists("a")
@@ -226,8 +226,9 @@ async def test_a_configured_vm_goes_and_upgrades_know_of_all(tmp_path, versions)
                 assert status == 0, text
                 assert "with 3 of its workers" in text
                 await all_go_on(streams)
-                async with connected() as client:
+                async with connected() as client, connected("own") as own:
                     assert await names(client) == ["b", "late"]
+                    assert await names(own) == ["late"]
         async with connected() as client:
             await add(client, "a", vm(3, socket="a"))
             await remove(client, "late")

@@ -185,7 +185,7 @@ class Kept:
 async def kept(
     directory: Path,
     *arguments: str,
-    protocol: str | None = "vhost-user",
+    protocol: str = "vhost-user",
     socket: str = "v",
     ready: str = SERVING,
     stdin: int = asyncio.subprocess.DEVNULL,
@@ -198,15 +198,15 @@ async def kept(
     Args:
         directory: has the sockets and the log.
         arguments: further ones of the command.
-        protocol, socket: how the device is served, and at which path; no protocol: arguments say.
+        protocol, socket: how the device is served, and at which path; "config" and a file of VMs.
         ready: the log says so when the block can begin; empty: at once.
         stdin, stdout, preexec_fn, environment: of the process.
     """
     log = directory / "log"
-    device = () if protocol is None else (f"--{protocol}", socket)
     with log.open("ab") as stream:
         async with running(
-            *(sys.executable, "-m", "vring_serial", "serve", *device, *arguments),
+            *(sys.executable, "-m", "vring_serial", "serve", f"--{protocol}", socket),
+            *arguments,
             cwd=directory,
             stdin=stdin,
             stdout=stdout,
