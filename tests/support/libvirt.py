@@ -24,7 +24,7 @@ from tests.support.bench import Stream, hang_up
 from tests.support.examples import EXAMPLES
 from tests.support.guest_shell import GuestShell
 from tests.support.processes import end
-from tests.support.qemu_machine import ROOT, initramfs, kernel
+from tests.support.qemu_machine import ROOT, WORDS, initramfs, kernel
 from tests.support.waiting import until
 
 #: The domain, the channel that libvirt itself talks to, and the one that moves to vring.
@@ -69,6 +69,7 @@ mount --bind "$root/var/log" "$root/host/var/log"
 mount --bind "$root/run" "$root/host/run"
 mount -t overlay -o "lowerdir=$dir/etc:/etc" etc "$root/host/etc"
 mount --bind "$root/etc/libvirt" "$root/host/etc/libvirt"
+chroot "$root" ip link set lo up
 exec chroot "$root" bash -c 'echo "$0"; while read -r _; do :; done' "$pid"
 """
 
@@ -112,7 +113,7 @@ def domain(more: str = "") -> str:
     <type arch='x86_64' machine='q35'>hvm</type>
     <kernel>/boot/{kernel().name}</kernel>
     <initrd>{_INITRD}</initrd>
-    <cmdline>console=ttyS0 quiet loglevel=4 panic=-1 rdinit=/init reboot=t</cmdline>
+    <cmdline>{WORDS} reboot=t</cmdline>
   </os>
   <features>
     <acpi/>

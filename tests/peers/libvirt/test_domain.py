@@ -20,6 +20,8 @@ from tests.support.qemu_machine import kernel
 from tests.support.waiting import until
 
 SIZE = 1 << 19
+#: A channel that an operator adds to the domain that runs: one of QEMU's.
+LATER = "<channel type='null'><target type='virtio' name='org.example.later'/></channel>"
 
 
 class Echo:
@@ -60,6 +62,12 @@ async def test_a_day_in_its_life(libvirt: LibvirtHost) -> None:
     data = libvirt.path(f"{SOCKETS}/{NAME}.{DATA}")
 
     await libvirt.boot("start", NAME)
+    await works(libvirt, data)
+
+    await libvirt.virsh("attach-device", NAME, "/dev/stdin", "--live", data=LATER)
+    await libvirt.shell.run(
+        "until grep -qx org.example.later /sys/class/virtio-ports/*/name; do sleep 0.05; done"
+    )
     await works(libvirt, data)
 
     await libvirt.run("vring", "upgrade", "--pid-file", f"{SOCKETS}/device.pid")

@@ -20,6 +20,14 @@ from tests.support.waiting import until
 
 QEMU = "http://libvirt.org/schemas/domain/qemu/1.0"
 NOBODY = 65534
+#: What a SPICE client begins with (SpiceLinkHeader, SpiceLinkMess: the main channel, no
+#: capabilities), and the first word of the server's answer.
+LINK = r"""
+exec 3<>/dev/tcp/127.0.0.1/5930
+printf 'REDQ\2\0\0\0\2\0\0\0\22\0\0\0' >&3
+printf '\0\0\0\0\1\0\0\0\0\0\0\0\0\0\22\0\0\0' >&3
+head -c 4 <&3
+"""
 
 
 async def test_the_hook_keeps_a_domain_from_starting(libvirt: LibvirtHost) -> None:
@@ -123,3 +131,17 @@ async def test_a_machine_without_pci_express(libvirt: LibvirtHost) -> None:
     await libvirt.virsh("start", NAME, "--paused")
     found = await libvirt.virsh("qemu-monitor-command", NAME, "--hmp", "info pci")
     assert "1af4:1043" in found
+
+
+@pytest.mark.peer("libspice-server.so.1")
+async def test_clients_find_vrings_spice_server_at_the_displays_port(libvirt: LibvirtHost) -> None:
+    """The domain gives its display up; libvirt gives the hook what moved, as it stands."""
+    display = (
+        "<graphics type='spice' port='5930'><listen type='address' address='127.0.0.1'/></graphics>"
+    )
+    channel = "<channel type='spicevmc'><target type='virtio'/></channel></devices>"
+    libvirt.path("/run/domain.xml").write_text(domain().replace("</devices>", display + channel))
+    await libvirt.run("bash", "-c", "vring libvirt convert --spice /run/domain.xml >/run/new.xml")
+    await libvirt.virsh("define", "--validate", "/run/new.xml")
+    await libvirt.virsh("start", NAME, "--paused")
+    assert await libvirt.run("bash", "-c", LINK) == "REDQ"
