@@ -23,8 +23,11 @@ from vring_serial.proto.vfio_user_features import (
     LoggingReport,
     MigrationState,
 )
+from vring_serial.transport.state_memory import MAX_STATE
 
 PORTS = 4
+#: What a client may send at once.
+LARGEST_PIECE = 1 << 20
 #: A prime length: no lost or doubled power of two of bytes goes unnoticed.
 PRIME = 65_521
 PATTERN = random.Random(11).randbytes(PRIME) * 3
@@ -252,6 +255,28 @@ async def test_a_state_that_does_not_fit_leaves_a_device_that_must_be_reset(
         await source.logged(f"the state is not taken: {cause}")
         async with VfioGuest(str(source.path), PORTS) as guest:
             await carries(guest, source, b"the next client")
+
+
+async def test_the_largest_state_comes_in_pieces_that_no_socket_holds(tmp_path: Path) -> None:
+    """A worker dies between them, and while one is on its way."""
+    async with AsyncExitStack() as stack:
+        source = await server(stack, tmp_path / "a", ports=1)
+        guest = await stack.enter_async_context(VfioGuest(str(source.path), 1))
+        await carries(guest, source, b"at first")
+        guest.set_state(MigrationState.STOP_COPY)
+        state = guest.read_state()
+        guest.set_state(MigrationState.RESUMING)
+        state += bytes(MAX_STATE - len(state))
+        for start in range(0, MAX_STATE, LARGEST_PIECE):
+            victim = source.kill_now() if start >> 20 & 1 else None
+            guest.write_state(state[start : start + LARGEST_PIECE], LARGEST_PIECE)
+            if victim is not None:
+                await source.replaced(victim)
+                await source.logged("serving;", source.kills + 1)
+        with pytest.raises(VfioUserError, match=f"error {errno.ENOSPC}"):
+            guest.write_state(b"x")
+        guest.set_state(MigrationState.RUNNING)
+        await carries(guest, source, b"again")
 
 
 async def test_a_device_with_other_ports_or_options_takes_no_state(tmp_path: Path) -> None:

@@ -335,7 +335,7 @@ class VfioGuest:
         self._before(command)
         self._number = self._number + 1 & 0xFFFF
         data = request(command, self._number, payload)
-        assert unix_fds.send(self._sock, data, fds) == len(data)
+        self._sock.sendall(data[unix_fds.send(self._sock, data, fds) :])
         while True:
             while (message := self._parser.next_message()) is None:
                 self._receive(self._sock, self._parser)

@@ -1,19 +1,22 @@
 """A connection whose process dies at every line in turn: run by a test as a process of its own.
 
-Messages have 8 bytes, the second half of which is the length of the answer; answers of BESIDE bytes
-have descriptors beside them. This process keeps the socket and the journal; it writes all messages,
-and reads the answers. Prints how many lines there were to die at.
+Messages have 8 bytes, the second half of which is the length of the answer, or LONG bytes that
+begin so; answers of BESIDE bytes have descriptors beside them. This process keeps the socket and
+the journal; it writes all messages, and reads the answers. Prints how many lines there were to die
+at.
 """
 
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import select
 import signal
 import socket
 import struct
 import sys
+import termios
 from types import FrameType
 from typing import Any
 
@@ -21,17 +24,27 @@ from vring_serial import unix_fds
 from vring_serial.service.journal import Journal
 from vring_serial.transport import connection, repeatable
 from vring_serial.transport.closer import Closer
-from vring_serial.transport.repeatable import AREA_SIZE, Handled, RepeatableConnection
+from vring_serial.transport.repeatable import (
+    AREA_SIZE,
+    LOOKED_AT,
+    Handled,
+    RepeatableConnection,
+)
 from vring_serial.unix_fds import Received
 
-#: Two are the same and have no answer, one has an answer that is more than fits.
+#: Two are the same and have no answer, one has an answer that is more than fits, one is long and
+#: comes in two pieces.
 BESIDE = 300
-LENGTHS = [0, 0, BESIDE, 250_000]
+TO_LONG = 500
+LENGTHS = [0, 0, BESIDE, TO_LONG, 250_000]
+LONG = LOOKED_AT + 5
 STATE = struct.Struct("<QQQ")
 TRACED = {connection.__file__, repeatable.__file__}
 
 
 def message(length: int) -> bytes:
+    if length == TO_LONG:
+        return b"long" + length.to_bytes(4, "little") + bytes(i & 0xFF for i in range(LONG - 8))
     return b"what" + length.to_bytes(4, "little")
 
 
@@ -69,7 +82,8 @@ async def serve(sock: socket.socket, journal: Journal) -> None:
     def received(got: Received) -> bool:
         nonlocal count
         unix_fds.close_all(got.fds)
-        length = int.from_bytes(got.data[4:], "little")
+        length = int.from_bytes(got.data[4:8], "little")
+        assert got.data == message(length)
         count += 1
         conn.send(answer(count, length)[:length], fds_beside(length))
         return False
@@ -80,7 +94,7 @@ async def serve(sock: socket.socket, journal: Journal) -> None:
 
     conn = RepeatableConnection(
         sock,
-        size_of=lambda _: 8,
+        size_of=lambda data: LONG if data[:4] == b"long" else 8,
         header_size=8,
         fds_of=lambda _: range(2),
         pieces=None,
@@ -88,6 +102,7 @@ async def serve(sock: socket.socket, journal: Journal) -> None:
         handled=Handled(number, said, answered),
         handled_fds=fds_beside(len(answered)),
         area=journal.area("connection", AREA_SIZE),
+        room=lambda: journal.area("message", 2 * LONG),
         read_size=4096,
         max_fds=4,
         closer=Closer(),
@@ -96,6 +111,12 @@ async def serve(sock: socket.socket, journal: Journal) -> None:
         lost=lambda error: gone.set(),
     )
     await gone.wait()
+
+
+def unread(sock: socket.socket) -> int:
+    """How much memory that has which was sent and not taken off yet."""
+    size = fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4))
+    return int.from_bytes(size, sys.byteorder)
 
 
 def start(sock: socket.socket, journal_fd: int, line: int) -> int:
@@ -120,7 +141,12 @@ def check(line: int) -> bool:
     journal = Journal.create()
     reader, writer = os.pipe()
     for i, length in enumerate(LENGTHS):
-        unix_fds.send(theirs, message(length), [writer] if i % 2 else [])
+        data = message(length)
+        if length == TO_LONG:
+            unix_fds.send(theirs, data[: LONG // 2])
+            rest = [data[LONG // 2 :], message(LENGTHS[-1])]  # sent once that is taken off
+            break
+        unix_fds.send(theirs, data, [writer] if i % 2 else [])
     wanted = b"".join(answer(i + 1, n)[:n] for i, n in enumerate(LENGTHS))
     got = b""
     beside = 0
@@ -128,8 +154,15 @@ def check(line: int) -> bool:
     pid = start(ours, journal, line)
     pidfd = os.pidfd_open(pid)
     while pid:
-        more = len(got) < len(wanted)
-        if pidfd in select.select([theirs, pidfd] if more else [pidfd], [], [], 30)[0]:
+        if rest and len(got) >= BESIDE and not unread(theirs):
+            for data in rest:
+                unix_fds.send(theirs, data)
+            rest = []
+        waiting = [theirs, pidfd] if len(got) < len(wanted) else [pidfd]
+        ready = select.select(waiting, [], [], 0.01 if rest else 30)[0]
+        if not ready:
+            assert rest, "nothing happens"
+        elif pidfd in ready:
             status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             os.close(pidfd)
             assert status in ((0, -signal.SIGKILL) if not died else (0,)), status

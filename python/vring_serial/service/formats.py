@@ -9,11 +9,11 @@ from vring_serial.errors import StateError
 from vring_serial.saving import MAGIC, StateFormat, saved_kind
 from vring_serial.service.changes import CHANGES
 from vring_serial.service.journal import LAYOUT_VERSION, Journal
-from vring_serial.transport.vfio_user.state import CLIENT, QUEUES, REGISTERS, TABLE
+from vring_serial.transport.vfio_user.state import CLIENT, QUEUES, REGIONS, REGISTERS, TABLE
 from vring_serial.transport.vhost_user.state import FRONTEND
 
 _ALL: tuple[StateFormat[Any], ...] = (
-    *(CONSOLE, FRONTEND, CLIENT, REGISTERS, TABLE, QUEUES),
+    *(CONSOLE, FRONTEND, CLIENT, REGIONS, REGISTERS, TABLE, QUEUES),
     CHANGES,
 )
 _KNOWN = {form.kind: form for form in _ALL}

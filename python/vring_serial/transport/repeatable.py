@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import socket
+import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +13,9 @@ from typing import Any
 
 from vring import RECORD_SIZE, receive_recorded, recorded, send_recorded, set_record
 from vring_serial import unix_fds
+from vring_serial.keeping import Keeping
 from vring_serial.proto.framing import share_fds
+from vring_serial.saving import check_range
 from vring_serial.transport.connection import Connection
 from vring_serial.transport.pieces import Pieces
 from vring_serial.unix_fds import Received
@@ -27,6 +31,11 @@ AREA_SIZE = 2 * RECORD_SIZE
 ATOMIC_SIZE = 40 << 10
 #: Bytes within which messages that a peer sent at once are told apart.
 PIECE_SIZE = 64 << 10
+#: Longest message that is looked at: the peer's socket holds it whole, however small its buffer is,
+#: and every message with descriptors is shorter.
+LOOKED_AT = 8 << 10
+#: Bytes before a longer message in the memory for it: its size.
+_LONG_HEAD = struct.Struct("<Q")
 
 
 @dataclass(slots=True)
@@ -35,13 +44,18 @@ class Handled:
 
     Attributes:
         number: one more than that of the message before.
-        message: its bytes.
+        message: its bytes; of one that is taken off before it is handled, the header alone.
         answer: the bytes that are to be sent for it.
     """
 
     number: int = 0
     message: bytes = b""
     answer: bytes = b""
+
+
+def check_handled(handled: Handled) -> None:
+    """Check a message that somebody else wrote down. Raises StateError."""
+    check_range("the number of a message", handled.number, 63)
 
 
 class RepeatableConnection(Connection):
@@ -56,6 +70,10 @@ class RepeatableConnection(Connection):
     What is asked of the peer (:meth:`ask`) is not written down, and no message waits until it was
     sent: a peer may want to be read before it reads on.
 
+    A message that the peer's socket may not hold whole is taken off as it comes, into memory that
+    outlives the process; the record of what was taken off has its number before it was handled. It
+    has no descriptors.
+
     Each message is sent for itself: the kernel takes one of at most ATOMIC_SIZE bytes whole or not
     at all, so that no successor goes on behind half a message.
 
@@ -69,6 +87,8 @@ class RepeatableConnection(Connection):
         handled: what a predecessor wrote down.
         area: AREA_SIZE bytes of memory that outlives the process.
         handled_fds: descriptors that go with its answer; taken over.
+        room: returns memory that outlives the process, for the longest message; 0 when it is made.
+            None: the peer sends no message that is too long for its socket.
         arguments: see Connection.
     """
 
@@ -86,8 +106,12 @@ class RepeatableConnection(Connection):
         handled: Handled,
         area: memoryview,
         handled_fds: Sequence[int] = (),
+        room: Callable[[], memoryview] | None = None,
         **arguments: Any,
     ) -> None:
+        self._room = room
+        self._space: memoryview | None = None  # that it returned
+        self._long = 0  # bytes of the message that is being handled, if it was taken off before
         self._size_of = size_of
         self._header_size = header_size
         self._fds_of = fds_of
@@ -100,11 +124,20 @@ class RepeatableConnection(Connection):
         self._asked: deque[bytes] = deque()  # not sent yet
         super().__init__(sock, **arguments)
         self._look_from(-1)  # the predecessor may have died while it looked farther
-        answered, taken = self._gone(self._sending), self._gone(self._taking)
+        answered = self._gone(self._sending)
+        if self._takes_long:  # so all that was before has gone
+            self._forget_fds()
+            # Perhaps all of it is there, and no more comes. Not in the loop's next turn, in which
+            # the session takes over what a predecessor left.
+            self._loop.call_soon(self._loop.call_soon, self._readable)
+            return
+        taken = self._gone(self._taking)
         self._begin(answered, taken)
         if answered:
             self._forget_fds()  # they went with the first byte
         if taken < len(handled.message) or answered < len(handled.answer):
+            if taken > len(handled.message):
+                self._long, taken = taken, 0
             self._message = handled.message[taken:]
             self._loop.call_soon(self._finish, handled.answer[answered:])
 
@@ -141,8 +174,10 @@ class RepeatableConnection(Connection):
             self.send(answer, fds)
 
     def _readable(self) -> None:
+        if self.closed:
+            return
         try:
-            received = self._look()
+            received = self._take_long() if self._takes_long else self._look()
         except BlockingIOError:
             return
         except OSError as error:
@@ -153,7 +188,7 @@ class RepeatableConnection(Connection):
         elif not received.data:
             self._fail(None)
         else:
-            self._message = received.data
+            self._message = received.data[: self._header_size if self._long else None]
             self._handle(partial(self._receive_one, received))
 
     def _receive_one(self, received: Received) -> bool:
@@ -165,12 +200,14 @@ class RepeatableConnection(Connection):
         """Look at the next message, with its descriptors.
 
         None: not all of it is there. Without bytes: the peer has gone, perhaps within a message.
-        Raises BlockingIOError if nothing is there, or OSError.
+        Raises BlockingIOError if nothing is there, or a long message that is not whole; or OSError.
         """
         head = self._sock.recv(self._header_size, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         if not head:
             return Received(b"")
         size = self._message_size(head)
+        if self._is_long(size):
+            return self._begin_long(size)
         seen = Received(self._look_into_piece(size))
         while len(seen.data) < size:
             before = len(seen.data)
@@ -183,6 +220,9 @@ class RepeatableConnection(Connection):
                 self._closer.close(seen.fds)
                 return Received(b"")
             size = self._message_size(seen.data)
+            if self._is_long(size):
+                self._closer.close(seen.fds)
+                return self._begin_long(size)
         fds = self._take_from_piece() + seen.fds
         return Received(seen.data, fds, seen.truncated or len(fds) > self._max_fds)
 
@@ -190,6 +230,49 @@ class RepeatableConnection(Connection):
         """Return the size of the message that begins with these bytes, as far as they tell."""
         whole = len(data) >= self._header_size
         return self._size_of(data[: self._header_size]) if whole else self._header_size
+
+    def _is_long(self, size: int) -> bool:
+        return size > LOOKED_AT and self._room is not None
+
+    @property
+    def _takes_long(self) -> bool:
+        """Whether a part of the next message may have been taken off.
+
+        Before the first one the record is of the connection before.
+        """
+        has_room = self._room is not None and self._number > 0
+        return has_room and recorded(self._taking)[0] == self._number + 1
+
+    def _begin_long(self, size: int) -> Received:
+        if not self._number:
+            raise OSError(errno.EMSGSIZE, f"its first message has {size} bytes")
+        _LONG_HEAD.pack_into(self._long_room(), 0, size)
+        set_record(self._taking, self._number + 1)
+        return self._take_long()
+
+    def _long_room(self) -> memoryview:
+        if self._space is None:
+            assert self._room is not None
+            self._space = self._room()
+        return self._space
+
+    def _take_long(self) -> Received:
+        """Take off what is there of a long message; return it when it is whole.
+
+        Raises BlockingIOError if it is not whole yet, or OSError.
+        """
+        room = self._long_room()
+        (size,) = _LONG_HEAD.unpack_from(room)
+        space, taken = room[_LONG_HEAD.size :], recorded(self._taking)[1]
+        if not taken <= size <= len(space):
+            raise OSError(errno.EBADMSG, f"{taken} bytes were kept of a message of {size}")
+        while taken < size:
+            more = receive_recorded(self._sock.fileno(), space[taken:size], self._taking)
+            if not more:
+                return Received(b"")
+            taken += more
+        self._long = size
+        return Received(bytes(space[:size]), self._take_from_piece())
 
     def _look_from(self, offset: int) -> None:
         """Have looks begin behind so many bytes; -1: at the first again."""
@@ -289,7 +372,7 @@ class RepeatableConnection(Connection):
         self._number += 1
         answer = b"".join(bytes(data) for data, _ in self._unsent)
         self._record(Handled(self._number, self._message, answer))
-        self._begin()
+        self._begin(0, self._long)
         if self._pieces is not None:
             self._pieces.handled(self._number)
 
@@ -315,7 +398,7 @@ class RepeatableConnection(Connection):
 
     def _take_off(self) -> None:
         """Take the message off the socket, with its descriptors, which nobody wants twice."""
-        left = bytearray(self._message)
+        left = bytearray(b"" if self._long else self._message)
         try:
             while left:
                 taken = receive_recorded(self._sock.fileno(), left, self._taking)
@@ -327,3 +410,9 @@ class RepeatableConnection(Connection):
             self._fail(error)
             return
         self._message = b""
+        self._long = 0
+
+
+def long_room(keeping: Keeping, longest: int) -> Callable[[], memoryview]:
+    """Return what makes room for messages of at most so many bytes, when it is first called."""
+    return lambda: keeping.area("message", _LONG_HEAD.size + longest)

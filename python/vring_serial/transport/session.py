@@ -19,7 +19,12 @@ from vring_serial.ratelimit import RateLimitedLog
 from vring_serial.transport.closer import Closer
 from vring_serial.transport.connection import MAX_UNREAD, Connection
 from vring_serial.transport.pieces import Pieces
-from vring_serial.transport.repeatable import AREA_SIZE, Handled, RepeatableConnection
+from vring_serial.transport.repeatable import (
+    AREA_SIZE,
+    Handled,
+    RepeatableConnection,
+    long_room,
+)
 from vring_serial.turns import Turn
 from vring_serial.unix_fds import Received
 
@@ -95,6 +100,7 @@ class Session(abc.ABC, Generic[MessageT]):
         max_unread: bytes that the peer has not read from which on it is not listened to.
         handled: what a predecessor had handled last.
         handled_fds: descriptors that go with the answer to it; taken over.
+        longest: bytes of the peer's longest message, if that may be more than its socket holds.
     """
 
     def __init__(
@@ -107,6 +113,7 @@ class Session(abc.ABC, Generic[MessageT]):
         max_unread: int = MAX_UNREAD,
         handled: Handled | None = None,
         handled_fds: Sequence[int] = (),
+        longest: int = 0,
     ) -> None:
         self._name = context.name
         self._log = context.log
@@ -143,6 +150,7 @@ class Session(abc.ABC, Generic[MessageT]):
                 handled=handled,
                 area=context.keeping.area("connection", AREA_SIZE),
                 handled_fds=handled_fds,
+                room=long_room(context.keeping, longest) if longest else None,
                 **arguments,
             )
             if pieces.damage is not None:  # in the loop's next turn: the server knows it then

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import copy
 import errno
+import json
 import os
+import random
 import socket
+import struct
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,10 +26,18 @@ from vring_serial.device.console.controller import Controller
 from vring_serial.device.pci import PciDevice
 from vring_serial.device.pci.state import FunctionState
 from vring_serial.device.virtqueue import RunningQueue
-from vring_serial.errors import RemoteProtocolError
+from vring_serial.errors import RemoteProtocolError, StateError
 from vring_serial.keeping import Keeping
 from vring_serial.proto.vfio_user import VfioUserParser, reply
-from vring_serial.proto.vfio_user_features import MigrationState
+from vring_serial.proto.vfio_user_dma import DmaFlag, DmaMap
+from vring_serial.proto.vfio_user_features import (
+    DeviceFeature,
+    FeatureIndex,
+    FeatureMethod,
+    MigrationData,
+    MigrationPhase,
+    MigrationState,
+)
 from vring_serial.proto.vfio_user_version import Capabilities
 from vring_serial.proto.vfio_user_wire import Command, IrqIndex
 from vring_serial.proto.virtio import Status
@@ -32,16 +45,21 @@ from vring_serial.service.descriptor_store import Notifier
 from vring_serial.service.journal import Journal
 from vring_serial.service.shelf import Shelf
 from vring_serial.transport.repeatable import Handled
+from vring_serial.transport.state_memory import make_memory
 from vring_serial.transport.vfio_user.remote import IDS_EACH, RemoteMemory
 from vring_serial.transport.vfio_user.server import VfioUserServer
 from vring_serial.transport.vfio_user.state import (
+    CLIENT,
     MAX_DMA_MAPS,
     QUEUES,
+    REGIONS,
     ClientState,
     DmaRegion,
     RemoteRingsState,
+    WrittenClient,
+    WrittenRegions,
 )
-from vring_serial.transport.vfio_user.written import Writer
+from vring_serial.transport.vfio_user.written import Writer, read_left
 
 
 class NotedShelf(Shelf):
@@ -49,15 +67,22 @@ class NotedShelf(Shelf):
 
     Attributes:
         written: their names, in order.
+        bytes_written: of all of them.
+        on_write: called after each.
     """
 
     def __init__(self, journal: Journal, notifier: Notifier, left: dict[str, list[int]]) -> None:
         super().__init__(journal, notifier, left)
         self.written: list[str] = []
+        self.bytes_written = 0
+        self.on_write: Callable[[], None] | None = None
 
     def write(self, section: str, state: bytes) -> None:
         self.written.append(section)
+        self.bytes_written += len(state)
         super().write(section, state)
+        if self.on_write is not None:
+            self.on_write()
 
 
 @pytest.fixture
@@ -104,7 +129,10 @@ def keep(kept: Keeping, role: str, fd: int) -> None:
 
 
 def client_state(**fields: object) -> ClientState:
-    return ClientState(agreed=Capabilities(), **fields)  # type: ignore[arg-type]
+    state = ClientState(agreed=Capabilities(), **fields)  # type: ignore[arg-type]
+    serials = [each.serial for each in state.regions.values()]
+    state.next_serial = state.next_serial or max(serials, default=-1) + 1
+    return state
 
 
 def damaged(kept: Keeping) -> None:
@@ -163,9 +191,47 @@ def without_the_twin(kept: Keeping) -> None:
     leave(kept, state)
 
 
+def without_the_state(kept: Keeping) -> None:
+    leave(kept, client_state(phase=MigrationState.RESUMING, memory=3, next_serial=4, length=11))
+
+
+def with_a_pipe_for_the_state(kept: Keeping) -> None:
+    reader, writer = os.pipe()
+    os.close(writer)
+    keep(kept, "state.3", reader)
+    without_the_state(kept)
+
+
+def with_a_short_state(kept: Keeping) -> None:
+    keep(kept, "state.3", make_memory(10))
+    without_the_state(kept)
+
+
+def with_a_mapping_twice(kept: Keeping) -> None:
+    leave(kept, client_state(regions={0: region()}, next_serial=9))
+    kept.write("regions.5", REGIONS.pack(WrittenRegions([replace(region(), serial=8)])))
+
+
+def with_too_many_in_a_section(kept: Keeping) -> None:
+    leave(kept, client_state())
+    regions = [region(at << 12) for at in range(65)]
+    kept.write("regions.0", REGIONS.pack(WrittenRegions(regions)))
+
+
 def forged(**fields: object) -> Callable[[Keeping], None]:
     """A session whose client's setup says what no client can set up."""
     return lambda kept: leave(kept, client_state(**fields))
+
+
+def forged_regions(regions: dict[int, DmaRegion]) -> Callable[[Keeping], None]:
+    """A session with mappings where an older version has them."""
+
+    def left(kept: Keeping) -> None:
+        leave(kept, client_state())
+        client = WrittenClient(client_state(regions=regions))
+        kept.write("session", CLIENT.pack(client))
+
+    return left
 
 
 def agreed_on(**numbers: int) -> Callable[[Keeping], None]:
@@ -215,7 +281,7 @@ def region(address: int = 0, size: int = 4096, flags: int = 3, offset: int = 0) 
         (forged(irqs={IrqIndex.MSIX: [-1]}), "interrupt -1 of type 2"),
         (forged(irqs={IrqIndex.MSIX: [1, 0]}), "not in ascending order"),
         (forged(irqs={IrqIndex.ERR: [0]}), "interrupt 0 of type 3; the function has 0"),
-        (forged(regions={4096: region()}), "the mapping at 0x1000 is said to begin at 0x0"),
+        (forged_regions({4096: region()}), "the mapping at 0x1000 is said to begin at 0x0"),
         (forged(regions={0: region(size=0)}), "the mapping at 0x0 has 0x0 bytes"),
         (forged(regions={0: region(size=1 << 65)}), "which cannot be"),
         (forged(regions={-1: region(-1)}), "which cannot be"),
@@ -223,11 +289,11 @@ def region(address: int = 0, size: int = 4096, flags: int = 3, offset: int = 0) 
         (forged(regions={0: region(flags=4)}), "the mapping at 0x0 has flags 0x4"),
         (forged(regions={0: region(offset=-1)}), "the mapping at 0x0: offset is -0x1"),
         (
-            forged(regions={at << 12: region(at << 12) for at in range(MAX_DMA_MAPS + 1)}),
+            forged_regions({at << 12: region(at << 12) for at in range(MAX_DMA_MAPS + 1)}),
             "4097 mappings; 4096 are possible",
         ),
         (
-            forged(regions={0: region(), 4096: replace(region(4096), serial=0)}),
+            forged_regions({0: region(), 4096: replace(region(4096), serial=0)}),
             "two mappings have the same serial",
         ),
         (agreed_on(max_data_xfer_size=0), "max_data_xfer_size is 0"),
@@ -235,7 +301,15 @@ def region(address: int = 0, size: int = 4096, flags: int = 3, offset: int = 0) 
         (forged(next_serial=-1), "next_serial is -0x1"),
         (forged(life=1 << 40), "life is"),
         (forged(phase=MigrationState.PRE_COPY), "the migration state PRE_COPY"),
-        (forged(content=b"12", moved=3), "3 bytes of a state of 2 were moved"),
+        (forged(length=2, moved=3), "3 bytes of a state of 2 were moved"),
+        (forged(length=1 << 25), "at most 16777216 are possible"),
+        (forged(memory=1), "in state RUNNING, the memory of a device state is another"),
+        (forged(phase=MigrationState.RESUMING), "in state RESUMING, the memory of a device"),
+        (without_the_state, "the memory of the function's state is not there"),
+        (with_a_pipe_for_the_state, "the memory of a device state is another descriptor"),
+        (with_a_short_state, "the memory of a device state has 10 bytes, not 11"),
+        (with_a_mapping_twice, "two mappings begin at 0x0"),
+        (with_too_many_in_a_section, "65 mappings in one section"),
         (damaged, "the first bytes are others"),
         (without_registers, "the section registers is missing"),
         (of_more_queues, "20 queues, and the device has 4"),
@@ -301,6 +375,102 @@ async def test_late_answers_to_a_predecessor_are_ignored_once() -> None:
     answer(IDS_EACH + 1)
     assert all(each.done() for each in done)
     remote.close()
+
+
+def test_a_client_of_the_version_before_is_gone_on_with(keeper: ShelfKeeper) -> None:
+    """It had its mappings, and a state on its way, in one section."""
+    kept = keeper.begin()
+    leave(kept, client_state())
+    body = CLIENT.pack(WrittenClient(client_state(regions={0: region()}, next_serial=5)))
+    fields = json.loads(body[20:])
+    fields["version"] = 1
+    del fields["state"]["gone"]
+    for name in ("memory", "length"):
+        del fields["state"]["client"][name]
+    fields["state"]["client"]["content"] = ""
+
+    def write() -> None:
+        old = json.dumps(fields).encode()
+        kept.write("session", body[:12] + struct.pack("<II", len(old), zlib.crc32(old)) + old)
+
+    write()
+    left = read_left(kept, 4, 4)
+    assert left is not None
+    assert left.client.regions == {0: region()}
+    pci = PciDevice(Controller(max_ports=1), vectors=4)
+    writer = Writer(kept, pci, RemoteRingsState(), resumed=True)
+    writer.write(Handled(2), left.client)
+    pci.close()
+    again = read_left(kept, 4, 4)
+    assert again is not None
+    assert again.client == left.client
+    fields["state"]["client"]["phase"] = MigrationState.STOP_COPY.value
+    write()
+    with pytest.raises(StateError, match="the function's state is on its way"):
+        read_left(kept, 4, 4)
+
+
+def test_a_mapping_counts_with_its_message_and_not_before(keeper: ShelfKeeper) -> None:
+    """Whatever section was written last: none is lost, and none there that no message has."""
+    kept = keeper.begin(NotedShelf)
+    pci = PciDevice(Controller(max_ports=1), vectors=4)
+    writer = Writer(kept, pci, RemoteRingsState())
+    client = client_state()
+    writer.write(Handled(1), client)
+    chance = random.Random(7)
+
+    def check(number: int, before: set[DmaRegion], after: set[DmaRegion]) -> None:
+        left = read_left(kept, 4, 4)
+        assert left is not None
+        wanted = after if left.handled.number == number else before
+        assert set(left.client.regions.values()) == wanted
+
+    for number in range(2, 300):
+        before = set(client.regions.values())
+        if chance.random() < 0.6:
+            at = client.next_serial << 12
+            client.regions[at] = replace(region(at), serial=client.next_serial)
+            client.next_serial += 1
+        elif client.regions:
+            gone = chance.sample(sorted(client.regions), min(chance.randrange(1, 4), len(before)))
+            for at in gone:
+                del client.regions[at]
+        after = set(client.regions.values())
+        kept.on_write = partial(check, number, before, after)
+        writer.write(Handled(number), client)
+        kept.on_write = None
+    pci.close()
+
+
+def test_what_one_more_piece_costs_does_not_grow(
+    shelves: ShelfKeeper,
+    make_server: Callable[..., Server],
+    new_client: Callable[[Server], Client],
+) -> None:
+    shelf = shelves.begin(NotedShelf)
+    client = new_client(make_server(Controller(max_ports=1), keeping=shelf))
+    client.negotiate()
+
+    def cost(do: Callable[[], object]) -> int:
+        before = shelf.bytes_written
+        do()
+        return shelf.bytes_written - before
+
+    phase = MigrationPhase(MigrationState.RESUMING).pack()
+    asked = FeatureMethod.SET | FeatureIndex.MIG_DEVICE_STATE
+    client.ask(Command.DEVICE_FEATURE, DeviceFeature(asked, phase, argsz=64), DeviceFeature)
+    piece = MigrationData(5000, bytes(5000))
+    costs = [cost(lambda: client.do(Command.MIG_DATA_WRITE, piece)) for _ in range(40)]
+    assert max(costs) < min(costs) + 20, "more than digits of numbers"
+    memory = os.memfd_create("memory", os.MFD_CLOEXEC)
+    os.ftruncate(memory, 4096)
+
+    def add(at: int) -> None:
+        client.do(Command.DMA_MAP, DmaMap(DmaFlag.READ, 0, at << 20, 4096), (memory,))
+
+    costs = [cost(partial(add, at)) for at in range(1, 300)]
+    os.close(memory)
+    assert max(costs[150:]) < max(costs[:150]) + 500
 
 
 async def test_only_what_a_message_changed_is_written(keeper: ShelfKeeper) -> None:

@@ -16,6 +16,7 @@ from vring_serial.transport.closer import Closer
 from vring_serial.transport.vfio_user.irqs import Interrupts
 from vring_serial.transport.vfio_user.rings import RemoteRings
 from vring_serial.transport.vfio_user.state import (
+    MOVING,
     PHASES,
     ClientState,
     DmaRegion,
@@ -122,7 +123,8 @@ def test_what_a_client_can_set_up_is_gone_on_with(phase: MigrationState) -> None
         next_serial=8,
         life=3,
         phase=phase,
-        content=b"12",
+        memory=7 if phase in MOVING else None,
+        length=2,
         moved=2,
     )
     check_client(FORMAT.unpack(FORMAT.pack(state)), VECTORS)

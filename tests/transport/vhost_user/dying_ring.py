@@ -18,23 +18,21 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+from tests.support.dying_guest import (
+    AVAIL,
+    DESC,
+    LENGTH,
+    QUEUE,
+    SIZE,
+    USED,
+    SendingGuest,
+    make_controller,
+)
 from tests.transport.vhost_user import dying_session as dying
 from tests.transport.vhost_user.dying_session import Said, World
-from vring import Driver, GuestMemory, PackedDriver, Region, SplitDriver
-from vring_serial.chardev.file import FileChardev, FileOptions
-from vring_serial.device.console.controller import Controller
-from vring_serial.device.console.port import Port
-from vring_serial.device.console.state import CONSOLE, ConsoleState
-from vring_serial.keeping import Keeping
 from vring_serial.proto import vhost_user as vu
-from vring_serial.proto.control import ControlPortState, PortState
 from vring_serial.proto.vhost_user import Request
 
-#: Of port 1.
-QUEUE = 5
-SIZE = 16
-DESC, USED, AVAIL, BUFFERS = 0x0, 0x1000, 0x2000, 0x10000
-LENGTH = 100
 PACKED = 1 << 34
 #: Seconds for what moves without being asked: enough on a busy machine to find the fault mostly.
 MOVES_SECONDS = 0.02
@@ -63,48 +61,11 @@ CASES: dict[str, tuple[list[Said], Said]] = {
 }
 
 
-def make_controller(path: Path, keeping: Keeping) -> Controller:
-    """A device whose guest has said that it has the port open."""
-    saved = keeping.read(CONSOLE.kind)
-    state = ConsoleState() if saved is None else CONSOLE.unpack(saved)
-    control = state.controller.control
-    if saved is None:
-        control.driver_ready = True
-        control.ports[1] = ControlPortState(1, b"p", console=False, state=PortState.OPEN)
-    controller = Controller(max_ports=1 + 1, state=state.controller, keeping=keeping)
-    chardev = FileChardev("f", FileOptions(path=str(path)))
-    chardev.keeping = keeping.scoped("f")
-    controller.add_port(Port(1, "p", chardev, state=state.ports.get(1)))
-    return controller
-
-
-class Guest:
-    """The driver of a ring, in memory that it shares with the workers."""
-
-    def __init__(self, packed: bool) -> None:
-        self.memfd = os.memfd_create("memory", os.MFD_CLOEXEC)
-        os.ftruncate(self.memfd, dying.SIZE)
-        self._memory = GuestMemory([Region.map(self.memfd, dying.SIZE, guest_addr=0)])
-        kind: type[Driver] = PackedDriver if packed else SplitDriver
-        self.driver = kind(self._memory, SIZE, DESC, AVAIL, USED)
-        self.sent = b""
-
-    def send(self, chains: int) -> None:
-        for _ in range(chains):
-            number = len(self.sent) // LENGTH
-            data = number.to_bytes(4, "little") * (LENGTH // 4)
-            at = BUFFERS + number % SIZE * LENGTH
-            self._memory.write(at, data)
-            self.driver.add([(at, LENGTH)], [])
-            self.sent += data
-        self.driver.publish()
-
-
 class Bench:
     """A guest and its ring, workers that serve it, and the file at the other end."""
 
     def __init__(self, directory: Path, packed: bool) -> None:
-        self.guest = Guest(packed)
+        self.guest = SendingGuest(packed)
         self._output = directory / "output"
         self._output.write_bytes(b"")
         self._kick = os.eventfd(0, os.EFD_CLOEXEC)

@@ -1,9 +1,7 @@
 """Workers that die at every step of one message of a frontend's: a process of its own for a test.
 
-This process is the keeper and the frontend. Workers die when they enter a function that keeps,
-writes down, answers or takes off something, at the first such call, at the second, and so on; the
-next worker goes on. At the end there is one answer, and what is written down and kept is the same
-as without a death. Prints at how many calls a worker died.
+See tests/support/dying. At the end there is one answer, and what is written down and kept is the
+same as without a death. Prints at how many calls a worker died.
 
 Usage: dying_session.py MESSAGE
 """
@@ -12,17 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-import select
-import signal
 import socket
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
+from tests.support.dying import DyingWorld
 from vring_serial import unix_fds
 from vring_serial.chardev.null import NullChardev
 from vring_serial.device.console.controller import Controller
@@ -31,15 +25,10 @@ from vring_serial.device.console.state import CONSOLE, ConsoleState
 from vring_serial.keeping import Keeping
 from vring_serial.proto import vhost_user as vu
 from vring_serial.proto.vhost_user import Request
-from vring_serial.service import shelf as shelves
-from vring_serial.service.descriptor_store import DescriptorStore, Notifier
-from vring_serial.service.journal import Journal
-from vring_serial.transport import pieces, repeatable
-from vring_serial.transport import session as sessions
+from vring_serial.service.shelf import Shelf
 from vring_serial.transport.vhost_user.backend import PROTOCOL_FEATURES, VhostUserBackend
 from vring_serial.transport.vhost_user.state import FRONTEND, FrontendState
 
-TRACED = {repeatable.__file__, pieces.__file__, shelves.__file__}
 SIZE = 1 << 20
 USER = 0x7F00_0000_0000
 FEATURES = 1 << 32 | 1 << 30 | 1 << 29 | 1 << 28 | 1 << 1
@@ -116,28 +105,6 @@ CASES: dict[str, tuple[list[Said], list[Said]]] = {
 }
 
 
-def die_at(call: int, count: int, pause: float) -> None:
-    """Be killed when a traced function is entered for that time since the first message came.
-
-    Not once more than ``count`` messages have come. Other threads have ``pause`` seconds before
-    that.
-    """
-    left, messages = call, 0
-
-    def trace(frame: FrameType, event: str, _: Any) -> None:
-        nonlocal left, messages
-        code = frame.f_code
-        messages += code.co_filename == sessions.__file__ and code.co_name == "_handle"
-        if 1 <= messages <= count and code.co_filename in TRACED:
-            left -= 1
-            if not left:
-                time.sleep(pause)
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    if call:
-        sys.settrace(trace)
-
-
 def make_controller(keeping: Keeping) -> Controller:
     saved = keeping.read(CONSOLE.kind)
     state = ConsoleState() if saved is None else CONSOLE.unpack(saved)
@@ -146,20 +113,14 @@ def make_controller(keeping: Keeping) -> Controller:
     return controller
 
 
-async def serve(path: str, shelf: shelves.Shelf, make: Callable[[Keeping], Controller]) -> None:
-    controller = make(shelf)
-    async with controller, VhostUserBackend(controller, path, packed=True, keeping=shelf):
-        await asyncio.get_running_loop().create_future()
-
-
-class World:
-    """A keeper, its worker, and a frontend.
+class World(DyingWorld[Said]):
+    """A frontend, and what it talks to.
 
     Args:
         directory: for the socket.
         make: makes the device, of what a predecessor left.
         descriptors: makes those that go with a message, by what is beside it.
-        pause: seconds that a dying worker's other threads have before its end.
+        pause: see DyingWorld.
     """
 
     def __init__(
@@ -169,130 +130,32 @@ class World:
         descriptors: Callable[[str], list[int]] | None = None,
         pause: float = 0.0,
     ) -> None:
-        self._path = str(directory / "v")
         self._make = make
         self._descriptors = descriptors or _descriptors
-        self._pause = pause
-        self._journal = Journal.create()
-        self._store = DescriptorStore(1000)
-        self._keeper, self._worker = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._frontend: socket.socket | None = None
-        self._pid = self._pidfd = -1
-        self.deaths = 0
-        self._start(0)
-        self._wait(lambda: "listener" in self._kept)
-        self._frontend = socket.socket(socket.AF_UNIX)
-        self._frontend.connect(self._path)
+        super().__init__(directory, header=12, pause=pause)
         self.say([(Request.GET_FEATURES, None, "")])  # its connection is kept by now
 
-    def close(self) -> None:
-        self._kill()
-        self._store.close()
-        for sock in (self._keeper, self._worker, self._frontend):
-            assert sock is not None
-            sock.close()
-        os.close(self._journal)
-        os.unlink(self._path)
+    async def serve(self, shelf: Shelf) -> None:
+        controller = self._make(shelf)
+        async with controller, VhostUserBackend(controller, self._path, packed=True, keeping=shelf):
+            await asyncio.get_running_loop().create_future()
 
-    @property
-    def _kept(self) -> set[str]:
-        return {name.partition("#")[0] for name in self._store.descriptors}
+    def pack(self, said: Said) -> tuple[bytes, list[int]]:
+        kind, payload, beside = said
+        return vu.request(kind, payload, need_reply=True), self._descriptors(beside)
 
-    def say(self, said: Sequence[Said], die: int = 0) -> bytes:
-        """Send messages at once, and return the answers; ``die`` in the worker that gets them."""
-        if die:
-            self._kill()
-        data = b"".join(vu.request(kind, payload, need_reply=True) for kind, payload, _ in said)
-        fds = [fd for _, _, beside in said for fd in self._descriptors(beside)]
-        assert self._frontend is not None
-        unix_fds.send(self._frontend, data, fds)
-        unix_fds.close_all(fds)
-        if die:
-            self._start(die, len(said))
-        answers = b""
-        for _ in said:
-            answer = self._receive(12)
-            answers += answer + self._receive(int.from_bytes(answer[8:12], sys.byteorder))
-        return answers
+    def answer_size(self, header: bytes) -> int:
+        return 12 + int.from_bytes(header[8:12], sys.byteorder)
 
-    def left(self) -> tuple[object, set[str]]:
+    def what_is_left(self) -> tuple[object, set[str]]:
         """What is written down, and the roles of what is kept."""
         for _ in range(2):  # what was before is taken off, and what that left over is dropped
             self.say([(Request.GET_FEATURES, None, "")])
-        self._kill()
-        with Journal(os.dup(self._journal)) as journal:
+        with self.left() as (journal, roles):
             state = FRONTEND.unpack(journal.read("session") or b"")
         state.handled = FrontendState().handled
         state.next_serial, state.serials = 0, [0] * len(state.serials)
-        roles = {role.rstrip("0123456789") for role in self._kept}
-        self._start(0)
         return state, roles
-
-    def replace_worker(self) -> None:
-        """Have the worker die now, and another one go on."""
-        self._kill()
-        self._start(0)
-
-    def _receive(self, count: int) -> bytes:
-        data = b""
-        assert self._frontend is not None
-        while len(data) < count:
-            self._wait(lambda: bool(select.select([self._frontend], [], [], 0)[0]))
-            received = unix_fds.receive(self._frontend, count - len(data), 8)
-            unix_fds.close_all(received.fds)
-            assert received.data, "the connection was closed"
-            data += received.data
-        return data
-
-    def _wait(self, condition: Callable[[], bool]) -> None:
-        """Keep what the worker stores, and replace one that dies, until the condition holds."""
-        while not condition():
-            waiting: list[Any] = [self._keeper, self._pidfd]
-            if self._frontend is not None:
-                waiting.append(self._frontend)
-            ready = select.select(waiting, [], [], 30)[0]
-            assert ready, "nothing happens"
-            self._drain()
-            if self._pidfd in ready:
-                status = self._reap()
-                assert status == -signal.SIGKILL, status
-                self.deaths += 1
-                self._start(0)
-        self._drain()
-
-    def _drain(self) -> None:
-        while self._store.receive(self._keeper) is not None:
-            pass
-
-    def _reap(self) -> int:
-        status = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
-        os.close(self._pidfd)
-        self._drain()
-        return status
-
-    def _kill(self) -> None:
-        os.kill(self._pid, signal.SIGKILL)
-        self._reap()
-
-    def _start(self, die: int, count: int = 1) -> None:
-        fds = self._store.descriptors
-        left = {name: [os.dup(fd) for fd in kept] for name, kept in fds.items()}
-        self._pid = os.fork()
-        if not self._pid:
-            try:
-                self._store.forsake()  # no helper: it would share, and keep, what this process has
-                self._keeper.close()
-                if self._frontend is not None:
-                    self._frontend.close()
-                shelf = shelves.open_shelf(self._journal, Notifier(self._worker), left)
-                die_at(die, count, self._pause)
-                asyncio.run(serve(self._path, shelf, self._make))
-            except BaseException:
-                sys.excepthook(*sys.exc_info())
-            os._exit(1)
-        for kept in left.values():
-            unix_fds.close_all(kept)
-        self._pidfd = os.pidfd_open(self._pid)
 
 
 def _descriptors(beside: str) -> list[int]:
@@ -317,7 +180,7 @@ def run(directory: Path, name: str, die: int) -> tuple[bytes, object, set[str], 
         for each in before:
             world.say([each])
         answer = world.say(said, die)
-        return answer, *world.left(), world.deaths
+        return answer, *world.what_is_left(), world.deaths
     finally:
         world.close()
 

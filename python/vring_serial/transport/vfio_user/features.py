@@ -29,9 +29,11 @@ from vring_serial.proto.vfio_user_features import (
 )
 from vring_serial.proto.vfio_user_wire import Command
 from vring_serial.transport.session import Handler
+from vring_serial.transport.state_memory import MAX_STATE
 from vring_serial.transport.vfio_user.dirty import DmaLog
+from vring_serial.transport.vfio_user.moved import MovedState
 from vring_serial.transport.vfio_user.rings import RemoteRings
-from vring_serial.transport.vfio_user.state import MAX_STATE, PHASES, ClientState
+from vring_serial.transport.vfio_user.state import PHASES, ClientState
 
 _GET, _SET = FeatureMethod.GET, FeatureMethod.SET
 _METHODS = {
@@ -49,8 +51,9 @@ class DeviceFeatures:
     Args:
         pci: the function.
         rings: between it and its device.
-        state: the client's; ``phase``, ``moved`` and ``read_all`` are kept up to date here.
+        state: the client's; ``phase`` and ``elsewhere`` are kept up to date here.
         log: of its writes.
+        moved: has the function's state on its way.
         set_running: gives the function the client's memory, or takes it away.
         tell: logs.
     """
@@ -61,6 +64,7 @@ class DeviceFeatures:
         rings: RemoteRings,
         state: ClientState,
         log: DmaLog,
+        moved: MovedState,
         *,
         set_running: Callable[[bool], None],
         tell: Callable[[str], None],
@@ -69,6 +73,7 @@ class DeviceFeatures:
         self._rings = rings
         self._state = state
         self._log = log
+        self._moved = moved
         self._set_running = set_running
         self._tell = tell
 
@@ -85,6 +90,10 @@ class DeviceFeatures:
     def running(self) -> bool:
         """Whether the function runs, as it does unless a client migrates it."""
         return self._state.phase is MigrationState.RUNNING
+
+    def resume(self, take: Callable[[int], int | None]) -> None:
+        """Go on where a predecessor was; see MovedState."""
+        self._moved.resume(take)
 
     def reset(self) -> None:
         """Return to RUNNING, as the client resets the function."""
@@ -190,8 +199,8 @@ class DeviceFeatures:
             device.release_state(gone=False)
             self._pci.tell_again()
             return
-        content = self._snapshot() if target is MigrationState.STOP_COPY else b""
-        self._begin(target, content)
+        self._moved.begin(self._snapshot() if target is MigrationState.STOP_COPY else None)
+        self._state.phase = target
 
     def _snapshot(self) -> bytes:
         try:
@@ -208,7 +217,7 @@ class DeviceFeatures:
     def _take_over(self) -> None:
         """Go on from what was written; a function that cannot is in ERROR."""
         try:
-            take_over = self._pci.check_snapshot(PCI_SNAPSHOT.unpack(self._state.content))
+            take_over = self._pci.check_snapshot(PCI_SNAPSHOT.unpack(self._moved.whole()))
         except (StateError, LocalProtocolError) as error:
             self._begin(MigrationState.ERROR)
             raise RemoteProtocolError(f"the state is not taken: {error}") from None
@@ -216,10 +225,10 @@ class DeviceFeatures:
         self._state.elsewhere = True
         self._tell("the function goes on from a state that the client brought")
 
-    def _begin(self, phase: MigrationState, content: bytes = b"") -> None:
+    def _begin(self, phase: MigrationState) -> None:
+        """Go to a state in which nothing is on its way."""
         self._state.phase = phase
-        self._state.content = content
-        self._state.moved = 0
+        self._moved.end()
 
     def _forget(self) -> None:
         gone, self._state.elsewhere = self._state.elsewhere, False
@@ -234,22 +243,20 @@ class DeviceFeatures:
             raise RemoteProtocolError("data in a request to read")
         if asked.argsz < MigrationData.SIZE + asked.size:
             raise RemoteProtocolError(f"argsz is {asked.argsz}, for {asked.size} bytes of data")
-        state = self._state
-        data = state.content[state.moved : state.moved + asked.size]
-        state.moved += len(data)
-        if state.moved == len(state.content):
-            state.elsewhere = True  # unless it runs here again
+        data = self._moved.read(asked.size)
+        if self._moved.all_read:
+            self._state.elsewhere = True  # unless it runs here again
         return MigrationData(len(data), data, MigrationData.SIZE + len(data))
 
     def _write(self, asked: MigrationData, fds: list[int]) -> None:
         self._check_phase(MigrationState.RESUMING, asked)
         if len(asked.data) != asked.size:
             raise RemoteProtocolError(f"{len(asked.data)} bytes of data instead of {asked.size}")
-        if len(self._state.content) + asked.size > MAX_STATE:
+        if self._state.length + asked.size > MAX_STATE:
             raise VfioUserError(
                 "MIG_DATA_WRITE", f"more than {MAX_STATE} bytes of state", errno.ENOSPC
             )
-        self._state.content += asked.data
+        self._moved.write(asked.data)
 
     def _check_phase(self, phase: MigrationState, asked: MigrationData) -> None:
         if self._state.phase is not phase:

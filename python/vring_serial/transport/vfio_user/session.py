@@ -19,8 +19,9 @@ from vring_serial.device.registers.interrupts import NoInterrupts
 from vring_serial.device.registers.state import QUEUE_AREAS
 from vring_serial.errors import RemoteProtocolError, StateError
 from vring_serial.keeping import Keeping
-from vring_serial.proto.framing import MAX_FDS, BadMessageError, Empty, Payload
+from vring_serial.proto.framing import BadMessageError, Empty, Payload
 from vring_serial.proto.vfio_user import (
+    MAX_PAYLOAD,
     Message,
     VfioUserError,
     VfioUserParser,
@@ -31,7 +32,6 @@ from vring_serial.proto.vfio_user_dma import DmaAccess, DmaMap, DmaUnmap
 from vring_serial.proto.vfio_user_regions import NUM_REGIONS, RegionIoFds
 from vring_serial.proto.vfio_user_version import MAJOR, MINOR, Capabilities, Version
 from vring_serial.proto.vfio_user_wire import (
-    DEFAULT_DATA_XFER_SIZE,
     IRQ_SET_ACTION,
     IRQ_SET_DATA,
     Command,
@@ -53,19 +53,17 @@ from vring_serial.transport.repeatable import (
     RepeatableConnection,
 )
 from vring_serial.transport.session import FatalError, Handler, Session, SessionContext
+from vring_serial.transport.vfio_user.capabilities import agree
 from vring_serial.transport.vfio_user.dirty import DmaLog
 from vring_serial.transport.vfio_user.dma import DmaTable
 from vring_serial.transport.vfio_user.features import DeviceFeatures
 from vring_serial.transport.vfio_user.irqs import NO_DESCRIPTORS, Interrupts
+from vring_serial.transport.vfio_user.moved import MovedState
 from vring_serial.transport.vfio_user.regions import Regions
 from vring_serial.transport.vfio_user.remote import WINDOW_BYTES, RemoteMemory
 from vring_serial.transport.vfio_user.rings import RemoteRings
 from vring_serial.transport.vfio_user.shadow import ClientMemory
-from vring_serial.transport.vfio_user.state import (
-    MAX_DMA_MAPS,
-    MIN_DATA_XFER_SIZE,
-    ClientState,
-)
+from vring_serial.transport.vfio_user.state import MAX_DMA_MAPS, ClientState
 from vring_serial.transport.vfio_user.written import Left, Writer
 from vring_serial.unix_fds import stream_socket
 from vring_serial.unix_socket import refuse_descriptors
@@ -75,35 +73,14 @@ READ_SIZE = 64 * 1024
 #: The client is listened to while a whole window of ours waits for it to read: it may itself wait
 #: for us to read its answers.
 MAX_UNREAD_BY_CLIENT = MAX_UNREAD + 2 * WINDOW_BYTES
-#: What every client is offered.
-CAPABILITIES = Capabilities(
-    max_msg_fds=MAX_FDS,
-    max_data_xfer_size=DEFAULT_DATA_XFER_SIZE,
-    max_dma_maps=MAX_DMA_MAPS,
-    # Any page size will do: nothing here depends on it.
-    pgsizes=(1 << 64) - 4096,
-    write_multiple=True,
-    twin_socket=True,
-    named=frozenset(
-        {
-            "max_msg_fds",
-            "max_data_xfer_size",
-            "max_dma_maps",
-            "pgsizes",
-            "write_multiple",
-            "twin_socket",
-        }
-    ),
-)
-
 #: Roles of descriptors (see Keeping): a region of memory, the copy of one that is not shared, an
 #: interrupt by type and number, the event that unmasks INTx, both ends of the socket for our
-#: requests, a queue's kick.
+#: requests, a queue's kick, the memory of a state on its way.
 MEMORY, COPY, IRQ, UNMASK = "memory.{}", "copy.{}", "irq.{}.{}", "unmask"
 TWIN, TWIN_OF_CLIENT = "twin", "twin.client"
-KICK = "kick.{}"
+KICK, STATE = "kick.{}", "state.{}"
 #: Matches all of them.
-ROLES = re.compile(r"(memory|copy|kick)\.[0-9]+|irq\.[0-9]+\.[0-9]+|unmask|twin(\.client)?")
+ROLES = re.compile(r"(memory|copy|kick|state)\.[0-9]+|irq\.[0-9]+\.[0-9]+|unmask|twin(\.client)?")
 
 
 class NotThereError(VfioUserError):
@@ -143,7 +120,8 @@ class VfioUserSession(Session[Message]):
         if context.keeping is not None:
             self._writer = Writer(context.keeping, pci, rings.state, resumed=isinstance(left, Left))
         self._twin: Connection | None = None
-        self._twin_parser = VfioUserParser()
+        # A successor takes replies off the socket only when they are whole: no longer ones come.
+        self._twin_parser = VfioUserParser(MAX_PAYLOAD if self._writer is None else ATOMIC_SIZE)
         self._dma = DmaTable(
             MAX_DMA_MAPS,
             context.watch,
@@ -157,6 +135,7 @@ class VfioUserSession(Session[Message]):
             rings,
             self._state,
             self._dirty,
+            MovedState(self._state, lambda number, fd: self._keep(STATE.format(number), fd)),
             set_running=self._set_running,
             tell=lambda text: self._log.log(logging.INFO, "%s: %s", self._name, text),
         )
@@ -177,6 +156,7 @@ class VfioUserSession(Session[Message]):
             max_unread=MAX_UNREAD_BY_CLIENT,
             handled=handled,
             handled_fds=self._answered_fds(handled),
+            longest=Header.SIZE + MAX_PAYLOAD,
         )
         if left is not None:  # in the loop's next turn: the server knows the session then
             self._loop.call_soon(self._resume, left)
@@ -196,6 +176,7 @@ class VfioUserSession(Session[Message]):
             self._state.life += 1
             self._resume_interrupts(keeping)
             self._resume_memory(keeping)
+            self._features.resume(lambda number: keeping.take(STATE.format(number)))
             self._resume_requests(keeping)
             self._resume_queues(left)
         except (StateError, RemoteProtocolError, VringError, OSError, LookupError) as error:
@@ -325,6 +306,8 @@ class VfioUserSession(Session[Message]):
         used |= {KICK.format(index) for index in self._pci.shared_kicks}
         if state.unmask_event:
             used.add(UNMASK)
+        if state.memory is not None:
+            used.add(STATE.format(state.memory))
         if state.agreed is not None and state.agreed.twin_socket:
             used |= {TWIN, TWIN_OF_CLIENT}  # the latter until the answer that brings it is read
         return used
@@ -432,17 +415,8 @@ class VfioUserSession(Session[Message]):
     def _version(self, version: Version, fds: list[int]) -> Version:
         if self._state.agreed is not None:
             raise RemoteProtocolError("it came twice")
-        if version.major != MAJOR:
-            raise FatalError(f"version {version.major}.{version.minor} instead of {MAJOR}.{MINOR}")
         proposed = version.capabilities
-        if proposed is not None and proposed.pgsizes % 4096:
-            raise FatalError(f"page sizes {proposed.pgsizes:#x}, below 4096")
-        if proposed is not None and proposed.max_data_xfer_size < MIN_DATA_XFER_SIZE:
-            raise FatalError(
-                f"max_data_xfer_size {proposed.max_data_xfer_size}, below {MIN_DATA_XFER_SIZE}"
-            )
-        agreed = CAPABILITIES.common(proposed or Capabilities())
-        self._state.agreed = agreed
+        agreed = self._state.agreed = agree(version)
         self._client_changed = True
         if agreed.twin_socket:
             self._twin = self._open_twin()

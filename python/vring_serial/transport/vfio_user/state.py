@@ -11,16 +11,15 @@ from vring_serial.proto.vfio_user_dma import DmaFlag
 from vring_serial.proto.vfio_user_features import MigrationState
 from vring_serial.proto.vfio_user_version import Capabilities
 from vring_serial.proto.vfio_user_wire import DEFAULT_DATA_XFER_SIZE, IrqIndex
-from vring_serial.saving import StateFormat, check_range
+from vring_serial.saving import Fields, StateFormat, check_range
 from vring_serial.transport.repeatable import Handled
+from vring_serial.transport.state_memory import MAX_STATE
 
 #: Regions that a client may map; each with a descriptor is a mapping of this process.
 MAX_DMA_MAPS = 4096
 #: Smallest max_data_xfer_size of a client: memory that it does not share is read and written in
 #: pieces of this size.
 MIN_DATA_XFER_SIZE = 4096
-#: Bytes of a function's state on its way to or from another server.
-MAX_STATE = 16 << 20
 #: The migration states that a client can ask for: from each of them to each other the way is
 #: direct, or by STOP ("Direct State Transitions"; PRE_COPY is not supported).
 PHASES = frozenset(
@@ -31,6 +30,8 @@ PHASES = frozenset(
         MigrationState.RESUMING,
     }
 )
+#: Those in which the function's state is on its way.
+MOVING = frozenset({MigrationState.STOP_COPY, MigrationState.RESUMING})
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +71,14 @@ class ClientState:
         irqs: numbers of the interrupts for which the client has given an event descriptor, by type
             (IrqIndex), in ascending order.
         unmask_event: the client has given an event that unmasks INTx.
-        next_serial: the number of the next descriptor of a region.
+        next_serial: the number of the next descriptor of a region, or of a state's memory.
         life: how many processes have served the client before this one.
         logging: DMA logging was started.
         phase: where the function is on its way to or from another server.
-        content: its state, as the client reads or writes it.
-        moved: bytes of that which the client has read.
+        memory: the number under which that of its state is kept, which the client reads or writes;
+            None: there is none.
+        length: bytes of the state in it.
+        moved: those of them which the client has read.
         elsewhere: the client has all of the state, or brought it, and the function has not run
             here since.
     """
@@ -89,7 +92,8 @@ class ClientState:
     life: int = 0
     logging: bool = False
     phase: MigrationState = MigrationState.RUNNING
-    content: bytes = b""
+    memory: int | None = None
+    length: int = 0
     moved: int = 0
     elsewhere: bool = False
 
@@ -115,11 +119,13 @@ def check_client(state: ClientState, vectors: int) -> None:
     # ERROR is where a state that does not fit leaves the function.
     if state.phase not in PHASES | {MigrationState.ERROR}:
         raise StateError(f"no function is in the migration state {state.phase.name}")
-    if len(state.content) > MAX_STATE or not 0 <= state.moved <= len(state.content):
+    if not 0 <= state.moved <= state.length <= MAX_STATE:
         raise StateError(
-            f"{state.moved} bytes of a state of {len(state.content)} were moved; "
+            f"{state.moved} bytes of a state of {state.length} were moved; "
             f"at most {MAX_STATE} are possible"
         )
+    if (state.memory is not None) != (state.phase in MOVING):
+        raise StateError(f"in state {state.phase.name}, the memory of a device state is another")
 
 
 def _check_agreed(agreed: Capabilities) -> None:
@@ -167,12 +173,25 @@ class WrittenClient:
     """What a client has set up, and the message that did it.
 
     Attributes:
-        client: the setup.
-        handled: the message; both are written down at once, for it must not be handled twice.
+        client: the setup, without regions.
+        gone: numbers of regions that are still written down, and were unmapped.
+        handled: the message; all this is written down at once, for it must not be handled twice.
     """
 
     client: ClientState = field(default_factory=ClientState)
+    gone: list[int] = field(default_factory=list)
     handled: Handled = field(default_factory=Handled)
+
+
+@dataclass(slots=True)
+class WrittenRegions:
+    """Some of a client's DMA mappings.
+
+    Attributes:
+        regions: in no order. One whose number has not been given yet is not mapped yet either.
+    """
+
+    regions: list[DmaRegion] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -216,8 +235,22 @@ class WrittenQueues:
     queues: list[QueueSetup] = field(default_factory=list)
 
 
+def _separate_regions(written: Fields) -> Fields:
+    """Make version 2 of a client of version 1, which had a moved state's bytes in itself.
+
+    Regions may be in it: they are read there, and written elsewhere.
+    """
+    client = written["client"]
+    if MigrationState(client["phase"]) in MOVING:
+        raise ValueError("the function's state is on its way")
+    del client["content"]
+    client |= {"memory": None, "length": 0, "moved": 0}
+    return written | {"gone": []}
+
+
 #: How all that is written down for a successor of this process.
-CLIENT = StateFormat("vfio-user client", 1, WrittenClient)
+CLIENT = StateFormat("vfio-user client", 2, WrittenClient, {1: _separate_regions})
+REGIONS = StateFormat("DMA mappings", 1, WrittenRegions)
 REGISTERS = StateFormat("PCI registers", 1, WrittenRegisters)
 TABLE = StateFormat("MSI-X table", 1, WrittenTable)
 QUEUES = StateFormat("PCI queues", 1, WrittenQueues)

@@ -9,7 +9,8 @@ section       contents
 queues.N      the setup of 16 queues
 msix          the MSI-X table
 registers     the rest of the function
-session       the client's setup, and the message that changed it
+regions.N     up to 64 of the client's DMA mappings
+session       the rest of the client's setup, and the message that changed it
 handled       any other message: its number (8 bytes), its length (8), itself, and its answer
 ============  ====================================================================================
 
@@ -17,12 +18,16 @@ Of the function there may be less in them, or more, than the last message that i
 handled: it is handled again then. All accesses of registers lead to the same state when they are
 done again; what a client sets up does not, and so goes with its message. Of the two messages that
 are written down the one with the higher number was the last.
+
+A mapping counts once the section ``session`` says that its number was given, and until it says that
+it is gone: so one is added before that is written, and removed after it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from vring_serial.device.pci import PciDevice
@@ -30,17 +35,22 @@ from vring_serial.device.pci.state import FunctionState, MsixState
 from vring_serial.device.registers.state import DriverState, RegistersState
 from vring_serial.errors import StateError
 from vring_serial.keeping import Keeping
-from vring_serial.transport.repeatable import Handled
+from vring_serial.saving import Packer
+from vring_serial.transport.repeatable import Handled, check_handled
 from vring_serial.transport.session import ENDED, SESSION
 from vring_serial.transport.vfio_user.state import (
     CLIENT,
+    MAX_DMA_MAPS,
     QUEUES,
+    REGIONS,
     REGISTERS,
     TABLE,
     ClientState,
+    DmaRegion,
     RemoteRingsState,
     WrittenClient,
     WrittenQueues,
+    WrittenRegions,
     WrittenRegisters,
     WrittenTable,
     check_client,
@@ -48,8 +58,12 @@ from vring_serial.transport.vfio_user.state import (
 
 #: Queues in one section.
 QUEUES_EACH = 16
+#: Mappings in one section.
+REGIONS_EACH = 64
+_REGION_SECTIONS = MAX_DMA_MAPS // REGIONS_EACH
 _NUMBERS = struct.Struct("<QQ")
 _QUEUES, _TABLE, _REGISTERS, _HANDLED = "queues.{}", "msix", "registers", "handled"
+_REGIONS = "regions.{}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +95,7 @@ def read_left(keeping: Keeping, queues: int, vectors: int) -> Left | None:
     if written is None or written == ENDED:
         return None
     client = CLIENT.unpack(written)
+    _add_regions(client, _read_regions(keeping))
     check_client(client.client, vectors)
     registers = REGISTERS.unpack(_part(keeping, _REGISTERS))
     if registers.num_queues != queues:
@@ -96,6 +111,7 @@ def read_left(keeping: Keeping, queues: int, vectors: int) -> Left | None:
     handled = client.handled
     if (other := keeping.read(_HANDLED)) is not None:
         handled = max(handled, _unpack_handled(other), key=lambda each: each.number)
+    check_handled(handled)
     return Left(
         client.client,
         FunctionState(
@@ -111,6 +127,27 @@ def _part(keeping: Keeping, section: str) -> bytes:
     if (written := keeping.read(section)) is None:
         raise StateError(f"the section {section} is missing")
     return written
+
+
+def _read_regions(keeping: Keeping) -> dict[int, list[DmaRegion]]:
+    """Return what stands in the sections of mappings, by number of the section."""
+    found = {}
+    for number in range(_REGION_SECTIONS):
+        if written := keeping.read(_REGIONS.format(number)):
+            found[number] = REGIONS.unpack(written).regions
+            if len(found[number]) > REGIONS_EACH:
+                raise StateError(f"{len(found[number])} mappings in one section")
+    return found
+
+
+def _add_regions(written: WrittenClient, sections: dict[int, list[DmaRegion]]) -> None:
+    """Give the client the mappings that count. Raises StateError if two begin at one place."""
+    client, gone = written.client, set(written.gone)
+    for region in (each for section in sections.values() for each in section):
+        if region.serial < client.next_serial and region.serial not in gone:
+            if region.address in client.regions:
+                raise StateError(f"two mappings begin at {region.address:#x}")
+            client.regions[region.address] = region
 
 
 def _pack_handled(handled: Handled) -> bytes:
@@ -147,8 +184,19 @@ class Writer:
         self._config_space = b""
         self._table = b""
         self._owed: list[int] = []
-        if not resumed:
+        # The mappings that are written down, by number, in each section; and where each of them is.
+        self._sections: list[dict[int, DmaRegion]] = [{} for _ in range(_REGION_SECTIONS)]
+        self._places: dict[int, int] = {}
+        self._packers = [Packer(REGIONS) for _ in self._sections]
+        if resumed:
+            for number, regions in _read_regions(keeping).items():
+                self._sections[number] = {each.serial: each for each in regions}
+                self._places |= dict.fromkeys(self._sections[number], number)
+        else:
             keeping.write(_HANDLED, b"")  # of the session before
+            for number in range(_REGION_SECTIONS):
+                if keeping.read(_REGIONS.format(number)):
+                    keeping.write(_REGIONS.format(number), b"")
 
     def write(self, handled: Handled, client: ClientState | None) -> None:
         """Write what a message changed, and that it was handled.
@@ -159,10 +207,38 @@ class Writer:
         """
         # Both, and in this order: the client's setup is of no use without the function.
         self._write_function()
-        if client is not None:
-            self._keeping.write(SESSION, CLIENT.pack(WrittenClient(client, handled)))
-        else:
+        if client is None:
             self._keeping.write(_HANDLED, _pack_handled(handled))
+            return
+        mapped = {region.serial: region for region in client.regions.values()}
+        gone = sorted(self._places.keys() - mapped.keys())
+        self._add_mappings([mapped[serial] for serial in mapped.keys() - self._places.keys()])
+        written = WrittenClient(dataclasses.replace(client, regions={}), gone, handled)
+        self._keeping.write(SESSION, CLIENT.pack(written))
+        self._remove_mappings(gone)
+
+    def _add_mappings(self, regions: Iterable[DmaRegion]) -> None:
+        changed = set()
+        for region in regions:
+            number = next(i for i, each in enumerate(self._sections) if len(each) < REGIONS_EACH)
+            self._sections[number][region.serial] = region
+            self._places[region.serial] = number
+            changed.add(number)
+        self._write_mappings(changed)
+
+    def _remove_mappings(self, serials: Iterable[int]) -> None:
+        changed = set()
+        for serial in serials:
+            number = self._places.pop(serial)
+            del self._sections[number][serial]
+            changed.add(number)
+        self._write_mappings(changed)
+
+    def _write_mappings(self, sections: Iterable[int]) -> None:
+        for number in sections:
+            regions = WrittenRegions(list(self._sections[number].values()))
+            packed = self._packers[number].pack(regions)
+            self._keeping.write(_REGIONS.format(number), packed)
 
     def _write_function(self) -> None:
         state = self._pci.state

@@ -9,7 +9,6 @@ waited for. So nothing here waits, or is ever under way: CHECK_DEVICE_STATE find
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Callable, Sequence
 
@@ -25,17 +24,15 @@ from vring_serial.proto.vhost_user import (
 )
 from vring_serial.saving import saved_length
 from vring_serial.transport.session import Handler
+from vring_serial.transport.state_memory import MAX_STATE, check_memory, make_memory
 from vring_serial.transport.vhost_user.state import FrontendState, Transfer
 from vring_serial.transport.vhost_user.vring import Vring
 from vring_serial.unix_fds import close_all
 
-#: Largest state in bytes, either way.
-MAX_STATE = 16 << 20
 #: Role of the memory's descriptor (see Keeping).
 STATE = "state"
 
 _HEADER_SIZE = 20
-_SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 class DeviceStates:
@@ -86,13 +83,14 @@ class DeviceStates:
         return {STATE} if self._fd >= 0 else set()
 
     def resume(self, keeping: Keeping) -> None:
-        """Go on with a predecessor's transfer. Raises StateError if its memory is not there."""
+        """Go on with a predecessor's transfer. Raises StateError: its memory is not there."""
         if self._state.transfer not in (Transfer.SAVING, Transfer.LOADING):
             return
         fd = keeping.take(STATE)
         if fd is None:
             raise StateError("the memory of a device state is not there")
         self._fd = fd
+        check_memory(fd, _HEADER_SIZE)
 
     def started(self) -> None:
         """Note that a queue was started: the state counts here."""
@@ -112,7 +110,7 @@ class DeviceStates:
         if transfer.direction == transfer.SAVE:
             fd, after = self._save(), Transfer.SAVING
         else:
-            fd, after = _make_memory(MAX_STATE), Transfer.LOADING
+            fd, after = make_memory(MAX_STATE), Transfer.LOADING
         self._end(after)
         self._fd = fd
         self._keep(STATE, fd)
@@ -128,7 +126,7 @@ class DeviceStates:
         if len(saved) > MAX_STATE:
             self._device.release_state(gone=False)
             raise RemoteProtocolError(f"a state of {len(saved)} bytes; {MAX_STATE} are allowed")
-        fd = _make_memory(len(saved), saved)
+        fd = make_memory(len(saved), saved)
         self._tell(f"the device's state is saved: {len(saved)} bytes")
         return fd
 
@@ -169,21 +167,3 @@ class DeviceStates:
         self._state.transfer = transfer
         close_all([self._fd])
         self._fd = -1
-
-
-def _make_memory(size: int, content: bytes = b"") -> int:
-    """Return the descriptor of new memory that can neither shrink nor grow, the caller's.
-
-    Memory with content is read-only. Raises OSError without memory.
-    """
-    fd = os.memfd_create("vring-state", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        os.ftruncate(fd, size)
-        written = 0
-        while written < len(content):
-            written += os.pwrite(fd, content[written:], written)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SIZE_SEALS | (fcntl.F_SEAL_WRITE if content else 0))
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd

@@ -92,7 +92,7 @@ class VhostUserSession(Session[Message]):
         self._packer = Packer(FRONTEND)
         self._roles: set[str] = set()  # in which descriptors are kept
         self._queue_roles: set[str] = set()  # those of them that queues use
-        self._state = saved_state(context, device.num_queues)
+        self._state, self._damage = saved_state(context, device.num_queues)
         records = ring_records(context.keeping, device.num_queues)
         self._vrings = [
             Vring(index, setup, device, context.closer, record, self._queue_roles)
@@ -175,6 +175,8 @@ class VhostUserSession(Session[Message]):
         # With what it was about to drop when it died.
         self._roles |= {role for role in keeping.roles() if ROLES.fullmatch(role)}
         try:
+            if self._damage is not None:
+                raise self._damage
             self._memory.resume(keeping)
             self._dirty_log.resume(keeping)
             self._device_states.resume(keeping)

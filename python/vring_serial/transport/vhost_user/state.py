@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -17,8 +18,8 @@ from vring_serial.proto.vhost_user import (
     ProtocolFeature,
     VringAddress,
 )
-from vring_serial.saving import StateFormat
-from vring_serial.transport.repeatable import Handled
+from vring_serial.saving import StateFormat, check_range
+from vring_serial.transport.repeatable import Handled, check_handled
 from vring_serial.transport.session import SESSION, SessionContext
 
 #: Regions that a frontend may map in all (ADD_MEM_REG).
@@ -120,17 +121,56 @@ class FrontendState:
 FRONTEND = StateFormat("vhost-user frontend", 1, FrontendState)
 
 
-def saved_state(context: SessionContext, queues: int) -> FrontendState:
-    """Return what a predecessor left, or a new state. Raises StateError."""
-    saved = context.keeping.read(SESSION) if context.keeping and context.resumed else None
-    if saved is None:
-        return FrontendState(vrings=[VringSetup() for _ in range(queues)])
-    state = FRONTEND.unpack(saved)
+def saved_state(context: SessionContext, queues: int) -> tuple[FrontendState, StateError | None]:
+    """Return what a predecessor left, and None; or a new state, and why that is of no use."""
+    fresh = FrontendState(vrings=[VringSetup() for _ in range(queues)])
+    try:
+        saved = context.keeping.read(SESSION) if context.keeping and context.resumed else None
+        if saved is None:
+            return fresh, None
+        state = FRONTEND.unpack(saved)
+        check_frontend(state, queues)
+    except StateError as error:
+        return fresh, error
+    return state, None
+
+
+def check_frontend(state: FrontendState, queues: int) -> None:
+    """Check a frontend's setup that somebody else wrote down, for a device with so many queues.
+
+    Whether its rings and memory can be used so, and the device agrees, is seen when they are.
+    Raises StateError that names what does not fit.
+    """
     if len(state.vrings) != queues:
         raise StateError(f"it has {len(state.vrings)} queues, and the device has {queues}")
     if len(state.regions) != len(state.serials) or len(state.regions) > MAX_MEM_SLOTS:
         raise StateError(f"{len(state.regions)} regions, {len(state.serials)} descriptors")
-    return state
+    if len(set(state.serials)) != len(state.serials):
+        raise StateError("two regions have the same serial")
+    for serial in (*state.serials, state.next_serial):
+        check_range("a serial", serial, 64)
+    check_range("features", state.features, 64)
+    check_range("protocol_features", int(state.protocol_features), 64)
+    for number, region in enumerate(state.regions):
+        _check_numbers(f"region {number}", region)
+    for name, part in (("the dirty log", state.log), ("inflight", state.inflight)):
+        if part is not None:
+            _check_numbers(name, part)
+    for index, setup in enumerate(state.vrings):
+        check_range(f"queue {index}: size", setup.size, 16)
+        for name in ("base", "used"):
+            check_range(f"queue {index}: {name}", getattr(setup, name) or 0, 16)
+        if setup.address is not None:
+            _check_numbers(f"queue {index}", setup.address)
+    check_handled(state.handled)
+
+
+def _check_numbers(what: str, message: MemoryRegion | LogArea | Inflight | VringAddress) -> None:
+    """Check that a part of a message could have come as it is. Raises StateError."""
+    try:
+        message.pack()
+    except struct.error:
+        raise StateError(f"{what}: {message} cannot be") from None
 
 
 def ring_records(keeping: Keeping | None, queues: int) -> Sequence[memoryview | None]:
