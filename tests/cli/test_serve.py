@@ -187,6 +187,20 @@ async def test_connecting_to_a_frontend_that_listens(serve: Serve, tmp_path: Pat
 # --- start, stop, log
 
 
+async def test_what_a_death_of_a_worker_does_to_host_ends_is_said_at_the_start(
+    serve: Serve,
+) -> None:
+    arguments = ["--chardev", "console,id=con,path=con", "--console", "chardev=con"]
+    arguments += ["--chardev", "ringbuf,id=ring", "--port", "chardev=ring"]
+    arguments += ["--chardev", "socket,id=sock,path=s,server=on,wait=off", "--port", "chardev=sock"]
+    async with serve(*arguments) as server:
+        said = [line for line in server.lines if "when a worker dies" in line]
+        assert await server.stop() == 0
+    assert len(said) == 2
+    assert "bytes on their way may be lost: ring (ringbuf)" in said[0]
+    assert "whoever watches is cut off, and connects again: con (console)" in said[1]
+
+
 async def test_json_log(serve: Serve, tmp_path: Path) -> None:
     arguments = ("--json-log", "--domain", str(EXAMPLES / "spice-agent.xml"))
     async with serve(*arguments, ready='"event": "serving"') as server:

@@ -185,6 +185,39 @@ async def test_a_ports_log_is_rotated_in_the_sandbox(serve: Serve, tmp_path: Pat
     assert (tmp_path / "d" / "out").read_bytes() == b"anew"
 
 
+@pytest.mark.parametrize("keeper", ["--keeper", "--no-keeper"])
+async def test_a_log_without_backups_is_emptied_in_the_sandbox(
+    serve: Serve, tmp_path: Path, keeper: str
+) -> None:
+    """Also one that was opened anew, or by the next worker: in the sandbox, and not before it."""
+    os.mkdir(tmp_path / "d")
+    out = tmp_path / "d" / "out"
+    arguments = ("--chardev", "null,id=n,logfile=d/out,logsize=4K,logbackups=0")
+    arguments += ("--port", "chardev=n,nr=1", "--sandbox", "on", keeper)
+    async with serve(*arguments) as server, asyncio.timeout(TIMEOUT):
+        await server.logged("sandbox: ")
+        async with guest_of(tmp_path / "v") as guest:
+            port = await guest.wait_port(nr=1)
+            await port.wait_host()
+            _, writer = await port.open()
+            for turn in range(3):
+                if turn:
+                    if turn == 1:
+                        os.rename(out, tmp_path / "d" / "renamed")
+                    os.kill(server.pid, signal.SIGHUP)
+                    await server.logged("SIGHUP: files were opened anew", turn)
+                    await there(out)
+                for number in range(3 * 4096 // 64):
+                    writer.write(b"%063d\n" % number)
+                end = b"end %d\n" % turn
+                writer.write(end)
+                await until_file_says(out, end)
+                assert out.stat().st_size <= 4096
+            writer.close()
+        assert await server.stop() == 0
+        assert not [line for line in server.lines if "warning" in line or "error" in line]
+
+
 async def test_a_file_that_cannot_be_opened_anew(serve: Serve, tmp_path: Path) -> None:
     os.mkdir(tmp_path / "d")
     arguments = ("--chardev", "file,id=f,path=d/out", "--port", "chardev=f,nr=1")

@@ -47,15 +47,15 @@ def short_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def guest_of(protocol):
-    return EmbeddedGuest("v", memory=RAM) if protocol == "vhost-user" else VfioGuest("v", 1)
+def guest_of(protocol, path="v"):
+    return EmbeddedGuest(path, memory=RAM) if protocol == "vhost-user" else VfioGuest(path, 1)
 
 
 @asynccontextmanager
-async def carrying(protocol):
+async def carrying(protocol, path="v", host="c"):
     """A guest whose port has carried a byte each way; yields what sends one more."""
-    async with guest_of(protocol) as guest:
-        reader, writer = await asyncio.open_unix_connection("c")
+    async with guest_of(protocol, path) as guest:
+        reader, writer = await asyncio.open_unix_connection(host)
         try:
             port = await guest.wait_port(name="p")
             guest_reader, guest_writer = await port.open()
@@ -236,7 +236,7 @@ def memory_elsewhere(body):
 
 
 def dma_elsewhere(body):
-    for region in body["state"]["client"]["regions"].values():
+    for region in body["state"]["regions"]:
         region["offset"] = 1 << 40
 
 
@@ -259,6 +259,7 @@ def write_forged(keeper, section, change):
 
 
 DEVICE, FRONTEND = "controller-0/console device", "frontend-0/session"
+MAPPINGS = "frontend-0/regions.0"
 
 
 @pytest.mark.parametrize(
@@ -276,7 +277,7 @@ DEVICE, FRONTEND = "controller-0/console device", "frontend-0/session"
         ("vhost-user", DEVICE, lambda state: rewritten(state, more_ports), "max_ports 63, not 31"),
         ("vhost-user", DEVICE, lambda state: rewritten(state, port_beyond), "it has ports [99]"),
         ("vhost-user", DEVICE, lambda state: rewritten(state, strange_features), "not offered"),
-        ("vfio-user", FRONTEND, lambda state: rewritten(state, dma_elsewhere), "0x10000000000"),
+        ("vfio-user", MAPPINGS, lambda state: rewritten(state, dma_elsewhere), "0x10000000000"),
         ("vfio-user", "frontend-0/registers", lambda s: rewritten(s, more_queues), "66 queues"),
         ("vfio-user", "frontend-0/msix", lambda state: b"nonsense", "8 bytes are no saved state"),
     ],
@@ -289,6 +290,26 @@ async def test_a_forged_state_is_named(tmp_path, protocol, section, change, said
             await until(lambda: keeper.log.count(SERVING) > 1, lambda: keeper.log)
             await until(lambda: said in keeper.log, lambda: keeper.log)
         await serves(protocol, keeper)
+    if section != DEVICE:  # the session ends, and no worker
+        assert keeper.log.count("another one goes on") == 1
+
+
+async def test_a_forged_session_ends_and_another_vm_of_the_worker_goes_on(tmp_path):
+    text = 'workers = "shared"\n'
+    for name in "vw":
+        text += f'[vm.{name}]\nvhost-user = ["{name}"]\n[vm.{name}.chardev.c]\n'
+        text += f'backend = "socket"\npath = "c{name}"\nserver = true\nwait = false\n'
+        text += f'[[vm.{name}.port]]\nchardev = "c"\nname = "p"\n'
+    Path("vring.toml").write_text(text)
+    async with (
+        kept(tmp_path, protocol="config", socket="vring.toml") as keeper,
+        carrying("vhost-user", "v", "cv"),
+        carrying("vhost-user", "w", "cw") as exchange,
+    ):
+        write_forged(keeper, "0/frontend-0/session", lambda state: rewritten(state, fewer_queues))
+        await keeper.logged("it has 4 queues, and the device has")
+        await exchange()
+        assert keeper.log.count("another one goes on") == 1
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -35,7 +36,7 @@ def short_paths(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("protocol", ["vhost-user", "vfio-user"])
 async def test_neither_deaths_nor_restarts_are_noticed(tmp_path, protocol):
-    command = (*COMMAND, f"--{protocol}", "v", *socket_ports([1, 2]))
+    command = (*COMMAND, f"--{protocol}", "v", *socket_ports([1, 2]), "--pid-file", "pid")
     async with StoringManager(tmp_path, *command) as manager:
         vhost = protocol == "vhost-user"
         guest = EmbeddedGuest("v", memory=64 << 20) if vhost else VfioGuest("v", 2)
@@ -44,6 +45,7 @@ async def test_neither_deaths_nor_restarts_are_noticed(tmp_path, protocol):
             for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGABRT, signal.SIGTERM):
                 await manager.signal(number)
                 await all_go_on(streams)
+                assert Path("pid").read_text() == f"{manager.process.pid}\n"
         peer = "frontend" if vhost else "client"
         assert manager.log.count(f"{peer} connected") == 1
         assert manager.log.count(f"{peer} resumed") == 4

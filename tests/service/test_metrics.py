@@ -444,6 +444,9 @@ async def test_errors_are_one_line_with_the_exit_status_of_their_kind():
     status, said = await status_of("--no-keeper", "--metrics", "0")
     assert status == 2
     assert "--metrics needs the keeper" in said
+    status, said = await status_of("--no-keeper", "--workers", "shared")
+    assert status == 2
+    assert "--workers needs the keeper" in said
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         status, said = await status_of("--metrics", str(port))

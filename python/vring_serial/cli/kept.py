@@ -44,6 +44,7 @@ from vring_serial.service.worker import Inheritance, WorkerSpec
 #: What a death of a worker does to ports, and the kinds of chardevs where it does so.
 _NOTICED = (
     (("ringbuf",), "bytes on their way may be lost"),
+    (("console",), "whoever watches is cut off, and connects again"),
     (("spicevmc", "spiceport"), "its connection ends, and a new one begins"),
 )
 

@@ -63,7 +63,7 @@ def serve_command(keeper: bool, descriptor_store: bool, **given: Any) -> None:
         from vring_serial.cli.origin import find_origin
     origin = find_origin()
     service = service_of(given, origin.inputs.read)
-    for option in ("qmp", "metrics"):
+    for option in ("qmp", "metrics", "workers"):
         of_vms = option == "qmp" and any(vm.qmp for vm in service.vms)
         if (getattr(service, option) or of_vms) and not keeper:
             raise click.UsageError(
@@ -87,15 +87,16 @@ def serve_command(keeper: bool, descriptor_store: bool, **given: Any) -> None:
     if keeper:
         from vring_serial.cli.kept import serve_kept
 
-        settings = [Settings(None, service.log_file, sandbox) for sandbox in sandboxes]
-        status = serve_kept(shares, settings, service.pid_file, log, warnings, monitored, origin)
+        each = [Settings(None, service.log_file, sandbox) for sandbox in sandboxes]
+        status = serve_kept(shares, each, service.pid_file, log, warnings, monitored, origin)
         raise SystemExit(status)
+    settings = Settings(service.pid_file, service.log_file, sandboxes[0])
     if descriptor_store:
         from vring_serial.cli.stored import serve_stored
 
-        run(serve_stored(service.vms, Settings(None, service.log_file, sandboxes[0]), origin))
+        run(serve_stored(service.vms, settings, origin))
         return
-    run(serve(service.vms, Settings(service.pid_file, service.log_file, sandboxes[0])))
+    run(serve(service.vms, settings))
 
 
 def check(

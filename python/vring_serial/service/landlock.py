@@ -82,6 +82,7 @@ def make_ruleset(reach: Reach, version: int) -> int:
             (READ_FILE | READ_DIR, reach.read),
             (WRITE_FILE | READ_FILE, reach.written),
             (WRITE_FILE | MAKE_REG, reach.made_in),
+            (attr.handled_access_fs & _TRUNCATE, reach.emptied_in),
             (REMOVE_FILE, reach.removed_in),
             (READ_FILE | WRITE_FILE | MAKE_REG | REMOVE_FILE, reach.scratch),
             (READ_FILE | WRITE_FILE | attr.handled_access_fs & _IOCTL_DEV, reach.terminals),
@@ -96,7 +97,7 @@ def make_ruleset(reach: Reach, version: int) -> int:
                 reach.changed_in,
             ),
         ):
-            for path in paths:
+            for path in paths if access else ():
                 _allow_path(ruleset, path, access)
         if version >= VERSION_WITH_TCP:
             for port in reach.tcp:

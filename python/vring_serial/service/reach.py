@@ -50,6 +50,7 @@ class Reach:
     Attributes:
         read: files and directories, with all that is in them.
         made_in: directories in which files are made, and written.
+        emptied_in: those of them in which files are emptied, too.
         removed_in: directories in which files, sockets and links are removed.
         written: files that are opened for writing.
         scratch: directories for temporary files.
@@ -64,6 +65,7 @@ class Reach:
 
     read: set[str] = field(default_factory=set)
     made_in: set[str] = field(default_factory=set)
+    emptied_in: set[str] = field(default_factory=set)
     removed_in: set[str] = field(default_factory=set)
     written: set[str] = field(default_factory=set)
     scratch: set[str] = field(default_factory=set)
@@ -150,9 +152,12 @@ def _loaded_from() -> set[str]:
 def _add(reach: Reach, chardev: ChardevConfig) -> None:
     if chardev.log.logfile:
         reach.appends_to(chardev.log.logfile)
-        if chardev.log.logsize:
+        if chardev.log.logsize and chardev.log.logbackups:
             reach.removes(chardev.log.logfile)
             reach.renames = True
+        elif chardev.log.logsize:
+            # What was opened before may be emptied anyway, and not what is opened anew.
+            reach.emptied_in.add(_directory(chardev.log.logfile))
     match chardev.options:
         case SocketOptions() as options if options.server:
             if options.path and not options.abstract:

@@ -211,22 +211,20 @@ class Life:
 
     def live(self) -> None:
         """Do all that a client does, one after another."""
-        self._begin()
-        self._start_driver()
+        self.begin()
         self._guest_runs()
         self._maps_change()
         self._migrates()
         self.ask(Command.DEVICE_RESET, None)
         self.ask(Command.DMA_UNMAP, DmaUnmap(0, MEMORY))
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
+        """Do what a client and its driver do until the device runs."""
         proposed = Capabilities(max_msg_fds=253, named=frozenset({"max_msg_fds"}))
         self.ask(Command.VERSION, Version(0, 0, proposed))
         self.map(self._guest.memfd, 0)
         irqs = IrqSet(TELL, IrqIndex.MSIX, 0, VECTORS)
         self.ask(Command.DEVICE_SET_IRQS, irqs, *self._calls)
-
-    def _start_driver(self) -> None:
         self._pci = driver = PciDriver(
             partial(self.read, RegionIndex.CONFIG),
             partial(self.write, RegionIndex.CONFIG),
@@ -296,13 +294,17 @@ class Life:
         self.go_to(MigrationState.RESUMING)
         # What follows the state is ignored.
         for piece in (state[:700], state[700:].ljust(6000, b"\0"), bytes(LONG)):
-            self.ask(Command.MIG_DATA_WRITE, MigrationData(len(piece), piece))
+            self.bring(piece)
         self.send(SIZE // 2)
         self.go_to(MigrationState.STOP)
         self.go_to(MigrationState.RUNNING)
         self.all_arrives()
         self.send(SIZE // 2)
         self.all_arrives()
+
+    def bring(self, piece: bytes) -> None:
+        """Write a piece of a state."""
+        self.ask(Command.MIG_DATA_WRITE, MigrationData(len(piece), piece))
 
     def _read_piece(self) -> bytes:
         size = 4000
