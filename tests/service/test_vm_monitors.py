@@ -233,6 +233,10 @@ async def test_bad_addresses_are_named_with_their_place(tmp_path):
     status, _, err = await run_vring("config", "check", "bad.toml")
     assert (status, err.partition(": 10.0")[0]) == (2, "vring: bad.toml:2: qmp[2]")
     Path("good.toml").write_text(VM.format(name="a"))
+    async with await asyncio.start_unix_server(lambda reader, writer: writer.close(), "a-qmp"):
+        status, _, err = await run_vring("serve", "--config", "good.toml")
+        why = "good.toml:3: vm.a.qmp: a-qmp: exists, another process listens on it\n"
+        assert (status, f"vring: {why}" in err) == (1, True)
     status, _, err = await run_vring("serve", "--no-keeper", "--config", "good.toml")
     assert (status, "--qmp needs the keeper" in err) == (2, True)
     status, out, _ = await run_vring("config", "show", "--config", "good.toml")

@@ -108,7 +108,8 @@ async def _serve(
                 continue
             for number, options in enumerate(settings.monitored.vms.get(vm.name, ())):
                 monitor = Monitor(vm.name, package, vms, only, vm.name)
-                await monitors.serve(monitor, options, f"vm-{place}-qmp-{number}")
+                role = f"vm-{place}-qmp-{number}"
+                await monitors.serve(monitor, options, role, vm.where("qmp"))
 
         async def serve_added(name: str, sockets: list[socket.socket]) -> None:
             monitor = Monitor(name, package, vms, only, name)

@@ -41,7 +41,7 @@ async def listen(option: str, options: SocketOptions, keeping: Keeping) -> Liste
     """Return a listener: a predecessor's sockets, or new ones.
 
     Args:
-        option: its name, for errors.
+        option: its name or place, for errors.
         options: the address.
         keeping: of this address alone.
 

@@ -51,18 +51,21 @@ class Monitors(Ending):
         self._servers.clear()
         await asyncio.gather(*(end.aclose() for end in ends), *self._leaving)
 
-    async def serve(self, monitor: Monitor, options: SocketOptions, role: str) -> None:
+    async def serve(
+        self, monitor: Monitor, options: SocketOptions, role: str, where: str = "--qmp"
+    ) -> None:
         """Serve a monitor at one address.
 
         Args:
             monitor: carries out the commands.
             options: the address.
+            where: the address stands, for errors.
             role: what is kept for a successor is found by it; no other address has it.
 
         Raises ResourceError.
         """
         keeping = self._keeping.scoped(role)
-        listener = await listen("--qmp", options, keeping)
+        listener = await listen(where, options, keeping)
         stack = self._stack(monitor, keeping)
         stack.callback(listener.close)
         await self._serve(stack, monitor, listener.sockets, str(options.address))
