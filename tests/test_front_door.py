@@ -22,7 +22,7 @@ Chardev ChardevUser DescriptorEnd End ProtocolEnd
 FileChardev FileOptions NullChardev NullOptions PipeChardev PipeOptions ProtocolChardev
 ConsoleChardev ConsoleOptions PtyChardev
 PtyOptions RingbufChardev RingbufOptions SerialChardev SerialOptions SocketChardev SocketOptions
-StdioChardev StdioOptions
+StdioChardev StdioOptions UdpChardev UdpOptions
 VhostUserBackend VfioUserServer
 InProcessMmio InProcessPci Window LoopHost PolledHost
 Bar InterruptSink MmioDevice PciDevice

@@ -80,6 +80,7 @@ if TYPE_CHECKING:
         StdioChardev as StdioChardev,
         StdioOptions as StdioOptions,
     )
+    from vring_serial.chardev.udp import UdpChardev as UdpChardev, UdpOptions as UdpOptions
     from vring_serial.device.base import VirtioDevice as VirtioDevice
     from vring_serial.device.console.controller import Controller as Controller
     from vring_serial.device.console.events import (
@@ -170,6 +171,7 @@ _EXPORTS = {
         "MessageRefused OutputDropped PortAdded PortClosed PortOpened PortReady PortRemoved "
         "QueueBroken Side"
     ),
+    "vring_serial.chardev.udp": "UdpChardev UdpOptions",
     "vring_serial.device.base": "VirtioDevice",
     "vring_serial.device.queue_device": "QueueDevice QueueDeviceState",
     "vring_serial.device.virtqueue": "RunningQueue",

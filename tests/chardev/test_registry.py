@@ -19,6 +19,7 @@ EXAMPLES: dict[str, dict[str, object]] = {
     "pipe": {"path": "p"},
     "serial": {"path": "/dev/ttyS0"},
     "stdio": {},
+    "udp": {"port": 9},
     "null": {},
     "ringbuf": {},
     "console": {"path": "c"},
@@ -52,8 +53,8 @@ def test_without_options_the_defaults_hold_or_what_is_missing_is_named(kind: str
 
 
 def test_a_kind_that_is_not() -> None:
-    with pytest.raises(ConfigError, match=r"'udp'.*file.*null.*pipe"):
-        chardev.make("udp", "dut")
+    with pytest.raises(ConfigError, match=r"'tcp'.*file.*null.*pipe"):
+        chardev.make("tcp", "dut")
 
 
 def test_options_of_another_kind() -> None:

@@ -15,6 +15,7 @@ from vring_serial.chardev.file import FileOptions
 from vring_serial.chardev.pipe import PipeOptions
 from vring_serial.chardev.serial import SerialOptions
 from vring_serial.chardev.socket import SocketOptions
+from vring_serial.chardev.udp import UdpOptions
 from vring_serial.config import domain_xml
 from vring_serial.config.domain_xml import load, parse
 from vring_serial.config.topology import PciAddress, Topology
@@ -380,6 +381,19 @@ def source(type_: str, inside: str, tag: str = "channel") -> str:
             FileOptions(path="/f", append=True),
         ),
         (source("pipe", "<source path='/p'/>"), "pipe", PipeOptions(path="/p")),
+        (
+            source("udp", "<source mode='connect' host='h' service='9'/>"),
+            "udp",
+            UdpOptions(host="h", port=9),
+        ),
+        (
+            source(
+                "udp",
+                "<source mode='bind' host='l' service='8'/><source mode='connect' service='9'/>",
+            ),
+            "udp",
+            UdpOptions(port=9, localaddr="l", localport=8),
+        ),
         (source("dev", "<source path='/dev/t'/>"), "serial", SerialOptions(path="/dev/t")),
         (
             source("unix", "<source mode='bind' path='/u'/>"),
@@ -433,7 +447,7 @@ def test_a_source_without_type_is_a_pty() -> None:
     assert topology.controllers[0].ports[0].chardev.kind == "pty"
 
 
-@pytest.mark.parametrize("type_", ["vc", "udp", "nmdm", "qemu-vdagent", "dbus"])
+@pytest.mark.parametrize("type_", ["vc", "nmdm", "qemu-vdagent", "dbus"])
 def test_known_source_that_is_not_served(type_: str) -> None:
     message = fails(source(type_, "<source path='/x'/>"))
     assert message.startswith(f"domain:2: <channel>: a source of type {type_} is not served: ")
@@ -449,6 +463,7 @@ def test_known_source_that_is_not_served(type_: str) -> None:
             "unix, vc",
         ),
         (source("file", ""), "domain:2: <channel>: <source> is missing"),
+        (source("udp", ""), "domain:2: <channel>: <source mode='connect'> is missing"),
         (source("file", "<source/>"), "domain:2: <source>: path is missing"),
         (source("pipe", "<source path=''/>"), "domain:2: <source>: path is missing"),
         (

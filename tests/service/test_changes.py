@@ -239,6 +239,14 @@ async def test_coming_and_going_leaves_nothing_behind(tmp_path):
         (backend("file", out="a,b", append=True), "file,id=x,path=a,,b,append=on"),
         (backend("file", out="a", **{"in": "b"}), "file,id=x,path=a,input-path=b"),
         (backend("pipe", device="p"), "pipe,id=x,path=p"),
+        (
+            backend(
+                "udp",
+                remote={"type": "inet", "data": {"host": "h", "port": "9", "ipv4": True}},
+                local={"type": "inet", "data": {"host": "", "port": "8"}},
+            ),
+            "udp,id=x,host=h,port=9,ipv4=on,localaddr=,localport=8",
+        ),
         (backend("serial", device="/dev/ttyS0"), "serial,id=x,path=/dev/ttyS0"),
         (unix("s"), "socket,id=x,path=s,server=on,wait=off"),
         (

@@ -306,6 +306,28 @@ async def test_standard_streams_that_are_sockets_block_again():
         assert os.get_blocking(fd)
 
 
+async def test_datagrams_go_on_from_the_same_port():
+    """In the sandbox, and also those that came while no worker lived."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer:
+        peer.bind(("127.0.0.1", 0))
+        peer.setblocking(False)
+        loop = asyncio.get_running_loop()
+        where = f"host=127.0.0.1,port={peer.getsockname()[1]}"
+        async with serving(f"udp,id=c,{where}") as (keeper, guest), port_of(guest, keeper) as port:
+            port.says(b"first")
+            data, source = await loop.sock_recvfrom(peer, 99)
+            assert data == b"first"
+            for text in (b"one", b"two"):
+                os.kill(keeper.worker, signal.SIGSTOP)
+                peer.sendto(text, source)
+                await keeper.kill_until_served()
+                await port.hears(text)
+                port.says(text)
+                assert await loop.sock_recvfrom(peer, 99) == (text, source)
+    assert "bytes on their way may be lost: c (udp)" in keeper.log
+    assert "is not allowed" not in keeper.log
+
+
 @pytest.mark.parametrize("kind", ["null", "ringbuf"])
 async def test_ends_that_nobody_has_go_on(kind):
     async with serving(f"{kind},id=c") as (keeper, guest), port_of(guest, keeper) as port:

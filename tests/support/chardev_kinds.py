@@ -27,6 +27,7 @@ from vring_serial.chardev.serial import SerialChardev, SerialOptions
 from vring_serial.chardev.socket import SocketChardev, SocketOptions
 from vring_serial.chardev.stdio import StdioChardev
 from vring_serial.chardev.terminal import set_raw
+from vring_serial.chardev.udp import UdpChardev, UdpOptions
 
 
 class GuestTransport(asyncio.Transport):
@@ -332,6 +333,16 @@ class SerialKind(Peer):
             self.master = -1
 
 
+class UdpKind(Peer):
+    """The peer is a socket that is always there; how bytes fare is in test_udp.py."""
+
+    sends = receives = leaves = returns = False
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.chardev = UdpChardev("dut", UdpOptions(host="127.0.0.1", port=9))
+
+
 class FileKind(Peer):
     sends = leaves = returns = False
 
@@ -552,6 +563,7 @@ KINDS: dict[str, type[Peer]] = {
     "mux": MuxKind,
     "pty": PtyKind,
     "serial": SerialKind,
+    "udp": UdpKind,
     "file": FileKind,
     "file-with-input": FileWithInputKind,
     "pipe": PipeKind,

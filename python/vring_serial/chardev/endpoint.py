@@ -73,23 +73,37 @@ class TcpAddress:
 
     async def resolve(self, *, passive: bool) -> list[tuple[int, tuple[Any, ...]]]:
         """Return families and socket addresses in order of preference, without duplicates."""
-        loop = asyncio.get_running_loop()
-        flags = socket.AI_PASSIVE if passive else 0
-        try:
-            found = await loop.getaddrinfo(
-                self.host or None,
-                self.port,
-                family=self.family,
-                type=socket.SOCK_STREAM,
-                flags=flags,
-            )
-        except socket.gaierror as error:
-            why = f"{self.host} does not resolve: {error.strerror}"
-            raise OSError(errno.EADDRNOTAVAIL, why) from error
-        except UnicodeError as error:  # a label that no name can have
-            why = f"{self.host} does not resolve: {error}"
-            raise OSError(errno.EADDRNOTAVAIL, why) from error
-        return list(dict.fromkeys((info[0], info[4]) for info in found))
+        return await resolve(self.host, self.port, self.family, passive=passive)
+
+
+async def resolve(
+    host: str,
+    port: int,
+    family: socket.AddressFamily,
+    kind: socket.SocketKind = socket.SOCK_STREAM,
+    *,
+    passive: bool = False,
+) -> list[tuple[int, tuple[Any, ...]]]:
+    """Return families and socket addresses of a host, in order of preference, without duplicates.
+
+    Args:
+        host: name or address; "" for every local address (``passive``) or this machine.
+        port: its port.
+        family: the only address family to use; AF_UNSPEC for all.
+        kind: of the socket.
+        passive: the addresses are to bind to.
+    """
+    loop = asyncio.get_running_loop()
+    flags = socket.AI_PASSIVE if passive else 0
+    try:
+        found = await loop.getaddrinfo(host or None, port, family=family, type=kind, flags=flags)
+    except socket.gaierror as error:
+        why = f"{host} does not resolve: {error.strerror}"
+        raise OSError(errno.EADDRNOTAVAIL, why) from error
+    except UnicodeError as error:  # a label that no name can have
+        why = f"{host} does not resolve: {error}"
+        raise OSError(errno.EADDRNOTAVAIL, why) from error
+    return list(dict.fromkeys((info[0], info[4]) for info in found))
 
 
 Address = UnixAddress | TcpAddress

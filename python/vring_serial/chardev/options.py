@@ -14,8 +14,8 @@ from vring_serial.errors import ConfigError
 
 #: Ports that may share a host end (``mux=on``), as in QEMU.
 FRONTS_MAX = 4
-#: Kinds that ports cannot share (``mux=on``): their code is of one port.
-UNSHARED = ("spicevmc", "spiceport")
+#: Kinds that ports cannot share (``mux=on``): they are code for one port.
+UNSHARED = ("spicevmc", "spiceport", "udp")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,6 +29,7 @@ _TABLE = {
     "pipe": _Entry("pipe", "PipeChardev", "PipeOptions"),
     "serial": _Entry("serial", "SerialChardev", "SerialOptions"),
     "stdio": _Entry("stdio", "StdioChardev", "StdioOptions"),
+    "udp": _Entry("udp", "UdpChardev", "UdpOptions"),
     "null": _Entry("null", "NullChardev", "NullOptions"),
     "ringbuf": _Entry("ringbuf", "RingbufChardev", "RingbufOptions"),
     "console": _Entry("console", "ConsoleChardev", "ConsoleOptions"),

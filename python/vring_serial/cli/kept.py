@@ -43,7 +43,7 @@ from vring_serial.service.worker import Inheritance, WorkerSpec
 
 #: What a death of a worker does to ports, and the kinds of chardevs where it does so.
 _NOTICED = (
-    (("ringbuf",), "bytes on their way may be lost"),
+    (("ringbuf", "udp"), "bytes on their way may be lost"),
     (("console",), "whoever watches is cut off, and connects again"),
     (("spicevmc", "spiceport"), "its connection ends, and a new one begins"),
 )
@@ -251,7 +251,8 @@ def _noticed(topology: Topology) -> list[str]:
     ports = [port for controller in topology.controllers for port in controller.ports]
     found = []
     for kinds, what in _NOTICED:
-        names = [f"{p.chardev.id} ({p.chardev.kind})" for p in ports if p.chardev.kind in kinds]
+        ends = [port.chardev for port in ports if port.chardev.kind in kinds]
+        names = dict.fromkeys(f"{end.id} ({end.kind})" for end in ends)  # ports may share one
         if names:
             found.append(f"when a worker dies, {what}: {', '.join(names)}")
     return found

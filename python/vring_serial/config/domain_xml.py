@@ -43,9 +43,10 @@ _KINDS = {
     "spicevmc": "spicevmc",
     "stdio": "stdio",
     "tcp": "socket",
+    "udp": "udp",
     "unix": "socket",
 }
-_UNSERVED_TYPES = ("dbus", "nmdm", "qemu-vdagent", "udp", "vc")
+_UNSERVED_TYPES = ("dbus", "nmdm", "qemu-vdagent", "vc")
 _CHANNEL_TARGETS = ("guestfwd", "virtio", "xen")
 _CONSOLE_TARGETS = ("lxc", "openvz", "sclp", "sclplm", "serial", "uml", "virtio", "xen")
 #: Maximum number of characters of a domain's name in libvirt's file names.
@@ -248,6 +249,8 @@ class _Channels:
             options = self._unix(node, source, name or id)
         elif type_ == "tcp":
             options = _tcp(node, _needed(node, source))
+        elif type_ == "udp":
+            options = _udp(node)
         elif type_ == "file":
             source = _needed(node, source)
             options = _make(
@@ -322,6 +325,21 @@ def _tcp(node: Node, source: Node) -> Options:
     host = source.text_of("host")
     source.text_of("service")
     return _make(source, "socket", host=host, port=source.number("service"), **_stream(source))
+
+
+def _udp(node: Node) -> Options:
+    """Return the options of datagrams; where they come from, if given, is a source of its own."""
+    values: dict[str, object] = {}
+    for source in node.children("source"):
+        if source.word("mode", ("bind", "connect"), "connect") == "bind":
+            values["localaddr"] = source.get("host") or ""
+            values["localport"] = source.number("service") or 0
+        else:
+            values["host"] = source.get("host") or ""
+            values["port"] = source.number("service")
+    if "port" not in values:
+        node.fail("<source mode='connect'> is missing")
+    return _make(node, "udp", **values)
 
 
 def _stream(source: Node) -> dict[str, object]:

@@ -34,7 +34,7 @@ UNSERVED_KEYS = {
 COMMON_KEYS = ("id", "mux")
 #: Keys for which an empty value is valid: every address, no name. For all others it is an error,
 #: such as an unset shell variable.
-_MAY_BE_EMPTY = {"addr", "host", "name"}
+_MAY_BE_EMPTY = {"addr", "host", "localaddr", "name"}
 #: Keys whose values may have a unit, such as 64K.
 SIZES = {"size", "scrollback", "logsize"}
 #: QEMU's older names of kinds.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,11 +14,12 @@ from vring_serial.chardev.pty import PtyOptions
 from vring_serial.chardev.ringbuf import RingbufOptions
 from vring_serial.chardev.serial import SerialOptions
 from vring_serial.chardev.socket import SocketOptions
+from vring_serial.chardev.udp import UdpOptions
 from vring_serial.config.topology import ChardevConfig
 from vring_serial.errors import ConfigError
 
 #: Kinds that are made while the service runs; the others need code that is set up at the start.
-KINDS = ("file", "null", "pipe", "pty", "ringbuf", "serial", "socket")
+KINDS = ("file", "null", "pipe", "pty", "ringbuf", "serial", "socket", "udp")
 #: What every kind may have in QEMU, and ours have not.
 _NOT_SERVED = ("logtimestamp",)
 
@@ -63,6 +64,14 @@ def _pairs(kind: str, data: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield "path", value
         elif kind == "socket" and key == "addr":
             yield from _address(value)
+        elif kind == "udp" and key == "remote":
+            yield from _address(value, ("inet",))
+        elif kind == "udp" and key == "local":
+            for name, part in _address(value, ("inet",)):
+                if name in ("host", "port"):
+                    yield {"host": "localaddr", "port": "localport"}[name], part
+                elif part:
+                    raise ConfigError(f"{name} of a local address is not served")
         elif kind == "socket" and key in ("telnet", "tn3270", "websocket"):
             if value:
                 raise ConfigError(f"{key} is not served")
@@ -70,9 +79,11 @@ def _pairs(kind: str, data: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
-def _address(address: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _address(
+    address: Mapping[str, Any], kinds: Sequence[str] = ("unix", "inet")
+) -> Iterator[tuple[str, Any]]:
     kind, data = address["type"], address["data"]
-    if kind not in ("unix", "inet"):
+    if kind not in kinds:
         raise ConfigError(f"sockets of type {kind} are not served")
     for key, value in data.items():
         if key == "numeric" or key.startswith("keep-alive") or key == "mptcp":
@@ -96,6 +107,8 @@ def backend_of(config: ChardevConfig) -> dict[str, Any]:
             data = {"size": size}
         case NullOptions():
             data = {}
+        case UdpOptions() as options:
+            data = _udp(options)
         case SocketOptions() as options:
             data = _socket(options)
         case _:
@@ -106,6 +119,18 @@ def backend_of(config: ChardevConfig) -> dict[str, Any]:
 def _log(log: LogOptions) -> dict[str, Any]:
     """Return what is said of a log, without what goes without saying."""
     return {key: value for key, value in asdict(log).items() if value != getattr(_NO_LOG, key)}
+
+
+def _udp(options: UdpOptions) -> dict[str, Any]:
+    remote: dict[str, Any] = {"host": options.host, "port": str(options.port)}
+    for name in ("ipv4", "ipv6"):
+        if (value := getattr(options, name)) is not None:
+            remote[name] = value
+    data = {"remote": {"type": "inet", "data": remote}}
+    if options.localaddr or options.localport:
+        local = {"host": options.localaddr, "port": str(options.localport)}
+        data["local"] = {"type": "inet", "data": local}
+    return data
 
 
 def _socket(options: SocketOptions) -> dict[str, Any]:

@@ -158,7 +158,7 @@ class SpiceConfig:
 def check_mux(kind: str, where: str) -> None:
     """Raise ConfigError if ports cannot share a host end of this kind."""
     if kind in UNSHARED:
-        raise ConfigError(f"ports cannot share {kind}: its code is of one port", where)
+        raise ConfigError(f"ports cannot share {kind}", where)
 
 
 @dataclass(frozen=True, slots=True)

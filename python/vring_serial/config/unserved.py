@@ -16,7 +16,6 @@ UNSERVED = {
     "parport": "a port has no lines for it; connect one to a pty or a unix socket with socat",
     "qemu-vdagent": "it is QEMU's own agent end; spicevmc is the one built in here",
     "testdev": _OF_EMULATOR,
-    "udp": "datagrams would be lost, and a port loses nothing; use tcp or unix",
     "vc": "it is a text console in the emulator's window; use pty",
     "wctablet": _OF_EMULATOR,
 }

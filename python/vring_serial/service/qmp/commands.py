@@ -250,6 +250,11 @@ _BACKENDS = {
         Member("reconnect-ms", INT, optional=True),
         *_switches("server", "wait", "nodelay", "telnet", "tn3270", "websocket"),
     ),
+    "udp": _wrapped(
+        "Udp",
+        Member("remote", _SOCKET_ADDRESS),
+        Member("local", _SOCKET_ADDRESS, optional=True),
+    ),
     "pty": _wrapped("Pty", Member("path", STR, optional=True)),
     "null": _wrapped("Common"),
     "ringbuf": _wrapped("Ringbuf", Member("size", INT, optional=True)),
