@@ -41,7 +41,8 @@ REVERT = (
 
 #: Makes the system of its arguments, the root and a directory for it; says its number here, and
 #: lives until nobody holds its input. Its last program is what orphans of the system end in: bash
-#: waits for them, as it must, since libvirtd looks whether a QEMU is still there.
+#: waits for them, as it must, since libvirtd looks whether a QEMU is still there. No cgroup is to
+#: be seen, or libvirtd would use it, and there is no /dev/kvm: all machines test the same thing.
 _SYSTEM = """\
 set -eu
 lower=$1 dir=$2
@@ -61,9 +62,8 @@ mount -t tmpfs -o mode=755 run "$root/run"
 mkdir "$root/host"
 mount --move "$dir/host" "$root/host"
 mount -t proc proc "$root/host/proc"
-umount --recursive "$root/host/sys"
+! mountpoint -q "$root/host/sys" || umount --recursive "$root/host/sys"
 mount --bind /sys "$root/host/sys"
-umount --recursive "$root/host/dev"
 mount --rbind "$root/dev" "$root/host/dev"
 mount --bind "$root/var/log" "$root/host/var/log"
 mount --bind "$root/run" "$root/host/run"
@@ -280,6 +280,8 @@ class LibvirtHost:
 
     async def boot(self, *command: str) -> None:
         """Run virsh, which starts the guest, and return when that takes commands."""
+        while not self._connected.empty():  # guests of before, which nobody spoke to
+            self._connected.get_nowait()
         await self.virsh(*command)
         reader, writer = await self._connected.get()
         self.shell = GuestShell(reader, writer, self._last_words)

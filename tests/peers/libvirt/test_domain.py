@@ -95,8 +95,19 @@ async def test_a_day_in_its_life(libvirt: LibvirtHost) -> None:
 
     await libvirt.run("bash", "-c", REVERT)
     assert await libvirt.virsh("dumpxml", "--inactive", NAME) == before
-    await libvirt.boot("start", NAME)
+
+
+async def test_a_reverted_domain_has_qemus_own_device(libvirt: LibvirtHost) -> None:
+    """It was reverted while it ran: its service ends with that run."""
+    await libvirt.define(domain())
+    await libvirt.run("bash", "-c", CONVERT)
+    await libvirt.virsh("start", NAME, "--paused")
+    await libvirt.run("bash", "-c", REVERT)
+    assert libvirt.processes("vring_serial")
+    await libvirt.virsh("destroy", NAME)
     assert libvirt.service_is_gone()
+    await libvirt.boot("start", NAME)
+    assert not libvirt.processes("vring_serial")
     await works(libvirt, await libvirt.channel_path(DATA))
 
 
