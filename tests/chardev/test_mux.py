@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -17,10 +18,12 @@ from tests.support.chardev_kinds import Guest
 from tests.support.descriptors import read_exactly
 from tests.support.leaks import held
 from tests.support.waiting import LoopClock, turns, until
+from vring import send_recorded
 from vring_serial.chardev.base import DescriptorEnd
 from vring_serial.chardev.hangup import LAST_WORDS_SECONDS, RECHECK_SECONDS, unread
 from vring_serial.chardev.mux import Mux, MuxFront
 from vring_serial.chardev.mux_input import AREA_SIZE, MuxInput
+from vring_serial.chardev.relay import Relay
 from vring_serial.chardev.ringbuf import RingbufChardev, RingbufOptions
 from vring_serial.chardev.socket import SocketChardev, SocketOptions
 from vring_serial.errors import ConfigError
@@ -328,3 +331,70 @@ def test_at_every_byte_a_successor_goes_on(data: bytes, chance: random.Random) -
     assert got == oracle(data, 3, 2)
     host.close()
     back.close()
+
+
+class DiedError(Exception):
+    """Instead of the process, right after a system call."""
+
+
+def dying(call: Callable[..., int]) -> Callable[..., int]:
+    """Return what makes the call, and then dies."""
+
+    def call_and_die(*arguments: object) -> int:
+        call(*arguments)
+        raise DiedError
+
+    return call_and_die
+
+
+async def test_what_went_before_a_death_is_not_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    area = memoryview(bytearray(AREA_SIZE))
+    host, back = socket.socketpair()
+    ours, theirs = socket.socketpair()
+    with host, back, ours, theirs:
+        back.setblocking(False)
+        mux = MuxInput(area)
+        mux.add("a", 0)
+        host.sendall(A + A + b"rest")
+        mux.receive(DescriptorEnd(back.fileno(), -1))
+        assert mux.command() is None
+        with monkeypatch.context() as patch:
+            patch.setattr("vring_serial.chardev.mux_input.send_recorded", dying(send_recorded))
+            with pytest.raises(DiedError):
+                mux.send(ours.fileno())
+        mux = MuxInput(area)
+        assert mux.command() is None
+        mux.send(ours.fileno())
+        assert theirs.recv(99) == A + b"rest"
+        assert not mux.pending
+
+
+async def test_what_a_pipe_gave_before_a_death_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bytes are in the memory, and how many they are is what the relay no longer holds."""
+    area = memoryview(bytearray(AREA_SIZE))
+    pipe, relay = os.pipe(), Relay(*os.pipe())
+    ours, theirs = socket.socketpair()
+    try:
+        end = DescriptorEnd(pipe[0], -1, read_relay=relay)
+        mux = MuxInput(area)
+        mux.add("a", 0)
+        os.write(pipe[1], b"before")
+        assert mux.receive(end) == 6
+        os.write(pipe[1], b";dead")
+        with monkeypatch.context() as patch:
+            patch.setattr("vring_serial.chardev.mux_input.os.readv", dying(os.readv))
+            with pytest.raises(DiedError):
+                mux.receive(end)
+        mux = MuxInput(area)
+        assert mux.receive(end) == 5
+        os.write(pipe[1], b";after")
+        assert mux.receive(end) == 6
+        while mux.pending:
+            assert mux.command() is None
+            mux.send(ours.fileno())
+        assert theirs.recv(99) == b"before;dead;after"
+    finally:
+        for fd in (*pipe, *relay):
+            os.close(fd)
+        ours.close()
+        theirs.close()
