@@ -121,23 +121,32 @@ class DyingWorld(abc.ABC, Generic[SaidT]):
     def _kept(self) -> set[str]:
         return {name.partition("#")[0] for name in self._store.descriptors}
 
-    def say(self, said: Sequence[SaidT], die: int = 0) -> bytes:
-        """Send messages at once, and return the answers; ``die`` in the worker that gets them."""
+    def say(self, said: Sequence[SaidT], die: int = 0, *, apart: bool = False) -> bytes:
+        """Send messages, and return the answers; ``die`` in the worker that gets them.
+
+        All are sent before it begins, at once or each by itself.
+        """
         unix_fds.close_all(self.beside)
         self.beside = []
         if die:
             self._kill()
         packed = [self.pack(each) for each in said]
-        data, fds = b"".join(data for data, _ in packed), [fd for _, fds in packed for fd in fds]
-        peer = self._peer
-        assert peer is not None
-        data = data[unix_fds.send(peer, data, fds) :]
-        unix_fds.close_all(fds)
+        if not apart:
+            data, fds = (
+                b"".join(data for data, _ in packed),
+                [fd for _, fds in packed for fd in fds],
+            )
+            packed = [(data, fds)]
+        rest = b""
+        for data, fds in packed:
+            assert not rest, "only the last message may be too long for the socket"
+            rest = self._send(data, fds)
         if die:
             self._start(die, len(said))
-        while data:
-            self._wait(lambda: bool(select.select([], [peer], [], 0)[1]), sends=True)
-            data = data[unix_fds.send(peer, data) :]
+        peer: list[Any] = [self._peer]
+        while rest:
+            self._wait(lambda: bool(select.select([], peer, [], 0)[1]), sends=True)
+            rest = self._send(rest, [])
         answers = b""
         for _ in said:
             answer = self._receive(self._header)
@@ -187,6 +196,13 @@ class DyingWorld(abc.ABC, Generic[SaidT]):
         """Have the worker die now, and another one go on."""
         self._kill()
         self._start(0)
+
+    def _send(self, data: bytes, fds: list[int]) -> bytes:
+        """Send as much as fits, and return the rest; the descriptors are closed."""
+        assert self._peer is not None
+        sent = unix_fds.send(self._peer, data, fds)
+        unix_fds.close_all(fds)
+        return data[sent:]
 
     def _receive(self, count: int) -> bytes:
         data = b""

@@ -171,6 +171,15 @@ class Life:
             self.written.append((command.name, self.world.written()))
         return answer[Header.SIZE :]
 
+    def ask_at_once(self, *messages: Said) -> None:
+        """Send messages before any is answered, none of which is refused."""
+        answers = self.world.say(messages, self._die * len(messages), apart=True)
+        while answers:
+            header = Header.unpack(answers[: Header.SIZE])
+            assert not header.error, header
+            answers = answers[header.message_size :]
+        self.written.append(("at once", self.world.written()))
+
     def read(self, region: int, offset: int, size: int) -> int:
         answer = self.ask(Command.REGION_READ, RegionRead(offset, region, size))
         return int.from_bytes(answer[RegionRead.SIZE :], "little")
@@ -269,6 +278,17 @@ class Life:
         self.all_arrives()
         self.send(SIZE // 2)
         self.ask(Command.DMA_UNMAP, DmaUnmap(1 << 32, MEMORY))
+        self.all_arrives()
+        self.send(SIZE // 2)
+        # All that comes while there is no worker: the ring loses its memory, and gets it again.
+        here, there = (DmaMap(BOTH, 0, at, MEMORY) for at in (0, 1 << 32))
+        self.ask_at_once(
+            (Command.DMA_UNMAP, DmaUnmap(0, MEMORY), ()),
+            (Command.DMA_MAP, there, (self._other,)),
+            (Command.DMA_MAP, here, (self._guest.memfd,)),
+            (Command.DMA_UNMAP, DmaUnmap(1 << 32, MEMORY), ()),
+        )
+        self.send(1)
         self.all_arrives()
         control = LoggingControl(LOG_PAGE).pack()
         report = LoggingReport(0, MEMORY, LOG_PAGE).pack()

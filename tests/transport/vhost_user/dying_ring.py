@@ -10,6 +10,7 @@ Usage: dying_ring.py LAYOUT MESSAGE, or LAYOUT round
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import tempfile
@@ -49,15 +50,27 @@ ADDR: Said = (Request.SET_VRING_ADDR, ADDRESS, "")
 #: The last message after which the ring runs.
 RUNS: Said = (Request.SET_VRING_ENABLE, vu.VringState(QUEUE, 1), "")
 
-#: By name: what comes first, and the message. The ring ran before, and was stopped.
-CASES: dict[str, tuple[list[Said], Said]] = {
-    "SET_VRING_ENABLE": ([NUM, ADDR, CALL, KICK], ENABLE),
-    "SET_VRING_KICK": ([NUM, ADDR, CALL, ENABLE], KICK),
-    "SET_VRING_ADDR": ([NUM, KICK, CALL, ENABLE], ADDR),
-    "SET_VRING_NUM": ([ADDR, KICK, CALL, ENABLE], NUM),
-    "SET_VRING_KICK again": ([NUM, ADDR, CALL, KICK, RUNS], KICK),
-    "SET_VRING_ENABLE 0": ([NUM, ADDR, CALL, KICK, RUNS], DISABLE),
-    "GET_VRING_BASE": ([NUM, ADDR, CALL, KICK, RUNS], STOP),
+TABLE: Said = (Request.SET_MEM_TABLE, vu.MemoryTable((dying.REGION,)), "memory")
+#: In which the ring is not.
+OTHER: Said = (Request.SET_MEM_TABLE, vu.MemoryTable((dying.ADDED,)), "memory")
+ADD: Said = (Request.ADD_MEM_REG, vu.SingleRegion(dying.REGION), "memory")
+REMOVE: Said = (Request.REM_MEM_REG, vu.SingleRegion(dying.ADDED), "")
+
+#: By name: what comes first, and what is sent then. The ring ran before, and was stopped.
+CASES: dict[str, tuple[list[Said], list[Said]]] = {
+    "SET_VRING_ENABLE": ([NUM, ADDR, CALL, KICK], [ENABLE]),
+    "SET_VRING_KICK": ([NUM, ADDR, CALL, ENABLE], [KICK]),
+    "SET_VRING_ADDR": ([NUM, KICK, CALL, ENABLE], [ADDR]),
+    "SET_VRING_NUM": ([ADDR, KICK, CALL, ENABLE], [NUM]),
+    "SET_VRING_KICK again": ([NUM, ADDR, CALL, KICK, RUNS], [KICK]),
+    "SET_VRING_ENABLE 0": ([NUM, ADDR, CALL, KICK, RUNS], [DISABLE]),
+    "GET_VRING_BASE": ([NUM, ADDR, CALL, KICK, RUNS], [STOP]),
+    "SET_MEM_TABLE": ([NUM, ADDR, CALL, KICK, RUNS], [TABLE]),
+    "SET_MEM_TABLE twice": ([NUM, ADDR, CALL, KICK, RUNS], [OTHER, TABLE]),
+    "SET_MEM_TABLE, ADD_MEM_REG and REM_MEM_REG together": (
+        [NUM, ADDR, CALL, KICK, RUNS],
+        [OTHER, ADD, REMOVE],
+    ),
 }
 
 
@@ -129,11 +142,11 @@ def die_at(bench: Bench, name: str, die: int) -> int:
     if before[-1] is RUNS:
         bench.all_arrives()
         guest.send(SIZE // 4)
-    if said is STOP:
+    if said == [STOP]:
         bench.stop(die)
     else:
-        bench.world.say([said], die)
-    if said in (STOP, DISABLE):
+        bench.world.say(said, die, apart=True)
+    if said in ([STOP], [DISABLE]):
         bench.say(CALL, KICK, ENABLE)
     bench.all_arrives()
     guest.send(SIZE // 2)
@@ -164,6 +177,7 @@ def made(packed: bool) -> Iterator[Bench]:
 
 def main(layout: str, name: str) -> None:
     packed = layout == "packed"
+    logging.disable(logging.WARNING)  # without its memory the ring is refused
     if name == "round":
         with made(packed) as bench:
             print(die_where_it_began(bench))

@@ -22,6 +22,9 @@ LAYOUTS = [
     ("SET_VRING_KICK again", "split"),
     ("SET_VRING_ENABLE 0", "split"),
     ("GET_VRING_BASE", "packed"),
+    ("SET_MEM_TABLE", "split"),
+    ("SET_MEM_TABLE twice", "packed"),
+    ("SET_MEM_TABLE, ADD_MEM_REG and REM_MEM_REG together", "split"),
 ]
 
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import re
 import socket
+from collections.abc import Sequence
 
 from vring.errors import MemoryLostError, RingError, VringError
 from vring_serial import unix_fds
@@ -180,12 +181,13 @@ class VhostUserSession(Session[Message]):
             self._memory.resume(keeping)
             self._dirty_log.resume(keeping)
             self._device_states.resume(keeping)
+            ran = [vring for vring in self._vrings if vring.setup.running]
             for vring in self._vrings:
                 vring.resume(keeping)
             self._inflight.resume(keeping)
             if (fd := keeping.take(CHANNEL)) is not None:
                 self._open_channel(fd, resumed=True)
-            self._run_all()
+            self._run_all(ran)
             self._write()
             self._begin()
         except (StateError, RemoteProtocolError, VringError, OSError) as error:
@@ -561,14 +563,15 @@ class VhostUserSession(Session[Message]):
         if self._keeping is None:
             vring.begin()
 
-    def _run_all(self) -> None:
-        """Run all that are to run; one that cannot does not keep the others from it."""
+    def _run_all(self, needed: Sequence[Vring] | None = None) -> None:
+        """Run all that are to run, and then raise why one that is needed (None: any) cannot."""
         failed: RemoteProtocolError | VringError | None = None
         for vring in self._vrings:
             try:
                 self._run(vring)
             except (RemoteProtocolError, VringError) as error:
-                failed = failed or error
+                if needed is None or vring in needed:
+                    failed = failed or error
         if failed is not None:
             raise failed
 
@@ -585,8 +588,7 @@ class VhostUserSession(Session[Message]):
         polled = [vring for vring in self._vrings if vring.setup.polled and vring.running]
         for vring in polled:
             vring.kick()
-        again = self._loop.call_later(POLL_INTERVAL, self._poll) if polled else None
-        self._poll_timer = again
+        self._poll_timer = self._loop.call_later(POLL_INTERVAL, self._poll) if polled else None
 
     def _call_inband(self, index: int) -> None:
         if self._channel is not None:
