@@ -53,6 +53,7 @@ if TYPE_CHECKING:
         FlowCounters,
         FlowEvent,
         Pump,
+        move_queues,
     )
     from vring._recorded import receive_recorded, recorded, send_recorded, set_record
     from vring._shared_records import SharedRecords
@@ -89,6 +90,7 @@ __all__ = [
     "Flow",
     "FlowEvent",
     "FlowCounters",
+    "move_queues",
     "Backlog",
     "get_include",
     "Error",
@@ -135,7 +137,7 @@ if not TYPE_CHECKING:  # type checkers take the imports above
             "vring._dirty": "DirtyLog LOG_PAGE",
             "vring._guard": "MemoryWatch",
             "vring._notify": "notify drain Drained",
-            "vring._pump": "Pump Flow FlowEvent FlowCounters",
+            "vring._pump": "Pump Flow FlowEvent FlowCounters move_queues",
             "vring._recorded": "send_recorded receive_recorded set_record recorded",
         },
     )

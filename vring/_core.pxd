@@ -19,6 +19,12 @@ cdef struct vr_fault:
     uint64_t address            # of the buffer or table, guest address
     uint64_t length             # bytes
 
+cdef struct vr_move:
+    # where a queue is to find its ring and its buffers
+    void* queue                 # a VirtQueue; the caller keeps it alive, and the memory
+    void* memory                # a GuestMemory
+    uint8_t* rings[3]           # the areas in this process
+
 cdef enum:
     VR_BROKEN = -1
     VR_TOO_SMALL = -2           # of pop_within alone: one chain does not fit the segment table
@@ -31,6 +37,7 @@ cdef class VirtQueue:
     cdef readonly bint indirect
     cdef readonly bint in_order
     cdef GuestMemory _memory
+    cdef void* guarded                      # _memory, for code without the GIL
     cdef vr_map map                         # of _memory
     cdef uint16_t[VR_HINTS] hints
     cdef vr_fault fault
@@ -101,7 +108,11 @@ cdef class VirtQueue:
     # Raise the RingError of a broken queue. With the GIL.
     cdef int raise_broken(self) except -1
 
-    cdef int locate_rings(self, GuestMemory memory) except -1
+    # Move to another table of regions; `_memory`, which keeps it alive, is the caller's to set.
+    cdef void move_c(self, const vr_move* to) noexcept nogil
+
+    cdef int locate_rings(self, GuestMemory memory, uint8_t** rings) except -1
+    cdef void place_rings(self, uint8_t* const* rings) noexcept nogil
     cdef void restart(self) noexcept
     cdef int take_record(self, object record) except -1
     cdef uint8_t* locate(

@@ -5,12 +5,12 @@ from __future__ import annotations
 cimport cython
 from cpython.number cimport PyNumber_Index
 from cpython.object cimport PyObject
+from libc.string cimport memset
 
 from vring._chains cimport checked_length, held_once, plain_lengths
 from vring._dirty cimport DirtyLog, checked_address, log_chains, log_segments
 from vring._linux cimport vr_get_flag, vr_set_flag
 from vring._layout cimport QUEUE_SIZE_MAX
-from vring._memory cimport VR_HINTS
 from vring._walk cimport (
     FAULT_ADDRESS, FAULT_FULL, FAULT_INDIRECT_ADDRESS, FAULT_INDIRECT_SIZE, FAULT_MEMORY_LOST,
     FAULT_NONE, FAULT_TOO_MANY_SEGMENTS, VR_SEGMENTS_MAX, vr_describe
@@ -111,8 +111,11 @@ cdef class VirtQueue:
     cdef uint32_t available_c(self) noexcept nogil:
         return 0
 
-    cdef int locate_rings(self, GuestMemory memory) except -1:
+    cdef int locate_rings(self, GuestMemory memory, uint8_t** rings) except -1:
         return 0
+
+    cdef void place_rings(self, uint8_t* const* rings) noexcept nogil:
+        pass
 
     cdef void restart(self) noexcept:
         pass
@@ -191,7 +194,7 @@ cdef class VirtQueue:
         return self.fail(code, at, 0, 0)
 
     cdef bint memory_lost(self) noexcept nogil:
-        if not self._memory.is_lost():
+        if not (<GuestMemory>self.guarded).is_lost():
             return False
         self.fail(FAULT_MEMORY_LOST, self.popped & 0xFFFF, 0, 0)
         return True
@@ -551,25 +554,28 @@ cdef class VirtQueue:
 
     @property
     def memory(self):
-        """The guest memory of the queue. Setting it moves the queue to a new region table; chains
-        in flight keep the old one. No other thread may use the queue meanwhile.
+        """The guest memory of the queue. Setting it moves the queue, which no other thread may use,
+        to a new region table; chains in flight keep the old one. See move_queues.
 
-        Raises:
-            AddressError: on setting, if a part of the ring is not in the new memory.
+        Setting raises AddressError if a part of the ring is not in the new memory.
         """
         return self._memory
 
     @memory.setter
     def memory(self, GuestMemory memory not None):
-        # Kept to the end of this call: freeing it may run code of its buffers' owners.
-        cdef GuestMemory _old = self._memory
-        cdef int i
+        cdef GuestMemory _old = self._memory    # freeing it may run code of its buffers' owners
+        cdef vr_move move
         self.check_free()
-        self.locate_rings(memory)
-        self.map = memory.map
-        for i in range(VR_HINTS):
-            self.hints[i] = 0
+        self.locate_rings(memory, move.rings)
+        move.memory = <void*>memory
+        self.move_c(&move)
         self._memory = memory
+
+    cdef void move_c(self, const vr_move* to) noexcept nogil:
+        self.guarded = to.memory
+        self.map = (<GuestMemory>to.memory).map
+        memset(self.hints, 0, sizeof(self.hints))
+        self.place_rings(to.rings)
 
 
 @cython.final

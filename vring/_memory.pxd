@@ -68,5 +68,9 @@ cdef class GuestMemory:
     # Do the same for the two bytes of an aligned 16-bit number.
     cdef uint8_t* locate16(self, object guest_addr) except NULL
     cdef bint holds(self, const uint8_t* start, uint64_t length) noexcept
+    # Return the place of the first region behind `address`.
+    cdef uint32_t place_after(self, uint64_t address) noexcept
+    # Return a table with `added` instead of `left_out` regions from place `at` on, unchecked.
+    cdef GuestMemory spliced(self, uint32_t at, uint32_t left_out, tuple added)
     cdef int check(self, uint64_t address, uint64_t length) except -1
     cdef void copy(self, uint64_t address, uint8_t* local, uint64_t length, bint write) noexcept

@@ -12,6 +12,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.number cimport PyNumber_Index
 from libc.errno cimport errno
 from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy
 
 from vring._files cimport mapping_page
 from vring._guard cimport (
@@ -291,7 +292,16 @@ cdef class GuestMemory:
         Raises:
             MemoryMapError: the region overlaps another, or there are MAX_REGIONS already.
         """
-        return GuestMemory((*self.regions, region))
+        cdef uint64_t start = region.table.guest
+        cdef uint32_t at = self.place_after(start)
+        cdef const vr_region* table = self.map.regions
+        if self.map.count >= MAX_REGIONS:
+            raise MemoryMapError(f"there are {MAX_REGIONS} regions already")
+        if at and start - table[at - 1].guest < table[at - 1].size:
+            raise MemoryMapError(f"{self.regions[at - 1]!r} and {region!r} overlap")
+        if at < self.map.count and table[at].guest - start < region.table.size:
+            raise MemoryMapError(f"{region!r} and {self.regions[at]!r} overlap")
+        return self.spliced(at, 0, (region,))
 
     def without_region(self, guest_addr, size):
         """Return a new table without the region of exactly this guest address and size.
@@ -299,10 +309,44 @@ cdef class GuestMemory:
         Raises:
             MemoryMapError: there is no such region.
         """
-        kept = [r for r in self.regions if (r.guest_addr, r.size) != (guest_addr, size)]
-        if len(kept) == len(self.regions):
+        cdef uint64_t start = as_address(guest_addr, "guest address of a region")
+        cdef uint32_t at = self.place_after(start)
+        if (
+            at == 0 or self.map.regions[at - 1].guest != start
+            or self.map.regions[at - 1].size != size
+        ):
             raise MemoryMapError(f"no region at {guest_addr:#x} of {size:#x} bytes")
-        return GuestMemory(kept)
+        return self.spliced(at - 1, 1, ())
+
+    cdef uint32_t place_after(self, uint64_t address) noexcept:
+        cdef uint32_t low = 0, high = self.map.count, middle
+        while low < high:
+            middle = (low + high) >> 1
+            if self.map.regions[middle].guest <= address:
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
+    cdef GuestMemory spliced(self, uint32_t at, uint32_t left_out, tuple added):
+        cdef GuestMemory made = GuestMemory.__new__(GuestMemory)
+        cdef uint32_t rest = at + left_out, i = at
+        cdef Region region
+        cdef vr_region* table = <vr_region*>calloc(
+            self.map.count - left_out + len(added) + 1, sizeof(vr_region)
+        )
+        if table == NULL:
+            raise MemoryError
+        memcpy(table, self.map.regions, at * sizeof(vr_region))
+        for region in added:
+            table[i] = region.table
+            i += 1
+        memcpy(table + i, self.map.regions + rest, (self.map.count - rest) * sizeof(vr_region))
+        free(<void*>made.map.regions)
+        made.map.regions = table
+        made.map.count = i + self.map.count - rest
+        made.regions = (*self.regions[:at], *added, *self.regions[rest:])
+        return made
 
     def user_to_guest(self, user_addr, length=1):
         """Return the guest address of `length` bytes at a virtual address of the frontend.

@@ -196,20 +196,20 @@ cdef class PackedQueue(VirtQueue):
     def __dealloc__(self):
         PyMem_RawFree(self.taken)
 
-    cdef int locate_rings(self, GuestMemory memory) except -1:
-        cdef uint8_t* desc = self.locate(
+    cdef int locate_rings(self, GuestMemory memory, uint8_t** rings) except -1:
+        rings[0] = self.locate(
             memory, self.areas[0], self.size * DESC_SIZE, DESC_ALIGN, "descriptor ring"
         )
-        cdef uint8_t* driver = self.locate(
+        rings[1] = self.locate(
             memory, self.areas[1], EVENT_SIZE, EVENT_ALIGN, "driver event area"
         )
-        cdef uint8_t* device = self.locate(
+        rings[2] = self.locate(
             memory, self.areas[2], EVENT_SIZE, EVENT_ALIGN, "device event area"
         )
-        self.ring = desc
-        self.driver_event = driver
-        self.device_event = device
         return 0
+
+    cdef void place_rings(self, uint8_t* const* rings) noexcept nogil:
+        self.ring, self.driver_event, self.device_event = rings[0], rings[1], rings[2]
 
     cdef void restart(self) noexcept:
         self.next_avail = self.next_used = self.slots_in_flight = self.next_taken = 0

@@ -1,5 +1,5 @@
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import NamedTuple, Self, final
 
@@ -7,6 +7,7 @@ from typing_extensions import Buffer
 
 from vring._backlog import Backlog
 from vring._core import VirtQueue
+from vring._memory import GuestMemory
 from vring.errors import RingError
 
 class FlowEvent(enum.IntEnum):
@@ -84,3 +85,5 @@ class Pump:
     ) -> Flow: ...
     def close(self) -> None: ...
     def halt(self) -> None: ...
+
+def move_queues(queues: Iterable[VirtQueue], memory: GuestMemory) -> list[VirtQueue]: ...

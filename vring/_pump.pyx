@@ -11,9 +11,9 @@ from typing import NamedTuple
 cimport cython
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport free
+from libc.stdlib cimport calloc, free
 
-from vring._core cimport VirtQueue
+from vring._core cimport VirtQueue, vr_move
 from vring._backlog cimport Backlog, store_settle
 from vring._descriptor cimport begin_end, describe, describe_data, settle_call, vr_fd
 from vring._flow cimport (
@@ -22,13 +22,14 @@ from vring._flow cimport (
 )
 from vring._linux cimport S_IFIFO, S_IFSOCK, getpid, read, vr_counted, vr_now, write
 from vring._reactor cimport (
-    COMMAND_ATTACH, COMMAND_DETACH, REACTOR_BLOCKING, REACTOR_ENDED, reactor_abandon,
-    reactor_command, reactor_halt, reactor_next_news, reactor_start, reactor_stop, vr_reactor,
-    vr_seat,
+    COMMAND_ATTACH, COMMAND_DETACH, COMMAND_MOVE, REACTOR_BLOCKING, REACTOR_ENDED, reactor_abandon,
+    reactor_command, reactor_halt, reactor_next_news, reactor_start, reactor_stop, vr_moves,
+    vr_reactor, vr_seat,
 )
+from vring._memory cimport GuestMemory
 from vring._record cimport vr_recorded_bytes
 from vring._segments cimport backlog_init
-from vring.errors import LocalMisuseError
+from vring.errors import AddressError, LocalMisuseError
 
 
 class FlowEvent(enum.IntEnum):
@@ -431,6 +432,42 @@ cdef class Pump:
         self.forget(flow)
         return 0
 
+    cdef list move(self, list queues, GuestMemory memory):
+        """Move the queues of flows between two turns; return those whose ring is not there."""
+        cdef list left = []
+        cdef list olds = []         # until the thread is done with them
+        cdef list moved = []
+        cdef VirtQueue queue
+        cdef vr_moves moves = vr_moves(NULL, 0)
+        cdef vr_move* table = <vr_move*>calloc(len(queues), sizeof(vr_move))
+        cdef int error
+        cdef uint32_t i
+        if table == NULL:
+            raise MemoryError
+        try:
+            for queue in queues:
+                try:
+                    queue.locate_rings(memory, table[moves.count].rings)
+                except AddressError:
+                    left.append(queue)
+                    continue
+                table[moves.count].queue = <void*>queue
+                table[moves.count].memory = <void*>memory
+                moves.count += 1
+                moved.append(queue)
+                olds.append(queue._memory)
+            moves.first = table
+            with nogil:
+                error = reactor_command(&self.reactor, COMMAND_MOVE, &moves)
+            if error:               # no turn comes any more
+                for i in range(moves.count):
+                    (<VirtQueue>table[i].queue).move_c(&table[i])
+            for queue in moved:
+                queue._memory = memory
+        finally:
+            free(table)
+        return left
+
     cdef void forget(self, Flow flow) noexcept:
         flow.pump = None
         self.flows.discard(flow)
@@ -439,3 +476,40 @@ cdef class Pump:
             store_settle(&flow.backlog.backlog, NULL)
         if flow.queue.holder == <void*>flow:
             flow.queue.holder = NULL
+
+
+def move_queues(queues, GuestMemory memory not None):
+    """Move queues that may be in use to another table of regions, as the guest maps and unmaps.
+
+    Those that flows have are moved between two turns of their pump's thread. No other thread may
+    use the others, or detach a flow, meanwhile. Chains in flight keep the memory that they were
+    popped from.
+
+    Args:
+        queues: any.
+        memory: where all that they use lies from now on.
+
+    Returns:
+        The queues of which a part of the ring is not in ``memory``; they stay where they are.
+
+    Raises:
+        LocalMisuseError: a flow of another process, before a fork, has one of them.
+    """
+    cdef dict by_pump = {}
+    cdef list left = []
+    cdef VirtQueue queue
+    cdef Pump pump
+    for queue in queues:
+        if queue.holder != NULL:
+            pump = (<Flow>queue.holder).pump
+            if pump is None or not pump.is_ours():
+                raise LocalMisuseError(f"{queue.name}: a flow of another process has it")
+            by_pump.setdefault(pump, []).append(queue)
+            continue
+        try:
+            queue.memory = memory
+        except AddressError:
+            left.append(queue)
+    for pump, held in by_pump.items():
+        left += pump.move(held, memory)
+    return left

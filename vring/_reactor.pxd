@@ -2,6 +2,7 @@
 
 from libc.stdint cimport uint32_t, uint64_t
 
+from vring._core cimport vr_move
 from vring._flow cimport vr_flow
 from vring._linux cimport pthread_cond_t, pthread_mutex_t, pthread_t
 from vring._tables cimport vr_tables
@@ -10,6 +11,7 @@ from vring._watches cimport vr_user, vr_watches
 cdef enum:
     COMMAND_ATTACH
     COMMAND_DETACH
+    COMMAND_MOVE
     COMMAND_STOP
     # answers to COMMAND_ATTACH besides errno: the descriptor could block the thread
     REACTOR_BLOCKING = -1
@@ -38,9 +40,13 @@ cdef struct vr_line:
     vr_seat* last
     uint32_t count
 
+cdef struct vr_moves:
+    const vr_move* first
+    uint32_t count
+
 cdef struct vr_command:
     int operation
-    vr_seat* seat
+    void* subject               # vr_seat of a flow; of COMMAND_MOVE: vr_moves
     int answer
     bint answered
     vr_command* next
@@ -80,6 +86,6 @@ cdef void reactor_abandon(vr_reactor* reactor) noexcept nogil
 # Give the thread a command, wait, and return its answer: 0, errno, REACTOR_BLOCKING or
 # REACTOR_ENDED. From any thread. A flow that is detached before it was attached cannot be attached
 # any more.
-cdef int reactor_command(vr_reactor* reactor, int operation, vr_seat* seat) noexcept nogil
+cdef int reactor_command(vr_reactor* reactor, int operation, void* subject) noexcept nogil
 # Take one kind of news off the list and return its seat; NULL if there is no news.
 cdef vr_seat* reactor_next_news(vr_reactor* reactor, uint32_t* news, int* error) noexcept nogil

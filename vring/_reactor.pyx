@@ -275,6 +275,12 @@ cdef void detach(vr_reactor* reactor, vr_seat* seat) noexcept nogil:
     flow_finish(&seat.flow, &reactor.tables)
 
 
+cdef void move(const vr_moves* moves) noexcept nogil:
+    cdef uint32_t i
+    for i in range(moves.count):
+        (<VirtQueue>moves.first[i].queue).move_c(&moves.first[i])
+
+
 cdef bint serve(vr_reactor* reactor) noexcept nogil:
     """Execute the queued commands in order; return 0 to end the thread."""
     cdef vr_command* command
@@ -290,9 +296,11 @@ cdef bint serve(vr_reactor* reactor) noexcept nogil:
     while command != NULL:
         next = command.next         # an answered command is its owner's again
         if command.operation == COMMAND_ATTACH:
-            command.answer = attach(reactor, command.seat)
+            command.answer = attach(reactor, <vr_seat*>command.subject)
         elif command.operation == COMMAND_DETACH:
-            detach(reactor, command.seat)
+            detach(reactor, <vr_seat*>command.subject)
+        elif command.operation == COMMAND_MOVE:
+            move(<const vr_moves*>command.subject)
         else:
             go_on = False
         pthread_mutex_lock(&reactor.lock)
@@ -303,11 +311,11 @@ cdef bint serve(vr_reactor* reactor) noexcept nogil:
     return go_on
 
 
-cdef int reactor_command(vr_reactor* reactor, int operation, vr_seat* seat) noexcept nogil:
+cdef int reactor_command(vr_reactor* reactor, int operation, void* subject) noexcept nogil:
     cdef vr_command command
     memset(&command, 0, sizeof(command))
     command.operation = operation
-    command.seat = seat
+    command.subject = subject
     pthread_mutex_lock(&reactor.lock)
     if reactor.ending:
         pthread_mutex_unlock(&reactor.lock)

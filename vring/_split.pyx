@@ -212,21 +212,21 @@ cdef class SplitQueue(VirtQueue):
             left = vr_recorded_bytes(&record)
         vr_resume_record(self.record, &record, used, left)
 
-    cdef int locate_rings(self, GuestMemory memory) except -1:
-        cdef uint8_t* desc = self.locate(
+    cdef int locate_rings(self, GuestMemory memory, uint8_t** rings) except -1:
+        rings[0] = self.locate(
             memory, self.areas[0], self.size * DESC_SIZE, DESC_ALIGN, "descriptor table"
         )
-        cdef uint8_t* avail = self.locate(
+        rings[1] = self.locate(
             memory, self.areas[1], avail_size(self.size, self.event_idx), AVAIL_ALIGN,
             "available ring"
         )
-        cdef uint8_t* used = self.locate(
+        rings[2] = self.locate(
             memory, self.areas[2], used_size(self.size, self.event_idx), USED_ALIGN, "used ring"
         )
-        self.desc = desc
-        self.avail = avail
-        self.used = used
         return 0
+
+    cdef void place_rings(self, uint8_t* const* rings) noexcept nogil:
+        self.desc, self.avail, self.used = rings[0], rings[1], rings[2]
 
     cdef void restart(self) noexcept:
         self.next_avail = self.next_used = 0

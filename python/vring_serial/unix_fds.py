@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import contextlib
 import errno
+import fcntl
 import os
 import resource
 import socket
@@ -86,6 +87,16 @@ def send(sock: socket.socket, data: bytes, fds: Sequence[int] = ()) -> int:
     """
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
     return sock.sendmsg([data], rights, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+
+
+#: A file, and how it was opened: two descriptors with the same do the same.
+FileId = tuple[int, int, int]
+
+
+def file_of(fd: int) -> FileId:
+    """Return what tells the file of a descriptor from others. Raises OSError."""
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino, fcntl.fcntl(fd, fcntl.F_GETFL) & (os.O_ACCMODE | os.O_PATH)
 
 
 def make_eventfd() -> int:

@@ -47,6 +47,8 @@ class Way:
         subsystem_id: likewise.
         msix: whether the device has MSI-X.
         append: words for the guest's kernel.
+        machine: QEMU's options for the machine.
+        payload: bytes that the guest has as /payload.
     """
 
     transport: Transport
@@ -55,6 +57,8 @@ class Way:
     subsystem_id: int = 0x1100
     msix: bool = True
     append: str = ""
+    machine: Sequence[str] = ()
+    payload: int = 16 * MIB
 
     def options(self, bench: DeviceBench) -> list[str]:
         """QEMU's options for the device at 00:05.0."""
@@ -78,6 +82,14 @@ WAYS = {
         device_id=0x1003,
         subsystem_id=3,
         append="virtio_pci.force_legacy=1",
+    ),
+    "vfio-user-iommu": Way(
+        VfioUserServer,
+        {},
+        append="intel_iommu=on",
+        machine=("-device", "intel-iommu,caching-mode=on"),
+        # Each buffer is mapped and unmapped, and QEMU tells the device of both.
+        payload=MIB // 4,
     ),
     "vfio-user-transitional": Way(
         VfioUserServer, {"transitional": True}, device_id=0x1003, subsystem_id=3
@@ -116,7 +128,7 @@ class QemuOnDevice:
     def __init__(self, way: Way, directory: Path) -> None:
         self.way = way
         self.bench = DeviceBench(directory, max_ports=8)
-        self.payload = Payload(16 * MIB)
+        self.payload = Payload(way.payload)
         self.events: list[DeviceEvent] = []
         self.renumbered = False
         for nr in DATA_PORTS:
@@ -149,7 +161,7 @@ class QemuOnDevice:
         """Boot another guest; the one before has been killed."""
         self.guest = await boot_qemu(
             self.bench,
-            [*self.way.options(self.bench), *self._own_device()],
+            [*self.way.machine, *self.way.options(self.bench), *self._own_device()],
             cpus=2,
             files={"payload": self.payload.data},
             append=f"reboot=t {self.way.append}",

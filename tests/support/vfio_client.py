@@ -326,10 +326,13 @@ class Client:
 
     # --- the driver of the echo device
 
-    def put(self, index: int, data: bytes, slot: int = 0) -> bool:
-        """Make one chain available; True if the device is to be notified."""
-        at = BUFFERS + 0x1000 * slot
-        self.memory.write(at, data)
+    def put(self, index: int, data: bytes, slot: int = 0, at: int = -1) -> bool:
+        """Make one chain available; True if the device is to be notified.
+
+        ``at``: where the device finds the slot; by default where it is in ``memory``.
+        """
+        self.memory.write(BUFFERS + 0x1000 * slot, data)
+        at = BUFFERS + 0x1000 * slot if at < 0 else at
         self.drivers[index].enable_notifications()
         self.drivers[index].add([(at, len(data))], [(at + 0x800, len(data))])
         return self.drivers[index].publish()

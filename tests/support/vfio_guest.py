@@ -66,6 +66,7 @@ class VfioGuest:
         twin: have the server ask over a socket of its own.
         before: called before each message.
         memory: bytes of RAM.
+        pieces: in how many it is mapped.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class VfioGuest:
         twin: bool = False,
         before: Callable[[Command], object] = lambda command: None,
         memory: int = 64 << 20,
+        pieces: int = 1,
     ) -> None:
         self._path = path
         self._queue_numbers = range(queue_count(ports + 1, True))
@@ -88,6 +90,7 @@ class VfioGuest:
         self._intx = intx
         self._shared = shared
         self._twin_wanted = twin
+        self._pieces = pieces
         self._before = before
         self._parser = VfioUserParser()
         self._sock = socket.socket(socket.AF_UNIX)
@@ -140,8 +143,10 @@ class VfioGuest:
             assert answer.capabilities.twin_socket
             self._twin = socket.socket(fileno=self._fds.pop())
             self._twin.settimeout(DEADLINE)
-        where = DmaMap(DmaFlag.READ | DmaFlag.WRITE, 0, self._ram.guest_addr, self._ram.size)
-        self._do(Command.DMA_MAP, where, (self._ram.fd,) if self._shared else ())
+        each = self._ram.size // self._pieces
+        for at in range(0, self._ram.size, each):
+            where = DmaMap(DmaFlag.READ | DmaFlag.WRITE, at, self._ram.guest_addr + at, each)
+            self._do(Command.DMA_MAP, where, (self._ram.fd,) if self._shared else ())
 
     def start(self) -> None:
         """Do what a VMM and a driver do until the device runs."""

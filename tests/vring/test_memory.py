@@ -11,6 +11,8 @@ import weakref
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vring import AddressError, GuestMemory, LocalMisuseError, MemoryMapError, Region
 
@@ -75,6 +77,41 @@ def test_tables_are_immutable_and_checked() -> None:
     for at in (0x800, 0x1000, 0x1FFF, 0x27FF):
         with pytest.raises(MemoryMapError, match="overlap"):
             second.with_region(Region(at, bytearray(0x1000)))
+
+
+@given(
+    st.lists(
+        st.tuples(st.booleans(), st.integers(0, 40), st.integers(1, 12)), min_size=1, max_size=60
+    )
+)
+def test_tables_with_and_without_regions_are_as_if_made_at_once(
+    steps: list[tuple[bool, int, int]],
+) -> None:
+    """A table that came about step by step has the regions, and finds the bytes, of a new one."""
+    table, kept = GuestMemory(), dict[int, Region]()
+    for adds, at, size in steps:
+        if adds:
+            taken = any(at < start + r.size and start < at + size for start, r in kept.items())
+            region = Region(at, bytearray([at]) * size)
+            if taken:
+                with pytest.raises(MemoryMapError, match="overlap"):
+                    table.with_region(region)
+                continue
+            table, kept[at] = table.with_region(region), region
+        elif at in kept and kept[at].size == size:
+            del kept[at]
+            table = table.without_region(at, size)
+        else:
+            with pytest.raises(MemoryMapError, match="no region"):
+                table.without_region(at, size)
+        assert table.regions == GuestMemory(kept.values()).regions
+        for address in range(54):
+            there = [start for start, r in kept.items() if start <= address < start + r.size]
+            if there:
+                assert table.read(address, 1) == bytes(there)
+            else:
+                with pytest.raises(AddressError):
+                    table.read(address, 1)
 
 
 @pytest.mark.parametrize(

@@ -324,8 +324,31 @@ def test_a_second_map_over_the_first_is_refused(client: Any, reply: bool) -> Non
         assert client.refused(Command.DMA_MAP, asked, (client.memfd,)) == errno.EEXIST
     else:
         client.send(Command.DMA_MAP, asked, (client.memfd,), no_reply=True)
-    assert client.refused(Command.DMA_UNMAP, DmaUnmap(SIZE - 4096, 8192)) == errno.ENOENT
-    assert client.refused(Command.DMA_UNMAP, DmaUnmap(0, 4096)) == errno.ENOENT
+    # Of what was refused nothing is left.
+    assert client.refused(Command.DMA_UNMAP, DmaUnmap(SIZE, 4096)) == errno.ENOENT
+
+
+@pytest.mark.parametrize(
+    ("at", "size"),
+    [(0, 4096), (SIZE - 4096, 4096), (SIZE - 4096, 8192), (4096, SIZE - 8192)],
+    ids=["its begin", "its end", "past its end", "inside it"],
+)
+def test_a_part_of_a_mapping_is_not_unmapped(client: Any, at: int, size: int) -> None:
+    client.negotiate()
+    client.map_memory()
+    assert client.refused(Command.DMA_UNMAP, DmaUnmap(at, size)) == errno.EINVAL
+    client.ask(Command.DMA_UNMAP, DmaUnmap(0, SIZE), DmaUnmap)  # all of it is there
+
+
+def test_a_range_with_a_part_of_a_mapping_keeps_the_others(client: Any) -> None:
+    client.negotiate()
+    for at in range(0, SIZE, SIZE // 4):
+        client.do(Command.DMA_MAP, DmaMap(3, at, at, SIZE // 4), (client.memfd,))
+    assert client.refused(Command.DMA_UNMAP, DmaUnmap(0, SIZE - 4096)) == errno.EINVAL
+    assert client.refused(Command.DMA_UNMAP, DmaUnmap(4096, SIZE)) == errno.EINVAL
+    for at in range(0, SIZE, SIZE // 4):
+        asked = DmaMap(3, at, at, SIZE // 4)
+        assert client.refused(Command.DMA_MAP, asked, (client.memfd,)) == errno.EEXIST
 
 
 def test_no_more_maps_than_were_agreed(

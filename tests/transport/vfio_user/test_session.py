@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from tests.support.leaks import held
+from tests.support.vfio_client import BUFFERS
+from tests.support.waiting import wait_until
 from vring_serial.device.testing import ANY_FEATURE
 from vring_serial.proto.framing import Empty
 from vring_serial.proto.vfio_user import request
@@ -314,6 +316,54 @@ def test_maps_change_under_traffic(client: Any, device: Any) -> None:
     assert device.echoed == [b"in between %d" % turn for turn in range(8)]
 
 
+def test_one_range_unmaps_all_that_lies_in_it(client: Any, device: Any) -> None:
+    """As QEMU's vIOMMU and s390's zPCI do: ranges of a power of two, with gaps in them."""
+    driver = client.boot(0)
+    beyond = 1 << 32
+    for at in (beyond, beyond + 0x3000, beyond + 0x7000):
+        client.do(Command.DMA_MAP, DmaMap(3, 0, at, 4096), (client.memfd,))
+    wide = DmaUnmap(beyond, 0x8000)
+    assert client.ask(Command.DMA_UNMAP, wide, DmaUnmap) == wide
+    assert client.refused(Command.DMA_UNMAP, wide) == errno.ENOENT
+    for at in (beyond, beyond + 0x3000, beyond + 0x7000):
+        client.do(Command.DMA_MAP, DmaMap(3, 0, at, 4096), (client.memfd,))
+    assert device.running
+    assert client.put(0, b"in between")
+    driver.notify(0)
+    client.wait_irq(1)
+    assert client.echoed(b"in between")
+
+
+def test_a_queue_runs_on_while_buffers_are_mapped(client: Any, device: Any) -> None:
+    """Behind an IOMMU each buffer is mapped by itself, and the device sees none of that."""
+    driver = client.boot(0)
+    device.told.clear()
+    beyond = 1 << 32
+    for turn in range(40):
+        at = beyond + (turn * 0x1000)
+        client.do(Command.DMA_MAP, DmaMap(3, BUFFERS, at, 4096), (client.memfd,))
+        assert client.put(0, b"mapped %d" % turn, at=at)
+        driver.notify(0)
+        client.wait_irq(1)
+        client.drivers[0].get_used()
+        assert client.echoed(b"mapped %d" % turn)
+        client.ask(Command.DMA_UNMAP, DmaUnmap(at, 4096), DmaUnmap)
+    assert device.told == []
+
+
+def test_a_buffer_that_was_unmapped_while_a_chain_names_it(
+    client: Any, device: Any, log: Callable[[], list[str]]
+) -> None:
+    """The guest takes away what it gave: the queue breaks, by name, and nothing else happens."""
+    driver = client.boot(0)
+    client.do(Command.DMA_MAP, DmaMap(3, BUFFERS, 1 << 32, 4096), (client.memfd,))
+    client.put(0, b"gone", at=1 << 32)
+    client.ask(Command.DMA_UNMAP, DmaUnmap(1 << 32, 4096), DmaUnmap)
+    driver.notify(0)
+    wait_until(lambda: driver.status & Status.DEVICE_NEEDS_RESET)
+    assert any("0x100000000" in line for line in log())
+
+
 def test_rings_wait_while_their_memory_is_away(client: Any, device: Any) -> None:
     driver = client.boot(0)
     assert client.put(0, b"patience")
@@ -331,6 +381,7 @@ def test_unmapping_everything(client: Any, device: Any) -> None:
     assert client.ask(Command.DMA_UNMAP, everything, DmaUnmap) == everything
     assert not device.running
     client.map_memory()
+    client.ask(Command.DEVICE_GET_INFO, DeviceInfo(), DeviceInfo)  # so these were all maps
     assert device.running
 
 

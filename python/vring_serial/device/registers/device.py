@@ -22,6 +22,24 @@ class RegisterDevice(Closing):
         """
         self._registers.set_memory(memory)
 
+    def move_memory(self, memory: GuestMemory) -> None:
+        """Exchange the guest's memory as :meth:`set_memory` does, but under queues that run.
+
+        For memory in which other ranges are mapped, or elsewhere: a guest behind an IOMMU maps and
+        unmaps each buffer. Chains in flight keep what they were in. A queue whose ring is not there
+        stops; none starts, see :attr:`any_waiting`.
+        """
+        self._registers.move_memory(memory)
+
+    @property
+    def any_waiting(self) -> bool:
+        """Whether a queue may run once its ring is in memory: :meth:`start_waiting`."""
+        return self._registers.queues.any_waiting
+
+    def start_waiting(self) -> None:
+        """Start the queues whose rings are in memory again."""
+        self._registers.start_waiting()
+
     def note_positions(self) -> None:
         """Bring positions of running rings, and interrupts that are due, in ``state`` up to date.
 

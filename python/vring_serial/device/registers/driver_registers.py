@@ -230,6 +230,14 @@ class DriverRegisters:
 
         self._run(exchange)
 
+    def move_memory(self, memory: GuestMemory) -> None:
+        """Exchange the guest's memory under running queues; see QueueTable.move."""
+        self._run(lambda: self.queues.move(memory))
+
+    def start_waiting(self) -> None:
+        """See QueueTable."""
+        self._run(self.queues.start_waiting)
+
     @property
     def driver_ready(self) -> bool:
         """Whether the driver takes notifications."""

@@ -10,11 +10,11 @@ import asyncio
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from vring import Drained, GuestMemory, VirtQueue, drain, notify
+from vring import Drained, GuestMemory, VirtQueue, drain, move_queues, notify
 from vring.errors import AddressError, Error
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.registers.state import DriverState, QueueSetup
@@ -176,6 +176,31 @@ class QueueTable:
         self._memory = None
         self._update_all()
         self._memory = memory
+        self.start_waiting()
+
+    def move(self, memory: GuestMemory) -> None:
+        """Exchange the guest's memory while queues run, which costs little beside stopping them.
+
+        A queue whose ring is not in the new memory is stopped; none is started, see
+        :attr:`any_waiting`.
+        """
+        rings = {fds.running: queue for queue, fds in self._pairs() if fds.running is not None}
+        left = move_queues(rings, memory)
+        self._memory = None
+        for ring in left:
+            self._update(rings[ring])
+        self._memory = memory
+
+    @property
+    def any_waiting(self) -> bool:
+        """Whether a queue may run once its ring is in memory: :meth:`start_waiting`."""
+        return self._live and any(
+            queue.enabled and not queue.failed and fds.running is None
+            for queue, fds in self._pairs()
+        )
+
+    def start_waiting(self) -> None:
+        """Start the queues whose rings are in memory again."""
         for queue in self._queues:
             self._update(queue, waits=True)
 
@@ -264,7 +289,7 @@ class QueueTable:
 
         Exact while nothing is in flight, as inside ``Controller.settled``.
         """
-        for queue, fds in zip(self._queues, self._descriptors, strict=True):
+        for queue, fds in self._pairs():
             if fds.running is not None:
                 queue.position = fds.running.avail_index
 
@@ -310,6 +335,9 @@ class QueueTable:
             self._watch(queue)
 
     # --- internals
+
+    def _pairs(self) -> Iterator[tuple[QueueSetup, _Descriptors]]:
+        return zip(self._queues, self._descriptors, strict=True)
 
     def _update_all(self) -> None:
         for queue in self._queues:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -38,14 +38,21 @@ class DmaTable:
         self._watch: MemoryWatch | None = watch
         self._regions = regions
         self._keep_copy = keep_copy
-        self._mapped: dict[int, Region] = {}  # of regions with a descriptor, by address
+        self._starts = sorted(regions)
+        self._size = sum(region.size for region in regions.values())
+        self._mapped = GuestMemory()  # regions with a descriptor
         self._copies: dict[int, Copy | None] = {}  # of regions without a descriptor
         self._remote: list[DmaRegion] | None = None  # those, by address; None: to be made
 
     @property
     def mapped(self) -> GuestMemory:
         """The memory that the client shares."""
-        return GuestMemory(self._mapped.values())
+        return self._mapped
+
+    @property
+    def all_shared(self) -> bool:
+        """Whether the client shares all that it has mapped."""
+        return len(self._mapped.regions) == len(self._regions)
 
     @property
     def memory(self) -> GuestMemory:
@@ -53,6 +60,8 @@ class DmaTable:
 
         A copy stays the same as long as its region is mapped.
         """
+        if self.all_shared:
+            return self._mapped
         for each in self._regions.values():
             if not each.shared and each.address not in self._copies:
                 keep = self._keep_copy
@@ -63,17 +72,23 @@ class DmaTable:
         return GuestMemory((*self.mapped.regions, *copies))
 
     @property
+    def size(self) -> int:
+        """Bytes of all mappings."""
+        return self._size
+
+    @property
     def end(self) -> int:
         """The first address behind all mappings."""
-        return max((each.end for each in self._regions.values()), default=0)
+        return self._regions[self._starts[-1]].end if self._starts else 0
 
     def is_mapped(self, address: int, length: int) -> bool:
         """Return whether all of a range is mapped."""
-        at, end = address, address + length
-        for each in sorted(self._regions.values(), key=_address):
-            if each.address <= at < each.end:
-                at = each.end
-        return at >= end
+        at = address
+        for each in self._touched(address, address + length):
+            if at < each.address:
+                return False
+            at = each.end
+        return at >= address + length
 
     def is_remote(self, address: int) -> bool:
         """Return whether only the client can access ``address``."""
@@ -104,15 +119,17 @@ class DmaTable:
 
         Raises MemoryMapError or OSError if one cannot be mapped so, and what the two raise.
         """
+        shared = []
         for at, each in self._regions.items():
             if each.shared:
-                self._mapped[at] = self._map(each, take(each.serial))
+                shared.append(self._map(each, take(each.descriptor)))
             else:
                 fd = take_copy(each.serial)
                 if fd >= 0 and os.fstat(fd).st_size < each.size:
                     raise StateError(f"the copy {each.serial} is shorter than its region")
                 if fd >= 0:
                     self._copies[at] = Copy(at, each.size, fd)
+        self._mapped = GuestMemory(shared)
 
     def has_copy(self, address: int) -> bool:
         """Return whether there is a copy of what only the client can access at ``address``."""
@@ -124,10 +141,10 @@ class DmaTable:
             if copy is not None:
                 copy.free_unused()
 
-    def map(self, asked: DmaMap, fd: int, serial: int = 0) -> None:
+    def map(self, asked: DmaMap, fd: int, serial: int = 0, file: int = -1) -> None:
         """Add a mapping; ``fd`` is -1 if there is no descriptor, and stays the caller's.
 
-        ``serial`` is the number under which it is kept.
+        ``serial`` is the mapping's number, ``file`` that of one whose descriptor serves.
 
         Raises:
             VfioUserError: it overlaps another (EEXIST), there are too many (ENOSPC), or the
@@ -136,20 +153,22 @@ class DmaTable:
         if not asked.flags:
             raise RemoteProtocolError("a region that can be neither read nor written")
         end = asked.address + asked.size
-        for other in self._regions.values():
-            if other.address < end and asked.address < other.end:
-                raise VfioUserError(
-                    "DMA_MAP",
-                    f"{asked.size:#x} bytes at {asked.address:#x} overlap "
-                    f"{other.size:#x} at {other.address:#x}",
-                    errno.EEXIST,
-                )
+        for other in self._touched(asked.address, end):
+            raise VfioUserError(
+                "DMA_MAP",
+                f"{asked.size:#x} bytes at {asked.address:#x} overlap "
+                f"{other.size:#x} at {other.address:#x}",
+                errno.EEXIST,
+            )
         if len(self._regions) >= self._most:
             raise VfioUserError("DMA_MAP", f"all {self._most} mappings are taken", errno.ENOSPC)
         at, shared = asked.address, fd >= 0
         if shared:
-            self._mapped[at] = self._map(asked, fd)
-        self._regions[at] = DmaRegion(at, asked.size, asked.flags, asked.offset, shared, serial)
+            self._mapped = self._mapped.with_region(self._map(asked, fd))
+        region = DmaRegion(at, asked.size, asked.flags, asked.offset, shared, serial, file)
+        self._regions[at] = region
+        insort(self._starts, at)
+        self._size += asked.size
         self._remote = None
 
     def close(self) -> None:
@@ -157,30 +176,54 @@ class DmaTable:
         self._clear()
         self._watch = None
 
-    def unmap(self, asked: DmaUnmap) -> None:
-        """Remove what was mapped exactly so, or everything.
+    def unmap(self, asked: DmaUnmap) -> int:
+        """Remove the mappings in a range, or everything; return the size of the largest.
+
+        A client whose guest is behind an IOMMU may remove many by one range that covers them, as
+        the VFIO of Linux lets it.
 
         Raises:
-            VfioUserError: there is no such mapping (ENOENT).
+            VfioUserError: there is no mapping in the range (ENOENT), or one is only in part
+                (EINVAL); all stay then.
         """
         if asked.flags & UnmapFlag.ALL:
+            largest = max((region.size for region in self._regions.values()), default=0)
             self._clear()
-            return
-        found = self._regions.get(asked.address)
-        if found is None or found.size != asked.size:
-            raise VfioUserError(
-                "DMA_UNMAP",
-                f"{asked.size:#x} bytes at {asked.address:#x} are not mapped so",
-                errno.ENOENT,
-            )
-        del self._regions[asked.address]
-        self._mapped.pop(asked.address, None)
-        self._copies.pop(asked.address, None)
+            return largest
+        end = asked.address + asked.size
+        found = list(self._touched(asked.address, end))
+        what = f"{asked.size:#x} bytes at {asked.address:#x}"
+        if not found:
+            raise VfioUserError("DMA_UNMAP", f"{what}: nothing is mapped there", errno.ENOENT)
+        for each in (found[0], found[-1]):
+            if each.address < asked.address or each.end > end:
+                why = f"{what} hold a part of {each.size:#x} at {each.address:#x}"
+                raise VfioUserError("DMA_UNMAP", why, errno.EINVAL)
+        first = bisect_left(self._starts, asked.address)
+        del self._starts[first : first + len(found)]
+        for each in found:
+            del self._regions[each.address]
+            self._size -= each.size
+            self._copies.pop(each.address, None)
+            if each.shared:
+                self._mapped = self._mapped.without_region(each.address, each.size)
         self._remote = None
+        return max(each.size for each in found)
+
+    def _touched(self, address: int, end: int) -> Iterator[DmaRegion]:
+        """Yield the mappings that have bytes in a range, in ascending order."""
+        place = max(bisect_right(self._starts, address) - 1, 0)
+        while place < len(self._starts) and self._starts[place] < end:
+            region = self._regions[self._starts[place]]
+            if region.end > address:
+                yield region
+            place += 1
 
     def _clear(self) -> None:
         self._regions.clear()
-        self._mapped.clear()
+        self._starts.clear()
+        self._size = 0
+        self._mapped = GuestMemory()
         self._copies.clear()
         self._remote = None
 

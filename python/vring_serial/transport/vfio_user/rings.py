@@ -10,7 +10,7 @@ from vring import DirtyLog, RingError
 from vring.errors import VringError
 from vring_serial.device.base import VirtioDevice
 from vring_serial.device.virtqueue import RunningQueue
-from vring_serial.proto.virtio import Status
+from vring_serial.proto.virtio import Feature, Status
 from vring_serial.transport.vfio_user.shadow import ClientMemory, ShadowRing
 from vring_serial.transport.vfio_user.state import RemoteRingsState
 
@@ -213,7 +213,7 @@ class RemoteRings:
 
     @property
     def device_features(self) -> int:
-        return self._device.device_features
+        return self._device.device_features | Feature.ACCESS_PLATFORM
 
     @property
     def num_queues(self) -> int:
@@ -241,7 +241,7 @@ class RemoteRings:
 
     def set_driver_features(self, bits: int) -> None:
         """See VirtioDevice."""
-        self._device.set_driver_features(bits)
+        self._device.set_driver_features(bits & self._device.device_features)
 
     def read_config(self, offset: int, length: int) -> bytes:
         """See VirtioDevice."""

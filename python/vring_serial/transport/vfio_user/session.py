@@ -7,9 +7,10 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from vring.errors import VringError
@@ -57,6 +58,7 @@ from vring_serial.transport.vfio_user.capabilities import agree
 from vring_serial.transport.vfio_user.dirty import DmaLog
 from vring_serial.transport.vfio_user.dma import DmaTable
 from vring_serial.transport.vfio_user.features import DeviceFeatures
+from vring_serial.transport.vfio_user.function_memory import FunctionMemory
 from vring_serial.transport.vfio_user.irqs import NO_DESCRIPTORS, Interrupts
 from vring_serial.transport.vfio_user.moved import MovedState
 from vring_serial.transport.vfio_user.regions import Regions
@@ -113,6 +115,7 @@ class VfioUserSession(Session[Message]):
         self._keeping = context.keeping
         rings.puts_off = context.keeping is not None
         self._roles: set[str] = set()  # in which descriptors are kept
+        self._files: dict[unix_fds.FileId, int] = {}  # serials of MEMORY, as far as those are kept
         self._client_changed = False  # what it has set up, since that was written down
         self._state = left.client if isinstance(left, Left) else ClientState()
         self._writer: Writer | None = None
@@ -128,15 +131,15 @@ class VfioUserSession(Session[Message]):
             self._state.regions,
             None if context.keeping is None else self._keep_copy,
         )
-        self._memory_changed = False
-        self._dirty = DmaLog(self._state, self._dma, rings, self._restart)
+        self._memory = FunctionMemory(pci, self._dma, self._state, self._rings_started)
+        self._dirty = DmaLog(self._state, self._dma, rings, self._memory.restart)
         self._features = DeviceFeatures(
             pci,
             rings,
             self._state,
             self._dirty,
             MovedState(self._state, lambda number, fd: self._keep(STATE.format(number), fd)),
-            set_running=self._set_running,
+            set_running=self._memory.set_running,
             tell=lambda text: self._log.log(logging.INFO, "%s: %s", self._name, text),
         )
         self._beside: list[int] = []  # descriptors that go with the next reply
@@ -205,6 +208,10 @@ class VfioUserSession(Session[Message]):
     def _resume_memory(self, keeping: Keeping) -> None:
         with ExitStack() as stack:
 
+            @cache
+            def take_memory(serial: int) -> int:
+                return self._take(keeping, MEMORY.format(serial), stack)
+
             def take_copy(serial: int) -> int:
                 fd = keeping.take(COPY.format(serial))
                 if fd is None:
@@ -212,9 +219,7 @@ class VfioUserSession(Session[Message]):
                 stack.callback(os.close, fd)
                 return fd
 
-            self._dma.resume(
-                lambda serial: self._take(keeping, MEMORY.format(serial), stack), take_copy
-            )
+            self._dma.resume(take_memory, take_copy)
 
     def _resume_requests(self, keeping: Keeping) -> None:
         if self._state.agreed is None:
@@ -237,7 +242,7 @@ class VfioUserSession(Session[Message]):
         self._dirty.resume()
         if self._state.regions and self._features.running:
             with self._rings.resuming():
-                self._pci.set_memory(self._dma.memory)
+                self._memory.set_running(True)
         for queue in queues:
             if queue.failed and queue.index not in failed:
                 raise StateError(f"queue {queue.index} cannot run")
@@ -300,7 +305,8 @@ class VfioUserSession(Session[Message]):
     def _used_roles(self) -> set[str]:
         state = self._state
         used = {
-            (MEMORY if each.shared else COPY).format(each.serial) for each in state.regions.values()
+            MEMORY.format(each.descriptor) if each.shared else COPY.format(each.serial)
+            for each in state.regions.values()
         }
         used |= {IRQ.format(index, nr) for index, numbers in state.irqs.items() for nr in numbers}
         used |= {KICK.format(index) for index in self._pci.shared_kicks}
@@ -325,7 +331,7 @@ class VfioUserSession(Session[Message]):
         if self._twin is not None:
             self._twin.close()
         self._pci.set_irq_sink(NoInterrupts())
-        self._pci.set_memory(None)
+        self._memory.close()
         self._features.close()
         self._rings.log = None
         self._pci.reset()
@@ -365,7 +371,7 @@ class VfioUserSession(Session[Message]):
         if handler is None:
             raise VfioUserError(message.name, "not supported", errno.EOPNOTSUPP)
         if message.command not in (Command.DMA_MAP, Command.DMA_UNMAP):
-            self._settle()
+            self._memory.settle(self._dirty, complete=True)
         if message.command in self._features.handlers:
             self._client_changed = True
         return handler(payload, fds)
@@ -525,43 +531,36 @@ class VfioUserSession(Session[Message]):
     # --- memory
 
     def _dma_map(self, asked: DmaMap, fds: list[int]) -> None:
-        self._dma.map(asked, fds[0] if fds else -1, self._state.next_serial)
-        self._memory_changed = self._client_changed = True
-        if fds:
-            self._keep(MEMORY.format(self._state.next_serial), fds[0])
+        fd = fds[0] if fds else -1
+        serial, of = self._state.next_serial, -1
+        if fds and self._keeping is not None:
+            # One descriptor of a file is kept, however many pieces of it are mapped.
+            of = self._files.get(file := unix_fds.file_of(fd), -1)
+            if MEMORY.format(of) not in self._roles:
+                of = -1
+        self._dma.map(asked, fd, serial, of)
+        self._memory.note_change()
+        self._client_changed = True
         self._state.next_serial += 1
+        if fds and self._keeping is not None and of < 0:
+            self._keep(MEMORY.format(serial), fd)
+            if len(self._files) >= MAX_DMA_MAPS:
+                self._files.clear()
+            self._files[file] = serial
 
     def _dma_unmap(self, asked: DmaUnmap, fds: list[int]) -> DmaUnmap:
-        self._dma.unmap(asked)
-        self._memory_changed = self._client_changed = True
+        self._memory.note_change(self._dma.unmap(asked))
+        self._client_changed = True
         return asked
 
     def _settle(self) -> None:
-        """Give the device the memory as it is mapped now.
+        self._memory.settle(self._dirty, complete=False)
 
-        Maps come many at a time, and each exchange stops and starts the queues: once for all that
-        came together, before any of them is answered and before anything else is done.
-        """
-        if self._memory_changed:
-            self._memory_changed = False
-            if not self._dirty.fits():
-                self._pci.set_memory(None)
-                self._dirty.grow()
-            if self._features.running:
-                self._pci.set_memory(self._dma.memory)
-
-    # --- migration
-
-    def _set_running(self, running: bool) -> None:
-        """Give the function the client's memory, or take it away."""
-        self._pci.set_memory(self._dma.memory if running else None)
-
-    def _restart(self, change: Callable[[], None]) -> None:
-        """Change something that rings take over when they start."""
-        self._pci.set_memory(None)
-        change()
-        if self._features.running:
-            self._pci.set_memory(self._dma.memory)
+    def _rings_started(self) -> None:
+        """Have rings begin that started between two messages."""
+        if self._writer is not None:
+            self._writer.write_function()
+            self._rings.begin()
 
     def _device_reset(self, _: Empty, fds: list[int]) -> None:
         self._pci.reset()

@@ -44,7 +44,8 @@ class DmaRegion:
         flags: DmaFlag.
         offset: bytes from the start of the descriptor's file to the region.
         shared: the client gave a descriptor for it.
-        serial: the number under which that is kept for a successor of this process.
+        serial: the number under which that, or a copy's, is kept for a successor of this process.
+        file: the serial of an older mapping of the same file, whose descriptor serves; -1: its own.
     """
 
     address: int
@@ -53,6 +54,12 @@ class DmaRegion:
     offset: int
     shared: bool
     serial: int = 0
+    file: int = -1
+
+    @property
+    def descriptor(self) -> int:
+        """The number under which its descriptor is kept."""
+        return self.serial if self.file < 0 else self.file
 
     @property
     def end(self) -> int:
@@ -152,6 +159,7 @@ def _check_regions(regions: dict[int, DmaRegion]) -> None:
             raise StateError(f"{name} has flags {region.flags:#x}")
         end = region.end
         check_range(f"{name}: serial", region.serial, 64)
+        check_range(f"{name}: file", region.file + 1, 64)
         serials.add(region.serial)
     if len(serials) != len(regions):
         raise StateError("two mappings have the same serial")

@@ -206,7 +206,7 @@ class Writer:
             client: what the client has set up, if that has changed; None: it has not.
         """
         # Both, and in this order: the client's setup is of no use without the function.
-        self._write_function()
+        self.write_function()
         if client is None:
             self._keeping.write(_HANDLED, _pack_handled(handled))
             return
@@ -240,7 +240,8 @@ class Writer:
             packed = self._packers[number].pack(regions)
             self._keeping.write(_REGIONS.format(number), packed)
 
-    def _write_function(self) -> None:
+    def write_function(self) -> None:
+        """Write what has changed in the function."""
         state = self._pci.state
         setups = state.registers.queues
         queues = self._pci.take_changed_queues()
