@@ -87,6 +87,7 @@ async def test_tables_fit_80_columns_and_json_has_it_all(tmp_path):
             arguments = (command, "-n", "1", "--interval", "0.1") if command == "top" else [command]
             status, out, err = await ctl(*arguments)
             assert (status, err) == (0, "")
+            assert out.endswith("\n")
             assert max(map(len, out.splitlines())) <= 80
             assert "connected" in out or "org.example.data1" in out
         _, out, _ = await ctl("ports")
@@ -95,6 +96,10 @@ async def test_tables_fit_80_columns_and_json_has_it_all(tmp_path):
         assert "1.0K" in row or "1000" in row
         _, out, _ = await ctl("--json", "status")
         assert json.loads(out)[0]["controllers"][0]["frontend"] is True
+        for verb in ("add", "change"):  # at the start alone, and not left out in silence
+            status, _, err = await ctl("chardev", verb, "null,id=y,mux=on")
+            assert status == 2
+            assert "mux=on cannot be made while the service runs" in err
         _, out, _ = await ctl("--json", "ports")
         assert {p["nr"]: p["out"]["bytes"] for p in json.loads(out)} == {1: 1000, 2: 0}
 

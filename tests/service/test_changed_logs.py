@@ -71,7 +71,7 @@ async def test_a_log_that_cannot_be_opened_changes_nothing(tmp_path):
         before = await client.execute("query-chardev")
         for path in ("no/where", str(tmp_path)):
             why = await refused(client, "chardev-change", id="new", backend=unix("m", logfile=path))
-            assert why.startswith("Failed to add chardev 'new': cannot log to ")
+            assert why.startswith("Failed to change chardev 'new': cannot log to ")
             assert "cannot log to" in await refused(
                 client, "chardev-add", id="x", backend=backend("null", logfile=path)
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import subprocess
 import sys
 
 import pytest
@@ -45,6 +46,29 @@ def test_the_line_names_cffi(monkeypatch):
     monkeypatch.setitem(sys.modules, "cffi", None)
     with pytest.raises(DependencyError, match="python3-cffi"):
         library.load()
+
+
+@pytest.mark.peer("libspice-server.so.1")
+def test_a_process_without_memory_to_write_and_execute_is_told_so():
+    """As systemd's MemoryDenyWriteExecute= leaves it."""
+    program = """
+import ctypes, sys
+from vring_serial.errors import ResourceError
+from vring_serial.spice import library
+PR_SET_MDWE, REFUSE_EXEC_GAIN = 65, 1
+if ctypes.CDLL(None).prctl(PR_SET_MDWE, REFUSE_EXEC_GAIN, 0, 0, 0):
+    sys.exit("this kernel has no PR_SET_MDWE")
+try:
+    library.load()
+except ResourceError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    if "PR_SET_MDWE" in done.stderr:
+        pytest.skip("this kernel has no PR_SET_MDWE (Linux 6.3)")
+    assert "systemd: MemoryDenyWriteExecute=no" in done.stdout, done.stderr
 
 
 def test_an_option_needs_the_library(no_library):

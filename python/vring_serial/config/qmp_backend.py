@@ -94,7 +94,10 @@ def _address(
 
 
 def backend_of(config: ChardevConfig) -> dict[str, Any]:
-    """Return QMP's description of a host end. Raises ConfigError for kinds that it cannot be."""
+    """Return QMP's description of a host end. Raises ConfigError for what it cannot be."""
+    if config.mux:
+        why = "mux=on cannot be made while the service runs: give it when that starts"
+        raise ConfigError(why, config.where)
     match config.options:
         case FileOptions(path=path, append=append, input_path=input_path):
             data: dict[str, Any] = {"out": path, "append": append}

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -242,7 +243,7 @@ class Changes:
             raise CallError(_GENERIC, f"Chardev with id '{id}' already exists")
         if len(self._setup.state.chardevs) >= CHARDEVS_MAX:
             raise CallError(_GENERIC, f"Failed to add chardev '{id}': there are {CHARDEVS_MAX}")
-        with _failing_to_add(id):
+        with _failing(f"add chardev '{id}'"):
             option = self._option(id, backend)
             self._remember(id, option)
             try:
@@ -260,7 +261,7 @@ class Changes:
             raise CallError(_GENERIC, text)
         if self._configured_kind(id) not in KINDS:
             raise CallError(_GENERIC, f"Chardev '{id}' cannot be changed while it is in use")
-        with _failing_to_add(id):
+        with _failing(f"change chardev '{id}'"):
             option = self._option(id, backend)
             self._replace(id, option)
             try:
@@ -511,15 +512,15 @@ def _free_id(chardev: str, controller: str, nr: int, taken: Sequence[str]) -> st
 
 
 @contextlib.contextmanager
-def _failing_to_add(id: str) -> Iterator[None]:
-    """Answer errors of a new chardev as QEMU does."""
+def _failing(what: str) -> Iterator[None]:
+    """Answer errors of a new chardev as QEMU does, when it failed to do this."""
     try:
         yield
     except ConfigError as error:
-        raise CallError(_GENERIC, f"Failed to add chardev '{id}': {error.why}") from None
+        raise CallError(_GENERIC, f"Failed to {what}: {error.why}") from None
     except ResourceError as error:
-        text = str(error).removeprefix(f"chardev {id}: ")
-        raise CallError(_GENERIC, f"Failed to add chardev '{id}': {text}") from None
+        text = re.sub("^chardev [^ ]+: ", "", str(error))
+        raise CallError(_GENERIC, f"Failed to {what}: {text}") from None
     except TimeoutError:
         text = f"nobody answered in {START_SECONDS:g} s"
-        raise CallError(_GENERIC, f"Failed to add chardev '{id}': {text}") from None
+        raise CallError(_GENERIC, f"Failed to {what}: {text}") from None

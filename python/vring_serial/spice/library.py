@@ -11,7 +11,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from vring_serial.errors import DependencyError
+from vring_serial.errors import DependencyError, ResourceError
 from vring_serial.ratelimit import RateLimitedLog
 
 log = logging.getLogger("vring_serial.spice")
@@ -162,7 +162,13 @@ def load() -> Library:
             "brings it"
         ) from None
     last_warning = [""]
-    handler = ffi.callback("GLogFunc", _LogHandler(ffi, last_warning), onerror=callback_failed)
+    try:
+        handler = ffi.callback("GLogFunc", _LogHandler(ffi, last_warning), onerror=callback_failed)
+    except MemoryError:
+        raise ResourceError(
+            "the SPICE server needs memory that can be written and executed, for callbacks, and "
+            "this process may have none (systemd: MemoryDenyWriteExecute=no)"
+        ) from None
     levels = sum(level for level, _ in _LEVELS) | _FLAG_RECURSION | _FLAG_FATAL
     glib.g_log_set_handler(b"Spice", levels, handler, ffi.NULL)
     return Library(ffi, lib, (handler, glib), last_warning)

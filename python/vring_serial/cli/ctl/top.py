@@ -62,6 +62,8 @@ def top_command(connection: Connection, interval: float, count: int | None) -> N
         finally:
             if live is not None:
                 live.stop()
+                if not console.is_terminal:
+                    console.line()
 
     connection.run(watch)
 
