@@ -161,6 +161,11 @@ class Day:
         self.machines: dict[str, Machine] = {}
         self._env = {**os.environ, "VRING_QMP": "qmp", "HOME": str(directory), "COLUMNS": "80"}
 
+    async def end_guests(self) -> None:
+        """End the guests that there are now: one was started again."""
+        for machine in self.machines.values():
+            await machine.guest.aclose()
+
     async def ctl(self, *arguments: str) -> str:
         """A command of `vring ctl` that succeeds; what it printed."""
         status, out, err = await run_vring("ctl", *arguments, env=self._env, cwd=self.directory)
@@ -280,6 +285,7 @@ async def begun(directory: Path) -> AsyncIterator[Day]:
             stack.push_async_callback(uml.aclose)
             await asyncio.gather(qemu.start(), uml.start())
             day.machines = {"desktop": Machine("desktop", qemu), "server": Machine("server", uml)}
+            stack.push_async_callback(day.end_guests)
             await asyncio.gather(*(machine.begin() for machine in day.machines.values()))
             yield day
 
