@@ -13,10 +13,10 @@ from tests.service.test_changes import (
     close,
     connected,
     plug,
-    refused,
     service,
     unix,
 )
+from tests.support.qmp import why_refused
 from tests.support.waiting import until
 from vring_serial import EmbeddedGuest
 
@@ -71,12 +71,14 @@ async def test_a_log_that_cannot_be_opened_changes_nothing(tmp_path):
         host, inside = await connected(guest, 5, "n")
         before = await client.execute("query-chardev")
         for path in ("no/where", str(tmp_path)):
-            why = await refused(client, "chardev-change", id="new", backend=unix("m", logfile=path))
+            why = await why_refused(
+                client, "chardev-change", id="new", backend=unix("m", logfile=path)
+            )
             assert why.startswith("Failed to change chardev 'new': cannot log to ")
-            assert "cannot log to" in await refused(
+            assert "cannot log to" in await why_refused(
                 client, "chardev-add", id="x", backend=backend("null", logfile=path)
             )
-        assert "log1 is in use already (the log of new)" in await refused(
+        assert "log1 is in use already (the log of new)" in await why_refused(
             client, "chardev-add", id="x", backend=backend("null", logfile="log1")
         )
         assert await client.execute("query-chardev") == before

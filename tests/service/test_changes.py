@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import pty
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 
 import pytest
-from qemu.qmp import QMPClient
-from qemu.qmp.error import QMPError
-from qemu.qmp.qmp_client import ExecuteError
 
 from tests.support.keeper import kept, socket_ports
+from tests.support.qmp import qmp_client, why_refused
 from vring import Backlog
 from vring_serial import Controller, EmbeddedGuest, NullChardev, Port, PortRemovedError
 from vring_serial.config.qemu_options import parse_chardev
@@ -41,19 +39,8 @@ async def service(tmp_path, *arguments):
     reach = ("--reach", str(tmp_path))
     async with kept(tmp_path, *socket_ports([1]), *QMP, *reach, *arguments) as keeper:
         await keeper.logged("QMP at")
-        client = QMPClient("test")
-        await client.connect("qmp")
-        try:
+        async with qmp_client() as client:
             yield keeper, client
-        finally:
-            with suppress(QMPError, OSError, EOFError):
-                await client.disconnect()
-
-
-async def refused(client, command, **arguments):
-    with pytest.raises(ExecuteError) as caught:
-        await client.execute(command, arguments)
-    return str(caught.value)
 
 
 async def plug(client, id, nr, end, **more):
@@ -96,7 +83,7 @@ async def test_a_port_is_plugged_and_unplugged_under_a_guest(tmp_path):
         assert event["data"] == {"device": "p5", "path": "/machine/peripheral/p5"}
         with pytest.raises(PortRemovedError):
             await inside[0].read()
-        assert await refused(client, "device_del", id="p5") == "Device 'p5' not found"
+        assert await why_refused(client, "device_del", id="p5") == "Device 'p5' not found"
         await client.execute("chardev-remove", {"id": "new"})
         assert await host[0].read() == b""
         assert not os.path.exists("n")
@@ -176,26 +163,28 @@ async def test_a_host_end_is_exchanged_under_traffic_and_no_byte_is_lost(tmp_pat
 async def test_what_cannot_be_is_refused_and_changes_nothing(tmp_path):
     async with service(tmp_path) as (_, client):
         before = await client.execute("x-vring-status")
-        assert "exists" in await refused(client, "chardev-add", id="a", backend=unix("qmp"))
-        assert "No such file" in await refused(
+        assert "exists" in await why_refused(client, "chardev-add", id="a", backend=unix("qmp"))
+        assert "No such file" in await why_refused(
             client, "chardev-add", id="a", backend=backend("file", out="no/where")
         )
-        assert "power of two" in await refused(
+        assert "power of two" in await why_refused(
             client, "chardev-add", id="a", backend=backend("ringbuf", size=1000)
         )
-        assert "is no id" in await refused(client, "chardev-add", id="1 a", backend=backend("null"))
-        assert "logtimestamp is not served" in await refused(
+        assert "is no id" in await why_refused(
+            client, "chardev-add", id="1 a", backend=backend("null")
+        )
+        assert "logtimestamp is not served" in await why_refused(
             client, "chardev-add", id="a", backend=backend("null", logfile="x", logtimestamp=True)
         )
-        assert "goes with logfile only" in await refused(
+        assert "goes with logfile only" in await why_refused(
             client, "chardev-add", id="a", backend=backend("null", logsize=9)
         )
-        assert "exists" in await refused(client, "chardev-change", id="c1", backend=unix("c1"))
-        assert "Maximum port limit" not in await refused(client, "device_add", driver="foo")
-        assert "reserved for virtconsole" in await refused(
+        assert "exists" in await why_refused(client, "chardev-change", id="c1", backend=unix("c1"))
+        assert "Maximum port limit" not in await why_refused(client, "device_add", driver="foo")
+        assert "reserved for virtconsole" in await why_refused(
             client, "device_add", driver="virtserialport", nr=0
         )
-        assert "expected: integer" in await refused(
+        assert "expected: integer" in await why_refused(
             client, "device_add", driver="virtserialport", nr="x"
         )
         assert await client.execute("x-vring-status") == before
@@ -205,7 +194,9 @@ async def test_ports_without_a_host_end_and_numbers_of_their_own(tmp_path):
     async with service(tmp_path, "--max-ports", "4") as (_, client):
         for _ in range(2):
             await client.execute("device_add", {"driver": "virtserialport"})
-        assert "Maximum port limit" in await refused(client, "device_add", driver="virtserialport")
+        assert "Maximum port limit" in await why_refused(
+            client, "device_add", driver="virtserialport"
+        )
         await client.execute("device_add", {"driver": "virtconsole", "id": "hvc"})
         (vm,) = await client.execute("x-vring-status")
         assert [p["nr"] for p in vm["controllers"][0]["ports"]] == [1, 2, 3, 0]
@@ -316,7 +307,7 @@ async def test_ports_of_a_shared_end_come_and_go(tmp_path):
             for nr in (3, 4, 5):
                 await client.execute("device_add", add(nr))
             inside = await has_the_focus(5)
-            why = await refused(client, "device_add", **add(6))
+            why = await why_refused(client, "device_add", **add(6))
             assert "too many uses of multiplexed chardev 'm' (maximum is 4)" in why
             await client.execute("device_del", {"id": "m5"})
             await echo((reader, writer), first)  # the next one in the circle

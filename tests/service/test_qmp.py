@@ -7,15 +7,13 @@ import json
 import os
 import signal
 import socket
-from contextlib import asynccontextmanager, closing, suppress
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 
 import pytest
-from qemu.qmp import QMPClient
-from qemu.qmp.error import QMPError
-from qemu.qmp.qmp_client import ExecuteError
 
 from tests.support.keeper import kept, socket_ports
+from tests.support.qmp import qmp_client, refused
 from tests.support.waiting import turns, until
 from vring_serial import EmbeddedGuest
 from vring_serial.service.descriptor_store import Notifier
@@ -37,19 +35,8 @@ def short_paths(tmp_path, monkeypatch):
 async def monitored(tmp_path, *arguments):
     async with kept(tmp_path, *socket_ports([1, 2]), *CONSOLE, *QMP, *arguments) as keeper:
         await keeper.logged("QMP at unix:qmp")
-        client = QMPClient("test")
-        await client.connect("qmp")
-        try:
+        async with qmp_client() as client:
             yield keeper, client
-        finally:
-            with suppress(QMPError, OSError, EOFError):
-                await client.disconnect()
-
-
-async def refused(client, command, **arguments):
-    with pytest.raises(ExecuteError) as caught:
-        await client.execute(command, arguments)
-    return caught.value.error_class, str(caught.value)
 
 
 async def test_it_shows_ports_peers_and_what_moved(tmp_path):
@@ -221,12 +208,10 @@ async def test_a_killed_worker_is_asked_again_and_a_killed_monitor_harms_nobody(
             back.write(b"still here")
             assert await reader.readexactly(10) == b"still here"
             await until(lambda: Path("log").read_text().count("QMP at unix:qmp") == 2)
-            second = QMPClient("again")
-            await second.connect("qmp")
-            (vm,) = await second.execute("x-vring-status")
-            assert vm["restarts"] == 1
-            assert vm["controllers"][0]["frontend"]
-            await second.disconnect()
+            async with qmp_client() as second:
+                (vm,) = await second.execute("x-vring-status")
+                assert vm["restarts"] == 1
+                assert vm["controllers"][0]["frontend"]
             back.close()
             writer.close()
         assert await keeper.stop() == 0

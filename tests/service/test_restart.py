@@ -9,10 +9,10 @@ import signal
 from contextlib import asynccontextmanager
 
 import pytest
-from qemu.qmp import QMPClient
 from qemu.qmp.qmp_client import ExecuteError
 
 from tests.support.keeper import SERVING, kept, socket_ports
+from tests.support.qmp import qmp_client
 from tests.support.streams import all_go_on, flowing
 from tests.support.vfio_guest import VfioGuest
 from vring_serial import EmbeddedGuest
@@ -33,12 +33,8 @@ def short_paths(tmp_path, monkeypatch):
 @asynccontextmanager
 async def monitor(keeper):
     await keeper.logged("QMP at unix:qmp")
-    client = QMPClient("test")
-    await client.connect("qmp")
-    try:
+    async with qmp_client() as client:
         yield client
-    finally:
-        await client.disconnect()
 
 
 async def next_worker_event(client):

@@ -6,16 +6,14 @@ import asyncio
 import json
 import os
 import signal
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from qemu.qmp import QMPClient
-from qemu.qmp.error import QMPError
-from qemu.qmp.qmp_client import ExecuteError
 
 from tests.support.commands import run_vring
 from tests.support.keeper import SERVING, kept
+from tests.support.qmp import qmp_client, refused
 from tests.support.waiting import until
 from vring_serial import EmbeddedGuest
 
@@ -56,24 +54,6 @@ async def service(tmp_path, *, of_all=OF_ALL):
         yield keeper
 
 
-@asynccontextmanager
-async def connected(path):
-    client = QMPClient("test")
-    client.logger.disabled = True
-    await client.connect(path)
-    try:
-        yield client
-    finally:
-        with suppress(QMPError, OSError, EOFError):
-            await client.disconnect()
-
-
-async def refused(client, command, **arguments):
-    with pytest.raises(ExecuteError) as caught:
-        await client.execute(command, arguments)
-    return caught.value.error_class, str(caught.value)
-
-
 def process_of(keeper, name):
     """The worker of a VM."""
     (pid,) = [
@@ -92,8 +72,8 @@ async def told(client, name):
 async def test_it_sees_its_vm_alone_and_puts_no_name_before_names(tmp_path):
     async with (
         service(tmp_path, of_all=""),
-        connected("a-qmp") as a,
-        connected("b-qmp") as b,
+        qmp_client("a-qmp") as a,
+        qmp_client("b-qmp") as b,
         EmbeddedGuest("b", memory=32 << 20) as guest,
     ):
         assert await a.execute("query-name") == {"name": "a"}
@@ -131,7 +111,7 @@ async def test_it_sees_its_vm_alone_and_puts_no_name_before_names(tmp_path):
 
 
 async def test_vms_are_the_services_monitors_business(tmp_path):
-    async with service(tmp_path), connected("a-qmp") as a, connected("qmp") as every:
+    async with service(tmp_path), qmp_client("a-qmp") as a, qmp_client("qmp") as every:
         whole, own = [
             {command["name"] for command in await client.execute("query-commands")}
             for client in (every, a)
@@ -150,14 +130,14 @@ async def test_vms_are_the_services_monitors_business(tmp_path):
 
 
 async def test_all_are_told_of_vms_that_come_and_go(tmp_path):
-    async with service(tmp_path) as keeper, connected("qmp") as every:
+    async with service(tmp_path) as keeper, qmp_client("qmp") as every:
         for _ in range(2):
             await every.execute("x-vring-vm-add", {"name": "late", "config": LATE})
             assert await told(every, "X_VRING_VM") == {"vm": "late", "state": "added"}
             await every.execute("x-vring-vm-remove", {"name": "late"})
             assert await told(every, "X_VRING_VM") == {"vm": "late", "state": "removed"}
         # A VM's monitor goes with it, and is told; others stay.
-        async with connected("a-qmp") as a, connected("b-qmp") as b:
+        async with qmp_client("a-qmp") as a, qmp_client("b-qmp") as b:
             await every.execute("x-vring-vm-remove", {"name": "a"})
             assert await told(every, "X_VRING_VM") == {"vm": "a", "state": "removed"}
             assert await told(a, "SHUTDOWN") == {"guest": False, "reason": "host-qmp-quit"}
@@ -168,7 +148,7 @@ async def test_all_are_told_of_vms_that_come_and_go(tmp_path):
         victim = keeper.monitor
         os.kill(victim, signal.SIGKILL)
         await until(lambda: victim not in keeper.children and len(keeper.children) == 2)
-        async with asyncio.timeout(30), connected("b-qmp") as b:
+        async with asyncio.timeout(30), qmp_client("b-qmp") as b:
             assert [vm["name"] for vm in await b.execute("x-vring-status")] == ["b"]
         assert "a-qmp" not in os.listdir()
         assert await keeper.stop() == 0
@@ -177,10 +157,10 @@ async def test_all_are_told_of_vms_that_come_and_go(tmp_path):
 
 async def test_vms_that_are_added_have_monitors_of_their_own(tmp_path):
     own = LATE | {"qmp": "unix:late-qmp,server=on,wait=off"}
-    async with service(tmp_path) as keeper, connected("qmp") as every:
+    async with service(tmp_path) as keeper, qmp_client("qmp") as every:
         for turn in range(2):
             await every.execute("x-vring-vm-add", {"name": "late", "config": own})
-            async with connected("late-qmp") as late:
+            async with qmp_client("late-qmp") as late:
                 assert await late.execute("query-name") == {"name": "late"}
                 (vm,) = await late.execute("x-vring-status")
                 assert (vm["name"], vm["prefix"]) == ("late", "")
@@ -196,14 +176,14 @@ async def test_vms_that_are_added_have_monitors_of_their_own(tmp_path):
                 await until(lambda: len(keeper.children) == 4)
             async with (
                 asyncio.timeout(30),
-                connected("late-qmp") as late,
-                connected("qmp") as again,
+                qmp_client("late-qmp") as late,
+                qmp_client("qmp") as again,
             ):
                 assert await late.execute("query-name") == {"name": "late"}
                 await again.execute("x-vring-vm-remove", {"name": "late"})
                 assert await told(late, "SHUTDOWN") == {"guest": False, "reason": "host-qmp-quit"}
             await until(lambda: not {"late", "late-qmp"} & set(os.listdir()))
-        async with connected("qmp") as again:
+        async with qmp_client("qmp") as again:
             for address, why in (
                 ("unix:late-qmp", "vm.late.qmp unix:late-qmp: needs server=on"),
                 (
@@ -215,7 +195,7 @@ async def test_vms_that_are_added_have_monitors_of_their_own(tmp_path):
                 text = (await refused(again, "x-vring-vm-add", name="late", config=config))[1]
                 assert why in text, text
             assert "late" not in [vm["name"] for vm in await again.execute("x-vring-status")]
-        async with connected("b-qmp") as b:
+        async with qmp_client("b-qmp") as b:
             assert await b.execute("query-name") == {"name": "b"}
         assert await keeper.stop() == 0
     assert sorted(os.listdir()) == ["log", "two.toml"]

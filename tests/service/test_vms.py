@@ -12,12 +12,10 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
-from qemu.qmp import QMPClient
-from qemu.qmp.error import QMPError
-from qemu.qmp.qmp_client import ExecuteError
 
 from tests.service.test_upgrade import upgrade, versions
 from tests.support.keeper import SERVING, kept, socket_ports
+from tests.support.qmp import qmp_client, refused
 from tests.support.streams import all_go_on, flowing
 from tests.support.waiting import until
 from vring_serial import EmbeddedGuest
@@ -44,21 +42,10 @@ def vm(nr, socket="w", **more):
 
 
 @asynccontextmanager
-async def connected(path="qmp"):
-    client = QMPClient("test")
-    await client.connect(path)
-    try:
-        yield client
-    finally:
-        with suppress(QMPError, OSError, EOFError):
-            await client.disconnect()
-
-
-@asynccontextmanager
 async def service(tmp_path, *arguments, **options):
     async with kept(tmp_path, *socket_ports([1]), *QMP, *arguments, **options) as keeper:
         await keeper.logged("QMP at unix:qmp")
-        async with connected() as client:
+        async with qmp_client() as client:
             yield keeper, client
 
 
@@ -72,12 +59,6 @@ async def remove(client, name):
 
 async def names(client):
     return [vm["name"] for vm in await client.execute("x-vring-status")]
-
-
-async def refused(client, command, **arguments):
-    with pytest.raises(ExecuteError) as caught:
-        await client.execute(command, arguments)
-    return caught.value.error_class, str(caught.value)
 
 
 def held(keeper):
@@ -122,7 +103,7 @@ async def test_a_vm_comes_and_goes_beside_another(tmp_path):
                     os.kill(keeper.monitor, signal.SIGKILL)
                     await keeper.logged("QMP at unix:qmp", 2)
                     await all_go_on([*streams, *others])
-                async with connected() as again:
+                async with qmp_client() as again:
                     assert await names(again) == ["vring", "late"]
                     reader, writer = await asyncio.open_unix_connection("c2")
                     port = await second.wait_port(nr=2)
@@ -211,7 +192,7 @@ async def test_a_configured_vm_goes_and_upgrades_know_of_all(tmp_path, versions)
     async with kept(tmp_path, **options) as keeper:
         await keeper.logged(SERVING, 2)
         await keeper.logged("QMP at unix:qmp")
-        async with connected() as client:
+        async with qmp_client() as client:
             await add(client, "late", vm(2, qmp="unix:own,server=on,wait=off"))
             await remove(client, "a")
             assert await names(client) == ["b", "late"]
@@ -226,10 +207,10 @@ async def test_a_configured_vm_goes_and_upgrades_know_of_all(tmp_path, versions)
                 assert status == 0, text
                 assert "with 3 of its workers" in text
                 await all_go_on(streams)
-                async with connected() as client, connected("own") as own:
+                async with qmp_client() as client, qmp_client("own") as own:
                     assert await names(client) == ["b", "late"]
                     assert await names(own) == ["late"]
-        async with connected() as client:
+        async with qmp_client() as client:
             await add(client, "a", vm(3, socket="a"))
             await remove(client, "late")
             assert await names(client) == ["b", "a"]
