@@ -13,15 +13,21 @@ cdef struct vr_map:
     uint32_t count
 
 
-cdef inline const vr_region* vr_find(const vr_map* memory, uint64_t address) noexcept nogil:
-    # Return the region that contains a guest address, or NULL. Binary search for the last start <=
-    # address, without branches, which hostile or scattered addresses would make unpredictable.
+cdef inline const vr_region* vr_last(const vr_map* memory, uint64_t address) noexcept nogil:
+    # Return the last region that starts at or before a guest address; the first if there is none.
+    # Binary search without branches, which hostile or scattered addresses would make unpredictable.
     cdef const vr_region* region = memory.regions
     cdef uint32_t left = memory.count, half
     while left > 1:
         half = left >> 1
         region += half & -<uint32_t>(region[half].guest <= address)
         left -= half
+    return region
+
+
+cdef inline const vr_region* vr_find(const vr_map* memory, uint64_t address) noexcept nogil:
+    # Return the region that contains a guest address, or NULL.
+    cdef const vr_region* region = vr_last(memory, address)
     return region if address - region.guest < region.size else NULL
 
 

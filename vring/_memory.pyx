@@ -319,14 +319,10 @@ cdef class GuestMemory:
         return self.spliced(at - 1, 1, ())
 
     cdef uint32_t place_after(self, uint64_t address) noexcept:
-        cdef uint32_t low = 0, high = self.map.count, middle
-        while low < high:
-            middle = (low + high) >> 1
-            if self.map.regions[middle].guest <= address:
-                low = middle + 1
-            else:
-                high = middle
-        return low
+        cdef const vr_region* last = vr_last(&self.map, address)
+        if self.map.count == 0 or last.guest > address:
+            return 0
+        return <uint32_t>(last - self.map.regions) + 1
 
     cdef GuestMemory spliced(self, uint32_t at, uint32_t left_out, tuple added):
         cdef GuestMemory made = GuestMemory.__new__(GuestMemory)

@@ -398,7 +398,7 @@ def test_a_client_of_the_version_before_is_gone_on_with(keeper: ShelfKeeper) -> 
     assert left is not None
     assert left.client.regions == {0: region()}
     pci = PciDevice(Controller(max_ports=1), vectors=4)
-    writer = Writer(kept, pci, RemoteRingsState(), resumed=True)
+    writer = Writer(kept, pci, RemoteRingsState(), left)
     writer.write(Handled(2), left.client)
     pci.close()
     again = read_left(kept, 4, 4)

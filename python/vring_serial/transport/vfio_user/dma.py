@@ -42,7 +42,6 @@ class DmaTable:
         self._size = sum(region.size for region in regions.values())
         self._mapped = GuestMemory()  # regions with a descriptor
         self._copies: dict[int, Copy | None] = {}  # of regions without a descriptor
-        self._remote: list[DmaRegion] | None = None  # those, by address; None: to be made
 
     @property
     def mapped(self) -> GuestMemory:
@@ -99,15 +98,9 @@ class DmaTable:
 
         The copy is None where there was not enough memory for one.
         """
-        if self._remote is None:
-            remote = (each for each in self._regions.values() if not each.shared)
-            self._remote = sorted(remote, key=_address)
-        at = max(bisect_right(self._remote, address, key=_address) - 1, 0)
-        for each in self._remote[at:]:
-            if each.address >= address + length:
-                return
+        for each in self._touched(address, address + length):
             start, end = max(address, each.address), min(address + length, each.end)
-            if start < end:
+            if not each.shared and start < end:
                 yield start, end - start, self._copies.get(each.address)
 
     def resume(self, take: Callable[[int], int], take_copy: Callable[[int], int]) -> None:
@@ -169,7 +162,6 @@ class DmaTable:
         self._regions[at] = region
         insort(self._starts, at)
         self._size += asked.size
-        self._remote = None
 
     def close(self) -> None:
         """Unmap everything, and let go of the watch. Nothing is mapped after that."""
@@ -207,7 +199,6 @@ class DmaTable:
             self._copies.pop(each.address, None)
             if each.shared:
                 self._mapped = self._mapped.without_region(each.address, each.size)
-        self._remote = None
         return max(each.size for each in found)
 
     def _touched(self, address: int, end: int) -> Iterator[DmaRegion]:
@@ -225,7 +216,6 @@ class DmaTable:
         self._size = 0
         self._mapped = GuestMemory()
         self._copies.clear()
-        self._remote = None
 
     def _map(self, asked: DmaMap | DmaRegion, fd: int) -> Region:
         return Region.map(
@@ -237,7 +227,3 @@ class DmaTable:
             private=not asked.flags & DmaFlag.WRITE,
             watch=self._watch,
         )
-
-
-def _address(region: DmaRegion) -> int:
-    return region.address

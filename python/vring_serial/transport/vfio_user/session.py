@@ -117,11 +117,12 @@ class VfioUserSession(Session[Message]):
         self._roles: set[str] = set()  # in which descriptors are kept
         self._files: dict[unix_fds.FileId, int] = {}  # serials of MEMORY, as far as those are kept
         self._client_changed = False  # what it has set up, since that was written down
-        self._state = left.client if isinstance(left, Left) else ClientState()
+        before = left if isinstance(left, Left) else None
+        self._state = ClientState() if before is None else before.client
         self._writer: Writer | None = None
-        handled = left.handled if isinstance(left, Left) else Handled()
+        handled = Handled() if before is None else before.handled
         if context.keeping is not None:
-            self._writer = Writer(context.keeping, pci, rings.state, resumed=isinstance(left, Left))
+            self._writer = Writer(context.keeping, pci, rings.state, before)
         self._twin: Connection | None = None
         # A successor takes replies off the socket only when they are whole: no longer ones come.
         self._twin_parser = VfioUserParser(MAX_PAYLOAD if self._writer is None else ATOMIC_SIZE)

@@ -76,6 +76,7 @@ class Left:
         rings: its rings in memory that only the client has.
         handled: the message that it had handled last.
         running: indices of the queues that it served.
+        mappings: what stands in the sections of mappings, by number of the section.
     """
 
     client: ClientState
@@ -83,6 +84,7 @@ class Left:
     rings: RemoteRingsState
     handled: Handled
     running: tuple[int, ...]
+    mappings: dict[int, list[DmaRegion]]
 
 
 def read_left(keeping: Keeping, queues: int, vectors: int) -> Left | None:
@@ -95,7 +97,8 @@ def read_left(keeping: Keeping, queues: int, vectors: int) -> Left | None:
     if written is None or written == ENDED:
         return None
     client = CLIENT.unpack(written)
-    _add_regions(client, _read_regions(keeping))
+    mappings = _read_regions(keeping)
+    _add_regions(client, mappings)
     check_client(client.client, vectors)
     registers = REGISTERS.unpack(_part(keeping, _REGISTERS))
     if registers.num_queues != queues:
@@ -120,6 +123,7 @@ def read_left(keeping: Keeping, queues: int, vectors: int) -> Left | None:
         RemoteRingsState(registers.owed),
         handled,
         tuple(setup.index for setup in setups if setup.running),
+        mappings,
     )
 
 
@@ -170,11 +174,11 @@ class Writer:
         keeping: where to.
         pci: the function.
         rings: its rings in memory that only the client has.
-        resumed: there is a predecessor's state of this session.
+        left: what a predecessor left of this session; None: nothing.
     """
 
     def __init__(
-        self, keeping: Keeping, pci: PciDevice, rings: RemoteRingsState, *, resumed: bool = False
+        self, keeping: Keeping, pci: PciDevice, rings: RemoteRingsState, left: Left | None = None
     ) -> None:
         self._keeping = keeping
         self._pci = pci
@@ -188,8 +192,8 @@ class Writer:
         self._sections: list[dict[int, DmaRegion]] = [{} for _ in range(_REGION_SECTIONS)]
         self._places: dict[int, int] = {}
         self._packers = [Packer(REGIONS) for _ in self._sections]
-        if resumed:
-            for number, regions in _read_regions(keeping).items():
+        if left is not None:
+            for number, regions in left.mappings.items():
                 self._sections[number] = {each.serial: each for each in regions}
                 self._places |= dict.fromkeys(self._sections[number], number)
         else:
