@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -243,7 +242,7 @@ class Changes:
             raise CallError(_GENERIC, f"Chardev with id '{id}' already exists")
         if len(self._setup.state.chardevs) >= CHARDEVS_MAX:
             raise CallError(_GENERIC, f"Failed to add chardev '{id}': there are {CHARDEVS_MAX}")
-        with _failing(f"add chardev '{id}'"):
+        with _failing("add", id):
             option = self._option(id, backend)
             self._remember(id, option)
             try:
@@ -261,7 +260,7 @@ class Changes:
             raise CallError(_GENERIC, text)
         if self._configured_kind(id) not in KINDS:
             raise CallError(_GENERIC, f"Chardev '{id}' cannot be changed while it is in use")
-        with _failing(f"change chardev '{id}'"):
+        with _failing("change", id):
             option = self._option(id, backend)
             self._replace(id, option)
             try:
@@ -512,15 +511,16 @@ def _free_id(chardev: str, controller: str, nr: int, taken: Sequence[str]) -> st
 
 
 @contextlib.contextmanager
-def _failing(what: str) -> Iterator[None]:
-    """Answer errors of a new chardev as QEMU does, when it failed to do this."""
+def _failing(verb: str, id: str) -> Iterator[None]:
+    """Answer errors of a new chardev as QEMU does, when it failed to do this with it."""
+    what = f"Failed to {verb} chardev '{id}'"
     try:
         yield
     except ConfigError as error:
-        raise CallError(_GENERIC, f"Failed to {what}: {error.why}") from None
+        raise CallError(_GENERIC, f"{what}: {error.why}") from None
     except ResourceError as error:
-        text = re.sub("^chardev [^ ]+: ", "", str(error))
-        raise CallError(_GENERIC, f"Failed to {what}: {text}") from None
+        text = str(error).removeprefix(f"chardev {id}: ")
+        raise CallError(_GENERIC, f"{what}: {text}") from None
     except TimeoutError:
         text = f"nobody answered in {START_SECONDS:g} s"
-        raise CallError(_GENERIC, f"Failed to {what}: {text}") from None
+        raise CallError(_GENERIC, f"{what}: {text}") from None

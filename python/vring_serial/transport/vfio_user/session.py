@@ -534,16 +534,14 @@ class VfioUserSession(Session[Message]):
     def _dma_map(self, asked: DmaMap, fds: list[int]) -> None:
         fd = fds[0] if fds else -1
         serial, of = self._state.next_serial, -1
-        if fds and self._keeping is not None:
-            # One descriptor of a file is kept, however many pieces of it are mapped.
-            of = self._files.get(file := unix_fds.file_of(fd), -1)
-            if MEMORY.format(of) not in self._roles:
-                of = -1
+        file = unix_fds.file_of(fd) if fds and self._keeping is not None else None
+        if file is not None and MEMORY.format(known := self._files.get(file, -1)) in self._roles:
+            of = known  # one descriptor is kept, however many pieces of the file are mapped
         self._dma.map(asked, fd, serial, of)
         self._memory.note_change()
         self._client_changed = True
         self._state.next_serial += 1
-        if fds and self._keeping is not None and of < 0:
+        if file is not None and of < 0:
             self._keep(MEMORY.format(serial), fd)
             if len(self._files) >= MAX_DMA_MAPS:
                 self._files.clear()
