@@ -103,13 +103,18 @@ def logging_as_it_was() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def interruptible() -> Iterator[None]:
-    """Processes that tests start hear SIGINT, also where this one was started without it.
+    """Processes that tests start hear SIGINT and SIGHUP, also where this one is started without.
 
-    Shells let what runs in the background ignore it, and whoever is started inherits that.
+    Shells let what runs in the background ignore the one, nohup the other, and whoever is started
+    inherits that; what is caught has its default effect there. This one goes on ignoring a hang-up.
     """
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    hangup = signal.getsignal(signal.SIGHUP)
+    if hangup == signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda *_: None)
     yield
     signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGHUP, hangup)
 
 
 @pytest.fixture
